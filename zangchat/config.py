@@ -1,0 +1,106 @@
+"""The plain data of a run: what a model is, what every training command shares, where a run stands.
+
+Layer 0: nothing here imports torch, so `--help` and `--dry_run` answer at once.
+"""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, NamedTuple
+
+VOCAB_MULTIPLE = 64  # embedding and head rows are padded to this, for tensor cores and even shards
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The architecture of one model; saved in every checkpoint and enough to rebuild it.
+
+    Raises ValueError, naming the field, where the sizes do not fit together.
+    """
+
+    sequence_len: int = 1024  # longest context the model is trained on, tokens
+    vocab_size: int = 50304  # real tokens, specials included; see padded_vocab_size
+    n_layer: int = 12
+    n_head: int = 6  # query heads
+    n_kv_head: int = 6  # key/value heads (GQA, arXiv:2305.13245); divides n_head
+    n_embd: int = 768
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    logit_cap: float = 15.0  # logits = cap * tanh(logits / cap)
+
+    def __post_init__(self) -> None:
+        for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})")
+        if self.head_dim % 2:
+            raise ValueError(f"the head dimension n_embd/n_head ({self.head_dim}) must be even: RoPE rotates pairs")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and of lm_head: vocab_size rounded up to a multiple of VOCAB_MULTIPLE."""
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "GPTConfig":
+        """Raises ValueError for a key that this version does not know (a checkpoint of another architecture)."""
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown model settings: {', '.join(sorted(unknown))}")
+        return cls(**values)
+
+
+class StepMultipliers(NamedTuple):
+    """What a schedule says of one step: factors on each group's base learning rate and weight decay, and Muon's momentum."""
+
+    lr: float = 1.0
+    momentum: float = 0.95
+    weight_decay: float = 1.0
+
+
+@dataclass
+class RunState:
+    """Everything a run needs to go on, saved and restored whole with each checkpoint (times excepted, JSON types only)."""
+
+    step: int = 0  # optimizer steps done
+    tokens: int = 0  # input positions processed, all ranks
+    supervised_tokens: int = 0  # targets that carried loss, all ranks
+    num_iterations: int = 0  # planned steps
+    smooth_loss: float = 0.0  # exponential moving average of the training loss, not debiased
+    last_val_bpb: float | None = None
+    min_val_bpb: float | None = None
+    skipped_steps: int = 0  # steps refused because of a non-finite loss or gradient
+    training_seconds: float = 0.0  # wall-clock inside steps, over all attempts
+    cursor: dict[str, Any] = field(default_factory=dict)  # the data loader's position after `step` steps
+    extra: dict[str, Any] = field(default_factory=dict)  # what one stage alone counts
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "RunState":
+        known = {f.name for f in fields(cls)}
+        return cls(**{k: v for k, v in values.items() if k in known})
+
+
+@dataclass
+class RunConfig:
+    """Flags that every training command shares."""
+
+    run: str = "dummy"  # wandb run name; "dummy" logs nothing to wandb (default: $WANDB_RUN)
+    model_tag: str | None = None  # checkpoint folder below <base>/<stage>_checkpoints/; default d<depth>
+    device_type: str = ""  # cuda | mps | cpu; empty = the best one present
+    dtype: str = ""  # bfloat16 | float16 | float32; empty = what the device is really fast with
+    seed: int = 42
+    save_every: int = -1  # steps between checkpoints; -1 = every 10 minutes and at the end
+    keep_last: int = 2  # newest checkpoints to keep
+    resume: str = ""  # "latest" or a step; empty = a new run
+    overwrite: bool = False  # start over although model_tag has checkpoints
