@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Sets everything up and runs the tests: Rust, lint, types, Python, end to end.
+#
+#   bash dev/test.sh            what every change must pass (minutes)
+#   bash dev/test.sh --full     also the long ones (marked slow)
+#   bash dev/test.sh -k muon    any other argument goes to pytest, and only pytest runs
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash dev/setup.sh --dev
+export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv" PYTHONUNBUFFERED=1 WANDB_MODE=offline
+
+case "${1:-}" in
+    "") markers="not slow and not gpu" ;;
+    --full) markers="not gpu"; shift ;;
+    *) exec python -m pytest "$@" ;;
+esac
+say() { printf '\n\033[1m[test]\033[0m %s\n' "$*"; }
+
+if command -v cargo >/dev/null; then
+    say "Rust: tests, clippy, formatting"
+    (cd rustbpe && cargo test --release --quiet --locked && cargo clippy --release --quiet --locked --all-targets -- -D warnings && cargo fmt --check)
+else
+    say "Rust: no cargo here, the crate's own tests are skipped"
+fi
+say "lint and types"
+ruff check . && ruff format --check . && mypy
+say "Python"
+python -m pytest -m "$markers" --durations=15 "$@"
