@@ -1,0 +1,318 @@
+"""Dataclass -> command line, for every script (layer 0: no torch, so `--help` answers at once).
+
+A script states its flags once, as a dataclass: the comment after a field is its help, the default its default.
+
+    @dataclass
+    class Config(RunConfig):
+        depth: int = 20  # layers of the model
+        prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None  # ask this and leave
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        return configurator.run(Config, train, argv)
+
+Spellings: `--device_batch_size=8`, `--device-batch-size 8`; booleans `--dry_run`, `--dry_run=1/0`, `=true/false`, `--no_dry_run`; a lone `--`
+is skipped; of a repeated flag the last one counts. tyro converts the values and writes the help; the flags are checked here first, so that
+every mistake gets one sentence instead of a panel.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import tyro
+
+C = TypeVar("C")
+
+USER_ERROR = 2  # exit codes
+INTERRUPTED = 130
+BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+
+class UserError(Exception):
+    """A mistake of the user's: one sentence that names the flag or file, what is wrong, and the next command."""
+
+
+def run(config_cls: type[C], command: Callable[[C], int | None], argv: Sequence[str] | None = None) -> int:
+    """The entry point of every script: parse `argv` (default: the process's), call `command(config)`, return the exit code.
+
+    A UserError becomes one line on stderr and code 2, Ctrl-C code 130; every other exception keeps its traceback.
+    """
+    from zangchat import common
+
+    try:
+        try:
+            config = parse(config_cls, argv)
+        except SystemExit as stop:  # --help was answered
+            return int(stop.code or 0)
+        common.setup_default_logging()
+        return command(config) or 0
+    except UserError as error:
+        _complain(f"error: {error}")
+        return USER_ERROR
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return INTERRUPTED
+
+
+def _complain(message: str) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    sys.stdout.flush()
+    print(message if rank == 0 else f"[rank {rank}] {message}", file=sys.stderr, flush=True)
+
+
+def parse(config_cls: type[C], argv: Sequence[str] | None = None) -> C:
+    """`argv` (default: sys.argv[1:]) -> an instance of the dataclass. Raises UserError; `--help` prints and raises SystemExit(0)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    flags = {flag.name: flag for flag in _flags(config_cls)}
+    given, positionals = _read(arguments, flags)
+    if any(argument in ("-h", "--help") for argument in positionals):
+        return _tyro(config_cls, ["--help"])
+    missing = [f"--{flag.name}" for flag in flags.values() if flag.required and not flag.positional and flag.name not in given]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} must be given; {_help_hint()}")
+    tokens = [token for name, values in given.items() for token in flags[name].tokens(values)]
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return _tyro(config_cls, [*positionals, *tokens])
+    except SystemExit as stop:
+        raise UserError(_diagnose(config_cls, flags, given, positionals, stop, errors.getvalue())) from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The dataclass as plain JSON types (paths become strings, tuples lists); from_dict is the way back."""
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        raise TypeError(f"expected a dataclass instance, not {type(config).__name__}")
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def from_dict(cls: type[C], values: dict[str, Any]) -> C:
+    """The dataclass from to_dict's output, possibly by way of JSON. Missing keys take their defaults; raises ValueError for an unknown one."""
+    hints = get_type_hints(cls)
+    unknown = set(values) - {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no setting named {', '.join(sorted(unknown))}")
+    return cls(**{name: _restored(value, hints[name]) for name, value in values.items()})
+
+
+# ---- flags of a dataclass -------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Flag:
+    name: str  # the field's name, underscores
+    hint: Any  # its type, Annotated stripped
+    aliases: tuple[str, ...]  # "-p"
+    required: bool
+    positional: bool
+
+    @property
+    def is_bool(self) -> bool:
+        return self.hint is bool
+
+    @property
+    def is_sequence(self) -> bool:
+        return any(get_origin(option) in (list, tuple, set) for option in _options(self.hint))
+
+    def tokens(self, values: list[str]) -> list[str]:
+        """What tyro is to read: one unambiguous spelling, so that a value may begin with a dash."""
+        if self.is_bool:
+            return [f"--{self.name}" if BOOLEANS[values[0].lower()] else f"--no_{self.name}"]
+        if self.is_sequence:
+            return [f"--{self.name}", *values]
+        value = values[0]
+        if bool in _options(self.hint) and value.lower() in BOOLEANS:  # bool | None
+            value = str(BOOLEANS[value.lower()])
+        return [f"--{self.name}={value}"]
+
+    def expectation(self) -> str:
+        """Its type in words."""
+        names = {int: "a whole number", float: "a number", str: "a text", Path: "a path", bool: "true or false", type(None): "None"}
+        words = []
+        for option in _options(self.hint):
+            if get_origin(option) is Literal:
+                words.append("one of " + ", ".join(str(choice) for choice in get_args(option)))
+            else:
+                words.append(names.get(option, str(option)))
+        return " or ".join(words)
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type itself."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _flags(config_cls: type) -> Iterator[_Flag]:
+    hints = get_type_hints(config_cls, include_extras=True)
+    for field in dataclasses.fields(config_cls):
+        if not field.init:
+            continue
+        hint, metadata = hints[field.name], ()
+        if get_origin(hint) is Annotated:
+            hint, metadata = get_args(hint)[0], hint.__metadata__
+        yield _Flag(
+            name=field.name,
+            hint=hint,
+            aliases=tuple(alias for item in metadata for alias in getattr(item, "aliases", None) or ()),
+            required=field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING,
+            positional=any("Positional" in str(item) for item in metadata),
+        )
+
+
+def _read(arguments: list[str], flags: dict[str, _Flag]) -> tuple[dict[str, list[str]], list[str]]:
+    """Command line -> ({flag name: its values}, what is no flag). Raises UserError for what cannot be meant."""
+    spellings = {f"--{name}": name for name, flag in flags.items() if not flag.positional}
+    spellings |= {alias: name for name, flag in flags.items() for alias in flag.aliases}
+    negations = {f"--no_{name}": name for name, flag in flags.items() if flag.is_bool}
+    allowed_positionals = sum(flag.positional for flag in flags.values())
+    given: dict[str, list[str]] = {}
+    positionals: list[str] = []
+    queue = list(arguments)
+
+    def is_flag(argument: str) -> bool:
+        return _spelling(argument) in spellings or argument.startswith("--")
+
+    while queue:
+        argument = queue.pop(0)
+        if argument == "--":
+            continue
+        if argument in ("-h", "--help"):
+            return {}, [argument]
+        spelling, equals, value = _spelling(argument), "=" in argument, argument.partition("=")[2]
+        if not argument.startswith("-") or (spelling not in spellings | negations and _is_number(argument)):
+            positionals.append(argument)
+            if len(positionals) > allowed_positionals:
+                raise UserError(f"{argument!r} belongs to no flag: values are written --flag=value or --flag value; {_help_hint()}")
+        elif spelling in negations:
+            if equals:
+                raise UserError(f"{spelling} takes no value; {_help_hint()}")
+            given[negations[spelling]] = ["false"]
+        elif spelling not in spellings:
+            raise UserError(_unknown(argument.partition("=")[0], [*spellings, *negations]))
+        else:
+            flag = flags[spellings[spelling]]
+            given.pop(flag.name, None)  # the last one counts, in its place
+            if flag.is_bool:
+                if not equals:
+                    value = queue.pop(0) if queue and queue[0].lower() in BOOLEANS and not allowed_positionals else "true"
+                if value.lower() not in BOOLEANS:
+                    raise UserError(f"{spelling}={value} is not understood: write {spelling}, {spelling}=1 or {spelling}=0")
+                given[flag.name] = [value]
+            elif equals:
+                given[flag.name] = [value]
+            elif not queue or is_flag(queue[0]):
+                raise UserError(f"{spelling} needs a value: {flag.expectation()}; {_help_hint()}")
+            elif flag.is_sequence:
+                given[flag.name] = [queue.pop(0)]
+                while queue and not is_flag(queue[0]):
+                    given[flag.name].append(queue.pop(0))
+            else:
+                given[flag.name] = [queue.pop(0)]
+    return given, positionals
+
+
+def _spelling(argument: str) -> str:
+    """`--device-batch-size=8` -> `--device_batch_size`; short aliases stay as they are."""
+    flag = argument.partition("=")[0]
+    return "--" + flag[2:].replace("-", "_") if flag.startswith("--") else flag
+
+
+def _is_number(argument: str) -> bool:
+    try:
+        float(argument)
+    except ValueError:
+        return False
+    return True
+
+
+def _unknown(flag: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(_spelling(flag), known, n=1, cutoff=0.6)
+    return f"unknown flag {flag}" + (f", did you mean {close[0]}?" if close else "") + f" ({_help_hint()})"
+
+
+def _diagnose(
+    config_cls: type, flags: dict[str, _Flag], given: dict[str, list[str]], positionals: list[str], stop: SystemExit, printed: str
+) -> str:
+    """Which flag tyro refused: each is tried alone. Otherwise the dataclass's own check (a ValueError in __post_init__) did."""
+    required = [token for name, flag in flags.items() if flag.required and name in given for token in flag.tokens(given[name])]
+    for name, values in given.items():
+        with contextlib.redirect_stderr(io.StringIO()) as alone:
+            try:
+                _tyro(config_cls, [*required, *flags[name].tokens(values)])
+                continue
+            except SystemExit:
+                pass
+        if "Error parsing " + config_cls.__name__ not in alone.getvalue():
+            return f"--{name}={' '.join(values)} is not understood: expected {flags[name].expectation()}"
+    for value, flag in zip(positionals, (flag for flag in flags.values() if flag.positional), strict=False):
+        if f"argument '{flag.name}'" in printed or f"parsing {flag.name.upper()}" in printed:
+            return f"{value!r} is not understood: expected {flag.expectation()}"
+    cause = stop.__context__
+    if isinstance(cause, ValueError) and str(cause):
+        return str(cause)
+    text = " ".join(line.strip("│╭╰╮╯─ ") for line in printed.splitlines())
+    return " ".join(text.split()) or f"these arguments are not understood; {_help_hint()}"
+
+
+# ---- tyro -----------------------------------------------------------------------------------------------------------
+
+
+def _tyro(config_cls: type[C], tokens: list[str]) -> C:
+    return tyro.cli(config_cls, args=tokens, prog=_program(), description=_description(config_cls), use_underscores=True)
+
+
+def _program() -> str:
+    """How the user started this: `python -m scripts.base_train`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and spec.name not in ("pytest.__main__", "__main__"):
+        return f"python -m {spec.name.removesuffix('.__main__')}"
+    return Path(sys.argv[0]).name or "python"
+
+
+def _help_hint() -> str:
+    return f"see {_program()} --help"
+
+
+def _description(config_cls: type) -> str:
+    """The first paragraph of the script's docstring."""
+    module = sys.modules.get(config_cls.__module__)
+    paragraph = ((module.__doc__ if module else None) or "").strip().partition("\n\n")[0]
+    return " ".join(paragraph.split())
+
+
+# ---- JSON -----------------------------------------------------------------------------------------------------------
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return to_dict(value)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"a configuration holds {type(value).__name__}, which JSON does not know")
+
+
+def _restored(value: Any, hint: Any) -> Any:
+    for option in _options(hint):
+        origin = get_origin(option)
+        if dataclasses.is_dataclass(option) and isinstance(option, type) and isinstance(value, dict):
+            return from_dict(option, value)
+        if option is Path and isinstance(value, str):
+            return Path(value)
+        if origin is tuple and isinstance(value, list):
+            return tuple(value)
+        if option is float and isinstance(value, int) and not isinstance(value, bool) and int not in _options(hint):
+            return float(value)
+    return value
