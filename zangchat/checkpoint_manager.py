@@ -1,0 +1,462 @@
+"""Checkpoints on disk: save, find, verify, load.
+
+    <base>/<stage>_checkpoints/<model_tag>/
+        model_NNNNNN.pt           {parameter name: tensor}
+        optim_NNNNNN_rank<r>.pt   {parameter name: {"shape", "slice", "tensors"}}: what rank r keeps of the optimizer's state
+        meta_NNNNNN.json          step val_bpb model_config user_config run_state files format_version; written last
+        metrics.jsonl  tokenizer.json  token_bytes.pt
+
+A step exists if its meta does: every file is written beside its name, synced and renamed, and rank 0 writes the meta, with the size and the
+sha256 of each file, when all ranks are done. Whatever kills a save leaves the previous step as it was.
+
+Files hold tensors and plain containers, and are read with weights_only=True.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import torch
+
+from zangchat import collectives, common
+from zangchat.config import GPTConfig
+from zangchat.configurator import UserError
+
+if TYPE_CHECKING:
+    from zangchat.gpt import GPT
+    from zangchat.tokenizer import RustBPETokenizer
+
+FORMAT_VERSION = 1
+SOURCES = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}
+COMMANDS = {"base": "scripts.base_train", "mid": "scripts.mid_train", "sft": "scripts.chat_sft", "rl": "scripts.chat_rl"}
+META = re.compile(r"^meta_(\d+)\.json$")
+STEP_FILE = re.compile(r"^(?:model|optim|meta)_(\d+)(?:_rank\d+)?\.(?:pt|json)$")
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointError(UserError):
+    """A checkpoint file that is missing, damaged or from another world; the message names it."""
+
+
+def checkpoints_dir(source: str) -> Path:
+    """The folder of a stage's checkpoints; raises UserError for an unknown stage."""
+    if source not in SOURCES:
+        raise UserError(f"--source={source} is no stage: choose one of {', '.join(SOURCES)}")
+    return Path(common.get_base_dir()) / SOURCES[source]
+
+
+def model_name(step: int) -> str:
+    return f"model_{step:06d}.pt"
+
+
+def optim_name(step: int, rank: int) -> str:
+    return f"optim_{step:06d}_rank{rank}.pt"
+
+
+def meta_name(step: int) -> str:
+    return f"meta_{step:06d}.json"
+
+
+# ---- save -----------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    checkpoint_dir: str | Path,
+    step: int,
+    model_data: Mapping[str, torch.Tensor] | None,
+    optimizer_data: Mapping[str, Any] | None,
+    meta_data: Mapping[str, Any],
+    rank: int = 0,
+) -> None:
+    """Write one step; every rank calls it. `model_data` and `meta_data` count on rank 0, `optimizer_data` is each rank's own (or None on all).
+
+    Raises OSError on every rank if any of them could not write (a full disk, say): then the step does not exist, and older ones are untouched.
+    """
+    directory = Path(checkpoint_dir)
+    failure: OSError | None = None
+    written: dict[str, tuple[int, str]] = {}
+    if rank == 0:
+        (directory / meta_name(step)).unlink(missing_ok=True)  # a step that is saved again must not be half old, half new
+    collectives.barrier()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)  # on every rank: disks may be local to a node
+        if rank == 0:
+            assert model_data is not None
+            written[model_name(step)] = _write_tensors(directory / model_name(step), strip_prefix(model_data))
+        if optimizer_data is not None:
+            written[optim_name(step, rank)] = _write_tensors(directory / optim_name(step, rank), optimizer_data)
+    except OSError as error:
+        failure = error
+    size, digest = written.get(optim_name(step, rank), (-1, "00" * 32))
+    rows = collectives.gather([failure is None, size, *bytes.fromhex(digest)])
+    for other, (fine, other_size, *other_digest) in enumerate(rows):
+        if not fine:
+            failure = failure or OSError(f"rank {other} could not write its part of step {step}")
+        elif other_size >= 0:
+            written[optim_name(step, other)] = (other_size, bytes(other_digest).hex())
+    if failure is None and rank == 0:
+        files = {name: {"size": size, "sha256": digest} for name, (size, digest) in sorted(written.items())}
+        meta = {**meta_data, "step": step, "files": files, "format_version": FORMAT_VERSION}
+        try:
+            common.atomic_write(directory / meta_name(step), json.dumps(meta, indent=1, allow_nan=False) + "\n")
+        except OSError as error:
+            failure = error
+    if not collectives.from_rank_0(failure is None):
+        for name in (model_name(step), optim_name(step, rank)):
+            with contextlib.suppress(OSError):  # best effort: the space is wanted back, and purging looks again
+                (directory / name).unlink(missing_ok=True)
+        raise failure or OSError(f"rank 0 could not write {meta_name(step)}")
+
+
+def strip_prefix(model_data: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Names as in the plain model: a compiled one says `_orig_mod.` before each."""
+    return {name.removeprefix("_orig_mod."): tensor for name, tensor in model_data.items()}
+
+
+class _HashingWriter:
+    """A file that torch.save can write to, which counts and hashes what passes."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.hash, self.size = file, hashlib.sha256(), 0
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            self.file.write(data)
+        except OSError as error:  # torch replaces it by a RuntimeError of its own
+            self.error = error
+            raise
+        self.hash.update(data)
+        self.size += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _write_tensors(path: Path, data: Mapping[str, Any]) -> tuple[int, str]:
+    """(size, sha256) of the file; OSError leaves whatever was at `path`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            sink = _HashingWriter(file)
+            try:
+                torch.save(_on_cpu(data), sink)
+            except RuntimeError:
+                if sink.error is not None:
+                    raise sink.error from None
+                raise
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return sink.size, sink.hash.hexdigest()
+
+
+def _on_cpu(value: Any) -> Any:
+    """Tensors detached, on the CPU, and without the rest of a storage they only look at (torch.save would write all of it)."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        return value.clone() if value.untyped_storage().nbytes() != value.numel() * value.element_size() else value
+    if isinstance(value, Mapping):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    return value
+
+
+def purge(checkpoint_dir: str | Path, keep_last: int) -> None:
+    """Delete all but the newest `keep_last` steps, and what no step owns; the newest never goes. A file that cannot be deleted is only reported."""
+    steps = valid_steps(checkpoint_dir)
+    if steps:
+        keep = set(steps[-max(keep_last, 1) :])
+        _delete(checkpoint_dir, lambda step: step not in keep)
+
+
+def discard_after(checkpoint_dir: str | Path, step: int) -> list[int]:
+    """Delete the steps that lie beyond `step` (-1: all of them): a run that goes on from there makes them anew. Returns which."""
+    later = [later for later in valid_steps(checkpoint_dir) if later > step]
+    _delete(checkpoint_dir, lambda other: other > step)
+    return later
+
+
+def remove_temporary_files(checkpoint_dir: str | Path) -> None:
+    """Delete what a killed save left half written."""
+    for path in Path(checkpoint_dir).glob(".*.tmp"):
+        _unlink(path)
+
+
+def _delete(checkpoint_dir: str | Path, unwanted: Any) -> None:
+    paths = [path for path in _listing(checkpoint_dir) if (match := STEP_FILE.match(path.name)) and unwanted(int(match[1]))]
+    for path in sorted(paths, key=lambda path: not META.match(path.name)):  # metas first: a step never exists in part
+        _unlink(path)
+
+
+def _unlink(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning(f"could not delete {path}: {error}")
+
+
+def _listing(folder: str | Path) -> list[Path]:
+    return sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []
+
+
+# ---- find and verify ------------------------------------------------------------------------------------------------
+
+
+def read_meta(checkpoint_dir: str | Path, step: int) -> dict[str, Any]:
+    """Raises CheckpointError, naming the file, if there is no such step or its meta cannot be understood."""
+    path = Path(checkpoint_dir) / meta_name(step)
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        present = ", ".join(map(str, valid_steps(checkpoint_dir))) or "none"
+        raise CheckpointError(f"there is no step {step} in {checkpoint_dir} (present: {present})") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    if not isinstance(meta, dict) or not isinstance(meta.get("files"), dict) or meta.get("step") != step:
+        raise CheckpointError(f"{path} is damaged: it does not describe step {step}")
+    if meta.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(f"{path} has format version {meta.get('format_version')}, this code reads version {FORMAT_VERSION}")
+    return meta
+
+
+def verify_checkpoint(checkpoint_dir: str | Path, step: int, hashes: bool = False) -> dict[str, Any]:
+    """The meta of a step whose files are all there with the right sizes (and sha256, where `hashes`); raises CheckpointError naming the file."""
+    meta = read_meta(checkpoint_dir, step)
+    for name, expected in meta["files"].items():
+        path = Path(checkpoint_dir) / name
+        try:
+            size = path.stat().st_size
+        except OSError:
+            raise CheckpointError(f"{path} is missing") from None
+        if size != expected["size"]:
+            raise CheckpointError(f"{path} is damaged: {size} bytes instead of {expected['size']}")
+        if hashes and _sha256(path) != expected["sha256"]:
+            raise CheckpointError(f"{path} is damaged: its sha256 is not the one in {meta_name(step)}")
+    return meta
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def valid_steps(checkpoint_dir: str | Path) -> list[int]:
+    """The steps whose meta can be read and whose files have the right sizes, ascending."""
+    steps = []
+    for step in sorted(int(match[1]) for path in _listing(checkpoint_dir) if (match := META.match(path.name))):
+        with contextlib.suppress(CheckpointError):
+            verify_checkpoint(checkpoint_dir, step)
+            steps.append(step)
+    return steps
+
+
+def find_last_step(checkpoint_dir: str | Path) -> int:
+    """The newest step that is whole (by size); raises UserError if there is none."""
+    steps = valid_steps(checkpoint_dir)
+    if not steps:
+        raise UserError(f"no checkpoint in {checkpoint_dir}: {_next_command(checkpoint_dir)}")
+    return steps[-1]
+
+
+def find_verified_step(checkpoint_dir: str | Path, step: int | None = None) -> int | None:
+    """The newest step that verifies, hashes included, reporting those it skips; None if there is none. All ranks get rank 0's answer.
+
+    With `step`, that one alone: raises CheckpointError if it does not verify.
+    """
+    if step is not None:
+        verify_checkpoint(checkpoint_dir, step, hashes=True)
+        return step
+    found = -1
+    if collectives.world()[0] == 0:
+        for candidate in sorted((int(match[1]) for path in _listing(checkpoint_dir) if (match := META.match(path.name))), reverse=True):
+            try:
+                verify_checkpoint(checkpoint_dir, candidate, hashes=True)
+                found = candidate
+                break
+            except CheckpointError as error:
+                logger.warning(f"skipping step {candidate}: {error}")
+    found = collectives.from_rank_0(found)
+    return found if found >= 0 else None
+
+
+def find_largest_model(checkpoints_dir: str | Path) -> str:
+    """The tag to take where the user names none: the deepest `d<number>`, else the newest folder with a checkpoint. Raises UserError if none."""
+    tags = model_tags(checkpoints_dir)
+    if not tags:
+        raise UserError(f"no checkpoint in {checkpoints_dir}: {_next_command(checkpoints_dir)}")
+    depths = [(int(match[1]), tag) for tag in tags if (match := re.fullmatch(r"d(\d+)", tag))]
+    chosen = max(depths)[1] if depths else max(tags, key=lambda tag: (_newest_meta(Path(checkpoints_dir) / tag), tag))
+    if len(tags) > 1:
+        logger.info(f"model_tag {chosen}, out of {', '.join(tags)} (choose with --model_tag)")
+    return chosen
+
+
+def model_tags(checkpoints_dir: str | Path) -> list[str]:
+    """Folders that hold at least one whole step."""
+    return [path.name for path in _listing(checkpoints_dir) if path.is_dir() and valid_steps(path)]
+
+
+def _newest_meta(directory: Path) -> float:
+    return max(path.stat().st_mtime for path in _listing(directory) if META.match(path.name))
+
+
+def _next_command(folder: str | Path) -> str:
+    """What makes the checkpoints that are missing in `folder` (a stage's folder or a tag's)."""
+    for source, name in SOURCES.items():
+        if name in (Path(folder).name, Path(folder).parent.name):
+            return f"run `python -m {COMMANDS[source]}` first"
+    return "train a model first"
+
+
+# ---- load -----------------------------------------------------------------------------------------------------------
+
+
+def load_checkpoint(
+    checkpoint_dir: str | Path, step: int, device: torch.device | str, load_optimizer: bool = False, rank: int = 0
+) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None, dict[str, Any]]:
+    """(model tensors on `device`, the optimizer's state merged over the ranks that saved it, meta); sizes are checked, hashes are not.
+
+    The merged state, on the CPU, is {parameter name: {"shape", "tensors"}} with tensors as long as the parameter; each rank cuts its own
+    slice out of it, whatever their number, which is why `rank` makes no difference here.
+    """
+    meta = verify_checkpoint(checkpoint_dir, step)
+    model_data = strip_prefix(_read_tensors(Path(checkpoint_dir) / model_name(step), device))
+    if not load_optimizer:
+        return model_data, None, meta
+    names = sorted((name for name in meta["files"] if name.startswith("optim_")), key=lambda name: int(name[:-3].rpartition("rank")[2]))
+    if not names:
+        raise CheckpointError(f"step {step} in {checkpoint_dir} holds no optimizer state: it can be used, but not gone on from")
+    shards = [_read_tensors(Path(checkpoint_dir) / name, "cpu") for name in names]
+    return model_data, merge_shards(shards, str(Path(checkpoint_dir) / f"optim_{step:06d}_rank*.pt")), meta
+
+
+def _read_tensors(path: Path, device: torch.device | str) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def merge_shards(shards: list[dict[str, Any]], where: str = "optimizer shards") -> dict[str, dict[str, Any]]:
+    """Shards {name: {"shape", "slice": (start, stop) rows, "tensors"}} -> {name: {"shape", "tensors"}} for whole parameters.
+
+    Tensors with as many rows as the slice are joined in row order; anything else (a step count) is equal on all ranks and taken from the
+    first. Raises CheckpointError naming the parameter and the rows that no shard holds.
+    """
+    pieces: dict[str, list[dict[str, Any]]] = {}
+    for shard in shards:
+        for name, piece in shard.items():
+            pieces.setdefault(name, []).append(piece)
+    return {name: _merged(name, sorted(found, key=lambda piece: tuple(piece["slice"])), where) for name, found in pieces.items()}
+
+
+def _merged(name: str, pieces: list[dict[str, Any]], where: str) -> dict[str, Any]:
+    shape = tuple(pieces[0]["shape"])
+    rows = shape[0] if shape else 1
+    parts, reached = [], 0
+    for piece in pieces:
+        start, stop = piece["slice"]
+        if start > reached:
+            break
+        if stop > reached:  # a replica of rows that another rank holds as well adds nothing
+            parts.append((piece["tensors"], reached - start))
+            reached = stop
+    if reached < rows:
+        raise CheckpointError(f"{where}: no shard holds rows {reached} and on of {name} ({rows} rows)")
+    tensors = {}
+    for key, first in parts[0][0].items():
+        sharded = isinstance(first, torch.Tensor) and first.dim() > 0
+        tensors[key] = torch.cat([part[key][skip:] for part, skip in parts]) if sharded and len(parts) > 1 else first
+    return {"shape": shape, "tensors": tensors}
+
+
+def build_model(
+    checkpoint_dir: str | Path, step: int, device: torch.device | str, phase: str, dtype: str = ""
+) -> tuple["GPT", "RustBPETokenizer", dict[str, Any]]:
+    """(model, tokenizer, meta) of a step; `phase` is "train" or "eval", `dtype` the compute dtype (empty: what the device is fast with)."""
+    if phase not in ("train", "eval"):
+        raise ValueError(f"phase is 'train' or 'eval', not {phase!r}")
+    model_data, _, meta = load_checkpoint(checkpoint_dir, step, device)
+    model = empty_model(GPTConfig.from_dict(meta["model_config"]), device, dtype)
+    load_weights(model, model_data, f"{checkpoint_dir}/{model_name(step)}")
+    model.train(phase == "train")
+    return model, load_tokenizer(checkpoint_dir), meta
+
+
+def empty_model(config: GPTConfig, device: torch.device | str, dtype: str = "") -> "GPT":
+    """A model in its initial state on `device`; built on the meta device, so that its weights exist once."""
+    from zangchat.gpt import GPT
+
+    with torch.device("meta"):
+        model = GPT(config)
+    model.to_empty(device=device)
+    model.set_compute_dtype(common.resolve_dtype(dtype, torch.device(device)))
+    model.init_weights()
+    return model
+
+
+def load_weights(model: torch.nn.Module, model_data: Mapping[str, torch.Tensor], where: str) -> None:
+    """Copy the tensors into the model; raises CheckpointError naming what is missing or foreign."""
+    try:
+        model.load_state_dict(dict(model_data), strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{where} does not fit the model that its meta describes: {error}") from None
+
+
+def load_tokenizer(checkpoint_dir: str | Path) -> "RustBPETokenizer":
+    """The tokenizer that the model was trained with: the copy beside its checkpoint."""
+    from zangchat.tokenizer import RustBPETokenizer
+
+    if not (Path(checkpoint_dir) / "tokenizer.json").is_file():
+        raise CheckpointError(f"{checkpoint_dir}/tokenizer.json is missing: copy there the tokenizer that this model was trained with")
+    return RustBPETokenizer.from_directory(str(checkpoint_dir))
+
+
+def load_model_from_dir(
+    checkpoints_dir: str | Path,
+    device: torch.device | str,
+    phase: str,
+    model_tag: str | None = None,
+    step: int | None = None,
+    dtype: str = "",
+) -> tuple["GPT", "RustBPETokenizer", dict[str, Any]]:
+    """build_model on `model_tag` (default: find_largest_model) and `step` (default: the newest that is whole)."""
+    directory = resolve_tag(checkpoints_dir, model_tag)
+    step = find_last_step(directory) if step is None else step
+    logger.info(f"loading {directory.parent.name}/{directory.name}, step {step}")
+    return build_model(directory, step, device, phase, dtype)
+
+
+def resolve_tag(checkpoints_dir: str | Path, model_tag: str | None) -> Path:
+    """The folder of a tag; raises UserError listing those present if it is not there."""
+    tag = model_tag or find_largest_model(checkpoints_dir)
+    directory = Path(checkpoints_dir) / tag
+    if not directory.is_dir():
+        tags = model_tags(checkpoints_dir)
+        if not tags:
+            raise UserError(f"no checkpoint in {checkpoints_dir}: {_next_command(checkpoints_dir)}")
+        raise UserError(f"--model_tag={tag} is not in {checkpoints_dir}: choose one of {', '.join(tags)}")
+    return directory
+
+
+def load_model(
+    source: str, device: torch.device | str, phase: str, model_tag: str | None = None, step: int | None = None, dtype: str = ""
+) -> tuple["GPT", "RustBPETokenizer", dict[str, Any]]:
+    """(model, tokenizer, meta) of a stage: `source` is base, mid, sft or rl. A `model_tag` that is no tag but names a stage is taken as the source."""
+    if model_tag in SOURCES and not (checkpoints_dir(source) / model_tag).is_dir():
+        logger.info(f"--model_tag={model_tag} names a stage: loading --source={model_tag}")
+        source, model_tag = model_tag, None
+    return load_model_from_dir(checkpoints_dir(source), device, phase, model_tag, step, dtype)

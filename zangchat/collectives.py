@@ -1,0 +1,61 @@
+"""The few collective operations that the training loop and the checkpoints need; without a process group each is the identity.
+
+Small vectors only: gradients and parameters travel in optim.py.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+
+def is_active() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def world() -> tuple[int, int]:
+    """(rank, world size) of the running process group; (0, 1) without one."""
+    return (dist.get_rank(), dist.get_world_size()) if is_active() else (0, 1)
+
+
+def sum_over_ranks(values: Sequence[float]) -> list[float]:
+    return _reduced(values, dist.ReduceOp.SUM)
+
+
+def max_over_ranks(values: Sequence[float]) -> list[float]:
+    return _reduced(values, dist.ReduceOp.MAX)
+
+
+def gather(values: Sequence[int]) -> list[list[int]]:
+    """Every rank's whole numbers (equally many on each), by rank."""
+    if not is_active():
+        return [list(values)]
+    mine = torch.tensor(list(values), dtype=torch.int64, device=_device())
+    rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, mine)
+    return [row.tolist() for row in rows]
+
+
+def from_rank_0(value: int) -> int:
+    """Rank 0's whole number, on every rank."""
+    return gather([value])[0][0]
+
+
+def barrier() -> None:
+    if is_active():
+        dist.barrier()
+
+
+def _reduced(values: Sequence[float], operation: "dist.ReduceOp.RedOpType") -> list[float]:
+    if not is_active():
+        return [float(value) for value in values]
+    device = _device()
+    # Counts stay exact: float64 holds every whole number up to 2^53 (MPS, which lacks it, has no collectives either).
+    vector = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
+    dist.all_reduce(vector, op=operation)
+    return vector.tolist()
+
+
+def _device() -> torch.device:
+    """Where this backend's tensors live."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
