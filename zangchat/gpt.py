@@ -1,0 +1,247 @@
+"""The model: maths and initialisation only.
+
+    wte -> norm -> n_layer x [ x += attn(norm(x)); x += mlp(norm(x)) ] -> norm -> lm_head -> cap * tanh(z / cap)
+
+No weights in the norms, no biases, rotary positions, QK-norm, grouped-query attention, relu^2, embedding and head untied: the
+architecture of nanochat at the end of 2025, which transformers knows as NanoChatForCausalLM. Master weights are fp32; the products
+run in `compute_dtype`, which is a value of the model, never of the process.
+
+Shapes: B batch, T tokens, C width (n_embd), H query heads, G key/value heads, D head dimension, V vocabulary.
+"""
+
+import math
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from zangchat.attention import attend
+from zangchat.config import GPTConfig
+from zangchat.loss import softcap, softcapped_cross_entropy
+
+__all__ = ["GPT", "GPTConfig", "KVCacheLike"]
+
+
+class KVCacheLike(Protocol):
+    """What the model asks of a key/value cache; the policy (storage, batching) belongs to the engine."""
+
+    @property
+    def positions(self) -> Tensor:
+        """(B,) int64: tokens stored so far in each row."""
+
+    def update(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store k, v (B, G, T, D) behind each row's tokens; return what to attend to and a mask (B, 1, T, S), None if plain causal."""
+
+    def advance(self, num_tokens: int) -> None:
+        """T more tokens are stored in every row; called once, after the last layer."""
+
+
+class Linear(nn.Module):
+    """x W^T in the dtype of x. The weight keeps its own dtype (fp32 master while training) and is cast where it differs."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions (arXiv:2104.09864) on x (B, heads, T, D): channel i pairs with i + D/2, rotated by -theta as in nanochat."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.eps = config.rms_norm_eps
+        self.c_q = Linear(config.n_embd, config.n_head * config.head_dim)
+        self.c_k = Linear(config.n_embd, config.n_kv_head * config.head_dim)
+        self.c_v = Linear(config.n_embd, config.n_kv_head * config.head_dim)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], kv_cache: KVCacheLike | None, backend: str) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (project(x).view(B, T, -1, self.head_dim).transpose(1, 2) for project in (self.c_q, self.c_k, self.c_v))
+        q, k = (F.rms_norm(rotate(part, *rotary), (self.head_dim,), eps=self.eps) for part in (q, k))
+        mask = None
+        if kv_cache is not None:
+            k, v, mask = kv_cache.update(self.layer_idx, k, v)
+        y = attend(q, k, v, mask, backend)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.relu(self.c_fc(x)).square())  # relu^2: arXiv:2109.08668
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.attn = Attention(config, layer_idx)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], kv_cache: KVCacheLike | None, backend: str) -> Tensor:
+        norm_shape = (x.size(-1),)
+        x = x + self.attn(F.rms_norm(x, norm_shape, eps=self.eps), rotary, kv_cache, backend)
+        return x + self.mlp(F.rms_norm(x, norm_shape, eps=self.eps))
+
+
+class GPT(nn.Module):
+    """A decoder-only language model. Parameters are uninitialised until `init_weights` or a checkpoint fills them."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config = config
+        self.attention_backend = "sdpa"  # see attention.choose_backend
+        rows = config.padded_vocab_size
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(rows, config.n_embd, _weight=torch.empty(rows, config.n_embd)),
+                "h": nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
+            }
+        )
+        self.lm_head = Linear(config.n_embd, rows)
+        self.init_rotary()
+        self.set_compute_dtype(compute_dtype)
+
+    # -- state -----------------------------------------------------------------------------------------------------------------
+
+    @property
+    def wte(self) -> nn.Embedding:
+        return cast(nn.Embedding, self.transformer["wte"])
+
+    def set_compute_dtype(self, dtype: torch.dtype, keep_masters: bool = True) -> None:
+        """Run the products in `dtype`. The embedding is stored in bf16 when computing in bf16 (it is only looked up), else in fp32.
+
+        `keep_masters=False` stores every weight in `dtype`: for inference, where casting fp32 masters at each token costs more than
+        the products themselves.
+        """
+        self.compute_dtype = dtype
+        embedding_dtype = dtype if dtype == torch.bfloat16 or not keep_masters else torch.float32
+        for name, parameter in self.named_parameters():
+            is_embedding = name == "transformer.wte.weight"
+            parameter.data = parameter.data.to(embedding_dtype if is_embedding else torch.float32 if keep_masters else dtype)
+
+    @torch.no_grad()
+    def init_weights(self, head_init_scale: float = 0.0, generator: torch.Generator | None = None) -> None:
+        """Fill every parameter and the rotary tables, wherever they live (built on the meta device and moved by `to_empty`, say).
+
+        Matrices that read the residual stream: uniform with standard deviation 1/sqrt(n_embd). Matrices that write to it: zero, so
+        that each block starts as the identity. Embedding: normal(0, 1). Head: normal(0, 0.001), or, with `head_init_scale` > 0,
+        `head_init_scale` times the embedding: then the output row of a token is related to its input row from the first step, which
+        lets small models learn to copy far earlier than from nothing. Drawn in fp32 and rounded afterwards.
+        """
+        bound = math.sqrt(3.0 / self.config.n_embd)
+        embedding = torch.empty(self.wte.weight.shape, device=self.get_device()).normal_(generator=generator)
+        self.wte.weight.copy_(embedding)
+        for name, parameter in self.transformer["h"].named_parameters():
+            if name.endswith("c_proj.weight"):
+                parameter.zero_()
+            else:
+                draw = torch.empty(parameter.shape, device=parameter.device).uniform_(-bound, bound, generator=generator)
+                parameter.copy_(draw)
+        head = embedding.mul_(head_init_scale) if head_init_scale > 0 else embedding.normal_(std=0.001, generator=generator)
+        self.lm_head.weight.copy_(head)
+        self.init_rotary()
+
+    def init_rotary(self, length: int | None = None) -> None:
+        """(Re)compute the rotary tables cos, sin (length, D/2), fp32, for positions 0..length-1 (default: sequence_len).
+
+        They are not part of a checkpoint. Call this after a checkpoint was loaded into a model built on the meta device.
+        """
+        length = length or self.config.sequence_len
+        # a table made under inference_mode (sampling) must remain usable by autograd (the next training step)
+        with torch.inference_mode(False), torch.no_grad():
+            channels = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=self.get_device())
+            frequencies = 1.0 / self.config.rope_theta ** (channels / self.config.head_dim)
+            angles = torch.arange(length, dtype=torch.float32, device=self.get_device())[:, None] * frequencies
+            self.register_buffer("cos", angles.cos(), persistent=False)
+            self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def get_device(self) -> torch.device:
+        return self.wte.weight.device
+
+    def estimate_flops(self) -> int:
+        """Training FLOPs per token (forward and backward)."""
+        from zangchat.flops import flops_per_token
+
+        return flops_per_token(self.config)
+
+    def setup_optimizers(self, **settings: Any) -> Any:
+        """See optim.build_optimizer."""
+        from zangchat.optim import build_optimizer
+
+        return build_optimizer(self, **settings)
+
+    # -- forward ---------------------------------------------------------------------------------------------------------------
+
+    def _rotary(self, T: int, kv_cache: KVCacheLike | None) -> tuple[Tensor, Tensor]:
+        """cos, sin in the compute dtype, (T, D/2), or (B, 1, T, D/2) at each row's own positions."""
+        if kv_cache is None:
+            positions, needed = None, T
+        else:
+            positions = kv_cache.positions[:, None] + torch.arange(T, device=self.get_device())
+            needed = int(positions.max()) + 1
+        if needed > self.cos.size(0):
+            self.init_rotary(max(needed, 2 * self.cos.size(0)))
+        if positions is None:
+            cos, sin = self.cos[:T], self.sin[:T]
+        else:
+            cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+        return cos.to(self.compute_dtype), sin.to(self.compute_dtype)
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        kv_cache: KVCacheLike | None = None,
+        loss_reduction: str = "mean",
+        loss_weights: Tensor | None = None,
+        logits_at: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, T, vocab_size), fp32, capped; or, given targets (B, T; -1 = ignored), the loss, fp32.
+
+        loss_reduction: "mean" over supervised tokens, "sum", or "none" -> (B, T) with 0 where ignored; loss_weights (B, T) are
+        factors on each token's loss. logits_at (B,) asks for the logits of one position of each row only -> (B, 1, vocab_size): a
+        prefill needs no others.
+        """
+        B, T = idx.shape
+        config = self.config
+        rotary = self._rotary(T, kv_cache)
+        x = F.rms_norm(self.wte(idx).to(self.compute_dtype), (config.n_embd,), eps=config.rms_norm_eps)
+        for block in cast(nn.ModuleList, self.transformer["h"]):
+            x = block(x, rotary, kv_cache, self.attention_backend)
+        x = F.rms_norm(x, (config.n_embd,), eps=config.rms_norm_eps)
+        if kv_cache is not None:
+            kv_cache.advance(T)
+        if targets is None:
+            if logits_at is not None:
+                x = x[torch.arange(B, device=x.device), logits_at].unsqueeze(1)
+            return softcap(self.lm_head(x)[..., : config.vocab_size], config.logit_cap)
+        loss = softcapped_cross_entropy(
+            x.view(B * T, -1),
+            self.lm_head.weight,
+            targets.reshape(-1),
+            config.vocab_size,
+            config.logit_cap,
+            loss_reduction,
+            None if loss_weights is None else loss_weights.reshape(-1),
+        )
+        return loss.view(B, T) if loss_reduction == "none" else loss

@@ -1,0 +1,116 @@
+"""Softcap and cross-entropy over a large vocabulary, a chunk of tokens at a time.
+
+loss_i = logsumexp(u_i) - u_i[target_i]  with  u = cap * tanh(z / cap),  z = x W^T.
+
+The (tokens, vocabulary) matrix is the biggest tensor of a training step by far, so it never exists whole: each chunk of tokens gets
+its logits, its loss and, in training, at once the gradient with respect to its logits, from which dx and dW follow. The products run
+in the dtype of x; cap, exponentials, sums and dW are fp32. The slow twin is tests/reference/loss.py.
+
+Shapes: N tokens, D width, V vocabulary (padding rows of W cut).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -1  # a target that carries no loss
+MAX_CAP = 40.0  # exp(u - cap) >= exp(-2 cap) must stay a normal fp32 number
+
+
+def softcapped_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    cap: float,
+    reduction: str = "mean",
+    weights: Tensor | None = None,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """Cross-entropy of softcapped logits; fp32, differentiable in x and weight.
+
+    x (N, D) in the compute dtype; weight (rows >= vocab_size, D), of which the first vocab_size rows are used; targets (N,) with -1
+    for ignored; weights (N,), optional factors on each token's loss (not differentiated). `reduction` is "sum", "mean" (the
+    sum divided by the number of targets that are not ignored; 0 where all are) or "none" ((N,), 0 where ignored).
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be mean, sum or none, not {reduction!r}")
+    if not 0 < cap <= MAX_CAP:
+        raise ValueError(f"the logit cap must lie in (0, {MAX_CAP:g}], not {cap}")
+    supervised = targets != IGNORE
+    factors = supervised.float() if weights is None else supervised * weights.detach().float()
+    if chunk_tokens is None:
+        chunk_tokens = _default_chunk(vocab_size, x.device)
+    loss = _CrossEntropy.apply(x, weight, targets, factors, vocab_size, cap, reduction != "none", chunk_tokens)
+    return loss / supervised.sum().clamp(min=1) if reduction == "mean" else loss
+
+
+def softcap(logits: Tensor, cap: float) -> Tensor:
+    """cap * tanh(logits / cap), in fp32."""
+    return cap * torch.tanh(logits.float() / cap)
+
+
+def _default_chunk(vocab_size: int, device: torch.device) -> int:
+    """Tokens per chunk: on a GPU large enough for full-rate GEMMs (2,048 at V = 65,536), on a CPU small enough for its caches."""
+    elements = 2**27 if device.type == "cuda" else 2**21
+    return min(max(elements // vocab_size, 64), 8192)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Sum over tokens, with gradients made in the forward pass; or per token, with gradients recomputed in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, factors: Tensor, vocab_size: int, cap: float, total: bool, chunk: int
+    ) -> Tensor:
+        ctx.settings = (vocab_size, cap, chunk)
+        ctx.total = total
+        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        losses, dx, dweight = _chunked(x, weight, targets, factors if wanted and total else None, vocab_size, cap, chunk)
+        losses = losses * factors
+        if total:
+            ctx.grads = (dx, dweight)
+            return losses.sum()
+        ctx.save_for_backward(x, weight, targets, factors)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.total:
+            dx, dweight = ctx.grads
+            if dx is None:
+                raise RuntimeError("the loss's gradients were already consumed by an earlier backward pass")
+            ctx.grads = (None, None)  # scaled in place below, so usable once
+            dx, dweight = dx.mul_(grad.to(dx.dtype)), dweight.mul_(grad)
+        else:
+            x, weight, targets, factors = ctx.saved_tensors
+            _, dx, dweight = _chunked(x, weight, targets, factors * grad, *ctx.settings)
+        return dx, dweight, None, None, None, None, None, None
+
+
+def _chunked(
+    x: Tensor, weight: Tensor, targets: Tensor, grads: Tensor | None, vocab_size: int, cap: float, chunk: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Per-token losses (N,) and, given the loss gradient of each token, dx like x and dW like weight."""
+    w = weight[:vocab_size].to(x.dtype)
+    targets = targets.clamp(min=0)  # ignored tokens: any valid index, their factor is 0
+    losses = torch.empty(x.size(0), dtype=torch.float32, device=x.device)
+    dx = None if grads is None else torch.empty_like(x)
+    dweight = None if grads is None else torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
+    for start in range(0, x.size(0), chunk):
+        rows = slice(start, start + chunk)
+        target = targets[rows, None]
+        t = (x[rows] @ w.T).float().div_(cap).tanh_()  # u / cap, in [-1, 1]
+        # u is bounded by cap, so cap can take the place of the row maximum in a stable logsumexp
+        e = (t - 1).mul_(cap).exp_()
+        total = e.sum(-1, keepdim=True)
+        losses[rows] = (total.log() + cap * (1 - t.gather(1, target))).squeeze(1)
+        if grads is None or dx is None or dweight is None:
+            continue
+        g = grads[rows, None]
+        dz = e.mul_(g / total).scatter_add_(1, target, -g)  # (softmax - onehot) * g
+        dz = dz.mul_(t.square_().neg_().add_(1)).to(x.dtype)  # d tanh
+        torch.mm(dz, w, out=dx[rows])
+        dweight[:vocab_size] += dz.T @ x[rows]
+    return losses, dx, None if dweight is None else dweight.to(weight.dtype)

@@ -1,0 +1,141 @@
+"""Muon: momentum, orthogonalised, for the matrices of the model; one implementation for one and for many ranks.
+
+Per matrix and step:
+  1. Nesterov momentum on the gradient (https://kellerjordan.github.io/posts/muon);
+  2. orthogonalisation by five Polar Express iterations (arXiv:2505.16932): the nearest semi-orthogonal matrix, from products only;
+  3. NorMuon (arXiv:2510.05491): each neuron's row is divided by a running root mean square of its updates, the norm kept;
+  4. cautious weight decay (arXiv:2510.12402): only where it pulls the weight the same way as the update.
+
+Matrices of one shape are stacked and go through one batched product. With several ranks the matrices of a shape are dealt round
+robin: a rank keeps state for its own, updates those, and the results are gathered. Gradients must be equal on all ranks.
+
+Shapes: K matrices of one shape, R rows (outputs), C columns (inputs).
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Polar Express, five steps, for singular values in [1e-3, 1] after the division by the norm; tests/reference/muon.py derives them.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+SAFETY = 1.02  # keeps rounding errors in 16-bit products from pushing a singular value past 1
+
+
+def orthogonalise(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The polar factor U V^T of each of the (K, R, C) matrices, approximately (singular values within about 0.2 of 1), in `dtype`."""
+    x = matrices.to(dtype)
+    wide = x.size(-2) <= x.size(-1)
+    if not wide:
+        x = x.mT  # the Gram matrix below is then the small one
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * SAFETY + 1e-6)
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.mT
+
+
+def _neuron_dim(shape: torch.Size) -> int:
+    """The dimension summed over for NorMuon: the shorter one. Along the shorter side all norms are equal after orthogonalising."""
+    return -1 if shape[-2] >= shape[-1] else -2
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon over 2-D parameters. `step()` reads lr, momentum and weight_decay from its param groups, so schedules may change them.
+
+    The update of a matrix has the root-mean-square size lr * sqrt(max(1, R/C) / max(R, C)). `ortho_dtype` None means bf16 on CUDA,
+    fp32 elsewhere. State of an own parameter: momentum (R, C) and second_moment (R, 1) or (1, C), fp32.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        beta2: float = 0.95,
+        ortho_dtype: torch.dtype | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "beta2": beta2})
+        self.ortho_dtype = ortho_dtype
+        self.rank, self.world_size = rank, world_size
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.dim() != 2:
+                    raise ValueError(f"Muon takes matrices, not a parameter of shape {tuple(p.shape)}")
+
+    @staticmethod
+    def _stacks(group: dict[str, Any]) -> list[list[Tensor]]:
+        """The group's parameters by shape, in the order given."""
+        stacks: dict[tuple[torch.Size, torch.dtype, torch.device], list[Tensor]] = {}
+        for p in group["params"]:
+            stacks.setdefault((p.shape, p.dtype, p.device), []).append(p)
+        return list(stacks.values())
+
+    def owned(self) -> list[Tensor]:
+        """The parameters whose state this rank keeps."""
+        return [p for group in self.param_groups for stack in self._stacks(group) for p in stack[self.rank :: self.world_size]]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for stack in self._stacks(group):
+                mine = stack[self.rank :: self.world_size]
+                if mine:
+                    self._update(mine, group)
+                if self.world_size > 1:
+                    self._share(stack, mine)
+
+    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        R, C = params[0].shape
+        grads = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in params]).float()
+        momentum, second = (torch.stack([self._state(p)[key] for p in params]) for key in ("momentum", "second_moment"))
+
+        momentum.lerp_(grads, 1 - group["momentum"])
+        dtype = self.ortho_dtype or (torch.bfloat16 if grads.is_cuda else torch.float32)
+        update = orthogonalise(grads.lerp_(momentum, group["momentum"]), dtype).float()
+
+        mean_square = update.square().mean(dim=_neuron_dim(params[0].shape), keepdim=True)  # (K, R, 1) or (K, 1, C)
+        second.lerp_(mean_square, 1 - group["beta2"])
+        scale = second.clamp(min=1e-10).rsqrt()
+        # all lines have the same length, so means of mean squares compare the norms of whole matrices
+        before, after = (m.mean(dim=(-2, -1), keepdim=True) for m in (mean_square, mean_square * scale.square()))
+        update.mul_(scale * (before / after.clamp(min=1e-20)).sqrt())
+
+        lr = group["lr"] * max(1.0, R / C) ** 0.5
+        for p, u, m, s in zip(params, update, momentum, second, strict=True):
+            decay = (u * p >= 0) * p * (lr * group["weight_decay"])
+            p.sub_((u * lr + decay).to(p.dtype))
+            self._state(p)["momentum"].copy_(m)
+            self._state(p)["second_moment"].copy_(s)
+
+    def _state(self, p: Tensor) -> dict[str, Tensor]:
+        state = self.state[p]
+        if not state:
+            shape = (p.size(0), 1) if _neuron_dim(p.shape) == -1 else (1, p.size(1))
+            state["momentum"] = torch.zeros_like(p, dtype=torch.float32)
+            state["second_moment"] = torch.zeros(shape, dtype=torch.float32, device=p.device)
+        return state
+
+    def _share(self, stack: list[Tensor], mine: list[Tensor]) -> None:
+        """Gather the updated matrices of one shape. Every rank sends as many as the busiest one owns."""
+        per_rank = -(-len(stack) // self.world_size)
+        sent = stack[0].new_zeros(per_rank, *stack[0].shape)
+        for slot, p in zip(sent, mine, strict=False):
+            slot.copy_(p)
+        received = sent.new_empty(self.world_size * per_rank, *stack[0].shape)
+        dist.all_gather_into_tensor(received, sent)
+        for i, p in enumerate(stack):
+            owner, slot_index = i % self.world_size, i // self.world_size
+            if owner != self.rank:
+                p.copy_(received[owner * per_rank + slot_index])
