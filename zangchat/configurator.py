@@ -10,8 +10,8 @@ A script states its flags once, as a dataclass: the comment after a field is its
     def main(argv: Sequence[str] | None = None) -> int:
         return configurator.run(Config, train, argv)
 
-Spellings: `--device_batch_size=8`, `--device-batch-size 8`; booleans `--dry_run`, `--dry_run=1/0`, `=true/false`, `--no_dry_run`; a lone `--`
-is skipped; of a repeated flag the last one counts. tyro converts the values and writes the help; the flags are checked here first, so that
+Spellings: `--device_batch_size=8`, `--device-batch-size 8`; booleans `--dry_run`, `--dry_run=1/0`, `=true/false`, `--no_dry_run`; a lone
+`--` is skipped; of a repeated flag the last one counts. tyro converts the values and writes the help; the flags are checked here first, so that
 every mistake gets one sentence instead of a panel.
 """
 
@@ -94,7 +94,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[C], values: dict[str, Any]) -> C:
-    """The dataclass from to_dict's output, possibly by way of JSON. Missing keys take their defaults; raises ValueError for an unknown one."""
+    """The dataclass from to_dict's output, also by way of JSON. Missing keys take their defaults; an unknown one raises ValueError."""
     hints = get_type_hints(cls)
     unknown = set(values) - {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if unknown:
@@ -154,7 +154,8 @@ def _flags(config_cls: type) -> Iterator[_Flag]:
     for field in dataclasses.fields(config_cls):
         if not field.init:
             continue
-        hint, metadata = hints[field.name], ()
+        hint = hints[field.name]
+        metadata: tuple[Any, ...] = ()
         if get_origin(hint) is Annotated:
             hint, metadata = get_args(hint)[0], hint.__metadata__
         yield _Flag(

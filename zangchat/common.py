@@ -1,0 +1,438 @@
+"""What every command needs: where files live, logging, the device and its number format, the process group, safe writes and downloads.
+
+torch is imported inside the functions that use it, so that importing this module costs nothing and changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import operator
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from http.client import HTTPException
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from zangchat.configurator import UserError, to_dict
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # the longest a rank may wait for another: rank 0 alone saves, samples and compiles
+DOWNLOAD_TRIES = 5
+DOWNLOAD_TIMEOUT = 60.0  # seconds without a byte
+CHUNK = 1 << 20
+
+BANNER = r"""
+ #####   ###   #   #   ####   ####  #   #   ###   #####
+    #   #   #  ##  #  #      #      #   #  #   #    #
+   #    #####  # # #  #  ##  #      #####  #####    #
+  #     #   #  #  ##  #   #  #      #   #  #   #    #
+ #####  #   #  #   #   ####   ####  #   #  #   #    #
+"""
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def get_base_dir() -> Path:
+    """Where everything a run makes is kept: $ZANGCHAT_BASE_DIR, else ~/.cache/zangchat. Created when missing."""
+    base = Path(os.environ.get("ZANGCHAT_BASE_DIR") or Path.home() / ".cache" / "zangchat").expanduser()
+    base.mkdir(parents=True, exist_ok=True)
+    return base
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open a file that appears under its name only when the block ends without an exception: whole, and on the disk."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    try:
+        with open(temporary, mode.replace("w", "x"), **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def atomic_write(path: str | Path, data: bytes | str) -> None:
+    """Replace a file whole or not at all, whenever the process or the machine stops."""
+    with atomic_file(path) as file:
+        file.write(data.encode("utf-8") if isinstance(data, str) else data)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable; folders cannot be opened on Windows, where this is not needed."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def download_file_with_lock(
+    url: str, filename: str, postprocess_fn: Callable[[Path], None] | None = None, sha256: str | None = None
+) -> Path:
+    """Fetch `url` to <base>/filename once, however many processes ask for it; returns the path.
+
+    `postprocess_fn(path)` sees the complete download before it gets its name, so that a file which is present was also processed.
+    Raises UserError when the server refuses, or when DOWNLOAD_TRIES attempts gave no complete file with that sha256.
+    """
+    from filelock import FileLock
+
+    path = get_base_dir() / filename
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if _is_intact(path, sha256):
+        return path
+    with FileLock(f"{path}.lock"):
+        if _is_intact(path, sha256):  # another process fetched it while this one waited
+            return path
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
+        try:
+            _download(url, temporary, path, sha256)
+            if postprocess_fn is not None:
+                postprocess_fn(temporary)
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return path
+
+
+def _is_intact(path: Path, sha256: str | None) -> bool:
+    if not path.exists():
+        return False
+    if sha256 is None or file_sha256(path) == sha256.lower():
+        return True
+    logger.warning("%s is not the expected file (its sha256 differs): fetching it again", path)
+    return False
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _download(url: str, temporary: Path, path: Path, sha256: str | None) -> None:
+    problem = ""
+    for attempt in range(DOWNLOAD_TRIES):
+        if attempt:
+            pause = 2.0 ** (attempt - 1)
+            logger.warning("%s: %s; trying again in %.0f s", url, problem, pause)
+            time.sleep(pause)
+        try:
+            problem = _download_once(url, temporary, sha256)
+        except urllib.error.HTTPError as error:
+            problem = f"the server answered {error.code} {error.reason}"
+            if error.code < 500 and error.code not in (408, 429):
+                break
+        except (OSError, HTTPException) as error:  # URLError, timeouts and broken connections are OSErrors
+            problem = str(error) or type(error).__name__
+        if not problem:
+            return
+    raise UserError(f"could not download {url}: {problem}; check the network and run this again, or put the file at {path} yourself")
+
+
+def _download_once(url: str, temporary: Path, sha256: str | None) -> str:
+    """One attempt; returns what is wrong with the bytes that came, or "" when they are whole."""
+    digest, length = hashlib.sha256(), 0
+    request = urllib.request.Request(url, headers={"User-Agent": "zangchat"})
+    with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response, open(temporary, "wb") as file:
+        announced = response.headers.get("Content-Length")
+        while block := response.read(CHUNK):
+            file.write(block)
+            digest.update(block)
+            length += len(block)
+        file.flush()
+        os.fsync(file.fileno())
+    if announced is not None and length != int(announced):
+        return f"{length} bytes came of {announced}"
+    if sha256 is not None and digest.hexdigest() != sha256.lower():
+        return f"the sha256 of what came is {digest.hexdigest()}, not {sha256.lower()}"
+    return ""
+
+
+# ---- randomness -----------------------------------------------------------------------------------------------------
+
+
+def derive_seed(*parts: Any) -> int:
+    """A 63-bit seed that depends on `parts` alone, e.g. (seed, "shuffle", epoch, index): the one source of randomness after initialisation.
+
+    Parts are str, int, float, bool, None or tuples of these; raises TypeError for others, whose repr may not be the same elsewhere.
+    """
+    text = "\x1f".join(_stable(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "little") >> 1
+
+
+def _stable(part: Any) -> str:
+    if part is None or isinstance(part, (bool, str)):
+        return repr(part)
+    if isinstance(part, (tuple, list)):
+        return "(" + ",".join(_stable(item) for item in part) + ")"
+    if isinstance(part, float):
+        return repr(float(part))
+    if hasattr(part, "__index__"):  # numpy's integers print differently, and differ by version
+        return repr(operator.index(part))
+    raise TypeError(f"a seed cannot be derived from {type(part).__name__}")
+
+
+# ---- terminal and logs ----------------------------------------------------------------------------------------------
+
+
+class ColoredFormatter(logging.Formatter):
+    """Time, level, logger and message; the level in colour where `color` is true."""
+
+    COLORS = {
+        logging.DEBUG: "\x1b[36m",
+        logging.INFO: "\x1b[32m",
+        logging.WARNING: "\x1b[33m",
+        logging.ERROR: "\x1b[31m",
+        logging.CRITICAL: "\x1b[1;31m",
+    }
+    RESET = "\x1b[0m"
+
+    def __init__(self, fmt: str = "%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt: str = "%H:%M:%S", color: bool = True):
+        super().__init__(fmt, datefmt)
+        self.color = color
+
+    def format(self, record: logging.LogRecord) -> str:
+        if not self.color or record.levelno not in self.COLORS:
+            return super().format(record)
+        painted = logging.makeLogRecord(record.__dict__)  # other handlers see the record unpainted
+        painted.levelname = f"{self.COLORS[record.levelno]}{record.levelname}{self.RESET}"
+        return super().format(painted)
+
+
+class _StderrHandler(logging.StreamHandler):
+    """Writes to whatever sys.stderr is when the message comes."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: Any) -> None:
+        raise AttributeError("this handler always writes to sys.stderr")
+
+
+def setup_default_logging() -> None:
+    """Log to stderr: our own modules from INFO (rank 0; from WARNING elsewhere), others from WARNING. A second call changes nothing."""
+    root = logging.getLogger()
+    if any(isinstance(handler.formatter, ColoredFormatter) for handler in root.handlers):
+        return
+    handler = _StderrHandler()
+    handler.setFormatter(ColoredFormatter(color=sys.stderr.isatty() and "NO_COLOR" not in os.environ))
+    root.addHandler(handler)
+    for name in ("zangchat", "scripts", "tasks", "__main__"):
+        logging.getLogger(name).setLevel(logging.INFO if get_dist_info()[1] == 0 else logging.WARNING)
+
+
+def print0(*values: Any, **kwargs: Any) -> None:
+    """print() on rank 0 alone."""
+    if get_dist_info()[1] == 0:
+        print(*values, **{"flush": True, **kwargs})
+
+
+def print_banner() -> None:
+    print0(BANNER)
+
+
+# ---- processes and devices ------------------------------------------------------------------------------------------
+
+
+def is_ddp() -> bool:
+    """Whether torchrun started this process. RANK alone, as some clusters set it, does not count."""
+    return all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+
+
+def get_dist_info() -> tuple[bool, int, int, int]:
+    """(ddp, rank, local_rank, world_size); (False, 0, 0, 1) without torchrun."""
+    if not is_ddp():
+        return False, 0, 0, 1
+    return True, int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def autodetect_device_type() -> str:
+    """cuda, else mps, else cpu."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def compute_init(device_type: str = "", seed: int = 42) -> tuple[bool, int, int, int, torch.device]:
+    """Make this process ready to compute: device, seeds, matmul precision, CPU threads and, under torchrun, the process group.
+
+    Returns (ddp, rank, local_rank, world_size, device). An empty device_type means the best one present; raises UserError for one that is
+    absent.
+    """
+    import torch
+
+    device_type = device_type or autodetect_device_type()
+    ddp, rank, local_rank, world_size = get_dist_info()
+    _check_device(device_type, local_rank, ddp)
+    torch.manual_seed(seed)  # weights only: every later draw has a generator of its own, seeded by derive_seed
+    device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device(device_type)
+    if device_type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.manual_seed(seed)
+        _allow_tf32()
+    if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it to 1 where the user did not
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        if local_world_size > 1:  # ranks that each take every core slow each other down
+            torch.set_num_threads(max(1, _usable_cores() // local_world_size))
+    if ddp and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(
+            backend="nccl" if device_type == "cuda" else "gloo",
+            timeout=COLLECTIVE_TIMEOUT,
+            device_id=device if device_type == "cuda" else None,
+        )
+        torch.distributed.barrier()
+    return ddp, rank, local_rank, world_size, device
+
+
+def compute_cleanup() -> None:
+    """Leave the process group, where there is one."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _check_device(device_type: str, local_rank: int, ddp: bool) -> None:
+    import torch
+
+    if device_type not in ("cuda", "mps", "cpu"):
+        raise UserError(f"--device_type={device_type} is not known: choose cuda, mps or cpu, or leave the flag out for the best one")
+    if device_type == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"--device_type=cuda, but torch {torch.__version__} finds no CUDA device: leave the flag out or use --device_type=cpu"
+        )
+    if device_type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device_type=mps, but there is no Metal device here: leave the flag out or use --device_type=cpu")
+    if device_type == "mps" and ddp:
+        raise UserError("--device_type=mps works with a single process: start the command with plain python, or use --device_type=cpu")
+    if device_type == "cuda" and local_rank >= torch.cuda.device_count():
+        raise UserError(f"process {local_rank + 1} of this machine finds {torch.cuda.device_count()} CUDA devices: lower --nproc_per_node")
+
+
+def _allow_tf32() -> None:
+    """fp32 products on tensor cores. By the older of torch's two settings: after the newer one (`fp32_precision`), torch.compile
+    stops with "mix of the legacy and new APIs", since parts of it still read the older (seen in 2.9 to 2.13)."""
+    import torch
+
+    torch.set_float32_matmul_precision("high")
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def resolve_dtype(flag: str, device: torch.device | str) -> torch.dtype:
+    """The dtype matmuls run in: the one `flag` names, or for an empty flag the one the device is really fast with.
+
+    bfloat16 on CUDA from compute capability 8.0 and on CPUs with AVX512-BF16 or AMX, float16 on older CUDA, else float32. Raises UserError.
+    """
+    import torch
+
+    choices = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if flag:
+        if flag not in choices:
+            raise UserError(f"--dtype={flag} is not known: choose {', '.join(choices)}, or leave the flag out for what suits the device")
+        return choices[flag]
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if device.type == "cpu" and _cpu_has_bf16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 in hardware; without that bf16 is emulated, and slower than fp32."""
+    import torch
+
+    flags = {"avx512_bf16", "amx_bf16"}
+    if hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(flag) for flag in flags)
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and not flags.isdisjoint(cpuinfo.read_text(encoding="utf-8", errors="replace").split())
+
+
+def device_synchronize(device: torch.device | str) -> None:
+    """Wait until the device has done what was asked of it; a CPU always has."""
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_memory_bytes(device: torch.device | str) -> int:
+    """The most memory used so far: of the device by tensors on CUDA, of the driver on MPS (now), of this process on a CPU."""
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    if device.type == "mps":
+        return int(torch.mps.driver_allocated_memory())
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# ---- experiment tracking --------------------------------------------------------------------------------------------
+
+
+class DummyWandb:
+    """Takes what a wandb run takes and keeps nothing."""
+
+    def __init__(self) -> None:
+        self.summary: dict[str, Any] = {}
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def finish(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def get_wandb(run: str, config: Any, project: str) -> Any:
+    """A wandb run named `run` (else $WANDB_RUN) on rank 0; a DummyWandb for "dummy" and on other ranks. `config`: dataclass or dict."""
+    if run == "dummy":
+        run = os.environ.get("WANDB_RUN", "dummy")
+    if run == "dummy" or get_dist_info()[1] != 0:
+        return DummyWandb()
+    import wandb
+
+    return wandb.init(project=project, name=run, config=config if isinstance(config, dict) else to_dict(config))
