@@ -16,17 +16,17 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, IO
 
 import torch
 
 from zangchat import collectives, common
 from zangchat.config import GPTConfig
 from zangchat.configurator import UserError
+from zangchat.optim import merge_shards
 
 if TYPE_CHECKING:
     from zangchat.gpt import GPT
@@ -105,7 +105,7 @@ def save_checkpoint(
         files = {name: {"size": size, "sha256": digest} for name, (size, digest) in sorted(written.items())}
         meta = {**meta_data, "step": step, "files": files, "format_version": FORMAT_VERSION}
         try:
-            common.atomic_write(directory / meta_name(step), json.dumps(meta, indent=1, allow_nan=False) + "\n")
+            common.atomic_write(directory / meta_name(step), _json(meta))
         except OSError as error:
             failure = error
     if not collectives.from_rank_0(failure is None):
@@ -123,7 +123,7 @@ def strip_prefix(model_data: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
 class _HashingWriter:
     """A file that torch.save can write to, which counts and hashes what passes."""
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: IO[bytes]):
         self.file, self.hash, self.size = file, hashlib.sha256(), 0
         self.error: OSError | None = None
 
@@ -143,21 +143,14 @@ class _HashingWriter:
 
 def _write_tensors(path: Path, data: Mapping[str, Any]) -> tuple[int, str]:
     """(size, sha256) of the file; OSError leaves whatever was at `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            sink = _HashingWriter(file)
-            try:
-                torch.save(_on_cpu(data), sink)
-            except RuntimeError:
-                if sink.error is not None:
-                    raise sink.error from None
-                raise
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with common.atomic_file(path) as file:
+        sink = _HashingWriter(file)
+        try:
+            torch.save(_on_cpu(data), sink)
+        except RuntimeError:
+            if sink.error is not None:
+                raise sink.error from None
+            raise
     return sink.size, sink.hash.hexdigest()
 
 
@@ -169,6 +162,16 @@ def _on_cpu(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _on_cpu(item) for key, item in value.items()}
     return value
+
+
+def update_meta(checkpoint_dir: str | Path, step: int, changes: Mapping[str, Any]) -> None:
+    """Replace some entries of a step's meta, at once or not at all (rank 0 only): what was measured after the save. Raises OSError."""
+    meta = {**read_meta(checkpoint_dir, step), **changes}
+    common.atomic_write(Path(checkpoint_dir) / meta_name(step), _json(meta))
+
+
+def _json(meta: Mapping[str, Any]) -> str:
+    return json.dumps(meta, indent=1, allow_nan=False) + "\n"
 
 
 def purge(checkpoint_dir: str | Path, keep_last: int) -> None:
@@ -192,7 +195,7 @@ def remove_temporary_files(checkpoint_dir: str | Path) -> None:
         _unlink(path)
 
 
-def _delete(checkpoint_dir: str | Path, unwanted: Any) -> None:
+def _delete(checkpoint_dir: str | Path, unwanted: Callable[[int], bool]) -> None:
     paths = [path for path in _listing(checkpoint_dir) if (match := STEP_FILE.match(path.name)) and unwanted(int(match[1]))]
     for path in sorted(paths, key=lambda path: not META.match(path.name)):  # metas first: a step never exists in part
         _unlink(path)
@@ -240,17 +243,9 @@ def verify_checkpoint(checkpoint_dir: str | Path, step: int, hashes: bool = Fals
             raise CheckpointError(f"{path} is missing") from None
         if size != expected["size"]:
             raise CheckpointError(f"{path} is damaged: {size} bytes instead of {expected['size']}")
-        if hashes and _sha256(path) != expected["sha256"]:
+        if hashes and common.file_sha256(path) != expected["sha256"]:
             raise CheckpointError(f"{path} is damaged: its sha256 is not the one in {meta_name(step)}")
     return meta
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def valid_steps(checkpoint_dir: str | Path) -> list[int]:
@@ -329,8 +324,8 @@ def load_checkpoint(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None, dict[str, Any]]:
     """(model tensors on `device`, the optimizer's state merged over the ranks that saved it, meta); sizes are checked, hashes are not.
 
-    The merged state, on the CPU, is {parameter name: {"shape", "tensors"}} with tensors as long as the parameter; each rank cuts its own
-    slice out of it, whatever their number, which is why `rank` makes no difference here.
+    The merged state is what one rank alone would have saved (see optim.py), on the CPU: each rank cuts its own part out of it, whatever
+    their number, which is why `rank` makes no difference here.
     """
     meta = verify_checkpoint(checkpoint_dir, step)
     model_data = strip_prefix(_read_tensors(Path(checkpoint_dir) / model_name(step), device))
@@ -340,7 +335,10 @@ def load_checkpoint(
     if not names:
         raise CheckpointError(f"step {step} in {checkpoint_dir} holds no optimizer state: it can be used, but not gone on from")
     shards = [_read_tensors(Path(checkpoint_dir) / name, "cpu") for name in names]
-    return model_data, merge_shards(shards, str(Path(checkpoint_dir) / f"optim_{step:06d}_rank*.pt")), meta
+    try:
+        return model_data, merge_shards(shards), meta
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{checkpoint_dir}: the optimizer files of step {step} do not make one state: {error}") from None
 
 
 def _read_tensors(path: Path, device: torch.device | str) -> dict[str, Any]:
@@ -350,39 +348,6 @@ def _read_tensors(path: Path, device: torch.device | str) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
-def merge_shards(shards: list[dict[str, Any]], where: str = "optimizer shards") -> dict[str, dict[str, Any]]:
-    """Shards {name: {"shape", "slice": (start, stop) rows, "tensors"}} -> {name: {"shape", "tensors"}} for whole parameters.
-
-    Tensors with as many rows as the slice are joined in row order; anything else (a step count) is equal on all ranks and taken from the
-    first. Raises CheckpointError naming the parameter and the rows that no shard holds.
-    """
-    pieces: dict[str, list[dict[str, Any]]] = {}
-    for shard in shards:
-        for name, piece in shard.items():
-            pieces.setdefault(name, []).append(piece)
-    return {name: _merged(name, sorted(found, key=lambda piece: tuple(piece["slice"])), where) for name, found in pieces.items()}
-
-
-def _merged(name: str, pieces: list[dict[str, Any]], where: str) -> dict[str, Any]:
-    shape = tuple(pieces[0]["shape"])
-    rows = shape[0] if shape else 1
-    parts, reached = [], 0
-    for piece in pieces:
-        start, stop = piece["slice"]
-        if start > reached:
-            break
-        if stop > reached:  # a replica of rows that another rank holds as well adds nothing
-            parts.append((piece["tensors"], reached - start))
-            reached = stop
-    if reached < rows:
-        raise CheckpointError(f"{where}: no shard holds rows {reached} and on of {name} ({rows} rows)")
-    tensors = {}
-    for key, first in parts[0][0].items():
-        sharded = isinstance(first, torch.Tensor) and first.dim() > 0
-        tensors[key] = torch.cat([part[key][skip:] for part, skip in parts]) if sharded and len(parts) > 1 else first
-    return {"shape": shape, "tensors": tensors}
-
-
 def build_model(
     checkpoint_dir: str | Path, step: int, device: torch.device | str, phase: str, dtype: str = ""
 ) -> tuple["GPT", "RustBPETokenizer", dict[str, Any]]:
@@ -390,22 +355,31 @@ def build_model(
     if phase not in ("train", "eval"):
         raise ValueError(f"phase is 'train' or 'eval', not {phase!r}")
     model_data, _, meta = load_checkpoint(checkpoint_dir, step, device)
-    model = empty_model(GPTConfig.from_dict(meta["model_config"]), device, dtype)
+    model = empty_model(_model_config(meta, checkpoint_dir), device, dtype)
     load_weights(model, model_data, f"{checkpoint_dir}/{model_name(step)}")
+    if phase == "eval":
+        model.set_compute_dtype(model.compute_dtype, keep_masters=False)
     model.train(phase == "train")
     return model, load_tokenizer(checkpoint_dir), meta
 
 
 def empty_model(config: GPTConfig, device: torch.device | str, dtype: str = "") -> "GPT":
-    """A model in its initial state on `device`; built on the meta device, so that its weights exist once."""
+    """A model without weights on `device`, to be filled by `init_weights` or `load_weights`; built on the meta device: memory is taken once."""
     from zangchat.gpt import GPT
 
     with torch.device("meta"):
         model = GPT(config)
     model.to_empty(device=device)
     model.set_compute_dtype(common.resolve_dtype(dtype, torch.device(device)))
-    model.init_weights()
+    model.init_rotary()
     return model
+
+
+def _model_config(meta: Mapping[str, Any], checkpoint_dir: str | Path) -> GPTConfig:
+    try:
+        return GPTConfig.from_dict(meta["model_config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint_dir}/{meta_name(meta['step'])} describes no model that this code knows: {error}") from None
 
 
 def load_weights(model: torch.nn.Module, model_data: Mapping[str, torch.Tensor], where: str) -> None:
