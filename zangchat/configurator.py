@@ -11,8 +11,8 @@ A script states its flags once, as a dataclass: the comment after a field is its
         return configurator.run(Config, train, argv)
 
 Spellings: `--device_batch_size=8`, `--device-batch-size 8`; booleans `--dry_run`, `--dry_run=1/0`, `=true/false`, `--no_dry_run`; a lone
-`--` is skipped; of a repeated flag the last one counts. tyro converts the values and writes the help; the flags are checked here first, so that
-every mistake gets one sentence instead of a panel.
+`--` is skipped; of a repeated flag the last one counts. tyro converts the values and writes the help; the flags are checked here first,
+so that every mistake gets one sentence instead of a panel.
 """
 
 import contextlib

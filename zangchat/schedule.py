@@ -1,0 +1,173 @@
+"""The numbers of a run as pure functions: depth -> model, model -> tokens, batch, rate factors; step -> multipliers.
+
+Layer 0: nothing here imports torch. The scaling rules were tuned at one reference, 12 layers of width 768 with a batch of 2^19 tokens,
+and are carried to other sizes relative to it.
+"""
+
+import math
+from typing import NamedTuple
+
+from zangchat.config import GPTConfig, StepMultipliers
+from zangchat.configurator import UserError
+from zangchat.flops import flops_per_token, scaling_params
+
+WIDTH_PER_LAYER = 64
+REFERENCE_DEPTH = 12
+REFERENCE_WIDTH = 768
+REFERENCE_BATCH = 2**19  # tokens per step
+REFERENCE_RATIO = 12.0  # tokens per (matrix + lm_head) parameter
+BATCH_EXPONENT = 0.383  # the best batch grows with the tokens D as D^0.383
+DECAY_FACTOR_RANGE = (0.1, 4.0)  # of D_ref / D in the weight decay: beyond what was tuned, runs far from the reference stay near it
+
+MOMENTUM_START, MOMENTUM_PEAK, MOMENTUM_END = 0.85, 0.97, 0.90
+MOMENTUM_STEPS, MOMENTUM_RATIO = 400, 0.15  # the ramp takes the smaller of these steps and this share of the run
+WARMUP_STEPS = 40
+
+
+class TrainPlan(NamedTuple):
+    """What a depth implies for a run. The scales are factors on the base learning rates and weight decay given as flags."""
+
+    tokens: int  # num_iterations * total_batch_size
+    total_batch_size: int  # tokens per step, all ranks
+    num_iterations: int
+    lr_scale: float  # of the matrices
+    adamw_lr_scale: float  # of embedding and head
+    weight_decay_scale: float
+
+
+def model_config_for_depth(
+    depth: int, head_dim: int = 128, n_kv_head: int | None = None, *, vocab_size: int, sequence_len: int
+) -> GPTConfig:
+    """The model of one dial: width = 64 x depth, rounded up to whole heads. n_kv_head None or 0 = as many as query heads.
+
+    Raises UserError naming the flag.
+    """
+    if depth < 1:
+        raise UserError(f"--depth={depth} is not possible: a model has at least one layer")
+    if head_dim < 2 or head_dim % 2:
+        raise UserError(f"--head_dim={head_dim} is not possible: rotary positions need an even head dimension, e.g. --head_dim=64")
+    if sequence_len < 1:
+        raise UserError(f"--max_seq_len={sequence_len} is not possible: a row holds at least one token")
+    n_head = -(-depth * WIDTH_PER_LAYER // head_dim)
+    if n_kv_head and (n_kv_head < 0 or n_head % n_kv_head):
+        divisors = ", ".join(str(n) for n in range(1, n_head + 1) if n_head % n == 0)
+        raise UserError(f"--n_kv_head={n_kv_head} does not divide the {n_head} heads of --depth={depth}: choose one of {divisors}")
+    return GPTConfig(
+        sequence_len=sequence_len,
+        vocab_size=vocab_size,
+        n_layer=depth,
+        n_head=n_head,
+        n_kv_head=n_kv_head or n_head,
+        n_embd=n_head * head_dim,
+    )
+
+
+def plan_run(
+    config: GPTConfig,
+    *,
+    target_param_data_ratio: float = REFERENCE_RATIO,
+    total_batch_size: int = -1,
+    num_iterations: int = -1,
+    target_flops: float = -1,
+) -> TrainPlan:
+    """How long to train, with what batch, and what to multiply the tuned rates with; -1 = derive it. Raises UserError.
+
+    The length is num_iterations, else target_flops, else target_param_data_ratio x (matrix + lm_head parameters) tokens. The batch is
+    the power of two nearest to 2^19 (D / D_ref)^0.383, at least one row. D_ref is what the same ratio gives the 12-layer model at the
+    same vocabulary. Rates grow with the root of the batch; weight decay also shrinks with the length of the run, so that what it
+    has forgotten at the end is the same share.
+    """
+    for name, value in (("total_batch_size", total_batch_size), ("num_iterations", num_iterations), ("target_flops", target_flops)):
+        if value != -1 and value <= 0:
+            raise UserError(f"--{name}={value:g} is not possible: give a positive number, or -1 to have it derived")
+    derived = num_iterations == -1 and target_flops == -1
+    if target_param_data_ratio <= 0 and derived:
+        raise UserError(f"--target_param_data_ratio={target_param_data_ratio:g} is not possible: give a positive one, or --num_iterations")
+    ratio = target_param_data_ratio if target_param_data_ratio > 0 else REFERENCE_RATIO
+    tokens = target_flops / flops_per_token(config) if target_flops > 0 else ratio * scaling_params(config)
+    reference_tokens = ratio * scaling_params(_reference(config))
+    if total_batch_size == -1:
+        total_batch_size = _best_batch(tokens / reference_tokens, config.sequence_len)
+    if num_iterations == -1:
+        num_iterations = max(1, round(tokens / total_batch_size))
+    tokens = num_iterations * total_batch_size
+
+    batch_factor = math.sqrt(total_batch_size / REFERENCE_BATCH)
+    low, high = DECAY_FACTOR_RANGE
+    return TrainPlan(
+        tokens=tokens,
+        total_batch_size=total_batch_size,
+        num_iterations=num_iterations,
+        lr_scale=batch_factor,
+        adamw_lr_scale=batch_factor * (config.n_embd / REFERENCE_WIDTH) ** -0.5,
+        weight_decay_scale=batch_factor * min(max(reference_tokens / tokens, low), high),
+    )
+
+
+def _reference(config: GPTConfig) -> GPTConfig:
+    """The 12-layer model at the same vocabulary."""
+    return model_config_for_depth(REFERENCE_DEPTH, vocab_size=config.vocab_size, sequence_len=config.sequence_len)
+
+
+def _best_batch(relative_tokens: float, sequence_len: int) -> int:
+    """Tokens per step, a power of two that holds at least one row."""
+    exponent = round(math.log2(REFERENCE_BATCH * relative_tokens**BATCH_EXPONENT))
+    return 2 ** max(exponent, math.ceil(math.log2(sequence_len)))
+
+
+# ---- within a run ---------------------------------------------------------------------------------------------------
+
+
+def base_multipliers(
+    step: int,
+    num_iterations: int,
+    *,
+    warmup_ratio: float = 0.05,
+    warmdown_ratio: float = 0.65,
+    final_lr_frac: float = 0.05,
+    warmup_steps: int = WARMUP_STEPS,
+) -> StepMultipliers:
+    """Pretraining, for the update number `step` (from 0): warm-up, constant, linear warm-down that ends at final_lr_frac.
+
+    Warm-up takes warmup_steps or warmup_ratio of the run, whichever is less. Momentum rises to its peak and falls during the warm-down;
+    weight decay falls linearly over the whole run. Past the end nothing falls further.
+    """
+    _check_horizon(step, num_iterations)
+    warmup = int(min(warmup_steps, warmup_ratio * num_iterations))
+    down = _warmdown_progress(step + 1, num_iterations, warmdown_ratio)
+    lr = (1 - down) + final_lr_frac * down
+    if step < warmup:
+        lr = min(lr, (step + 1) / warmup)
+    ramp = int(min(MOMENTUM_STEPS, MOMENTUM_RATIO * num_iterations))
+    momentum = MOMENTUM_START + (MOMENTUM_PEAK - MOMENTUM_START) * min(1.0, step / max(1, ramp))
+    momentum = min(momentum, MOMENTUM_PEAK - (MOMENTUM_PEAK - MOMENTUM_END) * down)
+    return StepMultipliers(lr=lr, momentum=momentum, weight_decay=max(0.0, 1 - step / num_iterations))
+
+
+def finetune_multipliers(
+    step: int,
+    num_iterations: int,
+    *,
+    init_lr_frac: float = 1.0,
+    warmdown_ratio: float = 1.0,
+    final_lr_frac: float = 0.0,
+    momentum: float = 0.95,
+) -> StepMultipliers:
+    """Midtraining, SFT and RL: constant at init_lr_frac, then linear over the last warmdown_ratio of the run (1: all of it) towards
+    final_lr_frac x init_lr_frac, which is reached one step past the last, so that no update is wasted on a rate of zero."""
+    _check_horizon(step, num_iterations)
+    down = _warmdown_progress(step, num_iterations, warmdown_ratio)
+    return StepMultipliers(lr=init_lr_frac * ((1 - down) + final_lr_frac * down), momentum=momentum, weight_decay=1.0)
+
+
+def _warmdown_progress(step: int, num_iterations: int, warmdown_ratio: float) -> float:
+    """0 before the warm-down, 1 at its end, num_iterations, and after it."""
+    length = int(warmdown_ratio * num_iterations)
+    if length == 0:
+        return 0.0
+    return min(1.0, max(0.0, (step - (num_iterations - length)) / length))
+
+
+def _check_horizon(step: int, num_iterations: int) -> None:
+    if step < 0 or num_iterations < 1:
+        raise ValueError(f"step {step} of {num_iterations}: a step counts from 0, a run has at least one")
