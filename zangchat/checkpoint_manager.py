@@ -19,6 +19,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, IO
 
 import torch
@@ -344,6 +345,8 @@ def load_checkpoint(
 def _read_tensors(path: Path, device: torch.device | str) -> dict[str, Any]:
     try:
         return torch.load(path, map_location=device, weights_only=True)
+    except UnpicklingError:
+        raise CheckpointError(f"{path} cannot be read: it holds more than tensors and plain containers, or is damaged") from None
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
 

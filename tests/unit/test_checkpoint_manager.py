@@ -1,0 +1,317 @@
+"""Checkpoints: what is saved comes back, a step exists whole or not at all, damage is named, and the right one is found."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from zangchat import checkpoint_manager as cm
+from zangchat.configurator import UserError
+
+MODEL = {"transformer.wte.weight": torch.arange(12.0).view(4, 3), "lm_head.weight": torch.ones(4, 3, dtype=torch.bfloat16)}
+META = {"val_bpb": 1.5, "model_config": {"n_layer": 2}, "user_config": {"depth": 2}, "run_state": {"step": 1}}
+
+
+def shard(start: int = 0, stop: int = 4) -> dict[str, Any]:
+    rows = torch.arange(12.0).view(4, 3)[start:stop]
+    return {"lm_head.weight": {"shape": [4, 3], "slice": [start, stop], "tensors": {"exp_avg": rows, "step": torch.tensor(7.0)}}}
+
+
+def save(directory: Path, step: int, **changes: Any) -> None:
+    cm.save_checkpoint(directory, step, MODEL, shard(), {**META, **changes})
+
+
+def damage(path: Path) -> None:
+    """Flip one bit in the middle; the size stays."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 16
+    path.write_bytes(data)
+
+
+# ---- round trip -----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    save(tmp_path, 123)
+    model, optimizer, meta = cm.load_checkpoint(tmp_path, 123, "cpu", load_optimizer=True)
+    assert {name: tensor.dtype for name, tensor in model.items()} == {name: tensor.dtype for name, tensor in MODEL.items()}
+    assert all(torch.equal(model[name], MODEL[name]) for name in MODEL)
+    assert torch.equal(optimizer["lm_head.weight"]["tensors"]["exp_avg"], torch.arange(12.0).view(4, 3))
+    assert {key: meta[key] for key in META} == META and meta["step"] == 123 and meta["format_version"] == cm.FORMAT_VERSION
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["meta_000123.json", "model_000123.pt", "optim_000123_rank0.pt"]
+
+
+def test_the_prefix_of_compiled_models_is_neither_written_nor_kept(tmp_path):
+    cm.save_checkpoint(tmp_path, 1, {f"_orig_mod.{name}": tensor for name, tensor in MODEL.items()}, None, META)
+    assert torch.load(tmp_path / "model_000001.pt", weights_only=True).keys() == MODEL.keys()
+    assert cm.strip_prefix({"_orig_mod.mode.weight": torch.zeros(1)}).keys() == {"mode.weight"}  # a prefix, not a set of letters
+
+
+def test_a_view_is_saved_without_the_rest_of_its_storage(tmp_path):
+    big = torch.zeros(1_000_000)
+    cm.save_checkpoint(tmp_path, 1, {"part": big[:10]}, None, META)
+    assert (tmp_path / "model_000001.pt").stat().st_size < 10_000
+
+
+def test_shards_of_several_ranks_make_one_state(tmp_path, monkeypatch):
+    monkeypatch.setattr(cm.collectives, "gather", lambda values: [list(values)])
+    cm.save_checkpoint(tmp_path, 1, MODEL, shard(0, 2), META)
+    _add_rank(tmp_path, 1, rank=1, data=shard(2, 4))
+    _, merged, _ = cm.load_checkpoint(tmp_path, 1, "cpu", load_optimizer=True)
+    assert torch.equal(merged["lm_head.weight"]["tensors"]["exp_avg"], torch.arange(12.0).view(4, 3))
+    assert float(merged["lm_head.weight"]["tensors"]["step"]) == 7.0
+
+
+def _add_rank(directory: Path, step: int, rank: int, data: dict[str, Any]) -> None:
+    """What rank `rank` of a larger run would have added (real ranks: test_trainer)."""
+    size, digest = cm._write_tensors(directory / cm.optim_name(step, rank), data)
+    files = cm.read_meta(directory, step)["files"] | {cm.optim_name(step, rank): {"size": size, "sha256": digest}}
+    cm.update_meta(directory, step, {"files": files})
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    cm.save_checkpoint(tmp_path, 1, MODEL, shard(0, 2), META)
+    with pytest.raises(UserError, match=r"lm_head.weight: rows from 2 are missing"):
+        cm.load_checkpoint(tmp_path, 1, "cpu", load_optimizer=True)
+    _add_rank(tmp_path, 1, rank=1, data=shard(2, 4))
+    (tmp_path / "optim_000001_rank1.pt").unlink()
+    with pytest.raises(UserError, match=r"optim_000001_rank1.pt is missing"):
+        cm.load_checkpoint(tmp_path, 1, "cpu", load_optimizer=True)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"weight": Evil()}, tmp_path / "model_000001.pt")
+    size = (tmp_path / "model_000001.pt").stat().st_size
+    files = {"model_000001.pt": {"size": size, "sha256": cm.common.file_sha256(tmp_path / "model_000001.pt")}}
+    (tmp_path / "meta_000001.json").write_text(json.dumps({**META, "step": 1, "files": files, "format_version": cm.FORMAT_VERSION}))
+    with pytest.raises(UserError, match="model_000001.pt cannot be read"):
+        cm.load_checkpoint(tmp_path, 1, "cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+# ---- a step exists whole or not at all ------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("point", range(6))
+def test_killed_anywhere_in_a_save_leaves_the_previous_step(tmp_path, monkeypatch, point):
+    """A save of one rank renames three files; it dies before or after one of the renames."""
+    save(tmp_path, 1)
+    replace, calls = os.replace, iter(range(100))
+
+    def dying(source: Any, target: Any) -> None:
+        call = next(calls)
+        if call == point // 2 and point % 2 == 0:
+            raise Killed
+        replace(source, target)
+        if call == point // 2:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dying)
+        with pytest.raises(Killed):
+            save(tmp_path, 2)
+    survivor = 2 if point == 5 else 1  # after the last rename the new step is there
+    assert cm.find_last_step(tmp_path) == survivor and cm.find_verified_step(tmp_path) == survivor
+    assert cm.load_checkpoint(tmp_path, survivor, "cpu", load_optimizer=True)[2]["step"] == survivor
+    save(tmp_path, 2)  # and nothing is in the way of the next attempt
+    assert cm.find_verified_step(tmp_path) == 2
+
+
+def test_a_full_disk_leaves_the_previous_step_and_no_rest(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    before = sorted(tmp_path.iterdir())
+    write = cm._HashingWriter.write
+
+    def full(self: Any, data: bytes) -> int:
+        if self.size > 1000:
+            self.error = OSError(28, "No space left on device")
+            raise self.error
+        return write(self, data)
+
+    monkeypatch.setattr(cm._HashingWriter, "write", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        save(tmp_path, 2)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_temporary_files_of_a_killed_save_are_removed(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / ".model_000002.pt.1234.tmp").write_bytes(b"half")
+    cm.remove_temporary_files(tmp_path)
+    assert cm.valid_steps(tmp_path) == [1] and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("name", ["model_000002.pt", "optim_000002_rank0.pt"])
+def test_damage_is_named_and_latest_falls_back(tmp_path, caplog, name):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    damage(tmp_path / name)
+    assert cm.valid_steps(tmp_path) == [1, 2]  # the size is right
+    with pytest.raises(UserError, match=f"{name} is damaged: its sha256"):
+        cm.find_verified_step(tmp_path, 2)
+    assert cm.find_verified_step(tmp_path) == 1
+    assert "skipping step 2" in caplog.text and name in caplog.text
+
+
+@pytest.mark.parametrize("name", ["model_000002.pt", "optim_000002_rank0.pt", "meta_000002.json"])
+def test_truncation_is_seen_without_reading_the_file(tmp_path, caplog, name):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes()[:-20])
+    assert cm.valid_steps(tmp_path) == [1] and cm.find_last_step(tmp_path) == 1
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        cm.load_checkpoint(tmp_path, 2, "cpu")
+    assert cm.find_verified_step(tmp_path) == 1 and name in caplog.text
+
+
+def test_a_step_without_meta_does_not_exist(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    (tmp_path / "meta_000002.json").unlink()
+    assert cm.find_last_step(tmp_path) == 1
+    with pytest.raises(UserError, match=r"no step 2 .*present: 1"):
+        cm.load_checkpoint(tmp_path, 2, "cpu")
+
+
+def test_a_checkpoint_of_a_later_format_is_refused(tmp_path):
+    save(tmp_path, 1)
+    cm.update_meta(tmp_path, 1, {"format_version": cm.FORMAT_VERSION + 1})
+    with pytest.raises(UserError, match="format version"):
+        cm.load_checkpoint(tmp_path, 1, "cpu")
+
+
+# ---- which ones are kept, which one is found ------------------------------------------------------------------------
+
+
+def test_purging_keeps_the_newest_whole_steps(tmp_path):
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    (tmp_path / "model_000004.pt").unlink()  # step 4 is no step any more
+    cm.purge(tmp_path, keep_last=2)
+    assert cm.valid_steps(tmp_path) == [2, 3]
+    assert not list(tmp_path.glob("*_000001*")) and not list(tmp_path.glob("*_000004*"))
+    cm.purge(tmp_path, keep_last=0)
+    assert cm.valid_steps(tmp_path) == [3]
+
+
+def test_purging_touches_nothing_else(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    for name in ("metrics.jsonl", "tokenizer.json", "notes_000001.txt"):
+        (tmp_path / name).write_text("mine")
+    cm.purge(tmp_path, keep_last=1)
+    assert {"metrics.jsonl", "tokenizer.json", "notes_000001.txt"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_discarding_what_lies_beyond_a_step(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    assert cm.discard_after(tmp_path, 1) == [2, 3] and cm.valid_steps(tmp_path) == [1]
+    assert cm.discard_after(tmp_path, -1) == [1] and not list(tmp_path.iterdir())
+
+
+def test_the_last_step_is_the_largest_number_not_the_last_name(tmp_path):
+    for step in (999_999, 1_000_000):
+        save(tmp_path, step)
+    (tmp_path / "meta_latest.json").write_text("{}")
+    assert cm.find_last_step(tmp_path) == 1_000_000
+
+
+def test_the_largest_model_is_the_deepest_tag_else_the_newest(tmp_path, caplog):
+    for age, tag in enumerate(["old", "new"]):
+        save(tmp_path / tag, 1)
+        os.utime(tmp_path / tag / "meta_000001.json", (1000 + age, 1000 + age))
+    (tmp_path / "d99").mkdir()  # no checkpoint in it
+    (tmp_path / "a file").write_text("")
+    assert cm.find_largest_model(tmp_path) == "new"
+    for tag in ("d9", "d20", "d12x"):
+        save(tmp_path / tag, 1)
+    assert cm.find_largest_model(tmp_path) == "d20"
+
+
+def test_nothing_there_names_the_command_that_makes_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("ZANGCHAT_BASE_DIR", str(tmp_path))
+    for source, command in cm.COMMANDS.items():
+        with pytest.raises(UserError, match=f"no checkpoint in .*run `python -m {command}` first"):
+            cm.load_model(source, "cpu", "eval")
+    with pytest.raises(UserError, match="--source=best is no stage"):
+        cm.load_model("best", "cpu", "eval")
+
+
+def test_an_unknown_tag_lists_those_present(tmp_path, monkeypatch):
+    monkeypatch.setenv("ZANGCHAT_BASE_DIR", str(tmp_path))
+    for tag in ("d2", "d4"):
+        save(tmp_path / "base_checkpoints" / tag, 1)
+    with pytest.raises(UserError, match="--model_tag=d3 is not in .*choose one of d2, d4"):
+        cm.load_model("base", "cpu", "eval", model_tag="d3")
+    with pytest.raises(UserError, match="no step 5 .*present: 1"):
+        cm.load_model("base", "cpu", "eval", model_tag="d4", step=5)
+    (tmp_path / "base_checkpoints" / "d3").mkdir()
+    with pytest.raises(UserError, match="no checkpoint in .*d3: run `python -m scripts.base_train` first"):
+        cm.load_model("base", "cpu", "eval", model_tag="d3")
+
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch) -> Path:
+    """<base> with one real (untrained) model and its tokenizer; the base tokenizer is another one."""
+    from zangchat.config import GPTConfig
+    from zangchat.gpt import GPT
+    from zangchat.tokenizer import RustBPETokenizer
+
+    monkeypatch.setenv("ZANGCHAT_BASE_DIR", str(tmp_path))
+    tokenizer = RustBPETokenizer.train_from_iterator(iter(["some text to learn from, some more text"]), 270)
+    model = GPT(GPTConfig(sequence_len=8, vocab_size=tokenizer.get_vocab_size(), n_layer=1, n_head=2, n_kv_head=2, n_embd=16))
+    model.init_weights(head_init_scale=0.1)
+    directory = tmp_path / "sft_checkpoints".replace("sft", "chatsft") / "d1"
+    cm.save_checkpoint(directory, 3, model.state_dict(), None, {**META, "model_config": model.config.to_dict()})
+    cm.save_tokenizer(tokenizer, directory)
+    other = RustBPETokenizer.train_from_iterator(iter(["something else"]), 266)
+    other.save(str(tmp_path / "tokenizer"))
+    torch.manual_seed(0)
+    torch.save(model(torch.arange(8)[None]), tmp_path / "logits.pt")
+    return tmp_path
+
+
+def test_a_model_is_loaded_with_the_tokenizer_beside_it(trained):
+    model, tokenizer, meta = cm.load_model("sft", "cpu", "eval")
+    assert not model.training and meta["step"] == 3
+    assert tokenizer.get_vocab_size() == model.config.vocab_size == 270
+    assert torch.equal(model(torch.arange(8)[None]), torch.load(trained / "logits.pt", weights_only=True))
+    assert cm.load_model("sft", "cpu", "train")[0].training
+
+
+def test_the_bytes_of_each_token_lie_beside_the_checkpoint(trained):
+    lengths = cm.load_token_bytes(trained / "chatsft_checkpoints" / "d1")
+    assert lengths.shape == (270,) and int(lengths[65]) == 1 and int(lengths[-1]) == 0  # a byte; a special token
+
+
+def test_a_stage_given_as_tag_is_taken_as_the_source(trained, caplog):
+    caplog.set_level("INFO")
+    assert cm.load_model("base", "cpu", "eval", model_tag="sft")[2]["step"] == 3
+    assert "names a stage" in caplog.text
+
+
+def test_weights_that_do_not_fit_the_meta_are_an_error(trained):
+    directory = trained / "chatsft_checkpoints" / "d1"
+    config = cm.read_meta(directory, 3)["model_config"]
+    cm.update_meta(directory, 3, {"model_config": config | {"n_layer": 2}})
+    with pytest.raises(UserError, match="model_000003.pt does not fit"):
+        cm.load_model("sft", "cpu", "eval")
+    cm.update_meta(directory, 3, {"model_config": config | {"windows": "SSL"}})
+    with pytest.raises(UserError, match="meta_000003.json describes no model .*windows"):
+        cm.load_model("sft", "cpu", "eval")
