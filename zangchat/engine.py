@@ -287,6 +287,7 @@ class RunningBatch:
         self.waiting.append(generation)
         return generation
 
+    @torch.inference_mode()
     def cancel(self, generation: Generation) -> None:
         """End a generation now and free its row. Does nothing to one that has ended."""
         if generation.stop_reason is not None:
