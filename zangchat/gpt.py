@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from zangchat.attention import attend
 from zangchat.config import GPTConfig
@@ -110,6 +111,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.attention_backend = "sdpa"  # see attention.choose_backend
+        self.grad_checkpoint = False  # True: keep only each block's input for the backward pass and compute the rest again
         rows = config.padded_vocab_size
         self.transformer = nn.ModuleDict(
             {
@@ -227,7 +229,10 @@ class GPT(nn.Module):
         rotary = self._rotary(T, kv_cache)
         x = F.rms_norm(self.wte(idx).to(self.compute_dtype), (config.n_embd,), eps=config.rms_norm_eps)
         for block in cast(nn.ModuleList, self.transformer["h"]):
-            x = block(x, rotary, kv_cache, self.attention_backend)
+            if self.grad_checkpoint and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotary, kv_cache, self.attention_backend, use_reentrant=False)
+            else:
+                x = block(x, rotary, kv_cache, self.attention_backend)
         x = F.rms_norm(x, (config.n_embd,), eps=config.rms_norm_eps)
         if kv_cache is not None:
             kv_cache.advance(T)
