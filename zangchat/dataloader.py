@@ -51,7 +51,9 @@ class Document(NamedTuple):
 
 
 class DocumentStream(Protocol):
-    state: dict[str, Any]  # JSON: where the next document comes from; set it to go there. Each call leaves a new dict, none is changed in place
+    state: dict[
+        str, Any
+    ]  # JSON: where the next document comes from; set it to go there. Each call leaves a new dict, none is changed in place
 
     def next_documents(self) -> list[Document]:
         """The next few documents; none at the end of a finite stream."""
@@ -154,7 +156,9 @@ class ConversationStream:
             if documents:
                 return documents
             if empty_epochs > 1:
-                raise UserError("no conversation has a token to learn from: is there an assistant message within the first max_seq_len tokens?")
+                raise UserError(
+                    "no conversation has a token to learn from: is there an assistant message within the first max_seq_len tokens?"
+                )
         return []
 
     def _epoch_order(self, epoch: int) -> np.ndarray:

@@ -137,7 +137,9 @@ def find_dataset(name: str | None = None, data_path: str | None = None) -> Datas
     if name:
         if name not in present:
             have = f"present: {', '.join(present)}" if present else "there is none yet"
-            raise UserError(f"--dataset={name} is not in {datasets_dir()} ({have}): get it with `python -m zangchat.dataset {_how_to_get(name)}`")
+            raise UserError(
+                f"--dataset={name} is not in {datasets_dir()} ({have}): get it with `python -m zangchat.dataset {_how_to_get(name)}`"
+            )
         return load_dataset(datasets_dir() / name)
     if not present:
         raise UserError(f"no dataset in {datasets_dir()}: build the one that needs no download with `{BUILD_PYDOCS}`")
@@ -164,7 +166,9 @@ def load_dataset(folder: Path) -> Dataset:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it and fetch or build the dataset again") from error
     if not known:
-        raise UserError(f"{path} has format {manifest['format']}, this version reads {FORMAT}: delete it and fetch or build the dataset again")
+        raise UserError(
+            f"{path} has format {manifest['format']}, this version reads {FORMAT}: delete it and fetch or build the dataset again"
+        )
     return Dataset(folder, manifest)
 
 
@@ -347,7 +351,9 @@ def write_dataset(folder: Path, name: str, train: Sequence[str], validation: Seq
     for number, (split, texts) in enumerate(parts):
         path = building / f"shard_{number:05d}.parquet"
         write_shard(path, texts)
-        shards.append({"name": path.name, "split": split, "bytes": path.stat().st_size, "sha256": file_sha256(path), "documents": len(texts)})
+        shards.append(
+            {"name": path.name, "split": split, "bytes": path.stat().st_size, "sha256": file_sha256(path), "documents": len(texts)}
+        )
     manifest = {"format": FORMAT, "name": name, "source": name, **(facts or {}), "shards": shards}
     write_manifest(building, manifest)
     if folder.exists():
@@ -445,7 +451,9 @@ def build(config: Config) -> int:
     from zangchat import hub
 
     if not config.source and config.num_shards < 0:
-        raise UserError(f"--source is missing: `{BUILD_PYDOCS}` needs no download, `python -m zangchat.dataset -n 8` fetches text from the hub")
+        raise UserError(
+            f"--source is missing: `{BUILD_PYDOCS}` needs no download, `python -m zangchat.dataset -n 8` fetches text from the hub"
+        )
     source = config.source or hub.DEFAULT
     if source == "pydocs":
         from zangchat import pydocs

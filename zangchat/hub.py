@@ -1,0 +1,246 @@
+"""Pretraining shards from the Hugging Face hub: planned at a pinned revision, fetched in order, checked against the hub's own sha256.
+
+The transfer itself (mirrors by HF_ENDPOINT, tokens, Xet, going on after a broken connection) is huggingface_hub's. Here each shard is fetched into a
+folder of its own, compared with the manifest, and renamed into place: a shard that is there is whole. What is missing is fetched by running the same
+command again.
+"""
+
+import contextlib
+import logging
+import os
+import queue
+import re
+import shutil
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from zangchat.common import file_sha256
+from zangchat.configurator import UserError
+from zangchat.dataset import FORMAT, MANIFEST, Dataset, datasets_dir, folder_lock, load_dataset, write_manifest
+from zangchat.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+HUB_REPOS = {"climbmix": "karpathy/climbmix-400b-shuffle", "fineweb-edu": "karpathy/fineweb-edu-100b-shuffle"}
+DEFAULT = "climbmix"
+MB = 1_000_000
+SHARD_NAME = re.compile(r"shard_\d{5}\.parquet")
+INCOMING = ".incoming"
+TRIES = 5
+RETRY_WAIT = 2.0  # seconds before the second try, doubled for each further one
+
+
+def download(source: str, num_shards: int, *, num_workers: int = 4, retry_wait: float = RETRY_WAIT) -> Dataset:
+    """Fetch `num_shards` training shards (-1 = all) and the validation shard, the last of the repository. What is there already stays.
+
+    Raises UserError, naming the shard, where one cannot be fetched intact.
+    """
+    folder = datasets_dir() / source
+    with _exclusive(folder):
+        dataset = _plan(source, folder, num_shards)
+        _fetch(dataset, num_workers, retry_wait)
+    return dataset
+
+
+def fetch_missing(dataset: Dataset, *, num_workers: int = 4, retry_wait: float = RETRY_WAIT) -> None:
+    """Fetch what the manifest lists and the folder lacks."""
+    with _exclusive(dataset.folder):
+        _fetch(dataset, num_workers, retry_wait)
+
+
+def endpoint() -> str:
+    """The hub or its mirror, read when used and not when huggingface_hub was imported."""
+    from huggingface_hub import constants
+
+    return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+
+
+def _exclusive(folder: Path) -> Any:
+    import filelock
+
+    try:
+        return folder_lock(folder).acquire(timeout=10)  # the loader takes it for an instant to see whether a download is running
+    except filelock.Timeout:
+        raise UserError(f"another process is writing to {folder}: let it finish, then run this command again") from None
+
+
+def _plan(source: str, folder: Path, num_shards: int) -> Dataset:
+    """The manifest for so many shards: the one on disk where it lists enough, else one with more of the same revision."""
+    planned = load_dataset(folder) if (folder / MANIFEST).exists() else None
+    if planned is not None:
+        wanted = planned.manifest["available"] if num_shards == -1 else num_shards
+        if len(planned.shards("train")) >= wanted:
+            return planned
+    repo = HUB_REPOS[source]
+    revision, files = _list_shards(repo, planned.manifest["revision"] if planned else None)
+    available = len(files) - 1
+    if num_shards > available:
+        raise UserError(f"-n {num_shards}: {repo} has {available} training shards (and one for validation)")
+    chosen = files[: available if num_shards == -1 else num_shards]
+    shards = [{"split": "train", **file} for file in chosen] + [{"split": "validation", **files[-1]}]
+    manifest = {
+        "format": FORMAT,
+        "name": source,
+        "source": source,
+        "repo": repo,
+        "revision": revision,
+        "available": available,
+        "shards": [
+            {"name": shard["name"], "split": shard["split"], "bytes": shard["bytes"], "sha256": shard["sha256"]} for shard in shards
+        ],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_manifest(folder, manifest)
+    return Dataset(folder, manifest)
+
+
+def _list_shards(repo: str, revision: str | None) -> tuple[str, list[dict[str, Any]]]:
+    """(commit, its shards with size and sha256, in order of their names)."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=endpoint())
+    try:
+        commit = revision or api.dataset_info(repo).sha
+        tree = list(api.list_repo_tree(repo, repo_type="dataset", revision=commit))
+    except Exception as error:  # whatever the client of the day raises for no network, no repository, no permission
+        raise UserError(
+            f"{endpoint()} does not list {repo} ({_short(error)}): check the network or set HF_ENDPOINT to a mirror, "
+            "or use `python -m zangchat.dataset --source=pydocs`, which needs neither"
+        ) from error
+    found = sorted((file for file in tree if SHARD_NAME.fullmatch(file.path)), key=lambda file: file.path)
+    if commit is None or len(found) < 2:
+        raise UserError(
+            f"{repo} at {endpoint()} holds {len(found)} shards named shard_NNNNN.parquet: at least 2 are needed; is the mirror complete?"
+        )
+    for file in found:
+        if getattr(file, "lfs", None) is None:
+            raise UserError(f"{endpoint()} gives no sha256 for {file.path} of {repo}: choose another mirror by HF_ENDPOINT")
+    return commit, [{"name": file.path, "bytes": file.lfs.size, "sha256": file.lfs.sha256} for file in found]
+
+
+def _fetch(dataset: Dataset, num_workers: int, retry_wait: float) -> None:
+    """Validation first, then the training shards in order, several at a time. Daemon threads: Ctrl-C leaves at once, whole shards stay."""
+    shutil.rmtree(dataset.folder / INCOMING, ignore_errors=True)  # of a process that was killed; we hold the lock
+    entries = sorted(dataset.manifest["shards"], key=lambda entry: entry["split"] == "train")
+    todo: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    missing = [entry for entry in entries if not _is_there(dataset.folder / entry["name"], entry)]
+    for entry in missing:
+        todo.put(entry)
+    counts = f"{len(dataset.shards('train'))} training shards and the validation shard"
+    if not missing:
+        print(
+            f"{dataset.name}: {counts} are in {dataset.folder} already (fingerprint {dataset.fingerprint}); `python -m zangchat.dataset verify` checks them"
+        )
+        return
+    done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+    stop = threading.Event()
+
+    def work() -> None:
+        try:
+            while not stop.is_set():
+                _fetch_shard(dataset, todo.get_nowait(), retry_wait)
+                done.put(None)
+        except queue.Empty:
+            return
+        except BaseException as error:  # raised again by the main thread
+            done.put(error)
+
+    for _ in range(min(num_workers, len(missing))):
+        threading.Thread(target=work, name="zangchat-download", daemon=True).start()
+    try:
+        _follow(dataset, missing, done)
+    finally:
+        stop.set()
+    shutil.rmtree(dataset.folder / INCOMING, ignore_errors=True)
+    print(f"{dataset.name}: {counts} are in {dataset.folder} (fingerprint {dataset.fingerprint})")
+
+
+def _follow(dataset: Dataset, missing: list[dict[str, Any]], done: "queue.SimpleQueue[BaseException | None]") -> None:
+    """Show progress until all of `missing` are done; raise the first failure."""
+    total = sum(entry["bytes"] for entry in missing)
+    with Progress(f"{dataset.name}, MB", max(1, total // MB)) as progress:
+        finished = 0
+        while finished < len(missing):
+            try:
+                error = done.get(timeout=0.5)
+                if error is not None:
+                    raise error
+                finished += 1
+            except queue.Empty:
+                pass
+            arrived = sum(entry["bytes"] for entry in missing if (dataset.folder / entry["name"]).exists())
+            progress.update(min(total, arrived + _size_below(dataset.folder / INCOMING)) // MB, f"{finished}/{len(missing)} shards")
+
+
+def _fetch_shard(dataset: Dataset, entry: dict[str, Any], retry_wait: float) -> None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()  # one bar for all shards is shown instead
+    manifest, name = dataset.manifest, entry["name"]
+    problem = ""
+    for attempt in range(TRIES):
+        if attempt:
+            logger.warning("%s: %s; trying again (%d of %d)", name, problem, attempt + 1, TRIES)
+            time.sleep(retry_wait * 2 ** (attempt - 1))
+        incoming = dataset.folder / INCOMING / uuid.uuid4().hex
+        try:
+            path = Path(
+                hf_hub_download(
+                    manifest["repo"], name, repo_type="dataset", revision=manifest["revision"], local_dir=incoming, endpoint=endpoint()
+                )
+            )
+            problem = _difference(path, entry)
+            if not problem:
+                os.replace(path, dataset.folder / name)
+                return
+        except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+            raise UserError(
+                f"{name}: {endpoint()} no longer serves {manifest['repo']} at {manifest['revision']} ({_short(error)})"
+            ) from error
+        except EntryNotFoundError as error:
+            problem = _short(error)
+            if "Local" not in type(error).__name__:  # the client says LocalEntryNotFound when it could not connect
+                raise UserError(f"{name} is not in {manifest['repo']} at {endpoint()}: is the mirror complete?") from error
+        except Exception as error:  # the client's errors differ between its versions; all are worth another try, and the last one is told
+            problem = _short(error)
+        finally:
+            shutil.rmtree(incoming, ignore_errors=True)
+    raise UserError(
+        f"{name} could not be fetched intact from {endpoint()} in {TRIES} tries ({problem}): run the same command again later, "
+        "or with HF_ENDPOINT set to another mirror; shards that are there stay"
+    )
+
+
+def _is_there(path: Path, entry: dict[str, Any]) -> bool:
+    if path.exists() and path.stat().st_size != entry["bytes"]:
+        logger.warning("%s has the wrong size and is fetched again", path)
+        path.unlink()
+    return path.exists()
+
+
+def _difference(path: Path, entry: dict[str, Any]) -> str:
+    """How a file differs from its manifest entry; empty where it does not."""
+    if path.stat().st_size != entry["bytes"]:
+        return f"{path.stat().st_size:,} bytes arrived instead of {entry['bytes']:,}"
+    if file_sha256(path) != entry["sha256"]:
+        return "wrong bytes arrived: their sha256 is not the one that the hub lists"
+    return ""
+
+
+def _size_below(folder: Path) -> int:
+    total = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # renamed or removed meanwhile
+                total += os.stat(os.path.join(path, name)).st_size
+    return total
+
+
+def _short(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
