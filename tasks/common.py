@@ -1,0 +1,426 @@
+"""What a task is, how tasks are mixed, and the registry: a new task is one file and one line in REGISTRY.
+
+A task is a sequence of conversations (see zangchat.tokenizer for the format) that knows how to judge an answer. `completion` below is either
+plain text or, better, the content of an assistant message: a list of {"type": "text"|"python"|"python_output", "text": str} parts. Parts make
+it possible to tell a real tool call from text that looks like one.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import random
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from zangchat.common import derive_seed, get_base_dir
+from zangchat.configurator import UserError
+
+Conversation = dict[str, Any]
+Content = str | list[dict[str, str]]
+
+SPLITS = ("train", "val", "test")
+DEFAULT_SIZE = 1000  # examples of a generated task when nobody says how many
+MAX_HELDOUT = 1000  # generated examples per task in a held-out mixture
+
+
+class MissingData(UserError):
+    """A task's data is neither in <base>/tasks nor to be had from the hub."""
+
+
+class Task:
+    """A sequence of conversations, seen through start:stop:step. Slices compose: task[10:20][::2].
+
+    Subclasses give `num_examples`, `get_example` and, where they can be scored, `eval_type` with `evaluate` (and `reward` for RL).
+    """
+
+    eval_type: ClassVar[str] = "generative"  # or "categorical": the answer is one of conversation["letters"]
+    generated: ClassVar[bool] = False  # made up on demand: has a size, not epochs
+    rewarded: ClassVar[bool] = False  # has a reward of its own, for RL
+    name: str = ""  # how the registry spells it
+
+    def __init__(self, start: int = 0, stop: int | None = None, step: int = 1) -> None:
+        if start < 0 or (stop is not None and stop < start) or step < 1:
+            raise ValueError(f"not a range of examples: start={start} stop={stop} step={step}")
+        self._view = slice(start, stop, step)
+        self._indices: range | None = None
+
+    def num_examples(self) -> int:
+        """How many there are before slicing."""
+        raise NotImplementedError(f"{type(self).__name__} must define num_examples")
+
+    def get_example(self, index: int) -> Conversation:
+        """Example `index` of num_examples(); the same on every call and every machine."""
+        raise NotImplementedError(f"{type(self).__name__} must define get_example")
+
+    def evaluate(self, conversation: Conversation, completion: Content) -> bool:
+        """Whether the completion answers the conversation's last user message. Categorical tasks are given the letter."""
+        raise TypeError(f"{type(self).__name__} has no right or wrong answers: it is training data")
+
+    def reward(self, conversation: Conversation, completion: Content) -> float:
+        """What RL maximises; by default 1 for a right answer."""
+        return float(self.evaluate(conversation, completion))
+
+    @property
+    def indices(self) -> range:
+        if self._indices is None:
+            self._indices = range(self.num_examples())[self._view]
+        return self._indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            view = copy.copy(self)
+            view._indices = self.indices[index]
+            return view
+        return self.get_example(self.indices[index])
+
+
+class TaskMixture(Task):
+    """All examples of several tasks in one fixed, shuffled order. A task listed twice is seen twice."""
+
+    def __init__(self, tasks: Sequence[Task], seed: int = 42, **view: int) -> None:
+        super().__init__(**view)
+        self.tasks = list(tasks)
+        self._order = [(t, i) for t, task in enumerate(self.tasks) for i in range(len(task))]
+        random.Random(derive_seed(seed, "mixture")).shuffle(self._order)
+
+    def num_examples(self) -> int:
+        return len(self._order)
+
+    def get_example(self, index: int) -> Conversation:
+        task, position = self._order[index]
+        return self.tasks[task][position]
+
+
+class TaskSequence(Task):
+    """Several tasks one after the other: a curriculum."""
+
+    def __init__(self, tasks: Sequence[Task], **view: int) -> None:
+        super().__init__(**view)
+        self.tasks = list(tasks)
+
+    def num_examples(self) -> int:
+        return sum(len(task) for task in self.tasks)
+
+    def get_example(self, index: int) -> Conversation:
+        for task in self.tasks:
+            if index < len(task):
+                return task[index]
+            index -= len(task)
+        raise IndexError(index)
+
+
+# ---- conversations --------------------------------------------------------------------------------------------------
+
+
+def chat(user: str, assistant: Content, **extra: Any) -> Conversation:
+    """A one-turn conversation; `extra` is what the task itself needs to judge answers."""
+    return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}], **extra}
+
+
+def text_part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def tool_parts(call: str, output: str) -> list[dict[str, str]]:
+    return [{"type": "python", "text": call}, {"type": "python_output", "text": output}]
+
+
+def visible_text(content: Content) -> str:
+    """The words of an answer, without tool calls and their output."""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
+
+
+def tool_used(content: Content) -> bool:
+    """Whether a tool call was made and answered. Plain text never counts, whatever it looks like."""
+    return not isinstance(content, str) and any(part["type"] == "python_output" for part in content)
+
+
+def check_conversation(messages: Any, where: str) -> None:
+    """Raises UserError, beginning with `where`, unless this is [system,] user, assistant, user, assistant, ... with contents that can be rendered."""
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{where}: messages must be a list with at least a question and an answer")
+    roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
+    turns = roles[1:] if roles[0] == "system" else roles
+    if len(turns) < 2 or len(turns) % 2 or turns != ["user", "assistant"] * (len(turns) // 2):
+        raise UserError(f"{where}: roles are {', '.join(map(str, roles))}; expected user and assistant in turn, after a system message at most")
+    for message in messages:
+        content = message.get("content")
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(parts, list) or (message["role"] != "assistant" and not isinstance(content, str)):
+            raise UserError(f"{where}: the content of a {message['role']} message must be text")
+        for part in parts:
+            if not (isinstance(part, dict) and part.get("type") in ("text", "python", "python_output") and isinstance(part.get("text"), str)):
+                raise UserError(f"{where}: a content part must be {{type: text|python|python_output, text: ...}}, not {part!r:.80}")
+
+
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def last_number(text: str) -> float | None:
+    """The last number in a text: thousands separators allowed, a final full stop is no decimal point."""
+    found = NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
+    """A multiple-choice question as the user asks it.
+
+    Each letter stands at the start of its line: there every split pattern makes it a token of its own, the very token that the answer starts with.
+    """
+    if len(letters) != len(choices):
+        raise ValueError(f"{len(letters)} letters for {len(choices)} choices")
+    lines = [f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True)]
+    return "\n".join([question.strip(), *lines, "Answer with the letter alone."])
+
+
+# ---- train and held-out ---------------------------------------------------------------------------------------------
+
+
+def split_of(*key: object) -> str:
+    """Which split a thing that we made ourselves belongs to: 80 % train, 10 % val, 10 % test, decided by the thing alone."""
+    return ("val", "test", *("train",) * 8)[derive_seed("split", *key) % 10]
+
+
+def check_split(split: str) -> str:
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: one of {', '.join(SPLITS)}")
+    return split
+
+
+# ---- data from outside ----------------------------------------------------------------------------------------------
+
+
+class TableRows(Sequence[dict[str, Any]]):
+    """Rows of a parquet file as dicts, made one at a time."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            self._table = pyarrow.parquet.read_table(path)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{path} cannot be read as parquet ({str(error).splitlines()[0]}): delete it or copy it again") from error
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._table.slice(index, 1).to_pylist()[0]
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """One JSON object a line; blank lines are skipped. Raises UserError with file and line."""
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}:{number} is not JSON ({error.msg}); each line must be one JSON object") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{path}:{number} is a JSON {type(row).__name__}; each line must be one JSON object")
+            rows.append(row)
+    return rows
+
+
+def load_rows(folder: str, config: str, split: str, *, hub: str, hub_config: str | None, fields: Iterable[str]) -> Sequence[dict[str, Any]]:
+    """The rows of a dataset: from <base>/tasks/<folder>/[<config>/]<split>.parquet|jsonl, else from the hub.
+
+    Raises MissingData where neither can be had, UserError for a file without the expected fields.
+    """
+    home = get_base_dir() / "tasks" / folder / config
+    local = [path for suffix in ("parquet", "jsonl") if (path := home / f"{split}.{suffix}").is_file()]
+    if local:
+        rows: Any = TableRows(local[0]) if local[0].suffix == ".parquet" else read_jsonl(local[0])
+        source = str(local[0])
+    else:
+        rows, source = _from_hub(hub, hub_config, split, home), f"{hub} on the hub"
+    if not len(rows):
+        raise UserError(f"{source} is empty: delete it or copy it again")
+    missing = sorted(set(fields) - set(rows[0]))
+    if missing:
+        raise UserError(f"{source} has no field {', '.join(missing)} (it has {', '.join(rows[0])}): it is not the dataset {hub}")
+    return rows
+
+
+def _from_hub(hub: str, config: str | None, split: str, home: Path) -> Any:
+    import datasets
+    import httpx
+
+    try:
+        return datasets.load_dataset(hub, config, split=split)
+    except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:  # offline, refused, no such split
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        wanted = f"{hub} ({f'{config}, ' if config else ''}split {split})"
+        raise MissingData(f"no {home}/{split}.parquet or .jsonl, and the hub did not give {wanted}: {cause}; download it to that path") from error
+
+
+class RowsTask(Task):
+    """A task over the rows of a downloaded dataset, in one fixed shuffled order (so that the first N are a fair sample).
+
+    There is no val split of its own: `val` reads the test rows.
+    """
+
+    folder: ClassVar[str]
+    hub: ClassVar[str]
+    fields: ClassVar[tuple[str, ...]]
+
+    def __init__(self, config: str, split: str, *, hub_config: str | None = None, **view: int) -> None:
+        super().__init__(**view)
+        self.config, self.split, self.hub_config = config, check_split(split), hub_config
+
+    @property
+    def file_split(self) -> str:
+        """What the dataset itself calls the split."""
+        return "train" if self.split == "train" else "test"
+
+    @cached_property
+    def rows(self) -> Sequence[dict[str, Any]]:
+        return load_rows(self.folder, self.config, self.file_split, hub=self.hub, hub_config=self.hub_config, fields=self.fields)
+
+    @cached_property
+    def order(self) -> list[int]:
+        order = list(range(len(self.rows)))
+        random.Random(derive_seed("rows", self.folder, self.config, self.file_split)).shuffle(order)
+        return order
+
+    def num_examples(self) -> int:
+        return len(self.order)
+
+    def get_example(self, index: int) -> Conversation:
+        return self.conversation(self.rows[self.order[index]])
+
+    def conversation(self, row: dict[str, Any]) -> Conversation:
+        raise NotImplementedError(f"{type(self).__name__} must define conversation")
+
+
+class GeneratedTask(Task):
+    """A task that makes up example i of a split from (seed, name, split, i): `size` of them, as many as one likes."""
+
+    generated = True
+
+    def __init__(self, size: int = DEFAULT_SIZE, split: str = "train", seed: int = 42, **view: int) -> None:
+        super().__init__(**view)
+        if size < 1:
+            raise ValueError(f"size must be at least 1, not {size}")
+        self.size, self.split, self.seed = size, check_split(split), seed
+
+    def num_examples(self) -> int:
+        return self.size
+
+    def get_example(self, index: int) -> Conversation:
+        return self.make(random.Random(derive_seed(self.seed, type(self).__name__, self.split, index)))
+
+    def make(self, rng: random.Random) -> Conversation:
+        raise NotImplementedError(f"{type(self).__name__} must define make")
+
+
+# ---- registry -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a task lives. `baseline` is the score of guessing; None = not part of ChatCORE."""
+
+    module: str
+    cls: str
+    options: dict[str, Any] = field(default_factory=dict)
+    baseline: float | None = None
+    test: bool = True  # can be evaluated
+
+
+REGISTRY: dict[str, Entry] = {
+    "ARC-Easy": Entry("tasks.arc", "ARC", {"subset": "ARC-Easy"}, baseline=0.25),
+    "ARC-Challenge": Entry("tasks.arc", "ARC", {"subset": "ARC-Challenge"}, baseline=0.25),
+    "MMLU": Entry("tasks.mmlu", "MMLU", baseline=0.25),
+    "GSM8K": Entry("tasks.gsm8k", "GSM8K", baseline=0.0),
+    "HumanEval": Entry("tasks.humaneval", "HumanEval", baseline=0.0),
+    "SpellingBee": Entry("tasks.spellingbee", "SpellingBee", baseline=0.0),
+    "SimpleSpelling": Entry("tasks.spellingbee", "SimpleSpelling"),
+    "Arithmetic": Entry("tasks.arithmetic", "Arithmetic"),
+    "PyDocs": Entry("tasks.pydocs", "PyDocs"),
+    "Identity": Entry("tasks.identity", "Identity"),
+    "SmolTalk": Entry("tasks.smoltalk", "SmolTalk", test=False),
+}
+
+
+def find_name(name: str) -> str:
+    """The registry's spelling of a task's name; case, `-` and `_` do not matter. Raises UserError."""
+    wanted = re.sub("[-_ ]", "", name).lower()
+    for known in REGISTRY:
+        if known.replace("-", "").lower() == wanted:
+            return known
+    raise UserError(f"unknown task {name!r}: known are {', '.join(REGISTRY)} (and the path of a .jsonl file of conversations)")
+
+
+def load_task(name: str, split: str = "train", **options: Any) -> Task:
+    """The task of that name, or CustomJSON for the path of a .jsonl file. `options` go to the task's constructor (size=, stop=, ...)."""
+    if name.endswith(".jsonl"):
+        from tasks.customjson import CustomJSON
+
+        task: Task = CustomJSON(name, **options)
+        task.name = Path(name).stem
+        return task
+    known = find_name(name)
+    entry = REGISTRY[known]
+    cls = getattr(importlib.import_module(entry.module), entry.cls)
+    task = cls(split=split, **{**entry.options, **options})
+    task.name = known
+    return task
+
+
+def parse_mixture(spec: str) -> list[tuple[str, float]]:
+    """`"pydocs:1,identity:4,spellingbee:4000"` -> [("pydocs", 1.0), ...]; without a number, 1. Raises UserError."""
+    pairs = []
+    for item in filter(None, (piece.strip() for piece in spec.split(","))):
+        name, colon, amount = item.rpartition(":")
+        if not colon:
+            name, amount = item, "1"
+        try:
+            number = float(amount)
+        except ValueError:
+            number = -1.0
+        if not 0 < number < float("inf"):
+            raise UserError(f"--mixture: {item!r} is not NAME:NUMBER with a number above 0 (epochs; examples for generated tasks)")
+        pairs.append((name.strip(), number))
+    if not pairs:
+        raise UserError('--mixture is empty: write it as "pydocs:1,identity:4,spellingbee:4000"')
+    return pairs
+
+
+def build_mixture(spec: str, split: str = "train", *, tokenizer: Any = None, seed: int = 42) -> TaskMixture:
+    """The mixture that `spec` describes. Its number means epochs for finite data (fractions allowed) and examples for generated tasks.
+
+    In a held-out split every finite task counts once at most and a generated one gives up to MAX_HELDOUT examples. A tokenizer lets the tasks
+    that can use one (SpellingBee) draw training words from its vocabulary. A task whose data is missing is an error, never left out.
+    """
+    check_split(split)
+    parts: list[Task] = []
+    for name, amount in parse_mixture(spec):
+        task = load_task(name, split)
+        if task.generated:
+            size = max(1, round(amount))
+            options: dict[str, Any] = {"tokenizer": tokenizer} if getattr(task, "uses_tokenizer", False) and split == "train" else {}
+            parts.append(load_task(name, split, size=size if split == "train" else min(size, MAX_HELDOUT), seed=seed, **options))
+            continue
+        epochs = amount if split == "train" else min(amount, 1.0)
+        whole = int(epochs)
+        parts += [task] * whole
+        rest = round((epochs - whole) * len(task))
+        if rest:
+            parts.append(task[:rest])
+    return TaskMixture(parts, seed=seed)

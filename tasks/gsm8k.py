@@ -1,0 +1,45 @@
+"""GSM8K: grade-school word problems (arXiv:2110.14168), their calculator annotations turned into tool calls."""
+
+import re
+from typing import Any
+
+from tasks.common import Content, Conversation, RowsTask, chat, text_part, tool_parts, visible_text
+
+MARK = re.compile(r"<<([^<>=]*)=([^<>]*)>>")  # <<48/2=24>>
+FINAL = re.compile(r"####\s*(-?[0-9][0-9,]*(?:\.[0-9]+)?|-?\.[0-9]+)")
+
+
+def final_number(text: str) -> float | None:
+    """What stands behind the last `####`: commas are ignored, so that 1,000 is 1000 and 5.0 is 5."""
+    found = FINAL.findall(text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def answer_parts(answer: str) -> list[dict[str, str]]:
+    """`48/2 = <<48/2=24>>24` -> text, python 48/2, python_output 24, text."""
+    parts: list[dict[str, str]] = []
+    end = 0
+    for match in MARK.finditer(answer):
+        if match.start() > end:
+            parts.append(text_part(answer[end : match.start()]))
+        parts += tool_parts(match[1], match[2])
+        end = match.end()
+    return [*parts, text_part(answer[end:])]
+
+
+class GSM8K(RowsTask):
+    """Rows: question, answer."""
+
+    rewarded = True
+    folder, hub, fields = "gsm8k", "openai/gsm8k", ("question", "answer")
+
+    def __init__(self, subset: str = "main", split: str = "train", **view: int) -> None:
+        super().__init__(subset, split, hub_config=subset, **view)
+
+    def conversation(self, row: dict[str, Any]) -> Conversation:
+        return chat(row["question"], answer_parts(row["answer"]))
+
+    def evaluate(self, conversation: Conversation, completion: Content) -> bool:
+        """Whether the number behind #### is, as a number, the right one. Without #### there is no answer."""
+        expected = final_number(visible_text(conversation["messages"][-1]["content"]))
+        return expected is not None and final_number(visible_text(completion)) == expected
