@@ -202,7 +202,7 @@ def filter_system_calls():
     class Program(ctypes.Structure):
         _fields_ = [("length", ctypes.c_uint16), ("instructions", ctypes.POINTER(Instruction))]
 
-    instructions = (Instruction * len(program))(*program)
+    instructions = (Instruction * len(program))(*[Instruction(*line) for line in program])
     filter_program = Program(len(program), ctypes.cast(instructions, ctypes.POINTER(Instruction)))
     call("prctl", PR_SET_SECCOMP, long(SECCOMP_MODE_FILTER), ctypes.byref(filter_program), long(0), long(0))
 
@@ -261,7 +261,7 @@ def main():
         del reserve, own_module
         memory = isinstance(error, MemoryError)
         text = describe(error)
-        error = None
+        del error  # and with its frames what filled the memory
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
