@@ -75,8 +75,10 @@ class AdamW(torch.optim.Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             state["exp_avg"] = torch.zeros_like(mine, dtype=torch.float32)
             state["exp_avg_sq"] = torch.zeros_like(mine, dtype=torch.float32)
-            if p.dtype != torch.float32:
-                state["master"] = mine.float()
+        if p.dtype == torch.float32:
+            state.pop("master", None)  # from a run that stored this parameter in 16 bits
+        elif "master" not in state:
+            state["master"] = mine.float()
         target = state.get("master", mine)
         beta1, beta2 = group["betas"]
         fused_adamw(
@@ -103,4 +105,4 @@ class AdamW(torch.optim.Optimizer):
             dist.broadcast(p, src=self._owner(p))
             return
         assert rows is not None
-        dist.all_gather_into_tensor(p.data, p.data[rows[0] : rows[1]].clone())
+        dist.all_gather(list(p.data.chunk(self.world_size)), p.data[rows[0] : rows[1]].clone())

@@ -39,11 +39,20 @@ def softcapped_cross_entropy(
     if not 0 < cap <= MAX_CAP:
         raise ValueError(f"the logit cap must lie in (0, {MAX_CAP:g}], not {cap}")
     supervised = targets != IGNORE
+    count = supervised.sum().clamp(min=1)
     factors = supervised.float() if weights is None else supervised * weights.detach().float()
+    if reduction != "none" and x.device.type == "cpu":
+        # most targets of a conversation are ignored: skip their products (on a GPU finding them would wait for the device)
+        kept = supervised.nonzero().squeeze(1)
+        if kept.numel() < targets.numel():
+            x, targets, factors = x[kept], targets[kept], factors[kept]
     if chunk_tokens is None:
         chunk_tokens = _default_chunk(vocab_size, x.device)
-    loss = _CrossEntropy.apply(x, weight, targets, factors, vocab_size, cap, reduction != "none", chunk_tokens)
-    return loss / supervised.sum().clamp(min=1) if reduction == "mean" else loss
+    # within the Function gradients look switched off, so whether they are wanted is found out here
+    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    mode = "none" if reduction == "none" else "sum with gradients" if wanted else "sum"
+    loss = _CrossEntropy.apply(x, weight, targets, factors, vocab_size, cap, mode, chunk_tokens)
+    return loss / count if reduction == "mean" else loss
 
 
 def softcap(logits: Tensor, cap: float) -> Tensor:
@@ -53,7 +62,7 @@ def softcap(logits: Tensor, cap: float) -> Tensor:
 
 def _default_chunk(vocab_size: int, device: torch.device) -> int:
     """Tokens per chunk: on a GPU large enough for full-rate GEMMs (2,048 at V = 65,536), on a CPU small enough for its caches."""
-    elements = 2**27 if device.type == "cuda" else 2**21
+    elements = 2**27 if device.type == "cuda" else 2**22
     return min(max(elements // vocab_size, 64), 8192)
 
 
@@ -62,22 +71,20 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, factors: Tensor, vocab_size: int, cap: float, total: bool, chunk: int
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, factors: Tensor, vocab_size: int, cap: float, mode: str, chunk: int
     ) -> Tensor:
-        ctx.settings = (vocab_size, cap, chunk)
-        ctx.total = total
-        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        losses, dx, dweight = _chunked(x, weight, targets, factors if wanted and total else None, vocab_size, cap, chunk)
+        ctx.mode, ctx.settings = mode, (vocab_size, cap, chunk)
+        grads = factors if mode == "sum with gradients" else None
+        losses, *ctx.grads = _chunked(x, weight, targets, grads, vocab_size, cap, chunk)
         losses = losses * factors
-        if total:
-            ctx.grads = (dx, dweight)
+        if mode != "none":
             return losses.sum()
         ctx.save_for_backward(x, weight, targets, factors)
         return losses
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if ctx.total:
+        if ctx.mode != "none":
             dx, dweight = ctx.grads
             if dx is None:
                 raise RuntimeError("the loss's gradients were already consumed by an earlier backward pass")

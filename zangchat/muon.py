@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Polar Express, five steps, for singular values in [1e-3, 1] after the division by the norm; tests/reference/muon.py derives them.
+# Five Polar Express steps for singular values from 1e-3 to 1 after the division by the norm; tests/reference/muon.py derives them.
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -133,9 +133,9 @@ class Muon(torch.optim.Optimizer):
         sent = stack[0].new_zeros(per_rank, *stack[0].shape)
         for slot, p in zip(sent, mine, strict=False):
             slot.copy_(p)
-        received = sent.new_empty(self.world_size * per_rank, *stack[0].shape)
-        dist.all_gather_into_tensor(received, sent)
+        received = sent.new_empty(self.world_size, *sent.shape)
+        dist.all_gather(list(received.unbind()), sent)
         for i, p in enumerate(stack):
             owner, slot_index = i % self.world_size, i // self.world_size
             if owner != self.rank:
-                p.copy_(received[owner * per_rank + slot_index])
+                p.copy_(received[owner, slot_index])

@@ -1,0 +1,52 @@
+"""The model written out one position and one head at a time, from the formulas; the twin of zangchat/gpt.py."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from zangchat.config import GPTConfig
+
+
+def _norm(x: Tensor, eps: float) -> Tensor:
+    return x / torch.sqrt(x.pow(2).mean() + eps)
+
+
+def _rotate(x: Tensor, position: int, theta: float) -> Tensor:
+    """Each pair (x[i], x[i + D/2]) turned by the angle -position * theta^(-2i/D)."""
+    half = x.numel() // 2
+    out = torch.empty_like(x)
+    for i in range(half):
+        angle = -position * theta ** (-2 * i / x.numel())
+        out[i] = x[i] * math.cos(angle) - x[i + half] * math.sin(angle)
+        out[i + half] = x[i] * math.sin(angle) + x[i + half] * math.cos(angle)
+    return out
+
+
+def logits(weights: dict[str, Tensor], config: GPTConfig, tokens: list[int]) -> Tensor:
+    """(T, vocab_size) in fp64 from a state dict."""
+    w = {name: tensor.double() for name, tensor in weights.items()}
+    eps, head_dim = config.rms_norm_eps, config.head_dim
+    xs = [_norm(w["transformer.wte.weight"][token], eps) for token in tokens]
+    for layer in range(config.n_layer):
+        name = f"transformer.h.{layer}."
+        normed = [_norm(x, eps) for x in xs]
+
+        def heads(part: str, t: int, normed: list[Tensor] = normed, name: str = name) -> list[Tensor]:
+            projected = (w[f"{name}attn.{part}.weight"] @ normed[t]).split(head_dim)
+            if part == "c_v":
+                return list(projected)
+            return [_norm(_rotate(head, t, config.rope_theta), eps) for head in projected]
+
+        q, k, v = ([heads(part, t) for t in range(len(xs))] for part in ("c_q", "c_k", "c_v"))
+        for t in range(len(xs)):
+            outputs = []
+            for h in range(config.n_head):
+                g = h // (config.n_head // config.n_kv_head)
+                scores = torch.stack([q[t][h] @ k[s][g] for s in range(t + 1)]) / math.sqrt(head_dim)
+                outputs.append(sum(p * v[s][g] for s, p in enumerate(scores.softmax(0))))
+            xs[t] = xs[t] + w[f"{name}attn.c_proj.weight"] @ torch.cat(outputs)
+            hidden = (w[f"{name}mlp.c_fc.weight"] @ _norm(xs[t], eps)).clamp(min=0) ** 2
+            xs[t] = xs[t] + w[f"{name}mlp.c_proj.weight"] @ hidden
+    z = torch.stack([w["lm_head.weight"] @ _norm(x, eps) for x in xs])[:, : config.vocab_size]
+    return config.logit_cap * torch.tanh(z / config.logit_cap)

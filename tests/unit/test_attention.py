@@ -1,0 +1,80 @@
+"""Attention: equal to explicit softmax over what may be seen; backends are chosen by what they compute, not by what imports."""
+
+import math
+
+import pytest
+import torch
+
+from zangchat import attention
+from zangchat.attention import attend, choose_backend
+
+
+def explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
+    scores = (q @ k.mT / math.sqrt(q.size(-1))).masked_fill(~allowed, -math.inf)
+    return scores.softmax(-1) @ v
+
+
+def qkv(T: int, S: int, heads: tuple[int, int] = (4, 2), B: int = 2, D: int = 16) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((B, heads[0], T, D), (B, heads[1], S, D), (B, heads[1], S, D))
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize(("T", "S"), [(7, 7), (1, 7), (3, 7), (1, 1)])
+def test_without_a_mask_the_queries_are_the_last_positions(T: int, S: int, heads: tuple[int, int]) -> None:
+    q, k, v = qkv(T, S, heads)
+    allowed = torch.arange(S) <= torch.arange(S - T, S)[:, None]
+    torch.testing.assert_close(attend(q, k, v), explicit(q, k, v, allowed))
+
+
+def test_a_mask_says_what_each_row_sees() -> None:
+    q, k, v = qkv(2, 6)
+    mask = torch.rand(2, 1, 2, 6, generator=torch.Generator().manual_seed(1)) < 0.5
+    mask[..., 0] = True
+    torch.testing.assert_close(attend(q, k, v, mask), explicit(q, k, v, mask))
+
+
+def test_more_queries_than_positions_is_an_error() -> None:
+    with pytest.raises(ValueError, match="5 queries"):
+        attend(*qkv(5, 4))
+
+
+def test_gradients_reach_shared_key_value_heads() -> None:
+    inputs = [t.requires_grad_() for t in qkv(5, 5)]
+    allowed = torch.ones(5, 5, dtype=torch.bool).tril()
+    got = torch.autograd.grad(attend(*inputs).square().sum(), inputs)
+    expected = torch.autograd.grad(explicit(*inputs, allowed).square().sum(), inputs)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # flex_attention advises compiling it
+def test_flex_computes_the_same() -> None:
+    q, k, v = qkv(32, 32)
+    torch.testing.assert_close(attend(q, k, v, backend="flex"), attend(q, k, v), atol=1e-5, rtol=1e-5)
+
+
+def test_a_cpu_uses_sdpa_and_the_reason_is_given() -> None:
+    name, reason = choose_backend("cpu", torch.float32, 64)
+    assert name == "sdpa" and "cpu" in reason
+
+
+def test_a_backend_that_fails_or_computes_nonsense_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(q, k, v):
+        raise RuntimeError("no kernel image is available")
+
+    original = attention._causal_kernel
+    broken = {"flash": fails, "flex": lambda q, k, v: original("sdpa")(q, k, v) * 1.5}
+    monkeypatch.setattr(attention, "_causal_kernel", lambda name: broken.get(name) or original(name))
+    name, reason = choose_backend("cpu", torch.float32, 16, preferred="flash")
+    assert name == "sdpa" and "no kernel image" in reason
+    name, reason = choose_backend("cpu", torch.float32, 16, preferred="flex")
+    assert name == "sdpa" and "differs" in reason
+
+
+def test_unknown_backends_are_named() -> None:
+    with pytest.raises(ValueError, match="flash3"):
+        choose_backend("cpu", torch.float32, 16, preferred="flash3")
+    with pytest.raises(ValueError, match="magic"):
+        attend(*qkv(3, 3), backend="magic")

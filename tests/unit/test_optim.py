@@ -1,0 +1,243 @@
+"""Groups, schedules, gradient sums and clipping; one rank and two ranks compute the same; state moves between world sizes."""
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from zangchat.config import GPTConfig, StepMultipliers
+from zangchat.gpt import GPT
+from zangchat.optim import OptimizerGroup, all_reduce_gradients, build_optimizer, clip_gradients, global_grad_norm, merge_shards
+
+# wide enough that the embedding is cut into rows per rank (2^16 elements), an odd number of layers so that ranks own unequal shares
+CONFIG = GPTConfig(sequence_len=8, vocab_size=1020, n_layer=3, n_head=2, n_kv_head=1, n_embd=64)
+RATES = {"embedding_lr": 0.05, "unembedding_lr": 0.01, "matrix_lr": 0.02, "weight_decay": 0.2}
+STEPS = 6
+
+
+def build_model(dtype: torch.dtype = torch.float32) -> GPT:
+    model = GPT(CONFIG)
+    model.init_weights(head_init_scale=0.05, generator=torch.Generator().manual_seed(0))
+    model.set_compute_dtype(dtype)
+    return model
+
+
+def multipliers(step: int) -> StepMultipliers:
+    return StepMultipliers(lr=1 - step / 10, momentum=0.85 + step / 100, weight_decay=1 - step / 20)
+
+
+def train(model: GPT, optimizer: OptimizerGroup, first: int, last: int, rank: int = 0, world_size: int = 1) -> None:
+    """Steps [first, last) on random gradients, cut into one part per rank.
+
+    The parts are multiples of 2^-10, so that their sum is exact and the comparison of world sizes is one of optimizers: with rounded
+    sums Adam would blow up the last bit of a gradient near zero into a step of full size.
+    """
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(step)
+        for p in model.parameters():
+            parts = [torch.randint(-512, 512, p.shape, generator=generator) / 1024 for _ in range(2)]
+            p.grad = (parts[rank] if world_size == 2 else parts[0] + parts[1]).to(p.dtype)
+        all_reduce_gradients(model)
+        optimizer.step(multipliers(step))
+        optimizer.zero_grad()
+
+
+def rows_of_a_step(rank: int = 0, world_size: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = torch.randint(0, CONFIG.vocab_size, (4, 9), generator=torch.Generator().manual_seed(0))
+    rows = rows[rank * 4 // world_size : (rank + 1) * 4 // world_size]
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def learn(model: GPT, optimizer: OptimizerGroup, rank: int = 0, world_size: int = 1) -> list[float]:
+    """Ten real steps on the same rows, each rank on its share: (loss of this rank's rows) and the last step's clipped gradient norm."""
+    losses = []
+    for _ in range(10):
+        loss = model(*rows_of_a_step(rank, world_size), loss_reduction="sum") / 32
+        loss.backward()
+        all_reduce_gradients(model)
+        norm = global_grad_norm(model.parameters())
+        clip_gradients(model.parameters(), 0.5, norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return [*losses, norm.item()]
+
+
+def _rank(rank: int, folder: str) -> None:
+    """What each of two processes does, for both kinds: a run, saved half way; its second half again from one rank's state; learning."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    ranks = {"rank": rank, "world_size": 2}
+    for kind in ("muon", "adamw"):
+        model = build_model()
+        optimizer = build_optimizer(model, kind=kind, **RATES, **ranks)
+        train(model, optimizer, 0, STEPS // 2, **ranks)
+        torch.save((model.state_dict(), optimizer.state_shards()), f"{folder}/{kind}_half{rank}.pt")
+        train(model, optimizer, STEPS // 2, STEPS, **ranks)
+        torch.save(model.state_dict(), f"{folder}/{kind}_whole{rank}.pt")
+
+        weights, shards = torch.load(f"{folder}/{kind}_half_alone.pt", weights_only=True)
+        model.load_state_dict(weights)
+        optimizer = build_optimizer(model, kind=kind, **RATES, **ranks)
+        optimizer.load_shards(merge_shards([shards]))
+        train(model, optimizer, STEPS // 2, STEPS, **ranks)
+        torch.save(model.state_dict(), f"{folder}/{kind}_from_alone{rank}.pt")
+
+        model = build_model()
+        torch.save(learn(model, build_optimizer(model, kind=kind, **RATES, **ranks), **ranks), f"{folder}/{kind}_learn{rank}.pt")
+    dist.destroy_process_group()
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float = 1e-6) -> None:
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=atol, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which one rank left its state half way, and two ranks what they made (one launch for all tests: it is slow)."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for kind in ("muon", "adamw"):
+        model = build_model()
+        optimizer = build_optimizer(model, kind=kind, **RATES)
+        train(model, optimizer, 0, STEPS // 2)
+        torch.save((model.state_dict(), optimizer.state_shards()), folder / f"{kind}_half_alone.pt")
+        train(model, optimizer, STEPS // 2, STEPS)
+        torch.save(model.state_dict(), folder / f"{kind}_alone.pt")
+    mp.spawn(_rank, args=(str(folder),), nprocs=2)
+    return folder
+
+
+def load(path: Path):
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_two_ranks_make_the_same_parameters_as_one(kind: str, two_ranks: Path) -> None:
+    first, second = (load(two_ranks / f"{kind}_whole{rank}.pt") for rank in range(2))
+    assert_same(first, second, atol=0)
+    assert_same(first, load(two_ranks / f"{kind}_alone.pt"))
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_state_of_one_rank_goes_on_with_two(kind: str, two_ranks: Path) -> None:
+    first, second = (load(two_ranks / f"{kind}_from_alone{rank}.pt") for rank in range(2))
+    assert_same(first, second, atol=0)
+    assert_same(first, load(two_ranks / f"{kind}_alone.pt"))
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_state_of_two_ranks_goes_on_with_one(kind: str, two_ranks: Path) -> None:
+    (weights, shards0), (_, shards1) = (load(two_ranks / f"{kind}_half{rank}.pt") for rank in range(2))
+    assert shards0["transformer.wte.weight"]["slice"] == [0, 512] and shards1["transformer.wte.weight"]["slice"] == [512, 1024]
+    whole = [name for name in shards0 if name not in ("transformer.wte.weight", "lm_head.weight")]
+    assert whole and not set(whole) & set(shards1)  # each matrix's state exists once
+    model = build_model()
+    model.load_state_dict(weights)
+    optimizer = build_optimizer(model, kind=kind, **RATES)
+    optimizer.load_shards(merge_shards([shards1, shards0]))
+    train(model, optimizer, STEPS // 2, STEPS)
+    assert_same(model.state_dict(), load(two_ranks / f"{kind}_alone.pt"))
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_two_ranks_see_the_losses_and_the_gradient_norm_of_one(kind: str, two_ranks: Path) -> None:
+    model = build_model()
+    *losses, norm = learn(model, build_optimizer(model, kind=kind, **RATES))
+    (*first, norm0), (*second, norm1) = (load(two_ranks / f"{kind}_learn{rank}.pt") for rank in range(2))
+    assert [a + b for a, b in zip(first, second, strict=True)] == pytest.approx(losses, abs=1e-5)
+    assert norm0 == norm1 == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["muon", "adamw", "sgd"])
+def test_going_on_from_saved_state_is_exact(kind: str, dtype: torch.dtype) -> None:
+    model = build_model(dtype)
+    optimizer = build_optimizer(model, kind=kind, **RATES)
+    train(model, optimizer, 0, 2)
+    file = io.BytesIO()
+    torch.save((model.state_dict(), optimizer.state_shards()), file)
+    train(model, optimizer, 2, 4)
+
+    file.seek(0)
+    weights, shards = torch.load(file, weights_only=True)
+    resumed = build_model(dtype)
+    resumed.load_state_dict(weights)
+    optimizer = build_optimizer(resumed, kind=kind, **RATES)
+    optimizer.load_shards(merge_shards([shards]))
+    train(resumed, optimizer, 2, 4)
+    assert_same(resumed.state_dict(), model.state_dict(), atol=0)
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw", "sgd"])
+def test_each_kind_learns(kind: str) -> None:
+    model = build_model()
+    rates = RATES if kind != "sgd" else dict.fromkeys(("embedding_lr", "unembedding_lr", "matrix_lr"), 0.5)
+    optimizer = build_optimizer(model, kind=kind, **rates)
+    rows = torch.randint(0, CONFIG.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(15):
+        loss = model(rows[:, :-1], rows[:, 1:].contiguous())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_parameters_go_where_they_belong() -> None:
+    model = build_model()
+    optimizer = build_optimizer(model, **RATES)
+    rates = {optimizer.names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates.keys() == dict(model.named_parameters()).keys()
+    assert rates.pop("transformer.wte.weight") == 0.05 and rates.pop("lm_head.weight") == 0.01
+    assert set(rates.values()) == {0.02}
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.0, 0.2]
+
+
+def test_multipliers_apply_to_the_base_values_each_step() -> None:
+    optimizer = build_optimizer(build_model(), **RATES)
+    for _ in range(2):
+        optimizer.step(StepMultipliers(lr=0.5, momentum=0.9, weight_decay=0.25))
+        groups = optimizer.param_groups
+        assert [group["lr"] for group in groups] == [0.025, 0.005, 0.01]
+        assert groups[2]["weight_decay"] == pytest.approx(0.05) and groups[2]["momentum"] == 0.9
+
+
+def test_clipping_bounds_the_global_norm_and_leaves_small_gradients_alone() -> None:
+    params = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(1))]
+    params[0].grad, params[1].grad = torch.full((3,), 2.0), torch.ones(2, 2)
+    norm = global_grad_norm(params)
+    assert norm.item() == 4.0  # sqrt(3 * 4 + 4)
+    clip_gradients(params, 10.0, norm)
+    assert params[0].grad.tolist() == [2.0, 2.0, 2.0]
+    clip_gradients(params, 1.0, norm)
+    assert global_grad_norm(params).item() == pytest.approx(1.0, abs=1e-5)
+    params[1].grad[0, 0] = float("nan")
+    assert not torch.isfinite(global_grad_norm(params))
+
+
+def test_shards_that_do_not_fit_are_named() -> None:
+    model = build_model()
+    optimizer = build_optimizer(model, **RATES)
+    train(model, optimizer, 0, 1)
+    shards = optimizer.state_shards()
+    name = "transformer.wte.weight"
+    with pytest.raises(ValueError, match="rows from 1024 are missing"):
+        merge_shards([{name: {**shards[name], "shape": [2048, 64]}}])
+    with pytest.raises(ValueError, match="rows from 0"):
+        merge_shards([{name: {**shards[name], "slice": [512, 1024]}}])
+    with pytest.raises(ValueError, match=r"covers rows \[0, 512\]"):
+        optimizer.load_shards({name: {**shards[name], "slice": [0, 512]}})
+    with pytest.raises(ValueError, match="has shape"):
+        optimizer.load_shards({name: {**shards[name], "shape": [1024, 32]}})
+    with pytest.raises(ValueError, match="unknown parameters: other"):
+        optimizer.load_shards({"other": shards[name]})
+
+
+def test_an_unknown_kind_is_named() -> None:
+    with pytest.raises(ValueError, match="lion"):
+        build_optimizer(build_model(), kind="lion", **RATES)
