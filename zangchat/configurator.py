@@ -86,6 +86,11 @@ def parse(config_cls: type[C], argv: Sequence[str] | None = None) -> C:
         raise UserError(_diagnose(config_cls, flags, given, positionals, stop, errors.getvalue())) from None
 
 
+def list_flags(config_cls: type) -> list[str]:
+    """Every flag in the order of its field, aliases behind it: ["--depth", "--prompt -p"]; a positional without dashes."""
+    return [" ".join((flag.name if flag.positional else f"--{flag.name}", *flag.aliases)) for flag in _flags(config_cls)]
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The dataclass as plain JSON types (paths become strings, tuples lists); from_dict is the way back."""
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
@@ -163,7 +168,7 @@ def _flags(config_cls: type) -> Iterator[_Flag]:
             hint=hint,
             aliases=tuple(alias for item in metadata for alias in getattr(item, "aliases", None) or ()),
             required=field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING,
-            positional=any("Positional" in str(item) for item in metadata),
+            positional=any(item == tyro.conf.Positional for item in metadata),
         )
 
 

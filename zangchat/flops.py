@@ -80,29 +80,30 @@ def memory_estimate(
         "weights": weights + casts,
         "gradients": weights,
         "optimizer": state // world_size,
-        "activations": device_batch_size * config.sequence_len * activation_bytes_per_token(config, size),
+        "activations": device_batch_size * config.sequence_len * activation_bytes_per_token(config, size, device_type),
         "logits": logits_bytes(config, device_batch_size * config.sequence_len, size, device_type),
     }
     return {**parts, "total": sum(parts.values())}
 
 
-def activation_bytes_per_token(config: GPTConfig, size: int = 2) -> int:
+def activation_bytes_per_token(config: GPTConfig, size: int = 2, device_type: str = "cuda") -> int:
     """Bytes that the forward pass keeps for the backward pass, per token, with `size` bytes a number.
 
-    Per block, in widths: input and norm (2), q rotated and normed (2), attention output as computed and in rows (2), residual and norm
-    (2), relu and its square (8); k rotated, k normed and v in key/value widths (3). Row statistics (fp32): two norms, and per head
-    those of q, k and softmax.
+    Per block, in widths: inputs of its norms (x twice, q; and k), x normed twice, q normed, attention's output as computed and in rows,
+    relu and its square (4 each), k normed and v. torch's CPU norms work on fp32 copies. Row statistics are fp32: one number
+    for each norm of x, and per head those of q, k and softmax.
     """
     width, kv_width = config.n_embd, config.n_kv_head * config.head_dim
+    norm_size = 4 if device_type == "cpu" else size
     statistics = 4 * (2 + 2 * config.n_head + config.n_kv_head)
-    block = size * (16 * width + 3 * kv_width) + statistics
-    ends = size * 3 * width + 8  # embedding, last norm, gradient of the loss with respect to it
+    block = norm_size * (3 * width + kv_width) + size * (13 * width + 2 * kv_width) + statistics
+    ends = norm_size * 2 * width + size * width + 8  # inputs of the first and the last norm; the loss's gradient
     return config.n_layer * block + ends
 
 
 def logits_bytes(config: GPTConfig, tokens: int, size: int = 2, device_type: str = "cuda") -> int:
     """Bytes of the loss: three fp32 copies of one chunk of logits, the gradient product in the compute dtype, and the head's cast."""
-    elements = 2**27 if device_type == "cuda" else 2**21  # as loss.py chooses its chunks
+    elements = 2**27 if device_type == "cuda" else 2**22  # as loss.py chooses its chunks
     chunk = min(tokens, max(elements // config.vocab_size, 64), 8192)
     head = config.padded_vocab_size * config.n_embd
     return chunk * config.vocab_size * (3 * 4 + size) + head * (4 + size)

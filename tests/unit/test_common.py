@@ -1,0 +1,402 @@
+"""The common ground: where files go, how they get there, logs, seeds, devices, processes."""
+
+import hashlib
+import http.server
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from zangchat import common
+from zangchat.config import RunConfig
+from zangchat.configurator import UserError
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_base_folder_is_made_where_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("ZANGCHAT_BASE_DIR", str(tmp_path / "a" / "b"))
+    assert common.get_base_dir() == tmp_path / "a" / "b"
+    assert common.get_base_dir().is_dir()
+
+
+def test_the_base_folder_without_the_environment(tmp_path, monkeypatch):
+    monkeypatch.delenv("ZANGCHAT_BASE_DIR")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert common.get_base_dir() == tmp_path / ".cache" / "zangchat"
+
+
+def test_atomic_write_makes_and_replaces_files(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    common.atomic_write(path, "línea\n")
+    assert path.read_bytes() == "línea\n".encode()
+    common.atomic_write(path, b"\x00\xff")
+    assert path.read_bytes() == b"\x00\xff"
+    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
+    path = tmp_path / "file.txt"
+    common.atomic_write(path, "old")
+    with pytest.raises(RuntimeError, match="disk"), common.atomic_file(path) as file:
+        file.write(b"half of the n")
+        raise RuntimeError("disk full")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_atomic_files_have_ordinary_permissions(tmp_path):
+    common.atomic_write(tmp_path / "a", "x")
+    (tmp_path / "b").write_text("x")
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+# -- downloads ---------------------------------------------------------------------------------------------------------
+
+CONTENT = bytes(range(256)) * 40
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Answers with what `answers` holds, in order, and with the file afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answers: list[str] = []
+        self.requests = 0
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/file.bin"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        with self.server.lock:
+            self.server.requests += 1
+            answer = self.server.answers.pop(0) if self.server.answers else "file"
+        if answer.isdigit():
+            self.send_error(int(answer))
+            return
+        body = {"file": CONTENT, "truncated": CONTENT, "wrong": CONTENT[::-1]}[answer]
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2] if answer == "truncated" else body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(common.time, "sleep", lambda seconds: None)
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def rubbish(base: Path) -> list[str]:
+    return [p.name for p in base.rglob("*") if p.is_file() and p.name != "file.bin" and not p.name.endswith(".lock")]
+
+
+def test_a_download_lands_whole_and_happens_once(server, base_dir):
+    for _ in range(2):
+        path = common.download_file_with_lock(server.url, "sub/file.bin", sha256=DIGEST)
+        assert path == base_dir / "sub" / "file.bin"
+        assert path.read_bytes() == CONTENT
+    assert server.requests == 1
+    assert rubbish(base_dir) == []
+
+
+@pytest.mark.parametrize("answers", [["500"], ["503", "429"], ["truncated"], ["wrong", "truncated", "500", "408"]])
+def test_passing_trouble_is_tried_again(server, base_dir, answers):
+    server.answers = list(answers)
+    path = common.download_file_with_lock(server.url, "file.bin", sha256=DIGEST)
+    assert path.read_bytes() == CONTENT
+    assert server.requests == len(answers) + 1
+
+
+@pytest.mark.parametrize(
+    ("answers", "problem", "requests"),
+    [
+        (["404"] * 9, "answered 404", 1),
+        (["503"] * 9, "answered 503", common.DOWNLOAD_TRIES),
+        (["wrong"] * 9, "sha256", common.DOWNLOAD_TRIES),
+        (["truncated"] * 9, "bytes", common.DOWNLOAD_TRIES),
+    ],
+)
+def test_lasting_trouble_is_told_and_leaves_nothing(server, base_dir, answers, problem, requests):
+    server.answers = answers
+    with pytest.raises(UserError, match=problem) as caught:
+        common.download_file_with_lock(server.url, "file.bin", sha256=DIGEST)
+    assert server.url in str(caught.value) and str(base_dir / "file.bin") in str(caught.value)
+    assert server.requests == requests
+    assert not (base_dir / "file.bin").exists()
+    assert rubbish(base_dir) == []
+
+
+def test_no_server_at_all(monkeypatch):
+    monkeypatch.setattr(common.time, "sleep", lambda seconds: None)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
+        with pytest.raises(UserError, match="could not download"):
+            common.download_file_with_lock(f"http://127.0.0.1:{taken.getsockname()[1]}/x", "file.bin")
+
+
+def test_a_file_that_changed_on_disk_is_fetched_again(server, base_dir):
+    (base_dir / "file.bin").write_bytes(b"damaged")
+    assert common.download_file_with_lock(server.url, "file.bin", sha256=DIGEST).read_bytes() == CONTENT
+
+
+def test_postprocessing_comes_before_the_name(server, base_dir):
+    seen = []
+
+    def process(path: Path) -> None:
+        assert not (base_dir / "file.bin").exists()
+        seen.append(path.read_bytes())
+        if len(seen) == 1:
+            raise ValueError("not a zip file")
+
+    with pytest.raises(ValueError, match="zip"):
+        common.download_file_with_lock(server.url, "file.bin", process)
+    assert not (base_dir / "file.bin").exists()
+    common.download_file_with_lock(server.url, "file.bin", process)
+    common.download_file_with_lock(server.url, "file.bin", process)
+    assert seen == [CONTENT, CONTENT]
+
+
+def test_many_at_once_download_once(server, base_dir):
+    threads = [threading.Thread(target=common.download_file_with_lock, args=(server.url, "file.bin")) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert server.requests == 1
+    assert (base_dir / "file.bin").read_bytes() == CONTENT
+
+
+# -- seeds -------------------------------------------------------------------------------------------------------------
+
+
+def test_seeds_are_the_same_everywhere_for_ever():
+    assert common.derive_seed(42, "shuffle", 0, 1) == 4056893683753119832
+    assert common.derive_seed() == 724655455495936113
+
+
+def test_seeds_differ_and_have_63_bits():
+    parts = [(seed, purpose, i) for seed in (0, 1, -1) for purpose in ("a", "b") for i in range(50)]
+    seeds = {common.derive_seed(*p) for p in parts}
+    assert len(seeds) == len(parts)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert max(seeds) > 2**62
+    torch.Generator().manual_seed(max(seeds))
+
+
+def test_seeds_tell_types_and_borders_apart():
+    assert common.derive_seed("1") != common.derive_seed(1)
+    assert common.derive_seed("a", "b") != common.derive_seed("ab")
+    assert common.derive_seed(1, 0) != common.derive_seed(10)
+    assert common.derive_seed(1.0) != common.derive_seed(1)
+
+
+def test_seeds_take_numpy_integers_as_integers_and_refuse_what_has_no_stable_text():
+    assert common.derive_seed(np.int64(7), (np.int32(1), "x")) == common.derive_seed(7, (1, "x"))
+    with pytest.raises(TypeError, match="set"):
+        common.derive_seed({1, 2})
+
+
+# -- logs and terminal -------------------------------------------------------------------------------------------------
+
+
+def record(level: int = logging.WARNING) -> logging.LogRecord:
+    return logging.LogRecord("zangchat.x", level, "x.py", 1, "loss is %d", (7,), None)
+
+
+def test_colours_are_only_for_terminals():
+    painted, plain = common.ColoredFormatter(color=True).format(record()), common.ColoredFormatter(color=False).format(record())
+    assert "\x1b[33mWARNING\x1b[0m" in painted
+    assert "\x1b" not in plain
+    assert plain.endswith("WARNING zangchat.x: loss is 7")
+
+
+def test_painting_leaves_the_record_alone():
+    r = record()
+    common.ColoredFormatter(color=True).format(r)
+    assert r.levelname == "WARNING"
+
+
+@pytest.fixture
+def fresh_logging():
+    root = logging.getLogger()
+    handlers = list(root.handlers)
+    for handler in handlers:
+        if isinstance(handler.formatter, common.ColoredFormatter):
+            root.removeHandler(handler)
+    yield root
+    root.handlers[:] = handlers
+
+
+def test_default_logging_is_set_up_once_and_spares_others(fresh_logging, capsys):
+    before = len(fresh_logging.handlers)
+    common.setup_default_logging()
+    common.setup_default_logging()
+    assert len(fresh_logging.handlers) == before + 1
+    logging.getLogger("zangchat.trainer").info("ours")
+    logging.getLogger("httpx").info("theirs")
+    err = capsys.readouterr().err
+    assert err.count("ours") == 1 and "theirs" not in err
+
+
+def test_other_ranks_are_quiet(fresh_logging, capsys, monkeypatch):
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    common.setup_default_logging()
+    logging.getLogger("zangchat.trainer").info("progress")
+    logging.getLogger("zangchat.trainer").warning("trouble")
+    common.print0("hello")
+    common.print_banner()
+    captured = capsys.readouterr()
+    assert captured.out == "" and "trouble" in captured.err and "progress" not in captured.err
+
+
+def test_the_banner_fits_any_terminal(capsys):
+    common.print_banner()
+    out = capsys.readouterr().out
+    assert out.isascii() and max(map(len, out.splitlines())) <= 79
+
+
+# -- processes and devices ---------------------------------------------------------------------------------------------
+
+
+def test_a_rank_alone_is_not_a_process_group(monkeypatch):
+    assert common.get_dist_info() == (False, 0, 0, 1)
+    monkeypatch.setenv("RANK", "3")  # as some clusters set it
+    assert not common.is_ddp()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert common.get_dist_info() == (True, 3, 1, 4)
+
+
+def test_compute_init_on_a_cpu_seeds_and_cleans_up():
+    assert common.compute_init("cpu", seed=3) == (False, 0, 0, 1, torch.device("cpu"))
+    first = torch.rand(3)
+    common.compute_init("cpu", seed=3)
+    assert torch.equal(torch.rand(3), first)
+    common.compute_cleanup()
+    common.compute_cleanup()
+
+
+@pytest.mark.parametrize("device_type", ["gpu", "cuda:0", "tpu"])
+def test_an_unknown_device_names_the_choices(device_type):
+    with pytest.raises(UserError, match=f"--device_type={device_type} is not known: choose cuda, mps or cpu"):
+        common.compute_init(device_type)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_an_absent_device_is_told():
+    with pytest.raises(UserError, match="--device_type=cuda, but torch .* finds no CUDA device"):
+        common.compute_init("cuda")
+
+
+WORKER = """
+import torch
+from zangchat import common
+ddp, rank, local_rank, world_size, device = common.compute_init("cpu")
+total = torch.tensor([rank + 1.0])
+torch.distributed.all_reduce(total)
+assert torch.distributed.get_backend() == "gloo"
+common.compute_cleanup()
+assert not torch.distributed.is_initialized()
+common.compute_cleanup()
+print(ddp, rank, local_rank, world_size, device, total.item(), torch.get_num_threads())
+"""
+
+
+def test_two_ranks_meet_and_share_the_cores():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    environment.pop("OMP_NUM_THREADS", None)
+    ranks = []
+    for rank in ("0", "1"):
+        env = {**environment, "RANK": rank, "LOCAL_RANK": rank}
+        ranks.append(subprocess.Popen([sys.executable, "-c", WORKER], env=env, stdout=subprocess.PIPE, text=True))
+    share = max(1, len(os.sched_getaffinity(0)) // 2)
+    for rank, process in enumerate(ranks):
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == 0
+        assert out.split() == ["True", str(rank), str(rank), "2", "cpu", "3.0", str(share)]
+
+
+def test_dtypes_by_name():
+    assert common.resolve_dtype("bfloat16", "cpu") is torch.bfloat16
+    assert common.resolve_dtype("float16", torch.device("cpu")) is torch.float16
+    assert common.resolve_dtype("float32", "cpu") is torch.float32
+    with pytest.raises(UserError, match="--dtype=bf16 is not known: choose bfloat16, float16, float32"):
+        common.resolve_dtype("bf16", "cpu")
+
+
+@pytest.mark.parametrize(("flags", "expected"), [({}, torch.float32), ({"avx512_bf16"}, torch.bfloat16), ({"amx_bf16"}, torch.bfloat16)])
+def test_a_cpu_computes_in_what_it_is_fast_with(monkeypatch, flags, expected):
+    monkeypatch.setattr(
+        torch.cpu, "get_capabilities", lambda: {name: name in flags for name in ("avx2", "avx512_bf16", "amx_bf16")}, raising=False
+    )
+    assert common.resolve_dtype("", "cpu") is expected
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float16)])
+def test_a_gpu_computes_in_what_it_is_fast_with(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert common.resolve_dtype("", "cuda") is expected
+
+
+def test_metal_computes_in_fp32():
+    assert common.resolve_dtype("", "mps") is torch.float32
+
+
+def test_memory_and_synchronisation_of_a_cpu():
+    common.device_synchronize("cpu")
+    assert 2**24 < common.peak_memory_bytes(torch.device("cpu")) < 2**40
+
+
+# -- wandb -------------------------------------------------------------------------------------------------------------
+
+
+def test_wandb_is_a_dummy_by_default():
+    run = common.get_wandb("dummy", RunConfig(), "zangchat")
+    run.log({"loss": 1.0}, step=3)
+    run.summary["best"] = 1.0
+    run.finish()
+    assert isinstance(run, common.DummyWandb)
+
+
+def test_wandb_is_asked_with_name_and_settings(monkeypatch):
+    calls = []
+    monkeypatch.setitem(sys.modules, "wandb", type(sys)("wandb"))
+    sys.modules["wandb"].init = lambda **kwargs: calls.append(kwargs)
+    common.get_wandb("first", RunConfig(seed=7), "zangchat")
+    monkeypatch.setenv("WANDB_RUN", "second")
+    common.get_wandb("dummy", {"a": 1}, "zangchat-sft")
+    assert [(c["project"], c["name"]) for c in calls] == [("zangchat", "first"), ("zangchat-sft", "second")]
+    assert calls[0]["config"]["seed"] == 7 and calls[1]["config"] == {"a": 1}
+
+
+def test_wandb_runs_on_rank_0_alone(monkeypatch):
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert isinstance(common.get_wandb("first", RunConfig(), "zangchat"), common.DummyWandb)

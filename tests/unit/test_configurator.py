@@ -1,0 +1,301 @@
+"""Command lines: every spelling a user may try, and one sentence for every mistake."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+import tyro
+
+from zangchat import configurator
+from zangchat.config import RunConfig
+from zangchat.configurator import UserError, from_dict, list_flags, parse, to_dict
+
+
+@dataclass
+class Config(RunConfig):
+    depth: int = 20  # layers of the model
+    matrix_lr: float = 0.02  # learning rate of the matrices
+    device_batch_size: int = 32
+    prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None  # ask this and leave
+    top_k: Annotated[int | None, tyro.conf.arg(aliases=["-k"])] = 50
+    kind: Literal["muon", "adamw"] = "muon"
+    dry_run: bool = False  # print the plan and leave
+    tools: bool = True
+    sample: bool | None = None
+    names: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.depth == 13:
+            raise ValueError("--depth=13 brings bad luck: take 12")
+
+
+@dataclass
+class Command:
+    command: tyro.conf.Positional[Literal["download", "verify"]] = "download"
+    num_shards: Annotated[int, tyro.conf.arg(aliases=["-n"])] = -1
+
+
+@dataclass
+class Needy:
+    depth: int
+    width: int = 64
+
+
+def error_of(*argv: str, cls: type = Config) -> str:
+    with pytest.raises(UserError) as caught:
+        parse(cls, argv)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# -- spellings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--device_batch_size=8"],
+        ["--device-batch-size=8"],
+        ["--device_batch_size", "8"],
+        ["--device-batch-size", "8"],
+        ["--", "--device_batch_size=8"],
+        ["--device_batch_size=4", "--device_batch_size=8"],
+    ],
+)
+def test_spellings_of_a_value(argv):
+    assert parse(Config, argv) == Config(device_batch_size=8)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--dry_run"], True),
+        (["--dry-run"], True),
+        (["--dry_run=1"], True),
+        (["--dry_run=true"], True),
+        (["--dry_run=True"], True),
+        (["--dry_run", "1"], True),
+        (["--dry_run=0"], False),
+        (["--dry-run=false"], False),
+        (["--dry_run", "false"], False),
+        (["--dry_run", "--no_dry_run"], False),
+        (["--no-dry-run"], False),
+        ([], False),
+    ],
+)
+def test_spellings_of_a_boolean(argv, expected):
+    assert parse(Config, argv).dry_run is expected
+
+
+def test_a_boolean_that_is_on_by_default_can_be_switched_off():
+    assert parse(Config, ["--tools=0"]).tools is False
+    assert parse(Config, ["--tools"]).tools is True
+
+
+def test_an_optional_boolean_takes_the_same_values():
+    assert parse(Config, ["--sample=1"]).sample is True
+    assert parse(Config, ["--sample=false"]).sample is False
+    assert parse(Config, ["--sample=None"]).sample is None
+
+
+@pytest.mark.parametrize("argv", [["-p", "hello"], ["-p=hello"], ["--prompt=hello"], ["--prompt", "hello"]])
+def test_aliases(argv):
+    assert parse(Config, argv).prompt == "hello"
+
+
+@pytest.mark.parametrize("value", ["a=b", "--x=1 -- y", "-x", "-1", "", "with 'quotes' and \"more\"", "中文 ❤", "[a, b]"])
+def test_a_text_arrives_as_it_is(value):
+    assert parse(Config, [f"--prompt={value}"]).prompt == value
+
+
+def test_a_value_may_begin_with_a_dash():
+    config = parse(Config, ["--matrix_lr", "-1e-3", "--top_k", "-1", "-p", "-x"])
+    assert (config.matrix_lr, config.top_k, config.prompt) == (-1e-3, -1, "-x")
+
+
+def test_none_can_be_asked_for():
+    assert parse(Config, ["-k", "None"]).top_k is None
+    assert parse(Config, ["-k", "7"]).top_k == 7
+
+
+def test_lists_take_several_values():
+    assert parse(Config, ["--names", "a", "b", "--depth=3"]).names == ["a", "b"]
+
+
+def test_positionals():
+    assert parse(Command, ["verify", "-n", "3"]) == Command("verify", 3)
+    assert parse(Command, ["-n", "-1"]) == Command("download", -1)
+
+
+def test_flags_of_a_base_class_are_there():
+    assert parse(Config, ["--resume=latest", "--seed=7", "--overwrite"]) == Config(resume="latest", seed=7, overwrite=True)
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_flag_names_the_closest_one():
+    message = error_of("--device_batchsize=8")
+    assert message.startswith("unknown flag --device_batchsize, did you mean --device_batch_size?")
+    assert "--help" in message
+
+
+def test_an_unknown_flag_without_a_close_one():
+    assert "did you mean" not in error_of("--zzz")
+    assert "unknown flag -q" in error_of("-q")
+
+
+def test_no_abbreviations():
+    assert "unknown flag --dep" in error_of("--dep=3")
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--depth=three"], ["--depth=three", "a whole number"]),
+        (["--depth", "1.5"], ["--depth=1.5", "a whole number"]),
+        (["--matrix_lr=fast"], ["--matrix_lr=fast", "a number"]),
+        (["--kind=sgd"], ["--kind=sgd", "one of muon, adamw"]),
+        (["--top_k=many"], ["--top_k=many", "a whole number or None"]),
+        (["--dry_run=maybe"], ["--dry_run=maybe", "--dry_run=0"]),
+        (["--no_dry_run=1"], ["--no_dry_run", "no value"]),
+        (["--seed=1", "--depth=x", "--kind=muon"], ["--depth=x"]),
+    ],
+)
+def test_a_bad_value_names_flag_value_and_expectation(argv, parts):
+    message = error_of(*argv)
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize("argv", [["--depth"], ["--depth", "--dry_run"], ["-p", "--dry_run"], ["--prompt", "-k", "3"]])
+def test_a_missing_value(argv):
+    assert f"{argv[0]} needs a value" in error_of(*argv)
+
+
+def test_a_stray_word():
+    assert "'gpu' belongs to no flag" in error_of("gpu")
+    assert "belongs to no flag" in error_of("--depth=3", "4")
+
+
+def test_a_bad_positional_names_the_choices():
+    assert error_of("verfy", cls=Command) == "'verfy' is not understood: expected one of download, verify"
+    assert "'more' belongs to no flag" in error_of("verify", "more", cls=Command)
+
+
+def test_a_missing_required_flag():
+    assert "--depth must be given" in error_of(cls=Needy)
+    assert "--width=x" in error_of("--depth=3", "--width=x", cls=Needy)
+
+
+def test_a_check_of_the_dataclass_is_passed_on():
+    assert error_of("--depth=13", "--seed=3") == "--depth=13 brings bad luck: take 12"
+
+
+# -- the entry point ---------------------------------------------------------------------------------------------------
+
+
+def test_run_returns_what_the_command_returns():
+    assert configurator.run(Config, lambda config: None, []) == 0
+    assert configurator.run(Config, lambda config: config.depth, ["--depth=3"]) == 3
+
+
+def test_a_user_error_is_one_line_and_code_2(capsys):
+    def command(config: Config) -> int:
+        raise UserError("no tokenizer: run `python -m scripts.tok_train`")
+
+    assert configurator.run(Config, command, []) == 2
+    assert capsys.readouterr().err == "error: no tokenizer: run `python -m scripts.tok_train`\n"
+    assert configurator.run(Config, command, ["--dept=1"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_ctrl_c_is_code_130(capsys):
+    def command(config: Config) -> int:
+        raise KeyboardInterrupt
+
+    assert configurator.run(Config, command, []) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_other_exceptions_pass():
+    with pytest.raises(ZeroDivisionError):
+        configurator.run(Config, lambda config: 1 // 0, [])
+
+
+def test_help_shows_flags_defaults_and_comments(capsys):
+    assert configurator.run(Config, lambda config: 1, ["--help"]) == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "Command lines: every spelling a user may try" in text
+    for part in ("--depth INT", "layers of the model", "(default: 20)", "-p", "newest checkpoints to keep"):
+        assert part in text, text
+
+
+def test_help_wins_wherever_it_stands(capsys):
+    assert configurator.run(Needy, lambda config: 1, ["--width=3", "-h"]) == 0
+    assert "--depth" in capsys.readouterr().out
+
+
+def test_help_does_not_load_torch():
+    code = (
+        "import sys\nfrom zangchat import configurator\nfrom zangchat.config import RunConfig\n"
+        "code = configurator.run(RunConfig, lambda config: 1, ['--help'])\n"
+        "sys.exit('torch was imported' if 'torch' in sys.modules else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--keep_last" in done.stdout
+
+
+def test_list_flags():
+    flags = list_flags(Config)
+    assert flags[0] == "--run"
+    assert "--prompt -p" in flags and "--dry_run" in flags
+    assert list_flags(Command) == ["command", "--num_shards -n"]
+
+
+# -- JSON --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Inner:
+    betas: tuple[float, ...] = (0.8, 0.95)
+
+
+@dataclass
+class Outer:
+    path: Path = Path("a/b")
+    maybe: Path | None = None
+    inner: Inner = field(default_factory=Inner)
+    rate: float = 1.0
+    table: dict[str, int] = field(default_factory=lambda: {"a": 1})
+
+
+@pytest.mark.parametrize("config", [Config(), Config(depth=3, prompt="x"), Outer(), Outer(maybe=Path("x"), inner=Inner((1.0,)), rate=0.5)])
+def test_json_round_trip(config):
+    assert from_dict(type(config), json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_a_whole_number_in_json_becomes_a_float_again():
+    assert isinstance(from_dict(Outer, {"rate": 2}).rate, float)
+
+
+def test_missing_keys_take_defaults_and_unknown_ones_are_named():
+    assert from_dict(Config, {"depth": 3}) == Config(depth=3)
+    with pytest.raises(ValueError, match="Config has no setting named colour"):
+        from_dict(Config, {"colour": 1})
+
+
+def test_what_json_does_not_know_is_refused():
+    @dataclass
+    class Odd:
+        value: object = field(default_factory=set)
+
+    with pytest.raises(TypeError, match="set"):
+        to_dict(Odd())
+    with pytest.raises(TypeError, match="dataclass instance"):
+        to_dict(Config)

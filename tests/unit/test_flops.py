@@ -1,0 +1,186 @@
+"""Costs computed from a configuration against the model itself and against numbers worked out by hand."""
+
+import pytest
+import torch
+
+from zangchat.config import GPTConfig
+from zangchat.flops import (
+    activation_bytes_per_token,
+    count_params,
+    decode_bytes,
+    decode_flops_per_token,
+    decode_roofline,
+    find_device,
+    flops_per_token,
+    kv_bytes_per_token,
+    memory_bandwidth,
+    memory_estimate,
+    peak_flops,
+    scaling_params,
+)
+
+D20 = GPTConfig(sequence_len=2048, vocab_size=65536, n_layer=20, n_head=10, n_kv_head=10, n_embd=1280)
+SMALL = GPTConfig(sequence_len=32, vocab_size=300, n_layer=2, n_head=4, n_kv_head=2, n_embd=64)
+
+
+def test_parameters_of_d20():
+    params = count_params(D20)
+    assert params == {"wte": 83_886_080, "lm_head": 83_886_080, "matrices": 393_216_000, "total": 560_988_160}
+    assert scaling_params(D20) == 477_102_080
+
+
+@pytest.mark.parametrize("config", [SMALL, GPTConfig(sequence_len=8, vocab_size=257, n_layer=1, n_head=2, n_kv_head=2, n_embd=32)])
+def test_parameters_are_those_of_the_model(config):
+    from zangchat.gpt import GPT
+
+    with torch.device("meta"):
+        model = GPT(config)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    params = count_params(config)
+    assert params["wte"] == sizes["transformer.wte.weight"]
+    assert params["lm_head"] == sizes["lm_head.weight"]
+    assert params["matrices"] == sum(size for name, size in sizes.items() if name.startswith("transformer.h."))
+    assert params["total"] == sum(sizes.values())
+
+
+def test_training_flops_of_d20():
+    assert flops_per_token(D20) == 6 * 477_102_080 + 12 * 20 * 10 * 128 * 2048
+    assert flops_per_token(D20) == pytest.approx(3.49e9, rel=1e-3)
+    assert 989e12 / flops_per_token(D20) == pytest.approx(283e3, rel=2e-3)  # tokens per second at full utilisation
+
+
+def test_training_flops_count_what_torch_counts():
+    """A forward pass is a third of it, by torch's own counter on attention that is computed as plain products."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from zangchat.gpt import GPT
+
+    model = GPT(SMALL)
+    model.init_weights()
+    tokens = torch.randint(300, (3, 32))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(tokens)
+    assert 3 * counter.get_total_flops() == flops_per_token(SMALL) * tokens.numel()
+
+
+def test_decoding_limits_of_d20():
+    assert kv_bytes_per_token(D20) == 102_400
+    assert decode_bytes(D20, context=0) == pytest.approx(954e6, rel=1e-3)
+    assert decode_bytes(D20, 512, batch_size=2) - decode_bytes(D20, 0) == 2 * 512 * 102_400
+    assert decode_bytes(D20, 0, weight_bytes=1) == 477_102_080
+    assert decode_flops_per_token(D20, 0) == 2 * 477_102_080
+    h100 = memory_bandwidth("NVIDIA H100 80GB HBM3")
+    assert decode_roofline(D20, h100, 512) == pytest.approx(3.3e3, rel=0.02)
+    assert decode_roofline(D20, h100, 1024, batch_size=64) == pytest.approx(28e3, rel=0.02)
+    assert decode_roofline(D20, h100, 256, batch_size=256) == pytest.approx(112e3, rel=0.02)
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_what_autograd_keeps(dtype, kv_heads):
+    """Bytes of the distinct tensors saved for the backward pass, weights and their casts aside, plus the loss's own gradient."""
+    from zangchat.gpt import GPT
+
+    config = GPTConfig(sequence_len=64, vocab_size=256, n_layer=3, n_head=4, n_kv_head=kv_heads, n_embd=128)
+    model = GPT(config, compute_dtype=dtype)
+    model.init_weights()
+    weight_shapes = {p.shape for p in model.parameters()} | {p.shape[::-1] for p in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape not in weight_shapes:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    tokens = torch.randint(256, (3, 64))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(tokens, tokens)
+    assert torch.isfinite(loss)
+    measured = sum(saved.values()) / tokens.numel() + dtype.itemsize * config.n_embd
+    assert activation_bytes_per_token(config, dtype.itemsize, "cpu") == pytest.approx(measured, rel=0.02)
+
+
+def test_memory_of_a_training_step():
+    estimate = memory_estimate(D20, 32)
+    assert estimate["total"] == sum(value for name, value in estimate.items() if name != "total")
+    assert 40e9 < estimate["total"] < 80e9  # 32 rows of d20 are what an 80 GB card takes
+    halved = memory_estimate(D20, 16)
+    assert halved["activations"] * 2 == estimate["activations"]
+    assert halved["weights"] == estimate["weights"]
+    sharded = memory_estimate(D20, 32, world_size=8)
+    assert sharded["optimizer"] == estimate["optimizer"] // 8
+
+
+def test_memory_depends_on_the_dtype():
+    single, half = (memory_estimate(SMALL, 4, dtype=dtype, device_type="cpu") for dtype in ("float32", "bfloat16"))
+    assert half["activations"] < 0.8 * single["activations"]
+    assert single["weights"] == 4 * count_params(SMALL)["total"]
+    assert memory_estimate(SMALL, 4, dtype=torch.float32, device_type="cpu") == single
+
+
+def test_optimizer_memory_is_what_the_optimizers_keep():
+    from zangchat.gpt import GPT
+    from zangchat.optim import build_optimizer
+
+    config = GPTConfig(sequence_len=16, vocab_size=256, n_layer=2, n_head=4, n_kv_head=4, n_embd=256)
+    model = GPT(config, compute_dtype=torch.bfloat16)
+    model.init_weights()
+    optimizer = build_optimizer(model, embedding_lr=0.1, unembedding_lr=0.1, matrix_lr=0.1)
+    tokens = torch.randint(256, (1, 16))
+    model(tokens, tokens).backward()
+    optimizer.step()
+    kept = sum(t.numel() * t.element_size() for shard in optimizer.state_shards().values() for t in shard["tensors"].values())
+    assert memory_estimate(config, 1)["optimizer"] == pytest.approx(kept, rel=0.02)
+
+
+# -- devices -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 836),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA H20", 148),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA A10G", None),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA RTX 6000 Ada Generation", 364),
+        ("Tesla V100-SXM2-16GB", 125),
+        ("Tesla T4", 65),
+        ("AMD Instinct MI300X", 1307),
+        ("a CPU", None),
+    ],
+)
+def test_peaks_of_known_devices(name, tera):
+    peak = peak_flops(name, torch.bfloat16)
+    assert peak is None if tera is None else peak == tera * 1e12
+
+
+def test_peaks_by_dtype():
+    h100 = "NVIDIA H100 80GB HBM3"
+    assert peak_flops(h100, "bfloat16") == peak_flops(h100, torch.float16) == 989e12
+    assert peak_flops(h100, "fp8") == peak_flops(h100, torch.float8_e4m3fn) == 1979e12
+    assert peak_flops(h100, torch.float32) == 495e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB", "fp8") is None
+    with pytest.raises(ValueError, match="int4"):
+        peak_flops(h100, "int4")
+
+
+def test_variants_of_a_device_are_told_apart():
+    assert memory_bandwidth("NVIDIA A100-SXM4-80GB") == 2039e9
+    assert memory_bandwidth("NVIDIA A100-SXM4-40GB") == 1555e9
+    assert memory_bandwidth("NVIDIA H200") == 4800e9
+    assert memory_bandwidth("something new") is None
+    assert find_device("NVIDIA A100 80GB PCIe").bandwidth == 1935
