@@ -95,7 +95,7 @@ class ByteTokenizer:
 
     def render_for_completion(self, conversation: dict[str, Any]) -> list[int]:
         """The conversation without its last answer, ready for the assistant to write one."""
-        messages = [message for message in conversation["messages"]]
+        messages = list(conversation["messages"])
         if messages and messages[-1]["role"] == "assistant":
             messages.pop()
         ids, _ = self.render_conversation({"messages": messages}, max_tokens=1 << 30)

@@ -2,10 +2,10 @@
 
     stream    endless documents in an order that is a function of (data, seed); its position is a little JSON
     packer    documents -> rows of T+1 tokens, each beginning with <|bos|>
-    batches   step s is rows [s*R, (s+1)*R) of the packer's output; rank r takes the r-th slice of them; made by a thread ahead of the training
+    batches   step s is rows [s*R, (s+1)*R) of the packer's output, rank r takes the r-th slice of them; made ahead by a thread
 
-Every rank reads and packs the whole stream, so that a step's rows depend neither on the number of ranks nor on interruptions. A cursor says from where
-the documents must be read again and which of them are still unfinished, so it stays small whatever is pending.
+Every rank reads and packs the whole stream, so that a step's rows depend neither on the number of ranks nor on interruptions. A
+cursor says from where the documents must be read again and which of them are still unfinished, so it stays small whatever is pending.
 Legend: R rows of a step, T targets in a row, W = T + 1 tokens in a row.
 """
 
@@ -66,8 +66,9 @@ class DocumentStream(Protocol):
 class TextStream:
     """Documents of a pretraining dataset, for ever.
 
-    Each epoch has its own order: shards (except in the first epoch of a dataset that may still be downloading), groups within a shard, documents
-    within a group. With `max_tokens`, a longer document is handed out in several, each with its own <|bos|>: finer grains for a MixedStream.
+    Each epoch has its own order: shards (except in the first epoch of a dataset that may still be downloading), groups within a
+    shard, documents within a group. With `max_tokens`, a longer document is handed out in several, each with its own <|bos|>: finer
+    grains for a MixedStream.
     """
 
     def __init__(self, dataset: Dataset, tokenizer: Any, seed: int, split: str = "train", max_tokens: int | None = None) -> None:
@@ -129,8 +130,8 @@ class TextStream:
 class ConversationStream:
     """A task's conversations as documents that are never cut, each epoch in its own order; for ever, or for `num_epochs`.
 
-    Only the tokens that the rendering marks are learnt. A conversation longer than `max_tokens` is cut there, and one without a token to learn from
-    is left out; both are counted, and the counts are logged at the end of an epoch.
+    Only the tokens that the rendering marks are learnt. A conversation longer than `max_tokens` is cut there, and one without a token
+    to learn from is left out; both are counted, and the counts are logged at the end of an epoch.
     """
 
     def __init__(self, task: Any, tokenizer: Any, seed: int, max_tokens: int, num_epochs: int | None = None) -> None:
@@ -266,9 +267,9 @@ class _Unfinished:
 class Packer:
     """Documents -> rows of `width` tokens, each beginning with <|bos|>, filled oldest document first.
 
-    A splittable document fills the row and goes on, after a <|bos|>, in the next: none of its tokens is dropped. One that must not be cut waits
-    for a row with room; meanwhile up to LOOK_AHEAD documents are looked at for one that fits, then the row is padded. One that is longer than a row
-    is cut to it, and counted.
+    A splittable document fills the row and goes on, after a <|bos|>, in the next: none of its tokens is dropped. One that must not be
+    cut waits for a row with room; meanwhile up to LOOK_AHEAD documents are looked at for one that fits, then the row is padded. One
+    that is longer than a row is cut to it, and counted.
     """
 
     def __init__(self, stream: DocumentStream, *, width: int, bos: int, cursor: dict[str, Any] | None = None) -> None:
@@ -290,7 +291,7 @@ class Packer:
 
     @property
     def cursor(self) -> dict[str, Any]:
-        """JSON: the position from which to read again, how many documents to read there, and [number, tokens placed] of those not finished."""
+        """JSON: where to read again, how many documents to read there, and [number, tokens placed] of those not finished."""
         if not self._unfinished:
             return {"position": self._reader.position, "read": 0, "unfinished": []}
         oldest = self._unfinished[0]
@@ -298,7 +299,7 @@ class Packer:
         return {"position": oldest.position, "read": self._read - oldest.number, "unfinished": unfinished}
 
     def fill(self, ids: np.ndarray, learn: np.ndarray) -> bool:
-        """Fill one row: ids (W,), and learn (W,) bool, True where the token is a target. False at the end of the stream, with the row all padding."""
+        """Fill a row: ids (W,), learn (W,) bool, True where the token is a target. False at the end of the stream: all is padding."""
         ids[:] = self.bos
         learn[:] = False
         used = 0
@@ -319,10 +320,10 @@ class Packer:
         for entry in self._unfinished:
             if self._fits(entry, room):
                 return entry
-        while len(self._unfinished) < LOOK_AHEAD and (entry := self._next_document()) is not None:
-            self._unfinished.append(entry)
-            if self._fits(entry, room):
-                return entry
+        while len(self._unfinished) < LOOK_AHEAD and (new := self._next_document()) is not None:
+            self._unfinished.append(new)
+            if self._fits(new, room):
+                return new
         return None
 
     def _fits(self, entry: _Unfinished, room: int) -> bool:
@@ -370,7 +371,7 @@ def packed_batches(
     bos: int,
     cursor: dict[str, Any] | None = None,
 ) -> Iterator[Batch]:
-    """Steps of `rows_per_step` packed rows, this rank's slice of each, beginning after the step that `cursor` belongs to. Close it to end its thread."""
+    """This rank's slice of steps of `rows_per_step` packed rows, beginning after `cursor`'s step. Closing it ends its thread."""
     if rows_per_step < 1 or rows_per_step % world_size:
         raise ValueError(f"rows_per_step ({rows_per_step}) must be a multiple of world_size ({world_size})")
 
@@ -402,8 +403,8 @@ def example_batches(
 ) -> Iterator[Batch]:
     """Steps of exactly `examples_per_step` conversations in the order of a ConversationStream, packed whole into as many rows as they need.
 
-    Rows of padding make the number of rows a multiple of world_size and of rows_multiple. With `num_epochs` the batches end, the last step possibly
-    with fewer conversations.
+    Rows of padding make the number of rows a multiple of world_size and of rows_multiple. With `num_epochs` the batches end, the last
+    step possibly with fewer conversations.
     """
     width = sequence_len + 1
     bos = tokenizer.get_bos_token_id()
@@ -439,10 +440,10 @@ def validation_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """The validation rows, the same for any packer and number of ranks: each validation document from its <|bos|>, at most T targets, rest ignored.
+    """Validation rows, the same for any packer and number of ranks: each document from its <|bos|>, at most T targets, the rest ignored.
 
-    Documents are taken in order until they amount to `max_bytes` of UTF-8 or to `eval_tokens` targets; without either, all. Every rank gets the same
-    number of batches of `rows_per_batch` rows, rows without any target filling the last.
+    Documents are taken in order until they amount to `max_bytes` of UTF-8 or to `eval_tokens` targets; without either, all. Every
+    rank gets the same number of batches of `rows_per_batch` rows, rows without any target filling the last.
     """
     width = sequence_len + 1
     bos = tokenizer.get_bos_token_id()
@@ -492,7 +493,7 @@ def _batch(ids: np.ndarray, learn: np.ndarray, cursor: dict[str, Any], rank: int
 
 
 def prefetched(produce: Callable[[], Iterator[Item]], depth: int = PREFETCHED_STEPS) -> Iterator[Item]:
-    """The items of `produce()`, made by a thread up to `depth` ahead; its exception is raised here, in its turn. Closing or dropping it ends the thread."""
+    """The items of `produce()`, made by a thread up to `depth` ahead; its exception is raised here. Closing it ends the thread."""
     items: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
     stop = threading.Event()
 

@@ -5,15 +5,15 @@
     python -m zangchat.dataset --source=fineweb-edu -n 8
     python -m zangchat.dataset verify [--dataset=NAME] [--repair]
 
-A dataset is a folder <base>/base_data/<name>/ with shards and a manifest.json that lists all planned shards from the start, in order, each with its
-split, size and sha256:
+A dataset is a folder <base>/base_data/<name>/ with shards and a manifest.json that lists all planned shards from the start, in order,
+each with its split, size and sha256:
 
     {"format": 1, "name": "climbmix", "source": "climbmix", "repo": "...", "revision": "<commit>",
      "shards": [{"name": "shard_00000.parquet", "split": "train", "bytes": 123, "sha256": "..."}, ...]}
 
-A shard is a parquet file with a column `text`, zstd, row groups of 1,024 documents. A file or folder of one's own (`--data_path`) gets a manifest in
-memory; there .jsonl and .txt are read as well. Whatever the format, a shard consists of numbered groups of documents, the unit of reading: the data
-loader needs no more than (shard, group, row) to find its place again.
+A shard is a parquet file with a column `text`, zstd, row groups of 1,024 documents. A file or folder of one's own (`--data_path`)
+gets a manifest in memory; there .jsonl and .txt are read as well. Whatever the format, a shard consists of numbered groups of
+documents, the unit of reading: the data loader needs no more than (shard, group, row) to find its place again.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ BUILD_PYDOCS = "python -m zangchat.dataset --source=pydocs"
 
 
 class Dataset:
-    """A manifest and the folder of its shards. Splits are "train" and "validation"; shards are named, groups numbered from 0 within (shard, split)."""
+    """A manifest and the folder of its shards. Splits are "train" and "validation"; groups are numbered from 0 within (shard, split)."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
@@ -63,7 +63,7 @@ class Dataset:
 
     @property
     def arrives_in_order(self) -> bool:
-        """True where training may begin while later shards are on their way: the hub's text is shuffled already, so the first epoch keeps its order."""
+        """True where later shards may still be on their way: the hub's text is shuffled already, so the first epoch keeps its order."""
         return "repo" in self.manifest
 
     def shards(self, split: str) -> list[str]:
@@ -297,7 +297,7 @@ def _line_start(file: Any, position: int) -> int:
 
 
 def cut_text(text: str, limit: int = TXT_DOCUMENT_CHARS) -> list[str]:
-    """Plain text -> documents: at <|endoftext|>, and where a piece is still longer than `limit`, at a blank line, a line or anywhere, in that order."""
+    """Plain text -> documents: cut at <|endoftext|>; what is still longer than `limit` at a blank line, else a line end, else anywhere."""
     documents = []
     for piece in text.split("<|endoftext|>"):
         piece = piece.strip()
@@ -310,7 +310,7 @@ def cut_text(text: str, limit: int = TXT_DOCUMENT_CHARS) -> list[str]:
 
 
 def record_text(record: Any, where: str) -> str:
-    """One JSON record as plain text: `text`, else prompt + completion, else the messages, one paragraph each. Raises UserError naming `where`."""
+    """One record as plain text: `text`, else prompt + completion, else the messages, one paragraph each. UserErrors name `where`."""
     if isinstance(record, dict):
         if isinstance(record.get("text"), str):
             return record["text"]

@@ -1,8 +1,8 @@
 """Pretraining shards from the Hugging Face hub: planned at a pinned revision, fetched in order, checked against the hub's own sha256.
 
-The transfer itself (mirrors by HF_ENDPOINT, tokens, Xet, going on after a broken connection) is huggingface_hub's. Here each shard is fetched into a
-folder of its own, compared with the manifest, and renamed into place: a shard that is there is whole. What is missing is fetched by running the same
-command again.
+The transfer itself (mirrors by HF_ENDPOINT, tokens, Xet, going on after a broken connection) is huggingface_hub's. Here each shard is
+fetched into a folder of its own, compared with the manifest, and renamed into place: a shard that is there is whole. What is missing
+is fetched by running the same command again.
 """
 
 import contextlib
@@ -110,7 +110,7 @@ def _list_shards(repo: str, revision: str | None) -> tuple[str, list[dict[str, A
             f"{endpoint()} does not list {repo} ({_short(error)}): check the network or set HF_ENDPOINT to a mirror, "
             "or use `python -m zangchat.dataset --source=pydocs`, which needs neither"
         ) from error
-    found = sorted((file for file in tree if SHARD_NAME.fullmatch(file.path)), key=lambda file: file.path)
+    found: list[Any] = sorted((file for file in tree if SHARD_NAME.fullmatch(file.path)), key=lambda file: file.path)
     if commit is None or len(found) < 2:
         raise UserError(
             f"{repo} at {endpoint()} holds {len(found)} shards named shard_NNNNN.parquet: at least 2 are needed; is the mirror complete?"
@@ -132,7 +132,8 @@ def _fetch(dataset: Dataset, num_workers: int, retry_wait: float) -> None:
     counts = f"{len(dataset.shards('train'))} training shards and the validation shard"
     if not missing:
         print(
-            f"{dataset.name}: {counts} are in {dataset.folder} already (fingerprint {dataset.fingerprint}); `python -m zangchat.dataset verify` checks them"
+            f"{dataset.name}: {counts} are in {dataset.folder} already (fingerprint {dataset.fingerprint}); "
+            f"`python -m zangchat.dataset verify --dataset={dataset.name}` checks them"
         )
         return
     done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()

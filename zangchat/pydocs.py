@@ -1,8 +1,8 @@
 """The corpus `pydocs`: English prose and code that every Python installation carries, so that the whole pipeline runs without a download.
 
-Prose: pydoc's language topics, docstrings of the standard library and of the installed packages, those of built-in functions, long comments,
-READMEs. Code: source files without their docstrings, cut between top-level definitions. Everything is cleaned, de-duplicated by paragraph, shuffled
-with a fixed seed, and written as a dataset. The same environment gives the same bytes.
+Prose: pydoc's language topics, docstrings of the standard library and of the installed packages, those of built-in functions, long
+comments, READMEs. Code: source files without their docstrings, cut between top-level definitions. Everything is cleaned,
+de-duplicated by paragraph, shuffled with a fixed seed, and written as a dataset. The same environment gives the same bytes.
 """
 
 import ast
@@ -12,6 +12,7 @@ import inspect
 import os
 import random
 import re
+import string
 import sys
 import sysconfig
 import warnings
@@ -19,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from zangchat.common import derive_seed
 from zangchat.dataset import GROUP_DOCUMENTS, MANIFEST, folder_lock, load_dataset, write_dataset
@@ -27,46 +28,34 @@ from zangchat.progress import Progress
 
 PROSE_BYTES = 28_000_000  # at most
 CODE_SHARE = 0.35  # of all text, at most: prose is what a chat model needs first
-PACKAGE_SOURCE_BYTES = 20_000_000  # of the largest packages only this much source is read: time, and no package should dominate
+PACKAGE_SOURCE_BYTES = 12_000_000  # of the largest packages only this much source is read: time, and no package should dominate
 FILE_TEXT_BYTES = 100_000  # of prose, and of code, from one file
-CODE_ONE_FILE_IN = 3  # of the packages' files; of the standard library every file gives code
+CODE_ONE_FILE_IN = 5  # of the packages' files; of the standard library every file gives code
 DOCUMENT_CHARS = range(200, 8001)
 JOINED_CHARS = 1500  # short docstrings of a file are joined until they amount to this
 ENTRY_CHARS = 60  # a docstring or comment below this says too little
 VALIDATION_SHARE = 20  # one document in so many, at most one row group, in whole files
 
-SKIPPED_FOLDERS = {
-    "__pycache__",
-    "_vendor",
-    "ensurepip",
-    "licenses",
-    "node_modules",
-    "site-packages",
-    "dist-packages",
-    "test",
-    "testing",
-    "tests",
-}
+SKIPPED_FOLDERS = {"__pycache__", "_vendor", "ensurepip", "licenses", "node_modules", "site-packages", "dist-packages"}
+SKIPPED_FOLDERS |= {"test", "testing", "tests"}
 SKIPPED_FILES = re.compile(
     r"test_.*|.*_tests?|.*_pb2(_grpc)?|conftest|_version|licen[cs]e.*|copying.*|notice.*|authors.*|changelog.*|history.*", re.I
 )
-BUILT_IN_MODULES = {
-    "array",
-    "binascii",
-    "builtins",
-    "cmath",
-    "math",
-    "select",
-    "unicodedata",
-    "zlib",
-}  # and what is linked into the interpreter
+# Read by importing them, as is what is linked into the interpreter: modules written in C, whose import has no effect.
+BUILT_IN_MODULES = {"array", "binascii", "builtins", "cmath", "math", "select", "unicodedata", "zlib"}
 LICENCE = re.compile(r"licensed under|permission is hereby granted|redistribution and use|without warrant|all rights reserved|spdx-", re.I)
 GENERATED = re.compile(r"do not (edit|modify)|auto-?generated|@generated|generated (by|from|code|file)|automatically generated", re.I)
+LETTERS = string.ascii_letters.encode()
+DIGITS = string.digits.encode()
 COMMON_WORDS = frozenset(
-    "a an and are as at be been but by can does each for from has have how if in into is it its may more most must no not of on one only or "
-    "other should so such than that the their them then there these they this those to two use used using was were what when where which "
-    "while will with without you your".split()
+    """
+    a an and are as at be been but by can does each for from has have how if in into is it its may more most must no not of on one
+    only or other should so such than that the their them then there these they this those to two use used using was were what when
+    where which while will with without you your
+    """.split()  # noqa: SIM905
 )
+
+Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class Extract(NamedTuple):
@@ -78,7 +67,7 @@ class Extract(NamedTuple):
 
 
 def build(folder: Path, *, overwrite: bool = False, roots: Sequence[Path] | None = None, workers: int | None = None) -> int:
-    """Make the corpus as a dataset at `folder`; `roots` (default: this interpreter's library folders) are searched in order. Returns an exit code."""
+    """Make the corpus as a dataset at `folder` from `roots` (default: this interpreter's library folders). Returns an exit code."""
     with folder_lock(folder):
         if (folder / MANIFEST).exists() and not overwrite:
             dataset = load_dataset(folder)
@@ -86,9 +75,10 @@ def build(folder: Path, *, overwrite: bool = False, roots: Sequence[Path] | None
             return 0
         train, validation, facts = collect(roots or library_roots(), workers or min(8, os.cpu_count() or 1))
         dataset = write_dataset(folder, "pydocs", train, validation, facts)
-    sizes = ", ".join(f"{facts[kind + '_bytes'] / 1e6:.1f} MB of {kind}" for kind in ("prose", "code"))
+    sizes = f"{facts['prose_bytes'] / 1e6:.1f} MB of prose, {facts['code_bytes'] / 1e6:.1f} MB of code"
     print(
-        f"pydocs: {len(train):,} training and {len(validation):,} validation documents ({sizes}) in {folder} (fingerprint {dataset.fingerprint})"
+        f"pydocs: {len(train):,} training and {len(validation):,} validation documents, {sizes}, "
+        f"in {folder} (fingerprint {dataset.fingerprint})"
     )
     return 0
 
@@ -99,7 +89,7 @@ def library_roots() -> list[Path]:
     return list(dict.fromkeys([Path(sysconfig.get_path("stdlib")), *installed]))
 
 
-def collect(roots: Sequence[Path], workers: int) -> tuple[list[str], list[str], dict[str, object]]:
+def collect(roots: Sequence[Path], workers: int) -> tuple[list[str], list[str], dict[str, Any]]:
     """(training documents, validation documents, facts for the manifest), shuffled."""
     extracts = [*_topics(), *_built_in_docstrings()]
     jobs = list(find_files(roots))
@@ -128,7 +118,7 @@ class Job(NamedTuple):
 
 
 def find_files(roots: Sequence[Path]) -> Iterator[Job]:
-    """Python sources and documentation below the roots in a fixed order; of each top-level package at most PACKAGE_SOURCE_BYTES, drawn by hash."""
+    """Sources and documentation below the roots, in a fixed order; of each package at most PACKAGE_SOURCE_BYTES, drawn by hash."""
     for number, root in enumerate(roots):
         packages: dict[str, list[tuple[str, Path]]] = {}
         for path in _walk(root):
@@ -187,6 +177,9 @@ def from_source(source: str, key: str, with_code: bool = True) -> tuple[list[str
     """Python source -> (prose documents, code documents)."""
     if GENERATED.search(source[:1000]) or max(map(len, source.split("\n"))) > 1000:
         return [], []
+    comments = documents_of(_long_comments(source))
+    if not with_code and sum(map(len, source.split('"""')[1::2])) < DOCUMENT_CHARS.start:
+        return comments, []  # nothing worth the time of parsing it
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in other people's strings
@@ -194,22 +187,26 @@ def from_source(source: str, key: str, with_code: bool = True) -> tuple[list[str
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return [], []
     module = key.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-    docstrings = [entry for entry in _docstrings(tree, module) if len(entry) >= ENTRY_CHARS]
-    prose = documents_of(docstrings) + documents_of(_long_comments(source))
-    return _capped(prose), _capped(code_documents(source, tree, key)) if with_code else []
+    documented = [(node, name) for node, name in _definitions(tree, module) if ast.get_docstring(node, clean=False)]
+    prose = documents_of(_docstring_entry(node, name) for node, name in documented) + comments
+    return _capped(prose), _capped(code_documents(source, tree, [node for node, _ in documented], key)) if with_code else []
 
 
-def _docstrings(node: ast.AST, name: str) -> Iterator[str]:
-    """Each docstring below a heading that says what it documents, in source order."""
-    docstring = ast.get_docstring(node) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) else None
-    if docstring and not LICENCE.search(docstring):
-        arguments = ""
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and len(docstring) >= ENTRY_CHARS:
-            arguments = f"({ast.unparse(node.args)})"
-        yield f"{name}{arguments if len(arguments) < 300 else '(...)'}\n\n{clean_markup(docstring)}"
-    for child in getattr(node, "body", []):
+def _definitions(node: Definition, name: str) -> Iterator[tuple[Definition, str]]:
+    """The module, its classes and functions, and those within them, each with its dotted name, in source order."""
+    yield node, name
+    for child in node.body:
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield from _docstrings(child, f"{name}.{child.name}")
+            yield from _definitions(child, f"{name}.{child.name}")
+
+
+def _docstring_entry(node: Definition, name: str) -> str:
+    """The docstring below a heading that says what it documents; empty where it says too little."""
+    docstring = clean_markup(ast.get_docstring(node) or "")
+    if len(docstring) < ENTRY_CHARS:
+        return ""
+    arguments = f"({ast.unparse(node.args)})" if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else ""
+    return f"{name}{arguments if len(arguments) < 300 else '(...)'}\n\n{docstring}"
 
 
 def _long_comments(source: str) -> list[str]:
@@ -305,8 +302,7 @@ def cut_between(text: str, separator: str) -> list[str]:
 
 def looks_english(text: str) -> bool:
     """Mostly ASCII letters, no very long lines, and the small words that hold English sentences together."""
-    letters = sum(map(str.isalpha, text)) + text.count(" ") + text.count("\n")
-    if not is_clean(text, longest_line=2000) or letters < 0.75 * len(text):
+    if not is_clean(text, longest_line=2000) or _count(text, LETTERS + b" \n") < 0.75 * len(text):
         return False
     words = re.findall(r"[a-z]+", text.lower())
     return len(words) >= 20 and sum(word in COMMON_WORDS for word in words) >= 0.15 * len(words)
@@ -322,10 +318,10 @@ def is_clean(text: str, longest_line: int) -> bool:
 # ---- code ---------------------------------------------------------------------------------------------------------------
 
 
-def code_documents(source: str, tree: ast.Module, key: str) -> list[str]:
+def code_documents(source: str, tree: ast.Module, documented: Iterable[Definition], key: str) -> list[str]:
     """The file without docstrings and header comment, cut before top-level definitions into documents that begin with the file's name."""
     lines = source.split("\n")
-    dropped = _docstring_lines(tree)
+    dropped = _docstring_lines(documented)
     starts = {min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))]) for node in tree.body}
     pieces: list[list[str]] = [[]]
     begun = False
@@ -346,22 +342,26 @@ def code_documents(source: str, tree: ast.Module, key: str) -> list[str]:
     return [document for document in documents if len(document) in DOCUMENT_CHARS and looks_like_code(document)]
 
 
-def _docstring_lines(tree: ast.Module) -> set[int]:
+def _docstring_lines(documented: Iterable[Definition]) -> set[int]:
     """Lines of docstrings that may go: those that are not all there is in their body."""
     found: set[int] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and len(node.body) > 1:
+    for node in documented:
+        if len(node.body) > 1:
             first = node.body[0]
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
-                found.update(range(first.lineno, (first.end_lineno or first.lineno) + 1))
+            found.update(range(first.lineno, (first.end_lineno or first.lineno) + 1))
     return found
 
 
 def looks_like_code(text: str) -> bool:
     """Statements rather than tables: letters outweigh digits and marks, and no very long lines."""
-    letters = sum(map(str.isalpha, text))
-    visible = len(text) - text.count(" ") - text.count("\n")
-    return is_clean(text, longest_line=200) and letters >= 0.6 * visible and sum(map(str.isdigit, text)) <= 0.1 * visible
+    visible = len(text) - _count(text, b" \n")
+    return is_clean(text, longest_line=200) and _count(text, LETTERS) >= 0.6 * visible and _count(text, DIGITS) <= 0.1 * visible
+
+
+def _count(text: str, characters: bytes) -> int:
+    """How many of the text's characters are among the (ASCII) `characters`."""
+    ascii_only = text.encode("ascii", "ignore")
+    return len(ascii_only) - len(ascii_only.translate(None, characters))
 
 
 # ---- choosing -----------------------------------------------------------------------------------------------------------
