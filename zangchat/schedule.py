@@ -73,7 +73,7 @@ def plan_run(
     """How long to train, with what batch, and what to multiply the tuned rates with; -1 = derive it. Raises UserError.
 
     The length is num_iterations, else target_flops, else target_param_data_ratio x (matrix + lm_head parameters) tokens. The batch is
-    the power of two nearest to 2^19 (D / D_ref)^0.383, at least one row. D_ref is what the same ratio gives the 12-layer model at the
+    the power of two (times one row) nearest to 2^19 (D / D_ref)^0.383. D_ref is what the same ratio gives the 12-layer model at the
     same vocabulary. Rates grow with the root of the batch; weight decay also shrinks with the length of the run, so that what it
     has forgotten at the end is the same share.
     """
@@ -110,9 +110,9 @@ def _reference(config: GPTConfig) -> GPTConfig:
 
 
 def _best_batch(relative_tokens: float, sequence_len: int) -> int:
-    """Tokens per step, a power of two that holds at least one row."""
-    exponent = round(math.log2(REFERENCE_BATCH * relative_tokens**BATCH_EXPONENT))
-    return 2 ** max(exponent, math.ceil(math.log2(sequence_len)))
+    """Tokens per step: whole rows, their number a power of two, so that ranks and passes can share them."""
+    best = REFERENCE_BATCH * relative_tokens**BATCH_EXPONENT
+    return sequence_len * 2 ** max(0, round(math.log2(best / sequence_len)))
 
 
 # ---- within a run ---------------------------------------------------------------------------------------------------

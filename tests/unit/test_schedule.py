@@ -113,8 +113,13 @@ def test_laptop_sizes_are_sane(depth, vocab_size):
 
 def test_a_batch_holds_at_least_a_row_and_a_run_a_step():
     plan = plan_run(model(1, vocab_size=300, sequence_len=3000), target_flops=1.0)
-    assert plan.total_batch_size == 4096
+    assert plan.total_batch_size == 3000
     assert plan.num_iterations == 1
+
+
+def test_a_context_that_is_no_power_of_two_still_gives_whole_rows():
+    plan = plan_run(model(12, sequence_len=1536))
+    assert plan.total_batch_size == 1536 * 256  # 393,216: nearer to 2^19 than twice as much
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,115 @@
+"""Every command: its flags are frozen, its --help answers without torch, a mistake gets one sentence.
+
+python tests/unit/test_cli.py        writes cli_flags.json again, after a flag was added, renamed or removed on purpose
+"""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from zangchat.configurator import list_flags
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = Path(__file__).with_name("cli_flags.json")
+COMMANDS = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for package in ("scripts", "zangchat")
+    for path in (ROOT / package).glob("*.py")
+    if "\n@dataclass\nclass Config" in path.read_text(encoding="utf-8")
+)
+
+# What users of nanochat type, and what this project's own texts promise.
+TRAINING = "--run --model_tag --device_type --dtype --seed --save_every --keep_last --resume --overwrite"
+PROMISED = {
+    "scripts.tok_train": "--max_chars --doc_cap --vocab_size --data_path --dataset",
+    "scripts.tok_eval": "",
+    "scripts.base_train": TRAINING
+    + " --depth --head_dim --n_kv_head --max_seq_len --device_batch_size --total_batch_size --num_iterations --target_flops"
+    " --target_param_data_ratio --embedding_lr --unembedding_lr --matrix_lr --weight_decay --grad_clip --warmup_ratio --warmdown_ratio"
+    " --final_lr_frac --eval_every --eval_tokens --core_metric_every --core_metric_max_per_task --sample_every --dry_run --dataset"
+    " --data_path",
+    "scripts.base_loss": "--model_tag",
+    "scripts.base_eval": "--max_per_task",
+    "scripts.mid_train": TRAINING + " --identity_data --mixture",
+    "scripts.chat_sft": TRAINING + " --source --num_epochs --target_examples_per_step --eval_steps --init_lr_frac --mixture",
+    "scripts.chat_rl": TRAINING + " --task --examples_per_step --num_samples --eval_examples",
+    "scripts.chat_eval": "-i --source -g --model_tag -s --step -a --task_name --all_tasks -m -n -b -x -t",
+    "scripts.chat_cli": "-i --source -g --model_tag -s --step -p --prompt -t --temperature -k --top_k --top_p --seed",
+    "scripts.chat_web": "-i --source -g --model_tag -s --step --host -p --port -t --temperature -k --top_k -m --num_gpus",
+}
+
+
+def flags_of(command: str) -> list[str]:
+    return list_flags(importlib.import_module(command).Config)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_flags_are_the_frozen_ones(command):
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    advice = "its flags changed; where that is meant: python tests/unit/test_cli.py, then look at README.md and the shell scripts"
+    assert flags_of(command) == golden.get(command), advice
+
+
+def test_no_frozen_command_is_gone():
+    assert sorted(json.loads(GOLDEN.read_text(encoding="utf-8"))) == COMMANDS
+
+
+@pytest.mark.parametrize("command", PROMISED)
+def test_promised_flags_are_there(command):
+    spellings = {spelling for flag in flags_of(command) for spelling in flag.split()}
+    assert set(PROMISED[command].split()) <= spellings
+
+
+# Runs each command's main with the same arguments; prints {command: [exit code, what it printed, loaded torch]}.
+CALLS = """
+import contextlib, importlib, io, json, sys
+results = {}
+for name in json.loads(sys.argv[1]):
+    had_torch = "torch" in sys.modules
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = importlib.import_module(name).main(sys.argv[2:])
+    results[name] = [code, out.getvalue(), err.getvalue(), not had_torch and "torch" in sys.modules]
+print(json.dumps(results))
+"""
+
+
+def call_all(*argv: str) -> dict[str, tuple[int, str, str, bool]]:
+    commands = sorted(COMMANDS, key=lambda name: not name.startswith("scripts."))  # the library's own may load torch
+    done = subprocess.run([sys.executable, "-c", CALLS, json.dumps(commands), *argv], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def help_of() -> dict[str, tuple[int, str, str, bool]]:
+    return call_all("--help")
+
+
+@pytest.fixture(scope="module")
+def mistake_of() -> dict[str, tuple[int, str, str, bool]]:
+    return call_all("--modle_tag=d4")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_lists_every_flag_without_torch(command, help_of):
+    code, out, err, loaded_torch = help_of[command]
+    assert code == 0, err
+    assert all(spelling in out for flag in flags_of(command) for spelling in flag.split())
+    assert not (command.startswith("scripts.") and loaded_torch)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_wrong_flag_gets_one_sentence(command, mistake_of):
+    code, out, err, _ = mistake_of[command]
+    assert (code, out) == (2, "")
+    assert err.startswith("error: unknown flag --modle_tag") and err.count("\n") == 1
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(json.dumps({command: flags_of(command) for command in COMMANDS}, indent=1) + "\n", encoding="utf-8", newline="\n")
+    print(f"{GOLDEN}: {len(COMMANDS)} commands")
