@@ -16,10 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw as fused_adamw
 
+from zangchat.sharded import ShardedOptimizer
+
 SHARD_NUMEL = 2**16  # smaller parameters are not worth cutting
 
 
-class AdamW(torch.optim.Optimizer):
+class AdamW(ShardedOptimizer):
     """`step()` reads lr, betas, eps and weight_decay from its param groups, so schedules may change them.
 
     State of an own slice: exp_avg and exp_avg_sq like it (fp32), step (scalar), and master where the parameter is not fp32.
@@ -35,18 +37,13 @@ class AdamW(torch.optim.Optimizer):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
-        self.rank, self.world_size = rank, world_size
-
-    def _params(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}, rank, world_size)
 
     def is_sharded(self, p: Tensor) -> bool:
         """Whether the rows of p are dealt to all ranks."""
         return self.world_size > 1 and p.dim() > 0 and p.numel() >= SHARD_NUMEL and p.size(0) % self.world_size == 0
 
     def own_rows(self, p: Tensor) -> tuple[int, int] | None:
-        """(first, end) of the rows of p whose state this rank keeps, or None. A scalar counts as one row."""
         rows = p.size(0) if p.dim() else 1
         if self.is_sharded(p):
             share = rows // self.world_size
@@ -54,7 +51,7 @@ class AdamW(torch.optim.Optimizer):
         return (0, rows) if self._owner(p) == self.rank else None
 
     def _owner(self, p: Tensor) -> int:
-        index = next(i for i, other in enumerate(self._params()) if other is p)
+        index = next(i for i, other in enumerate(self.params()) if other is p)
         return index % self.world_size
 
     @torch.no_grad()

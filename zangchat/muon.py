@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from zangchat.sharded import ShardedOptimizer
+
 # Five Polar Express steps for singular values from 1e-3 to 1 after the division by the norm; tests/reference/muon.py derives them.
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -48,7 +50,7 @@ def _neuron_dim(shape: torch.Size) -> int:
     return -1 if shape[-2] >= shape[-1] else -2
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(ShardedOptimizer):
     """Muon over 2-D parameters. `step()` reads lr, momentum and weight_decay from its param groups, so schedules may change them.
 
     The update of a matrix has the root-mean-square size lr * sqrt(max(1, R/C) / max(R, C)). `ortho_dtype` None means bf16 on CUDA,
@@ -66,13 +68,11 @@ class Muon(torch.optim.Optimizer):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "beta2": beta2})
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "beta2": beta2}, rank, world_size)
         self.ortho_dtype = ortho_dtype
-        self.rank, self.world_size = rank, world_size
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.dim() != 2:
-                    raise ValueError(f"Muon takes matrices, not a parameter of shape {tuple(p.shape)}")
+        for p in self.params():
+            if p.dim() != 2:
+                raise ValueError(f"Muon takes matrices, not a parameter of shape {tuple(p.shape)}")
 
     @staticmethod
     def _stacks(group: dict[str, Any]) -> list[list[Tensor]]:
@@ -82,9 +82,10 @@ class Muon(torch.optim.Optimizer):
             stacks.setdefault((p.shape, p.dtype, p.device), []).append(p)
         return list(stacks.values())
 
-    def owned(self) -> list[Tensor]:
-        """The parameters whose state this rank keeps."""
-        return [p for group in self.param_groups for stack in self._stacks(group) for p in stack[self.rank :: self.world_size]]
+    def own_rows(self, p: Tensor) -> tuple[int, int] | None:
+        stacks = (stack for group in self.param_groups for stack in self._stacks(group))
+        index = next(i for stack in stacks for i, other in enumerate(stack) if other is p)
+        return (0, p.size(0)) if index % self.world_size == self.rank else None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

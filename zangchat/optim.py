@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from zangchat.adamw import AdamW
 from zangchat.config import StepMultipliers
 from zangchat.muon import Muon
+from zangchat.sharded import ShardedOptimizer
 
 Shards = dict[str, dict[str, Any]]
 KINDS = ("muon", "adamw", "sgd")
 BUCKET_BYTES = 32 * 2**20  # gradients per collective: large enough for full bandwidth, small enough for a bounded copy
 
 
-class SGD(torch.optim.Optimizer):
+class SGD(ShardedOptimizer):
     """p -= lr * (grad + weight_decay * p), without state: the baseline that everything else has to beat. The same on every rank."""
 
     def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float, weight_decay: float = 0.0) -> None:
@@ -41,7 +42,7 @@ class SGD(torch.optim.Optimizer):
 class OptimizerGroup:
     """Several optimizers stepped as one. Base learning rates and weight decays are fixed here; each step multiplies them."""
 
-    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], names: Mapping[Tensor, str]) -> None:
+    def __init__(self, optimizers: Sequence[ShardedOptimizer], names: Mapping[Tensor, str]) -> None:
         self.optimizers = list(optimizers)
         self.names = dict(names)
         for group in self.param_groups:
@@ -63,16 +64,17 @@ class OptimizerGroup:
             optimizer.step()
 
     def zero_grad(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        for p in self.names:
+            p.grad = None
 
     def state_shards(self) -> Shards:
         """This rank's part of the state: plain containers and tensors (not copies), see the module's docstring."""
         shards: Shards = {}
         for optimizer in self.optimizers:
             for p, state in optimizer.state.items():
-                rows = optimizer.own_rows(p) if isinstance(optimizer, AdamW) else (0, p.size(0))
-                shards[self.names[p]] = {"shape": list(p.shape), "slice": list(rows or ()), "tensors": dict(state)}
+                rows = optimizer.own_rows(p)
+                assert rows is not None
+                shards[self.names[p]] = {"shape": list(p.shape), "slice": list(rows), "tensors": dict(state)}
         return shards
 
     def load_shards(self, merged: Mapping[str, Mapping[str, Any]]) -> None:
@@ -86,10 +88,8 @@ class OptimizerGroup:
             raise ValueError(f"optimizer state of unknown parameters: {', '.join(sorted(unknown))}")
         for optimizer in self.optimizers:
             optimizer.state.clear()
-            owned = optimizer.owned() if isinstance(optimizer, Muon) else [p for g in optimizer.param_groups for p in g["params"]]
-            for p in owned:
-                name = self.names[p]
-                rows = optimizer.own_rows(p) if isinstance(optimizer, AdamW) else (0, p.size(0))
+            for p in optimizer.params():
+                name, rows = self.names[p], optimizer.own_rows(p)
                 if name not in merged or rows is None:
                     continue
                 entry = merged[name]
@@ -155,7 +155,7 @@ def build_optimizer(
     tables = [{"params": [embedding], "lr": embedding_lr}, {"params": [head], "lr": unembedding_lr}]
     blocks: dict[str, Any] = {"params": matrices, "lr": matrix_lr, "weight_decay": weight_decay}
     ranks = {"rank": rank, "world_size": world_size}
-    optimizers: list[torch.optim.Optimizer]
+    optimizers: list[ShardedOptimizer]
     if kind == "muon":
         optimizers = [AdamW(tables, betas=betas, eps=1e-10, **ranks), Muon([blocks], ortho_dtype=ortho_dtype, **ranks)]
     elif kind == "adamw":
