@@ -22,7 +22,9 @@ class ARC(RowsTask):
     def conversation(self, row: dict[str, Any]) -> Conversation:
         letters, answer = list(row["choices"]["label"]), row["answerKey"]
         if answer not in letters:
-            raise UserError(f"tasks/{self.folder}/{self.config}/{self.file_split}: answerKey {answer!r} is none of {letters}: copy the data again")
+            raise UserError(
+                f"tasks/{self.folder}/{self.config}/{self.file_split}: answerKey {answer!r} is none of {letters}: copy the data again"
+            )
         return chat(render_mc(row["question"], letters, row["choices"]["text"]), answer, letters=letters)
 
     def evaluate(self, conversation: Conversation, completion: Content) -> bool:

@@ -36,7 +36,13 @@ QUESTIONS = (
 IN_WORDS = {  # the same sum said in words
     "+": ("What is {a} plus {b}?", "Add {a} and {b}.", "What is the sum of {a} and {b}?", "{a} plus {b}", "{a} 加 {b} 等于多少？"),
     "-": ("What is {a} minus {b}?", "Subtract {b} from {a}.", "Take {b} away from {a}.", "{a} minus {b}", "{a} 减 {b} 等于多少？"),
-    "*": ("What is {a} times {b}?", "Multiply {a} by {b}.", "What is the product of {a} and {b}?", "{a} times {b}", "{a} 乘以 {b} 等于多少？"),
+    "*": (
+        "What is {a} times {b}?",
+        "Multiply {a} by {b}.",
+        "What is the product of {a} and {b}?",
+        "{a} times {b}",
+        "{a} 乘以 {b} 等于多少？",
+    ),
 }
 SIGNS = {"+": ("+",), "-": ("-",), "*": ("*", "*", "x", "×")}
 RESULT = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}

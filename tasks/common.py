@@ -153,14 +153,18 @@ def check_conversation(messages: Any, where: str) -> None:
     roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
     turns = roles[1:] if roles[0] == "system" else roles
     if len(turns) < 2 or len(turns) % 2 or turns != ["user", "assistant"] * (len(turns) // 2):
-        raise UserError(f"{where}: roles are {', '.join(map(str, roles))}; expected user and assistant in turn, after a system message at most")
+        raise UserError(
+            f"{where}: roles are {', '.join(map(str, roles))}; expected user and assistant in turn, after a system message at most"
+        )
     for message in messages:
         content = message.get("content")
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(parts, list) or (message["role"] != "assistant" and not isinstance(content, str)):
             raise UserError(f"{where}: the content of a {message['role']} message must be text")
         for part in parts:
-            if not (isinstance(part, dict) and part.get("type") in ("text", "python", "python_output") and isinstance(part.get("text"), str)):
+            if not (
+                isinstance(part, dict) and part.get("type") in ("text", "python", "python_output") and isinstance(part.get("text"), str)
+            ):
                 raise UserError(f"{where}: a content part must be {{type: text|python|python_output, text: ...}}, not {part!r:.80}")
 
 
@@ -266,7 +270,9 @@ def _from_hub(hub: str, config: str | None, split: str, home: Path) -> Any:
     except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:  # offline, refused, no such split
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         wanted = f"{hub} ({f'{config}, ' if config else ''}split {split})"
-        raise MissingData(f"no {home}/{split}.parquet or .jsonl, and the hub did not give {wanted}: {cause}; download it to that path") from error
+        raise MissingData(
+            f"no {home}/{split}.parquet or .jsonl, and the hub did not give {wanted}: {cause}; download it to that path"
+        ) from error
 
 
 class RowsTask(Task):

@@ -13,7 +13,15 @@ from typing import Any
 from tasks.common import Conversation, Task, check_conversation
 from zangchat.configurator import UserError
 
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bot": "assistant", "system": "system"}
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "system": "system",
+}
 
 
 class CustomJSON(Task):

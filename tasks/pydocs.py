@@ -19,8 +19,36 @@ from typing import NamedTuple
 from tasks.common import Content, Conversation, Task, chat, check_split, split_of, visible_text
 from zangchat.common import derive_seed
 
-BUILT_IN = ("builtins", "math", "cmath", "time", "itertools", "operator", "collections", "functools", "array", "zlib", "binascii", "gc", "errno", "sys")
-SKIPPED = {"antigravity", "distutils", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "this", "tkinter", "turtle", "turtledemo", "__future__"}
+BUILT_IN = (
+    "builtins",
+    "math",
+    "cmath",
+    "time",
+    "itertools",
+    "operator",
+    "collections",
+    "functools",
+    "array",
+    "zlib",
+    "binascii",
+    "gc",
+    "errno",
+    "sys",
+)
+SKIPPED = {
+    "antigravity",
+    "distutils",
+    "ensurepip",
+    "idlelib",
+    "lib2to3",
+    "pydoc_data",
+    "test",
+    "this",
+    "tkinter",
+    "turtle",
+    "turtledemo",
+    "__future__",
+}
 MAX_ANSWER = 200  # characters
 MIN_ANSWER = 15
 
@@ -139,7 +167,11 @@ def all_docs() -> tuple[Doc, ...]:
             if all(_public(part) and part not in ("test", "tests") for part in parts):
                 docs.update((doc.name, doc) for doc in _from_source(path, _spoken(".".join(parts))))
     seen: set[str] = set()  # one name per answer: boiler-plate shared by many methods teaches nothing
-    unique = [doc for doc in sorted(docs.values(), key=lambda doc: (doc.name.count("."), doc.name)) if not (doc.answer in seen or seen.add(doc.answer))]
+    unique = [
+        doc
+        for doc in sorted(docs.values(), key=lambda doc: (doc.name.count("."), doc.name))
+        if not (doc.answer in seen or seen.add(doc.answer))
+    ]
     return tuple(sorted(unique))
 
 

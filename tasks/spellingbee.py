@@ -118,7 +118,9 @@ def word_list() -> list[str]:
     words = _words_of_files(files) if files else _words_of_corpus(home / "corpus_words")
     if len(words) < 100:
         source = ", ".join(map(str, files)) if files else "the corpus"
-        raise MissingData(f"{source} holds only {len(words)} words of 3 to 12 letters a-z: put a word list, one a line, into {home / 'words'}/")
+        raise MissingData(
+            f"{source} holds only {len(words)} words of 3 to 12 letters a-z: put a word list, one a line, into {home / 'words'}/"
+        )
     return words
 
 

@@ -1,0 +1,240 @@
+"""Tasks scored with a chat model: letters by their logits (categorical), answers by generating them (generative, pass@k).
+
+The problems are dealt out to the ranks; each answer depends on (seed, task, problem, sample) alone, so that neither the batch nor the number of
+ranks changes a verdict, up to rounding in the logits. Tasks come in as objects: this module knows their protocol, not their names.
+"""
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zangchat import collectives
+from zangchat.common import atomic_write, derive_seed
+from zangchat.progress import Progress
+
+if TYPE_CHECKING:
+    from zangchat.engine import Engine
+
+MAX_ROWS = 32  # prompts at a time
+CHUNK = 8  # x MAX_ROWS requests between two looks at the clock
+VERDICT_THREADS = 4
+
+
+@dataclass
+class Item:
+    """One problem and what became of it."""
+
+    index: int  # in the task
+    prompt: str
+    expected: Any  # the content of the task's own answer
+    completions: list[str] = field(default_factory=list)  # as the model wrote them, special tokens visible
+    verdicts: list[bool] = field(default_factory=list)
+    note: str = ""  # why there is no completion
+
+    @property
+    def passed(self) -> bool:
+        return any(self.verdicts)
+
+
+@dataclass
+class TaskResult:
+    """`accuracy` is pass@k: the share of problems of which at least one of k samples is right; `mean` the share of right samples."""
+
+    name: str
+    k: int
+    items: list[Item]
+
+    @property
+    def accuracy(self) -> float:
+        return sum(item.passed for item in self.items) / max(len(self.items), 1)
+
+    @property
+    def mean(self) -> float:
+        return sum(sum(item.verdicts) / self.k for item in self.items) / max(len(self.items), 1)
+
+    def write(self, path: Path) -> None:
+        """One JSON line per problem, for people to read. Only rank 0 writes."""
+        if collectives.world()[0] == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = (json.dumps({**asdict(item), "passed": item.passed}, ensure_ascii=False) + "\n" for item in self.items)
+            atomic_write(path, "".join(lines))
+
+
+def evaluate_task(
+    engine: "Engine",
+    task: Any,
+    *,
+    num_samples: int = 1,
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    batch_size: int = MAX_ROWS,
+    max_problems: int | None = None,
+    seed: int = 42,
+    show_progress: bool = False,
+) -> TaskResult:
+    """Score `task` (the first `max_problems` of it); the same result, whole, on every rank.
+
+    A categorical task takes one answer per problem, whatever num_samples. A prompt that leaves no room in the context counts as not solved.
+    """
+    if num_samples < 1 or batch_size < 1:
+        raise ValueError(f"num_samples and batch_size must be at least 1, not {num_samples} and {batch_size}")
+    rank, world_size = collectives.world()
+    count = len(task) if max_problems is None else min(len(task), max_problems)
+    mine = list(range(rank, count, world_size))
+    name = task.name or type(task).__name__
+    categorical = task.eval_type == "categorical"
+    with Progress(name, len(mine), shown=show_progress and rank == 0) as progress:
+        if categorical:
+            items = _categorical(engine, task, mine, batch_size, progress)
+        else:
+            sampling = {"max_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
+            items = _generative(engine, task, mine, name, num_samples, sampling, batch_size, seed, progress)
+    gathered = [Item(**row) for row in gather_rows([asdict(item) for item in items])]
+    return TaskResult(name, 1 if categorical else num_samples, sorted(gathered, key=lambda item: item.index))
+
+
+# ---- categorical ----------------------------------------------------------------------------------------------------
+
+
+def _categorical(engine: "Engine", task: Any, indices: list[int], batch_size: int, progress: Progress) -> list[Item]:
+    items: list[Item] = []
+    for start in range(0, len(indices), batch_size):
+        conversations = [task[i] for i in indices[start : start + batch_size]]
+        letters = letter_choices(
+            engine, [conversation_prompt(engine.tokenizer, c) for c in conversations], [c["letters"] for c in conversations]
+        )
+        for i, conversation, letter in zip(indices[start:], conversations, letters, strict=False):
+            items.append(_item(i, conversation))
+            items[-1].completions.append(letter)
+            items[-1].verdicts.append(bool(task.evaluate(conversation, letter)))
+        progress.update(len(items), f"{sum(item.passed for item in items)} right")
+    return items
+
+
+def letter_choices(engine: "Engine", prompts: Sequence[Sequence[int]], letters: Sequence[Sequence[str]]) -> list[str]:
+    """For each prompt the one of its letters that the model finds the most likely next token; one forward pass, padded on the right."""
+    import torch
+
+    model, tokenizer = engine.model, engine.tokenizer
+    context = model.config.sequence_len
+    prompts = [list(prompt) if len(prompt) <= context else [prompt[0], *prompt[len(prompt) - context + 1 :]] for prompt in prompts]
+    idx = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        idx[row, : len(prompt)] = torch.tensor(prompt)
+    last = torch.tensor([len(prompt) - 1 for prompt in prompts])
+    device = model.get_device()
+    with torch.inference_mode():
+        logits = model(idx.to(device), logits_at=last.to(device))[:, 0].cpu()
+    chosen = []
+    for row, options in enumerate(letters):
+        ids = [_letter_id(tokenizer, letter) for letter in options]
+        chosen.append(options[int(logits[row, ids].argmax())])
+    return chosen
+
+
+def _letter_id(tokenizer: Any, letter: str) -> int:
+    ids = tokenizer.encode(letter)
+    if len(ids) != 1:
+        raise ValueError(f"the choice {letter!r} is {len(ids)} tokens of this tokenizer, not one")
+    return ids[0]
+
+
+# ---- generative -----------------------------------------------------------------------------------------------------
+
+
+def _generative(
+    engine: "Engine",
+    task: Any,
+    indices: list[int],
+    name: str,
+    num_samples: int,
+    sampling: dict[str, Any],
+    batch_size: int,
+    seed: int,
+    progress: Progress,
+) -> list[Item]:
+    from zangchat.engine import Request
+
+    items: list[Item] = []
+    per_chunk = max(1, CHUNK * batch_size // num_samples)
+    with ThreadPoolExecutor(VERDICT_THREADS) as judges:  # some verdicts run programs
+        for start in range(0, len(indices), per_chunk):
+            chunk = [(i, task[i]) for i in indices[start : start + per_chunk]]
+            prompts = [conversation_prompt(engine.tokenizer, conversation) for _, conversation in chunk]
+            fits = [len(prompt) < engine.model.config.sequence_len for prompt in prompts]
+            requests = [
+                Request(prompt, **sampling, seed=derive_seed(seed, "eval", name, i), sample_index=sample)
+                for (i, _), prompt, fit in zip(chunk, prompts, fits, strict=True)
+                if fit
+                for sample in range(num_samples)
+            ]
+            results = iter(engine.generate_many(requests, max_rows=batch_size))
+            for (i, conversation), fit in zip(chunk, fits, strict=True):
+                item = _item(i, conversation)
+                items.append(item)
+                if not fit:
+                    item.note = "the prompt fills the context"
+                    item.verdicts = [False] * num_samples
+                    continue
+                found = [next(results) for _ in range(num_samples)]
+                answers = [completion_parts(engine.tokenizer, result.tokens, result.mask) for result in found]
+                item.completions = [engine.tokenizer.decode(result.tokens) for result in found]
+                item.verdicts = [bool(verdict) for verdict in judges.map(lambda answer, c=conversation: task.evaluate(c, answer), answers)]
+            progress.update(len(items), f"{sum(item.passed for item in items)} right")
+    return items
+
+
+def conversation_prompt(tokenizer: Any, conversation: dict[str, Any]) -> list[int]:
+    """The conversation up to where the last assistant message would begin."""
+    messages = conversation["messages"]
+    return tokenizer.render_for_completion({"messages": messages[:-1] if messages[-1]["role"] == "assistant" else messages})
+
+
+def completion_parts(tokenizer: Any, tokens: Sequence[int], mask: Sequence[int]) -> list[dict[str, str]]:
+    """Generated tokens as the content of an assistant message.
+
+    Tool output counts only where the engine put it in (mask 0): output that the model made up is left out, so that it neither passes for a
+    tool call nor for an answer.
+    """
+    kinds = {
+        tokenizer.encode_special("<|python_start|>"): "python",
+        tokenizer.encode_special("<|output_start|>"): "python_output",
+        tokenizer.encode_special("<|python_end|>"): "text",
+        tokenizer.encode_special("<|output_end|>"): "text",
+    }
+    specials = {tokenizer.encode_special(name) for name in tokenizer.get_special_tokens()}
+    runs: list[tuple[str, list[int]]] = [("text", [])]
+    for token, sampled in zip(tokens, mask, strict=True):
+        if token in kinds:
+            kind = kinds[token]
+            runs.append(("invented" if kind == "python_output" and sampled else kind, []))
+        elif token not in specials:
+            runs[-1][1].append(token)
+    return [{"type": kind, "text": tokenizer.decode(ids)} for kind, ids in runs if kind != "invented" and ids]
+
+
+def _item(index: int, conversation: dict[str, Any]) -> Item:
+    messages = conversation["messages"]
+    return Item(
+        index, "\n".join(message["content"] for message in messages[:-1] if isinstance(message["content"], str)), messages[-1]["content"]
+    )
+
+
+# ---- over ranks -----------------------------------------------------------------------------------------------------
+
+
+def gather_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The JSON rows of all ranks, on every rank."""
+    if not collectives.is_active():
+        return rows
+    import numpy as np
+
+    data = json.dumps(rows).encode()
+    length = max(size for (size,) in collectives.gather([len(data)]))
+    padded = data.ljust(-(-length // 8) * 8)  # with spaces, which JSON ignores; eight bytes travel as one whole number
+    words = collectives.gather(np.frombuffer(padded, dtype=np.int64).tolist())
+    return [row for rank in words for row in json.loads(np.array(rank, dtype=np.int64).tobytes())]
