@@ -33,6 +33,13 @@ def test_the_base_folder_without_the_environment(tmp_path, monkeypatch):
     assert common.get_base_dir() == tmp_path / ".cache" / "zangchat"
 
 
+def test_a_base_folder_that_cannot_be_made_is_told(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("ZANGCHAT_BASE_DIR", str(tmp_path / "file" / "base"))
+    with pytest.raises(UserError, match="cannot be made .*: set ZANGCHAT_BASE_DIR"):
+        common.get_base_dir()
+
+
 def test_atomic_write_makes_and_replaces_files(tmp_path):
     path = tmp_path / "new" / "file.txt"
     common.atomic_write(path, "línea\n")
