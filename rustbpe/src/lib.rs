@@ -1,0 +1,89 @@
+//! Byte-level byte-pair encoding: training on a stream of text, and encoding with the result.
+//!
+//! - [`split`]: text to pieces (pretokens), which merges never cross;
+//! - [`train`]: count the pieces of a corpus, then merge the most frequent pair again and again;
+//! - [`encode`]: text to token ids, by the same rules as tiktoken.
+//!
+//! The Python module (`py.rs`, behind the feature `python`) only converts arguments and releases the GIL.
+
+pub mod encode;
+#[cfg(feature = "python")]
+mod py;
+pub mod split;
+pub mod train;
+
+use std::fmt;
+
+/// What can go wrong; every variant is the caller's data, not a bug.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Error {
+    /// The split pattern does not compile.
+    Pattern(String),
+    /// The split pattern failed on a text, e.g. because it backtracks too much.
+    Split(String),
+    /// Ranks that make no tokenizer.
+    Ranks(String),
+    /// A training setting out of range.
+    Setting(String),
+    /// A token id that the vocabulary does not have.
+    UnknownId(u32),
+    /// The caller asked to stop.
+    Interrupted,
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Pattern(why) => write!(f, "invalid split pattern: {why}"),
+            Error::Split(why) => write!(f, "the split pattern failed on this text: {why}"),
+            Error::Ranks(why) => write!(f, "invalid ranks: {why}"),
+            Error::Setting(why) => f.write_str(why),
+            Error::UnknownId(id) => write!(f, "unknown token id: {id}"),
+            Error::Interrupted => f.write_str("interrupted"),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// Threads worth using: `wanted`, but at least one and no more than the machine runs at once.
+pub fn worker_threads(wanted: Option<usize>) -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    wanted.unwrap_or(cores).clamp(1, cores)
+}
+
+/// Documents are handed to threads in runs of about this many bytes.
+const RUN_BYTES: usize = 1 << 18;
+
+/// Consecutive documents as (start, end) indices, each run at least one document and about RUN_BYTES long.
+fn runs_of<S: AsRef<str>>(texts: &[S]) -> Vec<(usize, usize)> {
+    let mut runs = Vec::new();
+    let (mut start, mut bytes) = (0, 0);
+    for (index, text) in texts.iter().enumerate() {
+        bytes += text.as_ref().len();
+        if bytes >= RUN_BYTES {
+            runs.push((start, index + 1));
+            (start, bytes) = (index + 1, 0);
+        }
+    }
+    if start < texts.len() {
+        runs.push((start, texts.len()));
+    }
+    runs
+}
+
+/// Runs `work` on `threads` threads and collects what they return. The threads end with the call: a pool that lives
+/// on would deadlock in a forked child, and starting a thread costs microseconds.
+fn in_parallel<T: Send>(threads: usize, work: impl Fn() -> Result<Vec<T>, Error> + Sync) -> Result<Vec<T>, Error> {
+    if threads <= 1 {
+        return work();
+    }
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(&work)).collect();
+        let mut all = Vec::new();
+        for worker in workers {
+            all.extend(worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
+        }
+        Ok(all)
+    })
+}

@@ -1,0 +1,182 @@
+"""Train the tokenizer that new base models will use, on the pretraining text.
+
+    python -m scripts.tok_train
+    python -m scripts.tok_train --vocab_size=8192 --max_chars=200000000 --dataset=pydocs
+
+It goes to <base>/tokenizer. One that is there already is kept when it was made of the same text with the same settings; otherwise only
+--overwrite replaces it. Models that were trained keep a copy of theirs beside their checkpoints.
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from zangchat import common, configurator
+from zangchat.configurator import UserError
+
+if TYPE_CHECKING:
+    from zangchat.dataset import Dataset
+    from zangchat.tokenizer import RustBPETokenizer
+
+SECONDS_BETWEEN_UPDATES = 0.2
+
+
+@dataclass
+class Config:
+    max_chars: int = 2_000_000_000  # characters to train on, at most
+    doc_cap: int = 10_000  # characters taken of one document, at most
+    vocab_size: int = 65_536  # tokens, the special ones included
+    dataset: str | None = None  # a folder of <base>/base_data; default: the only one there
+    data_path: str | None = None  # a .parquet, .jsonl or .txt file, or a folder of them, instead
+    overwrite: bool = False  # replace a tokenizer that was made otherwise
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return configurator.run(Config, train, argv)
+
+
+def train(config: Config) -> None:
+    from zangchat.dataset import find_dataset
+    from zangchat.tokenizer import RustBPETokenizer, tokenizer_dir
+
+    check(config)
+    if common.get_dist_info()[1] != 0:
+        return  # under torchrun one process is enough: training uses all cores
+    dataset = find_dataset(config.dataset, config.data_path)
+    facts = settings(config, dataset)
+    if not config.overwrite and already_trained(facts):
+        return
+
+    text = Text(config, dataset)
+    try:
+        tokenizer = RustBPETokenizer.train_from_iterator(text.documents(), config.vocab_size, facts=facts, progress=text.merged)
+    except ValueError as error:
+        raise UserError(f"{dataset.folder} makes no tokenizer ({error}): give other text with --dataset or --data_path") from error
+    finally:
+        text.close()
+    tokenizer.save(tokenizer_dir())
+    report(config, tokenizer, text)
+
+
+def check(config: Config) -> None:
+    from zangchat.tokenizer import SPECIAL_TOKENS
+
+    smallest = 256 + len(SPECIAL_TOKENS)
+    if config.vocab_size < smallest:
+        raise UserError(f"--vocab_size={config.vocab_size} is too small: the bytes and the special tokens alone are {smallest}")
+    for name in ("max_chars", "doc_cap"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name}={getattr(config, name)} must be at least 1")
+
+
+def settings(config: Config, dataset: "Dataset") -> dict[str, Any]:
+    """What decides the result; kept in tokenizer.json."""
+    return {
+        "vocab_size": config.vocab_size,
+        "max_chars": config.max_chars,
+        "doc_cap": config.doc_cap,
+        "dataset": dataset.name,
+        # Shards of the hub may still be arriving: their names, at a pinned revision, say enough.
+        "text": dataset.name if dataset.arrives_in_order else dataset.fingerprint,
+    }
+
+
+def already_trained(facts: dict[str, Any]) -> bool:
+    """Whether the tokenizer there is the one asked for. Raises UserError where it is another."""
+    from zangchat.tokenizer import TOKENIZER_FILE, RustBPETokenizer, tokenizer_dir
+
+    folder = tokenizer_dir()
+    if not (folder / TOKENIZER_FILE).exists():
+        return False
+    found = RustBPETokenizer.from_directory(folder)
+    differences = [name for name, value in facts.items() if found.facts.get(name) != value]
+    if differences:
+        said = ", ".join(f"{name} {found.facts.get(name)} instead of {facts[name]}" for name in differences)
+        raise UserError(f"{folder} holds a tokenizer made otherwise ({said}): --overwrite replaces it")
+    common.print0(f"{folder} has this tokenizer already ({found.get_vocab_size():,} tokens); --overwrite trains it again")
+    return True
+
+
+class Text:
+    """The documents to train on, what was read of them, and a progress line."""
+
+    def __init__(self, config: Config, dataset: "Dataset") -> None:
+        from zangchat.progress import Progress
+
+        self.config, self.dataset = config, dataset
+        self.num_documents = self.characters = 0
+        self.start = self.updated = time.monotonic()
+        self.reading = Progress("tokenizer: characters", self.expected_characters())
+        self.merging = Progress("tokenizer: tokens", config.vocab_size)
+        self.shown: Progress | None = None
+
+    def documents(self) -> Iterator[str]:
+        """At most doc_cap characters of each document, at most max_chars in all."""
+        self.show(self.reading)
+        for document in self.dataset.iter_documents("train"):
+            text = document[: min(self.config.doc_cap, self.config.max_chars - self.characters)]
+            self.num_documents += 1
+            self.characters += len(text)
+            yield text
+            if self.characters >= self.config.max_chars:
+                break
+            if time.monotonic() - self.updated > SECONDS_BETWEEN_UPDATES:
+                self.updated = time.monotonic()
+                rate = self.characters / (self.updated - self.start)
+                self.reading.update(min(self.characters, self.reading.total), f"{rate / 1e6:.1f} M characters/s")
+
+    def merged(self, merges: int) -> None:
+        self.show(self.merging)
+        self.merging.update(min(256 + merges, self.config.vocab_size), "merging")
+
+    def show(self, progress: Any) -> None:
+        if self.shown is not progress:
+            self.close()
+            self.shown = progress
+            progress.__enter__()
+
+    def close(self) -> None:
+        if self.shown is not None:
+            self.shown.__exit__(None, None, None)
+            self.shown = None
+
+    def expected_characters(self) -> int:
+        """An estimate, from the first group of documents and the sizes of the files."""
+        shards = [entry for entry in self.dataset.manifest["shards"] if entry["name"] in self.dataset.shards("train")]
+        if not shards:
+            return 1
+        groups = self.dataset.num_groups(shards[0]["name"], "train")
+        sample = self.dataset.read_group(shards[0]["name"], 0, "train") if groups else []
+        sample_chars = sum(min(len(document), self.config.doc_cap) for document in sample)
+        characters = sample_chars * groups * sum(entry["bytes"] for entry in shards) / max(shards[0]["bytes"], 1)
+        return max(1, min(round(characters), self.config.max_chars))
+
+
+def report(config: Config, tokenizer: "RustBPETokenizer", text: Text) -> None:
+    from zangchat.report import get_report
+    from zangchat.tokenizer import tokenizer_dir
+
+    seconds = time.monotonic() - text.start
+    found, lengths = tokenizer.get_vocab_size(), tokenizer.token_bytes()
+    lengths = lengths[lengths > 0]
+    common.print0(
+        f"tokenizer of {found:,} tokens from {text.characters:,} characters in {text.num_documents:,} documents, {seconds:.1f} s: {tokenizer_dir()}"
+    )
+    if found < config.vocab_size:
+        common.print0(f"--vocab_size={config.vocab_size} was not reached: the text has no more pairs to merge; {found} is the vocabulary now")
+    results = {
+        "documents": text.num_documents,
+        "characters": text.characters,
+        "seconds": round(seconds, 1),
+        "tokens": found,
+        "special tokens": len(tokenizer.get_special_tokens()),
+        "bytes per token, mean": round(float(lengths.mean()), 2),
+        "bytes per token, longest": int(lengths.max()),
+    }
+    get_report().log(section="Tokenizer training", data=[asdict(config), results])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
