@@ -1,0 +1,210 @@
+#!/usr/bin/env bash
+# The whole chain on one machine with 8 H100s: data, tokenizer, pretraining, midtraining, finetuning, RL, evaluation, report.
+#
+#   bash speedrun.sh                                  d20, 561M parameters, 5.7B tokens
+#   WANDB_RUN=first bash speedrun.sh                  with curves at wandb
+#   NPROC_PER_NODE=1 DEVICE_BATCH_SIZE=8 DEPTH=12 bash speedrun.sh      one GPU with 24 GB
+#
+# Run it again after an interruption: every stage goes on where it stopped, and what is finished is skipped.
+# In `screen` or `tmux` it survives a lost connection; to keep a log: bash speedrun.sh 2>&1 | tee speedrun.log
+#
+# The same script at depth 2 on two CPU processes, nothing downloaded but packages (a rehearsal of minutes, no good model):
+#   DEPTH=2 NPROC_PER_NODE=2 DATASET=pydocs VOCAB_SIZE=512 MAX_CHARS=1000000 MAX_SEQ_LEN=128 DEVICE_BATCH_SIZE=4 TOTAL_BATCH_SIZE=2048 \
+#   NUM_ITERATIONS=20 MID_MIXTURE="identity:1,arithmetic:200" SFT_MIXTURE="identity:1,arithmetic:200" RL_TASK=arithmetic CORE=0 \
+#   BASE_FLAGS="--eval_tokens=4096" MID_FLAGS="--num_iterations=10 --eval_tokens=4096" SFT_FLAGS="--num_iterations=10 --eval_steps=2" \
+#   RL_FLAGS="--num_iterations=2 --examples_per_step=2 --num_samples=4 --eval_examples=4" LOSS_FLAGS="--split_tokens=4096" \
+#   EVAL_FLAGS="-a Identity|Arithmetic -x 10 -m 32" bash speedrun.sh
+#
+# ---- The numbers, and the arithmetic behind them -----------------------------------------------------------------------------
+# DEPTH=20       width 20 x 64 = 1280, 10 heads of 128. Per layer 12 x 1280^2 matrix parameters: 20 layers 393M; embedding and
+#                head 65,536 x 1280 = 84M each. Together 561M.
+# RATIO=12       tokens per matrix and head parameter: 12 x (393M + 84M) = 5.73B tokens. With all parameters counted and 20 tokens
+#                each, an older rule of thumb, the same model would see 11.2B: RATIO=23.5.
+# batch          512 rows of 2,048 = 2^20 tokens a step, chosen from the number of tokens (README, "Schedules"): 5,460 steps.
+#                8 GPUs x 32 rows = 2^19 tokens in a pass, so two passes a step.
+# NUM_SHARDS=115 5.73B tokens x about 4.8 characters per token = 27.5B characters; a shard has about 250M: 110, and 5 % in
+#                reserve, as 4.8 depends on the tokenizer. About 100 MB of disk each. Too few would only mean that some text comes twice.
+# MAX_CHARS=2e9  the tokenizer learns from the first 8 shards; more text hardly changes the most frequent pairs.
+# cost           3.5 GFLOPs a token x 5.73B = 2.0e19 FLOPs. 8 H100s have 8 x 989 TFLOP/s in bf16; at 40 % of that pretraining
+#                would take 1.8 hours. That is arithmetic and not a measurement: the report says what it really took.
+# ------------------------------------------------------------------------------------------------------------------------------
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+# What one may want to change, each by an environment variable of the same name.
+DEPTH=${DEPTH:-20}
+RATIO=${RATIO:-12}
+DATASET=${DATASET:-climbmix} # climbmix | fineweb-edu | pydocs (made on this machine, small)
+NUM_SHARDS=${NUM_SHARDS:-115}
+VOCAB_SIZE=${VOCAB_SIZE:-65536}
+MAX_CHARS=${MAX_CHARS:-2000000000}
+MAX_SEQ_LEN=${MAX_SEQ_LEN:-2048}
+DEVICE_BATCH_SIZE=${DEVICE_BATCH_SIZE:-32} # rows per GPU in one pass: halve it until it fits, the result stays the same
+TOTAL_BATCH_SIZE=${TOTAL_BATCH_SIZE:--1}   # -1: from the number of tokens
+NUM_ITERATIONS=${NUM_ITERATIONS:--1}       # -1: from RATIO
+SEED=${SEED:-42}
+MID_MIXTURE=${MID_MIXTURE:-} # empty: the default of scripts/mid_train.py; else "task:epochs,generated_task:examples"
+SFT_MIXTURE=${SFT_MIXTURE:-} # likewise of scripts/chat_sft.py
+IDENTITY_DATA=${IDENTITY_DATA:-} # a .jsonl file of conversations of your own
+RL=${RL:-1}                  # 0: stop after finetuning
+RL_TASK=${RL_TASK:-GSM8K}
+CORE=${CORE:-1}              # 0: no CORE evaluation (it downloads its bundle)
+DOLLARS_PER_HOUR=${DOLLARS_PER_HOUR:-24} # of the whole machine, for the sum at the end
+MODEL_TAG=${MODEL_TAG:-d$DEPTH}
+# More flags for single stages, separated by spaces.
+TOK_FLAGS=${TOK_FLAGS:-} BASE_FLAGS=${BASE_FLAGS:-} LOSS_FLAGS=${LOSS_FLAGS:-} CORE_FLAGS=${CORE_FLAGS:-} MID_FLAGS=${MID_FLAGS:-}
+SFT_FLAGS=${SFT_FLAGS:-} RL_FLAGS=${RL_FLAGS:-} EVAL_FLAGS=${EVAL_FLAGS:---all_tasks}
+
+if [ -z "${NPROC_PER_NODE:-}" ]; then
+    NPROC_PER_NODE=$( (command -v nvidia-smi > /dev/null && nvidia-smi -L || true) | wc -l)
+    if [ "$NPROC_PER_NODE" = 0 ]; then
+        echo "No GPU found. On a laptop use dev/runcpu.sh; to rehearse this script on CPU set NPROC_PER_NODE=2 and small sizes (see its first lines)." >&2
+        exit 2
+    fi
+fi
+
+export ZANGCHAT_BASE_DIR=${ZANGCHAT_BASE_DIR:-$HOME/.cache/zangchat}
+export WANDB_RUN=${WANDB_RUN:-dummy}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun's default, set here so that it is silent about it
+mkdir -p "$ZANGCHAT_BASE_DIR"
+
+bash dev/setup.sh
+export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv" PYTHONUNBUFFERED=1
+
+# ---- running stages -------------------------------------------------------------------------------------------------------------
+started=$SECONDS
+finished_stages="$ZANGCHAT_BASE_DIR/speedrun/$MODEL_TAG"
+mkdir -p "$finished_stages"
+downloading=
+nothing=/nonexistent # of the two stages before the first checkpoint
+
+clock() { printf '%d h %02d min' $((SECONDS / 3600)) $((SECONDS / 60 % 60)); }
+
+stop_download() {
+    if [ -n "$downloading" ]; then kill "$downloading" 2> /dev/null || true; fi
+}
+trap stop_download EXIT
+
+# stage TITLE COMMAND...: run it; where it fails, end the chain with the command to repeat.
+stage() {
+    local title=$1 code=0
+    shift
+    printf '\n\033[1;34m=== %s  (%s so far)\033[0m\n' "$title" "$(clock)"
+    "$@" || code=$?
+    if [ "$code" != 0 ]; then
+        printf '\n%s stopped with exit code %d. That command alone:\n  ' "$title" "$code" >&2
+        printf '%q ' "$@" >&2
+        printf '\nThe whole chain, from here on (with the same variables):\n  bash %s\n' "${CHAIN:-speedrun.sh}" >&2
+        exit "$code"
+    fi
+}
+
+# once NAME CHECKPOINTS TITLE COMMAND...: a stage that leaves no checkpoint; skipped when this very command has succeeded
+# since the newest checkpoint in the folder CHECKPOINTS was written.
+once() {
+    local mark="$finished_stages/$1" checkpoints=$2 title=$3
+    shift 3
+    if [ "$(cat "$mark" 2> /dev/null)" = "$*" ] && [ -z "$(find "$checkpoints" -name 'meta_*.json' -newer "$mark" 2> /dev/null)" ]; then
+        printf '\n=== %s: done before\n' "$title"
+        return
+    fi
+    stage "$title" "$@"
+    printf '%s' "$*" > "$mark"
+}
+
+# on_all SCRIPT FLAGS...: the command line that runs a script on every GPU, in the array `command`.
+on_all() {
+    if [ "$NPROC_PER_NODE" = 1 ]; then
+        command=(python -m "$@")
+    else
+        command=(torchrun --standalone --nproc_per_node="$NPROC_PER_NODE" -m "$@")
+    fi
+}
+
+# shellcheck disable=SC2206  # flags are to be split at spaces
+flags() { split=($1); }
+
+# ---- the report's clock starts with the first attempt ------------------------------------------------------------------------------
+[ -e "$ZANGCHAT_BASE_DIR/report/started.json" ] || python -m zangchat.report reset
+
+# ---- data and tokenizer --------------------------------------------------------------------------------------------------------------
+if [ "$DATASET" = pydocs ]; then
+    stage "Corpus pydocs" python -m zangchat.dataset --source=pydocs
+else
+    first=$(((MAX_CHARS + 249999999) / 250000000)) # shards that the tokenizer reads
+    first=$((first < NUM_SHARDS ? first : NUM_SHARDS))
+    stage "The first $first shards of $DATASET" python -m zangchat.dataset --source="$DATASET" -n "$first"
+    # The rest comes while the tokenizer trains; pretraining waits for the shard that it needs next.
+    python -m zangchat.dataset --source="$DATASET" -n "$NUM_SHARDS" > "$ZANGCHAT_BASE_DIR/download.log" 2>&1 &
+    downloading=$!
+    echo "all $NUM_SHARDS shards are being downloaded, see $ZANGCHAT_BASE_DIR/download.log"
+    manifest="$ZANGCHAT_BASE_DIR/base_data/$DATASET/manifest.json"
+    until [ "$(grep -o '"shard_[0-9]*\.parquet"' "$manifest" | wc -l)" -gt "$NUM_SHARDS" ]; do # the order of the text depends on the plan
+        kill -0 "$downloading" 2> /dev/null || { cat "$ZANGCHAT_BASE_DIR/download.log" >&2; exit 1; }
+        sleep 1
+    done
+fi
+
+flags "$TOK_FLAGS"
+[ -e "$ZANGCHAT_BASE_DIR/tokenizer/tokenizer.json" ] || rm -f "$ZANGCHAT_BASE_DIR"/speedrun/tok*
+once ../tokenizer "$nothing" "Tokenizer" python -m scripts.tok_train --dataset="$DATASET" --vocab_size="$VOCAB_SIZE" --max_chars="$MAX_CHARS" "${split[@]}"
+once ../tok_eval "$nothing" "Tokenizer: evaluation" python -m scripts.tok_eval
+
+# ---- pretraining -----------------------------------------------------------------------------------------------------------------------
+common=(--model_tag="$MODEL_TAG" --device_batch_size="$DEVICE_BATCH_SIZE" --seed="$SEED" --run="$WANDB_RUN" --resume=latest)
+checkpoints="$ZANGCHAT_BASE_DIR/base_checkpoints/$MODEL_TAG"
+flags "$BASE_FLAGS"
+[ "$CORE" = 1 ] || split+=(--core_metric_every=-1)
+on_all scripts.base_train --depth="$DEPTH" --dataset="$DATASET" --max_seq_len="$MAX_SEQ_LEN" --target_param_data_ratio="$RATIO" \
+    --total_batch_size="$TOTAL_BATCH_SIZE" --num_iterations="$NUM_ITERATIONS" "${common[@]}" "${split[@]}"
+stage "Pretraining" "${command[@]}"
+
+flags "$LOSS_FLAGS"
+on_all scripts.base_loss --model_tag="$MODEL_TAG" --device_batch_size="$DEVICE_BATCH_SIZE" "${split[@]}"
+once base_loss "$checkpoints" "Base model: bits per byte, samples" "${command[@]}"
+if [ "$CORE" = 1 ]; then
+    flags "$CORE_FLAGS"
+    on_all scripts.base_eval --model_tag="$MODEL_TAG" "${split[@]}"
+    once base_eval "$checkpoints" "Base model: CORE" "${command[@]}"
+fi
+
+# ---- conversations, multiple choice, tools -----------------------------------------------------------------------------------------------
+flags "$MID_FLAGS"
+on_all scripts.mid_train ${MID_MIXTURE:+--mixture="$MID_MIXTURE"} ${IDENTITY_DATA:+--identity_data="$IDENTITY_DATA"} "${common[@]}" "${split[@]}"
+stage "Midtraining" "${command[@]}"
+flags "$EVAL_FLAGS"
+on_all scripts.chat_eval --source=mid --model_tag="$MODEL_TAG" "${split[@]}"
+once eval_mid "$ZANGCHAT_BASE_DIR/mid_checkpoints/$MODEL_TAG" "Midtraining: evaluation" "${command[@]}"
+
+# ---- finetuning --------------------------------------------------------------------------------------------------------------------------
+flags "$SFT_FLAGS"
+on_all scripts.chat_sft ${SFT_MIXTURE:+--mixture="$SFT_MIXTURE"} ${IDENTITY_DATA:+--identity_data="$IDENTITY_DATA"} "${common[@]}" "${split[@]}"
+stage "Finetuning" "${command[@]}"
+flags "$EVAL_FLAGS"
+on_all scripts.chat_eval --source=sft --model_tag="$MODEL_TAG" "${split[@]}"
+once eval_sft "$ZANGCHAT_BASE_DIR/chatsft_checkpoints/$MODEL_TAG" "Finetuning: evaluation" "${command[@]}"
+
+# ---- reinforcement learning ----------------------------------------------------------------------------------------------------------------
+if [ "$RL" = 1 ]; then
+    flags "$RL_FLAGS"
+    on_all scripts.chat_rl --task="$RL_TASK" "${common[@]}" "${split[@]}"
+    stage "Reinforcement learning on $RL_TASK" "${command[@]}"
+    flags "$EVAL_FLAGS"
+    on_all scripts.chat_eval --source=rl --model_tag="$MODEL_TAG" "${split[@]}"
+    once eval_rl "$ZANGCHAT_BASE_DIR/chatrl_checkpoints/$MODEL_TAG" "Reinforcement learning: evaluation" "${command[@]}"
+fi
+
+# ---- the report ------------------------------------------------------------------------------------------------------------------------------
+stage "Report" python -m zangchat.report generate --dollars_per_hour="$DOLLARS_PER_HOUR"
+
+seconds=$((SECONDS - started))
+dollars=$(awk -v s="$seconds" -v d="$DOLLARS_PER_HOUR" 'BEGIN { printf "%.2f", s / 3600 * d }')
+printf '\n%s: %d h %02d min this time, $%s at $%s an hour.\n' "$MODEL_TAG" $((seconds / 3600)) $((seconds / 60 % 60)) "$dollars" "$DOLLARS_PER_HOUR"
+best=sft
+[ "$RL" = 1 ] && best=rl
+cat << TEXT
+Talk to it:
+  source .venv/bin/activate
+  python -m scripts.chat_cli --source=$best --model_tag=$MODEL_TAG
+  python -m scripts.chat_web --source=$best --model_tag=$MODEL_TAG
+TEXT
