@@ -1,0 +1,102 @@
+"""A model that says what it is told to, for tests of everything around the model: the server, the terminal chat, the page."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import uvicorn
+
+from tests.util import ByteTokenizer
+from zangchat.config import GPTConfig
+from zangchat.engine import Engine
+from zangchat.server import Settings, create_app
+
+TOKENIZER = ByteTokenizer()
+VOCAB = TOKENIZER.get_vocab_size()
+QUESTION, QUESTION_END, ANSWER, ANSWER_END = (
+    TOKENIZER.encode_special(f"<|{name}|>") for name in ("user_start", "user_end", "assistant_start", "assistant_end")
+)
+
+
+class Talker:
+    """Stands in for GPT: `reply(question)` is the text to say to the last user message (or to a bare prompt), special tokens by name.
+
+    It keeps the tokens themselves in the cache, so that what it says depends on its own row alone. `pause` is its time per forward pass.
+    """
+
+    compute_dtype = torch.float32
+
+    def __init__(self, reply: Callable[[str], str], sequence_len: int = 512, pause: float = 0.0) -> None:
+        self.reply, self.pause = reply, pause
+        self.config = GPTConfig(sequence_len=sequence_len, vocab_size=VOCAB, n_layer=1, n_head=1, n_kv_head=1, n_embd=2)
+
+    def get_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def __call__(self, idx: torch.Tensor, kv_cache: Any, logits_at: torch.Tensor | None = None) -> torch.Tensor:
+        time.sleep(self.pause)
+        B, T = idx.shape
+        k = idx[:, None, :, None].float().expand(B, 1, T, 2)
+        stored, _, _ = kv_cache.update(0, k, k)
+        lengths = kv_cache.positions + (T if logits_at is None else logits_at + 1)
+        kv_cache.advance(T)
+        logits = torch.full((B, 1, VOCAB), -10.0)
+        for row in range(B):
+            logits[row, 0, self._next(stored[row, 0, : int(lengths[row]), 0].int().tolist())] = 10.0
+        return logits
+
+    def _next(self, tokens: list[int]) -> int:
+        before, question = 1, ""  # of a bare prompt, taken to be <|bos|> alone
+        if ANSWER in tokens:
+            before = _last(tokens, ANSWER) + 1
+            question = TOKENIZER.decode(tokens[_last(tokens, QUESTION) + 1 : _last(tokens, QUESTION_END)])
+        said = [*encode(self.reply(question)), ANSWER_END]
+        return said[min(len(tokens) - before, len(said) - 1)]
+
+
+def _last(tokens: list[int], token: int) -> int:
+    return len(tokens) - 1 - tokens[::-1].index(token)
+
+
+def encode(text: str) -> list[int]:
+    """Text in which <|...|> are special tokens."""
+    tokens: list[int] = []
+    for i, piece in enumerate(text.replace("|>", "<|").split("<|")):
+        tokens += [TOKENIZER.encode_special(f"<|{piece}|>")] if i % 2 else TOKENIZER.encode(piece)
+    return tokens
+
+
+def engine(reply: Callable[[str], str], **kw: Any) -> Engine:
+    return Engine(Talker(reply, **kw), TOKENIZER)  # type: ignore[arg-type]
+
+
+@contextmanager
+def serving(*engines: Engine, **settings: Any) -> Iterator[tuple[str, Any]]:
+    """A real server on a loopback port: (its address, its pool of workers)."""
+    app = create_app(engines, Settings(**settings))
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=2))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive(), "the server did not start"
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}", app.state.pool
+    finally:
+        server.should_exit = True
+        thread.join(timeout=20)
+        assert not thread.is_alive(), "the server did not stop"
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 15.0) -> bool:
+    """Whether a condition comes true; waiting ends with it."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
