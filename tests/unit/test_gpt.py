@@ -247,3 +247,12 @@ def test_every_parameter_learns() -> None:
     model(idx, idx.roll(-1, 1)).backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.abs().sum() > 0, name
+
+
+def test_the_model_delegates_its_costs_and_its_optimizers() -> None:
+    from zangchat.flops import flops_per_token
+
+    model = lively_model()
+    assert model.estimate_flops() == flops_per_token(TINY)
+    optimizer = model.setup_optimizers(embedding_lr=0.1, unembedding_lr=0.01, matrix_lr=0.02)
+    assert set(optimizer.names.values()) == set(dict(model.named_parameters()))
