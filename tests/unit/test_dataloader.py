@@ -1,0 +1,427 @@
+"""Packing, cursors, ranks, epochs, prefetching."""
+
+import itertools
+import json
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.reference import packing as reference
+from tests.util import ByteTokenizer, ListTask, conversation, make_dataset
+from zangchat import dataloader
+from zangchat.configurator import UserError
+from zangchat.dataloader import (
+    ConversationStream,
+    Document,
+    MixedStream,
+    Packer,
+    TextStream,
+    example_batches,
+    first_fit,
+    packed_batches,
+    prefetched,
+    validation_batches,
+)
+
+TOKENIZER = ByteTokenizer()
+BOS = TOKENIZER.get_bos_token_id()
+T = 24
+
+
+class ListStream:
+    """A finite stream over a list, in runs of three."""
+
+    def __init__(self, documents):
+        self.documents = documents
+        self.state = {"next": 0}
+
+    def next_documents(self):
+        start = self.state["next"]
+        run = self.documents[start : start + 3]
+        self.state = {"next": start + len(run)}
+        return run
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Three training shards, the first of two row groups; documents from one byte to several rows."""
+    texts = [f"<{i}>" + chr(97 + i % 26) * (i * 7 % 60) for i in range(2 * 8192 + 40)]
+    held_out = [f"validation {i} " * (i % 5 + 1) for i in range(13)]
+    return make_dataset(tmp_path_factory.mktemp("data") / "letters", texts, held_out)
+
+
+@pytest.fixture
+def small(tmp_path):
+    return make_dataset(tmp_path / "small", [f"{i}:" + "x" * (i * 5 % 41) for i in range(50)])
+
+
+TASK = ListTask([conversation(f"question {i}" + "?" * (i % 7), f"answer {i}" + "!" * (i * 3 % 5)) for i in range(11)])
+WIDE = 48  # fits every conversation of TASK
+
+
+def text_stream(dataset):
+    return TextStream(dataset, TOKENIZER, seed=7)
+
+
+def chat_stream():
+    return ConversationStream(TASK, TOKENIZER, seed=7, max_tokens=WIDE + 1)
+
+
+def mixed_stream(dataset):
+    return MixedStream([(TextStream(dataset, TOKENIZER, seed=7, max_tokens=20), 0.7), (chat_stream(), 0.3)])
+
+
+def take(batches, count):
+    taken = list(itertools.islice(batches, count))
+    batches.close()
+    return taken
+
+
+def same(left, right):
+    return torch.equal(left.inputs, right.inputs) and torch.equal(left.targets, right.targets) and left.cursor == right.cursor
+
+
+# ---- packing ------------------------------------------------------------------------------------------------------------
+
+
+def traced_documents(shapes):
+    """Documents whose tokens all differ, so that each can be found again: (length, splittable) -> Document."""
+    documents = []
+    for i, (length, splittable) in enumerate(shapes):
+        ids = np.array([0, *range(1000 * (i + 1), 1000 * (i + 1) + length - 1)], dtype=np.int32)
+        mask = None if splittable else np.array([j % 3 != 0 for j in range(length)])
+        documents.append(Document(ids, mask, splittable))
+    return documents
+
+
+def all_rows(documents, width):
+    packer = Packer(ListStream(documents), width=width, bos=0)
+    rows = []
+    ids, learn = np.empty(width, dtype=np.int32), np.empty(width, dtype=bool)
+    while packer.fill(ids, learn):
+        rows.append(list(zip(ids.tolist(), learn.tolist(), strict=True)))
+    return rows
+
+
+SHAPES = st.lists(st.tuples(st.integers(2, 40), st.booleans()), max_size=40)
+
+
+@given(SHAPES, st.integers(2, 30))
+@settings(max_examples=150, deadline=None)
+def test_packing_is_that_of_the_reference(shapes, width):
+    documents = traced_documents(shapes)
+    plain = [(d.ids.tolist(), [True] * len(d.ids) if d.mask is None else d.mask.tolist(), d.splittable) for d in documents]
+    assert all_rows(documents, width) == reference.pack(plain, width, 0)
+
+
+@given(SHAPES, st.integers(2, 30))
+@settings(max_examples=150, deadline=None)
+def test_no_token_is_dropped_and_no_conversation_cut(shapes, width):
+    documents = traced_documents(shapes)
+    rows = all_rows(documents, width)
+    assert all(row[0][0] == 0 for row in rows), "every row begins with bos"
+    places = {token: (r, c) for r, row in enumerate(rows) for c, (token, _) in enumerate(row) if token}
+    assert sum(token != 0 for row in rows for token, _ in row) == len(places), "no token twice"
+    for document in documents:
+        kept = document.ids.tolist() if document.splittable else document.ids.tolist()[:width]
+        assert all(token in places for token in kept[1:])
+        order = [places[token] for token in kept[1:]]
+        assert order == sorted(order)
+        if not document.splittable and order:
+            row, start = order[0]
+            assert order == [(row, start + i) for i in range(len(order))], "in one row, in one piece"
+            assert rows[row][start - 1][0] == 0, "after its own bos"
+            assert [rows[r][c][1] for r, c in order] == document.mask[1:width].tolist()
+
+
+def test_a_conversation_that_does_not_fit_waits_and_others_fill_the_row():
+    long, short = traced_documents([(9, False), (9, False), (3, False)])[1:]
+    rows = all_rows([traced_documents([(9, False)])[0], long, short], 12)
+    assert [token for token, _ in rows[0]] == [*range(0, 1), *range(1000, 1008), 0, 3000, 3001]
+    assert [token for token, _ in rows[1]][:9] == [0, *range(2000, 2008)]
+
+
+def test_an_oversize_conversation_is_cut_to_a_row_and_counted():
+    packer = Packer(ListStream(traced_documents([(20, False)])), width=8, bos=0)
+    ids, learn = np.empty(8, dtype=np.int32), np.empty(8, dtype=bool)
+    assert packer.fill(ids, learn)
+    assert ids.tolist() == [0, *range(1000, 1007)]
+    assert packer.truncated == 1
+    assert not packer.fill(ids, learn)
+
+
+@given(st.lists(st.integers(1, 20), max_size=30))
+def test_first_fit_is_that_of_the_reference(lengths):
+    rows = reference.first_fit(lengths, 20)
+    expected = [next(r for r, row in enumerate(rows) if item in row) for item in range(len(lengths))]
+    assert first_fit(lengths, 20) == expected
+
+
+def test_targets_are_the_inputs_shifted_with_padding_ignored():
+    documents = traced_documents([(4, True), (5, False)])
+    (batch,) = packed_batches(ListStream(documents), rows_per_step=2, sequence_len=9, bos=0)
+    assert batch.inputs[0].tolist() == [0, 1000, 1001, 1002, 0, 2000, 2001, 2002, 2003]
+    assert batch.targets[0].tolist() == [1000, 1001, 1002, -1, 2000, 2001, -1, 2003, -1]
+    assert batch.targets[1].tolist() == [-1] * 9
+    assert batch.inputs.is_contiguous() and batch.targets.is_contiguous() and batch.inputs.dtype == torch.int64
+
+
+# ---- cursors and ranks --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["text", "chat", "mixed"])
+def test_going_on_from_the_cursor_of_any_step_gives_the_same_batches(small, kind):
+    def batches(cursor=None):
+        stream = {"text": lambda: text_stream(small), "chat": chat_stream, "mixed": lambda: mixed_stream(small)}[kind]()
+        return packed_batches(stream, rows_per_step=2, sequence_len=T if kind == "text" else WIDE, bos=BOS, cursor=cursor)
+
+    whole = take(batches(), 40)  # more than one epoch
+    for step in range(len(whole) - 2):
+        cursor = json.loads(json.dumps(whole[step].cursor))
+        assert all(same(*pair) for pair in zip(take(batches(cursor), 2), whole[step + 1 : step + 3], strict=True)), f"after step {step}"
+
+
+def test_example_batches_go_on_from_the_cursor_of_any_step():
+    def batches(cursor=None):
+        return example_batches(TASK, TOKENIZER, examples_per_step=3, sequence_len=WIDE, seed=5, cursor=cursor)
+
+    whole = take(batches(), 12)
+    for step in range(10):
+        cursor = json.loads(json.dumps(whole[step].cursor))
+        assert all(same(*pair) for pair in zip(take(batches(cursor), 2), whole[step + 1 : step + 3], strict=True))
+
+
+@given(SHAPES.filter(len), st.integers(2, 20), st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_a_cursor_restores_any_mix_of_unfinished_documents(shapes, sequence_len, rows_per_step):
+    documents = traced_documents(shapes)
+
+    def batches(cursor=None):
+        return list(packed_batches(ListStream(documents), rows_per_step=rows_per_step, sequence_len=sequence_len, bos=0, cursor=cursor))
+
+    whole = batches()
+    for step in {0, len(whole) // 2}:
+        rest = batches(json.loads(json.dumps(whole[step].cursor)))
+        assert len(rest) == len(whole) - step - 1
+        assert all(same(*pair) for pair in zip(rest, whole[step + 1 :], strict=True))
+
+
+def test_a_cursor_stays_small_however_long_the_documents_are(tmp_path):
+    dataset = make_dataset(tmp_path / "long", ["y" * 100_000] * 3)
+    for batch in take(packed_batches(text_stream(dataset), rows_per_step=2, sequence_len=64, bos=BOS), 5):
+        assert len(json.dumps(batch.cursor)) < 300
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_rows_of_a_step_do_not_depend_on_the_number_of_ranks(small, world_size):
+    def steps(rank, size):
+        return take(packed_batches(mixed_stream(small), rows_per_step=4, sequence_len=WIDE, rank=rank, world_size=size, bos=BOS), 8)
+
+    def examples(rank, size):
+        return take(
+            example_batches(TASK, TOKENIZER, examples_per_step=5, sequence_len=WIDE, seed=1, rank=rank, world_size=size, rows_multiple=4), 4
+        )
+
+    for make in (steps, examples):
+        ranks = [make(rank, world_size) for rank in range(world_size)]
+        for alone, *parts in zip(make(0, 1), *ranks, strict=True):
+            assert torch.equal(alone.inputs, torch.cat([part.inputs for part in parts]))
+            assert torch.equal(alone.targets, torch.cat([part.targets for part in parts]))
+            assert all(part.cursor == alone.cursor for part in parts)
+
+
+def test_rows_that_do_not_divide_by_the_ranks_are_refused(small):
+    with pytest.raises(ValueError, match="multiple of world_size"):
+        next(packed_batches(text_stream(small), rows_per_step=3, sequence_len=8, rank=0, world_size=2, bos=BOS))
+
+
+# ---- streams ------------------------------------------------------------------------------------------------------------
+
+
+def texts_of(stream, count):
+    """The next `count` documents as texts."""
+    texts = []
+    while len(texts) < count:
+        documents = stream.next_documents()
+        assert all(document.ids[0] == BOS for document in documents)
+        texts += [TOKENIZER.decode(document.ids[1:].tolist()) for document in documents]
+    assert len(texts) == count, "runs end with the epoch"
+    return texts
+
+
+def test_each_epoch_reads_every_document_once_in_an_order_of_its_own(dataset):
+    everything = Counter(dataset.iter_documents("train"))
+    stream = text_stream(dataset)
+    first, second = (texts_of(stream, everything.total()) for _ in range(2))
+    assert Counter(first) == Counter(second) == everything
+    assert first != second
+    assert first == texts_of(text_stream(dataset), everything.total()), "a function of data and seed"
+    assert first[:100] != texts_of(TextStream(dataset, TOKENIZER, seed=8), everything.total())[:100]
+
+
+def test_while_shards_may_still_arrive_the_first_epoch_takes_them_in_order(dataset):
+    arriving = type(dataset)(dataset.folder, {**dataset.manifest, "repo": "someone/something"})
+    total = sum(1 for _ in dataset.iter_documents("train"))
+    stream = text_stream(arriving)
+    numbers = [int(text[1 : text.index(">")]) for text in texts_of(stream, total)]
+    assert [number // 8192 for number in numbers] == sorted(number // 8192 for number in numbers)
+    assert numbers[:8192] != sorted(numbers[:8192]), "within a shard they are shuffled"
+
+
+def test_documents_in_pieces_add_up_to_the_documents(small):
+    whole, pieces = text_stream(small), TextStream(small, TOKENIZER, seed=7, max_tokens=10)
+    texts = texts_of(whole, 50)
+    parts = [TOKENIZER.decode(d.ids[1:].tolist()) for _ in range(2) for d in pieces.next_documents()]
+    assert all(len(part) <= 9 for part in parts)
+    assert "".join(parts) == "".join(texts)
+
+
+def test_a_dataset_without_training_text_is_a_clear_error(tmp_path):
+    dataset = make_dataset(tmp_path / "empty", [""])
+    with pytest.raises(UserError, match="no text in its train split"):
+        text_stream(dataset).next_documents()
+
+
+def test_a_mixture_keeps_to_its_fractions_of_tokens(small):
+    stream = mixed_stream(small)
+    tokens = Counter()
+    for _ in range(600):
+        (document,) = stream.next_documents()
+        tokens[document.splittable] += len(document.ids)
+    assert tokens[True] / tokens.total() == pytest.approx(0.7, abs=0.02)
+
+
+def test_conversations_learn_only_what_the_assistant_writes():
+    (batch,) = example_batches(ListTask([conversation("ab", "cd")]), TOKENIZER, examples_per_step=1, sequence_len=16, seed=0, num_epochs=1)
+    learnt = batch.targets[batch.targets >= 0].tolist()
+    assert learnt == [*b"cd", TOKENIZER.encode_special("<|assistant_end|>")]
+
+
+def test_what_is_cut_or_left_out_is_logged(caplog):
+    task = ListTask([conversation("q", "a" * 100), conversation("q" * 100, "a"), conversation("q", "a")])
+    stream = ConversationStream(task, TOKENIZER, seed=0, max_tokens=20, num_epochs=1)
+    documents = stream.next_documents()
+    assert sorted(len(document.ids) for document in documents) == [7, 20]
+    assert stream.next_documents() == []
+    assert "of 3 conversations 2 cut, 1 left out (limit 20 tokens)" in caplog.text
+
+
+def test_conversations_without_anything_to_learn_are_a_clear_error():
+    stream = ConversationStream(ListTask([conversation("q" * 100, "a")]), TOKENIZER, seed=0, max_tokens=20)
+    with pytest.raises(UserError, match="no conversation has a token to learn from"):
+        stream.next_documents()
+
+
+# ---- examples -----------------------------------------------------------------------------------------------------------
+
+
+def conversations_in(batch):
+    return int((batch.inputs == TOKENIZER.encode_special("<|user_start|>")).sum())
+
+
+def test_each_step_has_exactly_so_many_conversations_whole():
+    ends = TOKENIZER.encode_special("<|assistant_end|>")
+    for batch in take(example_batches(TASK, TOKENIZER, examples_per_step=4, sequence_len=WIDE, seed=3, rows_multiple=3), 9):
+        assert conversations_in(batch) == 4
+        assert int((batch.targets == ends).sum()) == 4
+        assert len(batch.inputs) % 3 == 0
+        assert (batch.inputs[:, 0] == BOS).all()
+
+
+def test_epochs_end_where_they_should():
+    batches = list(example_batches(TASK, TOKENIZER, examples_per_step=4, sequence_len=WIDE, seed=3, num_epochs=2))
+    assert [conversations_in(batch) for batch in batches] == [4, 4, 4, 4, 4, 2]
+    seen = Counter()
+    for batch in batches:
+        text = TOKENIZER.decode(batch.inputs.flatten().tolist())
+        seen.update(part.partition("<|user_end|>")[0] for part in text.split("<|user_start|>")[1:])
+    assert set(seen.values()) == {2} and len(seen) == len(TASK)
+
+
+# ---- validation ---------------------------------------------------------------------------------------------------------
+
+
+def validation(dataset, rank=0, world_size=1, rows=2, **limits):
+    return list(validation_batches(dataset, TOKENIZER, T, rows_per_batch=rows, rank=rank, world_size=world_size, **limits))
+
+
+def test_validation_rows_are_the_beginnings_of_the_documents(dataset):
+    rows = [row for batch in validation(dataset) for row in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True)]
+    documents = list(dataset.validation_documents())
+    for (inputs, targets), text in zip(rows, documents, strict=False):
+        ids = list(text.encode())[:T]
+        assert targets == ids + [-1] * (T - len(ids))
+        assert inputs[: len(ids)] == [BOS, *ids][: len(ids)]
+    assert all(set(targets) == {-1} for _, targets in rows[len(documents) :])
+
+
+@pytest.mark.parametrize("limits", [{}, {"eval_tokens": 100}, {"max_bytes": 100}])
+def test_validation_is_the_same_for_any_number_of_ranks(dataset, limits):
+    def targets(world_size):
+        batches = [validation(dataset, rank, world_size, **limits) for rank in range(world_size)]
+        assert len({len(rank) for rank in batches}) == 1
+        rows = [row for step in zip(*batches, strict=True) for batch in step for row in batch.targets.tolist()]
+        return [row for row in rows if set(row) != {-1}]
+
+    assert targets(1) == targets(2) == targets(4)
+    supervised = sum(token >= 0 for row in targets(1) for token in row)
+    if "eval_tokens" in limits:
+        assert 100 <= supervised < 100 + T
+    if "max_bytes" in limits:
+        assert 0 < supervised <= 200
+
+
+# ---- prefetching --------------------------------------------------------------------------------------------------------
+
+
+def prefetch_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "zangchat-prefetch"]
+
+
+def test_an_exception_of_the_thread_is_raised_in_its_turn():
+    def produce():
+        yield 1
+        raise UserError("shard_00003.parquet is damaged")
+
+    items = prefetched(produce)
+    assert next(items) == 1
+    with pytest.raises(UserError, match="shard_00003"):
+        next(items)
+    assert not prefetch_threads()
+
+
+def test_closing_ends_the_thread_and_the_thread_does_not_run_ahead():
+    made = []
+
+    def produce():
+        for i in itertools.count():
+            made.append(i)
+            yield i
+
+    items = prefetched(produce, depth=2)
+    assert [next(items), next(items)] == [0, 1]
+    items.close()
+    assert not prefetch_threads()
+    assert len(made) <= 2 + 2 + 2  # taken, queued, in the making
+    del items
+
+
+def test_a_damaged_shard_ends_training_with_its_name(tmp_path):
+    dataset = make_dataset(tmp_path / "broken", ["text"] * 20)
+    shard = dataset.folder / "shard_00000.parquet"
+    shard.write_bytes(shard.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"shard_00000\.parquet is damaged"):
+        next(packed_batches(text_stream(dataset), rows_per_step=1, sequence_len=8, bos=BOS))
+
+
+def test_what_is_looked_at_ahead_is_bounded():
+    documents = traced_documents([(10, False)] * 100)
+    packer = Packer(ListStream(documents), width=11, bos=0)
+    ids, learn = np.empty(11, dtype=np.int32), np.empty(11, dtype=bool)
+    assert packer.fill(ids, learn)
+    assert len(packer.cursor["unfinished"]) <= dataloader.LOOK_AHEAD
