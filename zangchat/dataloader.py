@@ -99,8 +99,8 @@ class TextStream:
                 empty_epochs += 1
                 if empty_epochs > 1:
                     raise UserError(f"dataset {self.dataset.name}: no text in its {self.split} split ({self.dataset.folder})")
-            elif group >= self.dataset.num_groups(shards[shard], self.split):
-                shard, group, row = shard + 1, 0, 0
+            elif row == 0 and group >= self.dataset.num_groups(shards[shard], self.split):
+                shard, group = shard + 1, 0
             else:
                 texts = self._texts(epoch, shard, group)
                 if row < len(texts):

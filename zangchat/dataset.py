@@ -19,7 +19,6 @@ documents, the unit of reading: the data loader needs no more than (shard, group
 import hashlib
 import json
 import logging
-import os
 import shutil
 import sys
 import time
@@ -342,8 +341,11 @@ def write_shard(path: Path, texts: Sequence[str]) -> None:
 
 
 def write_dataset(folder: Path, name: str, train: Sequence[str], validation: Sequence[str], facts: dict[str, Any] | None = None) -> Dataset:
-    """Write shards and manifest as <folder>, which appears whole or not at all (an older one is replaced). `facts` join the manifest."""
-    building = folder.with_name(f".{folder.name}.{os.getpid()}.building")
+    """Write shards and manifest as <folder>, which appears whole or not at all (an older one is replaced). `facts` join the manifest.
+
+    Two processes must not write the same one: hold its folder_lock.
+    """
+    building = folder.with_name(f".{folder.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     parts = [("train", train[i : i + SHARD_DOCUMENTS]) for i in range(0, len(train), SHARD_DOCUMENTS)] + [("validation", validation)]
@@ -357,7 +359,8 @@ def write_dataset(folder: Path, name: str, train: Sequence[str], validation: Seq
     manifest = {"format": FORMAT, "name": name, "source": name, **(facts or {}), "shards": shards}
     write_manifest(building, manifest)
     if folder.exists():
-        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
         building.rename(folder)
         shutil.rmtree(old)

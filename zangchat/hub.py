@@ -30,6 +30,7 @@ MB = 1_000_000
 SHARD_NAME = re.compile(r"shard_\d{5}\.parquet")
 INCOMING = ".incoming"
 TRIES = 5
+LOCK_WAIT = 10.0  # seconds; the loader takes the lock for an instant to see whether a download is running
 RETRY_WAIT = 2.0  # seconds before the second try, doubled for each further one
 
 
@@ -62,7 +63,7 @@ def _exclusive(folder: Path) -> Any:
     import filelock
 
     try:
-        return folder_lock(folder).acquire(timeout=10)  # the loader takes it for an instant to see whether a download is running
+        return folder_lock(folder).acquire(timeout=LOCK_WAIT)
     except filelock.Timeout:
         raise UserError(f"another process is writing to {folder}: let it finish, then run this command again") from None
 

@@ -12,6 +12,7 @@ import inspect
 import os
 import random
 import re
+import signal
 import string
 import sys
 import sysconfig
@@ -149,12 +150,16 @@ def _in_parallel(jobs: list[Job], workers: int) -> Iterator[Extract]:
     if workers == 1:
         yield from map(extract, jobs)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _leave_ctrl_c_to_the_parent) as pool:
         try:
             yield from pool.map(extract, jobs, chunksize=32)
         except BaseException:  # Ctrl-C: drop what is queued rather than finish it
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _leave_ctrl_c_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def extract(job: Job) -> Extract:
@@ -240,12 +245,13 @@ def _built_in_docstrings() -> Iterator[Extract]:
             if inspect.isclass(value) and not issubclass(value, BaseException):
                 members = sorted((key, member) for key, member in vars(value).items() if not key.startswith("_"))
                 entries += [_describe(f"{attribute}.{key}", member) for key, member in members]
-        yield Extract(f"builtin/{name}", documents_of([clean_markup(entry) for entry in entries if len(entry) >= ENTRY_CHARS]), [])
+        yield Extract(f"builtin/{name}", documents_of(map(clean_markup, entries)), [])
 
 
 def _describe(name: str, value: object) -> str:
     docstring = inspect.cleandoc(value.__doc__) if isinstance(value.__doc__, str) else ""
-    return f"{name}{getattr(value, '__text_signature__', None) or ''}\n\n{docstring}" if docstring else ""
+    signature = re.sub(r"\$\w+(, )?(/, |/)?", "", getattr(value, "__text_signature__", None) or "")  # without the implicit first argument
+    return f"{name}{signature}\n\n{docstring}" if docstring else ""
 
 
 def clean_markup(text: str) -> str:

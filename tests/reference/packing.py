@@ -15,7 +15,9 @@ class Waiting:
 
 def pack(documents: Sequence[tuple[list[int], list[bool], bool]], width: int, bos: int) -> list[list[tuple[int, bool]]]:
     """(ids, learn, splittable) documents -> rows of `width` (id, learn) pairs."""
-    unread = [Waiting(list(zip(ids, learn, strict=True))[: None if splittable else width], splittable) for ids, learn, splittable in documents]
+    unread = [
+        Waiting(list(zip(ids, learn, strict=True))[: None if splittable else width], splittable) for ids, learn, splittable in documents
+    ]
     waiting: list[Waiting] = []
     rows = []
     while unread or waiting:
