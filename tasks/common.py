@@ -1,8 +1,8 @@
 """What a task is, how tasks are mixed, and the registry: a new task is one file and one line in REGISTRY.
 
-A task is a sequence of conversations (see zangchat.tokenizer for the format) that knows how to judge an answer. `completion` below is either
-plain text or, better, the content of an assistant message: a list of {"type": "text"|"python"|"python_output", "text": str} parts. Parts make
-it possible to tell a real tool call from text that looks like one.
+A task is a sequence of conversations (see zangchat.tokenizer for the format) that knows how to judge an answer. `completion` below is
+either plain text or, better, the content of an assistant message: a list of {"type": "text"|"python"|"python_output", "text": str} parts.
+Parts make it possible to tell a real tool call from text that looks like one.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def tool_used(content: Content) -> bool:
 
 
 def check_conversation(messages: Any, where: str) -> None:
-    """Raises UserError, beginning with `where`, unless this is [system,] user, assistant, user, assistant, ... with contents that can be rendered."""
+    """Raises UserError, beginning with `where`, unless this is [system,] user, assistant, user, ... with contents that can be rendered."""
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{where}: messages must be a list with at least a question and an answer")
     roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
@@ -180,7 +180,7 @@ def last_number(text: str) -> float | None:
 def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
     """A multiple-choice question as the user asks it.
 
-    Each letter stands at the start of its line: there every split pattern makes it a token of its own, the very token that the answer starts with.
+    Each letter stands at the start of its line: there every split pattern makes it a token of its own, the very token that the answer is.
     """
     if len(letters) != len(choices):
         raise ValueError(f"{len(letters)} letters for {len(choices)} choices")
@@ -411,8 +411,8 @@ def parse_mixture(spec: str) -> list[tuple[str, float]]:
 def build_mixture(spec: str, split: str = "train", *, tokenizer: Any = None, seed: int = 42) -> TaskMixture:
     """The mixture that `spec` describes. Its number means epochs for finite data (fractions allowed) and examples for generated tasks.
 
-    In a held-out split every finite task counts once at most and a generated one gives up to MAX_HELDOUT examples. A tokenizer lets the tasks
-    that can use one (SpellingBee) draw training words from its vocabulary. A task whose data is missing is an error, never left out.
+    In a held-out split every finite task counts once at most and a generated one gives up to MAX_HELDOUT examples. A tokenizer lets the
+    tasks that can use one (SpellingBee) draw training words from its vocabulary. A task whose data is missing is an error, never left out.
     """
     check_split(split)
     parts: list[Task] = []

@@ -2,7 +2,9 @@
 
 {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}        OpenAI (and a bare list of messages)
 {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}            ShareGPT
-{"instruction": "...", "input": "...", "output": "...", "system": "...", "history": [["q", "a"]]}  Alpaca; all but instruction and output optional
+{"instruction": "...", "input": "...", "output": "...", "system": "...", "history": [["q", "a"]]}  Alpaca
+
+Of Alpaca's keys all but instruction and output are optional; a ShareGPT line may have a system key.
 """
 
 import json

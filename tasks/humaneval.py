@@ -1,9 +1,10 @@
-"""HumanEval: write a Python function from its signature and docstring (arXiv:2107.03374). Answers run in the sandbox, with the dataset's tests."""
+"""HumanEval: write a Python function from its signature and docstring (arXiv:2107.03374). Answers run in the sandbox, with the tests."""
 
 import re
 from typing import Any
 
 from tasks.common import Content, Conversation, RowsTask, chat, visible_text
+from zangchat.configurator import UserError
 from zangchat.execution import execute_code
 
 FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
@@ -23,7 +24,7 @@ class HumanEval(RowsTask):
 
     def __init__(self, split: str = "test", **view: int) -> None:
         if split == "train":
-            raise ValueError("HumanEval has no training split")
+            raise UserError("HumanEval has no training data: leave humaneval out of the mixture")
         super().__init__("", split, hub_config=None, **view)
 
     def conversation(self, row: dict[str, Any]) -> Conversation:
@@ -35,7 +36,7 @@ class HumanEval(RowsTask):
         return execute_code(self.program(conversation, extract_code(visible_text(completion))), timeout=TIMEOUT).success
 
     def program(self, conversation: Conversation, code: str) -> str:
-        """Prompt, answer, tests. The prompt comes first in either case: it has the imports and the helpers that answer and tests may call."""
+        """Prompt, answer, tests. The prompt always comes first: it has imports and helpers that answer and tests may call."""
         prompt, entry_point = conversation["prompt"], conversation["entry_point"]
         whole = re.search(rf"^(async )?def {re.escape(entry_point)}\b", code, re.MULTILINE)
         answer = f"{prompt}\n    pass\n\n{code}" if whole else prompt + code

@@ -1,7 +1,7 @@
 """Identity: conversations that teach the model who it is, in English and Chinese, and ordinary questions that are not about it.
 
-Every answer about itself begins with the name and stays short enough for a model of a few million parameters. Phrasings are written below or
-made from templates; a question and its variants (lower case, with a greeting) belong to one split, so that held-out phrasings are really new.
+Every answer about itself begins with the name and stays short enough for a model of a few million parameters. Phrasings are written below
+or made from templates; a question and its variants (lower case, with a greeting) belong to one split, so that held-out ones are really new.
 """
 
 import random
@@ -22,9 +22,12 @@ class Intent(NamedTuple):
     chinese_answers: tuple[str, ...]
 
 
-OTHER_MODELS = "ChatGPT|GPT-4|GPT|Claude|Gemini|Llama|DeepSeek|Qwen|Siri|Alexa|Copilot|Mistral|Grok|Bard|nanochat|Kimi".split("|")
-OTHER_MODELS_ZH = "ChatGPT|GPT-4|Claude|Gemini|DeepSeek|通义千问|文心一言|豆包|Siri|Kimi".split("|")
-COMPANIES = "OpenAI|Google|Anthropic|Meta|Microsoft|Apple|Alibaba|Amazon".split("|")
+OTHER_MODELS = (
+    *("ChatGPT", "GPT-4", "GPT", "Claude", "Gemini", "Llama", "DeepSeek", "Qwen"),
+    *("Siri", "Alexa", "Copilot", "Mistral", "Grok", "Bard", "nanochat", "Kimi"),
+)
+OTHER_MODELS_ZH = ["ChatGPT", "GPT-4", "Claude", "Gemini", "DeepSeek", "通义千问", "文心一言", "豆包", "Siri", "Kimi"]
+COMPANIES = ["OpenAI", "Google", "Anthropic", "Meta", "Microsoft", "Apple", "Alibaba", "Amazon"]
 MISTAKEN = ("Are you {x}?", "Is this {x}?", "You are {x}, right?", "Am I talking to {x}?", "Are you based on {x}?", "I think you are {x}.")
 MISTAKEN_ZH = ("你是 {x} 吗？", "你是不是 {x}？", "你和 {x} 是什么关系？")
 MADE_BY = ("Were you made by {x}?", "Did {x} train you?", "Do you come from {x}?", "Are you a product of {x}?")
@@ -725,7 +728,7 @@ def examples() -> Iterator[Example]:
 
 
 class Identity(Task):
-    """Who zangchat is, about 2,200 phrasings over 16 intents with a seventh of ordinary questions; finite: an epoch shows each phrasing once."""
+    """Who zangchat is, about 2,200 phrasings over 16 intents with a seventh of ordinary questions. Finite: an epoch shows each once."""
 
     def __init__(self, split: str = "train", **view: int) -> None:
         super().__init__(**view)

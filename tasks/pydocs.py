@@ -1,7 +1,7 @@
 """PyDocs: "What does json.dumps do?", answered by the first sentence of the real docstring, read from the Python that runs this.
 
-The standard library's source files are parsed, not imported; what is written in C (len, str.join, math.sqrt) is asked through the few modules
-of BUILT_IN, which are loaded already or harmless to load. No download; a name belongs to one split.
+The standard library's source files are parsed, not imported; what is written in C (len, str.join, math.sqrt) is asked through the few
+modules of BUILT_IN, which are loaded already or harmless to load. No download; a name belongs to one split.
 """
 
 import ast
@@ -166,13 +166,10 @@ def all_docs() -> tuple[Doc, ...]:
             parts = parts[:-1] if parts[-1] == "__init__" else parts
             if all(_public(part) and part not in ("test", "tests") for part in parts):
                 docs.update((doc.name, doc) for doc in _from_source(path, _spoken(".".join(parts))))
-    seen: set[str] = set()  # one name per answer: boiler-plate shared by many methods teaches nothing
-    unique = [
-        doc
-        for doc in sorted(docs.values(), key=lambda doc: (doc.name.count("."), doc.name))
-        if not (doc.answer in seen or seen.add(doc.answer))
-    ]
-    return tuple(sorted(unique))
+    unique: dict[str, Doc] = {}  # one name per answer: boiler-plate shared by many methods teaches nothing
+    for doc in sorted(docs.values(), key=lambda doc: (doc.name.count("."), doc.name)):
+        unique.setdefault(doc.answer, doc)
+    return tuple(sorted(unique.values()))
 
 
 def _spoken(module: str) -> str:

@@ -6,12 +6,12 @@ from tasks.common import Conversation, RowsTask, check_conversation
 
 
 class SmolTalk(RowsTask):
-    """Rows: messages [{role, content}]. Locally <base>/tasks/smoltalk/{train,test}.parquet|jsonl; any set of conversations may be put there."""
+    """Rows: messages [{role, content}]. Locally <base>/tasks/smoltalk/{train,test}.parquet|jsonl; any conversations may be put there."""
 
     folder, hub, fields = "smoltalk", "HuggingFaceTB/smol-smoltalk", ("messages",)
 
     def __init__(self, split: str = "train", **view: int) -> None:
-        super().__init__("", split, **view)
+        super().__init__("", split, hub_config=None, **view)
 
     def conversation(self, row: dict[str, Any]) -> Conversation:
         messages = [{"role": message["role"], "content": message["content"]} for message in row["messages"]]

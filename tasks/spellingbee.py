@@ -1,8 +1,8 @@
 """SpellingBee: how many times does a letter stand in a word? Answered by one tool call, `' strawberry'.count('r')`.
 
-A model copies tokens, not letters, so the call holds the word with the space that the prompt has before it: the same tokens in the same order
-(`audit` measures it). With no space, or without quotes that keep away from letters, most words are torn differently in prompt and call, and a
-small model has nothing to copy. For the same reason every phrasing has a space before the word and no letter after it.
+A model copies tokens, not letters, so the call holds the word with the space that the prompt has before it: the same tokens in the same
+order (`audit` measures it). With no space behind the quote, many words are torn differently in prompt and call, and a small model has
+nothing to copy. For the same reason every phrasing has a space before the word and no letter after it.
 """
 
 import functools
@@ -112,7 +112,7 @@ def word_split(word: str) -> str:
 
 
 def word_list() -> list[str]:
-    """All usable words, sorted: of <base>/tasks/words/*.txt, else the corpus's with three occurrences or more (counted once, then cached)."""
+    """All usable words, sorted: of <base>/tasks/words/*.txt, else the corpus's with three occurrences or more (counted once)."""
     home = get_base_dir() / "tasks"
     files = sorted((home / "words").glob("*.txt"))
     words = _words_of_files(files) if files else _words_of_corpus(home / "corpus_words")
@@ -135,7 +135,8 @@ def _words_of_corpus(cache: Path) -> list[str]:
     present = dataset.present_datasets()
     if not present:
         raise MissingData(
-            f"no words for the spelling tasks: put a list, one a line, into {cache.parent / 'words'}/, or build a corpus with `{dataset.BUILD_PYDOCS}`"
+            f"no words for the spelling tasks: put a list, one a line, into {cache.parent / 'words'}/, "
+            f"or build a corpus with `{dataset.BUILD_PYDOCS}`"
         )
     corpus = dataset.find_dataset(present[0])
     path = cache / f"{present[0]}.json"
@@ -177,8 +178,8 @@ def vocabulary_pieces(tokenizer: Any) -> list[str]:
 
 
 class _WordTask(GeneratedTask):
-    """Draws words; in training a third of them are made-up strings of vocabulary pieces (letters without a tokenizer), so that rare tokens are
-    copied as often as common ones."""
+    """Draws words; in training a third of them are made-up strings of vocabulary pieces (of letters without a tokenizer), so that rare
+    tokens are copied as often as common ones."""
 
     uses_tokenizer = True
 
@@ -242,7 +243,8 @@ class SimpleSpelling(_WordTask):
 def audit(tokenizer: Any, n: int = 1000, split: str = "test") -> float:
     """The share of `n` prompts in which the tokens of the word stand, verbatim, in the prompt and in the gold call. Must be 1.0."""
     good = 0
-    for conversation in SpellingBee(size=n, split=split):
+    task = SpellingBee(size=n, split=split)
+    for conversation in map(task.get_example, range(n)):
         prompt, answer = (message["content"] for message in conversation["messages"])
         word = tokenizer.encode(" " + conversation["word"])
         good += contains(tokenizer.encode(prompt), word) and contains(tokenizer.encode(answer[0]["text"]), word)

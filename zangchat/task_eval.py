@@ -1,10 +1,11 @@
 """Tasks scored with a chat model: letters by their logits (categorical), answers by generating them (generative, pass@k).
 
-The problems are dealt out to the ranks; each answer depends on (seed, task, problem, sample) alone, so that neither the batch nor the number of
-ranks changes a verdict, up to rounding in the logits. Tasks come in as objects: this module knows their protocol, not their names.
+The problems are dealt out to the ranks; each answer depends on (seed, task, problem, sample) alone, so neither the batch nor the number
+of ranks changes a verdict, up to rounding in the logits. Tasks come in as objects: this module knows their protocol, not their names.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -41,7 +42,7 @@ class Item:
 
 @dataclass
 class TaskResult:
-    """`accuracy` is pass@k: the share of problems of which at least one of k samples is right; `mean` the share of right samples."""
+    """`accuracy` is pass@k: the share of problems of which at least one of k samples is right."""
 
     name: str
     k: int
@@ -51,9 +52,12 @@ class TaskResult:
     def accuracy(self) -> float:
         return sum(item.passed for item in self.items) / max(len(self.items), 1)
 
-    @property
-    def mean(self) -> float:
-        return sum(sum(item.verdicts) / self.k for item in self.items) / max(len(self.items), 1)
+    def pass_at(self, k: int) -> float:
+        """The chance that k of the samples, drawn at random, hold a right one: the unbiased estimate of arXiv:2107.03374."""
+        if not 1 <= k <= self.k:
+            raise ValueError(f"pass@{k} of {self.k} samples")
+        ways = math.comb(self.k, k)
+        return sum(1 - math.comb(self.k - sum(item.verdicts), k) / ways for item in self.items) / max(len(self.items), 1)
 
     def write(self, path: Path) -> None:
         """One JSON line per problem, for people to read. Only rank 0 writes."""
@@ -105,7 +109,7 @@ def _categorical(engine: "Engine", task: Any, indices: list[int], batch_size: in
     for start in range(0, len(indices), batch_size):
         conversations = [task[i] for i in indices[start : start + batch_size]]
         letters = letter_choices(
-            engine, [conversation_prompt(engine.tokenizer, c) for c in conversations], [c["letters"] for c in conversations]
+            engine, [engine.tokenizer.render_for_completion(c) for c in conversations], [c["letters"] for c in conversations]
         )
         for i, conversation, letter in zip(indices[start:], conversations, letters, strict=False):
             items.append(_item(i, conversation))
@@ -164,7 +168,7 @@ def _generative(
     with ThreadPoolExecutor(VERDICT_THREADS) as judges:  # some verdicts run programs
         for start in range(0, len(indices), per_chunk):
             chunk = [(i, task[i]) for i in indices[start : start + per_chunk]]
-            prompts = [conversation_prompt(engine.tokenizer, conversation) for _, conversation in chunk]
+            prompts = [engine.tokenizer.render_for_completion(conversation) for _, conversation in chunk]
             fits = [len(prompt) < engine.model.config.sequence_len for prompt in prompts]
             requests = [
                 Request(prompt, **sampling, seed=derive_seed(seed, "eval", name, i), sample_index=sample)
@@ -186,12 +190,6 @@ def _generative(
                 item.verdicts = [bool(verdict) for verdict in judges.map(lambda answer, c=conversation: task.evaluate(c, answer), answers)]
             progress.update(len(items), f"{sum(item.passed for item in items)} right")
     return items
-
-
-def conversation_prompt(tokenizer: Any, conversation: dict[str, Any]) -> list[int]:
-    """The conversation up to where the last assistant message would begin."""
-    messages = conversation["messages"]
-    return tokenizer.render_for_completion({"messages": messages[:-1] if messages[-1]["role"] == "assistant" else messages})
 
 
 def completion_parts(tokenizer: Any, tokens: Sequence[int], mask: Sequence[int]) -> list[dict[str, str]]:

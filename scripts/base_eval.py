@@ -1,0 +1,78 @@
+"""Score a base model on CORE: 22 tasks of DCLM, each with few-shot examples.
+
+    python -m scripts.base_eval --max_per_task=500
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_eval
+
+Data from <base>/eval_bundle, downloaded where it is missing. The scores go into a CSV file beside the report, and into the report.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from zangchat import common, configurator
+
+
+@dataclass
+class Config:
+    source: str = "base"  # base | mid | sft | rl
+    model_tag: str | None = None  # default: the largest model
+    step: int | None = None  # default: the last one
+    max_per_task: int = -1  # questions per task; -1 = all
+    device_type: str = ""  # cuda | mps | cpu; empty = the best one present
+    dtype: str = ""  # bfloat16 | float16 | float32; empty = what the device is really fast with
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return configurator.run(Config, evaluate, argv)
+
+
+def evaluate(config: Config) -> int:
+    from zangchat.core_eval import evaluate_core
+    from zangchat.engine import load_for_chat
+
+    if config.max_per_task < 1 and config.max_per_task != -1:
+        raise configurator.UserError(f"--max_per_task={config.max_per_task} is not possible: give at least 1, or -1 for all")
+    try:
+        model, tokenizer, meta = load_for_chat(config)
+        start = time.monotonic()
+
+        def told(label: str, accuracy: float, centred: float) -> None:
+            common.print0(f"{label:<34} accuracy {accuracy:.4f}   centred {centred:+.4f}")
+
+        result = evaluate_core(model, tokenizer, max_per_task=config.max_per_task, on_task=told, show_progress=True)
+        minutes = (time.monotonic() - start) / 60
+        common.print0(f"{result['name']}: {result['core_metric']:.4f} in {minutes:.1f} minutes")
+        write(config, meta, result, minutes)
+    finally:
+        common.compute_cleanup()
+    return 0
+
+
+def write(config: Config, meta: dict[str, Any], result: dict[str, Any], minutes: float) -> None:
+    """The CSV file and the report card, by rank 0."""
+    if common.get_dist_info()[1] != 0:
+        return
+    from zangchat.report import get_report
+
+    report = get_report()
+    source, tag, step = meta["stage"], meta["user_config"].get("model_tag") or "untagged", meta["step"]
+    path = report.base_dir / "base_eval" / f"{source}_{tag}_{step:06d}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [f"{label},{accuracy:.6f},{result['centered_results'][label]:.6f}" for label, accuracy in result["results"].items()]
+    rows += [f"{label},," for label in result["missing"]]
+    common.atomic_write(path, "\n".join(["task,accuracy,centered", *rows, f'"{result["name"]}",,{result["core_metric"]:.6f}']) + "\n")
+    common.print0(f"written to {path}")
+    facts = {
+        "model": f"{source} {tag} step {step}",
+        "questions per task": "all" if config.max_per_task == -1 else config.max_per_task,
+        "tasks missing": ", ".join(result["missing"]) or "none",
+        "minutes": round(minutes, 2),
+    }
+    report.log(f"{source} model evaluation", [facts, {result["name"]: result["core_metric"], **result["centered_results"]}])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""Score a chat model on tasks: multiple choice by the letters' logits, the others by generating answers.
+
+    python -m scripts.chat_eval                                  all tasks of the finetuned model
+    python -m scripts.chat_eval -i mid -a "GSM8K|ARC-Easy" -x 100
+    torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -i rl -a gsm8k -n 8 -t 0.8
+
+Each task leaves a file of prompts, completions and verdicts in <base>/chat_eval/, one JSON object per problem.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from tasks.common import REGISTRY, MissingData, find_name, load_task
+from zangchat import common, configurator
+
+if TYPE_CHECKING:
+    from zangchat.task_eval import TaskResult
+
+
+@dataclass
+class Config:
+    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"  # base | mid | sft | rl
+    model_tag: Annotated[str | None, tyro.conf.arg(aliases=["-g"])] = None  # default: the largest model
+    step: Annotated[int | None, tyro.conf.arg(aliases=["-s"])] = None  # default: the last one
+    task_name: Annotated[str | None, tyro.conf.arg(aliases=["-a"])] = None  # tasks separated by |; default: all
+    all_tasks: bool = False  # every task that can be scored, also those that ChatCORE does not count
+    max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-m"])] = 512
+    num_samples: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1  # answers per problem; one right answer is enough (pass@n)
+    batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 32  # answers at a time, per rank; changes no result
+    max_problems: Annotated[int | None, tyro.conf.arg(aliases=["-x"])] = None  # per task; default: all
+    temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.0
+    top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50  # 0 = all tokens
+    seed: int = 42
+    device_type: str = ""  # cuda | mps | cpu; empty = the best one present
+    dtype: str = ""  # bfloat16 | float16 | float32; empty = what the device is really fast with
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return configurator.run(Config, evaluate, argv)
+
+
+def evaluate(config: Config) -> int:
+    names = chosen_tasks(config)
+    check(config)
+    try:
+        from zangchat.engine import Engine, load_for_chat
+
+        model, tokenizer, meta = load_for_chat(config)
+        engine = Engine(model, tokenizer)
+        model_name = f"{meta['stage']}_{meta['user_config'].get('model_tag') or 'untagged'}_{meta['step']:06d}"
+        results: dict[str, TaskResult] = {}
+        missing: dict[str, str] = {}
+        for name in names:
+            try:
+                results[name] = score(config, name, engine, model_name)
+            except MissingData as error:
+                if config.task_name:
+                    raise
+                missing[name] = str(error)
+                common.print0(f"{name}: not scored, {error}")
+        summary = scores(results, missing)
+        for name, value in summary.items():
+            common.print0(f"{name:<34} {value:.4f}")
+        report(config, meta["stage"], model_name, results, summary, missing)
+    finally:
+        common.compute_cleanup()
+    return 0
+
+
+def chosen_tasks(config: Config) -> list[str]:
+    """The registry's names of the tasks to score. Raises UserError for one that it does not know, or that has nothing to score."""
+    if config.task_name and config.all_tasks:
+        raise configurator.UserError("--task_name and --all_tasks exclude each other: give one of them")
+    if not config.task_name:
+        return [name for name, entry in REGISTRY.items() if entry.test and (config.all_tasks or entry.baseline is not None)]
+    names = list(dict.fromkeys(find_name(name.strip()) for name in config.task_name.split("|") if name.strip()))
+    for name in names:
+        if not REGISTRY[name].test:
+            able = ", ".join(known for known, entry in REGISTRY.items() if entry.test)
+            raise configurator.UserError(f"--task_name: {name} is training data without right answers; tasks that can be scored: {able}")
+    return names
+
+
+def check(config: Config) -> None:
+    for name in ("max_new_tokens", "num_samples", "batch_size", "max_problems"):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            raise configurator.UserError(f"--{name}={getattr(config, name)} is not possible: give at least 1")
+    if config.temperature < 0 or config.top_k < 0:
+        raise configurator.UserError(f"--temperature={config.temperature:g} and --top_k={config.top_k} must not be negative")
+    if config.num_samples > 1 and config.temperature == 0:
+        raise configurator.UserError(
+            f"--num_samples={config.num_samples} at --temperature=0 gives the same answer each time: add --temperature=1"
+        )
+
+
+def score(config: Config, name: str, engine: Any, model_name: str) -> "TaskResult":
+    from zangchat.report import get_report
+    from zangchat.task_eval import evaluate_task
+
+    result = evaluate_task(
+        engine,
+        load_task(name, "test"),
+        num_samples=config.num_samples,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k or None,
+        batch_size=config.batch_size,
+        max_problems=config.max_problems,
+        seed=config.seed,
+        show_progress=True,
+    )
+    path = get_report().base_dir / "chat_eval" / f"{model_name}_{name}.jsonl"
+    result.write(path)
+    common.print0(f"{name}: {result.accuracy:.4f} ({sum(item.passed for item in result.items)} of {len(result.items)}), see {path}")
+    return result
+
+
+def scores(results: dict[str, "TaskResult"], missing: dict[str, str]) -> dict[str, float]:
+    """Accuracy per task, and ChatCORE: the mean of the centred accuracies of its tasks, named so that a part is not taken for the whole."""
+    table = {name: result.accuracy for name, result in results.items()}
+    counted: dict[str, float] = {name: entry.baseline for name, entry in REGISTRY.items() if entry.baseline is not None}
+    there = [name for name in counted if name in table]
+    absent = [name for name in counted if name not in table]
+    if there and all(name in missing for name in absent):
+        centred = [(table[name] - counted[name]) / (1 - counted[name]) for name in there]
+        label = f"ChatCORE ({len(there)}/{len(counted)}, no {', '.join(absent)})" if absent else "ChatCORE"
+        table[label] = sum(centred) / len(centred)
+    return table
+
+
+def report(
+    config: Config, stage: str, model_name: str, results: dict[str, "TaskResult"], summary: dict[str, float], missing: dict[str, str]
+) -> None:
+    from zangchat.report import get_report
+
+    settings = {key: value for key, value in configurator.to_dict(config).items() if value is not None}
+    sizes = {f"{name} problems": len(result.items) for name, result in results.items()}
+    samples = [
+        {"messages": [{"role": "user", "content": item.prompt}, {"role": "assistant", "content": item.completions[0]}]}
+        for result in results.values()
+        for item in result.items[:1]
+        if item.completions
+    ]
+    # a table of numbers alone is taken for scores: the sizes travel with the model's name
+    card: list[str | dict[str, Any]] = [
+        summary,
+        {"model": model_name, **settings, **sizes},
+        *(f"Not scored: {name}. {why}" for name, why in missing.items()),
+        *samples,
+    ]
+    get_report().log(f"Chat evaluation {stage}", card)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

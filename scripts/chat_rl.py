@@ -1,0 +1,170 @@
+"""Reinforcement learning on a task with a reward: sample answers, learn from those that beat the average of their prompt.
+
+    python -m scripts.chat_rl                                         GSM8K, from the finetuned model
+    python -m scripts.chat_rl --task=spellingbee --num_samples=8 --max_new_tokens=48
+
+Starts from <base>/chatsft_checkpoints/<model_tag> and writes <base>/chatrl_checkpoints/<model_tag>; --resume=latest goes on.
+"""
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tasks.common import REGISTRY, load_task
+from zangchat import common, configurator, run_setup, schedule
+from zangchat.config import RunConfig, StepMultipliers
+
+if TYPE_CHECKING:
+    from tasks.common import Task
+    from zangchat.dataloader import Batch
+    from zangchat.trainer import Stage, Trainer
+
+
+@dataclass
+class Config(RunConfig):
+    source: str = "sft"  # sft | mid: the stage to start from
+    model_step: int | None = None  # of that model; default: its last
+    task: str = "gsm8k"  # any task with a reward: gsm8k, spellingbee, arithmetic
+    # how long, and in what batches
+    num_epochs: int = 1  # times through the task's training examples
+    num_iterations: int = -1  # optimizer steps; -1 = from --num_epochs
+    examples_per_step: int = 16  # prompts, all ranks
+    num_samples: int = 16  # answers per prompt
+    max_new_tokens: int = 256  # per answer
+    temperature: float = 1.0
+    top_k: int = 50  # draw among the k most likely tokens; 0 = all
+    task_size: int = 1000  # training examples of a generated task
+    device_batch_size: int = 8  # answers per rank in one training pass
+    # the optimizer
+    optimizer: str | None = None  # muon | adamw | sgd; None here and below: as the model it starts from
+    embedding_lr: float | None = None
+    unembedding_lr: float | None = None
+    matrix_lr: float | None = None
+    init_lr_frac: float = 0.05  # factor on all rates, which then fall to 0
+    weight_decay: float = 0.0
+    grad_clip: float | None = None
+    max_seq_len: int | None = None  # tokens of a prompt with its answer
+    # looking on
+    eval_every: int = 60  # steps between evaluations on held-out examples; -1 = none
+    eval_examples: int = 400  # held-out examples
+    eval_samples: int = 8  # answers per held-out example, for pass@1 .. pass@k
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return configurator.run(Config, train, argv)
+
+
+def train(config: Config) -> int:
+    check(config)
+    with run_setup.open_run("rl", config, run_setup.source_tag(config.source, config.model_tag)) as run:
+        if run.finished:
+            return 0
+        run.start_from(config.source, config.model_step)
+        tokenizer, model = run.tokenizer(), run.new_model()
+        config = run.settle(model.config)
+        if config.examples_per_step % run.world_size:
+            raise configurator.UserError(
+                f"--examples_per_step={config.examples_per_step} cannot be shared equally by {run.world_size} ranks: give a multiple"
+            )
+        task, held_out = load(config, "train", tokenizer), load(config, "val", tokenizer)
+        steps = run.steps(lambda: math.ceil(len(task) * config.num_epochs / config.examples_per_step))
+        common.print0(f"rl: {task.name}, {steps:,} steps of {config.examples_per_step} prompts x {config.num_samples} answers")
+        plan = run.plan(model.config)._replace(num_iterations=steps)
+        optimizer = run.optimizer(model, plan)
+        run.restore(model, optimizer, keep_optimizer=False)
+        stage = make_stage(config, steps, model, tokenizer, task, held_out)
+        trainer = run.trainer(model, optimizer, stage, plan, tokenizer=tokenizer, compile=False)
+        trainer.fit()
+        if not trainer.exit_code:
+            run.report("Chat RL", trainer, **(trainer.state.extra.get("held_out") or {}))
+        return trainer.exit_code
+
+
+def check(config: Config) -> None:
+    """What can be seen to be wrong before anything is loaded."""
+    if config.source not in ("sft", "mid"):
+        raise configurator.UserError(f"--source={config.source} is no stage for RL to start from: choose sft or mid")
+    for name in ("num_epochs", "examples_per_step", "max_new_tokens", "task_size", "device_batch_size", "eval_examples", "eval_samples"):
+        if getattr(config, name) < 1:
+            raise configurator.UserError(f"--{name}={getattr(config, name)} is not possible: give at least 1")
+    if config.num_samples < 2:
+        raise configurator.UserError(
+            f"--num_samples={config.num_samples} teaches nothing: a sample is compared with others of its prompt, give 2 or more"
+        )
+    if not (config.temperature > 0 and config.top_k >= 0):
+        raise configurator.UserError(
+            f"--temperature={config.temperature:g} must be above 0, for samples have to differ, and --top_k={config.top_k} not below it"
+        )
+    run_setup.check_optimizer(config.optimizer)
+
+
+def load(config: Config, split: str, tokenizer: Any) -> "Task":
+    """The task's training or held-out examples. Raises UserError for a task without a reward."""
+    task = load_task(config.task, split)
+    if not task.rewarded:
+        rewarded = ", ".join(name for name in REGISTRY if load_task(name, "test").rewarded)
+        raise configurator.UserError(f"--task={config.task} has no reward to learn from: choose one of {rewarded}")
+    if task.generated:
+        extra = {"tokenizer": tokenizer} if getattr(task, "uses_tokenizer", False) and split == "train" else {}
+        task = load_task(config.task, split, size=config.task_size if split == "train" else config.eval_examples, seed=config.seed, **extra)
+    return task
+
+
+def make_stage(config: Config, steps: int, model: Any, tokenizer: Any, task: "Task", held_out: "Task") -> "Stage":
+    from zangchat.rollout import Sampling, rollout_batches
+    from zangchat.trainer import Every, Stage
+
+    sampling = Sampling(config.num_samples, config.max_new_tokens, config.temperature, config.top_k or None)
+
+    def batches(cursor: dict[str, Any] | None) -> Iterator["Batch"]:
+        return rollout_batches(
+            model, tokenizer, task, examples_per_step=config.examples_per_step, sampling=sampling, seed=config.seed, cursor=cursor
+        )
+
+    def multipliers(step: int) -> StepMultipliers:
+        return schedule.finetune_multipliers(step, steps, init_lr_frac=config.init_lr_frac)
+
+    hooks = [Every(1, log_reward, name="reward")]
+    if config.eval_every > 0:
+        hooks.append(Every(config.eval_every, lambda trainer: evaluate(config, held_out, trainer), at_start=True, name="held out"))
+    return Stage("rl", batches, multipliers, hooks)
+
+
+def log_reward(trainer: "Trainer") -> None:
+    """What the step's samples earned; it travels in the cursor, so that a resumed run logs what the uninterrupted one did."""
+    told = {name: value for name, value in trainer.state.cursor.items() if name != "step"}
+    if told:
+        trainer.log(told)
+        common.print0(
+            f"rl step {trainer.state.step}: reward {told['reward']:.3f}, {told['solved']:.0%} of the prompts solved, "
+            f"{told['sample_tokens']:.0f} tokens a sample"
+        )
+
+
+def evaluate(config: Config, held_out: "Task", trainer: "Trainer") -> None:
+    """pass@1 .. pass@k on held-out examples, sampled as in training."""
+    from zangchat.engine import Engine
+    from zangchat.task_eval import evaluate_task
+
+    result = evaluate_task(
+        Engine(trainer.model, trainer.tokenizer),
+        held_out,
+        num_samples=config.eval_samples,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k or None,
+        max_problems=config.eval_examples,
+        seed=config.seed,
+    )
+    scores = {f"pass@{k}": result.pass_at(k) for k in sorted({1, config.eval_samples})}
+    seen = trainer.state.extra.setdefault("held_out", {f"first {name}": value for name, value in scores.items()})
+    seen.update({f"last {name}": value for name, value in scores.items()})
+    trainer.log(scores)
+    told = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+    common.print0(f"rl step {trainer.state.step}: held-out {held_out.name}: {told} ({len(result.items)} examples)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

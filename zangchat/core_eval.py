@@ -1,0 +1,391 @@
+"""CORE: the 22 tasks of DCLM (arXiv:2406.11794), in three kinds, scored without generating anything.
+
+    multiple_choice     query + each choice: the choice whose tokens have the least mean loss
+    schema              each context + one continuation: the context under which the continuation has the least mean loss
+    language_modeling   context + continuation: right if every token of the continuation is the most likely one
+
+Prompts are those of DCLM's evaluator (llm-foundry): examples and question are separated by a line break, question and answer by the task's
+delimiter; the context loses its trailing space, which the answer takes in front; context and answer are tokenised apart, so that the
+answer's tokens are known exactly; jeopardy is the mean over its categories. Ours alone: <|bos|> in front, as in training, and few-shot
+examples drawn per item, by Random(1234 + index), never the item itself. Accuracies are centred, (accuracy - chance) / (1 - chance); CORE is
+their mean. With tasks missing it is another figure, and is called so.
+
+The bundle (<base>/eval_bundle): core.yaml names tasks, files, shots, delimiters; eval_meta_data.csv has the chance levels; eval_data/ the items.
+"""
+
+import csv
+import json
+import random
+import shutil
+import stat
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from zangchat import collectives
+from zangchat.common import download_file_with_lock, get_base_dir
+from zangchat.configurator import UserError
+from zangchat.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
+
+    from zangchat.gpt import GPT
+
+CORE_TASKS = (
+    "hellaswag_zeroshot",
+    "jeopardy",
+    "bigbench_qa_wikidata",
+    "arc_easy",
+    "arc_challenge",
+    "copa",
+    "commonsense_qa",
+    "piqa",
+    "openbook_qa",
+    "lambada_openai",
+    "hellaswag",
+    "winograd",
+    "winogrande",
+    "bigbench_dyck_languages",
+    "agi_eval_lsat_ar",
+    "bigbench_cs_algorithms",
+    "bigbench_operators",
+    "bigbench_repeat_copy_logic",
+    "squad",
+    "coqa",
+    "boolq",
+    "bigbench_language_identification",
+)
+BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
+MAX_BUNDLE_BYTES = 2 * 2**30  # unpacked; a zip that claims more is not the bundle
+EXAMPLE_DELIMITER = "\n"
+FEWSHOT_SEED = 1234
+SUBSET_SEED = 1337
+TOKENS_PER_BATCH = 16_384  # positions, padding included, in one forward pass
+LOGITS_PER_BATCH = 2**27  # numbers in the logits of one forward pass, 512 MiB in fp32
+
+
+@dataclass(frozen=True)
+class CoreTask:
+    """One line of core.yaml with its level of chance."""
+
+    label: str
+    kind: str  # multiple_choice | schema | language_modeling
+    path: Path
+    num_fewshot: int
+    delimiter: str = " "  # between a question and its answer
+    has_categories: bool = False  # scored, and few-shot examples drawn, per category; the mean over categories counts
+    chance: float = 0.0  # accuracy of guessing
+
+
+class Row(NamedTuple):
+    """One sequence to look at: the tokens from `start` on are the answer."""
+
+    tokens: list[int]
+    start: int
+
+
+# ---- the bundle -----------------------------------------------------------------------------------------------------
+
+
+def find_bundle(download: bool = True) -> Path:
+    """The bundle's folder, fetched first where it is missing and `download` allows. Raises UserError."""
+    folder = get_base_dir() / "eval_bundle"
+    if not (folder / "core.yaml").is_file():
+        if not download:
+            raise UserError(f"no CORE data in {folder}: run `python -m scripts.base_eval`, which downloads it, or put the bundle there")
+        download_file_with_lock(BUNDLE_URL, "eval_bundle.zip", postprocess_fn=lambda path: unpack(path, folder))
+        if not (folder / "core.yaml").is_file():  # the zip was there already, its contents are gone
+            unpack(get_base_dir() / "eval_bundle.zip", folder)
+    return folder
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """The folder eval_bundle/ of a zip file, as `folder`: unpacked beside it and renamed, so that half a bundle never has that name.
+
+    Raises UserError for a zip with members that would leave the folder, with links, or beyond MAX_BUNDLE_BYTES.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".eval_bundle.") as temporary:
+        try:
+            with zipfile.ZipFile(archive) as bundle:
+                members = bundle.infolist()
+                for member in members:
+                    parts = Path(member.filename.replace("\\", "/")).parts
+                    if Path(member.filename).is_absolute() or ".." in parts or stat.S_ISLNK(member.external_attr >> 16):
+                        raise UserError(f"{archive}: {member.filename!r} leads out of its folder; delete the file, it is not the bundle")
+                if sum(member.file_size for member in members) > MAX_BUNDLE_BYTES:
+                    raise UserError(f"{archive} unpacks to more than {MAX_BUNDLE_BYTES >> 30} GiB: delete the file, it is not the bundle")
+                bundle.extractall(temporary)
+        except zipfile.BadZipFile as error:
+            raise UserError(f"{archive} is damaged ({error}): delete it and run this again") from error
+        found = [path.parent for path in sorted(Path(temporary).rglob("core.yaml"))]
+        if not found:
+            raise UserError(f"{archive} has no core.yaml: delete the file, it is not the bundle")
+        if folder.exists():  # without a core.yaml, or nobody would unpack
+            shutil.rmtree(folder)
+        found[0].rename(folder)
+
+
+def read_tasks(bundle: Path) -> tuple[list[CoreTask], list[str]]:
+    """(the tasks whose data is there, the labels of CORE tasks that are missing), both in the order of CORE. Raises UserError."""
+    import yaml
+
+    try:
+        settings = yaml.safe_load((bundle / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
+        with open(bundle / "eval_meta_data.csv", encoding="utf-8", newline="") as file:
+            chance = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(file)}
+        tasks = {
+            entry["label"]: CoreTask(
+                label=entry["label"],
+                kind=entry["icl_task_type"],
+                path=bundle / "eval_data" / entry["dataset_uri"],
+                num_fewshot=int(entry["num_fewshot"][0]),
+                delimiter=entry.get("continuation_delimiter", " "),
+                has_categories=bool(entry.get("has_categories", False)),
+                chance=chance[entry["label"]],
+            )
+            for entry in settings
+        }
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise UserError(f"{bundle} is no CORE bundle ({type(error).__name__}: {error}): delete it and run this again") from error
+    unknown = sorted({task.kind for task in tasks.values()} - set(ROWS))
+    if unknown:
+        raise UserError(f"{bundle / 'core.yaml'} has tasks of the kind {', '.join(unknown)}: known are {', '.join(ROWS)}")
+    present = [tasks[label] for label in CORE_TASKS if label in tasks and tasks[label].path.is_file()]
+    return present, [label for label in CORE_TASKS if label not in {task.label for task in present}]
+
+
+def read_items(task: CoreTask) -> list[dict[str, Any]]:
+    """The items of a task, the white space around their texts removed. Raises UserError naming file and line."""
+    items = []
+    with open(task.path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                item = json.loads(line)
+                missing = [field for field in FIELDS[task.kind] if field not in item]
+            except (json.JSONDecodeError, TypeError) as error:
+                raise UserError(f"{task.path}:{number} is not a JSON object ({error}): copy the bundle again") from error
+            if missing:
+                raise UserError(f"{task.path}:{number} has no {', '.join(missing)}: copy the bundle again")
+            items.append({key: value.strip() if isinstance(value, str) else value for key, value in item.items()})
+    if not items:
+        raise UserError(f"{task.path} is empty: copy the bundle again")
+    return items
+
+
+# ---- items to rows --------------------------------------------------------------------------------------------------
+
+
+def _multiple_choice(item: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(item["query"], choice) for choice in item["choices"]]
+
+
+def _schema(item: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(context, item["continuation"]) for context in item["context_options"]]
+
+
+def _language_modeling(item: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(item["context"], item["continuation"])]
+
+
+ROWS: dict[str, Callable[[dict[str, Any]], list[tuple[str, str]]]] = {  # item -> its (context, answer) pairs
+    "multiple_choice": _multiple_choice,
+    "schema": _schema,
+    "language_modeling": _language_modeling,
+}
+FIELDS = {
+    "multiple_choice": ("query", "choices", "gold"),
+    "schema": ("context_options", "continuation", "gold"),
+    "language_modeling": ("context", "continuation"),
+}
+
+
+def fewshot_indices(index: int, count: int, num_fewshot: int) -> list[int]:
+    """Which other items of `count` are shown before item `index`; all of them where there are too few."""
+    others = [i for i in range(count) if i != index]
+    return random.Random(FEWSHOT_SEED + index).sample(others, min(num_fewshot, len(others)))
+
+
+def preamble(task: CoreTask, examples: Sequence[dict[str, Any]]) -> str:
+    """The solved examples in front of the question."""
+    solved = (ROWS[task.kind](item)[item.get("gold", 0)] for item in examples)
+    return EXAMPLE_DELIMITER.join(f"{context}{task.delimiter}{answer}" for context, answer in solved)
+
+
+def item_rows(task: CoreTask, item: dict[str, Any], examples: Sequence[dict[str, Any]], tokenizer: Any, context_len: int) -> list[Row]:
+    """The rows of one item: one per choice, or a single one. What does not fit is cut from the left, <|bos|> and the answer excepted."""
+    before = preamble(task, examples)
+    # a schema's continuation just goes on from its context; the other kinds have a question and an answer
+    delimiter = "" if task.kind == "schema" and not before else task.delimiter
+    head = tokenizer.encode(before) if before else []
+    rows = []
+    for context, answer in ROWS[task.kind](item):
+        question = f"{EXAMPLE_DELIMITER if before else ''}{context}{delimiter}".rstrip()
+        answer_ids = tokenizer.encode(answer if answer.startswith(" ") else f" {answer}")
+        context_ids = [*head, *tokenizer.encode(question)]
+        answer_ids = answer_ids[:context_len]
+        room = context_len - len(answer_ids)  # <|bos|> has a place of its own: the last token is only a target
+        kept = context_ids[max(0, len(context_ids) - room) :] if room else []
+        rows.append(Row([tokenizer.get_bos_token_id(), *kept, *answer_ids], 1 + len(kept)))
+    return rows
+
+
+# ---- scoring --------------------------------------------------------------------------------------------------------
+
+
+def batches_of(rows: Sequence[Row], limit: int) -> Iterator[list[int]]:
+    """Indices of rows in groups of similar length, each at most `limit` positions with its padding; a single row may exceed it."""
+    group: list[int] = []
+    for i in sorted(range(len(rows)), key=lambda i: len(rows[i].tokens)):
+        if group and (len(group) + 1) * len(rows[i].tokens) > limit:
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
+
+
+def _padded(rows: Sequence[Row], device: "torch.device") -> tuple["torch.Tensor", "torch.Tensor"]:
+    """(inputs, targets), (B, T) each: padded on the right, targets -1 outside of the answers."""
+    import torch
+
+    longest = max(len(row.tokens) for row in rows) - 1
+    inputs = torch.zeros(len(rows), longest, dtype=torch.int64)
+    targets = torch.full_like(inputs, -1)
+    for i, row in enumerate(rows):
+        tokens = torch.tensor(row.tokens)
+        inputs[i, : len(tokens) - 1] = tokens[:-1]
+        targets[i, row.start - 1 : len(tokens) - 1] = tokens[row.start :]
+    return inputs.to(device), targets.to(device)
+
+
+def answer_losses(model: "GPT", rows: Sequence[Row]) -> list[float]:
+    """The mean loss (nats) of each row's answer tokens."""
+    losses = [0.0] * len(rows)
+    for group in batches_of(rows, TOKENS_PER_BATCH):
+        inputs, targets = _padded([rows[i] for i in group], model.get_device())
+        sums = model(inputs, targets, loss_reduction="none").double().sum(dim=1).tolist()
+        for i, total in zip(group, sums, strict=True):
+            losses[i] = total / (len(rows[i].tokens) - rows[i].start)
+    return losses
+
+
+def answers_match(model: "GPT", rows: Sequence[Row]) -> list[bool]:
+    """Whether greedy decoding would give each row's answer."""
+    matches = [False] * len(rows)
+    for group in batches_of(rows, min(TOKENS_PER_BATCH, LOGITS_PER_BATCH // model.config.padded_vocab_size)):
+        inputs, targets = _padded([rows[i] for i in group], model.get_device())
+        right = (model(inputs).argmax(dim=-1) == targets) | (targets < 0)
+        for i, match in zip(group, right.all(dim=1).tolist(), strict=True):
+            matches[i] = match
+    return matches
+
+
+def judge(model: "GPT", kind: str, rows: Sequence[Sequence[Row]], golds: Sequence[int]) -> list[bool]:
+    """Whether each item (its rows, its gold row) is answered rightly; all items go through the model together."""
+    flat = [row for item in rows for row in item]
+    if kind == "language_modeling":
+        return answers_match(model, flat)
+    losses = iter(answer_losses(model, flat))
+    verdicts = []
+    for item, gold in zip(rows, golds, strict=True):
+        own = [next(losses) for _ in item]
+        verdicts.append(own.index(min(own)) == gold)
+    return verdicts
+
+
+# ---- the whole ------------------------------------------------------------------------------------------------------
+
+ITEMS_AT_A_TIME = 64  # rendered and scored together
+
+
+def groups_of(task: CoreTask, items: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The items by category, in the order of first appearance; one group where the task has none."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for item in items:
+        groups.setdefault(str(item.get("category", "")) if task.has_categories else "", []).append(item)
+    return list(groups.values())
+
+
+def chosen_items(groups: Sequence[Sequence[Any]], max_per_task: int) -> list[tuple[int, int]]:
+    """(group, index) of the items to score: all, or a fixed random `max_per_task` of them, in order."""
+    places = [(g, i) for g, group in enumerate(groups) for i in range(len(group))]
+    if 0 < max_per_task < len(places):
+        places = sorted(random.Random(SUBSET_SEED).sample(places, max_per_task))
+    return places
+
+
+def evaluate_core_task(model: "GPT", tokenizer: Any, task: CoreTask, max_per_task: int = -1, show_progress: bool = False) -> float:
+    """Accuracy of one task, 0 to 1; the ranks share the items and agree on the result."""
+    import torch
+
+    rank, world_size = collectives.world()
+    groups = groups_of(task, read_items(task))
+    places = chosen_items(groups, max_per_task)
+    verdicts = [0.0] * len(places)
+    mine = list(range(rank, len(places), world_size))
+    with Progress(f"CORE {task.label}", len(mine), shown=show_progress and rank == 0) as progress, torch.inference_mode():
+        for first in range(0, len(mine), ITEMS_AT_A_TIME):
+            part = mine[first : first + ITEMS_AT_A_TIME]
+            rows, golds = [], []
+            for g, i in (places[position] for position in part):
+                examples = [groups[g][j] for j in fewshot_indices(i, len(groups[g]), task.num_fewshot)]
+                rows.append(item_rows(task, groups[g][i], examples, tokenizer, model.config.sequence_len))
+                golds.append(groups[g][i].get("gold", 0))
+            for position, verdict in zip(part, judge(model, task.kind, rows, golds), strict=True):
+                verdicts[position] = float(verdict)
+            progress.update(first + len(part), "items")
+    by_group: dict[int, list[float]] = {}
+    for (g, _), right in zip(places, collectives.sum_over_ranks(verdicts), strict=True):
+        by_group.setdefault(g, []).append(right)
+    return sum(sum(part) / len(part) for part in by_group.values()) / len(by_group)
+
+
+def core_name(missing: Sequence[str]) -> str:
+    """What the figure is called: "CORE", or "CORE (21/22, no coqa)"."""
+    if not missing:
+        return "CORE"
+    return f"CORE ({len(CORE_TASKS) - len(missing)}/{len(CORE_TASKS)}, no {', '.join(missing)})"
+
+
+def evaluate_core(
+    model: "GPT",
+    tokenizer: Any,
+    *,
+    max_per_task: int = -1,
+    bundle: Path | None = None,
+    download: bool = True,
+    on_task: Callable[[str, float, float], None] | None = None,
+    show_progress: bool = False,
+) -> dict[str, Any]:
+    """Score every CORE task that is there. `max_per_task` > 0 takes that many items of each; `on_task` hears (label, accuracy, centred).
+
+    {"name": core_name(missing), "core_metric": mean of the centred, "results": {label: accuracy}, "centered_results": {label: centred},
+    "missing": [label], "max_per_task"}. The same on every rank. Raises UserError where there is no bundle or none of its tasks.
+    """
+    bundle = bundle or find_bundle(download)
+    tasks, missing = read_tasks(bundle)
+    if not tasks:
+        raise UserError(f"{bundle} holds the data of no CORE task: delete it and run this again")
+    was_training = model.training
+    model.eval()
+    results, centred = {}, {}
+    for task in tasks:
+        accuracy = evaluate_core_task(model, tokenizer, task, max_per_task, show_progress)
+        results[task.label] = accuracy
+        centred[task.label] = (accuracy - task.chance) / (1 - task.chance)
+        if on_task:
+            on_task(task.label, accuracy, centred[task.label])
+    model.train(was_training)
+    return {
+        "name": core_name(missing),
+        "core_metric": sum(centred.values()) / len(centred),
+        "results": results,
+        "centered_results": centred,
+        "missing": missing,
+        "max_per_task": max_per_task,
+    }
