@@ -20,11 +20,12 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any, IO
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
 
 from zangchat import collectives, common
+from zangchat.attention import choose_backend
 from zangchat.config import GPTConfig
 from zangchat.configurator import UserError
 from zangchat.optim import merge_shards
@@ -76,9 +77,9 @@ def save_checkpoint(
     meta_data: Mapping[str, Any],
     rank: int = 0,
 ) -> None:
-    """Write one step; every rank calls it. `model_data` and `meta_data` count on rank 0, `optimizer_data` is each rank's own (or None on all).
+    """Write one step; every rank calls it. `model_data` and `meta_data` count on rank 0; `optimizer_data` is each rank's own (or None).
 
-    Raises OSError on every rank if any of them could not write (a full disk, say): then the step does not exist, and older ones are untouched.
+    Raises OSError on every rank if any of them could not write (a full disk, say): then the step does not exist; older ones are untouched.
     """
     directory = Path(checkpoint_dir)
     failure: OSError | None = None
@@ -147,7 +148,7 @@ def _write_tensors(path: Path, data: Mapping[str, Any]) -> tuple[int, str]:
     with common.atomic_file(path) as file:
         sink = _HashingWriter(file)
         try:
-            torch.save(_on_cpu(data), sink)
+            torch.save(_on_cpu(data), cast(IO[bytes], sink))
         except RuntimeError:
             if sink.error is not None:
                 raise sink.error from None
@@ -176,7 +177,7 @@ def _json(meta: Mapping[str, Any]) -> str:
 
 
 def purge(checkpoint_dir: str | Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` steps, and what no step owns; the newest never goes. A file that cannot be deleted is only reported."""
+    """Delete all but the newest `keep_last` steps, and what no step owns; the newest never goes. A file that stays put is only reported."""
     steps = valid_steps(checkpoint_dir)
     if steps:
         keep = set(steps[-max(keep_last, 1) :])
@@ -234,7 +235,7 @@ def read_meta(checkpoint_dir: str | Path, step: int) -> dict[str, Any]:
 
 
 def verify_checkpoint(checkpoint_dir: str | Path, step: int, hashes: bool = False) -> dict[str, Any]:
-    """The meta of a step whose files are all there with the right sizes (and sha256, where `hashes`); raises CheckpointError naming the file."""
+    """The meta of a step whose files are all there in the right sizes (`hashes`: and unaltered); raises CheckpointError naming the file."""
     meta = read_meta(checkpoint_dir, step)
     for name, expected in meta["files"].items():
         path = Path(checkpoint_dir) / name
@@ -289,7 +290,7 @@ def find_verified_step(checkpoint_dir: str | Path, step: int | None = None) -> i
 
 
 def find_largest_model(checkpoints_dir: str | Path) -> str:
-    """The tag to take where the user names none: the deepest `d<number>`, else the newest folder with a checkpoint. Raises UserError if none."""
+    """The tag to take where the user names none: the deepest `d<number>`, else the newest with a checkpoint. Raises UserError if none."""
     tags = model_tags(checkpoints_dir)
     if not tags:
         raise UserError(f"no checkpoint in {checkpoints_dir}: {_next_command(checkpoints_dir)}")
@@ -358,7 +359,7 @@ def build_model(
     if phase not in ("train", "eval"):
         raise ValueError(f"phase is 'train' or 'eval', not {phase!r}")
     model_data, _, meta = load_checkpoint(checkpoint_dir, step, device)
-    model = empty_model(_model_config(meta, checkpoint_dir), device, dtype)
+    model = empty_model(model_config(meta, checkpoint_dir), device, dtype)
     load_weights(model, model_data, f"{checkpoint_dir}/{model_name(step)}")
     if phase == "eval":
         model.set_compute_dtype(model.compute_dtype, keep_masters=False)
@@ -367,7 +368,7 @@ def build_model(
 
 
 def empty_model(config: GPTConfig, device: torch.device | str, dtype: str = "") -> "GPT":
-    """A model without weights on `device`, to be filled by `init_weights` or `load_weights`; built on the meta device: memory is taken once."""
+    """A model on `device` whose weights `init_weights` or `load_weights` fills; built on the meta device, so that memory is taken once."""
     from zangchat.gpt import GPT
 
     with torch.device("meta"):
@@ -375,10 +376,13 @@ def empty_model(config: GPTConfig, device: torch.device | str, dtype: str = "") 
     model.to_empty(device=device)
     model.set_compute_dtype(common.resolve_dtype(dtype, torch.device(device)))
     model.init_rotary()
+    model.attention_backend, reason = choose_backend(device, model.compute_dtype, config.head_dim)
+    logger.info(f"attention: {reason}")
     return model
 
 
-def _model_config(meta: Mapping[str, Any], checkpoint_dir: str | Path) -> GPTConfig:
+def model_config(meta: Mapping[str, Any], checkpoint_dir: str | Path) -> GPTConfig:
+    """Raises CheckpointError for an architecture that this code does not know."""
     try:
         return GPTConfig.from_dict(meta["model_config"])
     except (KeyError, TypeError, ValueError) as error:
@@ -432,7 +436,7 @@ def resolve_tag(checkpoints_dir: str | Path, model_tag: str | None) -> Path:
 def load_model(
     source: str, device: torch.device | str, phase: str, model_tag: str | None = None, step: int | None = None, dtype: str = ""
 ) -> tuple["GPT", "RustBPETokenizer", dict[str, Any]]:
-    """(model, tokenizer, meta) of a stage: `source` is base, mid, sft or rl. A `model_tag` that is no tag but names a stage is taken as the source."""
+    """(model, tokenizer, meta) of a stage: base, mid, sft or rl. A `model_tag` that is no tag but names a stage is taken as the source."""
     if model_tag in SOURCES and not (checkpoints_dir(source) / model_tag).is_dir():
         logger.info(f"--model_tag={model_tag} names a stage: loading --source={model_tag}")
         source, model_tag = model_tag, None

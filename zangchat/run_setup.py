@@ -1,20 +1,24 @@
 """What the training commands share before and around the loop: where a run lives, whether it starts, goes on or is finished.
 
-    with open_run("mid", config, tag) as run:
-        if run.finished:
-            return 0
-        model = run.start_from("base", ...)  or  run.new_model(gpt_config)
-        ...
-        trainer = run.trainer(model, optimizer, stage, tokenizer=tokenizer, num_iterations=...)
-        trainer.fit()
+with open_run("mid", config, source_tag("base", config.model_tag)) as run:
+    if run.finished:
+        return 0
+    run.start_from("base", config.model_step)          # not for base models
+    model = run.new_model()                            # base: run.new_model(gpt_config)
+    plan = run.plan(model.config)                      # base: schedule.plan_run(...)
+    optimizer = run.optimizer(model, plan)
+    run.restore(model, optimizer)
+    trainer = run.trainer(model, optimizer, stage, plan, tokenizer=run.tokenizer())
+    trainer.fit()
 """
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,19 +30,53 @@ from zangchat.configurator import UserError
 if TYPE_CHECKING:
     import torch
 
+    from zangchat.dataloader import Batch
+    from zangchat.dataset import Dataset
     from zangchat.gpt import GPT
     from zangchat.optim import OptimizerGroup
+    from zangchat.schedule import TrainPlan
     from zangchat.tokenizer import RustBPETokenizer
     from zangchat.trainer import Stage, Trainer
 
 # Flags that may differ between the attempts of one run: they change neither the data nor the maths of a step.
-FREE_FLAGS = frozenset(
-    "run model_tag device_type num_iterations device_batch_size save_every keep_last resume overwrite dry_run grad_checkpoint eval_every"
-    " eval_tokens eval_steps eval_examples eval_metrics_every eval_metrics_max_problems core_metric_every core_metric_max_per_task sample_every".split()
-)
+FREE_FLAGS = {
+    *(
+        "run",
+        "model_tag",
+        "device_type",
+        "num_iterations",
+        "device_batch_size",
+        "save_every",
+        "keep_last",
+        "resume",
+        "overwrite",
+        "dry_run",
+    ),
+    *("grad_checkpoint", "eval_every", "eval_tokens", "eval_steps", "eval_examples", "sample_every"),
+    *("core_metric_every", "core_metric_max_per_task"),
+}
+OPTIMIZERS = ("muon", "adamw", "sgd")
+# For a model whose own training is not known (an imported one); base_train spells the same out.
+DEFAULTS = {
+    "device_batch_size": 32,
+    "optimizer": "muon",
+    "embedding_lr": 0.3,
+    "unembedding_lr": 0.008,
+    "matrix_lr": 0.02,
+    "grad_clip": 1.0,
+}
 C = TypeVar("C", bound=RunConfig)
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint that a new run starts from."""
+
+    directory: Path
+    step: int
+    meta: dict[str, Any]
 
 
 @dataclass
@@ -53,6 +91,7 @@ class Run:
     world_size: int
     state: RunState
     meta: dict[str, Any] | None = None
+    source: "Source | None" = None  # the model of an earlier stage that a new run starts from, see start_from
 
     @property
     def finished(self) -> bool:
@@ -65,48 +104,167 @@ class Run:
         common.print0(f"{self.stage}: {self.checkpoint_dir.name} is finished at step {self.state.step} of {planned}; nothing to do")
         return True
 
+    def start_from(self, source: str, step: int | None = None) -> None:
+        """A new run takes the model of stage `source` with the same tag, and its settings for what the user left open (None).
+
+        A run that is resumed has all this already. Raises UserError if there is no such model.
+        """
+        if self.meta is not None:
+            return
+        from zangchat import checkpoint_manager
+
+        directory = checkpoint_manager.resolve_tag(checkpoint_manager.checkpoints_dir(source), self.checkpoint_dir.name)
+        step = checkpoint_manager.find_last_step(directory) if step is None else step
+        self.source = Source(directory, step, checkpoint_manager.verify_checkpoint(directory, step))
+        settings = self.source.meta["user_config"]
+        left_open = [name for name, value in configurator.to_dict(self.config).items() if value is None and name in settings]
+        self.config = dataclasses.replace(self.config, **{name: settings[name] for name in left_open})
+        self.state.extra["facts"] = {"source": f"{source} {directory.name} step {step}"}
+        common.print0(f"{self.stage}: starting from step {step} of {directory}")
+
     def tokenizer(self) -> "RustBPETokenizer":
-        """That of the run that is resumed, else the one that new base models use."""
+        """That of the model that is gone on with; for a new base model the one of the base directory."""
         from zangchat import checkpoint_manager, tokenizer
 
-        return tokenizer.get_tokenizer() if self.meta is None else checkpoint_manager.load_tokenizer(self.checkpoint_dir)
+        if self.meta is not None:
+            return checkpoint_manager.load_tokenizer(self.checkpoint_dir)
+        return checkpoint_manager.load_tokenizer(self.source.directory) if self.source else tokenizer.get_tokenizer()
 
-    def new_model(self, config: GPTConfig, head_init_scale: float = 0.0) -> "GPT":
-        """A freshly initialised model, the same for the same --seed whatever ran before; or the resumed run's, without its weights."""
+    def token_bytes(self, tokenizer: "RustBPETokenizer") -> "torch.Tensor":
+        """(V,) bytes of each token, for bits per byte."""
+        import torch
+
+        return torch.from_numpy(tokenizer.token_bytes())
+
+    def dataset(self) -> "Dataset":
+        """The pretraining text that --dataset or --data_path means; says so where it has changed since the run began."""
+        from zangchat.dataset import find_dataset
+
+        dataset = find_dataset(self.config.dataset, self.config.data_path)
+        before = self.fact("dataset")
+        if before is not None and before != dataset.fingerprint:
+            logger.warning(f"dataset {dataset.name} is not what it was when this run began: its text will go on in another order")
+        self.state.extra.setdefault("facts", {}).setdefault("dataset", dataset.fingerprint)
+        return dataset
+
+    def new_model(self, config: GPTConfig | None = None, head_init_scale: float = 0.0) -> "GPT":
+        """The model, on the device. A new base model (`config`) is initialised by --seed alone; any other still waits for `restore`."""
         import torch
 
         from zangchat import checkpoint_manager
 
-        if self.meta is not None:
-            config = GPTConfig.from_dict(self.meta["model_config"])
+        meta = self.meta or (self.source.meta if self.source else None)
+        if meta is not None:
+            config = checkpoint_manager.model_config(meta, self.checkpoint_dir)
+        assert config is not None
         model = checkpoint_manager.empty_model(config, self.device, self.config.dtype)
-        generator = torch.Generator(self.device).manual_seed(common.derive_seed(self.config.seed, "init"))
-        if self.meta is None:
-            model.init_weights(head_init_scale, generator)
+        if meta is None:
+            model.init_weights(head_init_scale, torch.Generator(self.device).manual_seed(common.derive_seed(self.config.seed, "init")))
+        model.grad_checkpoint = getattr(self.config, "grad_checkpoint", False)
         return model
 
-    def restore(self, model: "GPT", optimizer: "OptimizerGroup") -> None:
-        """Weights and optimizer state of the checkpoint that the run goes on from; nothing for a new run."""
+    def optimizer(self, model: "GPT", plan: "TrainPlan") -> "OptimizerGroup":
+        """Learning rates and weight decay are the flags' times the plan's scales."""
+        from zangchat.optim import build_optimizer
+
+        config = self.config
+        return build_optimizer(
+            model,
+            embedding_lr=config.embedding_lr * plan.adamw_lr_scale,
+            unembedding_lr=config.unembedding_lr * plan.adamw_lr_scale,
+            matrix_lr=config.matrix_lr * plan.lr_scale,
+            weight_decay=config.weight_decay * plan.weight_decay_scale,
+            kind=config.optimizer,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+
+    def packed(
+        self, tokenizer: "RustBPETokenizer", sequence_len: int, total_batch_size: int, dataset: "Dataset | None", task: Any, ratio: float
+    ) -> Callable[[dict[str, Any] | None], Iterator["Batch"]]:
+        """Stage.batches: packed rows of text with `ratio` of the tokens from the conversations of `task`."""
+        from zangchat.dataloader import ConversationStream, MixedStream, TextStream, packed_batches
+
+        def batches(cursor: dict[str, Any] | None) -> Iterator["Batch"]:
+            parts: list[tuple[Any, float]] = []
+            if ratio < 1:
+                assert dataset is not None
+                # Where conversations are mixed in, text comes in grains of a row: else one long document shuts them out for many rows.
+                grain = sequence_len + 1 if ratio > 0 else None
+                parts.append((TextStream(dataset, tokenizer, self.config.seed, max_tokens=grain), 1 - ratio))
+            if ratio > 0:
+                parts.append((ConversationStream(task, tokenizer, self.config.seed, max_tokens=sequence_len + 1), ratio))
+            return packed_batches(
+                parts[0][0] if len(parts) == 1 else MixedStream(parts),
+                rows_per_step=total_batch_size // sequence_len,
+                sequence_len=sequence_len,
+                rank=self.rank,
+                world_size=self.world_size,
+                bos=tokenizer.get_bos_token_id(),
+                cursor=cursor,
+            )
+
+        return batches
+
+    def examples(self, task: Any, tokenizer: "RustBPETokenizer", examples_per_step: int, **where: Any) -> Iterator["Batch"]:
+        """Steps of so many whole conversations; `where` is seed and cursor, or num_epochs, as in dataloader.example_batches."""
+        from zangchat.dataloader import example_batches
+
+        return example_batches(
+            task,
+            tokenizer,
+            examples_per_step=examples_per_step,
+            sequence_len=self.config.max_seq_len,
+            rank=self.rank,
+            world_size=self.world_size,
+            **where,
+        )
+
+    def validation(self, dataset: "Dataset", tokenizer: "RustBPETokenizer", sequence_len: int) -> Callable[[], Iterator["Batch"]]:
+        """The validation rows of a dataset, anew at each call; at most --eval_tokens of them."""
+        from zangchat.dataloader import validation_batches
+
+        return functools.partial(
+            validation_batches,
+            dataset,
+            tokenizer,
+            sequence_len,
+            eval_tokens=self.config.eval_tokens,
+            rows_per_batch=self.config.device_batch_size,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+
+    def restore(self, model: "GPT", optimizer: "OptimizerGroup", keep_optimizer: bool = True) -> None:
+        """Weights and optimizer state of the checkpoint that is gone on with; nothing for a new base model.
+
+        A new run of a later stage takes over the optimizer's state of the earlier one if `keep_optimizer`, and if it is of the same kind.
+        """
         if self.meta is not None:
             load_into(model, optimizer, self.checkpoint_dir, self.state.step)
+        elif self.source:
+            there = any(name.startswith("optim_") for name in self.source.meta["files"])
+            same = self.source.meta["user_config"].get("optimizer") == self.config.optimizer
+            if keep_optimizer and not (there and same):
+                common.print0(f"{self.stage}: the optimizer starts anew ({'it was another' if there else 'its state was not saved'})")
+            load_into(model, optimizer if keep_optimizer and there and same else None, self.source.directory, self.source.step)
 
     def trainer(
         self,
         model: "GPT",
         optimizer: "OptimizerGroup",
         stage: "Stage",
+        plan: "TrainPlan",
         *,
         tokenizer: "RustBPETokenizer",
-        num_iterations: int,
         compile: bool | None = None,
-        facts: Mapping[str, Any] | None = None,
     ) -> "Trainer":
-        """The loop, ready to `fit`. `facts` is what the run derived and needs again when resumed (see `fact`)."""
+        """The loop, ready to `fit` for the plan's number of steps; the plan is kept with the run. Compiles on CUDA by default."""
         from zangchat.trainer import Trainer
 
         config = self.config
-        self.state.num_iterations = num_iterations
-        self.state.extra.setdefault("facts", dict(facts or {}))
+        self.state.num_iterations = plan.num_iterations
+        self.state.extra.setdefault("facts", {})["plan"] = plan._asdict()
         return Trainer(
             model,
             optimizer,
@@ -126,8 +284,119 @@ class Run:
         )
 
     def fact(self, name: str) -> Any:
-        """What the run being resumed derived when it was new (its batch, its planned steps, ...); None for a new run."""
+        """What this run derived when it was new (its batch, its planned steps, ...); None for a new run."""
         return self.state.extra.get("facts", {}).get(name)
+
+    def plan(self, model_config: GPTConfig) -> "TrainPlan":
+        """The numbers of a run that starts from another, or is resumed: the batch and the scales of the rates as they were there.
+
+        Another --total_batch_size moves the rates by the root of the ratio. The length is left to the caller.
+        """
+        from zangchat import schedule
+
+        saved = self.fact("plan")
+        if saved is not None:
+            return schedule.TrainPlan(**saved)
+        assert self.source is not None
+        before = self.source.meta["run_state"].get("extra", {}).get("facts", {}).get("plan")
+        plan = schedule.TrainPlan(**before) if before else schedule.plan_run(model_config)
+        batch = getattr(self.config, "total_batch_size", None)  # stages whose steps are counted in conversations have none
+        if not batch or batch == -1 or batch == plan.total_batch_size:
+            return plan
+        factor = (batch / plan.total_batch_size) ** 0.5
+        return plan._replace(total_batch_size=batch, lr_scale=plan.lr_scale * factor, adamw_lr_scale=plan.adamw_lr_scale * factor)
+
+    def settle(self, model_config: GPTConfig, **defaults: Any) -> Any:
+        """The configuration with what is still open filled in: rows as long as the model's context, `defaults`, then DEFAULTS.
+
+        Raises UserError for rows that are longer than the context.
+        """
+        defaults = {**DEFAULTS, "max_seq_len": model_config.sequence_len, **defaults}
+        still_open = [name for name, value in configurator.to_dict(self.config).items() if value is None and name in defaults]
+        self.config = dataclasses.replace(self.config, **{name: defaults[name] for name in still_open})
+        if not 1 <= self.config.max_seq_len <= model_config.sequence_len:
+            raise UserError(
+                f"--max_seq_len={self.config.max_seq_len} does not suit a model with a context of {model_config.sequence_len}: "
+                "give that or less"
+            )
+        return self.config
+
+    def steps(self, derive: Callable[[], float]) -> int:
+        """How many: --num_iterations, else as planned when the run began, else `derive()`. Raises UserError."""
+        asked = self.config.num_iterations
+        if asked != -1 and asked < 1:
+            raise UserError(f"--num_iterations={asked} is not possible: give a positive number, or -1 to have it derived")
+        if asked == -1:
+            asked = self.state.num_iterations if self.meta is not None else max(1, round(derive()))
+        return asked
+
+    def report(self, section: str, trainer: "Trainer", *more: Mapping[str, Any], **results: Any) -> None:
+        """The card of a finished run: its settings, `more` tables, and what it took and gave."""
+        from zangchat.report import get_report
+
+        state = trainer.state
+        common_results = {
+            "started from": self.fact("source"),
+            "steps": state.step,
+            "tokens": state.tokens,
+            "supervised tokens": state.supervised_tokens,
+            "skipped steps": state.skipped_steps,
+            "ranks": self.world_size,
+            "training loss": trainer.smooth_loss,
+            "minimum validation bpb": state.min_val_bpb,
+            "final validation bpb": state.last_val_bpb,
+            "training minutes": round(state.training_seconds / 60, 2),
+            "peak memory MiB": round(common.peak_memory_bytes(self.device) / 2**20),
+        }
+        table = {name: value for name, value in {**common_results, **results}.items() if value is not None}
+        get_report().log(section, [trainer.user_config, *map(dict, more), table])
+
+
+def source_tag(source: str, model_tag: str | None) -> str:
+    """The tag of the model to start from, which is also that of the run: --model_tag, else the largest model of stage `source`."""
+    from zangchat import checkpoint_manager
+
+    return model_tag or checkpoint_manager.find_largest_model(checkpoint_manager.checkpoints_dir(source))
+
+
+def vocab_size_of_tokenizer() -> int | None:
+    """That of the tokenizer in the base directory, read without torch; None if there is none yet."""
+    from zangchat import tokenizer
+
+    try:
+        return tokenizer.get_tokenizer().get_vocab_size()
+    except UserError:
+        return None
+
+
+def check_optimizer(kind: str | None) -> None:
+    if kind is not None and kind not in OPTIMIZERS:
+        raise UserError(f"--optimizer={kind} is not known: choose one of {', '.join(OPTIMIZERS)}")
+
+
+def check_batch(total_batch_size: int, sequence_len: int, device_batch_size: int, world_size: int) -> None:
+    """Raises UserError, naming the flags, if a step's tokens cannot be cut into whole rows, equally many on each rank and in each pass."""
+    if device_batch_size < 1:
+        raise UserError(f"--device_batch_size={device_batch_size} is not possible: a pass holds at least one row")
+    if total_batch_size < 1 or total_batch_size % sequence_len:
+        below = max(total_batch_size // sequence_len, 1) * sequence_len
+        raise UserError(
+            f"--total_batch_size={total_batch_size} is not a multiple of --max_seq_len={sequence_len}: try --total_batch_size={below}"
+        )
+    rows = total_batch_size // sequence_len
+    if rows % world_size:
+        better = -(-rows // world_size) * world_size * sequence_len
+        raise UserError(
+            f"--total_batch_size={total_batch_size} makes {rows} rows of --max_seq_len={sequence_len}, which {world_size} ranks cannot "
+            f"share equally: try --total_batch_size={better}"
+        )
+    per_rank = rows // world_size
+    if per_rank > device_batch_size and per_rank % device_batch_size:
+        better = max(size for size in range(1, device_batch_size + 1) if per_rank % size == 0)
+        raise UserError(
+            f"--total_batch_size={total_batch_size} makes {per_rank} rows a rank, not a multiple of "
+            f"--device_batch_size={device_batch_size}: try --device_batch_size={better}"
+        )
 
 
 @contextlib.contextmanager
@@ -146,7 +415,7 @@ def open_run(stage: str, config: C, tag: str) -> Iterator[Run]:
             from zangchat import checkpoint_manager
 
             meta = checkpoint_manager.read_meta(directory, step)
-            config = inherit(config, meta["user_config"], command(stage, config))
+            config = inherit(config, meta["user_config"])
         config = dataclasses.replace(config, model_tag=tag, dtype=str(common.resolve_dtype(config.dtype, device)).removeprefix("torch."))
         state = RunState.from_dict(meta["run_state"]) if meta else RunState()
         yield Run(stage, config, directory, device, rank, world_size, state, meta)
@@ -171,7 +440,7 @@ def refuse_existing(stage: str, config: RunConfig, directory: Path) -> None:
     if not config.resume and not config.overwrite and any(directory.glob("meta_*.json")):
         raise UserError(
             f"{directory} has checkpoints already: go on with `{command(stage, config, resume='latest')}`, "
-            f"start over with `{command(stage, config, overwrite=True)}`, or choose another --model_tag"
+            "or put --overwrite=1 in place of --resume=latest to start over, or choose another --model_tag"
         )
 
 
@@ -192,7 +461,7 @@ def _resume_step(stage: str, config: RunConfig, directory: Path) -> int | None:
     return step
 
 
-def inherit(config: C, saved: Mapping[str, Any], given_command: str) -> C:
+def inherit(config: C, saved: Mapping[str, Any]) -> C:
     """The configuration to go on with: what the user left open (None or "") as saved, free flags as given now.
 
     Raises UserError naming the flags that differ although they alter the maths.
@@ -201,11 +470,11 @@ def inherit(config: C, saved: Mapping[str, Any], given_command: str) -> C:
     defaults = {f.name: f.default for f in dataclasses.fields(config)}
     filled, changed = {}, []
     for name, value in now.items():
-        if name in FREE_FLAGS:
-            continue
         before = saved.get(name, defaults[name])  # a flag that is newer than the checkpoint had its default
-        if value is None or value == "":
+        if value is None or (value == "" and name not in FREE_FLAGS):
             filled[name] = before
+        elif name in FREE_FLAGS:
+            continue
         elif value != before:
             changed.append((name, value, before))
     if changed:

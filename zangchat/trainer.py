@@ -256,7 +256,7 @@ class Trainer:
     # ---- the loop -----------------------------------------------------------------------------------------------------
 
     def fit(self) -> RunState:
-        """Train to the end, or until SIGINT or SIGTERM: then the step under way is finished and saved (see `exit_code`). Returns the state."""
+        """Train to the end, or until SIGINT or SIGTERM: then the step under way is finished and saved (see `exit_code`)."""
         state = self.state
         self._prepare()
         batches = None
@@ -364,9 +364,11 @@ class Trainer:
             checkpoint_manager.remove_temporary_files(directory)
             gone = checkpoint_manager.discard_after(directory, self.state.step or -1)
             if gone:
-                logger.info(f"deleted step {', '.join(map(str, gone))} from {directory}: this run makes what follows step {self.state.step} anew")
-            if self.tokenizer is not None:
-                checkpoint_manager.save_tokenizer(self.tokenizer, directory)
+                logger.info(
+                    f"deleted step {', '.join(map(str, gone))} from {directory}: this run makes what follows step {self.state.step} anew"
+                )
+            if self.tokenizer is not None and (self.state.step == 0 or not (directory / "tokenizer.json").exists()):
+                self.tokenizer.save(directory)
         collectives.barrier()
 
     @contextlib.contextmanager
@@ -398,8 +400,12 @@ class Trainer:
             )
         except OSError as error:
             if last or self.stop_signal:
-                raise UserError(f"could not save step {state.step} to {self.checkpoint_dir} ({error}): make room, then {self.resume_command}") from error
-            logger.warning(f"could not save step {state.step} to {self.checkpoint_dir} ({error}): training goes on, the previous save stays")
+                raise UserError(
+                    f"could not save step {state.step} to {self.checkpoint_dir} ({error}): make room, then {self.resume_command}"
+                ) from error
+            logger.warning(
+                f"could not save step {state.step} to {self.checkpoint_dir} ({error}): training goes on, the previous save stays"
+            )
         else:
             self._saved_step = state.step
             if self.rank == 0:

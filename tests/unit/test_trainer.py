@@ -52,7 +52,13 @@ def schedule(step: int) -> StepMultipliers:
 
 
 def make_trainer(
-    directory: Path | None = None, *, num_iterations: int = 12, resume: int | None = None, device_batch_size: int = ROWS, kind: str = "muon", **kw: Any
+    directory: Path | None = None,
+    *,
+    num_iterations: int = 12,
+    resume: int | None = None,
+    device_batch_size: int = ROWS,
+    kind: str = "muon",
+    **kw: Any,
 ) -> Trainer:
     model = GPT(CONFIG)
     model.init_weights(generator=torch.Generator().manual_seed(7))
@@ -70,7 +76,15 @@ def make_trainer(
     stage = kw.pop("stage", None) or Stage("base", batches, schedule)
     run_config = RunConfig(save_every=kw.pop("save_every", 5), keep_last=kw.pop("keep_last", 9))
     return Trainer(
-        model, optimizer, stage, state, device="cpu", device_batch_size=device_batch_size, checkpoint_dir=directory, run_config=run_config, **kw
+        model,
+        optimizer,
+        stage,
+        state,
+        device="cpu",
+        device_batch_size=device_batch_size,
+        checkpoint_dir=directory,
+        run_config=run_config,
+        **kw,
     )
 
 
@@ -153,7 +167,9 @@ def test_gradients_are_clipped_once_by_their_global_norm(monkeypatch):
     trainer = make_trainer(device_batch_size=2, grad_clip=1e-3)
     seen = []
     monkeypatch.setattr(
-        trainer.optimizer, "step", lambda multipliers: seen.append(math.fsum(float(p.grad.square().sum()) for p in trainer.model.parameters()) ** 0.5)
+        trainer.optimizer,
+        "step",
+        lambda multipliers: seen.append(math.fsum(float(p.grad.square().sum()) for p in trainer.model.parameters()) ** 0.5),
     )
     assert trainer.train_step(make_batch(0))["grad_norm"] > 1e-2
     assert seen == [pytest.approx(1e-3, rel=1e-3)]
@@ -255,7 +271,9 @@ def test_a_crash_in_the_last_evaluation_does_not_lose_the_training(tmp_path):
         make_trainer(tmp_path, num_iterations=3, stage=Stage("base", batches, schedule, [Every(-1, crash)])).fit()
     assert checkpoint_manager.find_verified_step(tmp_path) == 3
     ran = []
-    make_trainer(tmp_path, num_iterations=3, resume=3, stage=Stage("base", batches, schedule, [Every(-1, lambda t: ran.append(t.state.step))])).fit()
+    make_trainer(
+        tmp_path, num_iterations=3, resume=3, stage=Stage("base", batches, schedule, [Every(-1, lambda t: ran.append(t.state.step))])
+    ).fit()
     assert ran == [3]  # resuming makes up for it
 
 
@@ -306,7 +324,12 @@ def evaluating_stage() -> Stage:
 def outcome(trainer: Trainer, directory: Path) -> dict[str, Any]:
     """All that a run leaves, without what the clock decides."""
     state = replace(trainer.state, training_seconds=0.0)
-    return {"weights": weights(trainer), "optimizer": trainer.optimizer.state_shards(), "state": state.to_dict(), "metrics": metrics(directory)}
+    return {
+        "weights": weights(trainer),
+        "optimizer": trainer.optimizer.state_shards(),
+        "state": state.to_dict(),
+        "metrics": metrics(directory),
+    }
 
 
 @pytest.fixture(scope="module", params=["muon", "adamw"])

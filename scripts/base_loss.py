@@ -1,0 +1,71 @@
+"""Bits per byte of a model on training and validation text, and samples of what it writes.
+
+python -m scripts.base_loss
+python -m scripts.base_loss --source=mid --model_tag=d12 --step=1000
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from zangchat import common, configurator
+
+UNPROMPTED = 4  # samples that begin with nothing
+
+
+@dataclass
+class Config:
+    source: str = "base"  # base | mid | sft | rl
+    model_tag: str | None = None  # default: the largest model
+    step: int | None = None  # default: the last
+    dataset: str | None = None  # the text; default: what the model was trained on, else the only one there
+    data_path: str | None = None
+    split_tokens: int = 20 * 524288  # tokens of each split at most
+    device_batch_size: int = 32  # rows in one pass
+    device_type: str = ""  # cuda | mps | cpu; empty = the best one present
+    dtype: str = ""  # bfloat16 | float16 | float32; empty = what the device is really fast with
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return configurator.run(Config, evaluate, argv)
+
+
+def evaluate(config: Config) -> None:
+    import torch
+
+    from zangchat import checkpoint_manager, hooks
+    from zangchat.dataloader import TextStream, packed_batches, validation_batches
+    from zangchat.dataset import find_dataset
+    from zangchat.loss_eval import evaluate_bpb
+    from zangchat.report import get_report
+
+    _, rank, _, world_size, device = common.compute_init(config.device_type)
+    try:
+        model, tokenizer, meta = checkpoint_manager.load_model(config.source, device, "eval", config.model_tag, config.step, config.dtype)
+        trained_on = meta["user_config"] if not (config.dataset or config.data_path) else {}
+        dataset = find_dataset(config.dataset or trained_on.get("dataset"), config.data_path or trained_on.get("data_path"))
+        token_bytes = torch.from_numpy(tokenizer.token_bytes())
+        T, rows, bos = model.config.sequence_len, config.device_batch_size, tokenizer.get_bos_token_id()
+        ranks: dict[str, Any] = {"rank": rank, "world_size": world_size}
+        packed = packed_batches(TextStream(dataset, tokenizer, seed=0), rows_per_step=rows * world_size, sequence_len=T, bos=bos, **ranks)
+        splits = {
+            "train": hooks.first_tokens(packed, config.split_tokens, world_size),
+            "validation": validation_batches(dataset, tokenizer, T, eval_tokens=config.split_tokens, rows_per_batch=rows, **ranks),
+        }
+        bpb = {}
+        for name, batches in splits.items():
+            bpb[f"{name} bpb"] = evaluate_bpb(model, batches, token_bytes)
+            common.print0(f"{name} bits per byte: {bpb[f'{name} bpb']:.4f}")
+        prompted = hooks.complete(model, tokenizer, hooks.PROMPTS)
+        free = [hooks.complete(model, tokenizer, [""], max_tokens=96, temperature=1.0, seed=seed)[0] for seed in range(UNPROMPTED)]
+        for prompt, completion in prompted + free:
+            common.print0(hooks.one_line(prompt, completion))
+        samples = [{"prompt": prompt, "completion": completion} for prompt, completion in prompted + free]
+        get_report().log(f"{config.source.capitalize()} model loss", [{"step": meta["step"], "text": dataset.name, **bpb}, *samples])
+    finally:
+        common.compute_cleanup()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""Finetune on conversations: each step takes a number of whole conversations and learns the assistant's words alone.
+
+    python -m scripts.chat_sft                                from the midtrained model
+    python -m scripts.chat_sft --source=base --num_epochs=2 --mixture="identity:3,arithmetic:2000"
+
+Starts from <base>/mid_checkpoints/<model_tag> with its settings and writes <base>/chatsft_checkpoints/<model_tag>; --resume=latest goes on.
+"""
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from tasks.training import held_out_conversations, training_conversations
+from zangchat import common, configurator, run_setup, schedule
+from zangchat.config import RunConfig, StepMultipliers
+
+if TYPE_CHECKING:
+    from tasks.common import Task
+    from zangchat.dataloader import Batch
+    from zangchat.trainer import Every, Stage
+
+# Few but good: 3.4k questions of multiple choice, 8k sums with the calculator, 10k of the 460k general conversations, who the model is, and
+# a reminder of spelling and counting. About 23k conversations.
+MIXTURE = "arc-easy:1,arc-challenge:1,gsm8k:1,smoltalk:0.0217,identity:1,simplespelling:300,spellingbee:300"
+
+
+@dataclass
+class Config(RunConfig):
+    source: str = "mid"  # mid | base: the stage to start from
+    model_step: int | None = None  # of that model; default: its last
+    # the data
+    mixture: str | None = None  # NAME:EPOCHS, or NAME:EXAMPLES for generated tasks, separated by commas; default: see chat_sft.py
+    identity_data: str | None = None  # a .jsonl file of conversations of your own, seen once per epoch
+    # how long, and in what batches
+    num_epochs: int = 1  # times through the mixture
+    num_iterations: int = -1  # optimizer steps; -1 = from --num_epochs
+    target_examples_per_step: int = 32  # conversations per step, all ranks
+    max_seq_len: int | None = None  # tokens in a row; None in all that follows: as the model it starts from
+    device_batch_size: int | None = None  # rows per rank in one pass, at most
+    # the optimizer
+    optimizer: str | None = None  # muon | adamw | sgd
+    load_optimizer: bool = False  # go on with the optimizer's state of the model it starts from
+    embedding_lr: float | None = None
+    unembedding_lr: float | None = None
+    matrix_lr: float | None = None
+    init_lr_frac: float = 0.02  # factor on all rates, which then fall to 0
+    weight_decay: float = 0.0
+    grad_clip: float | None = None
+    grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    # looking on
+    eval_every: int = 100  # steps between validations; -1 = none
+    eval_steps: int = 100  # held-out batches of target_examples_per_step conversations, at most
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return configurator.run(Config, train, argv)
+
+
+def train(config: Config) -> int:
+    check(config)
+    with run_setup.open_run("sft", config, run_setup.source_tag(config.source, config.model_tag)) as run:
+        if run.finished:
+            return 0
+        run.start_from(config.source, config.model_step)
+        tokenizer, model = run.tokenizer(), run.new_model()
+        settled = run.settle(model.config, mixture=MIXTURE)
+        task = training_conversations(settled.mixture, settled.identity_data, tokenizer=tokenizer, seed=settled.seed)
+        steps = run.steps(lambda: math.ceil(len(task) * settled.num_epochs / settled.target_examples_per_step))
+        common.print0(f"sft: {len(task):,} conversations; {steps:,} steps of {settled.target_examples_per_step}")
+        plan = run.plan(model.config)._replace(num_iterations=steps)
+        optimizer = run.optimizer(model, plan)
+        run.restore(model, optimizer, settled.load_optimizer)
+        stage = make_stage(run, steps, task, tokenizer)
+        trainer = run.trainer(model, optimizer, stage, plan, tokenizer=tokenizer)
+        trainer.fit()
+        if not trainer.exit_code:
+            run.report("Chat SFT", trainer, conversations=len(task), **{"validation loss": trainer.state.extra.get("val_loss")})
+        return trainer.exit_code
+
+
+def check(config: Config) -> None:
+    if config.source not in ("mid", "base"):
+        raise configurator.UserError(f"--source={config.source} is no stage to finetune: choose mid or base")
+    for name in ("num_epochs", "target_examples_per_step"):
+        if getattr(config, name) < 1:
+            raise configurator.UserError(f"--{name}={getattr(config, name)} is not possible: give at least 1")
+    run_setup.check_optimizer(config.optimizer)
+
+
+def make_stage(run: run_setup.Run, steps: int, task: "Task", tokenizer: Any) -> "Stage":
+    from zangchat.trainer import Stage
+
+    config = run.config
+
+    def batches(cursor: dict[str, Any] | None) -> Iterator["Batch"]:
+        return run.examples(task, tokenizer, config.target_examples_per_step, seed=config.seed, cursor=cursor)
+
+    def multipliers(step: int) -> StepMultipliers:
+        return schedule.finetune_multipliers(step, steps, init_lr_frac=config.init_lr_frac)
+
+    return Stage("sft", batches, multipliers, make_hooks(run, tokenizer))
+
+
+def make_hooks(run: run_setup.Run, tokenizer: Any) -> list["Every"]:
+    """The loss of held-out conversations of the same mixture."""
+    from zangchat import hooks
+
+    config = run.config
+    held_out = held_out_conversations(config.mixture, tokenizer=tokenizer, seed=config.seed) if config.eval_every > 0 else None
+    if held_out is None:
+        return []
+
+    def batches() -> Iterator["Batch"]:
+        return islice(run.examples(held_out, tokenizer, config.target_examples_per_step, seed=0, num_epochs=1), config.eval_steps)
+
+    return [hooks.validation_loss(config.eval_every, batches)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""Midtrain: a base model learns the form of conversations, multiple choice and tools, on a mixture of tasks and, if wanted, text.
+
+    python -m scripts.mid_train
+    python -m scripts.mid_train --mixture="pydocs:1,identity:4,spellingbee:4000" --mixture_ratio=0.9
+    python -m scripts.mid_train --identity_data=me.jsonl      conversations of your own about who the model is, twice
+
+Starts from <base>/base_checkpoints/<model_tag> with its settings and writes <base>/mid_checkpoints/<model_tag>; --resume=latest goes on.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tasks.training import held_out_conversations, training_conversations
+from zangchat import common, configurator, run_setup, schedule
+from zangchat.config import GPTConfig, RunConfig, StepMultipliers
+
+if TYPE_CHECKING:
+    from tasks.common import Task
+    from zangchat.dataloader import Batch
+    from zangchat.trainer import Every, Stage
+
+# 460k general conversations, 100k questions of multiple choice, 8k sums with the calculator (each once); who the model is (twice);
+# 280k generated exercises in spelling and counting letters. About 850k conversations.
+MIXTURE = "smoltalk:1,mmlu:1,gsm8k:1,identity:2,simplespelling:200000,spellingbee:80000"
+
+
+@dataclass
+class Config(RunConfig):
+    model_step: int | None = None  # of the base model; default: its last
+    # the data
+    mixture: str | None = None  # NAME:EPOCHS, or NAME:EXAMPLES for generated tasks, separated by commas; default: see mid_train.py
+    identity_data: str | None = None  # a .jsonl file of conversations of your own, seen twice
+    mixture_ratio: float = 1.0  # share of the tokens that come from the mixture, above 0; the rest is pretraining text
+    dataset: str | None = None  # the pretraining text (also for validation where mixture_ratio < 1); default: as the base model
+    data_path: str | None = None
+    # how long, and in what batches
+    num_iterations: int = -1  # optimizer steps; -1 = about once through the mixture
+    max_seq_len: int | None = None  # tokens in a row; None in all that follows: as the base model
+    total_batch_size: int | None = None  # tokens per step, all ranks
+    device_batch_size: int | None = None  # rows per rank in one pass, at most
+    # the optimizer
+    optimizer: str | None = None  # muon | adamw | sgd
+    load_optimizer: bool = True  # go on with the optimizer's state of the base model
+    embedding_lr: float | None = None
+    unembedding_lr: float | None = None
+    matrix_lr: float | None = None
+    init_lr_frac: float = 1.0  # factor on all rates
+    weight_decay: float = 0.0
+    grad_clip: float | None = None
+    warmdown_ratio: float = 0.2  # share of the run with falling rates
+    final_lr_frac: float = 0.0
+    grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    # looking on
+    eval_every: int = 150  # steps between validations; -1 = none
+    eval_tokens: int = 20 * 524288  # validation tokens at most
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return configurator.run(Config, train, argv)
+
+
+def train(config: Config) -> int:
+    check(config)
+    with run_setup.open_run("mid", config, run_setup.source_tag("base", config.model_tag)) as run:
+        if run.finished:
+            return 0
+        run.start_from("base", config.model_step)
+        tokenizer, model = run.tokenizer(), run.new_model()
+        settled = run.settle(model.config, mixture=MIXTURE)
+        task = training_conversations(settled.mixture, settled.identity_data, 2, tokenizer=tokenizer, seed=settled.seed)
+        plan = make_plan(run, model.config, task, tokenizer)
+        optimizer = run.optimizer(model, plan)
+        run.restore(model, optimizer, settled.load_optimizer)
+        stage = make_stage(run, plan, task, tokenizer)
+        trainer = run.trainer(model, optimizer, stage, plan, tokenizer=tokenizer)
+        trainer.fit()
+        if not trainer.exit_code:
+            run.report("Midtraining", trainer, conversations=len(task))
+        return trainer.exit_code
+
+
+def check(config: Config) -> None:
+    if not 0 < config.mixture_ratio <= 1:
+        raise configurator.UserError(f"--mixture_ratio={config.mixture_ratio:g} is not possible: a share above 0 and at most 1")
+    run_setup.check_optimizer(config.optimizer)
+
+
+def make_plan(run: run_setup.Run, model_config: GPTConfig, task: "Task", tokenizer: Any) -> schedule.TrainPlan:
+    """Batch and rates as the base model had them; the length that is asked for, or once through the mixture."""
+    config = run.config
+    plan = run.plan(model_config)
+    run_setup.check_batch(plan.total_batch_size, config.max_seq_len, config.device_batch_size, run.world_size)
+    steps = run.steps(lambda: tokens_in(task, tokenizer, config.max_seq_len) / config.mixture_ratio / plan.total_batch_size)
+    common.print0(f"mid: {len(task):,} conversations; {steps:,} steps of {plan.total_batch_size:,} tokens")
+    return plan._replace(num_iterations=steps, tokens=steps * plan.total_batch_size)
+
+
+def tokens_in(task: "Task", tokenizer: Any, max_tokens: int, sample: int = 512) -> float:
+    """The tokens of all conversations, estimated from an even sample of them: the same on every rank, and at once."""
+    count = min(sample, len(task))
+    lengths = [len(tokenizer.render_conversation(task[i * len(task) // count], max_tokens=max_tokens)[0]) for i in range(count)]
+    return len(task) * sum(lengths) / count
+
+
+def make_stage(run: run_setup.Run, plan: schedule.TrainPlan, task: "Task", tokenizer: Any) -> "Stage":
+    from zangchat.trainer import Stage
+
+    config = run.config
+
+    def multipliers(step: int) -> StepMultipliers:
+        return schedule.finetune_multipliers(
+            step,
+            plan.num_iterations,
+            init_lr_frac=config.init_lr_frac,
+            warmdown_ratio=config.warmdown_ratio,
+            final_lr_frac=config.final_lr_frac,
+        )
+
+    dataset = run.dataset() if config.mixture_ratio < 1 else None
+    batches = run.packed(tokenizer, config.max_seq_len, plan.total_batch_size, dataset, task, config.mixture_ratio)
+    return Stage("mid", batches, multipliers, make_hooks(run, tokenizer))
+
+
+def make_hooks(run: run_setup.Run, tokenizer: Any) -> list["Every"]:
+    """Bits per byte of the answers in held-out conversations of the same mixture."""
+    from zangchat import hooks
+
+    config = run.config
+    held_out = held_out_conversations(config.mixture, tokenizer=tokenizer, seed=config.seed) if config.eval_every > 0 else None
+    if held_out is None:
+        return []
+
+    def batches() -> Iterator["Batch"]:
+        examples = run.examples(held_out, tokenizer, 4 * config.device_batch_size * run.world_size, seed=0, num_epochs=1)
+        return hooks.first_tokens(examples, config.eval_tokens, run.world_size)
+
+    return [hooks.validation_bpb(config.eval_every, batches, run.token_bytes(tokenizer))]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,321 @@
+"""The training commands at a tiny size, as a user starts them: what they refuse, what they resume, what they leave behind.
+
+One small base directory serves all tests: a tokenizer of 300 tokens, a text file, a base model of one layer, and what was trained from it.
+"""
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from scripts import base_loss, base_train, chat_sft, mid_train
+from zangchat import checkpoint_manager, run_setup, trainer
+from zangchat.configurator import UserError
+from zangchat.tokenizer import RustBPETokenizer
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "the", "dog", "ran", "to", "it", "while", "one", "bird", "sang", "of", "two"]
+MODEL = ["--depth=1", "--n_embd=32", "--head_dim=16", "--max_seq_len=32", "--device_type=cpu", "--dtype=float32"]
+BATCH = ["--device_batch_size=4", "--total_batch_size=256"]
+QUIET = ["--sample_every=-1", "--core_metric_every=-1", "--eval_every=5", "--eval_tokens=400"]
+
+
+def text(index: int) -> str:
+    return " ".join(WORDS[(index * 7 + k * (index % 5 + 1)) % len(WORDS)] for k in range(12 + index % 9))
+
+
+def chat(index: int) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": f"say {WORDS[index % 18]}"}, {"role": "assistant", "content": text(index)}]}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A base directory with a pretrained, a midtrained and a finetuned model, each of 10 steps."""
+    root = tmp_path_factory.mktemp("base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ZANGCHAT_BASE_DIR", str(root))
+        patch.setenv("WANDB_RUN", "dummy")
+        documents = [text(index) for index in range(300)]
+        RustBPETokenizer.train_from_iterator(iter(documents), 300).save(root / "tokenizer")
+        (root / "text.jsonl").write_text("".join(json.dumps({"text": document}) + "\n" for document in documents), encoding="utf-8")
+        (root / "chats.jsonl").write_text("".join(json.dumps(chat(index)) + "\n" for index in range(60)), encoding="utf-8")
+        assert base_train.main(base_flags(root)) == 0
+        assert mid_train.main(mid_flags(root)) == 0
+        assert chat_sft.main(sft_flags(root)) == 0
+        yield root
+
+
+@pytest.fixture(autouse=True)
+def home(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZANGCHAT_BASE_DIR", str(base))
+
+
+def base_flags(root: Path, *more: str) -> list[str]:
+    return [*MODEL, *BATCH, *QUIET, "--num_iterations=10", f"--data_path={root / 'text.jsonl'}", *more]
+
+
+def mid_flags(root: Path, *more: str) -> list[str]:
+    mixture = f"--mixture={root / 'chats.jsonl'}:1,arithmetic:40"
+    return [mixture, "--mixture_ratio=0.7", "--num_iterations=10", "--eval_every=5", "--eval_tokens=400", "--device_type=cpu", *more]
+
+
+def sft_flags(root: Path, *more: str) -> list[str]:
+    mixture = f"--mixture={root / 'chats.jsonl'}:1,arithmetic:20"
+    return [mixture, "--target_examples_per_step=8", "--eval_every=5", "--eval_steps=2", "--init_lr_frac=0.5", "--device_type=cpu", *more]
+
+
+def folder(root: Path, stage: str, tag: str = "d1") -> Path:
+    return root / checkpoint_manager.SOURCES[stage] / tag
+
+
+def metrics(root: Path, stage: str) -> list[dict[str, Any]]:
+    lines = (folder(root, stage) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in trainer.TIMES} for line in lines]
+
+
+def losses(root: Path, stage: str) -> list[float]:
+    return [line["loss"] for line in metrics(root, stage) if "loss" in line]
+
+
+def final(root: Path, stage: str) -> dict[str, Any]:
+    """Weights, optimizer state and run state at the end, without what the clock decides."""
+    directory = folder(root, stage)
+    model, optimizer, meta = checkpoint_manager.load_checkpoint(
+        directory, checkpoint_manager.find_last_step(directory), "cpu", load_optimizer=True
+    )
+    assert optimizer is not None
+    tensors = {f"{name}/{key}": tensor for name, entry in optimizer.items() for key, tensor in entry["tensors"].items()}
+    return {"tensors": {**model, **tensors}, "state": {**meta["run_state"], "training_seconds": 0}}
+
+
+@contextlib.contextmanager
+def ctrl_c_in_step(step: int) -> Iterator[None]:
+    original = trainer.Trainer.train_step
+
+    def train_step(self: Any, batch: Any) -> Any:
+        if self.state.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.Trainer, "train_step", train_step)
+        yield
+
+
+# ---- what a run leaves ----------------------------------------------------------------------------------------------
+
+
+def test_every_stage_learns_and_leaves_a_model_that_loads(base):
+    for stage, steps in (("base", 10), ("mid", 10), ("sft", 10)):
+        values = losses(base, stage)
+        assert len(values) == steps and values[-1] < values[0]
+        model, tokenizer, meta = checkpoint_manager.load_model(stage, "cpu", "eval")
+        assert meta["step"] == steps and meta["stage"] == stage
+        assert tokenizer.get_vocab_size() == model.config.vocab_size == 300
+        assert not list(folder(base, stage).glob(".*"))
+
+
+def test_validation_is_measured_and_falls(base):
+    curve = [line["val_bpb"] for line in metrics(base, "base") if "val_bpb" in line]
+    assert len(curve) == 3 and curve[-1] < curve[0]  # at 0, 5, 10
+    meta = checkpoint_manager.read_meta(folder(base, "base"), 10)
+    assert meta["val_bpb"] == curve[-1] == meta["run_state"]["last_val_bpb"]
+
+
+def test_later_stages_inherit_the_settings_of_the_model(base):
+    before = checkpoint_manager.read_meta(folder(base, "base"), 10)["user_config"]
+    for stage in ("mid", "sft"):
+        after = checkpoint_manager.read_meta(folder(base, stage), 10)["user_config"]
+        for name in ("max_seq_len", "device_batch_size", "matrix_lr", "embedding_lr", "grad_clip", "optimizer"):
+            assert after[name] == before[name], name
+    assert checkpoint_manager.read_meta(folder(base, "sft"), 10)["run_state"]["extra"]["facts"]["source"] == "mid d1 step 10"
+
+
+def test_each_stage_reports(base):
+    sections = {json.loads(path.read_text(encoding="utf-8"))["section"] for path in (base / "report").glob("*.card.json")}
+    assert {"Base model training", "Midtraining", "Chat SFT"} <= sections
+
+
+def test_base_loss_measures_the_validation_text_as_training_did(base, capsys):
+    assert base_loss.main(["--split_tokens=400", "--device_batch_size=3", "--device_type=cpu", "--dtype=float32"]) == 0
+    out = capsys.readouterr().out
+    measured = float(out.split("validation bits per byte: ")[1].split()[0])
+    assert measured == pytest.approx(checkpoint_manager.read_meta(folder(base, "base"), 10)["val_bpb"], abs=1e-3)
+    assert "train bits per byte: " in out and "The capital of France is|" in out
+
+
+# ---- stopping and going on ------------------------------------------------------------------------------------------
+
+STAGES = {"base": (base_train.main, base_flags), "mid": (mid_train.main, mid_flags), "sft": (chat_sft.main, sft_flags)}
+
+
+@pytest.fixture
+def before(base: Path, home: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the base directory, to be taken back to before some stage."""
+    monkeypatch.setenv("ZANGCHAT_BASE_DIR", str(tmp_path / "copy"))
+    return shutil.copytree(base, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stopped_by_ctrl_c_and_resumed_equals_uninterrupted(base, before, stage, capsys):
+    shutil.rmtree(folder(before, stage))
+    main, flags = STAGES[stage][0], STAGES[stage][1](base, "--resume=latest")
+    with ctrl_c_in_step(7):
+        assert main(flags) == 130
+    printed = capsys.readouterr().out
+    assert "yet, starting at step 0" in printed  # --resume=latest is how scripts start a run, too
+    assert f"python -m {checkpoint_manager.COMMANDS[stage]} " in printed and "--resume=latest" in printed
+    assert checkpoint_manager.find_last_step(folder(before, stage)) == 7
+    assert main(flags) == 0
+    one, two = final(base, stage), final(before, stage)
+    assert one["state"] == two["state"] and metrics(base, stage) == metrics(before, stage)
+    assert one["tensors"].keys() == two["tensors"].keys()
+    assert all(torch.equal(one["tensors"][name], two["tensors"][name]) for name in one["tensors"])
+    capsys.readouterr()
+    assert main(flags) == 0 and "is finished at step 10 of 10; nothing to do" in capsys.readouterr().out
+
+
+def test_the_command_that_is_printed_goes_on_with_the_run(base, before, capsys):
+    shutil.rmtree(folder(before, "base"))
+    with ctrl_c_in_step(3):
+        assert base_train.main(base_flags(base, "--seed=7")) == 130
+    command = next(line for line in capsys.readouterr().out.splitlines() if "python -m scripts.base_train" in line)
+    assert base_train.main(shlex.split(command)[3:]) == 0
+    assert checkpoint_manager.find_last_step(folder(before, "base")) == 10
+
+
+def test_a_finished_run_can_be_made_longer(base, before):
+    assert base_train.main([*base_flags(base, "--resume=latest"), "--num_iterations=12"]) == 0
+    assert checkpoint_manager.find_last_step(folder(before, "base")) == 12
+    assert losses(before, "base")[:10] == losses(base, "base") and len(losses(before, "base")) == 12
+
+
+def test_the_device_batch_size_may_change_on_the_way(base, before):
+    shutil.rmtree(folder(before, "base"))
+    with ctrl_c_in_step(5):
+        base_train.main(base_flags(base))
+    assert base_train.main([*base_flags(base, "--resume=latest"), "--device_batch_size=2"]) == 0
+    assert losses(before, "base") == pytest.approx(losses(base, "base"), abs=1e-5)
+
+
+def test_a_resumed_run_keeps_its_own_tokenizer(base, before):
+    shutil.rmtree(folder(before, "base"))
+    with ctrl_c_in_step(5):
+        base_train.main(base_flags(base))
+    RustBPETokenizer.train_from_iterator(iter(["another text altogether"]), 280).save(before / "tokenizer")
+    assert base_train.main(base_flags(base, "--resume=latest")) == 0
+    assert losses(before, "base") == losses(base, "base")
+
+
+def test_overwriting_starts_over(base, before):
+    assert base_train.main([*base_flags(base, "--overwrite"), "--num_iterations=4"]) == 0
+    assert checkpoint_manager.valid_steps(folder(before, "base")) == [4]
+    assert losses(before, "base") != losses(base, "base")[:4]  # its rates fall sooner
+    assert len(losses(before, "base")) == 4
+
+
+# ---- what is refused, in one sentence, with nothing lost ------------------------------------------------------------
+
+
+def refused(main: Any, flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert main(flags) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: ")
+    return message
+
+
+def test_an_existing_run_is_not_written_over(base, capsys):
+    for stage, (main, flags) in STAGES.items():
+        earlier = sorted((path.name, path.stat().st_mtime_ns) for path in folder(base, stage).iterdir())
+        message = refused(main, flags(base), capsys)
+        assert "--resume=latest" in message and "--overwrite" in message and "--model_tag" in message
+        assert sorted((path.name, path.stat().st_mtime_ns) for path in folder(base, stage).iterdir()) == earlier
+
+
+def test_a_changed_flag_that_alters_the_maths_is_refused_by_name(base, capsys):
+    message = refused(base_train.main, base_flags(base, "--resume=latest", "--matrix_lr=0.5", "--warmup_ratio=0.3"), capsys)
+    assert "--matrix_lr=0.5 (was 0.02)" in message and "--warmup_ratio=0.3 (was 0.05)" in message and "--num_iterations" not in message
+    message = refused(chat_sft.main, sft_flags(base, "--resume=latest", "--target_examples_per_step=4"), capsys)
+    assert "--target_examples_per_step=4 (was 8)" in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["--total_batch_size=100"], ["--total_batch_size=100", "--max_seq_len=32"]),
+        (["--device_batch_size=3"], ["--total_batch_size=256", "--device_batch_size=3"]),
+        (["--n_embd=40"], ["--n_embd=40", "--head_dim=16"]),
+        (["--n_kv_head=3"], ["--n_kv_head"]),
+        (["--optimizer=lion"], ["--optimizer=lion", "muon, adamw, sgd"]),
+        (["--mixture=arithmetic:10"], ["--mixture", "--mixture_ratio"]),
+        (["--num_iterations=0"], ["--num_iterations"]),
+        (["--model_tag=../../etc"], ["--model_tag"]),
+        (["--resume=last"], ["--resume=last"]),
+        (["--resume=latest", "--overwrite"], ["--resume", "--overwrite"]),
+        (["--data_path=/nowhere/at/all.txt"], ["/nowhere/at/all.txt"]),
+        (["--dataset=nope", "--data_path="], ["--dataset=nope", "python -m zangchat.dataset"]),
+        (["--mixture=nope:1", "--mixture_ratio=0.5"], ["nope"]),
+        (["--device_type=tpu"], ["--device_type=tpu"]),
+        (["--dtype=float12"], ["--dtype=float12"]),
+    ],
+)
+def test_what_does_not_fit_is_named_before_anything_is_made(base, flags, names, capsys):
+    tag = "d1" if "--resume=latest" in flags else "new"
+    message = refused(base_train.main, base_flags(base, f"--model_tag={tag}", *flags), capsys)
+    assert all(name in message for name in names), message
+    assert not folder(base, "base", "new").exists() or not checkpoint_manager.valid_steps(folder(base, "base", "new"))
+
+
+def test_what_is_missing_names_the_command_that_makes_it(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ZANGCHAT_BASE_DIR", str(tmp_path))
+    assert "python -m scripts.tok_train" in refused(base_train.main, base_flags(base), capsys)
+    assert "python -m scripts.base_train" in refused(mid_train.main, mid_flags(base), capsys)
+    assert "python -m scripts.mid_train" in refused(chat_sft.main, sft_flags(base), capsys)
+    assert "python -m scripts.base_train" in refused(base_loss.main, ["--device_type=cpu"], capsys)
+
+
+def test_unknown_tags_steps_and_tasks_are_named(base, capsys):
+    assert "choose one of d1" in refused(mid_train.main, mid_flags(base, "--model_tag=d7"), capsys)
+    assert "no step 3" in refused(mid_train.main, mid_flags(base, "--model_step=3", "--overwrite"), capsys)
+    assert "no step 3" in refused(base_train.main, base_flags(base, "--resume=3"), capsys)
+    assert "unknown task 'nope'" in refused(chat_sft.main, sft_flags(base, "--overwrite", "--mixture=nope:1"), capsys)
+    assert "max_seq_len=64" in refused(chat_sft.main, sft_flags(base, "--overwrite", "--max_seq_len=64"), capsys)
+    assert checkpoint_manager.find_last_step(folder(base, "mid")) == 10  # --overwrite lost nothing
+
+
+def test_a_run_none_of_whose_checkpoints_is_intact_does_not_start_over_by_itself(before, base, capsys):
+    for path in folder(before, "base").glob("model_*.pt"):
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    message = refused(base_train.main, base_flags(base, "--resume=latest"), capsys)
+    assert "intact" in message and "--overwrite" in message
+
+
+# ---- the plan -------------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_prints_the_plan_without_torch_and_without_a_trace(tmp_path):
+    program = "import sys; from scripts import base_train; code = base_train.main(); assert 'torch' not in sys.modules; sys.exit(code)"
+    environment = {**os.environ, "ZANGCHAT_BASE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", program, "--dry_run", "--depth=20", "--device_batch_size=32"]
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    for expected in ("20 layers, width 1280", "560,988,160", "1,048,576 tokens", "vocabulary 65,536", "GiB per rank"):
+        assert expected in out, out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_is_cut_into_whole_rows_equal_shares_and_equal_passes():
+    run_setup.check_batch(256, 32, 4, 1)
+    run_setup.check_batch(256, 32, 64, 2)  # fewer rows than a pass may hold
+    for arguments, flag in (((100, 32, 4, 1), "--max_seq_len=32"), ((96, 32, 4, 2), "2 ranks"), ((192, 32, 4, 1), "--device_batch_size=4")):
+        with pytest.raises(UserError, match=flag):
+            run_setup.check_batch(*arguments)
