@@ -139,9 +139,13 @@ else
     downloading=$!
     echo "all $NUM_SHARDS shards are being downloaded, see $ZANGCHAT_BASE_DIR/download.log"
     manifest="$ZANGCHAT_BASE_DIR/base_data/$DATASET/manifest.json"
-    until [ "$(grep -o '"shard_[0-9]*\.parquet"' "$manifest" | wc -l)" -gt "$NUM_SHARDS" ]; do # the order of the text depends on the plan
-        kill -0 "$downloading" 2> /dev/null || { cat "$ZANGCHAT_BASE_DIR/download.log" >&2; exit 1; }
-        sleep 1
+    planned() { [ "$(grep -o '"shard_[0-9]*\.parquet"' "$manifest" | wc -l)" -gt "$NUM_SHARDS" ]; }
+    until planned; do # the order of the text depends on the plan, so nothing reads it before
+        if ! kill -0 "$downloading" 2> /dev/null && ! planned; then
+            cat "$ZANGCHAT_BASE_DIR/download.log" >&2
+            exit 1
+        fi
+        sleep 0.2
     done
 fi
 
