@@ -556,6 +556,10 @@ class ReplyDecoder:
         """What was said, tool calls left out."""
         return "".join(part["text"] for part in self.parts if part["type"] == "text")
 
+    def content(self) -> str | list[dict[str, str]]:
+        """The reply as a message's content: a string, or its parts where a tool was called."""
+        return self.parts if any(part["type"] != "text" for part in self.parts) else self.text()
+
     def _add(self, text: str) -> list[tuple[str, str]]:
         if not text:
             return []

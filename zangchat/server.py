@@ -22,7 +22,7 @@ from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import nh3
 from fastapi import FastAPI, Request, Response
@@ -30,7 +30,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from markdown_it import MarkdownIt
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -256,14 +256,24 @@ class Pool:
 # ---- what clients send ----------------------------------------------------------------------------------------------
 
 
+def whole_characters(text: str) -> str:
+    """Raises ValueError for lone surrogates, which JSON can spell and UTF-8 cannot."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("half of a surrogate pair is not a character")
+    return text
+
+
+Text = Annotated[str, AfterValidator(whole_characters)]
+
+
 class Part(BaseModel):
     type: Literal["text", "python", "python_output"]
-    text: str
+    text: Text
 
 
 class ChatMessage(BaseModel):
     role: Literal["system", "user", "assistant"]
-    content: str | list[Part]
+    content: Text | list[Part]
 
     def plain(self) -> str:
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content if part.type == "text")
@@ -346,7 +356,7 @@ class OpenAIChat(OpenAIRequest):
 
 
 class OpenAICompletion(OpenAIRequest):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Text | list[Text] | list[int] | list[list[int]]
     max_tokens: int | None = Field(16, ge=1, le=1_000_000)
     echo: bool = False
 

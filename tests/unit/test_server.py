@@ -186,6 +186,7 @@ USER, ASSISTANT, SYSTEM = ({"role": role, "content": "x"} for role in ("user", "
         ({"messages": [ASSISTANT, USER]}, 400, "message 1 is of role 'assistant'"),
         ({"messages": [USER, SYSTEM, USER]}, 400, "message 2 is of role 'system'"),
         ({"messages": [USER] * 501}, 400, "messages"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "messages.0.content"),
         ({"messages": [USER], "temperature": -1}, 400, "temperature"),
         ({"messages": [USER], "temperature": "hot"}, 400, "temperature"),
         (b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', 400, "temperature"),
@@ -211,6 +212,8 @@ def test_bad_requests_are_told_what_is_wrong(server: tuple[str, Any], path: str,
         ({"prompt": []}, 400, "at least one"),
         ({"prompt": [9999]}, 400, "between 0 and 264"),
         ({"prompt": {"a": 1}}, 400, "prompt"),
+        ({"prompt": "\ud800", "echo": True}, 400, "prompt"),
+        ({"prompt": [10**30]}, 400, "between 0 and 264"),
         ({"prompt": ["x"] * 40, "n": 2}, 400, "40 prompts x n=2"),
         ({"prompt": "x", "n": 0}, 400, "n: "),
         ({"prompt": "x", "model": "gpt-9"}, 404, "there is no model 'gpt-9' here; this server has 'zangchat-test'"),
@@ -219,7 +222,7 @@ def test_bad_requests_are_told_what_is_wrong(server: tuple[str, Any], path: str,
     ],
 )
 def test_bad_completions_are_told_what_is_wrong(url: str, body: dict[str, Any], status: int, complaint: str) -> None:
-    response = httpx.post(url + "/v1/completions", json=body)
+    response = httpx.post(url + "/v1/completions", content=json.dumps(body), headers={"Content-Type": "application/json"})
     assert response.status_code == status, response.text
     assert complaint in response.json()["error"]["message"]
 
@@ -277,7 +280,8 @@ def test_a_full_queue_refuses_and_disconnecting_makes_room() -> None:
     with serving(slow, max_batch=1, queue=1) as (url, pool), httpx.Client(timeout=30) as client:
         body = {"messages": ask("hi")}
         with client.stream("POST", url + "/chat/completions", json=body) as first:
-            assert next(first.iter_lines())
+            lines = first.iter_lines()  # kept: a dropped iterator closes its connection
+            assert next(lines)
             with client.stream("POST", url + "/chat/completions", json=body):
                 refused = client.post(url + "/v1/chat/completions", json=body)
                 assert (refused.status_code, refused.headers["retry-after"]) == (429, "2")

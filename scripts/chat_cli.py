@@ -1,0 +1,270 @@
+"""Talk to a model in the terminal.
+
+    python -m scripts.chat_cli                                    # a conversation; /help lists what one can type
+    python -m scripts.chat_cli -p "Why is the sky blue?"          # one answer on stdout, nothing else
+    echo "Summarise: ..." | python -m scripts.chat_cli -p -       # the question from stdin
+
+Ctrl-C stops an answer and keeps the chat; Ctrl-D leaves.
+"""
+
+import json
+import secrets
+import sys
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from zangchat import configurator
+from zangchat.configurator import UserError
+
+if TYPE_CHECKING:
+    from zangchat.engine import Engine
+
+REPLY_SHARE = 4  # the oldest turns are left out when less than 1/4 of the context, or max_tokens, would remain for the answer
+
+HELP = """\
+/clear               forget the conversation
+/system TEXT         instructions in front of the conversation (nothing: none)
+/temperature NUMBER  0 always takes the likeliest token
+/topk NUMBER         draw among the NUMBER likeliest tokens (0: all)
+/seed NUMBER         the same seed gives the same answers (nothing: a new one each time)
+/save FILE           write the conversation as JSON lines
+/help  /quit         Ctrl-C stops an answer, Ctrl-D leaves"""
+
+
+@dataclass
+class Config:
+    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"  # base | mid | sft | rl
+    model_tag: Annotated[str | None, tyro.conf.arg(aliases=["-g"])] = None  # checkpoint folder; default: the largest model
+    step: Annotated[int | None, tyro.conf.arg(aliases=["-s"])] = None  # default: the newest
+    prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None  # answer this on stdout and leave; "-" reads it from stdin
+    temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.6  # 0 always takes the likeliest token
+    top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50  # 0 = off
+    top_p: float = 1.0  # draw among the likeliest tokens that reach this probability together
+    seed: int | None = None  # default: another one for every answer
+    max_tokens: int = 512  # longest answer
+    device_type: str = ""  # cuda | mps | cpu; empty = the best one present
+    dtype: str = ""  # bfloat16 | float16 | float32; empty = what the device is really fast with
+
+
+@dataclass
+class Chat:
+    """A conversation and the settings of its next answer."""
+
+    engine: "Engine"
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int | None
+    max_tokens: int
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    system: str = ""
+
+    def conversation(self) -> list[dict[str, Any]]:
+        return ([{"role": "system", "content": self.system}] if self.system else []) + self.messages
+
+    def answer(self, question: str, note: Callable[[str], None]) -> Generator[tuple[str, str], None, None]:
+        """Ask, and stream the answer as (type of part, text). The exchange joins the history however the answer ends, if it began.
+
+        `note` is told what the user should know. Raises UserError for a question that the context has no room for.
+        """
+        from zangchat.engine import ReplyDecoder, fit_conversation
+
+        tokenizer, context = self.engine.tokenizer, self.engine.model.config.sequence_len
+        question_message = {"role": "user", "content": question}
+        room = context - min(self.max_tokens, context // REPLY_SHARE)
+        prompt, left_out = fit_conversation(tokenizer, [*self.conversation(), question_message], room)
+        if len(prompt) >= context:
+            raise UserError(f"the question has {len(prompt)} tokens, but the model reads {context - 1} at most: ask something shorter")
+        if left_out:
+            note(f"the conversation outgrew the model's {context} tokens: its oldest {left_out} messages were left out")
+        decoder = ReplyDecoder(tokenizer)
+        seed = secrets.randbits(32) if self.seed is None else self.seed
+        try:
+            for (token,), _ in self.engine.generate(prompt, 1, self.max_tokens, self.temperature, self.top_k, self.top_p, seed):
+                yield from decoder.feed(token)
+            yield from decoder.flush()
+        finally:
+            decoder.flush()
+            self.messages += [question_message, {"role": "assistant", "content": decoder.content()}]
+
+
+def chat(config: Config) -> int:
+    check(config)
+    question = sys.stdin.read() if config.prompt == "-" else config.prompt
+    if question is not None and not question.strip():
+        raise UserError('--prompt is empty: ask something, as in -p "Why is the sky blue?"')
+
+    from zangchat.engine import Engine, load_for_chat
+
+    engine = Engine(*load_for_chat(config)[:2])
+    session = Chat(engine, config.temperature, config.top_k, config.top_p, config.seed, config.max_tokens)
+    return answer_once(session, question) if question is not None else converse(session)
+
+
+def check(config: Config) -> None:
+    if not 0 <= config.temperature <= 100:
+        raise UserError(f"--temperature={config.temperature} makes no sense: choose 0 (the likeliest token) or more, 0.6 for example")
+    if config.top_k < 0:
+        raise UserError(f"--top_k={config.top_k} makes no sense: choose 0 (off) or more, 50 for example")
+    if not 0 < config.top_p <= 1:
+        raise UserError(f"--top_p={config.top_p} makes no sense: choose above 0 and at most 1 (off), 0.9 for example")
+    if config.max_tokens < 1:
+        raise UserError(f"--max_tokens={config.max_tokens} makes no sense: choose at least 1, 512 for example")
+
+
+def answer_once(session: Chat, question: str) -> int:
+    """The answer's text alone on stdout, as it comes; what the tools did is left out."""
+    for kind, text in session.answer(question.strip(), note=lambda message: print(message, file=sys.stderr)):
+        if kind == "text":
+            sys.stdout.write(text)
+            sys.stdout.flush()
+    sys.stdout.write("\n")
+    return 0
+
+
+# ---- the conversation on a terminal ---------------------------------------------------------------------------------
+
+
+class Screen:
+    """Text as it is, tool calls set apart, notes dimmed; styles vanish where stdout is no terminal."""
+
+    STYLES = {"text": "", "python": "cyan", "python_output": "bold cyan"}
+    BEFORE = {"text": "", "python": "[", "python_output": " = "}
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+        self.kind = "text"
+
+    def write(self, kind: str, text: str) -> None:
+        if kind != self.kind:
+            self._close(kind)
+            self.console.print(self.BEFORE[kind], style=self.STYLES[kind], end="")
+            self.kind = kind
+        self.console.print(printable(text), style=self.STYLES[kind], end="")
+
+    def end(self) -> None:
+        self._close("text")
+        self.kind = "text"
+        self.console.print()
+
+    def _close(self, following: str) -> None:
+        """A call and its result stand in one pair of brackets."""
+        if self.kind != "text" and following != "python_output":
+            self.console.print("]", style=self.STYLES["python"], end="")
+
+    def note(self, text: str) -> None:
+        self.console.print(text, style="dim")
+
+
+def printable(text: str) -> str:
+    """Without control characters: a model may well have learnt escape sequences, and the terminal would obey them."""
+    return "".join(c for c in text if c in "\n\t" or (ord(c) >= 32 and not 127 <= ord(c) < 160))
+
+
+def converse(session: Chat) -> int:
+    with suppress(ImportError):
+        import readline  # noqa: F401  (line editing and history for input(), where Python was built with it)
+
+    screen = Screen()
+    screen.note("Ask anything. /help shows the commands, Ctrl-C stops an answer, Ctrl-D leaves.")
+    while True:
+        try:
+            line = input("\n> ").strip()
+        except EOFError:
+            screen.console.print()
+            return 0
+        except KeyboardInterrupt:
+            screen.note("(Ctrl-D or /quit leaves)")
+            continue
+        if line.startswith("/"):
+            if not obey(session, line, screen.note):
+                return 0
+        elif line:
+            reply(session, line, screen)
+
+
+def reply(session: Chat, question: str, screen: Screen) -> None:
+    """Stream one answer; Ctrl-C ends it and keeps what was said."""
+    with closing(session.answer(question, screen.note)) as pieces:
+        try:
+            for kind, text in pieces:
+                screen.write(kind, text)
+            screen.end()
+        except KeyboardInterrupt:
+            screen.end()
+            screen.note("(stopped)")
+        except UserError as error:
+            screen.note(str(error))
+
+
+def obey(session: Chat, line: str, note: Callable[[str], None]) -> bool:
+    """Carry out a /command; False to leave."""
+    command, _, argument = line.partition(" ")
+    argument = argument.strip()
+    try:
+        if command in ("/quit", "/exit"):
+            return False
+        elif command == "/help":
+            note(HELP)
+        elif command == "/clear":
+            session.messages.clear()
+            note("the conversation is forgotten")
+        elif command == "/system":
+            session.system = argument
+            note("the instructions are set" if argument else "there are no instructions")
+        elif command == "/temperature":
+            session.temperature = number(float, argument, "/temperature 0.6", lambda value: 0 <= value <= 100)
+            note(f"temperature {session.temperature:g}")
+        elif command == "/topk":
+            session.top_k = number(int, argument, "/topk 50", lambda value: value >= 0)
+            note(f"top_k {session.top_k or 'off'}")
+        elif command == "/seed":
+            session.seed = number(int, argument, "/seed 42", lambda value: True) if argument else None
+            note("a new seed for each answer" if session.seed is None else f"seed {session.seed}")
+        elif command == "/save":
+            save(session, argument, note)
+        else:
+            note(f"there is no command {command}; /help lists them")
+    except UserError as error:
+        note(str(error))
+    return True
+
+
+def number(kind: Callable[[str], Any], text: str, example: str, valid: Callable[[Any], bool]) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not valid(value):
+        raise UserError(f"that takes a number, as in {example}")
+    return value
+
+
+def save(session: Chat, name: str, note: Callable[[str], None]) -> None:
+    """Append the conversation as one JSON line, the format that --identity_data and CustomJSON read."""
+    if not name:
+        raise UserError("name a file, as in /save chat.jsonl")
+    if not session.messages:
+        raise UserError("there is nothing to save yet")
+    path = Path(name).expanduser()
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"messages": session.conversation()}, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+    note(f"{len(session.messages)} messages added to {path}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return configurator.run(Config, chat, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

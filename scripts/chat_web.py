@@ -1,0 +1,121 @@
+"""Serve the chat page and an OpenAI-compatible API.
+
+    python -m scripts.chat_web                      # then open http://127.0.0.1:8000
+    python -m scripts.chat_web -i base --port=8080
+    OPENAI_BASE_URL=http://127.0.0.1:8000/v1        # for OpenAI's clients
+
+Only this machine can reach it unless --host says otherwise.
+"""
+
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from zangchat import configurator
+from zangchat.configurator import UserError
+
+if TYPE_CHECKING:
+    from zangchat.engine import Engine
+    from zangchat.server import Settings
+
+
+@dataclass
+class Config:
+    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"  # base | mid | sft | rl
+    model_tag: Annotated[str | None, tyro.conf.arg(aliases=["-g"])] = None  # checkpoint folder; default: the largest model
+    step: Annotated[int | None, tyro.conf.arg(aliases=["-s"])] = None  # default: the newest
+    host: str = "127.0.0.1"  # 0.0.0.0 lets other machines in; then set --api_key
+    port: Annotated[int, tyro.conf.arg(aliases=["-p"])] = 8000  # 0 = any free one
+    temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.8  # where a request names none, as the next two
+    top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50  # 0 = off
+    max_tokens: Annotated[int, tyro.conf.arg(aliases=["-m"])] = 512  # longest reply
+    num_gpus: int = 1  # one engine on each
+    max_batch: int = 16  # replies written at the same time, per device
+    queue: int = 64  # requests that may wait; more are answered 429
+    api_key: str | None = None  # asked of every client, as a bearer token
+    device_type: str = ""  # cuda | mps | cpu; empty = the best one present
+    dtype: str = ""  # bfloat16 | float16 | float32; empty = what the device is really fast with
+
+
+def serve(config: Config) -> None:
+    settings = make_settings(config)
+    with listen(config) as listener:
+        engines = load_engines(config)
+
+        import uvicorn
+
+        from zangchat.server import create_app
+
+        host, port = listener.getsockname()[:2]
+        print(f"chat at http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C stops it)", flush=True)
+        # no access log: the terminal of a chat server is no place for a record of who talked when
+        app = create_app(engines, settings)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3))
+        server.run(sockets=[listener])
+
+
+def make_settings(config: Config) -> "Settings":
+    checks = {
+        "temperature": (0 <= config.temperature <= 10, "between 0 and 10"),
+        "top_k": (config.top_k >= 0, "0 (off) or more"),
+        "max_tokens": (config.max_tokens >= 1, "at least 1"),
+        "num_gpus": (config.num_gpus >= 1, "at least 1"),
+        "max_batch": (config.max_batch >= 1, "at least 1"),
+        "queue": (config.queue >= 0, "0 or more"),
+        "port": (0 <= config.port <= 65535, "between 0 and 65535"),
+    }
+    for name, (valid, allowed) in checks.items():
+        if not valid:
+            raise UserError(f"--{name}={getattr(config, name)} makes no sense here: it must be {allowed}")
+
+    from zangchat.server import LOCAL_HOSTS, Settings
+
+    anywhere = config.host in ("0.0.0.0", "::", "")
+    return Settings(
+        model_name=f"zangchat-{config.source}",
+        temperature=config.temperature,
+        top_k=config.top_k,
+        max_tokens=config.max_tokens,
+        max_batch=config.max_batch,
+        queue=config.queue,
+        api_key=config.api_key or None,
+        hosts=None if anywhere else frozenset({*LOCAL_HOSTS, config.host.lower(), f"[{config.host.lower()}]"}),
+    )
+
+
+def listen(config: Config) -> socket.socket:
+    """Take the port before a model is loaded, so that a mistake shows at once."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        return socket.create_server((config.host, config.port), family=family, backlog=512)
+    except OSError as error:
+        raise UserError(
+            f"--host={config.host} --port={config.port} cannot be listened on ({error.strerror or error}): choose another --port"
+        ) from None
+
+
+def load_engines(config: Config) -> "list[Engine]":
+    import torch
+
+    from zangchat import common
+    from zangchat.engine import Engine, load_for_chat
+
+    if config.num_gpus == 1:
+        return [Engine(*load_for_chat(config)[:2])]
+    device_type = config.device_type or common.autodetect_device_type()
+    present = torch.cuda.device_count() if device_type == "cuda" else 0
+    if config.num_gpus > present:
+        raise UserError(f"--num_gpus={config.num_gpus}, but {present} CUDA devices are present here: lower it, or leave it out")
+    return [Engine(*load_for_chat(config, torch.device("cuda", i))[:2]) for i in range(config.num_gpus)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return configurator.run(Config, serve, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,262 @@
+"""The terminal chat, with a model that says what it is told to; and the loading of a real one."""
+
+import builtins
+import json
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from scripts import chat_cli, chat_web
+from scripts.chat_cli import Chat
+from tests.talker import TOKENIZER, Talker, engine
+from zangchat import checkpoint_manager
+from zangchat import engine as engine_module
+from zangchat.config import GPTConfig
+from zangchat.configurator import UserError
+from zangchat.engine import load_for_chat
+from zangchat.gpt import GPT
+from zangchat.tokenizer import RustBPETokenizer
+
+
+def reply(question: str) -> str:
+    if "calculate" in question:
+        return "It is <|python_start|>6*7<|python_end|>####."
+    if "escape" in question:
+        return "a\x1b[31mb\x07c"
+    return f"Re: {question}"
+
+
+@pytest.fixture
+def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run chat_cli with arguments and typed lines (an exception is raised where a line would be); returns stdout."""
+    monkeypatch.setattr(engine_module, "load_for_chat", lambda config: (Talker(reply, sequence_len=256), TOKENIZER, {}))
+
+    def run(*argv: str, typed: tuple[Any, ...] = (), code: int = 0) -> str:
+        lines = iter(typed)
+
+        def typing(prompt: str = "") -> str:
+            line = next(lines, EOFError())
+            if isinstance(line, BaseException):
+                raise line
+            return line
+
+        monkeypatch.setattr(builtins, "input", typing)
+        assert chat_cli.main(argv) == code
+        return capsys.readouterr().out
+
+    return run
+
+
+def session(**settings: Any) -> Chat:
+    defaults: dict[str, Any] = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 1, "max_tokens": 100}
+    return Chat(engine(reply, sequence_len=256), **{**defaults, **settings})
+
+
+# ---- one answer -----------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_gets_its_answer_on_stdout_and_nothing_else(talk: Callable[..., str]) -> None:
+    assert talk("-p", "hi 你好") == "Re: hi 你好\n"
+    assert talk("--prompt=calculate") == "It is .\n"  # what the tools did is left out
+
+
+def test_a_dash_reads_the_prompt_from_stdin(talk: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe\n"))
+    assert talk("-p", "-") == "Re: from a pipe\n"
+
+
+def test_the_answer_is_as_long_as_allowed(talk: Callable[..., str]) -> None:
+    assert talk("-p", "abc", "--max_tokens=5") == "Re: a\n"
+
+
+@pytest.mark.parametrize("flag", ["--temperature=-1", "--top_k=-2", "--top_p=0", "--top_p=1.5", "--max_tokens=0", "--prompt= "])
+def test_a_senseless_flag_is_named(capsys: pytest.CaptureFixture[str], flag: str) -> None:
+    assert chat_cli.main(["-p", "hi", flag]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and flag.split("=")[0] in captured.err and "Traceback" not in captured.err
+
+
+def test_a_prompt_that_is_too_long_is_refused_in_one_sentence(talk: Callable[..., str]) -> None:
+    assert talk("-p", "x" * 300, code=2) == ""
+
+
+# ---- a conversation -------------------------------------------------------------------------------------------------
+
+
+def test_a_conversation_goes_on_until_the_end_of_input(talk: Callable[..., str]) -> None:
+    out = talk(typed=("one", "", "two"))
+    assert out.index("Re: one\n") < out.index("Re: two\n")
+
+
+def test_tool_calls_are_set_apart(talk: Callable[..., str]) -> None:
+    assert "It is [6*7 = 42]." in talk(typed=("calculate",))
+
+
+def test_control_characters_of_the_model_do_not_reach_the_terminal(talk: Callable[..., str]) -> None:
+    out = talk(typed=("escape",))
+    assert "a[31mbc" in out and "\x1b" not in out and "\x07" not in out
+
+
+def test_ctrl_c_at_the_prompt_does_not_leave_but_quit_does(talk: Callable[..., str]) -> None:
+    out = talk(typed=(KeyboardInterrupt(), "still here", "/quit", "never asked"))
+    assert "Re: still here" in out and "never asked" not in out
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_what_was_said() -> None:
+    chat = session()
+    pieces = chat.answer("go on", print)
+    assert "".join(text for _, text in (next(pieces) for _ in range(4))) == "Re: "
+    with pytest.raises(KeyboardInterrupt):
+        pieces.throw(KeyboardInterrupt())
+    assert chat.messages == [{"role": "user", "content": "go on"}, {"role": "assistant", "content": "Re: "}]
+    assert "".join(text for _, text in chat.answer("next", print)) == "Re: next"
+
+
+def test_history_is_kept_with_its_tool_calls_and_trimmed_at_the_context() -> None:
+    chat, notes = session(), []
+    list(chat.answer("calculate", notes.append))
+    assert [part["type"] for part in chat.messages[1]["content"]] == ["text", "python", "python_output", "text"]
+    for i in range(6):
+        list(chat.answer(f"a question of some length, number {i}", notes.append))
+    assert len(chat.messages) == 14  # what was said stays said; only the prompt is cut
+    assert notes and re.search(r"outgrew the model's 256 tokens: its oldest \d+ messages", notes[-1])
+    with pytest.raises(UserError, match="the model reads 255 at most"):
+        list(chat.answer("x" * 300, notes.append))
+    assert len(chat.messages) == 14
+
+
+def test_settings_change_by_command(tmp_path: Path) -> None:
+    chat, notes = session(), []
+
+    def obey(line: str) -> bool:
+        return chat_cli.obey(chat, line, notes.append)
+
+    for line in ("/temperature 0.3", "/topk 7", "/seed 5", "/system  be brief "):
+        assert obey(line)
+    assert (chat.temperature, chat.top_k, chat.seed, chat.system) == (0.3, 7, 5, "be brief")
+    for line in ("/temperature hot", "/temperature -1", "/temperature nan", "/topk 1.5", "/topk", "/seed x", "/nonsense", "/save"):
+        notes.clear()
+        assert obey(line) and len(notes) == 1
+    assert (chat.temperature, chat.top_k, chat.seed) == (0.3, 7, 5)
+    obey("/seed")
+    assert chat.seed is None
+    list(chat.answer("hi", print))
+    obey("/clear")
+    assert chat.messages == [] and chat.system == "be brief"
+    obey("/help")
+    assert all(command in notes[-1] for command in ("/clear", "/system", "/temperature", "/topk", "/seed", "/save", "/quit"))
+    assert not obey("/quit")
+
+
+def test_a_chat_is_saved_as_a_line_of_training_data(tmp_path: Path) -> None:
+    chat, notes, path = session(), [], tmp_path / "chat.jsonl"
+    chat_cli.obey(chat, f"/save {path}", notes.append)
+    assert notes == ["there is nothing to save yet"] and not path.exists()
+    chat.system = "be kind"
+    list(chat.answer("hi 你好", print))
+    for _ in range(2):
+        chat_cli.obey(chat, f"/save {path}", notes.append)
+    first, second = path.read_text(encoding="utf-8").splitlines()
+    assert first == second
+    assert [message["content"] for message in json.loads(first)["messages"]] == ["be kind", "hi 你好", "Re: hi 你好"]
+    chat_cli.obey(chat, f"/save {tmp_path}", notes.append)
+    assert "cannot be written" in notes[-1]
+
+
+def test_the_same_seed_gives_the_same_answer() -> None:
+    answers = set()
+    for _ in range(3):
+        chat = session(temperature=50.0, seed=3, max_tokens=20)
+        answers.add("".join(text for _, text in chat.answer("hi", print)))
+    assert len(answers) == 1
+
+
+# ---- loading --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(base_dir: Path) -> GPT:
+    """A tiny model with its tokenizer, saved as the chat stages save theirs."""
+    tokenizer = RustBPETokenizer.train_from_iterator(["some words to merge, some words to keep"] * 4, 280)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(sequence_len=64, vocab_size=tokenizer.get_vocab_size(), n_layer=1, n_head=2, n_kv_head=2, n_embd=16))
+    model.init_weights()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.3)
+    folder = base_dir / "chatsft_checkpoints" / "d1"
+    tokenizer.save(folder)
+    meta = {"model_config": model.config.to_dict(), "user_config": {}, "run_state": {}, "val_bpb": None}
+    checkpoint_manager.save_checkpoint(folder, 7, model.state_dict(), None, meta)
+    return model
+
+
+def test_a_saved_model_answers(checkpoint: GPT, capfd: pytest.CaptureFixture[str]) -> None:
+    for argv in (["-p", "some words", "--dtype=float32", "-t", "0"], ["-p", "some words", "-g", "d1", "-s", "7", "--seed=1"]):
+        assert chat_cli.main([*argv, "--max_tokens=8", "--device_type=cpu"]) == 0
+        captured = capfd.readouterr()
+        assert captured.out.endswith("\n") and "loading" not in captured.out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_loaded_in_the_compute_dtype(checkpoint: GPT, dtype: torch.dtype) -> None:
+    config = chat_cli.Config(device_type="cpu", dtype=str(dtype).removeprefix("torch."))
+    model, _, meta = load_for_chat(config)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype} and meta["step"] == 7 and not model.training
+
+
+def test_a_model_tag_that_names_a_stage_is_taken_as_the_source(checkpoint: GPT) -> None:
+    config = chat_cli.Config(source="base", model_tag="sft", device_type="cpu", dtype="float32")
+    model, _, _ = load_for_chat(config)
+    assert torch.equal(model.lm_head.weight, checkpoint.lm_head.weight)
+
+
+@pytest.mark.parametrize("argv", [["-i", "rl"], ["-g", "d9"], ["-s", "3"], ["-i", "nowhere"]])
+def test_a_missing_model_is_one_sentence(checkpoint: GPT, capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    for script, extra in ((chat_cli, ["-p", "hi"]), (chat_web, ["--port=0"])):
+        assert script.main([*argv, *extra, "--device_type=cpu"]) == 2
+        error = capsys.readouterr().err
+        assert error.count("error: ") == 1 and "Traceback" not in error
+
+
+# ---- the web script -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flag", ["--temperature=-1", "--top_k=-1", "--max_tokens=0", "--max_batch=0", "--queue=-1", "--port=70000", "--num_gpus=0"]
+)
+def test_chat_web_names_a_senseless_flag(capsys: pytest.CaptureFixture[str], flag: str) -> None:
+    assert chat_web.main([flag]) == 2
+    assert flag.split("=")[0] in capsys.readouterr().err
+
+
+def test_chat_web_says_that_a_port_is_taken_before_it_loads_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert chat_web.main([f"--port={port}"]) == 2
+    assert f"--port={port}" in capsys.readouterr().err
+
+
+def test_chat_web_serves_until_it_is_interrupted(checkpoint: GPT) -> None:
+    import httpx
+
+    command = [sys.executable, "-m", "scripts.chat_web", "--port=0", "--device_type=cpu", "--dtype=float32", "-m", "8"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        line = process.stdout.readline()
+        try:
+            (url,) = re.findall(r"http://127\.0\.0\.1:\d+", line)
+            answer = httpx.post(url + "/v1/chat/completions", json={"messages": [{"role": "user", "content": "some words"}]}, timeout=60)
+            assert answer.json()["model"] == "zangchat-sft" and answer.json()["usage"]["completion_tokens"] <= 8
+        finally:
+            process.send_signal(2)
+            errors = process.stderr.read()
+        assert process.wait(30) in (0, 130) and "Traceback" not in errors and "some words" not in errors
