@@ -1,4 +1,4 @@
-"""Where pretraining text comes from: build it, fetch it, check it, read it.
+"""Where pretraining text comes from: build it, fetch it, read it; with `verify` in front, check what is there.
 
     python -m zangchat.dataset --source=pydocs                the corpus made from this machine's own Python documentation
     python -m zangchat.dataset -n 8                           8 training shards of climbmix from the hub, and its validation shard

@@ -29,7 +29,7 @@ from zangchat.progress import Progress
 
 PROSE_BYTES = 28_000_000  # at most
 CODE_SHARE = 0.35  # of all text, at most: prose is what a chat model needs first
-PACKAGE_SOURCE_BYTES = 12_000_000  # of the largest packages only this much source is read: time, and no package should dominate
+PACKAGE_SOURCE_BYTES = 10_000_000  # of the largest packages only this much source is read: time, and no package should dominate
 FILE_TEXT_BYTES = 100_000  # of prose, and of code, from one file
 CODE_ONE_FILE_IN = 5  # of the packages' files; of the standard library every file gives code
 DOCUMENT_CHARS = range(200, 8001)
