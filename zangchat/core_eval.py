@@ -10,7 +10,7 @@ answer's tokens are known exactly; jeopardy is the mean over its categories. Our
 examples drawn per item, by Random(1234 + index), never the item itself. Accuracies are centred, (accuracy - chance) / (1 - chance); CORE is
 their mean. With tasks missing it is another figure, and is called so.
 
-The bundle (<base>/eval_bundle): core.yaml names tasks, files, shots, delimiters; eval_meta_data.csv has the chance levels; eval_data/ the items.
+The bundle (<base>/eval_bundle): core.yaml names tasks, files, shots, delimiters; eval_meta_data.csv has chance; eval_data/ has the items.
 """
 
 import csv
