@@ -52,8 +52,10 @@ def train(config: Config) -> None:
     text = Text(config, dataset)
     try:
         tokenizer = RustBPETokenizer.train_from_iterator(text.documents(), config.vocab_size, facts=facts, progress=text.merged)
-    except ValueError as error:
-        raise UserError(f"{dataset.folder} makes no tokenizer ({error}): give other text with --dataset or --data_path") from error
+    except ValueError:
+        if text.characters:
+            raise
+        raise UserError(f"{dataset.folder} has no text to train on: name other text with --dataset or --data_path") from None
     finally:
         text.close()
     tokenizer.save(tokenizer_dir())
@@ -93,7 +95,9 @@ def already_trained(facts: dict[str, Any]) -> bool:
     found = RustBPETokenizer.from_directory(folder)
     differences = [name for name, value in facts.items() if found.facts.get(name) != value]
     if differences:
-        said = ", ".join(f"{name} {found.facts.get(name)} instead of {facts[name]}" for name in differences)
+        said = ", ".join(
+            "of other text" if name == "text" else f"{name} {found.facts.get(name)} instead of {facts[name]}" for name in differences
+        )
         raise UserError(f"{folder} holds a tokenizer made otherwise ({said}): --overwrite replaces it")
     common.print0(f"{folder} has this tokenizer already ({found.get_vocab_size():,} tokens); --overwrite trains it again")
     return True
@@ -107,13 +111,14 @@ class Text:
 
         self.config, self.dataset = config, dataset
         self.num_documents = self.characters = 0
-        self.start = self.updated = time.monotonic()
+        self.start = self.updated = 0.0
         self.reading = Progress("tokenizer: characters", self.expected_characters())
         self.merging = Progress("tokenizer: tokens", config.vocab_size)
         self.shown: Progress | None = None
 
     def documents(self) -> Iterator[str]:
         """At most doc_cap characters of each document, at most max_chars in all."""
+        self.start = self.updated = time.monotonic()
         self.show(self.reading)
         for document in self.dataset.iter_documents("train"):
             text = document[: min(self.config.doc_cap, self.config.max_chars - self.characters)]
@@ -162,10 +167,12 @@ def report(config: Config, tokenizer: "RustBPETokenizer", text: Text) -> None:
     found, lengths = tokenizer.get_vocab_size(), tokenizer.token_bytes()
     lengths = lengths[lengths > 0]
     common.print0(
-        f"tokenizer of {found:,} tokens from {text.characters:,} characters in {text.num_documents:,} documents, {seconds:.1f} s: {tokenizer_dir()}"
+        f"{tokenizer_dir()}: {found:,} tokens from {text.characters:,} characters in {text.num_documents:,} documents, {seconds:.1f} s"
     )
     if found < config.vocab_size:
-        common.print0(f"--vocab_size={config.vocab_size} was not reached: the text has no more pairs to merge; {found} is the vocabulary now")
+        common.print0(
+            f"--vocab_size={config.vocab_size} was not reached: the text has no more pairs to merge; {found} is the vocabulary now"
+        )
     results = {
         "documents": text.num_documents,
         "characters": text.characters,

@@ -2,7 +2,7 @@
 
 A tokenizer is data: a split pattern, the bytes of each token in the order of their ranks, and special tokens, whose ids follow. On disk:
 
-    tokenizer.json   {"format", "version", "pattern", "special_tokens": [name...], "ranks": [base64...], "facts": {...}}
+    tokenizer.json   {"format", "version", "fingerprint", "pattern", "special_tokens": [name...], "facts": {...}, "ranks": [base64...]}
     token_bytes.pt   int32 (V,): the length in bytes of each token, 0 for special tokens; what bits per byte need
 
 A conversation {"messages": [{"role", "content"}...]} becomes
@@ -16,6 +16,7 @@ first user message. Only this module's renderer writes special tokens: text is a
 import base64
 import binascii
 import functools
+import hashlib
 import io
 import json
 import logging
@@ -24,8 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
-import rustbpe
 
+import rustbpe
 from zangchat.common import atomic_write, get_base_dir
 from zangchat.configurator import UserError
 
@@ -45,9 +46,7 @@ SPECIAL_TOKENS = (
     "<|output_end|>",
 )
 # GPT-4's pattern, but numbers go in groups of up to two digits: three would spend a fifth of a small vocabulary on numbers.
-SPLIT_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-)
+SPLIT_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 FORMAT = "zangchat-tokenizer"
 VERSION = 1
 TOKENIZER_FILE = "tokenizer.json"
@@ -81,7 +80,9 @@ class _TiktokenEncoder:
 
 @functools.cache
 def _crate_encodes() -> bool:
-    """The package `rustbpe` of PyPI stands in where the crate cannot be built: it trains as the crate does, but cannot load ranks."""
+    """Whether `rustbpe` is this project's crate; PyPI's package stands in where it cannot be built: it trains alike, but takes no ranks."""
+    if not hasattr(rustbpe, "Tokenizer"):  # the source folder, found from the top of the repository
+        raise UserError("the package rustbpe is not installed: run `bash dev/setup.sh`")
     if hasattr(rustbpe.Tokenizer, "from_ranks"):
         return True
     logger.info("the crate rustbpe is not built here: training with PyPI's rustbpe, encoding with tiktoken (slower, the same tokens)")
@@ -90,7 +91,11 @@ def _crate_encodes() -> bool:
 
 def _whole_characters(text: str) -> str:
     """Surrogate pairs joined, lone surrogates replaced by U+FFFD: text that came through a careless \\u escape still has an encoding."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 # ---- the tokenizer --------------------------------------------------------------------------------------------------
@@ -121,6 +126,7 @@ class RustBPETokenizer:
         self._special_ids = {name: len(self._tokens) + i for i, name in enumerate(special_tokens)}
         self._all_tokens = [*self._tokens, *(name.encode() for name in special_tokens)]
         self._bos = self._special_ids["<|bos|>"]
+        self._encoder: rustbpe.Tokenizer | _TiktokenEncoder
         if _crate_encodes():
             self._encoder = rustbpe.Tokenizer.from_ranks([(token, i) for i, token in enumerate(self._tokens)], pattern)
         else:
@@ -133,6 +139,12 @@ class RustBPETokenizer:
 
         ranks = {token: i for i, token in enumerate(self._tokens)}
         return tiktoken.Encoding(name="zangchat", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=self._special_ids)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of a hash of all that decides the ids of a text."""
+        content = [self.pattern, list(self._special_ids), [token.hex() for token in self._tokens]]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     # -- making one
 
@@ -150,14 +162,16 @@ class RustBPETokenizer:
         """
         smallest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
-            raise ValueError(f"vocab_size must be at least {smallest} (256 bytes and {len(SPECIAL_TOKENS)} special tokens), not {vocab_size}")
+            raise ValueError(
+                f"vocab_size must be at least {smallest} (256 bytes and {len(SPECIAL_TOKENS)} special tokens), not {vocab_size}"
+            )
         characters = 0
 
         def counted() -> Iterator[str]:
             nonlocal characters
             for text in text_iterator:
                 characters += len(text)
-                yield text
+                yield text if text.isascii() else _whole_characters(text)
 
         trainer = rustbpe.Tokenizer()
         options: dict[str, Any] = {"progress": progress} if _crate_encodes() else {}
@@ -169,7 +183,7 @@ class RustBPETokenizer:
 
     @classmethod
     def from_pretrained(cls, tiktoken_name: str) -> "RustBPETokenizer":
-        """tiktoken's ranks and pattern of that name ("gpt2", "cl100k_base"...; it may have to download them), with this project's special tokens."""
+        """tiktoken's ranks and pattern of that name ("gpt2", "cl100k_base"...; it may download them), with our own special tokens."""
         import tiktoken
 
         encoding = tiktoken.get_encoding(tiktoken_name)
@@ -200,7 +214,10 @@ class RustBPETokenizer:
             tokens = [base64.b64decode(token, validate=True) for token in data["ranks"]]
         except binascii.Error as error:
             raise ValueError(f"a rank is not base64: {error}") from error
-        return cls(tokens, data["pattern"], data["special_tokens"], data["facts"])
+        tokenizer = cls(tokens, data["pattern"], data["special_tokens"], data["facts"])
+        if tokenizer.fingerprint != data["fingerprint"]:
+            raise ValueError("its contents have changed since it was written")
+        return tokenizer
 
     def save(self, tokenizer_dir: str | Path) -> None:
         """Write tokenizer.json and token_bytes.pt; each appears whole or not at all."""
@@ -217,6 +234,7 @@ class RustBPETokenizer:
         return {
             "format": FORMAT,
             "version": VERSION,
+            "fingerprint": self.fingerprint,
             "pattern": self.pattern,
             "special_tokens": list(self._special_ids),
             "facts": self.facts,
@@ -253,9 +271,7 @@ class RustBPETokenizer:
     # -- encode and decode
 
     @overload
-    def encode(
-        self, text: str, prepend: int | str | None = None, append: int | str | None = None, num_threads: int = 8
-    ) -> list[int]: ...
+    def encode(self, text: str, prepend: int | str | None = None, append: int | str | None = None, num_threads: int = 8) -> list[int]: ...
     @overload
     def encode(
         self, text: list[str], prepend: int | str | None = None, append: int | str | None = None, num_threads: int = 8
@@ -263,7 +279,7 @@ class RustBPETokenizer:
     def encode(
         self, text: str | list[str], prepend: int | str | None = None, append: int | str | None = None, num_threads: int = 8
     ) -> list[int] | list[list[int]]:
-        """Ordinary text to ids, or a list of texts to lists of ids; `prepend` and `append` are special tokens by name or any tokens by id."""
+        """Ordinary text to ids, or a list of texts to lists of ids; `prepend` and `append` are special tokens by name, or any by id."""
         before, after = ([] if token is None else [self._token_id(token)] for token in (prepend, append))
         if isinstance(text, str):
             try:
@@ -362,7 +378,7 @@ def _messages(conversation: dict[str, Any]) -> list[Any]:
 
 
 def _turns(conversation: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """(role, [(kind of part, text)...]) of alternating user and assistant turns; the system message is put before the first user message."""
+    """(role, [(kind of part, text)...]) of alternating user and assistant turns; a system message is put before the first user message."""
     messages = _messages(conversation)
     system, first = None, 0
     if messages and isinstance(messages[0], dict) and messages[0].get("role") == "system":
@@ -420,7 +436,5 @@ def get_token_bytes(device: str = "cpu") -> "torch.Tensor":
     """int32 (V,): the length in bytes of each token of `get_tokenizer()`, 0 for special tokens. Raises UserError where there is none."""
     import torch
 
-    path = tokenizer_dir() / TOKEN_BYTES_FILE
-    if not path.is_file():
-        raise UserError(f"no tokenizer at {path}: {HOW_TO_TRAIN}")
-    return torch.load(path, map_location=device, weights_only=True)
+    # From the ranks themselves, so that the two files cannot disagree; token_bytes.pt is for other programs.
+    return torch.from_numpy(get_tokenizer().token_bytes()).to(device)

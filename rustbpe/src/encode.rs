@@ -97,6 +97,12 @@ impl Encoder {
         &self.tokens
     }
 
+    pub fn split<'t>(&self, text: &'t str) -> Result<Vec<&'t str>, Error> {
+        let mut pieces = Vec::new();
+        self.splitter.for_each(text, |piece| pieces.push(piece))?;
+        Ok(pieces)
+    }
+
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, Error> {
         let mut out = Vec::new();
         self.encode_into(text, &mut out, &mut Scratch::default())?;

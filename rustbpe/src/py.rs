@@ -14,7 +14,7 @@ use crate::train::{check_vocab_size, train, PieceCounter};
 use crate::{worker_threads, Error};
 
 /// A batch is counted when it has this many bytes, even if it has fewer than buffer_size documents.
-const BATCH_BYTES: usize = 32 << 20;
+const BATCH_BYTES: usize = 16 << 20;
 /// How often a long computation looks for Ctrl-C and reports its progress.
 const CALL_EVERY: Duration = Duration::from_millis(200);
 
@@ -57,7 +57,7 @@ impl Tokenizer {
         Ok(Tokenizer { encoder })
     }
 
-    /// Trains on the strings of an iterator, in batches of at most buffer_size; the GIL is released while pieces are
+    /// Trains on the strings of an iterator, read in batches of at most buffer_size; the GIL is released while pieces are
     /// counted and merged. `progress(merges_done)`, if given, is called a few times a second while merging.
     ///
     /// The vocabulary is smaller than vocab_size where no pair is left to merge. Raises what the iterator raises;
@@ -81,13 +81,13 @@ impl Tokenizer {
         count_all(py, &counter, &iterator.try_iter()?, buffer_size)?;
 
         let mut stopped: Option<PyErr> = None;
-        let mut last_call = Instant::now();
+        let mut last_call: Option<Instant> = None;
         let tokens = py.detach(|| {
             train(counter.into_counts(), vocab_size, |merges| {
-                if last_call.elapsed() < CALL_EVERY {
+                if last_call.is_some_and(|time| time.elapsed() < CALL_EVERY) {
                     return true;
                 }
-                last_call = Instant::now();
+                last_call = Some(Instant::now());
                 let answer = Python::attach(|py| {
                     py.check_signals()?;
                     progress.as_ref().map_or(Ok(()), |call| call.call1(py, (merges,)).map(drop))
@@ -161,6 +161,11 @@ impl Tokenizer {
     /// The bytes of some ids.
     fn decode_bytes<'py>(&self, py: Python<'py>, ids: Vec<u32>) -> PyResult<Bound<'py, PyBytes>> {
         Ok(PyBytes::new(py, &self.encoder.decode(&ids)?))
+    }
+
+    /// The pieces that the pattern cuts a text into; merges never cross their borders.
+    fn split<'t>(&self, text: &'t str) -> PyResult<Vec<&'t str>> {
+        Ok(self.encoder.split(text)?)
     }
 
     #[getter]

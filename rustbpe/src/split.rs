@@ -11,7 +11,8 @@ use fancy_regex::Regex;
 use crate::Error;
 
 /// The pattern of the package `rustbpe` on PyPI: GPT-4's, with digits in groups of up to three.
-pub const DEFAULT_PATTERN: &str = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
+pub const DEFAULT_PATTERN: &str =
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
 const BEFORE_DIGITS: &str = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,";
 const AFTER_DIGITS: &str = r"}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
 
@@ -269,14 +270,12 @@ mod tests {
     fn every_code_point_in_every_neighbourhood_as_the_regex_engine_does() {
         let hand = Splitter::new(DEFAULT_PATTERN).unwrap();
         let engine = Splitter::with_regex(DEFAULT_PATTERN).unwrap();
-        let around = [("", ""), ("a", "b"), (" ", "a"), ("'", "l"), ("1", "2"), ("\n ", " \n"), ("!", "\r\n"), (" ", " x")];
+        let around = [("", ""), ("a", "b"), (" ", "a"), ("'", "1"), ("1 ", " \n"), ("!", "\r\n")];
         // Texts hold many code points, far enough apart not to meet: a call for each would take minutes.
         for (before, after) in around {
             for block in 0..0x1100u32 {
-                let text: String = (block << 8..(block + 1) << 8)
-                    .filter_map(char::from_u32)
-                    .map(|c| format!("{before}{c}{after}\n-a"))
-                    .collect();
+                let text: String =
+                    (block << 8..(block + 1) << 8).filter_map(char::from_u32).map(|c| format!("{before}{c}{after}\n-a")).collect();
                 assert_eq!(pieces(&hand, &text), pieces(&engine, &text), "{before:?} {after:?} block {block:#x}");
             }
         }

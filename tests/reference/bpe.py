@@ -12,8 +12,8 @@ def split(text: str, pattern: str) -> list[bytes]:
 
 
 def train(texts: Iterable[str], vocab_size: int, pattern: str) -> list[bytes]:
-    """Tokens in the order of their ids: the 256 bytes, then one for each merge of the most frequent pair of neighbours, the smallest pair of
-    ids among equals; fewer than `vocab_size` when no pair is left."""
+    """Tokens in the order of their ids: the 256 bytes, then one for each merge of the most frequent pair of neighbours (the smallest pair
+    of ids among equals); fewer than `vocab_size` when no pair is left."""
     tokens = [bytes([byte]) for byte in range(256)]
     words = [(list(piece), count) for piece, count in Counter(piece for text in texts for piece in split(text, pattern)).items()]
     while len(tokens) < vocab_size:

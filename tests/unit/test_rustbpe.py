@@ -1,0 +1,334 @@
+"""The crate: it splits, trains and encodes exactly as the slow reference and as tiktoken do, and never panics."""
+
+import inspect
+import itertools
+import random
+import resource
+import signal
+import sys
+import threading
+import unicodedata
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import regex
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rustbpe
+from tests.reference import bpe
+from zangchat.tokenizer import SPLIT_PATTERN
+
+pytestmark = pytest.mark.skipif(not hasattr(rustbpe.Tokenizer, "from_ranks"), reason="PyPI's rustbpe stands in for the crate here")
+
+BYTES = [(bytes([i]), i) for i in range(256)]
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+ODD_CHARACTERS = "aZſé中한1٣²½ \t\n\r\u00a0\u3000\u0085'lLvVeErRsStTdDmMkK!?.-_\"\u0301😀\u200d"
+odd_texts = st.text(alphabet=ODD_CHARACTERS, max_size=40) | st.text(max_size=40).filter(
+    lambda s: not any("\ud800" <= c < "\ue000" for c in s)
+)
+few_letters = st.text(alphabet="ab ", max_size=30)
+
+
+def train(texts: list[Any], vocab_size: int, **options: Any) -> rustbpe.Tokenizer:
+    tokenizer = rustbpe.Tokenizer()
+    tokenizer.train_from_iterator(iter(texts), vocab_size, **options)
+    return tokenizer
+
+
+def tokens_of(tokenizer: rustbpe.Tokenizer) -> list[bytes]:
+    return [token for token, _ in tokenizer.get_mergeable_ranks()]
+
+
+def as_tiktoken(tokenizer: rustbpe.Tokenizer) -> tiktoken.Encoding:
+    ranks = dict(tokenizer.get_mergeable_ranks())
+    return tiktoken.Encoding(name="test", pat_str=tokenizer.get_pattern(), mergeable_ranks=ranks, special_tokens={})
+
+
+# ---- splitting
+
+
+@pytest.mark.parametrize(("before", "after"), [("", ""), ("a", "b"), (" ", "a"), ("'", "l"), ("1", " \n"), ("!", "\r\n")])
+def test_splits_every_code_point_in_its_neighbourhood_as_the_package_regex_does(before: str, after: str) -> None:
+    # regex and the crate may know different Unicode versions: code points that this Python does not know yet are left out.
+    known = [chr(c) for c in range(sys.maxunicode + 1) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")]
+    splitter = rustbpe.Tokenizer.from_ranks(BYTES, SPLIT_PATTERN)
+    pattern = regex.compile(SPLIT_PATTERN)
+    for start in range(0, len(known), 4096):
+        text = "\n-a".join(f"{before}{c}{after}" for c in known[start : start + 4096])
+        assert splitter.split(text) == pattern.findall(text)
+
+
+@pytest.mark.parametrize("character_class", [r"\p{L}", r"\p{N}", r"\s", r"(?i:[sdmt])"])
+def test_knows_the_same_characters_as_tiktoken(character_class: str) -> None:
+    text = "".join(chr(c) for c in range(sys.maxunicode + 1) if not 0xD800 <= c < 0xE000)
+    ours = rustbpe.Tokenizer.from_ranks(BYTES, character_class)
+    assert ours.encode(text) == as_tiktoken(ours).encode_ordinary(text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(odd_texts)
+def test_splits_odd_texts_as_the_package_regex_does(text: str) -> None:
+    text = "".join(c for c in text if unicodedata.category(c) != "Cn")
+    for digits in ("{1,1}", "{1,2}", "{1,3}"):
+        pattern = SPLIT_PATTERN.replace("{1,2}", digits)
+        assert rustbpe.Tokenizer.from_ranks(BYTES, pattern).split(text) == regex.findall(pattern, text)
+
+
+# ---- training
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(few_letters | odd_texts, max_size=8), st.integers(256, 330))
+def test_merges_are_those_of_the_reference(texts: list[str], vocab_size: int) -> None:
+    texts = ["".join(c for c in text if unicodedata.category(c) != "Cn") for text in texts]
+    trained = train(texts, vocab_size, pattern=SPLIT_PATTERN)
+    assert tokens_of(trained) == bpe.train(texts, vocab_size, SPLIT_PATTERN)
+
+
+def test_merges_on_python_source_are_those_of_the_reference() -> None:
+    texts = [inspect.getsource(module)[:12_000] for module in (random, signal, threading)]
+    assert tokens_of(train(texts, 600, pattern=SPLIT_PATTERN)) == bpe.train(texts, 600, SPLIT_PATTERN)
+
+
+def test_merges_of_the_package_on_pypi() -> None:
+    """Recorded from rustbpe 0.1.0: ties go to the smallest pair of ids, and the vocabulary ends where no pair is left."""
+    merges = [b"el", b"hel", b"lo", b"hello", b" \xc3", b" hello", b" \xc3\xa9"]
+    trained = train(["hello hello é"], 270)
+    assert trained.get_mergeable_ranks()[256:] == [(token, 256 + i) for i, token in enumerate(merges)]
+    assert trained.vocab_size == 263
+    assert trained.encode("hello hello") == [259, 261]
+    assert trained.batch_encode(["ab", "hello"]) == [[97, 98], [259]]
+    assert trained.decode([259, 261]) == "hello hello"
+    assert trained.get_pattern() == SPLIT_PATTERN.replace("{1,2}", "{1,3}")
+
+
+def test_the_result_does_not_depend_on_the_order_or_the_batches() -> None:
+    rng = random.Random(1)
+    texts = ["".join(rng.choices("abcde ", k=50)) for _ in range(300)]
+    expected = tokens_of(train(texts, 400))
+    assert tokens_of(train(texts[::-1], 400, buffer_size=7)) == expected
+
+
+def test_any_pattern_can_be_used() -> None:
+    texts = ["it's 12345 o'clock", "and all is well"]
+    trained = train(texts, 280, pattern=GPT2_PATTERN)
+    assert tokens_of(trained) == bpe.train(texts, 280, GPT2_PATTERN)
+    assert trained.split("it's 12345") == ["it", "'s", " 12345"]
+
+
+def test_no_text_leaves_the_bytes() -> None:
+    for texts in ([], [""], ["", "a"]):
+        assert tokens_of(train(texts, 300)) == [bytes([i]) for i in range(256)]
+
+
+def test_a_fresh_tokenizer_knows_the_bytes() -> None:
+    assert rustbpe.Tokenizer().encode("hé") == [104, 0xC3, 0xA9]
+
+
+def test_memory_does_not_grow_with_the_text() -> None:
+    text = "the same words again and again\n" * 40_000  # 1.2 MB
+    train([text], 260)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tokenizer = rustbpe.Tokenizer()
+    tokenizer.train_from_iterator((text + str(i) for i in range(150)), 260)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB; the text has 180 MB
+
+
+# ---- encoding
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(few_letters | odd_texts, max_size=6), odd_texts | few_letters)
+def test_encodes_as_tiktoken_and_the_reference_do(texts: list[str], text: str) -> None:
+    trained = train([*texts, text[::2]], 290, pattern=SPLIT_PATTERN)
+    ids = trained.encode(text)
+    assert ids == as_tiktoken(trained).encode_ordinary(text)
+    if all(unicodedata.category(c) != "Cn" for c in text):
+        assert ids == bpe.encode(text, dict(trained.get_mergeable_ranks()), SPLIT_PATTERN)
+    assert trained.decode(ids) == text
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.text(alphabet="abc", min_size=2, max_size=6), unique=True, max_size=20), st.lists(st.integers(0, 200), max_size=300))
+def test_encodes_with_any_ranks_as_the_reference_does(tokens: list[str], letters: list[int]) -> None:
+    """Tokens that no merge leads to are found as whole pieces alone; pieces long and short take different ways through the encoder."""
+    text = "".join("abc"[i % 3] if i else " " for i in letters)
+    ranks = dict(BYTES) | {token.encode(): 256 + i for i, token in enumerate(tokens)}
+    encoder = rustbpe.Tokenizer.from_ranks(list(ranks.items()), SPLIT_PATTERN)
+    assert encoder.encode(text) == bpe.encode(text, ranks, SPLIT_PATTERN)
+    assert encoder.encode(text) == as_tiktoken(encoder).encode_ordinary(text)
+
+
+def test_golden_ids() -> None:
+    trained = train(["low lower lowest newer wider 2024 的的的"] * 3, 275, pattern=SPLIT_PATTERN)
+    merges = "er lo _ 的 low .low 的的 .n .w .的的 20 24 der es ew ider .lower .lowes .new".replace(".", "\0").split()
+    expected = [b"\x9a\x84" if merge == "_" else merge.replace("\0", " ").encode() for merge in merges]
+    assert tokens_of(trained)[256:] == expected
+    assert trained.split("lower 20241的") == ["lower", " ", "20", "24", "1", "的"]
+    assert trained.encode("lower newest 20241 的的\n") == [260, 256, 274, 269, 116, 32, 266, 267, 49, 265, 10]
+
+
+def test_a_megabyte_of_one_letter() -> None:
+    trained = train(["a" * 1000], 270)
+    ids = trained.encode("a" * 1_000_003)
+    assert trained.decode(ids) == "a" * 1_000_003
+    assert len(ids) < 10_000
+    assert rustbpe.Tokenizer().encode(" " * 1_000_000) == [32] * 1_000_000
+
+
+def test_documents_come_back_as_arrays_in_their_order() -> None:
+    trained = train(["some words and more words"], 280)
+    texts = [f"words {i} more " * (i % 40) for i in range(3_000)]
+    expected = [trained.encode(text) for text in texts]
+    for threads in (1, 3, None):
+        ids, offsets = trained.encode_documents(texts, num_threads=threads)
+        assert (ids.dtype, offsets.dtype) == (np.uint32, np.int64)
+        assert ids.tolist() == [i for document in expected for i in document]
+        assert offsets.tolist() == list(itertools.accumulate(map(len, expected), initial=0))
+        assert trained.batch_encode(texts, num_threads=threads) == expected
+    ids, offsets = trained.encode_documents([])
+    assert (ids.tolist(), offsets.tolist()) == ([], [0])
+
+
+def test_other_python_threads_run_meanwhile() -> None:
+    ticks, stop = itertools.count(), threading.Event()
+    seen = [0]
+
+    def tick() -> None:
+        while not stop.is_set():
+            seen[0] = next(ticks)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    trained, texts = rustbpe.Tokenizer(), ["words " * 1000] * 2_000
+    before = seen[0]
+    trained.encode_documents(texts, num_threads=1)
+    after = seen[0]
+    stop.set()
+    thread.join()
+    assert after - before > 1000
+
+
+def test_ranks_round_trip() -> None:
+    trained = train(["some words and more words"], 280)
+    again = rustbpe.Tokenizer.from_ranks(trained.get_mergeable_ranks(), trained.get_pattern())
+    assert again.get_mergeable_ranks() == trained.get_mergeable_ranks()
+    assert again.encode("more words") == trained.encode("more words")
+
+
+# ---- bad input: an exception that says what is wrong, never a panic
+
+
+class Stop(Exception):
+    pass
+
+
+def failing() -> Iterator[str]:
+    yield "text"
+    raise Stop("from the iterator")
+
+
+def test_an_exception_of_the_iterator_comes_out_as_itself() -> None:
+    with pytest.raises(Stop, match="from the iterator"):
+        rustbpe.Tokenizer().train_from_iterator(failing(), 300)
+
+
+def test_an_exception_of_the_progress_callback_stops_training() -> None:
+    def progress(merges: int) -> None:
+        raise Stop(f"after {merges}")
+
+    with pytest.raises(Stop, match="after 0"):
+        train(["hello"], 300, progress=progress)
+
+
+def test_ctrl_c_is_answered_while_reading() -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            rustbpe.Tokenizer().train_from_iterator(itertools.repeat("endless"), 300)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def test_a_failed_training_leaves_the_tokenizer_as_it_was() -> None:
+    trained = train(["hello hello"], 300)
+    ranks = trained.get_mergeable_ranks()
+    with pytest.raises(Stop):
+        trained.train_from_iterator(failing(), 400)
+    assert trained.get_mergeable_ranks() == ranks
+
+
+@pytest.mark.parametrize("vocab_size", [0, 255, 2**32 - 1])
+def test_bad_vocabulary_size(vocab_size: int) -> None:
+    with pytest.raises(ValueError, match="vocab_size"):
+        train(["text"], vocab_size)
+
+
+def test_bad_arguments_of_training() -> None:
+    with pytest.raises(ValueError, match="pattern"):
+        train(["text"], 300, pattern="(")
+    with pytest.raises(ValueError, match="buffer_size"):
+        train(["text"], 300, buffer_size=0)
+    with pytest.raises(TypeError, match="text 1 is a bytes, not a str"):
+        train(["text", b"bytes"], 300)
+    with pytest.raises(TypeError):
+        rustbpe.Tokenizer().train_from_iterator(5, 300)
+    with pytest.raises(UnicodeEncodeError):
+        train(["lone \ud800 surrogate"], 300)
+
+
+def test_bad_arguments_of_encoding() -> None:
+    tokenizer = rustbpe.Tokenizer()
+    for encode in (tokenizer.batch_encode, tokenizer.encode_documents):
+        with pytest.raises(TypeError, match="text 1 is a int"):
+            encode(["text", 1])
+        with pytest.raises(TypeError, match="not one str"):
+            encode("text")
+        with pytest.raises(UnicodeEncodeError):
+            encode(["lone \ud800 surrogate"])
+    with pytest.raises(UnicodeEncodeError):
+        tokenizer.encode("\udc00")
+    with pytest.raises(TypeError):
+        tokenizer.encode(b"bytes")
+
+
+def test_bad_ids() -> None:
+    tokenizer = rustbpe.Tokenizer()
+    with pytest.raises(ValueError, match="unknown token id: 256"):
+        tokenizer.decode([97, 256])
+    with pytest.raises(UnicodeDecodeError):
+        tokenizer.decode([0xC3])
+    assert tokenizer.decode_bytes([0xC3]) == b"\xc3"
+    with pytest.raises(OverflowError):
+        tokenizer.decode([-1])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "reason"),
+    [
+        (BYTES[1:], "255 is twice there, or not below 255"),
+        ([*BYTES, (b"ab", 300)], "300"),
+        ([*BYTES, (b"ab", 255)], "255"),
+        ([*BYTES, (b"a", 256)], "same bytes"),
+        ([*BYTES, (b"", 256)], "empty"),
+        ([*BYTES[:255], (b"ab", 255)], "byte 255"),
+    ],
+)
+def test_bad_ranks(ranks: list[tuple[bytes, int]], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        rustbpe.Tokenizer.from_ranks(ranks)
+
+
+def test_a_pattern_that_backtracks_too_much_is_an_error() -> None:
+    tokenizer = rustbpe.Tokenizer.from_ranks(BYTES, r"(?=((?:a|aa)+)$)\1b")
+    with pytest.raises(ValueError, match="split pattern"):
+        tokenizer.encode("a" * 200 + "!")
