@@ -434,6 +434,7 @@ def render_markdown(text: str) -> str:
         attributes={"a": {"href", "title"}, "code": {"class"}, "ol": {"start"}},
         url_schemes={"http", "https", "mailto"},
         link_rel="noopener noreferrer nofollow",
+        set_tag_attribute_values={"a": {"target": "_blank"}},  # the chat stays where it is
     )
 
 

@@ -1,0 +1,256 @@
+"""The chat page in a real Chromium, against a real server with a model that says what it is told to."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from tests.talker import engine, eventually, serving
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: on Debian, `apt-get install chromium`"),
+]
+
+MARKDOWN = "**bold** and `code`\n\n```python\nprint(1)\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n"
+HOSTILE = "<img src=x onerror=\"document.title='owned'\"> <script>document.title='owned'</script> [x](javascript:alert(1)) ![x](http://elsewhere.example/x)"
+
+
+def reply(question: str) -> str:
+    if question.startswith("markdown"):
+        return MARKDOWN
+    if question.startswith("calculate"):
+        return "Let me see. <|python_start|>12 * 34<|python_end|>#####So it is **408**."
+    if question.startswith("hostile"):
+        return HOSTILE
+    if question.startswith("long"):
+        return "word " * 150
+    return f"You said: {question.strip()}"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[tuple[str, Any]]:
+    with serving(engine(reply, sequence_len=1024, pause=0.003), max_tokens=800, model_name="zangchat-test", temperature=0.0) as served:
+        yield served
+
+
+@pytest.fixture
+def page(browser: Browser, server: tuple[str, Any]) -> Iterator[Page]:
+    """A fresh visitor. Any complaint in the console (a refused script, say) and any request to elsewhere fails the test."""
+    context = browser.new_context(viewport={"width": 1100, "height": 760}, color_scheme="light")
+    page = context.new_page()
+    page.set_default_timeout(20_000)
+    complaints: list[str] = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("request", lambda request: complaints.append(request.url) if not request.url.startswith(server[0] + "/") else None)
+    page.goto(server[0])
+    yield page
+    context.close()
+    assert [complaint for complaint in complaints if "status of 4" not in complaint] == []  # refusals are part of some tests
+
+
+def send(page: Page, text: str) -> None:
+    page.get_by_label("Message", exact=True).fill(text)
+    page.keyboard.press("Enter")
+
+
+def last(page: Page) -> Any:
+    return page.locator("article").last
+
+
+def ask(page: Page, text: str) -> None:
+    """Send a message and wait for the end of its answer."""
+    send(page, text)
+    expect(last(page).get_by_role("button", name="Regenerate")).to_be_visible()
+
+
+def test_a_question_is_answered_in_markdown(page: Page) -> None:
+    expect(page.get_by_role("button", name="Send")).to_be_disabled()
+    ask(page, "markdown please")
+    said = last(page).locator(".said")
+    expect(said.locator("strong")).to_have_text("bold")
+    expect(said.locator("pre code")).to_have_text("print(1)\n")
+    expect(said.locator("td").first).to_have_text("1")
+    expect(said.locator("pre").get_by_role("button", name="Copy")).to_be_visible()
+    expect(page.locator("header h1")).to_have_text("markdown please")
+    expect(page.get_by_role("status")).to_contain_text("bold")  # what a screen reader is told, once, at the end
+
+
+def test_a_suggestion_starts_a_chat(page: Page) -> None:
+    page.get_by_role("button", name="Who are you?").click()
+    expect(last(page)).to_contain_text("You said: Who are you?")
+    expect(page.get_by_text("What is on your mind?")).to_be_hidden()
+
+
+def test_tool_calls_are_small_blocks_and_go_back_to_the_model_as_such(page: Page) -> None:
+    ask(page, "calculate 12 * 34")
+    expect(last(page).locator(".tool")).to_have_text("calculator12 * 34408")
+    expect(last(page).locator(".md").last).to_have_text("So it is 408.")
+    with page.expect_request("**/chat/completions") as sent:
+        ask(page, "thanks")
+    parts = json.loads(sent.value.post_data or "")["messages"][1]["content"]
+    assert [part["type"] for part in parts] == ["text", "python", "python_output", "text"]
+
+
+def test_text_streams_in_and_stops_on_demand(page: Page, server: tuple[str, Any]) -> None:
+    send(page, "long story")
+    expect(last(page)).to_contain_text("word word")
+    page.get_by_role("button", name="Stop").click()
+    expect(last(page).locator(".note")).to_have_text("Stopped.")
+    assert 0 < last(page).locator(".said").inner_text().count("word") < 150
+    assert eventually(lambda: server[1].load == 0)
+    send(page, "long story")
+    expect(last(page)).to_contain_text("word word")
+    page.keyboard.press("Escape")
+    expect(last(page).locator(".note")).to_have_text("Stopped.")
+    ask(page, "go on")  # a stopped chat goes on
+    expect(last(page)).to_contain_text("You said: go on")
+
+
+def test_what_the_model_writes_cannot_run_or_load_anything(page: Page) -> None:
+    ask(page, "hostile")
+    assert page.title() == "zangchat"
+    assert last(page).locator(".said img, .said script").count() == 0
+    (link,) = last(page).locator(".said a").all()  # of the image, which is not loaded, a link remains
+    assert (link.get_attribute("href"), link.get_attribute("target")) == ("http://elsewhere.example/x", "_blank")
+    assert "noopener" in (link.get_attribute("rel") or "")
+    ask(page, "<b>mine</b> <img src=x>")
+    assert page.locator("article.user b, article.user img").count() == 0
+    expect(page.locator("article.user").last).to_contain_text("<b>mine</b>")
+
+
+def test_a_message_is_edited_and_an_answer_regenerated(page: Page) -> None:
+    ask(page, "first")
+    ask(page, "second")
+    with page.expect_request("**/chat/completions") as sent:
+        page.get_by_role("button", name="Regenerate").click()
+    assert [message["role"] for message in json.loads(sent.value.post_data or "")["messages"]] == ["user", "assistant", "user"]
+    expect(last(page).get_by_role("button", name="Regenerate")).to_be_visible()
+    expect(page.locator("article")).to_have_count(4)
+
+    page.locator("article.user").first.hover()
+    page.locator("article.user").first.get_by_role("button", name="Edit").click()
+    expect(page.get_by_label("Message", exact=True)).to_have_value("first")
+    page.keyboard.press("Escape")  # changed one's mind
+    expect(page.get_by_label("Message", exact=True)).to_have_value("")
+    page.locator("article.user").first.hover()
+    page.locator("article.user").first.get_by_role("button", name="Edit").click()
+    ask(page, "instead")
+    expect(page.locator("article")).to_have_count(2)
+    expect(last(page)).to_contain_text("You said: instead")
+
+
+def test_enter_sends_and_shift_enter_breaks_the_line(page: Page) -> None:
+    field = page.get_by_label("Message", exact=True)
+    field.fill("one")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("two")
+    page.keyboard.press("Enter")
+    expect(page.locator("article.user .said")).to_have_text(re.compile(r"one\s*two"))
+    expect(last(page).get_by_role("button", name="Regenerate")).to_be_visible()
+
+
+def test_chats_are_kept_in_the_browser_until_they_are_deleted(page: Page) -> None:
+    ask(page, "remember **me**")
+    page.get_by_role("button", name="New chat").click()
+    expect(page.locator("article")).to_have_count(0)
+    ask(page, "another")
+    page.reload()
+    expect(page.locator("#chats li")).to_have_count(2)
+    page.get_by_role("button", name="remember **me**", exact=True).click()
+    expect(last(page).locator("strong")).to_have_text("me")
+    page.locator("#chats li.current").hover()
+    page.get_by_role("button", name="Delete remember **me**").click()
+    expect(page.locator("#chats li")).to_have_count(1)
+    page.reload()
+    expect(page.locator("#chats li")).to_have_text(["another"])
+
+
+def test_settings_are_sent_and_kept(page: Page) -> None:
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Longest reply, tokens").fill("9")
+    page.get_by_label("Top-k (0 = off)").fill("3")
+    page.get_by_label("System prompt").fill("be brief")
+    page.get_by_label("Appearance").select_option("dark")
+    page.get_by_role("button", name="Done").click()
+    with page.expect_request("**/chat/completions") as sent:
+        ask(page, "hello there")
+    body = json.loads(sent.value.post_data or "")
+    assert (body["max_tokens"], body["top_k"], body["messages"][0]) == (9, 3, {"role": "system", "content": "be brief"})
+    expect(last(page).locator(".said")).to_have_text("You said:")
+    expect(last(page).locator(".note")).to_contain_text("longest allowed length")
+    page.reload()
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    page.get_by_role("button", name="Settings").click()
+    expect(page.get_by_label("Longest reply, tokens")).to_have_value("9")
+    page.get_by_role("button", name="Defaults").click()
+    expect(page.get_by_label("Longest reply, tokens")).to_have_value("800")
+
+
+def test_a_refusal_is_shown_in_words_and_can_be_retried(page: Page) -> None:
+    send(page, "x" * 1100)
+    alert = page.get_by_role("alert")
+    expect(alert).to_contain_text("more than the context of 1024")
+    alert.get_by_role("button", name="Try again").click()
+    expect(alert).to_contain_text("more than the context of 1024")
+    expect(page.locator("article")).to_have_count(2)
+
+
+def test_a_server_that_is_gone_is_an_error_and_the_chat_survives(browser: Browser) -> None:
+    context = browser.new_context()
+    page = context.new_page()
+    with serving(engine(reply)) as (url, _):
+        page.goto(url)
+        ask(page, "hello")
+    send(page, "anyone?")
+    expect(page.get_by_role("alert")).to_contain_text("The server cannot be reached.")
+    expect(page.locator("article")).to_have_count(4)
+    context.close()
+
+
+def test_an_api_key_is_asked_for_in_the_settings(browser: Browser) -> None:
+    context = browser.new_context()
+    page = context.new_page()
+    with serving(engine(reply), api_key="s3cret") as (url, _):
+        page.goto(url)
+        send(page, "hello")
+        expect(page.get_by_role("alert")).to_contain_text("API key")
+        page.get_by_role("button", name="Settings").click()
+        page.get_by_label("API key of this server").fill("s3cret")
+        page.get_by_role("button", name="Done").click()
+        page.get_by_role("button", name="Try again").click()
+        expect(last(page)).to_contain_text("You said: hello")
+    context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_on_a_phone_the_page_fits_and_the_chats_are_in_a_drawer(browser: Browser, server: tuple[str, Any], scheme: Any) -> None:
+    context = browser.new_context(viewport={"width": 360, "height": 700}, is_mobile=True, has_touch=True, color_scheme=scheme)
+    page = context.new_page()
+    page.goto(server[0])
+    ask(page, "markdown " + "unbreakable" * 12)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert page.evaluate("document.documentElement.dataset.theme") == scheme
+    expect(page.get_by_role("button", name="New chat")).to_be_hidden()
+    page.get_by_role("button", name="Chats").tap()
+    page.get_by_role("button", name="New chat").tap()
+    expect(page.locator("article")).to_have_count(0)
+    box = page.get_by_role("button", name="Send").bounding_box()
+    assert box is not None and box["y"] + box["height"] <= 700
+    context.close()
