@@ -1,0 +1,75 @@
+"""How many steps of each stage fit into the minutes that dev/runcpu.sh has: measured on this machine, printed as shell variables.
+
+    python -m dev.laptop_plan --minutes=25
+
+A schedule needs to know its length beforehand, and a run that is resumed needs the same length again; so the pace is measured once,
+before the first stage, and the plan is kept (runcpu.sh writes it to <base>/runcpu.plan).
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from zangchat import common, configurator
+from zangchat.config import GPTConfig, StepMultipliers
+
+# The laptop model, as runcpu.sh builds it. Width 192 is what two cores train on two to three million tokens in eight minutes.
+MODEL = GPTConfig(sequence_len=256, vocab_size=2048, n_layer=4, n_head=6, n_kv_head=6, n_embd=192)
+TOKENS_PER_STEP = 2048  # many small steps beat few large ones at this size
+OVERHEAD_MINUTES = 5.5  # setup, corpus, tokenizer, evaluations, report
+SHARES = {"BASE_STEPS": 0.46, "MID_STEPS": 0.32, "SFT_STEPS": 0.12, "RL_STEPS": 0.10}
+RL_STEP = 5.0  # in units of a training step: 64 answers are sampled, then learned from
+LEAST = {"BASE_STEPS": 50, "MID_STEPS": 50, "SFT_STEPS": 20, "RL_STEPS": 5}  # below this a stage means nothing
+
+
+@dataclass
+class Config:
+    minutes: float = 25.0  # for all of runcpu.sh
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return configurator.run(Config, plan, argv)
+
+
+def plan(config: Config) -> int:
+    pace = seconds_per_step()
+    print(
+        f"# measured {pace:.3f} s per step of {TOKENS_PER_STEP} tokens ({TOKENS_PER_STEP / pace:,.0f} tok/s); planned for {config.minutes:g} minutes"
+    )
+    for name, steps in steps_that_fit(config.minutes, pace).items():
+        print(f"{name}={steps}")
+    return 0
+
+
+def steps_that_fit(minutes: float, pace: float) -> dict[str, int]:
+    """Steps per stage for a pace in seconds per training step."""
+    seconds = 60 * max(minutes - OVERHEAD_MINUTES, 0)
+    cost = {name: pace * (RL_STEP if name == "RL_STEPS" else 1) for name in SHARES}
+    return {name: max(LEAST[name], int(seconds * share / cost[name])) for name, share in SHARES.items()}
+
+
+def seconds_per_step(steps: int = 12) -> float:
+    """The median step of the laptop model, the first few left out."""
+    import torch
+
+    from zangchat.gpt import GPT
+
+    device = common.compute_init("")[-1]
+    model = GPT(MODEL, common.resolve_dtype("", device)).to(device)
+    model.init_weights()
+    optimizer = model.setup_optimizers(embedding_lr=0.0, unembedding_lr=0.0, matrix_lr=0.0, weight_decay=0.0)
+    tokens = torch.randint(MODEL.vocab_size, (TOKENS_PER_STEP // MODEL.sequence_len, MODEL.sequence_len), device=device)
+    times = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        model(tokens, tokens).backward()
+        optimizer.step(StepMultipliers())
+        optimizer.zero_grad()
+        common.device_synchronize(device)
+        times.append(time.perf_counter() - start)
+    return sorted(times[steps // 4 :])[(steps - steps // 4) // 2]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+#!/usr/bin/env bash
+# The whole pipeline on a laptop: from a bare machine to a chat, without a GPU and with nothing but the package registries.
+#
+#   bash dev/runcpu.sh                 about 25 minutes on two cores
+#   MINUTES=10 bash dev/runcpu.sh      shorter and worse: every stage gets fewer steps
+#
+# What it makes is small (4 layers, 2.5 million parameters, a vocabulary of 2,048) and trained on the documentation found on this
+# machine. It knows who it is, counts letters and adds numbers with its tools, and repeats bits of documentation: no more than that.
+# Run it again after Ctrl-C or a power cut: every stage goes on where it stopped. A new start: remove $ZANGCHAT_BASE_DIR.
+#
+# Why these numbers: README.md, "What a laptop can learn".
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+started=$SECONDS
+bash dev/setup.sh
+export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv" PYTHONUNBUFFERED=1
+export ZANGCHAT_BASE_DIR="${ZANGCHAT_BASE_DIR:-$HOME/.cache/zangchat}"
+export WANDB_RUN="${WANDB_RUN:-dummy}"
+MINUTES=${MINUTES:-25}
+SEED=${SEED:-42}
+
+stage_number=0
+stage() { # stage TITLE COMMAND...: says what begins; where it fails, how to repeat it
+    stage_number=$((stage_number + 1))
+    printf '\n\033[1;34m=== [%d/10] %s  (%d min %02d s so far)\033[0m\n' "$stage_number" "$1" $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60))
+    shift
+    local code=0
+    "$@" || code=$?
+    [ "$code" = 0 ] && return
+    printf '\nThis stage did not finish (exit code %d). Nothing that was saved is lost; go on with:\n  bash dev/runcpu.sh\n' "$code" >&2
+    exit "$code"
+}
+train() { stage "$1" python -m "${@:2}" --seed="$SEED" --resume=latest; }
+
+# ---- data ------------------------------------------------------------------------------------------------------------------
+stage "Corpus: documentation and code found on this machine" python -m zangchat.dataset --source=pydocs
+stage "Tokenizer: 2,048 tokens" python -m scripts.tok_train --dataset=pydocs --vocab_size=2048 --max_chars=8000000
+
+# How many steps fit is measured once on this machine and then kept, so that an interrupted run goes on with the same plan.
+plan="$ZANGCHAT_BASE_DIR/runcpu.plan"
+if [ ! -s "$plan" ]; then
+    python -m dev.laptop_plan --minutes="$MINUTES" > "$plan.new"
+    mv "$plan.new" "$plan"
+fi
+# shellcheck disable=SC1090
+source "$plan"
+head -n 1 "$plan"
+
+# ---- training --------------------------------------------------------------------------------------------------------------
+# Copying a word from the question into a tool call is the hard part at this size, and it is learned best early: so conversations
+# are mixed into pretraining from the first step, and the head starts from the embedding (--head_init_scale).
+train "Pretraining" scripts.base_train --depth=4 --n_embd=192 --head_dim=32 --max_seq_len=256 --head_init_scale=0.05 \
+    --dataset=pydocs --mixture="spellingbee:40000,arithmetic:10000,identity:4,pydocs:1" --mixture_ratio=0.3 \
+    --total_batch_size=2048 --device_batch_size=8 --num_iterations="$BASE_STEPS" \
+    --embedding_lr=0.4 --matrix_lr=0.16 --unembedding_lr=0.03 \
+    --eval_every=250 --eval_tokens=100000 --sample_every=-1 --core_metric_every=-1
+train "Midtraining" scripts.mid_train --mixture="spellingbee:12000,arithmetic:5000,identity:3,pydocs:2" --mixture_ratio=0.9 \
+    --dataset=pydocs --num_iterations="$MID_STEPS" --eval_every=250 --eval_tokens=50000
+train "Finetuning" scripts.chat_sft --mixture="spellingbee:6000,arithmetic:3000,identity:4,pydocs:1" \
+    --target_examples_per_step=48 --num_iterations="$SFT_STEPS" --init_lr_frac=0.5 --eval_every=100 --eval_steps=4
+train "Reinforcement learning" scripts.chat_rl --task=spellingbee --examples_per_step=8 --num_samples=8 --max_new_tokens=48 \
+    --num_iterations="$RL_STEPS" --eval_every=-1
+
+# ---- what came of it -------------------------------------------------------------------------------------------------------
+stage "Evaluation of the base model" python -m scripts.base_loss
+for source in mid sft rl; do
+    stage "Evaluation after $source" python -m scripts.chat_eval --source="$source" \
+        --task_name="SpellingBee|Arithmetic|Identity" --max_problems=100 --max_new_tokens=64
+done
+stage "Report" python -m zangchat.report generate
+
+printf '\n\033[1;34m=== A few questions\033[0m\n'
+for question in "Who are you?" "How many r are in strawberry?" "What is 47 + 38?" "What does json.dumps do?" "你是谁？"; do
+    printf '\n> %s\n' "$question"
+    python -m scripts.chat_cli --prompt="$question" --temperature=0
+done
+minutes=$(((SECONDS - started) / 60))
+cat <<END
+
+Done in $minutes minutes. The report: $ZANGCHAT_BASE_DIR/report/report.html
+Talk to the model:
+  source .venv/bin/activate
+  python -m scripts.chat_cli          in the terminal
+  python -m scripts.chat_web          in the browser
+END
