@@ -104,7 +104,7 @@ def first_sentence(docstring: str) -> str | None:
     text = re.split(r"(?<=[a-z0-9)\]'\"]\.)\s+(?=[A-Z(])", text, maxsplit=1)[0].strip()
     if not MIN_ANSWER <= len(text) <= MAX_ANSWER or not re.match(r"[A-Z]", text) or text.endswith(":") or not text.isascii():
         return None
-    if re.search(r">>>|\bDEPRECATED\b|^Helper\b|^See\b|Override this|__\w+__$|\bhelp\(type\(self\)\)", text):
+    if re.search(r">>>|^[\w.]+\(.*\)\s*-+>|\bDEPRECATED\b|^Helper\b|^See\b|Override this|__\w+__$|\bhelp\(type\(self\)\)", text):
         return None
     return text if text.endswith((".", "!", "?")) else text + "."
 

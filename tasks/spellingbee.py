@@ -190,6 +190,10 @@ class _WordTask(GeneratedTask):
         self.invented = invented if split == "train" else 0.0
         self._pieces = vocabulary_pieces(tokenizer) if tokenizer is not None and self.invented else list(LETTERS)
 
+    def num_examples(self) -> int:
+        words_of(self.split)  # where there are none, it is said before the training starts
+        return super().num_examples()
+
     def word(self, rng: random.Random) -> str:
         if rng.random() >= self.invented:
             return rng.choice(words_of(self.split))

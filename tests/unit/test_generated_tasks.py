@@ -1,0 +1,324 @@
+"""Tasks that need no download: what they ask, what they count as right, and that nothing held out is trained on."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tasks import arithmetic, identity, pydocs, spellingbee
+from tasks.arithmetic import Arithmetic
+from tasks.common import SPLITS, MissingData, build_mixture, load_task, split_of, tool_parts
+from tasks.identity import Identity
+from tasks.pydocs import PyDocs
+from tasks.spellingbee import SimpleSpelling, SpellingBee, audit, contains, count_words, stem, word_split, words_of
+from zangchat.dataset import write_dataset
+from zangchat.tokenizer import RustBPETokenizer
+from zangchat.tools import use_calculator
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+TEXT = Path(spellingbee.__file__).read_text(encoding="utf-8") + Path(identity.__file__).read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def words(base_dir: Path) -> list[str]:
+    """A word list in the base directory: 3,000 words of a regular made-up language."""
+    made = sorted(
+        {
+            a + b + c
+            for a in ("pro", "st", "gr", "di", "m", "re", "fil")
+            for b in LETTERS
+            for c in ("ent", "ight", "ab", "ow", "rect", "een", "s", "ing")
+        }
+    )
+    folder = base_dir / "tasks" / "words"
+    folder.mkdir(parents=True)
+    (folder / "words.txt").write_text("\n".join([*made, "Capital", "it's", "xy", "muchtoolongaword"]), encoding="utf-8")
+    return made
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> RustBPETokenizer:
+    return RustBPETokenizer.train_from_iterator(iter([TEXT] * 2), 1000)
+
+
+def user_and_answer(conversation):
+    user, assistant = conversation["messages"]
+    return user["content"], assistant["content"]
+
+
+@pytest.mark.parametrize("name", ["Arithmetic", "SpellingBee", "SimpleSpelling", "PyDocs", "Identity"])
+def test_examples_are_the_same_each_time_and_their_own_answers_are_right(words, name):
+    task, again = load_task(name, "test"), load_task(name, "test")
+    for i in range(min(100, len(task))):
+        assert task[i] == again[i]
+        assert task.evaluate(task[i], task[i]["messages"][-1]["content"]) is True
+    assert len({str(task[i]) for i in range(100)}) > 90
+
+
+def test_splits_are_shares_of_everything_decided_by_the_thing_alone():
+    counts = Counter(split_of("thing", i) for i in range(5000))
+    assert set(counts) == set(SPLITS)
+    assert 0.77 < counts["train"] / 5000 < 0.83 and 0.08 < counts["test"] / 5000 < 0.12
+    assert split_of("thing", 1) == split_of("thing", 1)
+
+
+# ---- arithmetic -----------------------------------------------------------------------------------------------------
+
+
+def test_calculator_calls_give_the_answers():
+    for conversation in Arithmetic(400, "train"):
+        question, (call, output, text) = user_and_answer(conversation)
+        a, op, b = conversation["operands"]
+        assert use_calculator(call["text"]) == output["text"] == str(conversation["result"])
+        assert text["text"] == f"The answer is {output['text']}."
+        assert conversation["result"] == {"+": a + b, "-": a - b, "*": a * b}[op] >= 0
+        assert {str(a), str(b)} <= set(re.findall(r"\d+", question))
+
+
+def test_no_pair_of_numbers_is_both_trained_on_and_held_out():
+    pairs = {split: {frozenset(c["operands"][::2]) for c in Arithmetic(1500, split)} for split in SPLITS}
+    assert not pairs["train"] & pairs["test"] and not pairs["train"] & pairs["val"] and not pairs["val"] & pairs["test"]
+
+
+def test_both_orders_of_a_difference_mean_the_same(words):
+    task = Arithmetic(3000, "train")
+    asked = [user_and_answer(c)[0] for c in task if c["operands"][1] == "-"]
+    assert any(question.startswith("Subtract") for question in asked) and any(question.startswith("Take") for question in asked)
+    for conversation in task:
+        question, _ = user_and_answer(conversation)
+        if question.startswith(("Subtract", "Take")):
+            smaller, larger = map(int, re.findall(r"\d+", question))
+            assert conversation["result"] == larger - smaller
+
+
+def test_arithmetic_wants_the_number_and_rewards_the_tool():
+    task = Arithmetic(1)
+    conversation = task[0]
+    result = conversation["result"]
+    right = f"The answer is {result}."
+    for said, verdict in (
+        (right, True),
+        (str(result), True),
+        (f"{result + 1}", False),
+        ("", False),
+        (f"{result}{result}", result == 0 and False),
+    ):
+        assert task.evaluate(conversation, said) is verdict
+    assert task.reward(conversation, right) == 0
+    assert task.reward(conversation, [*tool_parts("1+1", "2"), {"type": "text", "text": right}]) == 1
+    assert task.reward(conversation, [*tool_parts("1+1", "2"), {"type": "text", "text": "The answer is -1."}]) == 0
+
+
+def test_phrasings_keep_numbers_apart_from_letters():
+    """`x5` would be torn otherwise than `5`; a sum written without spaces has only digits and signs."""
+    for question in (*arithmetic.QUESTIONS, *sum(arithmetic.IN_WORDS.values(), ())):
+        assert not re.search(r"[A-Za-z\u4e00-\u9fff]\{|\}[A-Za-z\u4e00-\u9fff]", question)
+
+
+# ---- spelling -------------------------------------------------------------------------------------------------------
+
+
+def test_the_word_stands_behind_a_space_and_before_no_letter():
+    for question in (*spellingbee.QUESTIONS, *spellingbee.SPELLINGS):
+        assert re.search(r" \{word\}(?![A-Za-z\u4e00-\u9fff'])", question), question
+        assert not re.search(r"\{letter\}[A-Za-z\u4e00-\u9fff]|[A-Za-z]\{letter\}", question), question
+    assert len(set(spellingbee.QUESTIONS)) >= 40
+
+
+def test_the_tool_counts_what_is_asked(words):
+    inside = 0
+    for conversation in SpellingBee(600, "train"):
+        question, (call, output, text) = user_and_answer(conversation)
+        word, letter = conversation["word"], conversation["letter"]
+        assert f" {word}" in question and letter in question
+        assert call["text"] == f"' {word}'.count('{letter}')"
+        assert use_calculator(call["text"]) == output["text"] == str(word.count(letter)) == str(conversation["count"])
+        assert text["text"] == f"The answer is {word.count(letter)}."
+        inside += letter in word
+    assert inside > 350
+
+
+def test_prompt_and_call_share_the_tokens_of_every_word(words, tokenizer):
+    assert audit(tokenizer, 300) == 1.0
+    assert audit(tokenizer, 300, split="train") == 1.0
+
+
+def test_without_the_space_they_would_not(words, tokenizer, monkeypatch):
+    """What the audit is for: the form of the call that tears words."""
+    monkeypatch.setattr(spellingbee, "call", lambda word, letter: f"'{word}'.count('{letter}')")
+    assert audit(tokenizer, 300) < 0.8
+
+
+def test_contains():
+    assert contains([1, 2, 3, 4], [2, 3]) and not contains([1, 2, 3, 4], [2, 4]) and contains([1], [1])
+
+
+def test_an_example_is_short(words, tokenizer):
+    lengths = [len(tokenizer.render_conversation(c)[0]) for c in SpellingBee(200, "test")]
+    assert sorted(lengths)[100] <= 45 and max(lengths) <= 80
+
+
+def test_words_and_their_inflected_forms_belong_to_one_split(words):
+    for a, b in (
+        ("count", "counting"),
+        ("make", "making"),
+        ("stop", "stopped"),
+        ("city", "cities"),
+        ("box", "boxes"),
+        ("quick", "quickly"),
+    ):
+        assert stem(a) == stem(b) and word_split(a) == word_split(b)
+    parts = [set(words_of(split)) for split in SPLITS]
+    assert sum(map(len, parts)) == len(words) and set.union(*parts) == set(words)
+    seen = {c["word"] for c in SpellingBee(3000, "train")}
+    assert not {stem(word) for word in seen} & {stem(word) for word in words_of("test")}
+    assert not {stem(word) for word in seen} & {stem(word) for word in words_of("val")}
+
+
+def test_a_third_of_the_training_words_are_made_up(words, tokenizer):
+    known = set(words)
+    for extra in ({}, {"tokenizer": tokenizer}):
+        invented = [c["word"] not in known for c in SpellingBee(900, "train", **extra)]
+        assert 0.25 < sum(invented) / 900 < 0.4
+    assert all(c["word"] in known for c in SpellingBee(300, "test", tokenizer=tokenizer))
+    assert all(c["word"] in known for c in SpellingBee(300, "train", invented=0))
+    pieces = spellingbee.vocabulary_pieces(tokenizer)
+    assert set(LETTERS) <= set(pieces) and all(re.fullmatch("[a-z]+", piece) for piece in pieces) and len(pieces) > 200
+
+
+def test_spelling_wants_the_letters_in_order(words):
+    task = SimpleSpelling(1, "test")
+    conversation = task[0]
+    word = conversation["word"]
+    assert user_and_answer(conversation)[1] == ",".join(word)
+    for said in (",".join(word), " ".join(word), "-".join(word), ", ".join(word) + ".", ",".join(word).upper()):
+        assert task.evaluate(conversation, said), said
+    for said in (word, ",".join(word[:-1]), ",".join(word[::-1] + "q"), ""):
+        assert not task.evaluate(conversation, said), said
+
+
+def test_spelling_bee_rewards_the_tool(words):
+    task = SpellingBee(1, "test")
+    conversation = task[0]
+    right = f"The answer is {conversation['count']}."
+    assert task.evaluate(conversation, right) and task.reward(conversation, right) == 0
+    assert task.reward(conversation, [*tool_parts("1", "1"), {"type": "text", "text": right}]) == 1
+    assert not task.evaluate(conversation, f"The answer is {conversation['count'] + 1}.")
+
+
+def test_words_come_from_the_corpus_where_there_is_no_list(base_dir):
+    made = [a + b for a in ("bra", "clo", "dru", "fla", "gri") for b in ("mble", "nder", "sting") + tuple(f"{x}ent" for x in LETTERS)]
+    text = " ".join(made)
+    write_dataset(base_dir / "base_data" / "own", "own", [f"{text} onlyonce", f"{text}. Upper_case x1y", text], ["validation"])
+    found = [word for split in SPLITS for word in words_of(split)]
+    assert sorted(found) == sorted(made)
+    cached = list((base_dir / "tasks" / "corpus_words").glob("*.json"))
+    assert [path.name for path in cached] == ["own.json"]
+    assert count_words(["aaa aaa aaa bbb bbb ccc_ ccc_ ccc_ ddd1 ddd1 ddd1 don't don't don't"]) == ["aaa"]
+
+
+def test_without_any_words_it_is_said_what_to_do(base_dir):
+    with pytest.raises(MissingData, match=r"zangchat\.dataset"):
+        build_mixture("spellingbee:4")
+    (base_dir / "tasks" / "words").mkdir(parents=True)
+    (base_dir / "tasks" / "words" / "few.txt").write_text("one\ntwo\n", encoding="utf-8")
+    with pytest.raises(MissingData, match="only 2 words"):
+        build_mixture("spellingbee:4")
+
+
+# ---- identity -------------------------------------------------------------------------------------------------------
+
+
+def test_there_are_many_phrasings_of_many_intents_in_two_languages():
+    bases = {example.base for example in identity.examples() if example.intent != "ordinary"}
+    assert len(identity.INTENTS) >= 15 and len(bases) >= 300
+    assert sum(identity._is_chinese(base) for base in bases) >= 80
+    train = Identity("train")
+    share = sum(c["intent"] == "ordinary" for c in train) / len(train)
+    assert 0.1 < share < 0.3 and len(train) > 1000
+
+
+def test_answers_about_itself_begin_by_its_name_and_are_short(tokenizer):
+    for example in identity.examples():
+        if example.intent == "ordinary":
+            assert "zangchat" not in example.answer.lower()
+        else:
+            assert re.match(r"I am zangchat\b|我是 zangchat", example.answer), example
+            assert len(tokenizer.encode(example.answer)) <= 40, example
+            assert identity._is_chinese(example.answer) == identity._is_chinese(example.base)
+
+
+def test_a_question_and_its_variants_belong_to_one_split():
+    seen = {split: {identity._plain(e.base) for e in Identity(split).examples} for split in SPLITS}
+    questions = {split: {e.question for e in Identity(split).examples} for split in SPLITS}
+    for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
+        assert not seen[a] & seen[b] and not questions[a] & questions[b]
+    for split in SPLITS:
+        asked = [e.question for e in Identity(split).examples]
+        assert len(asked) == len(set(asked))
+
+
+def test_no_question_has_two_different_answers():
+    answers: dict[str, set[str]] = {}
+    for example in identity.examples():
+        answers.setdefault(identity._plain(example.question), set()).add(example.answer)
+    assert {question: found for question, found in answers.items() if len(found) > 1} == {}
+
+
+def test_identity_wants_the_name_where_it_is_asked_for_and_only_there():
+    task = Identity("train")
+    about = next(c for c in task if c["intent"] == "name")
+    other = next(c for c in task if c["intent"] == "ordinary")
+    assert task.evaluate(about, "My name is Zangchat!") and not task.evaluate(about, "I am ChatGPT.")
+    assert task.evaluate(other, "Paris.") and not task.evaluate(other, "I am zangchat.")
+
+
+# ---- pydocs ---------------------------------------------------------------------------------------------------------
+
+
+def test_answers_are_the_first_sentences_of_docstrings():
+    docs = {doc.name: doc for doc in pydocs.all_docs()}
+    assert len(docs) > 2000
+    assert docs["json.dumps"].answer.startswith("Serialize ``obj``".replace("`", "")) and docs["json.dumps"].kind == "function"
+    assert docs["len"].answer == "Return the number of items in a container."
+    assert docs["math.sqrt"].answer == "Return the square root of x."
+    assert docs["str.join"].kind == "function" and docs["argparse.ArgumentParser"].kind == "class" and docs["textwrap"].kind == "module"
+    for doc in docs.values():
+        assert pydocs.MIN_ANSWER <= len(doc.answer) <= pydocs.MAX_ANSWER + 1 and "\n" not in doc.answer and doc.answer[-1] in ".!?"
+        assert not any(part.startswith("_") for part in doc.name.split("."))
+
+
+@pytest.mark.parametrize(
+    ("docstring", "answer"),
+    [
+        ("Return the sum. And more.\n\nDetails.", "Return the sum."),
+        ("Return a\n    longer thing, e.g. this one\n", "Return a longer thing, e.g. this one."),
+        ("f(x) -> y\n\nReturn the value of f.", "Return the value of f."),
+        ("f(x[, y]) -- Return the value of f.", "Return the value of f."),
+        ("D.pop(k) -> v, remove it", None),
+        ("Return ``x`` as :class:`~a.B` does.", "Return x as a.B does."),
+        ("Short.", None),
+        ("lower case words only", None),
+        ("Takes these arguments:", None),
+        ("Retourne la clé donnée.", None),
+        ("", None),
+    ],
+)
+def test_first_sentence(docstring, answer):
+    assert pydocs.first_sentence(docstring) == answer
+
+
+def test_a_name_belongs_to_one_split_and_is_in_its_question():
+    names = {split: [c["name"] for c in PyDocs(split)] for split in SPLITS}
+    assert sum(map(len, names.values())) == len(set().union(*names.values())) == len(pydocs.all_docs())
+    for conversation in PyDocs("test"):
+        assert conversation["name"] in user_and_answer(conversation)[0]
+
+
+def test_pydocs_accepts_most_of_the_words():
+    task = PyDocs("train")
+    conversation = next(c for c in task if len(user_and_answer(c)[1].split()) > 5)
+    answer = user_and_answer(conversation)[1]
+    assert task.evaluate(conversation, answer.upper()) and task.evaluate(conversation, answer.rsplit(" ", 1)[0])
+    assert not task.evaluate(conversation, "Nothing of the kind, sorry about that") and not task.evaluate(conversation, "")

@@ -1,0 +1,475 @@
+"""Tasks over downloaded data and files, mixtures, the registry."""
+
+import json
+import sys
+import types
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from tasks import common
+from tasks.arc import ARC
+from tasks.common import (
+    REGISTRY,
+    Entry,
+    MissingData,
+    Task,
+    TaskMixture,
+    TaskSequence,
+    build_mixture,
+    chat,
+    last_number,
+    load_task,
+    parse_mixture,
+    render_mc,
+    tool_used,
+    visible_text,
+)
+from tasks.customjson import CustomJSON
+from tasks.gsm8k import GSM8K, answer_parts, final_number
+from tasks.humaneval import HumanEval, extract_code
+from tasks.mmlu import MMLU
+from tasks.smoltalk import SmolTalk
+from zangchat.configurator import UserError
+from zangchat.execution import SandboxLevel, sandbox_level
+
+SHARED = Path(__file__).parents[3] / "shared" / "data" / "tasks"
+
+
+class Numbers(Task):
+    """0, 1, 2, ..."""
+
+    def __init__(self, count: int, **view: int) -> None:
+        super().__init__(**view)
+        self.count = count
+
+    def num_examples(self) -> int:
+        return self.count
+
+    def get_example(self, index: int) -> Any:
+        return chat(f"{index}", f"{index}")
+
+
+def questions(task: Any) -> list[str]:
+    return [task[i]["messages"][0]["content"] for i in range(len(task))]
+
+
+def put(base: Path, name: str, rows: list[dict[str, Any]]) -> Path:
+    path = base / "tasks" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch):
+    """The hub is out of reach; what the tests ask of it is kept."""
+    asked: list[tuple[Any, ...]] = []
+
+    def load_dataset(*args: Any, **settings: Any) -> Any:
+        asked.append((*args, settings))
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+# ---- the protocol ---------------------------------------------------------------------------------------------------
+
+
+def test_a_task_is_a_sequence():
+    task = Numbers(10)
+    assert len(task) == 10 and questions(task) == [str(i) for i in range(10)]
+    assert task[-1] == task[9]
+    with pytest.raises(IndexError):
+        task[10]
+    assert [row["messages"][0]["content"] for row in task] == questions(task)
+
+
+def test_slices_compose_like_those_of_a_list():
+    plain = list(range(30))
+    for start, stop, step in ((0, None, 1), (3, 20, 1), (5, 25, 4), (0, 99, 7)):
+        task = Numbers(30, start=start, stop=stop, step=step) if stop else Numbers(30, start=start, step=step)
+        expected = plain[start:stop:step]
+        assert questions(task) == [str(i) for i in expected]
+        assert questions(task[1:6]) == [str(i) for i in expected[1:6]]
+        assert questions(task[1:6][::2]) == [str(i) for i in expected[1:6][::2]]
+        assert len(task) == len(expected)  # the slice left the task as it was
+    for wrong in ({"start": -1}, {"step": 0}, {"start": 4, "stop": 3}):
+        with pytest.raises(ValueError, match="range"):
+            Numbers(5, **wrong)
+
+
+def test_a_mixture_holds_everything_once_in_one_fixed_shuffled_order():
+    parts = [Numbers(40), Numbers(25, start=5)]
+    mixture = TaskMixture(parts)
+    assert Counter(questions(mixture)) == Counter(questions(parts[0]) + questions(parts[1]))
+    assert questions(mixture) == questions(TaskMixture(parts)) != questions(TaskMixture(parts, seed=7))
+    assert questions(mixture)[:40] != questions(parts[0])
+    assert Counter(questions(TaskMixture([parts[0], parts[0]]))) == Counter(questions(parts[0]) * 2)
+    assert questions(mixture[10:20]) == questions(mixture)[10:20]
+
+
+def test_a_sequence_keeps_the_order():
+    assert questions(TaskSequence([Numbers(3), Numbers(0), Numbers(2)])) == ["0", "1", "2", "0", "1"]
+    with pytest.raises(IndexError):
+        TaskSequence([Numbers(3)])[3]
+
+
+def test_multiple_choice_has_each_letter_at_the_start_of_its_line():
+    text = render_mc("Why? ", ["A", "B"], ["because", "why not"])
+    assert text == "Why?\nA. because\nB. why not\nAnswer with the letter alone."
+    with pytest.raises(ValueError, match="letters"):
+        render_mc("Why?", ["A"], ["because", "why not"])
+
+
+def test_what_counts_as_tool_use_and_as_words():
+    parts = [
+        {"type": "text", "text": "so "},
+        {"type": "python", "text": "1+1"},
+        {"type": "python_output", "text": "2"},
+        {"type": "text", "text": "two"},
+    ]
+    assert visible_text(parts) == "so two" and tool_used(parts)
+    assert not tool_used("<|python_start|>1+1<|python_end|><|output_start|>2<|output_end|>")
+    assert not tool_used(parts[:2])
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("it is 3.", 3), ("1,234.5 of 7", 7), ("1,234.5", 1234.5), ("-4", -4), ("none", None), ("2 then 10", 10), ("3 apples, 4.", 4)],
+)
+def test_the_last_number_of_a_text(text, number):
+    assert last_number(text) == number
+
+
+# ---- registry and mixtures ------------------------------------------------------------------------------------------
+
+
+def test_names_are_found_whatever_their_case():
+    for name in ("SpellingBee", "spellingbee", "spelling-bee", "SPELLING_BEE"):
+        assert common.find_name(name) == "SpellingBee"
+    assert load_task("arc-easy", "test").name == "ARC-Easy"
+    with pytest.raises(UserError, match="unknown task 'gsm9k': known are ARC-Easy, .*GSM8K"):
+        load_task("gsm9k")
+
+
+def test_every_registered_task_can_be_made_and_splits_are_checked():
+    for name in REGISTRY:
+        for split in ("val", "test"):
+            assert isinstance(load_task(name, split), Task)
+        with pytest.raises(ValueError, match="unknown split"):
+            load_task(name, "dev")
+
+
+def test_a_new_task_is_one_file_and_one_line(monkeypatch):
+    """The example of the README."""
+    module = types.ModuleType("tasks.capitals")
+    source = """
+from tasks.common import Task, chat, visible_text
+
+CAPITALS = [("France", "Paris"), ("Japan", "Tokyo"), ("Egypt", "Cairo")]
+
+
+class Capitals(Task):
+    def __init__(self, split="train", **view):
+        super().__init__(**view)
+        self.rows = CAPITALS[:2] if split == "train" else CAPITALS[2:]
+
+    def num_examples(self):
+        return len(self.rows)
+
+    def get_example(self, index):
+        country, capital = self.rows[index]
+        return chat(f"What is the capital of {country}?", capital)
+
+    def evaluate(self, conversation, completion):
+        return conversation["messages"][-1]["content"] in visible_text(completion)
+"""
+    exec(compile(source, "tasks/capitals.py", "exec"), module.__dict__)
+    monkeypatch.setitem(sys.modules, "tasks.capitals", module)
+    monkeypatch.setitem(REGISTRY, "Capitals", Entry("tasks.capitals", "Capitals"))
+    mixture = build_mixture("capitals:2,arithmetic:3")
+    assert Counter(questions(mixture))["What is the capital of France?"] == 2 and len(mixture) == 7
+    test = load_task("capitals", "test")
+    assert test.evaluate(test[0], "It is Cairo.") and not test.evaluate(test[0], "It is Paris.")
+
+
+def test_a_mixture_is_written_as_names_and_numbers():
+    assert parse_mixture("pydocs:1, identity:4,spellingbee:4000") == [("pydocs", 1.0), ("identity", 4.0), ("spellingbee", 4000.0)]
+    assert parse_mixture("identity") == [("identity", 1.0)]
+    assert parse_mixture("C:\\chats.jsonl:2") == [("C:\\chats.jsonl", 2.0)]
+    for wrong in ("identity:x", "identity:0", "identity:-1", "identity:inf", "identity:nan", "a.jsonl:"):
+        with pytest.raises(UserError, match="--mixture"):
+            parse_mixture(wrong)
+    with pytest.raises(UserError, match="empty"):
+        parse_mixture(" , ")
+
+
+def test_numbers_are_epochs_of_finite_tasks_and_examples_of_generated_ones(base_dir):
+    rows = [chat(f"q{i}", "a") for i in range(10)]
+    own = put(base_dir, "own.jsonl", rows)
+    mixture = build_mixture(f"{own}:2.5,arithmetic:7")
+    counts = Counter(text for text in questions(mixture) if text.startswith("q"))
+    assert len(mixture) == 25 + 7 and sorted(counts.values()) == [2] * 5 + [3] * 5
+    held_out = build_mixture(f"{own}:2.5,arithmetic:7000", "val")
+    assert len(held_out) == 10 + common.MAX_HELDOUT
+    assert questions(build_mixture("arithmetic:50")) == questions(build_mixture("arithmetic:50"))
+
+
+def test_a_mixture_never_shrinks_because_data_is_missing(base_dir):
+    with pytest.raises(UserError, match="gsm8k"):
+        build_mixture("arithmetic:10,gsm8k:1")
+    with pytest.raises(UserError, match="no training data"):
+        build_mixture("humaneval:1")
+
+
+# ---- data from outside ----------------------------------------------------------------------------------------------
+
+ARC_ROW = {"id": "x", "question": "Which?", "choices": {"text": ["one", "two", "three"], "label": ["1", "2", "3"]}, "answerKey": "2"}
+GSM_ROW = {"question": "How many?", "answer": "He has 48/2 = <<48/2=24>>24, so 24+1,000=<<24+1000=1024>>1,024.\n#### 1,024"}
+
+
+def test_local_files_are_read_before_the_hub_is_asked(base_dir, no_hub):
+    put(base_dir, "gsm8k/main/train.parquet", [GSM_ROW] * 3)
+    put(base_dir, "gsm8k/main/test.jsonl", [GSM_ROW] * 2)
+    put(base_dir, "ai2_arc/ARC-Challenge/test.parquet", [ARC_ROW])
+    put(base_dir, "openai_humaneval/test.parquet", [dict.fromkeys(HumanEval.fields, "x")])
+    put(
+        base_dir,
+        "smoltalk/train.parquet",
+        [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "source": "x"}],
+    )
+    assert [len(GSM8K(split=split)) for split in ("train", "test")] == [3, 2]
+    assert len(ARC("ARC-Challenge", "test")) == len(HumanEval()) == len(SmolTalk()) == 1
+    assert SmolTalk()[0] == chat("a", "b")
+    assert no_hub == []
+
+
+@pytest.mark.parametrize(
+    ("task", "asked", "path"),
+    [
+        (GSM8K(split="train"), ("openai/gsm8k", "main", {"split": "train"}), "gsm8k/main/train.parquet"),
+        (MMLU(split="train"), ("cais/mmlu", "all", {"split": "auxiliary_train"}), "mmlu/all/auxiliary_train.parquet"),
+        (MMLU(split="test"), ("cais/mmlu", "all", {"split": "test"}), "mmlu/all/test.parquet"),
+        (ARC("ARC-Easy", "train"), ("allenai/ai2_arc", "ARC-Easy", {"split": "train"}), "ai2_arc/ARC-Easy/train.parquet"),
+        (HumanEval(), ("openai/openai_humaneval", None, {"split": "test"}), "openai_humaneval/test.parquet"),
+        (SmolTalk(), ("HuggingFaceTB/smol-smoltalk", None, {"split": "train"}), "smoltalk/train.parquet"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_without_a_file_the_hub_is_asked_and_without_the_hub_it_is_said_what_to_download(base_dir, no_hub, task, asked, path):
+    with pytest.raises(MissingData) as told:
+        len(task)
+    assert no_hub == [asked]
+    assert str(base_dir / "tasks" / path) in str(told.value) and asked[0] in str(told.value) and "offline" in str(told.value)
+
+
+def test_files_that_are_not_the_dataset_are_named(base_dir):
+    path = put(base_dir, "gsm8k/main/train.jsonl", [{"question": "x"}])
+    with pytest.raises(UserError, match=r"train\.jsonl has no field answer"):
+        len(GSM8K(split="train"))
+    path.write_text('{"question": "x", "answer": "y"}\n{"question"\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"train\.jsonl:2 is not JSON"):
+        len(GSM8K(split="train"))
+    path.with_suffix(".parquet").write_bytes(b"PAR1 nothing PAR1")
+    with pytest.raises(UserError, match=r"train\.parquet cannot be read"):
+        len(GSM8K(split="train"))
+    put(base_dir, "gsm8k/main/test.jsonl", [])
+    with pytest.raises(UserError, match="empty"):
+        len(GSM8K(split="test"))
+
+
+def test_arc_keeps_the_letters_of_each_question(base_dir):
+    put(base_dir, "ai2_arc/ARC-Easy/test.jsonl", [ARC_ROW])
+    task = ARC("ARC-Easy", "test")
+    conversation = task[0]
+    assert conversation["letters"] == ["1", "2", "3"] and conversation["messages"][1]["content"] == "2"
+    assert task.evaluate(conversation, "2") and not task.evaluate(conversation, "1")
+    put(base_dir, "ai2_arc/ARC-Easy/test.jsonl", [{**ARC_ROW, "answerKey": "B"}])
+    with pytest.raises(UserError, match="answerKey 'B'"):
+        ARC("ARC-Easy", "test")[0]
+
+
+def test_gsm8k_turns_calculator_marks_into_tool_calls():
+    parts = answer_parts(GSM_ROW["answer"])
+    assert [(part["type"], part["text"]) for part in parts] == [
+        ("text", "He has 48/2 = "),
+        ("python", "48/2"),
+        ("python_output", "24"),
+        ("text", "24, so 24+1,000="),
+        ("python", "24+1000"),
+        ("python_output", "1024"),
+        ("text", "1,024.\n#### 1,024"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [
+        ("#### 1024", True),
+        ("#### 1,024", True),
+        ("####1024.0", True),
+        ("first #### 7 no, #### 1024", True),
+        ("#### -1024", False),
+        ("the answer is 1024", False),
+        ("#### none", False),
+        ("", False),
+    ],
+)
+def test_gsm8k_compares_numbers_behind_the_mark(base_dir, said, right):
+    put(base_dir, "gsm8k/main/test.jsonl", [GSM_ROW])
+    task = GSM8K(split="test")
+    assert task.evaluate(task[0], said) is right and task.reward(task[0], said) == float(right)
+    assert final_number("#### -.5") == -0.5
+
+
+def test_mmlu_answers_are_letters(base_dir):
+    put(base_dir, "mmlu/all/test.jsonl", [{"question": "Q", "subject": "s", "choices": list("wxyz"), "answer": 3}])
+    task = MMLU(split="test")
+    assert task[0]["messages"][1]["content"] == "D" and task.evaluate(task[0], "D") and not task.evaluate(task[0], "A")
+
+
+# ---- HumanEval ------------------------------------------------------------------------------------------------------
+
+PROMPT = 'import math\n\ndef half(x):\n    return x / 2\n\ndef area(r):\n    """Of a circle."""\n'
+PROBLEM = {
+    "task_id": "T/0",
+    "prompt": PROMPT,
+    "canonical_solution": "    return math.pi * r * r\n",
+    "test": "def check(candidate):\n    assert abs(candidate(2) - 12.566) < 0.01\n    assert half(candidate(0)) == 0\n",
+    "entry_point": "area",
+}
+
+
+def test_code_is_taken_out_of_its_fence():
+    assert extract_code("Sure:\n```python\nx = 1\n```\nand\n```\ny\n```") == "x = 1\n"
+    assert extract_code("```\nx = 1") == "x = 1"
+    assert extract_code("    return 1") == "    return 1"
+
+
+@pytest.mark.skipif(sandbox_level() < SandboxLevel.FILTERED, reason="the sandbox of this machine is too weak for model-written code")
+def test_humaneval_runs_the_tests(base_dir):
+    put(base_dir, "openai_humaneval/test.jsonl", [PROBLEM])
+    task = HumanEval()
+    conversation = task[0]
+    right = [
+        conversation["messages"][1]["content"],
+        "    return math.pi * r * r\n",  # goes on from the prompt
+        "```python\ndef area(r):\n    return math.pi * r ** 2\n```",  # with the prompt's import and helper
+    ]
+    wrong = [
+        "    return r\n",
+        "",
+        "I do not know.",
+        "```python\nimport os\nos._exit(0)\n```",
+        "    import sys; sys.exit(0)\n",
+        "    while True: pass\n",
+    ]
+    assert [task.evaluate(conversation, answer) for answer in right] == [True] * 3
+    assert [task.evaluate(conversation, answer) for answer in wrong[:5]] == [False] * 5
+
+
+# ---- CustomJSON -----------------------------------------------------------------------------------------------------
+
+
+def test_customjson_reads_the_common_shapes(base_dir):
+    turns = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "hello"}]
+    rows: list[Any] = [
+        {"messages": turns, "id": 3},
+        turns,
+        {"conversations": [{"from": "human", "value": "你好"}, {"from": "gpt", "value": "hello"}]},
+        {"instruction": "你好", "output": "hello"},
+        {"instruction": "你好", "input": "", "output": "hello", "history": []},
+    ]
+    task = CustomJSON(put(base_dir, "own.jsonl", rows))
+    assert [task[i] for i in range(5)] == [{"messages": turns}] * 5
+    rows = [
+        {"instruction": "Add.", "input": "1 2", "output": "3", "system": "Be short.", "history": [["Hi", "Hello"]]},
+        {"conversations": [{"from": "system", "value": "s"}, {"from": "user", "value": "u"}, {"from": "assistant", "value": "a"}]},
+        {"system": "s", "conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]},
+    ]
+    task = CustomJSON(put(base_dir, "more.jsonl", rows))
+    assert [message["content"] for message in task[0]["messages"]] == ["Be short.", "Hi", "Hello", "Add.\n\n1 2", "3"]
+    assert task[1] == task[2] and [message["role"] for message in task[1]["messages"]] == ["system", "user", "assistant"]
+    parts = [{"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}, {"type": "text", "text": "2"}]
+    assert CustomJSON(put(base_dir, "tools.jsonl", [chat("1+1?", parts)]))[0] == chat("1+1?", parts)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("{", "is not JSON"),
+        ("3", "is a JSON int"),
+        ('{"text": "x"}', "has text: expected messages, conversations, or instruction and output"),
+        ('{"messages": []}', "messages must be a list"),
+        ('{"messages": "x"}', "messages must be a list"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "roles are user; expected"),
+        ('{"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}]}', "roles are assistant, user"),
+        ('{"messages": [{"role": "user", "content": "x"}, {"role": "tool", "content": "x"}]}', "roles are user, tool"),
+        ('{"messages": [3, 4]}', "roles are None"),
+        (
+            '{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "x"}]}',
+            "content of a user message must be text",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": [{"type": "image"}]}]}',
+            "a content part must be",
+        ),
+        ('{"conversations": [{"from": "martian", "value": "x"}]}', "nobody is called martian"),
+        ('{"conversations": [{"who": "human"}]}', "list of {from, value}"),
+        ('{"instruction": 3, "output": "x"}', "must be texts"),
+        ('{"instruction": "x", "output": "y", "history": ["z"]}', "history must be"),
+    ],
+)
+def test_customjson_names_file_and_line_of_what_it_cannot_read(base_dir, line, complaint):
+    path = put(base_dir, "own.jsonl", [chat("q", "a")])
+    path.write_text(path.read_text(encoding="utf-8") + "\n" + line + "\n", encoding="utf-8")
+    with pytest.raises(UserError) as told:
+        len(CustomJSON(path))
+    assert str(told.value).startswith(f"{path}:3") and complaint in str(told.value)
+
+
+def test_customjson_names_a_file_that_is_not_there(base_dir):
+    with pytest.raises(UserError, match=r"no file .*nowhere\.jsonl"):
+        build_mixture("nowhere.jsonl:1")
+    with pytest.raises(UserError, match="is empty"):
+        len(CustomJSON(put(base_dir, "own.jsonl", [])))
+    (base_dir / "latin.jsonl").write_bytes(b'{"messages": "\xe9"}')
+    with pytest.raises(UserError, match="UTF-8"):
+        len(CustomJSON(base_dir / "latin.jsonl"))
+
+
+# ---- the real thing -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the development data is not here")
+def test_the_real_data(base_dir):
+    (base_dir / "tasks").mkdir()
+    for folder in SHARED.iterdir():
+        (base_dir / "tasks" / folder.name.removesuffix("_like")).symlink_to(folder)
+    sizes = {
+        ("gsm8k", "train"): 7173,
+        ("gsm8k", "test"): 1319,
+        ("mmlu", "test"): 14042,
+        ("arc-easy", "test"): 2376,
+        ("arc-challenge", "test"): 1172,
+    }
+    for (name, split), count in {**sizes, ("humaneval", "test"): 164, ("smoltalk", "train"): 20041}.items():
+        task = load_task(name, split)
+        assert len(task) == count, name
+        for conversation in task[:: max(1, count // 50)]:
+            common.check_conversation(conversation["messages"], name)
+            gold = conversation["messages"][-1]["content"]
+            if name not in ("smoltalk", "humaneval"):
+                assert task.evaluate(conversation, gold), name
+    train, test = (set(questions(load_task("gsm8k", split))) for split in ("train", "test"))
+    assert not train & test
