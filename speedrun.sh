@@ -112,12 +112,13 @@ once() {
     printf '%s' "$*" > "$mark"
 }
 
-# on_all SCRIPT FLAGS...: the command line that runs a script on every GPU, in the array `command`.
+# on_all SCRIPT FLAGS...: the command line that runs a script on every GPU, in the array `command`. The `--` keeps torchrun
+# from taking --run for one of its own flags.
 on_all() {
     if [ "$NPROC_PER_NODE" = 1 ]; then
         command=(python -m "$@")
     else
-        command=(torchrun --standalone --nproc_per_node="$NPROC_PER_NODE" -m "$@")
+        command=(torchrun --standalone --nproc_per_node="$NPROC_PER_NODE" -m "$1" -- "${@:2}")
     fi
 }
 

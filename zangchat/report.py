@@ -42,7 +42,9 @@ CURVES = {  # field of metrics.jsonl -> axis label
     "val_bpb": "validation bits per byte",
     "lr": "learning rate multiplier",
     "tok_per_sec": "tokens per second",
+    "core_metric": "CORE",
     "reward": "reward",
+    "pass@1": "held-out pass@1",
 }
 MAX_POINTS = 600  # a curve has more pixels than this nowhere; keeps the SVG small
 MISSING = "-"
@@ -201,26 +203,26 @@ def read_curve(base_dir: Path, stage: str) -> Curve | None:
     return Curve(stage, files[-1].parent.name, [rows[step] for step in sorted(rows)], unreadable)
 
 
-def _points(curve: Curve, name: str) -> tuple[list[float], list[float]]:
-    """(x, y) of one metric where it is a finite number; x is tokens where every such row has them, else steps."""
+def _points(curve: Curve, name: str) -> tuple[str, list[float], list[float]]:
+    """(what x is, x, y) of one metric where it is a finite number; x is tokens where every such row has them, else the step."""
     rows = [row for row in curve.rows if _is_number(row.get(name)) and math.isfinite(row[name])]
     rows = rows[:: max(1, len(rows) // MAX_POINTS)]
     axis = "tokens" if rows and all(_is_number(row.get("tokens")) for row in rows) else "step"
-    return [float(row[axis]) for row in rows], [float(row[name]) for row in rows]
+    return axis, [float(row[axis]) for row in rows], [float(row[name]) for row in rows]
 
 
 def plot_curve(curve: Curve) -> str | None:
     """One row of small plots, one for each metric that the stage has; None where there is nothing to draw."""
-    panels = [(label, *_points(curve, name), name) for name, label in CURVES.items()]
-    panels = [panel for panel in panels if panel[1]]
+    panels = [(label, *_points(curve, name)) for name, label in CURVES.items()]
+    panels = [panel for panel in panels if panel[2]]
     if not panels:
         return None
     figure = _figure(4.0 * len(panels), 3.0)
-    for i, (label, x, y, name) in enumerate(panels):
+    for i, (label, axis, x, y) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), i + 1)
         axes.plot(x, y, color="#3056d3", linewidth=1.2, marker="o" if len(x) < 12 else None, markersize=3)
         axes.set_title(label, fontsize=10)
-        axes.set_xlabel("tokens" if all("tokens" in row for row in curve.rows if name in row) else "step", fontsize=9)
+        axes.set_xlabel(axis, fontsize=9)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
     return _svg(figure)

@@ -35,7 +35,7 @@ def commands(text: str) -> list[str]:
 
 
 def check_python(words: list[str], where: str) -> None:
-    """`-m module flags...` as it would be parsed; only what needs no file is checked."""
+    """`-m module flags...` as it would be parsed."""
     module = importlib.import_module(words[1])
     arguments = words[2:]
     verify = words[1] == "zangchat.dataset" and arguments[:1] == ["verify"]
@@ -55,6 +55,8 @@ def check_command(line: str, where: str) -> None:
         assert all(re.search(rf"\b{name}\b", script) for name in variables), f"{where}: {words[1]} does not read one of {variables}"
     elif words[0] in ("python", "torchrun"):
         check_python(words[words.index("-m") :], where)
+        if words[0] == "torchrun":  # it takes abbreviations of its own flags, --run among them, unless a `--` comes first
+            assert words[words.index("-m") + 2 :][:1] in ([], ["--"]), f"{where}: {line} needs `--` after the module"
     else:
         assert words[0] == "source", f"{where}: unknown command {line}"
 
@@ -232,7 +234,7 @@ def test_the_chain_calls_every_command_with_flags_that_exist(chain, script):
     assert code == 0, output
     assert modules(calls) == CHAIN
     for call in calls:
-        check_python(call[call.index("-m") :], script)
+        check_command(shlex.join(call), script)
     assert "$ at" not in output and "an hour" in output
 
 
@@ -245,7 +247,7 @@ def test_the_rehearsal_in_the_comment_has_flags_that_exist(chain):
     assert modules(calls) == [name for name in CHAIN if name != "scripts.base_eval"]
     assert all(call[0] == "python" or "--nproc_per_node=2" in call for call in calls)
     for call in calls:
-        check_python(call[call.index("-m") :], "the rehearsal")
+        check_command(shlex.join(call), "the rehearsal")
 
 
 def test_a_failed_stage_ends_the_chain_and_says_how_to_go_on(chain):
