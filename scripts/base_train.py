@@ -166,7 +166,7 @@ def make_hooks(run: run_setup.Run, gpt: GPTConfig, tokenizer: Any, dataset: Any)
             hooks.validation_bpb(config.eval_every, run.validation(dataset, tokenizer, gpt.sequence_len), run.token_bytes(tokenizer))
         )
     if config.core_metric_every > 0:
-        found.append(hooks.core_metric(config.core_metric_every, config.core_metric_max_per_task))
+        found += hooks.core_metric(config.core_metric_every, config.core_metric_max_per_task)
     if config.sample_every > 0:
         found.append(hooks.samples(config.sample_every))
     return found

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from zangchat import common
+from zangchat.configurator import UserError
 from zangchat.trainer import Every, Trainer
 
 if TYPE_CHECKING:
@@ -53,17 +54,23 @@ def validation_loss(n: int, batches: Callable[[], Iterable["Batch"]]) -> Every:
     return Every(n, evaluate, at_start=True, name="validation")
 
 
-def core_metric(n: int, max_per_task: int) -> Every:
-    """The CORE metric of DCLM (arXiv:2406.11794), where its data is at hand; says so once where it is not."""
+def core_metric(n: int, max_per_task: int) -> list[Every]:
+    """The CORE metric of DCLM (arXiv:2406.11794); no hook where its data is not at hand, which is said."""
+    from zangchat.core_eval import evaluate_core, find_bundle
+
+    try:
+        bundle = find_bundle(download=False)
+    except UserError as error:
+        common.print0(f"training goes without CORE evaluations: {error}")
+        return []
 
     def evaluate(trainer: Trainer) -> None:
-        from zangchat.core_eval import evaluate_core
-
-        result = evaluate_core(trainer.model, trainer.tokenizer, max_per_task=max_per_task)
+        result = evaluate_core(trainer.model, trainer.tokenizer, max_per_task=max_per_task, bundle=bundle)
+        trainer.state.extra["core_metric"] = result["core_metric"]
         trainer.log({"core_metric": result["core_metric"]})
-        common.print0(f"{trainer.stage.name} step {trainer.state.step}: CORE {result['core_metric']:.4f}")
+        common.print0(f"{trainer.stage.name} step {trainer.state.step}: {result['name']} {result['core_metric']:.4f}")
 
-    return Every(n, evaluate, name="CORE")
+    return [Every(n, evaluate, name="CORE")]
 
 
 def samples(n: int, prompts: Sequence[str] = PROMPTS) -> Every:

@@ -300,6 +300,27 @@ def test_a_run_none_of_whose_checkpoints_is_intact_does_not_start_over_by_itself
     assert "intact" in message and "--overwrite" in message
 
 
+# ---- looking on -----------------------------------------------------------------------------------------------------
+
+
+def test_samples_and_core_are_reported_where_their_data_is(base, before, capsys):
+    """A bundle with one task of three questions; without one, training goes on and says so."""
+    flags = [*MODEL, *BATCH, f"--data_path={base / 'text.jsonl'}", "--num_iterations=2", "--eval_every=-1", "--sample_every=2"]
+    assert base_train.main([*flags, "--model_tag=without", "--core_metric_every=2"]) == 0
+    out = capsys.readouterr().out
+    assert "training goes without CORE evaluations" in out and "The capital of France is|" in out
+    bundle = before / "eval_bundle"
+    (bundle / "eval_data").mkdir(parents=True)
+    icl_task = {"label": "lambada_openai", "dataset_uri": "toy.jsonl", "num_fewshot": [0], "icl_task_type": "language_modeling"}
+    (bundle / "core.yaml").write_text(json.dumps({"icl_tasks": [icl_task]}), encoding="utf-8")
+    (bundle / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nlambada_openai,0\n", encoding="utf-8")
+    items = [{"context": f"the {word}", "continuation": " sat"} for word in WORDS[:3]]
+    (bundle / "eval_data" / "toy.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+    assert base_train.main([*flags, "--model_tag=with", "--core_metric_every=2"]) == 0
+    lines = [json.loads(line) for line in (folder(before, "base", "with") / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [0 <= line["core_metric"] <= 1 for line in lines if "core_metric" in line] == [True]
+
+
 # ---- the plan -------------------------------------------------------------------------------------------------------
 
 
