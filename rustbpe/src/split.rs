@@ -272,8 +272,9 @@ mod tests {
         let engine = Splitter::with_regex(DEFAULT_PATTERN).unwrap();
         let around = [("", ""), ("a", "b"), (" ", "a"), ("'", "1"), ("1 ", " \n"), ("!", "\r\n")];
         // Texts hold many code points, far enough apart not to meet: a call for each would take minutes.
+        let planes_in_use = |block: u32| matches!(block >> 8, 0..=3 | 14);
         for (before, after) in around {
-            for block in 0..0x1100u32 {
+            for block in (0..0x1100u32).filter(|&block| before.is_empty() || planes_in_use(block)) {
                 let text: String =
                     (block << 8..(block + 1) << 8).filter_map(char::from_u32).map(|c| format!("{before}{c}{after}\n-a")).collect();
                 assert_eq!(pieces(&hand, &text), pieces(&engine, &text), "{before:?} {after:?} block {block:#x}");

@@ -203,7 +203,7 @@ def break_base64(data: dict[str, Any]) -> None:
         (lambda data: data["ranks"].pop(5), "256 single bytes"),
         (lambda data: data["ranks"].append(data["ranks"][-1]), "distinct"),
         (lambda data: data["special_tokens"].pop(), "special tokens"),
-        (lambda data: data.update(pattern="("), "pattern"),
+        (lambda data: data.update(pattern="("), "parenthesis"),
         (break_base64, "base64"),
     ],
 )
