@@ -1,0 +1,241 @@
+"""The commands that reward and evaluate (chat_rl, chat_eval, base_eval) at a tiny size, as a user starts them."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from scripts import base_eval, chat_eval, chat_rl
+from tasks import common, spellingbee
+from tasks.common import REGISTRY, Entry, GeneratedTask, chat, visible_text
+from tests.unit.test_core_eval import make_bundle
+from zangchat import checkpoint_manager, trainer
+from zangchat.config import GPTConfig, RunState
+from zangchat.gpt import GPT
+from zangchat.report import get_report
+from zangchat.tokenizer import RustBPETokenizer
+
+TEXT = Path(common.__file__).read_text(encoding="utf-8") + Path(spellingbee.__file__).read_text(encoding="utf-8")
+CPU = ["--device_type=cpu", "--dtype=float32"]
+SIZE = [
+    "--task=vowels",
+    "--task_size=40",
+    "--examples_per_step=4",
+    "--num_samples=4",
+    "--max_new_tokens=8",
+    "--eval_examples=6",
+    "--eval_samples=2",
+]
+RATES = ["--optimizer=adamw", "--matrix_lr=0.05", "--embedding_lr=0.05", "--unembedding_lr=0.05", "--init_lr_frac=1", "--eval_every=5"]
+
+
+class Vowels(GeneratedTask):
+    """Earns the share of vowels in the answer: even noise earns something, and more can be learnt within a few steps."""
+
+    rewarded = True
+
+    def make(self, rng: Any) -> Any:
+        return chat(f"say {rng.randrange(100)}", "aaa")
+
+    def evaluate(self, conversation: Any, completion: Any) -> bool:
+        return self.reward(conversation, completion) > 0.5
+
+    def reward(self, conversation: Any, completion: Any) -> float:
+        said = visible_text(completion)
+        return sum(char in "aeiou" for char in said) / max(len(said), 1)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base directory with a random model that passes for a finetuned one (tags a and b) and for a base model."""
+    root = tmp_path_factory.mktemp("base")
+    tokenizer = RustBPETokenizer.train_from_iterator(iter([TEXT] * 2), 400)
+    torch.manual_seed(2)
+    model = GPT(GPTConfig(sequence_len=64, vocab_size=tokenizer.get_vocab_size(), n_layer=1, n_head=2, n_kv_head=2, n_embd=32))
+    model.init_weights()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.2)
+    for stage, tag in (("sft", "a"), ("sft", "b"), ("base", "a")):
+        folder = root / checkpoint_manager.SOURCES[stage] / tag
+        folder.mkdir(parents=True)
+        meta = {
+            "stage": stage,
+            "val_bpb": None,
+            "model_config": model.config.to_dict(),
+            "user_config": {"model_tag": tag, "max_seq_len": 64, "device_batch_size": 4},
+            "run_state": RunState(step=3).to_dict(),
+        }
+        checkpoint_manager.save_checkpoint(folder, 3, model.state_dict(), {}, meta)
+        tokenizer.save(folder)
+    return root
+
+
+@pytest.fixture
+def base(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    root = tmp_path / "base"
+    shutil.copytree(made, root)
+    monkeypatch.setenv("ZANGCHAT_BASE_DIR", str(root))
+    monkeypatch.setenv("WANDB_RUN", "dummy")
+    (root / "tasks" / "words").mkdir(parents=True)
+    (root / "tasks" / "words" / "w.txt").write_text(
+        "\n".join(f"w{a}{b}rd" for a in "abcdefghijklmn" for b in "abcdefghijklmn"), encoding="utf-8"
+    )
+    return root
+
+
+@pytest.fixture(autouse=True)
+def vowels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    module = types.ModuleType("tasks.vowels")
+    module.Vowels = Vowels  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tasks.vowels", module)
+    monkeypatch.setitem(REGISTRY, "Vowels", Entry("tasks.vowels", "Vowels"))
+    yield
+
+
+def rl(*more: str, tag: str = "a") -> int:
+    return chat_rl.main([f"--model_tag={tag}", *CPU, *SIZE, *RATES, *more])
+
+
+def metrics(base: Path, tag: str = "a") -> list[dict[str, Any]]:
+    lines = (base / "chatrl_checkpoints" / tag / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in trainer.TIMES} for line in lines]
+
+
+# ---- chat_rl --------------------------------------------------------------------------------------------------------
+
+
+def test_rl_raises_the_reward_and_leaves_a_model_curves_and_a_report(base):
+    assert rl("--num_iterations=15") == 0
+    lines = metrics(base)
+    rewards = [line["reward"] for line in lines if "reward" in line]
+    assert len(rewards) == 15 and sum(rewards[-3:]) > sum(rewards[:3]) + 0.3
+    held_out = {line["step"]: line["pass@1"] for line in lines if "pass@1" in line}
+    assert list(held_out) == [0, 5, 10, 15] and held_out[15] >= held_out[0]
+    model, _, meta = checkpoint_manager.load_model("rl", "cpu", "eval")
+    assert meta["stage"] == "rl" and meta["step"] == 15
+    first, last = (meta["run_state"]["extra"]["held_out"][f"{when} pass@2"] for when in ("first", "last"))
+    assert 0 <= first <= 1 and 0 <= last <= 1
+    assert any(card.section == "Chat RL" for card in get_report().cards())
+
+
+def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_bit_for_bit(base, monkeypatch):
+    assert rl("--num_iterations=8") == 0
+    original = trainer.Trainer.train_step
+
+    def interrupted(self: Any, batch: Any) -> Any:
+        if self.state.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "train_step", interrupted)
+        assert rl("--num_iterations=8", tag="b") == 130
+    assert rl("--num_iterations=8", "--resume=latest", tag="b") == 0
+    one, two = (checkpoint_manager.load_checkpoint(base / "chatrl_checkpoints" / tag, 8, "cpu", load_optimizer=True) for tag in "ab")
+    assert all(torch.equal(one[0][name], two[0][name]) for name in one[0])
+    assert one[1] is not None and two[1] is not None and one[1].keys() == two[1].keys()
+    for name, entry in one[1].items():
+        assert all(torch.equal(tensor, two[1][name]["tensors"][key]) for key, tensor in entry["tensors"].items())
+    assert metrics(base, "a") == metrics(base, "b")
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--task=gsm9k"], "unknown task 'gsm9k'"),
+        (["--task=identity"], "has no reward to learn from: choose one of GSM8K, SpellingBee, Arithmetic"),
+        (["--num_samples=1"], "teaches nothing"),
+        (["--temperature=0"], "must be above 0"),
+        (["--source=base"], "choose sft or mid"),
+        (["--examples_per_step=0"], "--examples_per_step=0"),
+        (["--model_tag=c"], "c"),
+        (["--task=gsm8k"], "gsm8k"),
+    ],
+)
+def test_rl_says_what_is_wrong_in_one_sentence(base, capsys, monkeypatch, flags, complaint):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **settings: (_ for _ in ()).throw(ConnectionError("offline")))
+    assert rl("--num_iterations=2", *flags) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and complaint in error
+    assert not list(base.glob("chatrl_checkpoints/*/meta_*"))
+
+
+# ---- chat_eval ------------------------------------------------------------------------------------------------------
+
+
+def test_chat_eval_scores_tasks_and_keeps_what_was_said(base, capsys):
+    assert chat_eval.main(["-g", "a", "-a", "vowels|Spelling-Bee|VOWELS", "-x", "7", "-m", "6", "-n", "2", "-t", "1", *CPU]) == 0
+    rows = [json.loads(line) for line in (base / "chat_eval" / "sft_a_000003_Vowels.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["index"] for row in rows] == list(range(7)) and all(len(row["completions"]) == 2 for row in rows)
+    (card,) = [card for card in get_report().cards() if card.section == "Chat evaluation sft"]
+    assert set(card.data[0]) == {"Vowels", "SpellingBee"}
+    assert card.data[0]["Vowels"] == pytest.approx(sum(row["passed"] for row in rows) / 7)
+    assert "ChatCORE" not in capsys.readouterr().out
+
+
+def test_chat_eval_of_everything_names_what_it_could_not_score(base, capsys, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **settings: (_ for _ in ()).throw(ConnectionError("offline")))
+    (base / "tasks" / "gsm8k" / "main").mkdir(parents=True)
+    (base / "tasks" / "gsm8k" / "main" / "test.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n', encoding="utf-8")
+    assert chat_eval.main(["-g", "a", "-x", "4", "-m", "4", *CPU]) == 0
+    out = capsys.readouterr().out
+    assert "ChatCORE (2/6, no ARC-Easy, ARC-Challenge, MMLU, HumanEval)" in out and "ARC-Easy: not scored" in out
+    (card,) = [card for card in get_report().cards() if card.section == "Chat evaluation sft"]
+    assert sum("Not scored: MMLU" in item for item in card.data if isinstance(item, str)) == 1
+
+
+def test_chat_eval_refuses_missing_data_that_was_asked_for(base, capsys, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **settings: (_ for _ in ()).throw(ConnectionError("offline")))
+    for flags, complaint in (
+        (["-a", "MMLU"], "cais/mmlu"),
+        (["-a", "gsm9k"], "unknown task"),
+        (["-a", "smoltalk"], "without right answers"),
+        (["-a", "vowels", "--all_tasks"], "exclude each other"),
+        (["-a", "vowels", "-n", "2"], "--temperature"),
+        (["-a", "vowels", "-x", "0"], "--max_problems=0"),
+        (["-a", "vowels", "-g", "nobody"], "nobody"),
+    ):
+        assert chat_eval.main(["-g", "a", *flags, *CPU]) == 2
+        assert complaint in capsys.readouterr().err
+
+
+def test_the_whole_of_chatcore_is_the_mean_of_centred_accuracies():
+    class Scored:
+        def __init__(self, accuracy: float) -> None:
+            self.accuracy = accuracy
+
+    counted = [name for name, entry in REGISTRY.items() if entry.baseline is not None]
+    assert counted == ["ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee"]
+    values = dict(zip(counted, (0.25, 0.5, 0.4, 0.1, 0.2, 0.9), strict=True))
+    table = chat_eval.scores({name: Scored(value) for name, value in values.items()}, {})  # type: ignore[misc]
+    assert table["ChatCORE"] == pytest.approx((0 + 0.25 / 0.75 + 0.15 / 0.75 + 0.1 + 0.2 + 0.9) / 6)
+
+
+# ---- base_eval ------------------------------------------------------------------------------------------------------
+
+
+def test_base_eval_writes_a_table_and_a_report_card(base, capsys):
+    make_bundle(base / "eval_bundle")
+    assert base_eval.main(["--max_per_task=5", *CPU]) == 0
+    lines = (base / "base_eval" / "base_a_000003.csv").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "task,accuracy,centered" and lines[1].startswith("jeopardy,") and "coqa,," in lines
+    assert lines[-1].startswith('"CORE (3/22, no ')
+    (card,) = [card for card in get_report().cards() if card.section == "base model evaluation"]
+    name = next(name for name in card.data[1] if name.startswith("CORE"))
+    assert name.startswith("CORE (3/22") and f"{card.data[1][name]:.6f}" == lines[-1].rsplit(",", 1)[1]
+    assert base_eval.main(["--max_per_task=0", *CPU]) == 2
+    assert "--max_per_task=0" in capsys.readouterr().err
