@@ -34,9 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def plan(config: Config) -> int:
     pace = seconds_per_step()
-    print(
-        f"# measured {pace:.3f} s per step of {TOKENS_PER_STEP} tokens ({TOKENS_PER_STEP / pace:,.0f} tok/s); planned for {config.minutes:g} minutes"
-    )
+    tokens_per_second = TOKENS_PER_STEP / pace
+    print(f"# {pace:.3f} s per step of {TOKENS_PER_STEP} tokens ({tokens_per_second:,.0f} tok/s), planned for {config.minutes:g} minutes")
     for name, steps in steps_that_fit(config.minutes, pace).items():
         print(f"{name}={steps}")
     return 0

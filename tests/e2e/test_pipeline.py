@@ -123,13 +123,13 @@ def test_base_evaluations(home: Home) -> None:
     bundle = home.path / "eval_bundle"
     (bundle / "eval_data").mkdir(parents=True)
     (bundle / "core.yaml").write_text(
-        "icl_tasks:\n- label: sky\n  dataset_uri: sky.jsonl\n  num_fewshot: [1]\n  icl_task_type: multiple_choice\n"
+        "icl_tasks:\n- label: copa\n  dataset_uri: copa.jsonl\n  num_fewshot: [1]\n  icl_task_type: multiple_choice\n"
         "  continuation_delimiter: ' '\n",
         encoding="utf-8",
     )
-    (bundle / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nsky,50\n", encoding="utf-8")
+    (bundle / "eval_meta_data.csv").write_text("Eval Task,Random baseline\ncopa,50\n", encoding="utf-8")
     items = [{"query": f"Number {i}: the sky is", "choices": ["blue", "made of cheese and iron"], "gold": 0} for i in range(6)]
-    (bundle / "eval_data" / "sky.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+    (bundle / "eval_data" / "copa.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
     assert "CORE (1/22" in home.run("scripts.base_eval", "--model_tag=d2", *DEVICE)
 
 
