@@ -8,6 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_FRAMES = 0.1
 
 
 def in_words(seconds: float) -> str:
@@ -50,7 +51,9 @@ class Progress:
         left = self._seconds_left(now, done)
         text = text if left is None else f"{text} | ETA {in_words(left)}"
         if self.bar:
-            self.bar.update(self.task, completed=done, text=text, refresh=True)
+            redraw = now - self.last_line >= SECONDS_BETWEEN_FRAMES or done >= self.total  # drawing costs more than a tiny step
+            self.bar.update(self.task, completed=done, text=text, refresh=redraw)
+            self.last_line = now if redraw else self.last_line
         elif now - self.last_line >= SECONDS_BETWEEN_LINES or done >= self.total:
             self.last_line = now
             print(f"{self.label} {done}/{self.total} | {text}", flush=True)

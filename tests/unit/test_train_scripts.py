@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from scripts import base_loss, base_train, chat_sft, mid_train
+from tasks.common import find_name, parse_mixture
 from zangchat import checkpoint_manager, run_setup, trainer
 from zangchat.configurator import UserError
 from zangchat.tokenizer import RustBPETokenizer
@@ -340,3 +341,9 @@ def test_a_batch_is_cut_into_whole_rows_equal_shares_and_equal_passes():
     for arguments, flag in (((100, 32, 4, 1), "--max_seq_len=32"), ((96, 32, 4, 2), "2 ranks"), ((192, 32, 4, 1), "--device_batch_size=4")):
         with pytest.raises(UserError, match=flag):
             run_setup.check_batch(*arguments)
+
+
+def test_the_default_mixtures_name_known_tasks():
+    for script in (mid_train, chat_sft):
+        for name, amount in parse_mixture(script.MIXTURE):
+            assert find_name(name) and amount > 0
