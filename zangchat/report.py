@@ -9,13 +9,15 @@ What a card may hold, in any order:
   dict with "messages"      a sample conversation: {"messages": [{"role", "content"}, ...]}
   dict with "prompt"        a sample completion:   {"prompt": str, "completion": str}
   any other dict            a table of names and values; in a card whose section says "evaluation",
-                            a dict of numbers alone is a set of scores and goes into the summary table
+                            a dict of numbers alone is a set of scores and goes into the summary table;
+                            several in a row with the same names are the rows of one table
 Sections name their stage ("Base model training", "Chat evaluation sft", ...); see `stage_of`.
 """
 
 import base64
 import html
 import io
+import itertools
 import json
 import math
 import platform
@@ -40,6 +42,7 @@ CHECKPOINT_FOLDERS = {"BASE": "base_checkpoints", "MID": "mid_checkpoints", "SFT
 CURVES = {  # field of metrics.jsonl -> axis label
     "loss": "training loss (nats)",
     "val_bpb": "validation bits per byte",
+    "val_loss": "validation loss (nats)",
     "lr": "learning rate multiplier",
     "tok_per_sec": "tokens per second",
     "core_metric": "CORE",
@@ -329,13 +332,14 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 
 def summary_table(cards: Iterable[Card], curves: Iterable[Curve]) -> dict[str, dict[str, float]]:
-    """{metric: {stage: value}}: the last validation bpb of each stage's run, and every score of its evaluation cards."""
+    """{metric: {stage: value}}: the last validation result and reward of each stage's run, and every score of its evaluation cards."""
     table: dict[str, dict[str, float]] = {}
+    names = {"val_bpb": "validation bpb", "val_loss": "validation loss", "reward": "training reward"}
     for curve in curves:
-        for name in ("val_bpb", "reward"):
+        for name in names:
             values = [row[name] for row in curve.rows if _is_number(row.get(name))]
             if values:
-                table.setdefault({"val_bpb": "validation bpb", "reward": "training reward"}[name], {})[curve.stage] = values[-1]
+                table.setdefault(names[name], {})[curve.stage] = values[-1]
     for card in cards:
         stage = stage_of(card.section)
         if stage is None or not is_evaluation(card.section):
@@ -396,17 +400,34 @@ def _curve_sections(curves: Sequence[Curve], plots: Mapping[str, str]) -> list[s
 
 def _card_lines(card: Card) -> list[str]:
     lines = [f"## {_cell(card.section)}", "", f"Logged {_clock(card.time)}.", ""]
-    for item in card.data:
-        if isinstance(item, str):
-            lines += [item, ""]
-        elif isinstance(item.get("messages"), list):
-            turns = [f"{m.get('role', '?')}: {_content_text(m.get('content', ''))}" for m in item["messages"] if isinstance(m, dict)]
-            lines += [*_fenced("\n\n".join(turns)), ""]
-        elif "prompt" in item:
-            lines += [*_fenced(f"{item['prompt']}\n-> {item.get('completion', '')}"), ""]
-        elif item:
-            lines += ["| | |", "|---|---|", *(f"| {_cell(name)} | {_cell(value)} |" for name, value in item.items()), ""]
+    for columns, group in itertools.groupby(card.data, key=_columns):
+        items = list(group)
+        if columns and len(items) > 1:  # rows of one table
+            lines += [_row(columns), "|---" * len(columns) + "|", *(_row(item.values()) for item in items), ""]
+            continue
+        for item in items:
+            lines += [*_item_lines(item), ""]
     return lines
+
+
+def _columns(item: Any) -> tuple[str, ...]:
+    """The names of a table's row; nothing for all else that a card holds."""
+    return tuple(item) if isinstance(item, dict) and "prompt" not in item and not isinstance(item.get("messages"), list) else ()
+
+
+def _row(values: Iterable[Any]) -> str:
+    return "| " + " | ".join(map(_cell, values)) + " |"
+
+
+def _item_lines(item: Any) -> list[str]:
+    if isinstance(item, str):
+        return [item]
+    if isinstance(item.get("messages"), list):
+        turns = [f"{m.get('role', '?')}: {_content_text(m.get('content', ''))}" for m in item["messages"] if isinstance(m, dict)]
+        return _fenced("\n\n".join(turns))
+    if "prompt" in item:
+        return _fenced(f"{item['prompt']}\n-> {item.get('completion', '')}")
+    return ["| | |", "|---|---|", *map(_row, item.items())] if item else []
 
 
 def _content_text(content: Any) -> str:

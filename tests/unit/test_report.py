@@ -160,6 +160,12 @@ def test_samples_are_shown_as_they_are(report):
     assert "<b>bold</b>" not in page and "&lt;b&gt;bold" in page and "<h1>heading" not in page
 
 
+def test_dicts_with_the_same_names_are_rows_of_one_table(report):
+    report.log("Tokenizer evaluation", [{"text": "prose", "ratio": 4.5}, {"text": "code|x", "ratio": 3}, {"other": 1}])
+    text = report.generate().read_text(encoding="utf-8")
+    assert "| text | ratio |\n|---|---|\n| prose | 4.5000 |\n| code\\|x | 3 |\n\n| | |\n|---|---|\n| other | 1 |" in text
+
+
 # -- curves ------------------------------------------------------------------------------------------------------------
 
 
