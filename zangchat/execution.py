@@ -285,7 +285,7 @@ def _command(jail: Jail, result_fd: int) -> list[str]:
         command += ["--unshare-user"]
     visible = _visible_paths()
     for folder in sorted({str(parent) for path in visible for parent in Path(path).parents} - {"/"}):
-        command += ["--perms", "0755", "--dir", folder]  # bubblewrap would copy the mode of, say, /root
+        command += ["--perms", "0755", "--dir", folder]  # bubblewrap would copy the mode of a private home
     for path in visible:
         if os.path.islink(path):
             command += ["--symlink", os.readlink(path), path]
