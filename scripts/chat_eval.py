@@ -62,6 +62,8 @@ def evaluate(config: Config) -> int:
                     raise
                 missing[name] = str(error)
                 common.print0(f"{name}: not scored, {error}")
+        if not results:
+            raise configurator.UserError(f"nothing was scored: {' | '.join(missing.values())}")
         summary = scores(results, missing)
         for name, value in summary.items():
             common.print0(f"{name:<34} {value:.4f}")

@@ -8,13 +8,13 @@ Parts make it possible to tell a real tool call from text that looks like one.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import json
 import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -263,16 +263,35 @@ def load_rows(folder: str, config: str, split: str, *, hub: str, hub_config: str
 
 def _from_hub(hub: str, config: str | None, split: str, home: Path) -> Any:
     import datasets
-    import httpx
+    from huggingface_hub.constants import HF_HUB_OFFLINE
 
+    wanted = f"{hub} ({f'{config}, ' if config else ''}split {split})"
     try:
+        if not HF_HUB_OFFLINE and not hub_is_reachable():  # else the client tries for half a minute, dataset by dataset
+            raise ConnectionError("it cannot be reached (HF_HUB_OFFLINE=1 uses what is in its cache)")
         return datasets.load_dataset(hub, config, split=split)
-    except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:  # offline, refused, no such split
+    except (OSError, ValueError, RuntimeError) as error:  # offline, refused, no such split
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        wanted = f"{hub} ({f'{config}, ' if config else ''}split {split})"
         raise MissingData(
             f"no {home}/{split}.parquet or .jsonl, and the hub did not give {wanted}: {cause}; download it to that path"
         ) from error
+
+
+@functools.lru_cache(maxsize=1)
+def hub_is_reachable() -> bool:
+    """Whether the hub (HF_ENDPOINT) answers anything within seconds; asked once per process."""
+    import urllib.error
+    import urllib.request
+
+    from huggingface_hub.constants import ENDPOINT
+
+    try:
+        urllib.request.urlopen(urllib.request.Request(ENDPOINT, method="HEAD"), timeout=5.0).close()
+    except urllib.error.HTTPError:  # an answer, if a refusal
+        return True
+    except OSError:
+        return False
+    return True
 
 
 class RowsTask(Task):
@@ -294,11 +313,11 @@ class RowsTask(Task):
         """What the dataset itself calls the split."""
         return "train" if self.split == "train" else "test"
 
-    @cached_property
+    @functools.cached_property
     def rows(self) -> Sequence[dict[str, Any]]:
         return load_rows(self.folder, self.config, self.file_split, hub=self.hub, hub_config=self.hub_config, fields=self.fields)
 
-    @cached_property
+    @functools.cached_property
     def order(self) -> list[int]:
         order = list(range(len(self.rows)))
         random.Random(derive_seed("rows", self.folder, self.config, self.file_split)).shuffle(order)

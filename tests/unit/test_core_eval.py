@@ -255,7 +255,10 @@ def test_the_real_bundle(model):
         groups = core_eval.groups_of(task, rows)
         assert len(groups) == (5 if task.label == "jeopardy" else 1)
         sample = groups[0][:3]
-        ours = [core_eval.item_rows(task, item, [sample[i] for i in core_eval.fewshot_indices(j, 3, 2)], TOKENIZER, 512) for j, item in enumerate(sample)]
+        ours = [
+            core_eval.item_rows(task, item, [sample[i] for i in core_eval.fewshot_indices(j, 3, 2)], TOKENIZER, 512)
+            for j, item in enumerate(sample)
+        ]
         with torch.no_grad():
             verdicts = core_eval.judge(wide, task.kind, ours, [item.get("gold", 0) for item in sample])
         two_shots = CoreTask(task.label, task.kind, task.path, 2, task.delimiter)

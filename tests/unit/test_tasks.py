@@ -79,6 +79,7 @@ def no_hub(monkeypatch):
         raise ConnectionError("offline")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(common, "hub_is_reachable", lambda: True)
     return asked
 
 
@@ -271,6 +272,13 @@ def test_without_a_file_the_hub_is_asked_and_without_the_hub_it_is_said_what_to_
         len(task)
     assert no_hub == [asked]
     assert str(base_dir / "tasks" / path) in str(told.value) and asked[0] in str(told.value) and "offline" in str(told.value)
+
+
+def test_a_hub_that_cannot_be_reached_is_not_asked_for_each_dataset(base_dir, no_hub, monkeypatch):
+    monkeypatch.setattr(common, "hub_is_reachable", lambda: False)
+    with pytest.raises(MissingData, match="cannot be reached"):
+        len(GSM8K(split="train"))
+    assert no_hub == []
 
 
 def test_files_that_are_not_the_dataset_are_named(base_dir):
