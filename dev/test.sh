@@ -18,11 +18,18 @@ say() { printf '\n\033[1m[test]\033[0m %s\n' "$*"; }
 
 if command -v cargo >/dev/null; then
     say "Rust: tests, clippy, formatting"
-    (cd rustbpe && cargo test --release --quiet --locked && cargo clippy --release --quiet --locked --all-targets -- -D warnings && cargo fmt --check)
+    (
+        cd rustbpe
+        cargo test --release --quiet --locked
+        cargo clippy --release --quiet --locked --all-targets -- -D warnings
+        cargo fmt --check
+    )
 else
     say "Rust: no cargo here, the crate's own tests are skipped"
 fi
 say "lint and types"
-ruff check . && ruff format --check . && mypy
+ruff check .
+ruff format --check .
+mypy
 say "Python"
 python -m pytest -m "$markers" --durations=15 "$@"

@@ -7,6 +7,7 @@ or made from templates; a question and its variants (lower case, with a greeting
 import random
 from collections.abc import Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 from tasks.common import Content, Conversation, Task, chat, check_split, split_of, visible_text
@@ -727,8 +728,20 @@ def examples() -> Iterator[Example]:
             yield Example("ordinary", base, question, answer)
 
 
+HELDOUT = Path(__file__).with_name("identity_heldout.txt")
+
+
+def heldout_questions() -> list[str]:
+    """The phrasings of the test: written apart from this file, and kept out of training whatever is added here."""
+    lines = HELDOUT.read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
 class Identity(Task):
-    """Who zangchat is, about 2,200 phrasings over 16 intents with a seventh of ordinary questions. Finite: an epoch shows each once."""
+    """Who zangchat is: about 2,200 phrasings over 16 intents with a seventh of ordinary questions; finite: an epoch shows each phrasing once.
+
+    The test split asks heldout_questions() alone; the val split holds out phrasings of this file and ordinary questions.
+    """
 
     def __init__(self, split: str = "train", **view: int) -> None:
         super().__init__(**view)
@@ -736,7 +749,16 @@ class Identity(Task):
 
     @cached_property
     def examples(self) -> list[Example]:
-        unique = {example.question: example for example in examples() if split_of("identity", _plain(example.base)) == self.split}
+        if self.split == "test":
+            return [Example("heldout", question, question, f"I am {NAME}.") for question in heldout_questions()]
+        reserved = {_plain(question) for question in heldout_questions()}
+        # the other two splits share what would be a third one's
+        wanted = ("train", "test") if self.split == "train" else ("val",)
+        unique = {
+            example.question: example
+            for example in examples()
+            if split_of("identity", _plain(example.base)) in wanted and not {_plain(example.base), _plain(example.question)} & reserved
+        }
         chosen = list(unique.values())
         random.Random(derive_seed("identity", self.split)).shuffle(chosen)
         return chosen
@@ -754,5 +776,5 @@ class Identity(Task):
 
 
 def _plain(question: str) -> str:
-    """Without case and final punctuation: `Hi` and `hi!` are one question."""
-    return question.lower().rstrip("?.!。？！ ")
+    """Letters and digits alone, in lower case: `What's that?` and `whats that` are one question."""
+    return "".join(char for char in question.lower() if char.isalnum())

@@ -53,7 +53,7 @@ COMMON_WORDS = frozenset(
     a an and are as at be been but by can does each for from has have how if in into is it its may more most must no not of on one
     only or other should so such than that the their them then there these they this those to two use used using was were what when
     where which while will with without you your
-    """.split()  # noqa: SIM905
+    """.split()
 )
 
 Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

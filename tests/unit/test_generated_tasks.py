@@ -50,10 +50,11 @@ def user_and_answer(conversation):
 @pytest.mark.parametrize("name", ["Arithmetic", "SpellingBee", "SimpleSpelling", "PyDocs", "Identity"])
 def test_examples_are_the_same_each_time_and_their_own_answers_are_right(words, name):
     task, again = load_task(name, "test"), load_task(name, "test")
-    for i in range(min(100, len(task))):
+    count = min(100, len(task))
+    for i in range(count):
         assert task[i] == again[i]
         assert task.evaluate(task[i], task[i]["messages"][-1]["content"]) is True
-    assert len({str(task[i]) for i in range(100)}) > 90
+    assert len({str(task[i]) for i in range(count)}) > 0.9 * count
 
 
 def test_splits_are_shares_of_everything_decided_by_the_thing_alone():
@@ -272,6 +273,13 @@ def test_identity_wants_the_name_where_it_is_asked_for_and_only_there():
     other = next(c for c in task if c["intent"] == "ordinary")
     assert task.evaluate(about, "My name is Zangchat!") and not task.evaluate(about, "I am ChatGPT.")
     assert task.evaluate(other, "Paris.") and not task.evaluate(other, "I am zangchat.")
+
+
+def test_the_frozen_phrasings_are_asked_in_the_test_and_never_learned():
+    frozen = identity.heldout_questions()
+    assert [example.question for example in Identity("test").examples] == frozen and len(frozen) == 40
+    learned = {identity._plain(text) for split in ("train", "val") for e in Identity(split).examples for text in (e.question, e.base)}
+    assert not learned & {identity._plain(question) for question in frozen}
 
 
 # ---- pydocs ---------------------------------------------------------------------------------------------------------
