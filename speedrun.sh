@@ -11,7 +11,7 @@
 # The same script at depth 2 on two CPU processes, nothing downloaded but packages (a rehearsal of minutes, no good model):
 #   DEPTH=2 NPROC_PER_NODE=2 DATASET=pydocs VOCAB_SIZE=512 MAX_CHARS=1000000 MAX_SEQ_LEN=128 DEVICE_BATCH_SIZE=4 TOTAL_BATCH_SIZE=2048 \
 #   NUM_ITERATIONS=20 MID_MIXTURE="identity:1,arithmetic:200" SFT_MIXTURE="identity:1,arithmetic:200" RL_TASK=arithmetic CORE=0 \
-#   BASE_FLAGS="--eval_tokens=4096" MID_FLAGS="--num_iterations=10 --eval_tokens=4096" SFT_FLAGS="--num_iterations=10 --eval_steps=2" \
+#   BASE_FLAGS="--eval_tokens=4096" MID_FLAGS="--num_iterations=10 --eval_tokens=4096" SFT_FLAGS="--num_iterations=10 --eval_steps=2 --init_lr_frac=1" \
 #   RL_FLAGS="--num_iterations=2 --examples_per_step=2 --num_samples=4 --eval_examples=4" LOSS_FLAGS="--split_tokens=4096" \
 #   EVAL_FLAGS="-a Identity|Arithmetic -x 10 -m 32" bash speedrun.sh
 #

@@ -738,7 +738,7 @@ def heldout_questions() -> list[str]:
 
 
 class Identity(Task):
-    """Who zangchat is: about 2,200 phrasings over 16 intents with a seventh of ordinary questions; finite: an epoch shows each phrasing once.
+    """Who zangchat is: 2,200 phrasings over 16 intents, a seventh ordinary questions; finite: an epoch shows each once.
 
     The test split asks heldout_questions() alone; the val split holds out phrasings of this file and ordinary questions.
     """

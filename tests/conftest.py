@@ -1,5 +1,6 @@
 """What every test starts from: an empty base folder of its own, one thread, no torchrun, no wandb, nothing of the user's."""
 
+import logging
 import os
 
 # Before torch is imported anywhere: tiny models on few cores are fastest with one thread, and sums then have one order.
@@ -20,6 +21,8 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     monkeypatch.setenv("WANDB_MODE", "offline")
     for name in FOREIGN:
         monkeypatch.delenv(name, raising=False)
+    for name in ("zangchat", "scripts", "tasks", "__main__"):  # a test that ran a command as rank 1 has made them quiet
+        logging.getLogger(name).setLevel(logging.NOTSET)
     return base
 
 

@@ -136,14 +136,12 @@ def test_base_evaluations(home: Home) -> None:
 @pytest.mark.parametrize(
     ("stage", "flags"), [("mid", MID), ("chatsft", SFT), ("chatrl", RL)], ids=["midtraining", "finetuning", "reinforcement learning"]
 )
-def test_later_stages_on_one_rank_and_on_two(home: Home, stage: str, flags: list[str]) -> None:
+def test_later_stages(home: Home, stage: str, flags: list[str]) -> None:
+    """On one rank; test_speedrun.py runs them on two."""
     home.run(*flags, "--model_tag=d2")
-    home.run(*flags, "--model_tag=two", ranks=2)
     losses = home.metrics(stage)
     assert len(losses) == int(next(flag for flag in flags if "num_iterations" in flag).partition("=")[2])
-    if stage != "chatrl":  # a policy gradient has no loss that must fall
-        assert fell(losses) and fell(home.metrics(stage, "two"))
-    assert "nothing to do" in home.run(*flags, "--model_tag=d2", "--resume=latest")
+    assert fell(losses) or stage == "chatrl"  # a policy gradient has no loss that must fall
 
 
 def test_greedy_engine_output_equals_the_plain_forward_pass(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +204,7 @@ def test_chat_in_the_browser(server: str) -> None:
             assert time.monotonic() < deadline, "the server did not come up"
             time.sleep(0.2)
     assert "zangchat" in httpx.get(server).text
-    question = {"model": "d2", "messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 8, "temperature": 0}
+    question = {"messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 8, "temperature": 0}
     answer = httpx.post(f"{server}/v1/chat/completions", json=question, timeout=60)
     assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] >= 1
 
@@ -227,8 +225,8 @@ def test_report(home: Home) -> None:
         (["scripts.base_train", "--depth=two"], ["--depth", "two"]),
         (["scripts.base_train", "--total_batch_size=1000", "--max_seq_len=64"], ["--total_batch_size", "--max_seq_len"]),
         (["scripts.chat_cli", "-p", "hi", "-g", "d99"], ["d99"]),
-        (["scripts.chat_eval", "-g", "d2", "-a", "SpelingBee"], ["SpelingBee", "spellingbee"]),
-        (["scripts.mid_train", "--model_tag=d2", "--overwrite", "--mixture=arthmetic:10"], ["arthmetic", "arithmetic"]),
+        (["scripts.chat_eval", "-g", "d2", "-a", "SpelingBee"], ["SpelingBee", "SpellingBee"]),
+        (["scripts.mid_train", "--model_tag=d2", "--overwrite", "--mixture=arthmetic:10"], ["arthmetic", "Arithmetic"]),
         (["scripts.base_train", *BASE[1:]], ["--resume=latest", "--overwrite"]),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else None,

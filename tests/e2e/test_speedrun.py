@@ -44,7 +44,7 @@ def test_the_whole_chain_on_two_ranks_and_again(tmp_path: Path) -> None:
     for stage in ("base", "mid", "chatsft"):
         lines = (tmp_path / f"{stage}_checkpoints" / "d2" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         losses = [values["loss"] for values in map(json.loads, lines) if "loss" in values]
-        assert losses[-1] < losses[0], stage
+        assert sum(losses[-5:]) < sum(losses[:5]), stage
     assert (tmp_path / "chatrl_checkpoints" / "d2" / "metrics.jsonl").exists()
     report = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     assert "SFT" in report and "RL" in report
