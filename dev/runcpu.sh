@@ -32,6 +32,8 @@ stage() { # stage TITLE COMMAND...: says what begins; where it fails, how to rep
 }
 train() { stage "$1" python -m "${@:2}" --seed="$SEED" --resume=latest; }
 
+[ -e "$ZANGCHAT_BASE_DIR/report/started.json" ] || python -m zangchat.report reset # the report's clock starts with the first attempt
+
 # ---- data ------------------------------------------------------------------------------------------------------------------
 stage "Corpus: documentation and code found on this machine" python -m zangchat.dataset --source=pydocs
 stage "Tokenizer: 2,048 tokens" python -m scripts.tok_train --dataset=pydocs --vocab_size=2048 --max_chars=8000000
@@ -50,13 +52,13 @@ head -n 1 "$plan"
 # Copying a word from the question into a tool call is the hard part at this size, and it is learned best early: so conversations
 # are mixed into pretraining from the first step, and the head starts from the embedding (--head_init_scale).
 train "Pretraining" scripts.base_train --depth=4 --n_embd=192 --head_dim=32 --max_seq_len=256 --head_init_scale=0.05 \
-    --dataset=pydocs --mixture="spellingbee:40000,arithmetic:10000,identity:4,pydocs:1" --mixture_ratio=0.3 \
+    --dataset=pydocs --mixture="spellingbee:30000,arithmetic:20000,identity:4,pydocs:1" --mixture_ratio=0.3 \
     --total_batch_size=2048 --device_batch_size=8 --num_iterations="$BASE_STEPS" \
     --embedding_lr=0.4 --matrix_lr=0.16 --unembedding_lr=0.03 \
     --eval_every=250 --eval_tokens=100000 --sample_every=-1 --core_metric_every=-1
-train "Midtraining" scripts.mid_train --mixture="spellingbee:12000,arithmetic:5000,identity:3,pydocs:2" --mixture_ratio=0.9 \
+train "Midtraining" scripts.mid_train --mixture="spellingbee:12000,arithmetic:8000,identity:3,pydocs:2" --mixture_ratio=0.9 \
     --dataset=pydocs --num_iterations="$MID_STEPS" --eval_every=250 --eval_tokens=50000
-train "Finetuning" scripts.chat_sft --mixture="spellingbee:6000,arithmetic:3000,identity:4,pydocs:1" \
+train "Finetuning" scripts.chat_sft --mixture="spellingbee:6000,arithmetic:4000,identity:4,pydocs:1" \
     --target_examples_per_step=48 --num_iterations="$SFT_STEPS" --init_lr_frac=0.5 --eval_every=100 --eval_steps=4
 train "Reinforcement learning" scripts.chat_rl --task=spellingbee --examples_per_step=8 --num_samples=8 --max_new_tokens=48 \
     --num_iterations="$RL_STEPS" --eval_every=-1
