@@ -22,7 +22,7 @@ SEED=${SEED:-42}
 stage_number=0
 stage() { # stage TITLE COMMAND...: says what begins; where it fails, how to repeat it
     stage_number=$((stage_number + 1))
-    printf '\n\033[1;34m=== [%d/10] %s  (%d min %02d s so far)\033[0m\n' "$stage_number" "$1" $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60))
+    printf '\n\033[1;34m=== [%d/11] %s  (%d min %02d s so far)\033[0m\n' "$stage_number" "$1" $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60))
     shift
     local code=0
     "$@" || code=$?

@@ -37,7 +37,7 @@ class CustomJSON(Task):
     @cached_property
     def conversations(self) -> list[Conversation]:
         try:
-            lines = self.path.read_text(encoding="utf-8-sig").splitlines()
+            lines = self.path.read_text(encoding="utf-8-sig").split("\n")
         except FileNotFoundError as error:
             raise UserError(f"no file {self.path}: give the path of a .jsonl file with one conversation a line") from error
         except (OSError, UnicodeDecodeError) as error:

@@ -381,7 +381,8 @@ class RunningBatch:
         uniforms = [0.0] * len(requests)
         for i, (request, generation) in enumerate(zip(requests, self.running, strict=True)):
             if not request.greedy:
-                uniforms[i] = derive_seed(request.seed, "sample", request.sample_index, len(generation.tokens)) / 2**63
+                seed = derive_seed(request.seed, "sample", request.sample_index, len(generation.tokens))
+                uniforms[i] = (seed >> 10) / 2**53  # the 53 bits that a float holds exactly: always below 1
         return sample(logits, requests, uniforms).tolist()
 
     def _accept(self, generation: Generation, token: int) -> Event:

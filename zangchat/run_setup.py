@@ -52,7 +52,7 @@ FREE_FLAGS = {
         "overwrite",
         "dry_run",
     ),
-    *("grad_checkpoint", "eval_every", "eval_tokens", "eval_steps", "eval_examples", "sample_every"),
+    *("grad_checkpoint", "eval_every", "eval_tokens", "eval_steps", "eval_examples", "eval_samples", "sample_every"),
     *("core_metric_every", "core_metric_max_per_task"),
 }
 OPTIMIZERS = ("muon", "adamw", "sgd")

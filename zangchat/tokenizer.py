@@ -202,7 +202,8 @@ class RustBPETokenizer:
             return cls._from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, KeyError, TypeError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
-            raise UserError(f"{path} is no usable tokenizer ({reason}): put an intact copy there, or {HOW_TO_TRAIN} --overwrite") from error
+            remedy = f"put an intact copy there, or {HOW_TO_TRAIN.removesuffix('`')} --overwrite`"
+            raise UserError(f"{path} is no usable tokenizer ({reason}): {remedy}") from error
 
     @classmethod
     def _from_dict(cls, data: dict[str, Any]) -> "RustBPETokenizer":
