@@ -17,9 +17,9 @@ from zangchat.config import GPTConfig, StepMultipliers
 # The laptop model, as runcpu.sh builds it. Width 192 is what two cores train on two to three million tokens in eight minutes.
 MODEL = GPTConfig(sequence_len=256, vocab_size=2048, n_layer=4, n_head=6, n_kv_head=6, n_embd=192)
 TOKENS_PER_STEP = 2048  # many small steps beat few large ones at this size
-OVERHEAD_MINUTES = 5.5  # setup, corpus, tokenizer, evaluations, report
-SHARES = {"BASE_STEPS": 0.46, "MID_STEPS": 0.32, "SFT_STEPS": 0.12, "RL_STEPS": 0.10}
-RL_STEP = 5.0  # in units of a training step: 64 answers are sampled, then learned from
+OVERHEAD_MINUTES = 7.5  # setup, corpus, tokenizer, evaluations, report, starting ten processes
+SHARES = {"BASE_STEPS": 0.48, "MID_STEPS": 0.34, "SFT_STEPS": 0.13, "RL_STEPS": 0.05}
+RL_STEP = 2.2  # in units of a training step: 64 answers are sampled, then learned from
 LEAST = {"BASE_STEPS": 50, "MID_STEPS": 50, "SFT_STEPS": 20, "RL_STEPS": 5}  # below this a stage means nothing
 
 

@@ -64,7 +64,7 @@ train "Reinforcement learning" scripts.chat_rl --task=spellingbee --examples_per
     --num_iterations="$RL_STEPS" --eval_every=-1
 
 # ---- what came of it -------------------------------------------------------------------------------------------------------
-stage "Evaluation of the base model" python -m scripts.base_loss
+stage "Evaluation of the base model" python -m scripts.base_loss --split_tokens=50000
 for source in mid sft rl; do
     stage "Evaluation after $source" python -m scripts.chat_eval --source="$source" \
         --task_name="SpellingBee|Arithmetic|Identity" --max_problems=100 --max_new_tokens=64
