@@ -178,7 +178,8 @@ def _pipeline_order(card: Card) -> tuple[int, bool, str]:
     position = (
         STAGES.index(stage) + 1 if stage else (0 if "token" in card.section.lower() or "data" in card.section.lower() else len(STAGES) + 1)
     )
-    return position, is_evaluation(card.section), card.section
+    looks_back = is_evaluation(card.section) or card.section.lower().endswith("loss")  # what is measured follows what was trained
+    return position, looks_back, card.section
 
 
 # -- curves ------------------------------------------------------------------------------------------------------------
