@@ -32,5 +32,5 @@ ruff check .
 ruff format --check .
 mypy
 say "Python"
-# one worker per core, whole files to a worker: the tests of a file may build on each other
-python -m pytest -m "$markers" --durations=15 --numprocesses=auto --maxprocesses=4 --dist=loadfile "$@"
+# one worker per core, whole files to a worker (the tests of a file may build on each other), the long ones of tests/e2e early
+python -m pytest -m "$markers" --durations=15 --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder "$@"
