@@ -368,14 +368,15 @@ def build_model(
 
 
 def empty_model(config: GPTConfig, device: torch.device | str, dtype: str = "") -> "GPT":
-    """A model on `device` whose weights `init_weights` or `load_weights` fills; built on the meta device, so that memory is taken once."""
+    """A model on `device` whose weights `init_weights` or `load_weights` fills.
+
+    Not by way of the meta device: GPT only reserves memory anyway, and what is done to meta tensors imports torch's compiler, which
+    costs seconds of every launch.
+    """
     from zangchat.gpt import GPT
 
-    with torch.device("meta"):
-        model = GPT(config)
-    model.to_empty(device=device)
-    model.set_compute_dtype(common.resolve_dtype(dtype, torch.device(device)))
-    model.init_rotary()
+    with torch.device(device):
+        model = GPT(config, common.resolve_dtype(dtype, torch.device(device)))
     model.attention_backend, reason = choose_backend(device, model.compute_dtype, config.head_dim)
     logger.info(f"attention: {reason}")
     return model

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -309,3 +311,13 @@ def test_weights_that_do_not_fit_the_meta_are_an_error(trained):
     cm.update_meta(directory, 3, {"model_config": config | {"windows": "SSL"}})
     with pytest.raises(UserError, match="meta_000003.json describes no model .*windows"):
         cm.load_model("sft", "cpu", "eval")
+
+
+def test_an_empty_model_does_not_cost_the_import_of_torchs_compiler():
+    code = (
+        "import sys; from zangchat.checkpoint_manager import empty_model; from zangchat.config import GPTConfig\n"
+        "model = empty_model(GPTConfig(16, 64, 1, 1, 1, 8), 'cpu', 'float32')\n"
+        "assert model.cos[0].tolist() == [1, 1, 1, 1]\n"
+        "assert 'torch._dynamo' not in sys.modules and 'sympy' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
