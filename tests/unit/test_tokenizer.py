@@ -1,7 +1,10 @@
 """RustBPETokenizer: ids, files, and the grammar of chat, token by token."""
 
+import codecs
 import json
 import logging
+import os
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -234,6 +237,74 @@ def test_from_pretrained_takes_ranks_and_pattern_of_tiktoken(monkeypatch: pytest
     assert ours.encode("the cat's hat") == theirs.encode_ordinary("the cat's hat")
     assert ours.get_vocab_size() == 300
     assert ours.get_bos_token_id() == 291
+
+
+def nanochat_pickle(tok: RustBPETokenizer, protocol: int | None = None, **changes: Any) -> bytes:
+    """What nanochat writes, a pickled tiktoken.Encoding, also with contents that tiktoken would refuse to hold."""
+    encoding = tiktoken.Encoding(
+        "rustbpe", pat_str=tok.pattern, mergeable_ranks=tok.enc._mergeable_ranks, special_tokens=tok.enc._special_tokens
+    )
+    for name, value in changes.items():
+        setattr(encoding, name, value)
+    return pickle.dumps(encoding, protocol)
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_nanochats_pickle_is_read(tok: RustBPETokenizer, tmp_path: Path, protocol: int) -> None:
+    path = tmp_path / "tokenizer.pkl"
+    path.write_bytes(nanochat_pickle(tok, protocol))
+    again = RustBPETokenizer.from_nanochat_pickle(path)
+    assert again.fingerprint == tok.fingerprint
+    assert again.encode(TEXTS) == tok.encode(TEXTS)
+    again.save(tmp_path)
+    assert RustBPETokenizer.from_directory(tmp_path).fingerprint == tok.fingerprint
+
+
+class Reduces:
+    """Pickles as a call of anything."""
+
+    def __init__(self, *reduced: Any) -> None:
+        self.reduced = reduced
+
+    def __reduce__(self) -> Any:
+        return self.reduced
+
+
+@pytest.mark.parametrize(
+    ("contents", "reason"),
+    [
+        (lambda tok: pickle.dumps(Reduces(os.system, ("touch executed",))), "asks for posix.system"),
+        (lambda tok: pickle.dumps(Reduces(eval, ("open('executed', 'w')",))), "asks for builtins.eval"),
+        (lambda tok: nanochat_pickle(tok, _pat_str=Reduces(Path.touch, (Path("executed"),))), "asks for (builtins.getattr|pathlib.)"),
+        (lambda tok: nanochat_pickle(tok).replace(b"tiktoken.core", b"tiktoken.cora"), "asks for tiktoken.cora.Encoding"),
+        (lambda tok: pickle.dumps(Reduces(codecs.encode, ("open('executed')", "rot13"))), "rot13"),
+        (lambda tok: nanochat_pickle(tok)[:2000], ""),
+        (lambda tok: b"", ""),
+        (lambda tok: b"no pickle", ""),
+        (lambda tok: pickle.dumps({"mergeable_ranks": {}}), "no tiktoken.Encoding"),
+        (lambda tok: b"\x80\x04ctiktoken.core\nEncoding\n)\x81X\x04\x00\x00\x00gpt2b.", "only the name of tiktoken's encoding 'gpt2'"),
+        (lambda tok: nanochat_pickle(tok, _pat_str=b"x"), "wrong type"),
+        (lambda tok: nanochat_pickle(tok, _mergeable_ranks={"a": 0}), "wrong type"),
+        (lambda tok: nanochat_pickle(tok, _mergeable_ranks=[1]), "wrong type"),
+        (lambda tok: nanochat_pickle(tok, _mergeable_ranks={bytes([i]): 2 * i for i in range(256)}), "gaps"),
+        (lambda tok: nanochat_pickle(tok, _special_tokens={"<|bos|>": 291}), "special tokens must be"),
+        (lambda tok: nanochat_pickle(tok, _special_tokens={name: i for i, name in enumerate(SPECIAL_TOKENS)}), "follow the ranks"),
+    ],
+)
+def test_any_other_pickle_is_refused_and_not_executed(
+    tok: RustBPETokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, contents: Callable[[RustBPETokenizer], bytes], reason: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tokenizer.pkl").write_bytes(contents(tok))
+    with pytest.raises(UserError, match=rf"^tokenizer\.pkl is no tokenizer\.pkl of nanochat \(.*{reason}") as caught:
+        RustBPETokenizer.from_nanochat_pickle("tokenizer.pkl")
+    assert "\n" not in str(caught.value)
+    assert not Path("executed").exists()
+
+
+def test_a_missing_pickle_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no tokenizer at .*tokenizer\.pkl"):
+        RustBPETokenizer.from_nanochat_pickle(tmp_path / "tokenizer.pkl")
 
 
 # ---- chat
