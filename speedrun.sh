@@ -125,6 +125,13 @@ on_all() {
 # shellcheck disable=SC2206  # flags are to be split at spaces
 flags() { split=($1); }
 
+# evaluate SOURCE FOLDER TITLE: the chat tasks on the model of a stage, whose checkpoints lie in FOLDER_checkpoints.
+evaluate() {
+    flags "$EVAL_FLAGS"
+    on_all scripts.chat_eval --source="$1" --model_tag="$MODEL_TAG" "${split[@]}"
+    once "eval_$1" "$ZANGCHAT_BASE_DIR/$2_checkpoints/$MODEL_TAG" "$3" "${command[@]}"
+}
+
 # ---- the report's clock starts with the first attempt ------------------------------------------------------------------------------
 [ -e "$ZANGCHAT_BASE_DIR/report/started.json" ] || python -m zangchat.report reset
 
@@ -177,26 +184,20 @@ fi
 flags "$MID_FLAGS"
 on_all scripts.mid_train ${MID_MIXTURE:+--mixture="$MID_MIXTURE"} ${IDENTITY_DATA:+--identity_data="$IDENTITY_DATA"} "${common[@]}" "${split[@]}"
 stage "Midtraining" "${command[@]}"
-flags "$EVAL_FLAGS"
-on_all scripts.chat_eval --source=mid --model_tag="$MODEL_TAG" "${split[@]}"
-once eval_mid "$ZANGCHAT_BASE_DIR/mid_checkpoints/$MODEL_TAG" "Midtraining: evaluation" "${command[@]}"
+evaluate mid mid "Midtraining: evaluation"
 
 # ---- finetuning --------------------------------------------------------------------------------------------------------------------------
 flags "$SFT_FLAGS"
 on_all scripts.chat_sft ${SFT_MIXTURE:+--mixture="$SFT_MIXTURE"} ${IDENTITY_DATA:+--identity_data="$IDENTITY_DATA"} "${common[@]}" "${split[@]}"
 stage "Finetuning" "${command[@]}"
-flags "$EVAL_FLAGS"
-on_all scripts.chat_eval --source=sft --model_tag="$MODEL_TAG" "${split[@]}"
-once eval_sft "$ZANGCHAT_BASE_DIR/chatsft_checkpoints/$MODEL_TAG" "Finetuning: evaluation" "${command[@]}"
+evaluate sft chatsft "Finetuning: evaluation"
 
 # ---- reinforcement learning ----------------------------------------------------------------------------------------------------------------
 if [ "$RL" = 1 ]; then
     flags "$RL_FLAGS"
     on_all scripts.chat_rl --task="$RL_TASK" "${common[@]}" "${split[@]}"
     stage "Reinforcement learning on $RL_TASK" "${command[@]}"
-    flags "$EVAL_FLAGS"
-    on_all scripts.chat_eval --source=rl --model_tag="$MODEL_TAG" "${split[@]}"
-    once eval_rl "$ZANGCHAT_BASE_DIR/chatrl_checkpoints/$MODEL_TAG" "Reinforcement learning: evaluation" "${command[@]}"
+    evaluate rl chatrl "Reinforcement learning: evaluation"
 fi
 
 # ---- the report ------------------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """How many steps of each stage fit into the minutes that dev/runcpu.sh has: measured on this machine, printed as shell variables.
 
-    python -m dev.laptop_plan --minutes=25
+    python -m dev.laptop_plan --minutes=25 --depth=4 --n_embd=192 --head_dim=32 --max_seq_len=256 --total_batch_size=2048
 
 A schedule needs to know its length beforehand, and a run that is resumed needs the same length again; so the pace is measured once,
 before the first stage, and the plan is kept (runcpu.sh writes it to <base>/runcpu.plan).
@@ -11,12 +11,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from scripts import base_train
 from zangchat import common, configurator
 from zangchat.config import GPTConfig, StepMultipliers
+from zangchat.tokenizer import get_tokenizer
 
-# The laptop model, as runcpu.sh builds it. Width 192 is what two cores train on two to three million tokens in eight minutes.
-MODEL = GPTConfig(sequence_len=256, vocab_size=2048, n_layer=4, n_head=6, n_kv_head=6, n_embd=192)
-TOKENS_PER_STEP = 2048  # many small steps beat few large ones at this size
 OVERHEAD_MINUTES = 7.5  # setup, corpus, tokenizer, evaluations, report, starting ten processes
 SHARES = {"BASE_STEPS": 0.48, "MID_STEPS": 0.34, "SFT_STEPS": 0.13, "RL_STEPS": 0.05}
 RL_STEP = 2.2  # in units of a training step: 64 answers are sampled, then learned from
@@ -24,8 +23,8 @@ LEAST = {"BASE_STEPS": 50, "MID_STEPS": 50, "SFT_STEPS": 20, "RL_STEPS": 5}  # b
 
 
 @dataclass
-class Config:
-    minutes: float = 25.0  # for all of runcpu.sh
+class Config(base_train.Config):
+    minutes: float = 25.0  # for all of runcpu.sh; the other flags are those of its pretraining
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,9 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def plan(config: Config) -> int:
-    pace = seconds_per_step()
-    tokens_per_second = TOKENS_PER_STEP / pace
-    print(f"# {pace:.3f} s per step of {TOKENS_PER_STEP} tokens ({tokens_per_second:,.0f} tok/s), planned for {config.minutes:g} minutes")
+    model = base_train.model_config(config, get_tokenizer().get_vocab_size())
+    pace = seconds_per_step(model, config.total_batch_size)
+    tokens = config.total_batch_size
+    print(f"# {pace:.3f} s per step of {tokens} tokens ({tokens / pace:,.0f} tok/s), planned for {config.minutes:g} minutes")
     for name, steps in steps_that_fit(config.minutes, pace).items():
         print(f"{name}={steps}")
     return 0
@@ -48,17 +48,17 @@ def steps_that_fit(minutes: float, pace: float) -> dict[str, int]:
     return {name: max(LEAST[name], int(seconds * share / cost[name])) for name, share in SHARES.items()}
 
 
-def seconds_per_step(steps: int = 12) -> float:
-    """The median step of the laptop model, the first few left out."""
+def seconds_per_step(config: GPTConfig, tokens_per_step: int, steps: int = 12) -> float:
+    """The median step of the model, the first few left out."""
     import torch
 
     from zangchat.gpt import GPT
 
     device = common.compute_init("")[-1]
-    model = GPT(MODEL, common.resolve_dtype("", device)).to(device)
+    model = GPT(config, common.resolve_dtype("", device)).to(device)
     model.init_weights()
     optimizer = model.setup_optimizers(embedding_lr=0.0, unembedding_lr=0.0, matrix_lr=0.0, weight_decay=0.0)
-    tokens = torch.randint(MODEL.vocab_size, (TOKENS_PER_STEP // MODEL.sequence_len, MODEL.sequence_len), device=device)
+    tokens = torch.randint(config.vocab_size, (tokens_per_step // config.sequence_len, config.sequence_len), device=device)
     times = []
     for _ in range(steps):
         start = time.perf_counter()

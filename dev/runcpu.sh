@@ -38,10 +38,14 @@ train() { stage "$1" python -m "${@:2}" --seed="$SEED" --resume=latest; }
 stage "Corpus: documentation and code found on this machine" python -m zangchat.dataset --source=pydocs
 stage "Tokenizer: 2,048 tokens" python -m scripts.tok_train --dataset=pydocs --vocab_size=2048 --max_chars=8000000
 
+# Width 192 is what two cores train on two to three million tokens in ten minutes; many small steps beat few large ones at this size.
+MODEL="--depth=4 --n_embd=192 --head_dim=32 --max_seq_len=256 --total_batch_size=2048 --device_batch_size=8"
+
 # How many steps fit is measured once on this machine and then kept, so that an interrupted run goes on with the same plan.
 plan="$ZANGCHAT_BASE_DIR/runcpu.plan"
 if [ ! -s "$plan" ]; then
-    python -m dev.laptop_plan --minutes="$MINUTES" > "$plan.new"
+    # shellcheck disable=SC2086  # flags are to be split at spaces
+    python -m dev.laptop_plan --minutes="$MINUTES" $MODEL > "$plan.new"
     mv "$plan.new" "$plan"
 fi
 # shellcheck disable=SC1090
@@ -51,10 +55,10 @@ head -n 1 "$plan"
 # ---- training --------------------------------------------------------------------------------------------------------------
 # Copying a word from the question into a tool call is the hard part at this size, and it is learned best early: so conversations
 # are mixed into pretraining from the first step, and the head starts from the embedding (--head_init_scale).
-train "Pretraining" scripts.base_train --depth=4 --n_embd=192 --head_dim=32 --max_seq_len=256 --head_init_scale=0.05 \
+# shellcheck disable=SC2086
+train "Pretraining" scripts.base_train $MODEL --head_init_scale=0.05 \
     --dataset=pydocs --mixture="spellingbee:30000,arithmetic:20000,identity:4,pydocs:1" --mixture_ratio=0.3 \
-    --total_batch_size=2048 --device_batch_size=8 --num_iterations="$BASE_STEPS" \
-    --embedding_lr=0.4 --matrix_lr=0.16 --unembedding_lr=0.03 \
+    --num_iterations="$BASE_STEPS" --embedding_lr=0.4 --matrix_lr=0.16 --unembedding_lr=0.03 \
     --eval_every=250 --eval_tokens=100000 --sample_every=-1 --core_metric_every=-1
 train "Midtraining" scripts.mid_train --mixture="spellingbee:12000,arithmetic:8000,identity:3,pydocs:2" --mixture_ratio=0.9 \
     --dataset=pydocs --num_iterations="$MID_STEPS" --eval_every=250 --eval_tokens=50000

@@ -392,7 +392,7 @@ def _curve_sections(curves: Sequence[Curve], plots: Mapping[str, str]) -> list[s
     for curve in curves:
         if f"{curve.stage.lower()}.svg" in plots:
             note = f" ({curve.unreadable} damaged lines left out)" if curve.unreadable else ""
-            lines += [f"**{curve.stage}**, model tag `{curve.tag}`, {len(curve.rows)} logged steps{note}", ""]
+            lines += [f"**{curve.stage}**, model tag `{curve.tag}`, {curve.rows[-1]['step']:,} steps{note}", ""]
             lines += [f"![{curve.stage} curves]({curve.stage.lower()}.svg)", ""]
     if "core.svg" in plots:
         lines += ["**CORE**", "", "![CORE per task](core.svg)", ""]

@@ -65,9 +65,8 @@ DEFAULTS = {
     "matrix_lr": 0.02,
     "grad_clip": 1.0,
 }
-C = TypeVar("C", bound=RunConfig)
-
 logger = logging.getLogger(__name__)
+C = TypeVar("C", bound=RunConfig)
 
 
 @dataclass(frozen=True)
@@ -137,13 +136,20 @@ class Run:
         return torch.from_numpy(tokenizer.token_bytes())
 
     def dataset(self) -> "Dataset":
-        """The pretraining text that --dataset or --data_path means; says so where it has changed since the run began."""
+        """The pretraining text that --dataset or --data_path means. Raises UserError where it is not the one that the run began with."""
         from zangchat.dataset import find_dataset
 
         dataset = find_dataset(self.config.dataset, self.config.data_path)
         before = self.fact("dataset")
         if before is not None and before != dataset.fingerprint:
-            logger.warning(f"dataset {dataset.name} is not what it was when this run began: its text will go on in another order")
+            if not dataset.arrives_in_order:
+                raise UserError(
+                    f"dataset {dataset.name} has other shards than when this run began, so its text would go on in another order: bring the "
+                    "old ones back, or start over with --overwrite"
+                )
+            logger.warning(
+                f"dataset {dataset.name} has other shards than when this run began: the order of its text changes after the first pass"
+            )
         self.state.extra.setdefault("facts", {}).setdefault("dataset", dataset.fingerprint)
         return dataset
 
@@ -331,7 +337,7 @@ class Run:
         return asked
 
     def report(self, section: str, trainer: "Trainer", *more: Mapping[str, Any], **results: Any) -> None:
-        """The card of a finished run: its settings, `more` tables, and what it took and gave."""
+        """The card of a finished run: what it took and gave, `more` tables, and the command that makes it again."""
         from zangchat.report import get_report
 
         state = trainer.state
@@ -349,7 +355,8 @@ class Run:
             "peak memory MiB": round(common.peak_memory_bytes(self.device) / 2**20),
         }
         table = {name: value for name, value in {**common_results, **results}.items() if value is not None}
-        get_report().log(section, [trainer.user_config, *map(dict, more), table])
+        again = command(self.stage, self.config, resume="", overwrite=False)
+        get_report().log(section, [table, *map(dict, more), f"```bash\n{again}\n```"])
 
 
 def source_tag(source: str, model_tag: str | None) -> str:

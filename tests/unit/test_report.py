@@ -104,7 +104,7 @@ def test_a_half_finished_run_says_what_is_missing(report):
     text = report.generate().read_text(encoding="utf-8")
     assert "Not run (yet): MID, SFT, RL." in text
     assert "1 damaged line" in text
-    assert "5 logged steps" in text
+    assert "5 steps" in text
     assert "| validation bpb | 1.2500 | - | - | - |" in text
 
 

@@ -250,6 +250,17 @@ def test_a_changed_flag_that_alters_the_maths_is_refused_by_name(base, capsys):
     assert "--target_examples_per_step=4 (was 8)" in message
 
 
+def test_a_run_does_not_go_on_with_another_text(base, before, capsys):
+    path = base / "text.jsonl"
+    text = path.read_text(encoding="utf-8")
+    try:
+        path.write_text(text.replace("cat", "cow"), encoding="utf-8")
+        message = refused(base_train.main, base_flags(base, "--resume=latest", "--num_iterations=12"), capsys)
+    finally:
+        path.write_text(text, encoding="utf-8")
+    assert "other shards" in message and "--overwrite" in message
+
+
 @pytest.mark.parametrize(
     ("flags", "names"),
     [
