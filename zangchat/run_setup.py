@@ -142,14 +142,12 @@ class Run:
         dataset = find_dataset(self.config.dataset, self.config.data_path)
         before = self.fact("dataset")
         if before is not None and before != dataset.fingerprint:
+            changed = f"dataset {dataset.name} has other shards than when this run began"
             if not dataset.arrives_in_order:
                 raise UserError(
-                    f"dataset {dataset.name} has other shards than when this run began, so its text would go on in another order: bring the "
-                    "old ones back, or start over with --overwrite"
+                    f"{changed}, so its text would go on in another order: bring the old ones back, or start over with --overwrite"
                 )
-            logger.warning(
-                f"dataset {dataset.name} has other shards than when this run began: the order of its text changes after the first pass"
-            )
+            logger.warning(f"{changed}: the order of its text changes after the first pass")
         self.state.extra.setdefault("facts", {}).setdefault("dataset", dataset.fingerprint)
         return dataset
 
