@@ -1,0 +1,255 @@
+"""How fast a model trains here: tokens per second, share of what matrix products reach, time to the first step, memory. JSON.
+
+    python -m dev.bench_train --depth=6 --head_dim=64 --max_seq_len=512 --vocab_size=8192 --total_batch_size=16384 --device_batch_size=8
+    python -m dev.bench_train ... --peer=PATH      the same model in the nanochat checkout at PATH, in turns with ours
+    python -m dev.bench_train ... --profile=trace.json      where one step goes: a table, and a trace for chrome://tracing or perfetto
+
+Steps are whole ones on random tokens: forward, backward, clipping, optimizer. Each repetition is a process of its own, started from nothing,
+so that the time to the first step holds what a user waits for (imports, building, compiling). A machine that does other work as well
+gives no result.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scripts import base_train
+from zangchat import common, configurator, flops
+
+BUSY = 0.3  # load per core before the start, above which a timing is worth nothing
+
+
+@dataclass
+class Config(base_train.Config):
+    vocab_size: int = 65536
+    compile: bool | None = None  # torch.compile of the model; default: as in training, on CUDA
+    steps: int = 8  # timed steps of a repetition, after one that is not
+    repeats: int = 3
+    peer: str = ""  # the folder of a nanochat checkout to measure beside ours
+    busy: bool = False  # measure although the machine is busy; the output says so
+    profile: str = ""  # write a trace of one step to this file, and print the costliest operations
+    worker: str = ""  # internal: what a repetition measures, "zangchat" or "nanochat"
+    launched: float = 0.0  # internal: when its process was started
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return configurator.run(Config, bench, argv)
+
+
+def bench(config: Config) -> int:
+    if config.worker or config.profile:
+        return work(config)
+    load = check_idle(config.busy)
+    runs: dict[str, list[dict[str, Any]]] = {"zangchat": []}
+    if config.peer:
+        runs["nanochat"] = []
+    for _ in range(config.repeats):
+        for name, done in runs.items():
+            done.append(repetition(config, name))
+    gpt = base_train.model_config(config, config.vocab_size)
+    result: dict[str, Any] = {
+        "model": dataclasses.asdict(gpt),
+        "parameters": flops.count_params(gpt)["total"],
+        "tokens_per_step": tokens_per_step(config),
+        "device_batch_size": config.device_batch_size,
+        "repeats": config.repeats,
+        "load_before": load,
+        "idle": load <= BUSY,
+    }
+    for name, done in runs.items():
+        result[name] = {key: _middle([run[key] for run in done]) for key in done[0]}
+        result[name]["all_tok_per_sec"] = [run["tok_per_sec"] for run in done]
+    if config.peer:
+        result["speedup"] = result["zangchat"]["tok_per_sec"] / result["nanochat"]["tok_per_sec"]
+    print(json.dumps(result, indent=1))
+    return 0
+
+
+def check_idle(busy: bool) -> float:
+    """Load per core of the last minute; raises UserError where it is too high to measure by."""
+    load = round(os.getloadavg()[0] / (os.cpu_count() or 1), 2) if hasattr(os, "getloadavg") else 0.0
+    if load > BUSY and not busy:
+        raise configurator.UserError(f"the machine is busy (load {load} per core): wait until it is idle, or give --busy and get no result")
+    return load
+
+
+def tokens_per_step(config: Config) -> int:
+    rows = config.device_batch_size * config.max_seq_len
+    return config.total_batch_size if config.total_batch_size > 0 else rows
+
+
+def repetition(config: Config, worker: str) -> dict[str, Any]:
+    """What one process of its own measures."""
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    settings = dataclasses.replace(config, worker=worker, launched=time.time())
+    flags = [
+        f"--{name}={int(value) if isinstance(value, bool) else value}"
+        for name, value in configurator.to_dict(settings).items()
+        if value != defaults[name]
+    ]
+    done = subprocess.run([sys.executable, "-m", "dev.bench_train", *flags], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    if done.returncode:
+        raise configurator.UserError(f"{worker} could not be measured:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _middle(values: list[Any]) -> Any:
+    return statistics.median(values) if isinstance(values[0], (int, float)) else values[0]
+
+
+# ---- one repetition -------------------------------------------------------------------------------------------------
+
+
+def work(config: Config) -> int:
+    import torch
+
+    device = common.compute_init(config.device_type)[-1]
+    make = nanochat if config.worker == "nanochat" else zangchat
+    step, dtype = make(config, device)
+    step()
+    common.device_synchronize(device)
+    first = time.time() - config.launched
+    if config.profile:
+        return profile(config, step, device)
+    times = []
+    for _ in range(config.steps):
+        start = time.perf_counter()
+        step()
+        common.device_synchronize(device)
+        times.append(time.perf_counter() - start)
+    pace = tokens_per_step(config) / statistics.median(times)
+    gpt = base_train.model_config(config, config.vocab_size)
+    rate = gemm_rate(config, device, dtype)
+    print(
+        json.dumps(
+            {
+                "tok_per_sec": round(pace, 1),
+                "step_seconds": round(statistics.median(times), 4),
+                "seconds_to_first_step": round(first, 2),
+                "gemm_tflops": round(rate / 1e12, 4),
+                "mfu_of_gemm": round(pace * flops.flops_per_token(gpt) / rate, 4),
+                "peak_memory_mib": round(common.peak_memory_bytes(device) / 2**20),
+                "dtype": str(dtype).removeprefix("torch."),
+                "device": torch.cuda.get_device_name(device)
+                if device.type == "cuda"
+                else f"{device.type}, {torch.get_num_threads()} threads",
+                "torch": torch.__version__,
+            }
+        )
+    )
+    return 0
+
+
+def zangchat(config: Config, device: Any) -> tuple[Callable[[], Any], Any]:
+    """A step of the real Trainer on batches made beforehand."""
+    import torch
+
+    from zangchat import checkpoint_manager
+    from zangchat.config import RunState, StepMultipliers
+    from zangchat.dataloader import Batch
+    from zangchat.optim import build_optimizer
+    from zangchat.trainer import Stage, Trainer
+
+    gpt = base_train.model_config(config, config.vocab_size)
+    dtype = common.resolve_dtype(config.dtype, device)
+    model = checkpoint_manager.empty_model(gpt, device, str(dtype).removeprefix("torch."))
+    model.init_weights(0.0, torch.Generator(device).manual_seed(1))
+    optimizer = build_optimizer(
+        model, embedding_lr=1e-3, unembedding_lr=1e-3, matrix_lr=1e-3, weight_decay=config.weight_decay, kind=config.optimizer
+    )
+    rows = tokens_per_step(config) // gpt.sequence_len
+    tokens = torch.randint(gpt.vocab_size, (rows, gpt.sequence_len + 1))
+    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), {})
+    trainer = Trainer(
+        model,
+        optimizer,
+        Stage("base", lambda cursor: iter(()), lambda step: StepMultipliers()),
+        RunState(num_iterations=10**9),
+        device=device,
+        device_batch_size=config.device_batch_size,
+        compile=device.type == "cuda" if config.compile is None else config.compile,
+    )
+    return lambda: trainer.train_step(batch), dtype
+
+
+def nanochat(config: Config, device: Any) -> tuple[Callable[[], Any], Any]:
+    """A step of nanochat's pretraining, made of its model and optimizers as its own script puts them together."""
+    import contextlib
+
+    import torch
+
+    sys.path.insert(0, config.peer)
+    from nanochat import common as peer_common  # type: ignore[import-not-found]
+    from nanochat.gpt import GPT, GPTConfig  # type: ignore[import-not-found]
+
+    gpt = base_train.model_config(config, config.vocab_size)
+    sizes = {name: getattr(gpt, name) for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")}
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**sizes))
+    model.to_empty(device=device)
+    model.init_weights()
+    made = model.setup_optimizers() if hasattr(model, "setup_optimizers") else [model.setup_optimizer()]
+    dtype = getattr(peer_common, "COMPUTE_DTYPE", torch.bfloat16 if device.type == "cuda" or config.dtype == "bfloat16" else torch.float32)
+    # its newer states cast by themselves, its older ones autocast on CUDA
+    cast = hasattr(peer_common, "COMPUTE_DTYPE") or dtype == torch.float32
+    autocast = contextlib.nullcontext() if cast else torch.amp.autocast(device.type, dtype=dtype)
+    compiled = torch.compile(model, dynamic=False)
+    rows = tokens_per_step(config) // gpt.sequence_len
+    tokens = torch.randint(gpt.vocab_size, (rows, gpt.sequence_len + 1), device=device)
+    passes = list(zip(tokens[:, :-1].split(config.device_batch_size), tokens[:, 1:].split(config.device_batch_size), strict=True))
+
+    def step() -> float:
+        total = 0.0
+        for inputs, targets in passes:
+            with autocast:
+                loss = compiled(inputs.contiguous(), targets.contiguous())
+            total = loss.detach().item()
+            (loss / len(passes)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in made:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
+        return total
+
+    return step, dtype
+
+
+def gemm_rate(config: Config, device: Any, dtype: Any) -> float:
+    """FLOP/s that a plain matrix product of the model's largest shape reaches in `dtype`."""
+    import torch
+
+    gpt = base_train.model_config(config, config.vocab_size)
+    tokens = min(tokens_per_step(config), config.device_batch_size * gpt.sequence_len)
+    a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((tokens, gpt.n_embd), (4 * gpt.n_embd, gpt.n_embd)))
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        for _ in range(10):
+            a @ b.T
+        common.device_synchronize(device)
+        times.append((time.perf_counter() - start) / 10)
+    return 2 * tokens * gpt.n_embd * 4 * gpt.n_embd / min(times)
+
+
+def profile(config: Config, step: Callable[[], Any], device: Any) -> int:
+    import torch
+
+    kinds = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    with torch.profiler.profile(activities=kinds) as profiler:
+        step()
+    profiler.export_chrome_trace(config.profile)
+    print(profiler.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=25))
+    print(f"the trace: {config.profile}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
