@@ -54,6 +54,13 @@ def checkpoints_dir(source: str) -> Path:
     return Path(common.get_base_dir()) / SOURCES[source]
 
 
+def tag_folder(source: str, model_tag: str) -> Path:
+    """The folder of a stage's model, which need not be there; raises UserError for a tag that cannot name one."""
+    if not re.fullmatch(r"[\w.+-]+", model_tag) or model_tag in (".", ".."):
+        raise UserError(f"--model_tag={model_tag!r} cannot name a folder: use letters, digits and . _ + -")
+    return checkpoints_dir(source) / model_tag
+
+
 def model_name(step: int) -> str:
     return f"model_{step:06d}.pt"
 
@@ -330,20 +337,21 @@ def load_checkpoint(
     their number, which is why `rank` makes no difference here.
     """
     meta = verify_checkpoint(checkpoint_dir, step)
-    model_data = strip_prefix(_read_tensors(Path(checkpoint_dir) / model_name(step), device))
+    model_data = strip_prefix(read_tensors(Path(checkpoint_dir) / model_name(step), device))
     if not load_optimizer:
         return model_data, None, meta
     names = sorted((name for name in meta["files"] if name.startswith("optim_")), key=lambda name: int(name[:-3].rpartition("rank")[2]))
     if not names:
         raise CheckpointError(f"step {step} in {checkpoint_dir} holds no optimizer state: it can be used, but not gone on from")
-    shards = [_read_tensors(Path(checkpoint_dir) / name, "cpu") for name in names]
+    shards = [read_tensors(Path(checkpoint_dir) / name, "cpu") for name in names]
     try:
         return model_data, merge_shards(shards), meta
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{checkpoint_dir}: the optimizer files of step {step} do not make one state: {error}") from None
 
 
-def _read_tensors(path: Path, device: torch.device | str) -> dict[str, Any]:
+def read_tensors(path: Path, device: torch.device | str) -> dict[str, Any]:
+    """Tensors and plain containers; raises CheckpointError for a file that holds anything else, or cannot be read."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except UnpicklingError:

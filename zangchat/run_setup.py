@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -410,15 +409,15 @@ def open_run(stage: str, config: C, tag: str) -> Iterator[Run]:
 
     Raises UserError for an existing tag without either flag, a step that is not there, a changed flag that alters the maths.
     """
-    directory = _folder(stage, tag)
+    from zangchat import checkpoint_manager
+
+    directory = checkpoint_manager.tag_folder(stage, tag)
     refuse_existing(stage, config, directory)
     _, rank, _, world_size, device = common.compute_init(config.device_type)
     try:
         step = _resume_step(stage, config, directory)
         meta = None
         if step is not None:
-            from zangchat import checkpoint_manager
-
             meta = checkpoint_manager.read_meta(directory, step)
             config = inherit(config, meta["user_config"])
         config = dataclasses.replace(config, model_tag=tag, dtype=str(common.resolve_dtype(config.dtype, device)).removeprefix("torch."))
@@ -426,14 +425,6 @@ def open_run(stage: str, config: C, tag: str) -> Iterator[Run]:
         yield Run(stage, config, directory, device, rank, world_size, state, meta)
     finally:
         common.compute_cleanup()
-
-
-def _folder(stage: str, tag: str) -> Path:
-    from zangchat import checkpoint_manager
-
-    if not re.fullmatch(r"[\w.+-]+", tag) or tag in (".", ".."):
-        raise UserError(f"--model_tag={tag!r} cannot name a folder: use letters, digits and . _ + -")
-    return checkpoint_manager.checkpoints_dir(stage) / tag
 
 
 def refuse_existing(stage: str, config: RunConfig, directory: Path) -> None:

@@ -39,6 +39,8 @@ PROMISED = {
     "scripts.chat_rl": TRAINING + " --task --examples_per_step --num_samples --eval_examples",
     "scripts.chat_eval": "-i --source -g --model_tag -s --step -a --task_name --all_tasks -m -n -b -x -t",
     "scripts.chat_cli": "-i --source -g --model_tag -s --step -p --prompt -t --temperature -k --top_k --top_p --seed",
+    "scripts.export_hf": "-i --source -g --model_tag -o --dtype",
+    "scripts.import_model": "--path --source --model_tag --from_tag --step",
     "scripts.chat_web": "-i --source -g --model_tag -s --step --host -p --port -t --temperature -k --top_k -m --num_gpus",
 }
 

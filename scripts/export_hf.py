@@ -1,0 +1,47 @@
+"""Write a model as a directory that Hugging Face transformers (5.0 and later) loads without custom code.
+
+    python -m scripts.export_hf -i sft -g d20 -o d20-sft
+    python -m scripts.export_hf -i base -g d20 -o d20-base --dtype=bfloat16
+
+The directory appears when transformers has loaded it and agrees with the model: logits, greedy text, token ids, chat prompts.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from zangchat import common, configurator
+
+
+@dataclass
+class Config:
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]  # the directory to make
+    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"  # base | mid | sft | rl
+    model_tag: Annotated[str | None, tyro.conf.arg(aliases=["-g"])] = None  # default: the largest model
+    step: Annotated[int | None, tyro.conf.arg(aliases=["-s"])] = None  # default: the last one
+    dtype: str = "float32"  # float32 | bfloat16: of the numbers in the file
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return configurator.run(Config, export, argv)
+
+
+def export(config: Config) -> int:
+    from zangchat import checkpoint_manager, hf
+
+    hf.require_libraries()
+    model, tokenizer, meta = checkpoint_manager.load_model(config.source, "cpu", "eval", config.model_tag, config.step, dtype="float32")
+    manifest = hf.export(model, tokenizer, meta, config.output, config.dtype)
+    for what, value in manifest["checks"].items():
+        common.print0(f"{what}: {value:.2g}" if isinstance(value, float) else f"{what}: {value}")
+    size = sum(file["size"] for file in manifest["files"].values())
+    common.print0(f"written to {config.output}: {len(manifest['files'])} files, {size / 2**20:.1f} MiB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Take over a model: a Hugging Face directory of this architecture, or a checkpoint of nanochat.
+
+    python -m scripts.import_model --path=d20-sft --source=sft --model_tag=d20
+    python -m scripts.import_model --path=~/.cache/nanochat --source=base --from_tag=d20 --model_tag=d20
+
+Afterwards it is a checkpoint like any other: chat with it, evaluate it, finetune it, export it. Nothing of what is read is run.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from zangchat import common, configurator
+
+
+@dataclass
+class Config:
+    path: Path  # the directory; of nanochat its base directory, or one with model_*.pt, meta_*.json and tokenizer.pkl
+    source: str  # base | mid | sft | rl: the stage that the model has gone through; of nanochat the one to take
+    model_tag: str  # the name that it gets here
+    from_tag: str | None = None  # the name that it has there, where nanochat's base directory holds several
+    step: int | None = None  # of nanochat's checkpoints; default: the last
+    overwrite: bool = False  # replace the checkpoints that model_tag has
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return configurator.run(Config, import_model, argv)
+
+
+def import_model(config: Config) -> int:
+    from zangchat import checkpoint_manager, hf
+
+    checkpoint_manager.tag_folder(config.source, config.model_tag)  # a mistake in these shows before anything large is read
+    path = config.path.expanduser()
+    if not path.is_dir():
+        raise configurator.UserError(f"--path={path} is no folder: give the one that holds the model")
+    is_hf = (path / "config.json").is_file()
+    imported = hf.read_hf(path) if is_hf else hf.read_nanochat(path, config.source, config.from_tag, config.step)
+    folder = hf.save(imported, config.source, config.model_tag, config.overwrite)
+    common.print0(f"{imported.origin}, step {imported.step}, is now {folder}")
+    if config.source != "base":
+        common.print0(f"talk to it: python -m scripts.chat_cli -i {config.source} -g {config.model_tag}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
