@@ -3,8 +3,9 @@
 #
 #   bash speedrun.sh                                  d20, 561M parameters, 5.7B tokens
 #   WANDB_RUN=first bash speedrun.sh                  with curves at wandb
-#   NPROC_PER_NODE=1 DEVICE_BATCH_SIZE=8 DEPTH=12 bash speedrun.sh      one GPU with 24 GB
+#   NPROC_PER_NODE=1 DEVICE_BATCH_SIZE=8 DEPTH=12 bash speedrun.sh      one GPU
 #
+# One GPU: dev/rungpu.sh has sizes for 8 to 80 GB. Many nodes: dev/slurm.sbatch, dev/skypilot.yaml.
 # Run it again after an interruption: every stage goes on where it stopped, and what is finished is skipped.
 # In `screen` or `tmux` it survives a lost connection; to keep a log: bash speedrun.sh 2>&1 | tee speedrun.log
 #
@@ -115,11 +116,14 @@ once() {
 # on_all SCRIPT FLAGS...: the command line that runs a script on every GPU, in the array `command`. The `--` keeps torchrun
 # from taking --run for one of its own flags.
 on_all() {
-    if [ "$NPROC_PER_NODE" = 1 ]; then
+    local launcher=(torchrun --standalone --nproc_per_node="$NPROC_PER_NODE")
+    if [ -n "${LAUNCH:-}" ]; then # several machines: see dev/slurm.sbatch
+        read -ra launcher <<< "$LAUNCH"
+    elif [ "$NPROC_PER_NODE" = 1 ]; then
         command=(python -m "$@")
-    else
-        command=(torchrun --standalone --nproc_per_node="$NPROC_PER_NODE" -m "$1" -- "${@:2}")
+        return
     fi
+    command=("${launcher[@]}" -m "$1" -- "${@:2}")
 }
 
 # shellcheck disable=SC2206  # flags are to be split at spaces

@@ -1,5 +1,6 @@
 """What the READMEs and the large scripts say is true: files, commands, flags, the example of a task."""
 
+import ast
 import importlib
 import json
 import os
@@ -12,63 +13,67 @@ import types
 from pathlib import Path
 
 import pytest
+import yaml
 
-from zangchat import configurator
+from tests.documents import LANGUAGES, NOT_RUN, PAGES, READMES, ROOT, blocks, check_command, commands, fenced, text_of
+from zangchat import configurator, flops, schedule
 
-ROOT = Path(__file__).resolve().parents[2]
-READMES = ("README.md", "README_CN.md")
 LISTED = ("zangchat", "scripts", "tasks")
+DOCUMENTS = [*READMES, "dev/LEADERBOARD.md", *(f"dev/docs/{language}/{page}" for language in LANGUAGES for page in PAGES)]
 
 
-def text_of(name: str) -> str:
-    return (ROOT / name).read_text(encoding="utf-8")
+def without_examples(text: str) -> str:
+    """What a page says apart from changes that are not in this repository."""
+    return "" if "file=" in text else text
 
 
-def fenced(text: str, language: str) -> list[str]:
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    return [body for found, body in blocks if found == language]
-
-
-def commands(text: str) -> list[str]:
-    """The lines of all bash blocks, continued ones joined."""
-    return [line.strip() for block in fenced(text, "bash") for line in block.replace("\\\n", " ").splitlines() if line.strip()]
-
-
-def check_python(words: list[str], where: str) -> None:
-    """`-m module flags...` as it would be parsed."""
-    module = importlib.import_module(words[1])
-    arguments = words[2:]
-    verify = words[1] == "zangchat.dataset" and arguments[:1] == ["verify"]
-    try:
-        configurator.parse(module.VerifyConfig if verify else module.Config, arguments[1:] if verify else arguments)
-    except configurator.UserError as error:
-        pytest.fail(f"{where}: {' '.join(words)}: {error}")
-
-
-def check_command(line: str, where: str) -> None:
-    words = shlex.split(line, comments=True)
-    variables = []
-    while re.fullmatch(r"[A-Z_]+=.*", words[0]):
-        variables.append(words.pop(0).partition("=")[0])
-    if words[0] == "bash":
-        script = text_of(words[1])
-        assert all(re.search(rf"\b{name}\b", script) for name in variables), f"{where}: {words[1]} does not read one of {variables}"
-    elif words[0] in ("python", "torchrun"):
-        check_python(words[words.index("-m") :], where)
-        if words[0] == "torchrun":  # it takes abbreviations of its own flags, --run among them, unless a `--` comes first
-            assert words[words.index("-m") + 2 :][:1] in ([], ["--"]), f"{where}: {line} needs `--` after the module"
-    else:
-        assert words[0] == "source", f"{where}: unknown command {line}"
-
-
-@pytest.mark.parametrize("name", READMES)
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_commands_exist_with_their_flags(name):
-    for line in commands(text_of(name)):
+    for line in commands(without_examples(text_of(name))):
         check_command(line, name)
+    for block in blocks(text_of(name)):
+        assert block.info in ("", *NOT_RUN) or block.info.startswith("file="), f"{name}: what does {block.info!r} mean?"
 
 
-def test_both_readmes_give_the_same_commands():
-    assert commands(text_of("README.md")) == commands(text_of("README_CN.md"))
+@pytest.mark.parametrize("names", [READMES, *((f"dev/docs/en/{page}", f"dev/docs/zh/{page}") for page in PAGES)], ids=lambda names: names[0])
+def test_both_languages_have_the_same_code(names):
+    english, chinese = (text_of(name) for name in names)
+    assert [block for block in blocks(english) if block.language] == [block for block in blocks(chinese) if block.language]
+    assert [len(found) for found in re.findall(r"^#+", english, re.M)] == [len(found) for found in re.findall(r"^#+", chinese, re.M)]
+    # the same files and functions are pointed out
+    assert sorted(references(english)) == sorted(references(chinese))
+
+
+# -- files and functions that a text names: `zangchat/gpt.py`, `zangchat/gpt.py:GPT.forward` -----------------------------------------------
+
+
+def references(text: str) -> list[str]:
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))
+    return [span for span in spans if re.fullmatch(r"(?:zangchat|scripts|tasks|dev|tests|rustbpe)/[\w./]*\w(?::[\w.]+)?", span)]
+
+
+def defined(tree: ast.AST, name: str) -> bool:
+    """Whether a module, or a class in it, defines a dotted name."""
+    first, _, rest = name.partition(".")
+    for node in getattr(tree, "body", []):
+        names = [node.name] if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) else []
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        names += [target.id for target in targets if isinstance(target, ast.Name)]
+        if first in names:
+            return not rest or defined(node, rest)
+    return False
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_files_and_functions_that_are_named_exist(name):
+    text = text_of(name)
+    for reference in references(text):
+        path, _, function = reference.partition(":")
+        if any(block.info == f"file={path}" for block in blocks(text)):
+            continue
+        assert (ROOT / path).exists(), f"{name} names {path}"
+        if function:
+            assert defined(ast.parse(text_of(path)), function), f"{name} names {reference}"
 
 
 @pytest.mark.parametrize("name", READMES)
@@ -115,22 +120,22 @@ def files() -> set[str]:
     return {name for name in found if Path(name).name not in ("__init__.py", "py.typed")}
 
 
-@pytest.mark.parametrize("name", READMES)
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_links_lead_somewhere(name):
-    text = text_of(name)
+    text = re.sub(r"^```.*?^```$", "", text_of(name), flags=re.MULTILINE | re.DOTALL)
     for target in re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", text):
         path, _, anchor = "".join(target).partition("#")
         if path.startswith("https://"):
             continue
-        assert (ROOT / path).exists(), f"{name} points to {path}"
+        found = (ROOT / name).parent / path if path else ROOT / name
+        assert found.exists(), f"{name} points to {path}"
         if anchor:
-            headings = [line.lstrip("# ").lower().replace(" ", "-") for line in text_of(path).splitlines() if line.startswith("#")]
-            assert anchor in headings
+            lines = found.read_text(encoding="utf-8").splitlines()
+            headings = [re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in lines if line.startswith("#")]
+            assert anchor in headings, f"{name} points to #{anchor}"
 
 
 def test_the_numbers_of_the_schedule_table_are_computed():
-    from zangchat import flops, schedule
-
     for name in READMES:
         rows = re.findall(
             r"^\| d(\d+) \| ([\d.]+)([MB]) \| (\d+), (\d+) \| ([\d.]+)B \| 2\^(\d+) \| ([\d.]+) \| ([\d.]+) \|$",
