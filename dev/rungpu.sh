@@ -18,7 +18,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 card=${1:-}
 if [ -z "$card" ]; then
     command -v nvidia-smi > /dev/null || { echo "No GPU found: say how much memory it has, e.g. bash dev/rungpu.sh 24, or use dev/runcpu.sh." >&2; exit 2; }
-    mebibytes=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -n 1)
+    mebibytes=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | sed -n 1p)
     for size in 8 12 16 24 48 80; do
         if [ "$mebibytes" -ge $((size * 970)) ]; then card=$size; fi # a "24 GB" card reports a little less than 24 x 1024
     done

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import types
 from pathlib import Path
 
@@ -17,29 +18,29 @@ import yaml
 
 from tests.documents import LANGUAGES, NOT_RUN, PAGES, READMES, ROOT, blocks, check_command, commands, fenced, text_of
 from zangchat import configurator, flops, schedule
+from zangchat.config import GPTConfig
 
 LISTED = ("zangchat", "scripts", "tasks")
 DOCUMENTS = [*READMES, "dev/LEADERBOARD.md", *(f"dev/docs/{language}/{page}" for language in LANGUAGES for page in PAGES)]
 
 
-def without_examples(text: str) -> str:
-    """What a page says apart from changes that are not in this repository."""
-    return "" if "file=" in text else text
-
-
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_commands_exist_with_their_flags(name):
-    for line in commands(without_examples(text_of(name))):
-        check_command(line, name)
+    if not name.endswith("extending.md"):  # its commands exist once its examples are applied: tests/e2e/test_docs.py
+        for line in commands(text_of(name)):
+            check_command(line, name)
     for block in blocks(text_of(name)):
         assert block.info in ("", *NOT_RUN) or block.info.startswith("file="), f"{name}: what does {block.info!r} mean?"
 
 
-@pytest.mark.parametrize("names", [READMES, *((f"dev/docs/en/{page}", f"dev/docs/zh/{page}") for page in PAGES)], ids=lambda names: names[0])
+@pytest.mark.parametrize(
+    "names", [READMES, *((f"dev/docs/en/{page}", f"dev/docs/zh/{page}") for page in PAGES)], ids=lambda names: names[0]
+)
 def test_both_languages_have_the_same_code(names):
     english, chinese = (text_of(name) for name in names)
     assert [block for block in blocks(english) if block.language] == [block for block in blocks(chinese) if block.language]
-    assert [len(found) for found in re.findall(r"^#+", english, re.M)] == [len(found) for found in re.findall(r"^#+", chinese, re.M)]
+    if names != READMES:  # the Chinese one has a section for beginners
+        assert [len(found) for found in re.findall(r"^#+", english, re.M)] == [len(found) for found in re.findall(r"^#+", chinese, re.M)]
     # the same files and functions are pointed out
     assert sorted(references(english)) == sorted(references(chinese))
 
@@ -181,8 +182,12 @@ def test_the_example_of_a_task_works(monkeypatch):
 
 @pytest.fixture
 def chain(tmp_path):
-    """A copy of the scripts; `run(script, fail=..., **variables) -> (exit code, output, commands)` runs one with recorded commands."""
-    for name in ("speedrun.sh", "run1000.sh"):
+    """A copy of the scripts; `run(script, **variables) -> (exit code, output, commands)` runs one with recorded commands.
+
+    `programs` are stand-ins for programs of the system, name -> text; `smi` is the memory that nvidia-smi tells of, "" for no such program.
+    """
+    (tmp_path / "dev").mkdir()
+    for name in ("speedrun.sh", "run1000.sh", "dev/rungpu.sh", "dev/slurm.sbatch"):
         shutil.copy(ROOT / name, tmp_path / name)
     for path, body in {
         "dev/setup.sh": "exit 0\n",
@@ -205,10 +210,21 @@ printf '%s\\0' torchrun "$@" >> "$RECORD"; echo >> "$RECORD"
         (tmp_path / path).write_text(body, encoding="utf-8")
         (tmp_path / path).chmod(0o755)
 
-    def run(script: str, **variables: str) -> tuple[int, str, list[list[str]]]:
+    def run(script: str, programs: dict[str, str] | None = None, smi: str = "", **variables: str) -> tuple[int, str, list[list[str]]]:
+        programs = {**(programs or {}), **({"nvidia-smi": f"#!/bin/sh\necho {smi}\n"} if smi else {})}
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        for name, body in programs.items():
+            (folder / name).write_text(body, encoding="utf-8")
+            (folder / name).chmod(0o755)
         record = tmp_path / "record"
         record.write_text("")
-        environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "RECORD": str(record), "NPROC_PER_NODE": "8", **variables}
+        environment = {
+            "PATH": f"{folder}:{os.environ['PATH']}",
+            "HOME": str(tmp_path),
+            "RECORD": str(record),
+            "NPROC_PER_NODE": "8",
+            **variables,
+        }
         done = subprocess.run(["bash", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
         calls = [line.split("\0")[:-1] for line in record.read_text().splitlines()]
         return done.returncode, done.stdout + done.stderr, calls
@@ -285,3 +301,120 @@ def test_a_second_run_skips_what_is_evaluated_and_resumes_the_rest(chain, tmp_pa
 def test_one_process_needs_no_torchrun(chain):
     _, _, calls = chain("speedrun.sh", NPROC_PER_NODE="1")
     assert {call[0] for call in calls} == {"python"}
+
+
+# -- other ways to start the chain: one GPU, Slurm, SkyPilot --------------------------------------------------------------------
+
+
+PRESETS = {
+    int(card): tuple(map(int, sizes.split()))
+    for card, sizes in re.findall(r"^    (\d+)\) preset=\(([\d ]+)\)", text_of("dev/rungpu.sh"), re.M)
+}
+
+
+def plan_of(depth: int, vocab_size: int, ratio: float = 12) -> tuple[GPTConfig, schedule.TrainPlan, float]:
+    """(model, plan, training FLOPs)"""
+    model = schedule.model_config_for_depth(depth, 128, 0, vocab_size=vocab_size, sequence_len=2048)
+    plan = schedule.plan_run(model, target_param_data_ratio=ratio)
+    return model, plan, float(flops.flops_per_token(model) * plan.tokens)
+
+
+@pytest.mark.parametrize("card", PRESETS)
+def test_a_preset_fills_its_card_and_no_more(card):
+    depth, rows, vocab_size, shards = PRESETS[card]
+    model, plan, _ = plan_of(depth, vocab_size)
+
+    def fits(rows: int) -> bool:
+        return flops.memory_estimate(model, rows)["total"] * 1.1 <= 0.95 * card * 2**30
+
+    assert fits(rows) and not fits(2 * rows)
+    assert plan.total_batch_size % (rows * 2048) == 0
+    assert 1 <= shards * 250e6 / (plan.tokens * 4.5) < 1.35
+
+
+def test_the_tables_of_predictions_are_computed():
+    text = text_of("dev/docs/en/scaling.md")
+    rows = re.findall(r"^\| (\d+) GB \| d(\d+), (\d+)M \| (\d+) \| ([\d.]+) GiB \| ([\d.]+)B \| ([\d.e]+) \| (.*?) \|", text, re.M)
+    assert [int(row[0]) for row in rows] == list(PRESETS)
+    for card, depth, size, per_pass, memory, tokens, total, hours in rows:
+        expected_depth, expected_rows, vocab_size, _ = PRESETS[int(card)]
+        model, plan, work = plan_of(int(depth), vocab_size)
+        assert (int(depth), int(per_pass)) == (expected_depth, expected_rows)
+        assert int(size) == round(flops.count_params(model)["total"] / 1e6)
+        assert float(memory) == pytest.approx(flops.memory_estimate(model, int(per_pass))["total"] / 2**30, abs=0.06)
+        assert float(tokens) == pytest.approx(plan.tokens / 1e9, abs=0.006) and float(total) == pytest.approx(work, rel=0.04)
+        for amount, name in re.findall(r"([\d.]+) h ([\w ]+)", hours):
+            assert float(amount) == pytest.approx(work / (0.4e12 * flops.DEVICES[name].half) / 3600, abs=0.06)
+
+    rows = re.findall(r"^\| d(\d+)(?:, ratio ([\d.]+)[^|]*)? \| ([\d.]+)B \| ([\d.e]+) \| (.*) \|$", text, re.M)
+    assert len(rows) == 6
+    for depth, ratio, tokens, total, cells in rows:
+        _, plan, work = plan_of(int(depth), 65536, float(ratio or 12))
+        assert float(tokens) == pytest.approx(plan.tokens / 1e9, abs=0.06) and float(total) == pytest.approx(work, rel=0.04)
+        for cell, utilisation in zip(cells.split(" | "), (0.4, 0.5, 0.59), strict=True):
+            hours, dollars = re.fullmatch(r"([\d.]+) h, \$(\d+)", cell).groups()
+            expected = work / (8 * 989e12 * utilisation) / 3600
+            assert float(hours) == pytest.approx(expected, abs=0.06) and float(dollars) == pytest.approx(24 * expected, abs=0.6)
+
+
+def test_one_gpu_gets_sizes_for_its_memory(chain):
+    code, output, calls = chain("dev/rungpu.sh", smi="24564", NPROC_PER_NODE="1")
+    assert code == 0 and "the preset for 24 GB" in output
+    assert modules(calls) == CHAIN and {call[0] for call in calls} == {"python"}
+    base = next(call for call in calls if "scripts.base_train" in call)
+    assert {"--depth=14", "--device_batch_size=16"} <= set(base)
+    assert any("--vocab_size=32768" in call for call in calls)
+    _, _, calls = chain("dev/rungpu.sh", smi="24564", NPROC_PER_NODE="1", DEPTH="2")
+    assert any("--depth=2" in call for call in calls), "what is set in front counts"
+    for smi, complaint in (("", "No GPU found"), ("4096", "smallest preset is for 8 GB")):
+        code, output, calls = chain("dev/rungpu.sh", smi=smi)
+        assert code == 2 and complaint in output and not calls
+
+
+SCONTROL = """#!/usr/bin/env bash
+case "$1" in
+    show) printf 'node1\\nnode2\\n' ;;
+    requeue) echo "requeued $2" ;;
+esac
+"""
+
+
+def test_slurm_starts_each_stage_on_all_nodes_and_requeues_after_progress(chain, tmp_path):
+    srun = '#!/usr/bin/env bash\nshift 3\nexec "$@"\n'  # once is enough to see the command
+    slurm = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "4711", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
+    programs = {"srun": srun, "scontrol": SCONTROL}
+    code, output, calls = chain("dev/slurm.sbatch", programs=programs, **slurm)
+    assert code == 0, output
+    assert modules(calls) == CHAIN
+    for call in calls:
+        check_command(shlex.join(call), "dev/slurm.sbatch")
+        if "scripts.base_train" in call:
+            assert {"--nnodes=2", "--nproc_per_node=8", "--rdzv_backend=c10d", "--rdzv_endpoint=node1:24711", "--max-restarts=3"} <= set(
+                call
+            )
+            assert "--resume=latest" in call
+    code, output, _ = chain("dev/slurm.sbatch", programs=programs, FAIL="scripts.chat_sft", **slurm)
+    assert code == 1 and "requeued" not in output, "without progress it would come back for ever"
+    meta = tmp_path / "runs" / "mid_checkpoints" / "d20" / "meta_000001.json"
+    meta.parent.mkdir(parents=True)
+    meta.touch()
+    future = meta.stat().st_mtime + 100
+    os.utime(meta, (future, future))
+    code, output, _ = chain("dev/slurm.sbatch", programs=programs, FAIL="scripts.chat_sft", **slurm)
+    assert code == 1 and "requeued 4711" in output
+
+
+def test_skypilot_runs_the_same_chain(chain, tmp_path):
+    task = yaml.safe_load(text_of("dev/skypilot.yaml"))
+    assert task["resources"]["accelerators"] == "H100:8" and task["workdir"] == "."
+    assert all(re.search(rf"\b{name}\b", text_of("speedrun.sh") + str(task["file_mounts"])) for name in task["envs"])
+    (tmp_path / "run.sh").write_text(task["run"].replace("/zangchat", str(tmp_path / "bucket")), encoding="utf-8")
+    code, output, calls = chain("run.sh", SKYPILOT_NUM_GPUS_PER_NODE="8", NPROC_PER_NODE="")
+    assert code == 0, output
+    assert modules(calls) == CHAIN and any("--nproc_per_node=8" in call for call in calls)
+
+
+def test_ci_runs_what_everybody_runs():
+    jobs = yaml.safe_load(text_of(".github/workflows/ci.yml"))["jobs"]
+    assert [step["run"] for step in jobs["test"]["steps"] if "run" in step][-1] == "bash dev/test.sh"
+    assert "bash dev/test.sh" in text_of(".ci/run")
