@@ -1,17 +1,18 @@
 """Inference: one running batch for the terminal, the web server, evaluation and RL.
 
 `RunningBatch` is the only path from prompts to tokens. Requests join it whenever a row is free and leave it when they end; each row
-stands at its own position, has its own sampling settings and its own tool state. A step is one forward pass over the running rows,
-one over the prompts that just joined, one draw per row. `Engine` wraps it for callers that have all their prompts at hand.
+stands at its own position, has its own sampling settings and its own tool state. A step is one forward pass over the running rows, a
+bounded one over the prompts still being read, one draw per row. `Engine` wraps it for callers that have all their prompts at hand.
 
 A draw depends on (seed, sample index, number of tokens so far) and on the row's logits, on nothing else: the same request gives the
 same text alone or in a crowd, up to rounding in the logits.
 
+On CUDA the host runs one step ahead of what it knows: tokens go from the draw to the next forward pass on the device, and the host
+reads them while that pass runs. Wherever rows are about to join or must end, it waits first.
+
 Shapes: B rows, T new tokens, S stored tokens, L layers, G key/value heads, D head dimension, V vocabulary.
 """
 
-import codecs
-import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from zangchat.common import derive_seed
 from zangchat.config import GPTConfig
+from zangchat.replies import ReplyDecoder, StopFinder, StreamDecoder, fit_conversation
+from zangchat.sampling import Logprob, LogprobTensors, Request, Sampler, to_device
 from zangchat.tools import use_calculator
 
 if TYPE_CHECKING:
@@ -33,53 +36,26 @@ __all__ = [
     "Event",
     "Generation",
     "KVCache",
+    "Logprob",
     "ReplyDecoder",
     "Request",
     "Result",
     "RunningBatch",
+    "StopFinder",
     "StreamDecoder",
     "fit_conversation",
     "load_for_chat",
-    "sample",
     "use_calculator",
 ]
 
 MAX_ROWS = 64  # rows of a running batch unless the caller says otherwise
-PREFILL_TOKENS = 4096  # positions, padding included, in one forward pass over new prompts
+PREFILL_TOKENS = {"cuda": 4096}  # prompt positions, padding included, that a step reads at most beside the running rows
+PREFILL_TOKENS_ELSEWHERE = 512
+LOGIT_ELEMENTS = 2**27  # logits that exist at a time where those of a whole prompt are wanted
 CACHE_BLOCK = 64  # the cache is as long as a multiple of this
-COLDEST = 1e-5  # temperatures below are taken as 0, before logits / temperature overflows
 
 
-# ---- requests -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Request:
-    """One continuation to generate. Raises ValueError for settings that mean nothing."""
-
-    tokens: Sequence[int]  # the prompt
-    max_tokens: int | None = None  # new tokens at most, forced tool output included; None: as many as the context holds
-    temperature: float = 1.0  # 0 takes the most likely token
-    top_k: int | None = None  # draw among the k most likely; None or 0: all
-    top_p: float | None = None  # draw among the most likely that reach this probability together (arXiv:1904.09751); None or 1: all
-    seed: int = 42
-    sample_index: int = 0  # tells apart the samples of one prompt under one seed
-
-    def __post_init__(self) -> None:
-        if not self.tokens:
-            raise ValueError("a prompt needs at least one token, <|bos|> for example")
-        if self.max_tokens is not None and self.max_tokens < 0:
-            raise ValueError(f"max_tokens must not be negative, not {self.max_tokens}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be 0 or more, not {self.temperature}")
-        if self.top_k is not None and self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (off) or more, not {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature < COLDEST
+# ---- requests on their way ------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -88,10 +64,13 @@ class Result:
 
     tokens: list[int]
     mask: list[int]  # 1 where the model chose the token, 0 where a tool's output was put in
-    stop_reason: str  # "stop" (the model ended its turn), "length" (max_tokens or the context), "cancelled"
+    stop_reason: str  # "stop" (the model ended its turn, or said a stop string), "length" (max_tokens or the context), "cancelled"
+    logprobs: list[Logprob] = field(default_factory=list)  # where asked for: of each token, and of the stop_token
+    prompt_logprobs: list[Logprob] = field(default_factory=list)  # where asked for: of each prompt token but the first
+    stop_token: int | None = None  # the special token that ended it
 
 
-@dataclass
+@dataclass(eq=False)
 class Generation:
     """A request on its way through a running batch."""
 
@@ -100,13 +79,25 @@ class Generation:
     tokens: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
     stop_reason: str | None = None  # None while waiting or running
+    logprobs: list[Logprob] = field(default_factory=list)
+    prompt_logprobs: list[Logprob] = field(default_factory=list)
+    stop_token: int | None = None
+    drawn: int = 0  # tokens drawn so far; one more than the host has seen where a draw is under way
     forced: deque[int] = field(default_factory=deque)  # tool output still to be put in
     call: list[int] | None = None  # tokens of the tool call being written, None outside of one
+    reply: ReplyDecoder | None = None  # looks for the stop strings
+
+    @property
+    def last_token(self) -> int | None:
+        """The newest token, None where only the device knows it."""
+        if self.drawn == len(self.tokens):
+            return self.tokens[-1]
+        return self.forced[0] if self.forced else None
 
     def result(self) -> Result:
         if self.stop_reason is None:
             raise ValueError("this generation has not ended yet")
-        return Result(self.tokens, self.mask, self.stop_reason)
+        return Result(self.tokens, self.mask, self.stop_reason, self.logprobs, self.prompt_logprobs, self.stop_token)
 
 
 class Event(NamedTuple):
@@ -115,6 +106,7 @@ class Event(NamedTuple):
     generation: Generation
     token: int | None
     mask: int = 0
+    logprob: Logprob | None = None  # where asked for, also of the stop token of an event without a token
 
 
 # ---- key/value cache ------------------------------------------------------------------------------------------------
@@ -124,11 +116,11 @@ class KVCache:
     """Keys and values of many rows, (L, rows, G, S, D) each, preallocated and grown by doubling; every row has its own length."""
 
     def __init__(self, config: GPTConfig, num_rows: int, capacity: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        self.max_capacity = -(-config.sequence_len // CACHE_BLOCK) * CACHE_BLOCK
+        self.max_capacity = _rounded(config.sequence_len)
         self.lengths = [0] * num_rows  # tokens stored, per row
         # zeros, not empty: a masked position still enters the sum as 0 x value, which is NaN where the memory held one
         self.keys, self.values = (
-            torch.zeros(config.n_layer, num_rows, config.n_kv_head, self._rounded(capacity), config.head_dim, dtype=dtype, device=device)
+            torch.zeros(config.n_layer, num_rows, config.n_kv_head, _rounded(capacity), config.head_dim, dtype=dtype, device=device)
             for _ in range(2)
         )
 
@@ -140,16 +132,13 @@ class KVCache:
     def capacity(self) -> int:
         return self.keys.size(3)
 
-    def _rounded(self, length: int) -> int:
-        return -(-length // CACHE_BLOCK) * CACHE_BLOCK
-
     def reserve(self, num_rows: int, capacity: int) -> None:
         """Make room, keeping what is stored. Storage at least doubles, so that growing costs little over time."""
         if num_rows > self.num_rows:
             num_rows = max(num_rows, 2 * self.num_rows)
             self.lengths += [0] * (num_rows - self.num_rows)
         if capacity > self.capacity:
-            capacity = max(self._rounded(capacity), min(2 * self.capacity, self.max_capacity))
+            capacity = max(_rounded(capacity), min(2 * self.capacity, self.max_capacity))
         rows, length = self.num_rows, self.capacity
         if num_rows > rows or capacity > length:
             for name in ("keys", "values"):
@@ -166,113 +155,153 @@ class KVCache:
 
     def rows(self, start: int, stop: int) -> "CacheRows":
         """The rows start..stop-1 as the model's forward takes them, for one call."""
-        return CacheRows(self, start, stop)
+        return self.some_rows(range(start, stop))
+
+    def some_rows(self, rows: Sequence[int]) -> "CacheRows":
+        """Any rows for one call; unless nothing is stored in them yet they must be consecutive."""
+        if not (rows and all(0 <= row < self.num_rows for row in rows)):
+            raise ValueError(f"rows {list(rows)} of a cache that has {self.num_rows}")
+        lengths = [self.lengths[row] for row in rows]
+        return CacheRows(self, rows, to_device(lengths, torch.int64, self.keys.device), max(lengths), min(lengths) == max(lengths))
+
+    def fixed_rows(self, positions: Tensor, end: int) -> "CacheRows":
+        """The rows 0..B-1 for a step of one token each, attending to the first `end` places, whose `positions` (B,) may change on the
+        device from call to call: what a CUDA graph needs. `lengths` is left to the caller."""
+        return CacheRows(self, range(positions.numel()), positions, end - 1, aligned=False, counts=False)
 
 
 class CacheRows:
     """Some rows of a cache for one forward pass: gpt.KVCacheLike. Room for the new tokens must have been reserved."""
 
-    def __init__(self, cache: KVCache, start: int, stop: int) -> None:
-        if not 0 <= start < stop <= cache.num_rows:
-            raise ValueError(f"rows {start}..{stop} of a cache that has {cache.num_rows}")
-        self.cache, self.start, self.stop = cache, start, stop
-        lengths = cache.lengths[start:stop]
-        self.longest = max(lengths)
-        self.aligned = min(lengths) == self.longest
-        self.positions = torch.tensor(lengths, device=cache.keys.device)
-        self._index: tuple[Tensor, Tensor] | None = None
+    def __init__(
+        self, cache: KVCache, rows: Sequence[int], positions: Tensor, longest: int, aligned: bool = True, counts: bool = True
+    ) -> None:
+        self.cache, self.rows, self.positions, self.longest = cache, rows, positions, longest
+        self.aligned, self.counts = aligned, counts
+        self._where: Any = None  # (B*G*T,) places of the new tokens, in (rows, G, S) taken as one dimension
         self._mask: Tensor | None = None
+        self._keys: Sequence[Tensor] = ()
+        self._values: Sequence[Tensor] = ()
 
     def update(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store k, v (B, G, T, D) behind each row's tokens; returns keys and values (B, G, S, D) and a mask (B, 1, T, S).
+        """Store k, v (B, G, T, D) behind each row's tokens; returns keys and values (B, G, S, D) and a mask (B, 1, T, S) to be added.
 
-        The mask is None where all rows have the same length: then the T queries are simply the last T of S positions.
+        The mask is None where plain causal attention is meant: to the T new tokens alone, or of one token to rows of one length.
         """
-        T = k.size(2)
+        if self._where is None:
+            self._prepare(k)
+        for storage, new in ((self.cache.keys, k), (self.cache.values, v)):
+            storage[layer_idx].view(-1, new.size(-1)).index_copy_(0, self._where, new.reshape(-1, new.size(-1)))
+        if self.longest == 0:
+            return k, v, None
+        return self._keys[layer_idx], self._values[layer_idx], self._mask
+
+    def _prepare(self, k: Tensor) -> None:
+        """What all layers share."""
+        (B, G, T, _), cache, device = k.shape, self.cache, k.device
         end = self.longest + T
-        if end > self.cache.capacity or k.size(0) != self.stop - self.start:
-            raise ValueError(f"no room for {tuple(k.shape)} behind {self.longest} tokens in {self.stop - self.start} rows")
-        stored = tuple(storage[layer_idx, self.start : self.stop] for storage in (self.cache.keys, self.cache.values))
-        if self.aligned:
-            for storage, new in zip(stored, (k, v), strict=True):
-                storage[:, :, self.longest : end] = new
+        if end > cache.capacity or len(self.rows) != B:
+            raise ValueError(f"no room for {tuple(k.shape)} behind {self.longest} tokens in {len(self.rows)} rows")
+        where = self.positions[:, None] + torch.arange(T, device=device)  # (B, T)
+        first = self.rows[0]
+        if list(self.rows) == list(range(first, first + B)):
+            heads = torch.arange(first * G, (first + B) * G, device=device)
         else:
-            if self._index is None:
-                where = self.positions[:, None] + torch.arange(T, device=k.device)  # (B, T)
-                self._index = (torch.arange(k.size(0), device=k.device)[:, None], where)
-                self._mask = (torch.arange(end, device=k.device) <= where[:, :, None])[:, None]
-            row, where = self._index
-            for storage, new in zip(stored, (k, v), strict=True):
-                storage[row, :, where] = new.transpose(1, 2)
-        return stored[0][:, :, :end], stored[1][:, :, :end], self._mask
+            heads = to_device([row * G + g for row in self.rows for g in range(G)], torch.int64, device)
+        self._where = (heads.view(B, G, 1) * cache.capacity + where[:, None]).flatten()
+        if self.longest == 0:
+            return
+        self._keys, self._values = (storage[:, first : first + B, :, :end].unbind(0) for storage in (cache.keys, cache.values))
+        if T > 1 or not self.aligned:
+            hidden = torch.arange(end, device=device) > where[:, :, None]
+            self._mask = torch.zeros(hidden.shape, dtype=k.dtype, device=device).masked_fill_(hidden, float("-inf"))[:, None]
 
     def advance(self, num_tokens: int) -> None:
-        for row in range(self.start, self.stop):
-            self.cache.lengths[row] += num_tokens
+        if self.counts:
+            for row in self.rows:
+                self.cache.lengths[row] += num_tokens
 
 
-# ---- sampling -------------------------------------------------------------------------------------------------------
-
-
-def sample(logits: Tensor, requests: Sequence[Request], uniforms: Sequence[float]) -> Tensor:
-    """One token per row from logits (B, V): (B,) int64. `uniforms` are the rows' draws from [0, 1).
-
-    Inverse-CDF sampling in the order of the vocabulary: the result moves only if a draw falls within rounding of a boundary, whatever
-    else is in the batch.
-    """
-    best = logits.argmax(dim=-1)
-    if all(request.greedy for request in requests):
-        return best
-    device, vocab_size = logits.device, logits.size(-1)
-    temperature = torch.tensor([1.0 if r.greedy else r.temperature for r in requests], device=device)
-    scores = logits / temperature[:, None]
-    top_k = [min(r.top_k or vocab_size, vocab_size) for r in requests]
-    top_p = [r.top_p or 1.0 for r in requests]
-    narrow = [i for i, r in enumerate(requests) if not r.greedy and (top_k[i] < vocab_size or top_p[i] < 1)]
-    if narrow:
-        scores[narrow] = _narrowed(scores[narrow], [top_k[i] for i in narrow], [top_p[i] for i in narrow])
-    precise = torch.float32 if device.type == "mps" else torch.float64
-    cdf = scores.softmax(dim=-1).cumsum(dim=-1, dtype=precise)
-    target = torch.tensor(uniforms, dtype=precise, device=device)[:, None] * cdf[:, -1:]
-    drawn = torch.searchsorted(cdf, target, right=True).squeeze(-1).clamp_(max=vocab_size - 1)
-    return torch.where(torch.tensor([r.greedy for r in requests], device=device), best, drawn)
-
-
-def _narrowed(scores: Tensor, top_k: Sequence[int], top_p: Sequence[float]) -> Tensor:
-    """scores (B, V) with -inf outside each row's k best, and outside the fewest best whose probabilities reach p."""
-    best, ids = scores.topk(max(top_k), dim=-1)  # descending
-    dropped = torch.arange(best.size(-1), device=scores.device) >= torch.tensor(top_k, device=scores.device)[:, None]
-    best = best.masked_fill(dropped, -math.inf)
-    if min(top_p) < 1:
-        probabilities = best.softmax(dim=-1)
-        reached_before = probabilities.cumsum(dim=-1) - probabilities
-        limit = torch.tensor(top_p, device=scores.device)[:, None]
-        best = best.masked_fill((reached_before >= limit) & (limit < 1), -math.inf)
-    return torch.full_like(scores, -math.inf).scatter_(1, ids, best)
+def _rounded(length: int) -> int:
+    return -(-length // CACHE_BLOCK) * CACHE_BLOCK
 
 
 # ---- the running batch ----------------------------------------------------------------------------------------------
 
 
-class RunningBatch:
-    """Continuous batching: submit requests at any time, call step() until nothing is left. For one thread; holds no lock."""
+@dataclass
+class _Prompt:
+    """A prompt being read once, for all the generations that go on from it."""
 
-    def __init__(self, model: "GPT", tokenizer: Any, max_rows: int = MAX_ROWS) -> None:
+    tokens: Sequence[int]
+    generations: list[Generation]
+    row: int  # of the cache; as many behind it are kept free as there are more generations
+    read: int = 0  # tokens stored
+
+    @property
+    def left(self) -> int:
+        return len(self.tokens) - self.read
+
+    @property
+    def logprobs(self) -> int | None:
+        """Most likely tokens wanted at each place of the prompt; None where nobody wants to know."""
+        return max((g.request.logprobs or 0 for g in self.generations if g.request.prompt_logprobs), default=None)
+
+
+class _Draw(NamedTuple):
+    """The tokens (B,) of one step on their way to the host, and the log-probabilities of those rows that want them."""
+
+    generations: list[Generation]
+    tokens: Tensor
+    rows: list[int]
+    logprobs: LogprobTensors | None
+    arrived: Any  # a CUDA event, or None
+
+
+class RunningBatch:
+    """Continuous batching: submit requests at any time, call step() until nothing is left. For one thread; holds no lock.
+
+    `ahead`: launch a step before the tokens of the one before are known to the host; by default where that pays, on CUDA.
+    """
+
+    def __init__(
+        self, model: "GPT", tokenizer: Any, max_rows: int = MAX_ROWS, prefill_tokens: int | None = None, ahead: bool | None = None
+    ) -> None:
         if max_rows < 1:
             raise ValueError(f"a batch needs at least one row, not {max_rows}")
         self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
         self.device = model.get_device()
+        self.prefill_tokens = prefill_tokens or PREFILL_TOKENS.get(self.device.type, PREFILL_TOKENS_ELSEWHERE)
+        self.ahead = self.device.type == "cuda" if ahead is None else ahead
         self.waiting: deque[Generation] = deque()
+        self.reading: deque[_Prompt] = deque()  # in the order of their rows, all behind the running ones
         self.running: list[Generation] = []  # row i of the cache belongs to running[i]
-        self.cache: KVCache | None = None
+        self.cache = KVCache(model.config, 1, CACHE_BLOCK, model.compute_dtype, self.device)
         self.stop_tokens = frozenset(tokenizer.encode_special(name) for name in ("<|assistant_end|>", "<|bos|>"))
         self.python_start, self.python_end, self.output_start, self.output_end = (
             tokenizer.encode_special(f"<|{name}|>") for name in ("python_start", "python_end", "output_start", "output_end")
         )
+        self._sampler: Sampler | None = None  # of the running rows; None after they changed
+        self._newest: Tensor | None = None  # (B,) the last draw, in the order of the running rows
+        self._under_way: _Draw | None = None
+        self._graphs: Any = None
+        if self.device.type == "cuda":
+            from zangchat.inference import DecodeGraphs
+
+            self._graphs = DecodeGraphs(model)
 
     @property
     def busy(self) -> bool:
-        return bool(self.running or self.waiting)
+        return bool(self.running or self.reading or self.waiting)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in use."""
+        return len(self.running) + sum(len(prompt.generations) for prompt in self.reading)
+
+    def live(self) -> list[Generation]:
+        """All that have not ended."""
+        return [*self.running, *(g for prompt in self.reading for g in prompt.generations), *self.waiting]
 
     def submit(self, request: Request) -> Generation:
         """Queue a request. Raises ValueError for a prompt that the model cannot read."""
@@ -280,10 +309,10 @@ class RunningBatch:
         room = config.sequence_len - len(request.tokens)
         if room < 0:
             raise ValueError(f"the prompt has {len(request.tokens)} tokens, the model's context {config.sequence_len}")
-        if not all(0 <= token < config.vocab_size for token in request.tokens):
+        if not 0 <= min(request.tokens) <= max(request.tokens) < config.vocab_size:
             raise ValueError(f"the prompt has a token outside of 0..{config.vocab_size - 1}")
         limit = room if request.max_tokens is None else min(room, request.max_tokens)
-        generation = Generation(request, limit)
+        generation = Generation(request, limit, reply=ReplyDecoder(self.tokenizer, request.stop) if request.stop else None)
         self.waiting.append(generation)
         return generation
 
@@ -293,113 +322,217 @@ class RunningBatch:
         if generation.stop_reason is not None:
             return
         generation.stop_reason = "cancelled"
-        if any(generation is other for other in self.waiting):
-            self.waiting = deque(other for other in self.waiting if other is not generation)
-        else:
+        if generation in self.running:
             self._drop_ended()
+        elif generation in self.waiting:
+            self.waiting.remove(generation)
+        else:
+            for prompt in self.reading:
+                prompt.generations = [other for other in prompt.generations if other is not generation]
+            self.reading = deque(prompt for prompt in self.reading if prompt.generations)
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Give every running request its next token, those that just joined included."""
+        """One forward pass: the running requests get their next tokens, those whose prompt was read get their first one."""
         events: list[Event] = []
-        logits: list[Tensor] = []
-        if self.running:
-            logits.append(self._decode())
-        joined = self._admit(events)
-        if joined:
-            logits.append(self._prefill(joined))
-        if not self.running:
-            return events
-        chosen = self._draw(logits[0] if len(logits) == 1 else torch.cat(logits))
-        for generation, token in zip(self.running, chosen, strict=True):
-            events.append(self._accept(generation, token))
-        self._drop_ended()
-        return events
+        self._admit(events)
+        if self.reading or any(g.drawn >= g.limit or (self._sampler is None and g.request.repetition_penalty != 1) for g in self.running):
+            events += self._land()  # who runs is about to change, or a draw depends on all tokens: know first where everybody stands
+        before, self._under_way = self._under_way, None
+        logits = [self._decode()] if self.running else []
+        if self.reading:
+            logits += self._read(events)
+        if logits:
+            self._under_way = self._draw(logits[0] if len(logits) == 1 else torch.cat(logits))
+        if before is not None:
+            events += self._accept_all(before)
+        return events if self.ahead else events + self._land()
 
     # -- forward passes
 
     def _decode(self) -> Tensor:
-        """Feed each running row its last token -> logits (B, V)."""
-        cache, rows = self._cache(), len(self.running)
+        """Feed each running row its newest token -> logits (B, V)."""
+        known = [generation.last_token for generation in self.running]
+        if None not in known:
+            idx = to_device(known, torch.int64, self.device)[:, None]  # type: ignore[arg-type]
+        else:
+            assert self._newest is not None
+            idx = self._newest[:, None]
+            if any(token is not None for token in known):  # a tool's output overrules what was drawn
+                overruled = to_device([-1 if token is None else token for token in known], torch.int64, self.device)[:, None]
+                idx = torch.where(overruled < 0, idx, overruled)
+        if self._sampler is not None:
+            self._sampler.saw(idx)
+        rows, cache = len(self.running), self.cache
+        if self._graphs is not None:
+            return self._graphs(cache, idx)
         cache.reserve(rows, max(cache.lengths[:rows]) + 1)
-        idx = torch.tensor([[generation.tokens[-1]] for generation in self.running], device=self.device)
         return self.model(idx, kv_cache=cache.rows(0, rows))[:, 0]
 
-    def _admit(self, events: list[Event]) -> list[Generation]:
-        """Take waiting requests while rows are free; those with no room for a token end here."""
-        joined: list[Generation] = []
-        while self.waiting and len(self.running) + len(joined) < self.max_rows:
+    def _admit(self, events: list[Event]) -> None:
+        """Take waiting requests while rows are free; those with nothing to do end here. Equal prompts are read once."""
+        prompts: dict[tuple[int, ...], list[Generation]] = {}
+        row = self.reading[-1].row + len(self.reading[-1].generations) if self.reading else len(self.running)
+        free = self.max_rows - row
+        while self.waiting and free > 0:
             generation = self.waiting.popleft()
-            if generation.limit > 0:
-                joined.append(generation)
+            if generation.limit > 0 or generation.request.prompt_logprobs:
+                prompts.setdefault(tuple(generation.request.tokens), []).append(generation)
+                free -= 1
             else:
                 generation.stop_reason = "length"
                 events.append(Event(generation, None))
-        return joined
+        for tokens in sorted(prompts, key=len):  # similar lengths will share a pass
+            self.reading.append(_Prompt(tokens, prompts[tokens], row))
+            row += len(prompts[tokens])
 
-    def _prefill(self, joined: list[Generation]) -> Tensor:
-        """Read the prompts of requests that just joined, each different one once -> logits (joined, V) in the order of their rows.
+    def _read(self, events: list[Event]) -> list[Tensor]:
+        """Read what the budget allows of the prompts; those read to the end join the running rows, their logits (B, V) are returned.
 
-        Prompts of similar length share a forward pass, padded on the right: causal attention never looks there, and the padding is
-        overwritten as the row goes on.
+        Whole prompts share a pass, padded on the right: causal attention never looks there, and the padding is overwritten as the row
+        goes on. One that is longer than the budget is read alone, a chunk a step.
         """
-        prompts: dict[tuple[int, ...], list[Generation]] = {}
-        for generation in sorted(joined, key=lambda g: len(g.request.tokens)):
-            prompts.setdefault(tuple(generation.request.tokens), []).append(generation)
-        first, unique = len(self.running), list(prompts)
-        cache = self._cache()
-        cache.reserve(first + len(joined), len(unique[-1]))
-        logits = []
-        for start, stop in _groups([len(prompt) for prompt in unique], PREFILL_TOKENS):
-            longest = len(unique[stop - 1])
-            idx = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in unique[start:stop]], device=self.device)
-            last = torch.tensor([len(prompt) - 1 for prompt in unique[start:stop]], device=self.device)
-            for row in range(first + start, first + stop):
-                cache.lengths[row] = 0
-            logits.append(self.model(idx, kv_cache=cache.rows(first + start, first + stop), logits_at=last)[:, 0])
-            for row, prompt in enumerate(unique[start:stop], first + start):
-                cache.lengths[row] = len(prompt)
-        self.running += [generations[0] for generations in prompts.values()]
-        sources = list(range(len(unique)))
-        for number, generations in enumerate(prompts.values()):
-            for generation in generations[1:]:
-                cache.copy_row(first + number, len(self.running))
-                self.running.append(generation)
-                sources.append(number)
-        read = torch.cat(logits)
-        return read[torch.tensor(sources, device=self.device)] if len(sources) > len(unique) else read
+        logits, budget = [], self.prefill_tokens
+        while self.reading and budget > 0:
+            first = self.reading[0]
+            if first.left > budget < self.prefill_tokens:
+                break  # a whole chunk in the next step rather than a scrap in this one
+            most = budget if first.logprobs is None else max(1, min(budget, LOGIT_ELEMENTS // self.model.config.vocab_size))
+            together, size = [first], min(first.left, most)
+            if first.read == 0 and size == first.left:
+                for prompt in list(self.reading)[1:]:
+                    widest = max(size, prompt.left)
+                    if (len(together) + 1) * widest > most or (prompt.logprobs is None) != (first.logprobs is None):
+                        break
+                    together.append(prompt)
+                    size = widest
+            budget -= len(together) * size
+            for prompt, row in zip(together, self._read_pass(together, size), strict=True):
+                if prompt.left == 0:
+                    self.reading.popleft()
+                    logits.append(row[None].expand(self._join(prompt, events), -1))
+        return logits
 
-    def _cache(self) -> KVCache:
-        if self.cache is None:
-            self.cache = KVCache(self.model.config, 1, CACHE_BLOCK, self.model.compute_dtype, self.device)
-        return self.cache
+    def _read_pass(self, prompts: list[_Prompt], size: int) -> Tensor:
+        """`size` more tokens of each prompt in one forward pass -> logits (len(prompts), V) behind the last token of each."""
+        chunks = [prompt.tokens[prompt.read : prompt.read + size] for prompt in prompts]
+        rows = [prompt.row for prompt in prompts]
+        self.cache.reserve(max(rows) + 1, prompts[0].read + size)
+        for row, prompt in zip(rows, prompts, strict=True):
+            self.cache.lengths[row] = prompt.read
+        idx = to_device([token for chunk in chunks for token in [*chunk, *[0] * (size - len(chunk))]], torch.int64, self.device)
+        last = to_device([len(chunk) - 1 for chunk in chunks], torch.int64, self.device)
+        rows_of_cache, idx = self.cache.some_rows(rows), idx.view(len(prompts), size)
+        if prompts[0].logprobs is None:
+            logits = self.model(idx, kv_cache=rows_of_cache, logits_at=last)[:, 0]
+        else:
+            everywhere = self.model(idx, kv_cache=rows_of_cache)
+            for prompt, chunk, at in zip(prompts, chunks, everywhere, strict=True):
+                self._note_prompt(prompt, at[: len(chunk)])
+            logits = everywhere[torch.arange(len(prompts), device=self.device), last]
+        for row, prompt, chunk in zip(rows, prompts, chunks, strict=True):
+            prompt.read += len(chunk)
+            self.cache.lengths[row] = prompt.read
+        return logits
+
+    def _note_prompt(self, prompt: _Prompt, logits: Tensor) -> None:
+        """Log-probabilities of the prompt tokens behind the places of `logits` (T, V)."""
+        following = prompt.tokens[prompt.read + 1 : prompt.read + 1 + len(logits)]
+        if not following:
+            return
+        tensors = LogprobTensors.of(logits[: len(following)], to_device(following, torch.int64, self.device), prompt.logprobs or 0)
+        for generation in prompt.generations:
+            if generation.request.prompt_logprobs:
+                generation.prompt_logprobs += tensors.on_host(generation.request.logprobs or 0)
+
+    def _join(self, prompt: _Prompt, events: list[Event]) -> int:
+        """Give each generation of a prompt that was read a row behind the running ones; returns how many go on."""
+        source, joined = prompt.row, 0
+        for generation in prompt.generations:
+            if generation.limit == 0:  # only its prompt was of interest
+                generation.stop_reason = "length"
+                events.append(Event(generation, None))
+                continue
+            row = len(self.running)
+            if row != source:
+                self.cache.reserve(row + 1, 0)
+                self.cache.copy_row(source, row)
+            self.running.append(generation)
+            joined += 1
+        if joined:
+            self._sampler = None
+        return joined
 
     # -- choosing tokens
 
-    def _draw(self, logits: Tensor) -> list[int]:
+    def _draw(self, logits: Tensor) -> _Draw:
+        """The next token of each running row, on the device, and on its way to the host."""
         requests = [generation.request for generation in self.running]
+        if self._sampler is None:
+            histories = [[*generation.request.tokens, *generation.tokens] for generation in self.running]
+            self._sampler = Sampler(requests, self.model.config.vocab_size, self.device, histories)
         uniforms = [0.0] * len(requests)
         for i, (request, generation) in enumerate(zip(requests, self.running, strict=True)):
             if not request.greedy:
-                seed = derive_seed(request.seed, "sample", request.sample_index, len(generation.tokens))
+                seed = derive_seed(request.seed, "sample", request.sample_index, generation.drawn)
                 uniforms[i] = (seed >> 10) / 2**53  # the 53 bits that a float holds exactly: always below 1
-        return sample(logits, requests, uniforms).tolist()
+            generation.drawn += 1
+        self._newest = self._sampler(logits, uniforms)
+        rows = [i for i, request in enumerate(requests) if request.logprobs is not None]
+        logprobs = None
+        if rows:
+            at = to_device(rows, torch.int64, self.device)
+            logprobs = LogprobTensors.of(logits[at], self._newest[at], max(requests[i].logprobs or 0 for i in rows))
+        tokens, arrived = self._newest, None
+        if self.device.type == "cuda":
+            tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True).copy_(tokens, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        return _Draw(list(self.running), tokens, rows, logprobs, arrived)
 
-    def _accept(self, generation: Generation, token: int) -> Event:
+    def _land(self) -> list[Event]:
+        draw, self._under_way = self._under_way, None
+        return [] if draw is None else self._accept_all(draw)
+
+    def _accept_all(self, draw: _Draw) -> list[Event]:
+        """Wait for drawn tokens and give them to their generations."""
+        if draw.arrived is not None:
+            draw.arrived.synchronize()
+        logprobs: dict[int, Logprob] = {}
+        if draw.logprobs is not None:
+            most = max(draw.generations[row].request.logprobs or 0 for row in draw.rows)
+            logprobs = dict(zip(draw.rows, draw.logprobs.on_host(most), strict=True))
+        events = [
+            self._accept(generation, token, logprobs.get(row))
+            for row, (generation, token) in enumerate(zip(draw.generations, draw.tokens.tolist(), strict=True))
+            if generation.stop_reason is None  # else it ended while this was under way
+        ]
+        self._drop_ended()
+        return events
+
+    def _accept(self, generation: Generation, token: int, logprob: Logprob | None) -> Event:
         """Append the row's next token, which is the tool's where one has something to say, and follow the tool state."""
         forced = bool(generation.forced)
+        if logprob is not None:
+            # what a tool says was not chosen: it counts as certain
+            logprob = Logprob(0.0, []) if forced else Logprob(logprob.value, logprob.top[: generation.request.logprobs])
+            generation.logprobs.append(logprob)
         if forced:
             token = generation.forced.popleft()
         elif token in self.stop_tokens:
-            generation.stop_reason = "stop"
-            return Event(generation, None)
+            generation.stop_reason, generation.stop_token = "stop", token
+            return Event(generation, None, 0, logprob)
         else:
             self._follow_call(generation, token)
         generation.tokens.append(token)
         generation.mask.append(0 if forced else 1)
-        if len(generation.tokens) >= generation.limit:
+        if generation.reply is not None:
+            generation.reply.feed(token)
+        if generation.reply is not None and generation.reply.stopped:
+            generation.stop_reason = "stop"
+        elif len(generation.tokens) >= generation.limit:
             generation.stop_reason = "length"
-        return Event(generation, token, generation.mask[-1])
+        return Event(generation, token, generation.mask[-1], logprob)
 
     def _follow_call(self, generation: Generation, token: int) -> None:
         """The tool state machine: <|python_start|> expression <|python_end|> forces <|output_start|> result <|output_end|>.
@@ -420,30 +553,30 @@ class RunningBatch:
 
     def _drop_ended(self) -> None:
         """Free the rows of what has ended; the last row moves into the gap, so that the running rows stay together."""
-        for row in reversed(range(len(self.running))):
+        rows = list(range(len(self.running)))  # where what is in each row now comes from
+        for row in reversed(rows):
             if self.running[row].stop_reason is not None:
-                last = self.running.pop()
+                last, source = self.running.pop(), rows.pop()
                 if row < len(self.running):
-                    self.running[row] = last
-                    self._cache().copy_row(len(self.running), row)
-
-
-def _groups(lengths: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
-    """Cut ascending lengths into runs (start, stop) whose count x longest stays within the budget; a single one may exceed it."""
-    start = 0
-    for i, length in enumerate(lengths):
-        if i > start and (i - start + 1) * length > budget:
-            yield start, i
-            start = i
-    if start < len(lengths):
-        yield start, len(lengths)
+                    self.running[row], rows[row] = last, source
+                    self.cache.copy_row(len(self.running), row)
+        if self._newest is not None and len(rows) < len(self._newest):
+            self._newest = self._newest[to_device(rows, torch.int64, self.device)]
+            self._sampler = None
 
 
 class Engine:
-    """A model and its tokenizer, ready to continue prompts. Holds no state between calls; each call has a running batch of its own."""
+    """A model and its tokenizer, ready to continue prompts. Holds no state between calls; each call has a running batch of its own.
 
-    def __init__(self, model: "GPT", tokenizer: Any) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    The model is taken as it is at this moment (see inference.for_inference): make a new engine after training it.
+    """
+
+    def __init__(self, model: "GPT", tokenizer: Any, quantize: str = "") -> None:
+        from zangchat.gpt import GPT
+        from zangchat.inference import for_inference
+
+        self.model = for_inference(model, quantize) if isinstance(model, GPT) else model
+        self.tokenizer = tokenizer
 
     def generate(
         self,
@@ -454,23 +587,24 @@ class Engine:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int = 42,
+        **more: Any,
     ) -> Iterator[tuple[list[int], list[int]]]:
         """Stream `num_samples` continuations of one prompt: (token column, mask column) per step, one entry per sample.
 
         The mask is 1 where the model chose the token and 0 where a tool's output was put in. A sample that has ended shows -1 (mask 0)
-        while others go on; the token that ended it is never shown.
+        while others go on; the token that ended it is never shown. `more` are further fields of a Request.
         """
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, not {num_samples}")
         batch = RunningBatch(self.model, self.tokenizer, max_rows=num_samples)
         for i in range(num_samples):
-            batch.submit(Request(tokens, max_tokens, temperature, top_k, top_p, seed, sample_index=i))
+            batch.submit(Request(tokens, max_tokens, temperature, top_k, top_p, seed, sample_index=i, **more))
         return self._columns(batch, num_samples)
 
     def _columns(self, batch: RunningBatch, num_samples: int) -> Iterator[tuple[list[int], list[int]]]:
         while batch.busy:
             column, masks = [-1] * num_samples, [0] * num_samples
-            for generation, token, mask in batch.step():
+            for generation, token, mask, _ in batch.step():
                 if token is not None:
                     i = generation.request.sample_index
                     column[i], masks[i] = token, mask
@@ -500,96 +634,7 @@ class Engine:
         return [generation.result() for generation in generations]
 
 
-# ---- tokens to text -------------------------------------------------------------------------------------------------
-
-
-class StreamDecoder:
-    """Tokens -> text, piece by piece, never half a character: incomplete UTF-8 is held back until it is whole, or flushed as U+FFFD."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._decode_bytes = tokenizer.decode_bytes
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def feed(self, token: int) -> str:
-        """The text that became certain with this token; often "", when it ends within a character."""
-        return self._decoder.decode(self._decode_bytes([token]))
-
-    def flush(self) -> str:
-        """What is still held back, at the end of the stream; the decoder can be used again."""
-        rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return rest
-
-
-class ReplyDecoder:
-    """Tokens of a reply -> the parts of its message: [{"type": "text" | "python" | "python_output", "text": str}], growing."""
-
-    SWITCHES = {
-        "<|python_start|>": "python",
-        "<|python_end|>": "text",
-        "<|output_start|>": "python_output",
-        "<|output_end|>": "text",
-    }
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.parts: list[dict[str, str]] = []
-        self._decoder = StreamDecoder(tokenizer)
-        self._switches = {tokenizer.encode_special(name): kind for name, kind in self.SWITCHES.items()}
-        self._silent = {tokenizer.encode_special(name) for name in tokenizer.get_special_tokens()} - set(self._switches)
-        self._kind = "text"
-
-    def feed(self, token: int) -> list[tuple[str, str]]:
-        """The (type, text) pieces that this token adds: none, one, or two where a part ends with half a character."""
-        if token in self._switches:
-            pieces = self.flush()
-            self._kind = self._switches[token]
-            if self._kind != "text":
-                self.parts.append({"type": self._kind, "text": ""})
-            return pieces
-        if token in self._silent:
-            return []
-        return self._add(self._decoder.feed(token))
-
-    def flush(self) -> list[tuple[str, str]]:
-        return self._add(self._decoder.flush())
-
-    def text(self) -> str:
-        """What was said, tool calls left out."""
-        return "".join(part["text"] for part in self.parts if part["type"] == "text")
-
-    def content(self) -> str | list[dict[str, str]]:
-        """The reply as a message's content: a string, or its parts where a tool was called."""
-        return self.parts if any(part["type"] != "text" for part in self.parts) else self.text()
-
-    def _add(self, text: str) -> list[tuple[str, str]]:
-        if not text:
-            return []
-        if not self.parts or self.parts[-1]["type"] != self._kind:
-            self.parts.append({"type": self._kind, "text": ""})
-        self.parts[-1]["text"] += text
-        return [(self._kind, text)]
-
-
-# ---- chat -----------------------------------------------------------------------------------------------------------
-
-
-def fit_conversation(tokenizer: Any, messages: list[dict[str, Any]], max_prompt: int) -> tuple[list[int], int]:
-    """(prompt tokens of a chat that waits for the assistant, number of oldest messages left out to stay within `max_prompt` tokens).
-
-    The system message stays, turns go in pairs, and the last user message always stays: the prompt may therefore still be too long.
-    """
-    head = messages[:1] if messages and messages[0]["role"] == "system" else []
-    turns = messages[len(head) :]
-    cuts = range(0, len(turns), 2)  # turns alternate, so that every cut leaves a user message first
-
-    def render(cut: int) -> list[int]:
-        return tokenizer.render_for_completion({"messages": [*head, *turns[cut:]]})
-
-    low, high = 0, len(cuts) - 1
-    while low < high:  # the fewest turns to leave out: prompts only get shorter
-        middle = (low + high) // 2
-        low, high = (low, middle) if len(render(cuts[middle])) <= max_prompt else (middle + 1, high)
-    return render(cuts[low]), cuts[low]
+# ---- loading --------------------------------------------------------------------------------------------------------
 
 
 def load_for_chat(config: Any, device: torch.device | str | None = None) -> tuple["GPT", Any, dict[str, Any]]:

@@ -32,6 +32,10 @@ class KVCacheLike(Protocol):
     def positions(self) -> Tensor:
         """(B,) int64: tokens stored so far in each row."""
 
+    @property
+    def longest(self) -> int:
+        """At least the largest of `positions`, known without asking the device."""
+
     def update(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Store k, v (B, G, T, D) behind each row's tokens; return what to attend to and a mask (B, 1, T, S), None if plain causal."""
 
@@ -50,6 +54,15 @@ class Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last dimension (arXiv:1910.07467, no weight)."""
+    size = x.size(-1)
+    if x.is_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled():  # half the time of torch's own, which counts in decoding
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x * norm.square_().add_(size * eps).rsqrt_().mul_(size**0.5)
+    return F.rms_norm(x, (size,), eps=eps)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions (arXiv:2104.09864) on x (B, heads, T, D): channel i pairs with i + D/2, rotated by -theta as in nanochat."""
     x1, x2 = x.chunk(2, dim=-1)
@@ -60,7 +73,7 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
+        self.head_dim, self.n_kv_head = config.head_dim, config.n_kv_head
         self.eps = config.rms_norm_eps
         self.c_q = Linear(config.n_embd, config.n_head * config.head_dim)
         self.c_k = Linear(config.n_embd, config.n_kv_head * config.head_dim)
@@ -70,7 +83,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], kv_cache: KVCacheLike | None, backend: str) -> Tensor:
         B, T, C = x.shape
         q, k, v = (project(x).view(B, T, -1, self.head_dim).transpose(1, 2) for project in (self.c_q, self.c_k, self.c_v))
-        q, k = (F.rms_norm(rotate(part, *rotary), (self.head_dim,), eps=self.eps) for part in (q, k))
+        q, k = (rms_norm(rotate(part, *rotary), self.eps) for part in (q, k))
         mask = None
         if kv_cache is not None:
             k, v, mask = kv_cache.update(self.layer_idx, k, v)
@@ -96,9 +109,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], kv_cache: KVCacheLike | None, backend: str) -> Tensor:
-        norm_shape = (x.size(-1),)
-        x = x + self.attn(F.rms_norm(x, norm_shape, eps=self.eps), rotary, kv_cache, backend)
-        return x + self.mlp(F.rms_norm(x, norm_shape, eps=self.eps))
+        x = x + self.attn(rms_norm(x, self.eps), rotary, kv_cache, backend)
+        return x + self.mlp(rms_norm(x, self.eps))
 
 
 class GPT(nn.Module):
@@ -200,7 +212,7 @@ class GPT(nn.Module):
             positions, needed = None, T
         else:
             positions = kv_cache.positions[:, None] + torch.arange(T, device=self.get_device())
-            needed = int(positions.max()) + 1
+            needed = kv_cache.longest + T
         if needed > self.cos.size(0):
             self.init_rotary(max(needed, 2 * self.cos.size(0)))
         if positions is None:
@@ -227,13 +239,13 @@ class GPT(nn.Module):
         B, T = idx.shape
         config = self.config
         rotary = self._rotary(T, kv_cache)
-        x = F.rms_norm(self.wte(idx).to(self.compute_dtype), (config.n_embd,), eps=config.rms_norm_eps)
+        x = rms_norm(self.wte(idx).to(self.compute_dtype), config.rms_norm_eps)
         for block in cast(nn.ModuleList, self.transformer["h"]):
             if self.grad_checkpoint and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotary, kv_cache, self.attention_backend, use_reentrant=False)
             else:
                 x = block(x, rotary, kv_cache, self.attention_backend)
-        x = F.rms_norm(x, (config.n_embd,), eps=config.rms_norm_eps)
+        x = rms_norm(x, config.rms_norm_eps)
         if kv_cache is not None:
             kv_cache.advance(T)
         if targets is None:

@@ -186,7 +186,7 @@ class Worker(threading.Thread):
 
     def _end_overdue(self) -> None:
         now = time.monotonic()
-        for generation in [*self.batch.running, *self.batch.waiting]:
+        for generation in self.batch.live():
             stream, choice = self._streams[id(generation)]
             if now > stream.deadline:
                 self.batch.cancel(generation)
@@ -195,7 +195,7 @@ class Worker(threading.Thread):
 
     def _deliver(self, events: list[Event]) -> None:
         outgoing: dict[int, tuple[Stream, list[Token]]] = {}
-        for generation, token, _ in events:
+        for generation, token, _, _ in events:
             stream, choice = self._streams[id(generation)]
             if generation.stop_reason is not None:
                 del self._streams[id(generation)]

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from tests.util import ByteTokenizer
 from zangchat.config import GPTConfig
-from zangchat.engine import Engine, KVCache, ReplyDecoder, Request, RunningBatch, StreamDecoder, fit_conversation, sample
+from zangchat.engine import Engine, KVCache, ReplyDecoder, Request, RunningBatch, StopFinder, StreamDecoder, fit_conversation
 from zangchat.gpt import GPT
+from zangchat.inference import for_inference
+from zangchat.sampling import Sampler
 
 TOKENIZER = ByteTokenizer()
 VOCAB = TOKENIZER.get_vocab_size()
@@ -70,12 +72,12 @@ def traffic(draw: Any) -> list[tuple[int, int, int, int | None]]:
     return draw(st.lists(request, min_size=1, max_size=9))
 
 
-@given(traffic(), st.integers(1, 5), st.integers(0, 7))
-@settings(max_examples=25, deadline=None)
+@given(traffic(), st.integers(1, 5), st.integers(0, 7), st.sampled_from([5, 64, 4096]), st.booleans())
+@settings(max_examples=40, deadline=None)
 def test_greedy_tokens_equal_the_plain_forward_pass_in_any_company(
-    model: GPT, plan: list[tuple[int, int, int, int | None]], max_rows: int, gap: int
+    model: GPT, plan: list[tuple[int, int, int, int | None]], max_rows: int, gap: int, prefill_tokens: int, ahead: bool
 ) -> None:
-    batch = RunningBatch(model, TOKENIZER, max_rows)
+    batch = RunningBatch(for_inference(model), TOKENIZER, max_rows, prefill_tokens, ahead)
     live, joined, step = [], 0, 0
     while joined < len(plan) or batch.busy:
         if joined < len(plan) and step >= joined * gap:
@@ -87,7 +89,7 @@ def test_greedy_tokens_equal_the_plain_forward_pass_in_any_company(
             if leaves is not None and step - since == leaves:
                 batch.cancel(generation)
         batch.step()
-        assert len(batch.running) <= max_rows
+        assert batch.num_rows <= max_rows
         step += 1
     close = 0
     for (generation, leaves, _), (_, _, max_tokens, _) in zip(live, plan, strict=True):
@@ -145,6 +147,10 @@ def test_the_cache_refuses_rows_and_tokens_that_it_has_no_room_for(model: GPT) -
 # ---- sampling -------------------------------------------------------------------------------------------------------
 
 
+def sample(logits: torch.Tensor, requests: list[Request], uniforms: list[float]) -> torch.Tensor:
+    return Sampler(requests, logits.size(-1), "cpu", [request.tokens for request in requests])(logits, uniforms)
+
+
 def requests_of(*settings: dict[str, Any]) -> list[Request]:
     return [Request([0], **setting) for setting in settings]
 
@@ -173,6 +179,41 @@ def test_top_k_and_top_p_keep_the_likely_tokens_of_their_own_row() -> None:
     mixed = requests_of({"top_k": 2}, {"temperature": 0}, {"top_p": 0.6}, {})
     rows = [sample(logits[:4], mixed, [u] * 4).tolist() for u in uniforms]
     assert [set(column) for column in zip(*rows, strict=True)] == [{0, 2}, {0}, {0, 2}, {0, 1, 2, 3}]
+
+
+def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest() -> None:
+    logits = torch.tensor([0.5, 0.1, 0.25, 0.15]).log().expand(400, -1)
+    uniforms = [(i + 0.5) / 400 for i in range(400)]
+    for setting, kept in (({"min_p": 0.4}, {0, 2}), ({"min_p": 0.25}, {0, 2, 3}), ({"min_p": 0.0}, {0, 1, 2, 3}), ({"min_p": 1.0}, {0})):
+        assert set(sample(logits, requests_of(setting) * 400, uniforms).tolist()) == kept
+    assert set(sample(logits, requests_of({"min_p": 0.4, "top_k": 3, "top_p": 0.99}) * 400, uniforms).tolist()) == {0, 2}
+
+
+def test_the_repetition_penalty_holds_for_what_stands_in_the_row(model: GPT) -> None:
+    logits = torch.tensor([[2.0, 1.5, -1.0], [2.0, 1.5, -1.0]])
+    sampler = Sampler(requests_of({"temperature": 0, "repetition_penalty": 1.5}, {"temperature": 0}), 3, "cpu", [[0], [0]])
+    assert sampler(logits, [0, 0]).tolist() == [1, 0]
+    sampler.saw(torch.tensor([[1], [1]]))
+    assert sampler(logits, [0, 0]).tolist() == [0, 0]  # 2 / 1.5 against 1.5 / 1.5 and -1
+    # a whole generation against the definition, alone and in company
+    mine = Request(prompt(4, 12), 30, temperature=0, repetition_penalty=1.3)
+    for ahead in (False, True):
+        batch = RunningBatch(model, TOKENIZER, prefill_tokens=8, ahead=ahead)
+        others = [batch.submit(Request(prompt(i, 3 + 5 * i), 4 * i, temperature=0)) for i in range(1, 4)]
+        generation = batch.submit(mine)
+        while batch.busy:
+            batch.step()
+        assert all(other.stop_reason for other in others)
+        tokens = list(mine.tokens)
+        for token in generation.tokens:
+            with torch.no_grad():
+                row = model(torch.tensor([tokens]))[0, -1]
+            seen = torch.zeros(VOCAB, dtype=torch.bool)
+            seen[tokens] = True
+            row = torch.where(seen, torch.where(row > 0, row / 1.3, row * 1.3), row)
+            assert float(row.max() - row[token]) < MARGIN
+            tokens.append(token)
+        assert len(generation.tokens) > 3
 
 
 def test_extreme_draws_and_temperatures_stay_within_the_vocabulary() -> None:
@@ -312,6 +353,12 @@ def test_no_requests_no_results(engine: Engine) -> None:
         ({"top_k": -1}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
+        ({"min_p": -0.1}, "min_p"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"stop": ("a", "")}, "stop string"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"prompt_logprobs": True}, "needs logprobs"),
         ({"tokens": [VOCAB]}, "outside of 0"),
         ({"tokens": [0] * 161}, "161 tokens, the model's context 160"),
     ],
@@ -328,9 +375,175 @@ def test_a_request_that_was_cancelled_frees_its_row_at_once(model: GPT) -> None:
     batch.cancel(first)
     batch.cancel(first)  # again: nothing happens
     batch.cancel(third)  # while it waits
-    assert (batch.running, [g.stop_reason for g in (first, third)]) == ([], ["cancelled", "cancelled"])
+    assert (batch.live(), [g.stop_reason for g in (first, third)]) == ([second], ["cancelled", "cancelled"])
     batch.step()
     assert batch.running == [second] and len(first.tokens) == 1
+
+
+# ---- the host one step behind the device ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_rows", [2, 5])
+def test_running_ahead_of_the_host_changes_nothing(model: GPT, max_rows: int) -> None:
+    requests = [
+        Request(prompt(i % 5, 4 + 9 * (i % 5)), 6 * i % 31, temperature=(0.0, 1.5)[i % 2], top_k=(None, 40)[i % 3 == 0], seed=i, logprobs=2)
+        for i in range(14)
+    ]
+    results = []
+    for ahead in (False, True):
+        batch = RunningBatch(model, TOKENIZER, max_rows, prefill_tokens=20, ahead=ahead)
+        generations = [batch.submit(request) for request in requests]
+        while batch.busy:
+            batch.step()
+        results.append([g.result() for g in generations])
+    for one, other in zip(*results, strict=True):
+        assert (one.tokens, one.mask, one.stop_reason, one.stop_token) == (other.tokens, other.mask, other.stop_reason, other.stop_token)
+        assert [lp.value for lp in one.logprobs] == pytest.approx([lp.value for lp in other.logprobs], abs=1e-4)
+
+
+def test_a_device_side_step_at_given_positions_equals_the_ordinary_one(model: GPT) -> None:
+    """What a CUDA graph records: rows at their own positions, a length that is only an upper bound, idle rows beside them."""
+    model, cache = for_inference(model), KVCache(model.config, 4, 128, torch.float32, "cpu")
+    with torch.inference_mode():
+        for row, length in enumerate((20, 7, 33)):
+            model(torch.tensor([prompt(row, length)]), kv_cache=cache.rows(row, row + 1))
+        before = list(cache.lengths)
+        idx = torch.tensor([[1], [2], [3], [0]])
+        got = model(idx, kv_cache=cache.fixed_rows(torch.tensor(before), 100))
+        assert cache.lengths == before
+        expected = model(idx[:3], kv_cache=cache.rows(0, 3))
+    torch.testing.assert_close(got[:3], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_and_running_ahead_agree_with_the_plain_model(model: GPT) -> None:
+    device_model = GPT(model.config)
+    device_model.load_state_dict(model.state_dict())
+    device_model = device_model.to("cuda")
+    requests = [Request(prompt(i, 4 + 9 * i), 40, temperature=0) for i in range(6)]
+    for request, result in zip(requests, Engine(device_model, TOKENIZER).generate_many(requests, max_rows=3), strict=True):
+        assert close_calls(model, list(request.tokens), result.tokens, result.mask, result.stop_reason) <= 2
+
+
+# ---- the model as the engine runs it --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "length"), [(1, 1), (1, 9), (3, 5), (8, 1), (4, 30)])
+def test_the_inference_model_computes_the_same_function(model: GPT, rows: int, length: int) -> None:
+    idx = torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(rows))
+    with torch.inference_mode():
+        torch.testing.assert_close(for_inference(model)(idx), model(idx), atol=1e-4, rtol=1e-4)
+    assert model.transformer["h"][0].attn.c_q.weight.requires_grad  # the original is as it was
+    assert set(dict(model.named_parameters())) == set(dict(GPT(model.config).named_parameters()))
+
+
+def test_the_inference_model_holds_its_weights_in_the_compute_dtype(model: GPT) -> None:
+    masters = GPT(model.config, torch.bfloat16)
+    masters.load_state_dict(model.state_dict())
+    twin = for_inference(masters)
+    assert {p.dtype for p in twin.parameters()} == {torch.bfloat16} and masters.lm_head.weight.dtype == torch.float32
+    idx = torch.tensor([prompt(1, 20)])
+    with torch.inference_mode():
+        assert (twin(idx) - masters(idx)).abs().mean() < 0.1
+    result = Engine(masters, TOKENIZER).generate_many([Request(prompt(1, 20), 10, temperature=0)])[0]
+    assert len(result.tokens) == 10 or result.stop_reason == "stop"
+
+
+def test_int8_weights_nearly_agree_with_the_weights_they_round(model: GPT) -> None:
+    idx = torch.tensor([prompt(1, 60)])
+    with torch.inference_mode():
+        exact, rounded = model(idx), for_inference(model, "int8")(idx)
+        each = torch.cat([for_inference(model, "int8")(idx[:, :n])[:, -1:] for n in (5, 20)], dim=1)  # few rows: the int8 kernel
+    distance = (exact.softmax(-1) - rounded.softmax(-1)).abs().sum(-1).mean() / 2
+    assert distance < 0.1
+    torch.testing.assert_close(each, rounded[:, [4, 19]], atol=0.6, rtol=0)  # it computes in bf16
+    assert (each - exact[:, [4, 19]]).abs().mean() < 0.25
+    assert any(b.dtype == torch.int8 for b in for_inference(model, "int8").buffers())
+    with pytest.raises(ValueError, match="quantization"):
+        for_inference(model, "int3")
+
+
+# ---- log-probabilities ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefill_tokens", [7, 512])
+def test_logprobs_are_those_of_the_plain_model(model: GPT, prefill_tokens: int) -> None:
+    requests = [
+        Request(prompt(1, 40), 12, temperature=1.0, top_k=5, seed=3, logprobs=3, prompt_logprobs=True),
+        Request(prompt(1, 40), 0, logprobs=1, prompt_logprobs=True),  # the same prompt, nothing to generate
+        Request(prompt(2, 25), 9, temperature=0, logprobs=0),
+        Request(prompt(3, 160), 0, logprobs=0, prompt_logprobs=True),  # it fills the context
+        Request([5], 1, temperature=0, logprobs=2, prompt_logprobs=True),
+        Request(prompt(4, 33), 6, temperature=0),
+    ]
+    batch = RunningBatch(for_inference(model), TOKENIZER, 3, prefill_tokens)
+    generations = [batch.submit(request) for request in requests]
+    while batch.busy:
+        batch.step()
+    for request, generation in zip(requests, generations, strict=True):
+        result, n = generation.result(), request.logprobs or 0
+        ended = [] if result.stop_token is None else [result.stop_token]
+        assert len(result.prompt_logprobs) == (len(request.tokens) - 1 if request.prompt_logprobs else 0)
+        assert len(result.logprobs) == (len(result.tokens) + len(ended) if request.logprobs is not None else 0)
+        whole = [*request.tokens, *result.tokens, *ended]
+        with torch.no_grad():
+            expected = model(torch.tensor([whole[:-1] or [0]]))[0].log_softmax(-1)
+        for offset, logprobs in ((0, result.prompt_logprobs), (len(request.tokens) - 1, result.logprobs)):
+            for i, logprob in enumerate(logprobs, offset):
+                assert logprob.value == pytest.approx(float(expected[i, whole[i + 1]]), abs=2e-3)
+                values, _ = expected[i].topk(n)
+                assert [value for _, value in logprob.top] == pytest.approx(values.tolist(), abs=2e-3)
+                assert all(value == pytest.approx(float(expected[i, token]), abs=2e-3) for token, value in logprob.top)
+
+
+# ---- stop strings ---------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.text("abc", max_size=4), max_size=12), st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3))
+@settings(max_examples=300, deadline=None)
+def test_no_part_of_a_stop_string_is_ever_shown(pieces: list[str], stops: list[str]) -> None:
+    finder, shown, fed = StopFinder(stops), "", ""
+    for piece in pieces:
+        if not finder.found:
+            fed += piece
+        shown += finder.feed(piece)
+        ends = [fed.find(stop) for stop in stops if stop in fed]
+        assert finder.found == bool(ends)
+        if ends:
+            assert shown == fed[: min(ends)]
+        else:  # what is held back is the longest end that may become a stop string, no more
+            held = fed[len(shown) :]
+            assert fed.startswith(shown) and (not held or any(stop.startswith(held) for stop in stops))
+            assert not any(stop.startswith(fed[i:]) for stop in stops for i in range(len(shown)))
+    shown += finder.flush()
+    assert finder.found or shown == fed
+
+
+def test_a_stop_string_ends_a_generation_across_token_borders_and_in_its_text_only() -> None:
+    start, whole = script("q", ["one ", CALL, "2-END", CALLED, "two -EN and -END three", STOPS[0], "#"])
+    for ahead in (False, True):
+        batch = RunningBatch(scripted(whole).model, TOKENIZER, ahead=ahead)
+        stopped, free = (batch.submit(Request(start, temperature=0, stop=stop)) for stop in (("-END", "xyz"), ()))
+        events = []
+        while batch.busy:
+            events += batch.step()
+        assert stopped.stop_reason == free.stop_reason == "stop"
+        assert TOKENIZER.decode(stopped.tokens).endswith("two -EN and -END") and stopped.stop_token is None
+        assert free.stop_token == STOPS[0]
+        decoder = ReplyDecoder(TOKENIZER, ("-END", "xyz"))
+        said = [decoder.feed(event.token) for event in events if event.generation is stopped and event.token is not None]
+        assert decoder.stopped and decoder.text() == "one two -EN and "
+        assert "".join(text for pieces in said for kind, text in pieces if kind == "text") == decoder.text()
+        assert decoder.flush() == [] and decoder.feed(65) == []
+
+
+def test_text_that_only_began_a_stop_string_is_shown_in_the_end() -> None:
+    decoder = ReplyDecoder(TOKENIZER, ("abc",))
+    for token in TOKENIZER.encode("xab"):
+        decoder.feed(token)
+    assert decoder.text() == "x" and decoder.flush() == [("text", "ab")] and decoder.text() == "xab"
+    decoder.feed(CALL)  # a part's end is an end as well
+    assert not decoder.stopped
 
 
 # ---- tools ----------------------------------------------------------------------------------------------------------

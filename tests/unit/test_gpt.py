@@ -46,6 +46,10 @@ class RowCache:
         last = self.positions[:, None] + torch.arange(T)  # a query sees its own position and everything before
         return padded[:, 0], padded[:, 1], (torch.arange(longest) <= last[..., None]).unsqueeze(1)
 
+    @property
+    def longest(self):
+        return int(self.positions.max())
+
     def advance(self, num_tokens):
         self.positions = self.positions + num_tokens
 
