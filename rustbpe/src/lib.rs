@@ -87,3 +87,13 @@ fn in_parallel<T: Send>(threads: usize, work: impl Fn() -> Result<Vec<T>, Error>
         Ok(all)
     })
 }
+
+/// Random numbers below the argument, for tests.
+#[cfg(test)]
+fn draws(seed: u64) -> impl FnMut(usize) -> usize {
+    let mut state = seed;
+    move |n| {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 33) as usize % n
+    }
+}

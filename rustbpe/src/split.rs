@@ -1,9 +1,19 @@
 //! Splitting text into pieces.
 //!
-//! The GPT-4-style pattern is split by hand: one pass over the bytes, one table look-up per character, no
-//! backtracking. Any other pattern goes through fancy-regex. The character classes come from regex-syntax, the
-//! tables that fancy-regex itself uses, so both ways agree on every code point.
-
+//! The GPT-4-style pattern is split by hand, in one of two ways that agree on every text; any other pattern goes through
+//! fancy-regex. The character classes come from regex-syntax, the tables that fancy-regex itself uses, so all ways
+//! agree on every code point.
+//!
+//! - `Scanner::piece_end` reads a character at a time and finds the end of one piece. It can do all texts.
+//! - `Window` classifies up to 64 bytes of ASCII at once, a bit per byte in a mask per class, and computes from the masks where
+//!   pieces start in it. A window begins where a piece begins and the pattern never looks back, so nothing is carried
+//!   from one window to the next; what the bytes behind its end could change is left to the next window.
+//!
+//! Performance notes, English text on one core of a 2.5 GHz Xeon:
+//! a character at a time 155 MB/s, a mispredicted branch at the end of every word; with windows 700 MB/s; without the
+//! check that each piece begins and ends at a character 950 MB/s (Python source 1.3 GB/s). Text that is not ASCII goes a
+//! character at a time, 300 to 600 MB/s; there a flat table of the first 65,536 code points is a third faster on Chinese than
+//! blocks found through an index.
 use std::sync::OnceLock;
 
 use fancy_regex::Regex;
@@ -44,27 +54,181 @@ impl Splitter {
     }
 
     /// Calls `f` with every non-empty piece. What the pattern does not match is dropped, as tiktoken does.
+    #[inline]
     pub fn for_each<'t>(&self, text: &'t str, mut f: impl FnMut(&'t str)) -> Result<(), Error> {
+        self.try_for_each(text, |piece| {
+            f(piece);
+            Ok(())
+        })
+    }
+
+    /// The same, until `f` returns an error.
+    #[inline]
+    pub fn try_for_each<'t>(&self, text: &'t str, mut f: impl FnMut(&'t str) -> Result<(), Error>) -> Result<(), Error> {
         match &self.0 {
             Kind::Gpt4 { max_digits } => {
                 let scanner = Scanner { bytes: text.as_bytes(), classes: classes(), max_digits: *max_digits };
                 let mut start = 0;
                 while start < text.len() {
-                    let end = scanner.piece_end(start);
-                    f(&text[start..end]);
-                    start = end;
+                    let (window, mut ends) = (start, scanner.piece_ends(start));
+                    if ends == 0 {
+                        let end = scanner.piece_end(start);
+                        // SAFETY: pieces begin and end where characters do, within the text.
+                        f(unsafe { text.get_unchecked(start..end) })?;
+                        start = end;
+                    }
+                    while ends != 0 {
+                        let end = window + ends.trailing_zeros() as usize;
+                        ends &= ends - 1;
+                        // SAFETY: the same; a window holds ASCII and no more bytes than the text.
+                        f(unsafe { text.get_unchecked(start..end) })?;
+                        start = end;
+                    }
                 }
             }
             Kind::Other(regex) => {
                 for found in regex.find_iter(text) {
                     let piece = found.map_err(|e| Error::Split(e.to_string()))?.as_str();
                     if !piece.is_empty() {
-                        f(piece);
+                        f(piece)?;
                     }
                 }
             }
         }
         Ok(())
+    }
+}
+
+/// Which of 64 bytes belong to a class of ASCII characters: bit i for byte i.
+#[derive(Default, Debug, PartialEq, Eq)]
+struct Window {
+    letters: u64,
+    digits: u64,
+    spaces: u64, // all white space, line breaks included
+    newlines: u64,
+    blanks: u64, // ' ' alone
+    quotes: u64, // the apostrophe
+    beyond: u64, // no ASCII
+}
+
+impl Window {
+    /// SSE2 belongs to every x86-64.
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    fn read(bytes: &[u8; 64]) -> Self {
+        use std::arch::x86_64::*;
+        let mut masks = Window::default();
+        for part in 0..4 {
+            // SAFETY: the 16 bytes read are within the 64, at any alignment; the rest is arithmetic on registers.
+            unsafe {
+                let x = _mm_loadu_si128(bytes.as_ptr().add(16 * part).cast());
+                let equal = |to: u8| _mm_cmpeq_epi8(x, _mm_set1_epi8(to as i8));
+                // Unsigned y - first < count, by the signed comparison that SSE2 has.
+                let among = |y, first: u8, count: u8| {
+                    let shifted = _mm_add_epi8(y, _mm_set1_epi8(0x80u8.wrapping_sub(first) as i8));
+                    _mm_cmpgt_epi8(_mm_set1_epi8(0x80u8.wrapping_add(count) as i8), shifted)
+                };
+                let mask = |y| (_mm_movemask_epi8(y) as u32 as u64) << (16 * part);
+                let blank = equal(b' ');
+                masks.letters |= mask(among(_mm_or_si128(x, _mm_set1_epi8(0x20)), b'a', 26));
+                masks.digits |= mask(among(x, b'0', 10));
+                masks.spaces |= mask(_mm_or_si128(blank, among(x, b'\t', 5)));
+                masks.newlines |= mask(_mm_or_si128(equal(b'\n'), equal(b'\r')));
+                masks.blanks |= mask(blank);
+                masks.quotes |= mask(equal(b'\''));
+                masks.beyond |= mask(x);
+            }
+        }
+        masks
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    #[inline]
+    fn read(bytes: &[u8; 64]) -> Self {
+        Self::read_words(bytes)
+    }
+
+    /// Eight bytes at a time in a 64-bit register, for other machines.
+    #[cfg(any(test, not(target_arch = "x86_64")))]
+    fn read_words(bytes: &[u8; 64]) -> Self {
+        const ONES: u64 = u64::MAX / 255;
+        const HIGH: u64 = 0x80 * ONES;
+        let mut masks = Window::default();
+        for (part, word) in bytes.chunks_exact(8).enumerate() {
+            let x = u64::from_le_bytes(word.try_into().expect("8 bytes"));
+            let ascii = !x & HIGH;
+            // The high bit of each byte of y (at most 0x7f) that is at least `least`: the sums stay below 0x100.
+            let from = |y: u64, least: u8| y + (0x80 - least as u64) * ONES;
+            let among = |y: u64, first: u8, count: u8| from(y & !HIGH, first) & !from(y & !HIGH, first + count) & ascii;
+            // Gathers the high bits: the products meet in the top byte, each in its own place.
+            let mask = |y: u64| ((y & HIGH) >> 7).wrapping_mul(0x0102_0408_1020_4080) >> 56 << (8 * part);
+            masks.letters |= mask(among(x | 0x20 * ONES, b'a', 26));
+            masks.digits |= mask(among(x, b'0', 10));
+            masks.spaces |= mask(among(x, b' ', 1) | among(x, b'\t', 5));
+            masks.newlines |= mask(among(x, b'\n', 1) | among(x, b'\r', 1));
+            masks.blanks |= mask(among(x, b' ', 1));
+            masks.quotes |= mask(among(x, b'\'', 1));
+            masks.beyond |= mask(x);
+        }
+        masks
+    }
+
+    /// Where pieces start in the first `len` bytes (1 to 64, all ASCII) given that one starts at 0. What the bytes behind
+    /// them decide is left out: together with the last start the bits are the ends of whole pieces.
+    #[inline]
+    fn starts(&self, len: u32, max_digits: usize, bytes: &[u8; 64]) -> u64 {
+        let valid = u64::MAX >> (64 - len);
+        let (letters, digits, spaces) = (self.letters & valid, self.digits & valid, self.spaces & valid);
+        let (newlines, blanks) = (self.newlines & valid, self.blanks & valid);
+        let others = valid & !(letters | digits | spaces);
+        let gaps = spaces & !newlines; // what may stand in front of a word
+
+        // ` ?[^\s\p{L}\p{N}]++[\r\n]*`: a run of symbols, with the space before it and the line breaks after it.
+        let runs = others & !(others << 1);
+        let behind = newlines & (others << 1);
+        let taken = newlines & !newlines.wrapping_add(behind); // the sum clears the runs of line breaks that begin `behind`
+
+        // `[^\r\n\p{L}\p{N}]?+\p{L}+`: words, which take a gap or a lone symbol that has no space before it.
+        let words = letters & !(letters << 1);
+        let prefixes = runs & !(blanks << 1) & (letters >> 1);
+        let mut starts = 1 | (runs & !(blanks << 1)) | (words & !((gaps | prefixes) << 1));
+
+        // `\p{N}{1,n}`
+        let mut group = digits & !(digits << 1);
+        while group != 0 {
+            starts |= group;
+            for _ in 0..max_digits {
+                group = (group << 1) & digits;
+            }
+        }
+
+        // White space: what symbols have not taken is one piece up to its last line break; then all gaps but the last,
+        // which starts the next piece.
+        let free = spaces & !taken;
+        starts |= (free & !(free << 1)) | (gaps & !(spaces >> 1));
+        let mut indents = gaps & ((newlines & !taken) << 1);
+        while indents != 0 {
+            let indent = indents & indents.wrapping_neg();
+            indents ^= indent;
+            let end = gaps.wrapping_add(indent) & !gaps; // the bit behind these gaps
+            if end & newlines == 0 {
+                starts |= indent;
+            }
+        }
+
+        // `'(?i:[sdmt]|ll|ve|re)` ends inside a word.
+        let mut quotes = prefixes & self.quotes;
+        while quotes != 0 {
+            let next = quotes.trailing_zeros() as usize + 1;
+            quotes &= quotes - 1;
+            if let Some(length) = contraction_length(&bytes[next..]) {
+                starts |= 1u64.checked_shl((next + length) as u32).unwrap_or(0);
+            }
+        }
+
+        // White space at the end may go on behind it: of its starts only the first is certain.
+        let open = (spaces << (64 - len)).leading_ones().max(1);
+        starts & u64::MAX >> (63 - (len - open))
     }
 }
 
@@ -77,10 +241,10 @@ enum Class {
     End,
 }
 
-/// Code point -> class in two steps: the block of 256 code points, then the place in it.
+/// Code point -> class.
 struct Classes {
-    block_of: Vec<u16>,
-    blocks: Vec<[Class; 256]>,
+    plane: Vec<Class>,              // of the first 65,536, one by one
+    ranges: Vec<(u32, u32, Class)>, // first and last code point, of the others; ascending
 }
 
 fn classes() -> &'static Classes {
@@ -90,32 +254,50 @@ fn classes() -> &'static Classes {
 
 impl Classes {
     fn build() -> Self {
-        let mut flat = vec![Class::Other; 0x110000];
+        let mut classes = Classes { plane: vec![Class::Other; 0x10000], ranges: Vec::new() };
         for (pattern, class) in [(r"\p{L}", Class::Letter), (r"\p{N}", Class::Number), (r"\s", Class::Space)] {
             let hir = regex_syntax::parse(pattern).expect("a constant pattern");
             let regex_syntax::hir::HirKind::Class(regex_syntax::hir::Class::Unicode(set)) = hir.kind() else {
                 unreachable!("{pattern} is a Unicode class");
             };
             for range in set.ranges() {
-                flat[range.start() as usize..=range.end() as usize].fill(class);
+                let (first, last) = (range.start() as u32, range.end() as u32);
+                for code_point in first..=last.min(0xffff) {
+                    classes.plane[code_point as usize] = class;
+                }
+                if last > 0xffff {
+                    classes.ranges.push((first, last, class));
+                }
             }
         }
-        let mut blocks: Vec<[Class; 256]> = Vec::new();
-        let mut block_of = Vec::with_capacity(flat.len() / 256);
-        for chunk in flat.chunks_exact(256) {
-            let block: [Class; 256] = chunk.try_into().expect("256 code points");
-            let known = blocks.iter().position(|b| *b == block);
-            block_of.push(known.unwrap_or(blocks.len()) as u16);
-            if known.is_none() {
-                blocks.push(block);
-            }
-        }
-        Classes { block_of, blocks }
+        classes.ranges.sort_unstable_by_key(|range| range.0);
+        classes
     }
 
     #[inline]
     fn of(&self, code_point: u32) -> Class {
-        self.blocks[self.block_of[(code_point >> 8) as usize] as usize][(code_point & 0xff) as usize]
+        match self.plane.get(code_point as usize) {
+            Some(class) => *class,
+            None => self.beyond(code_point),
+        }
+    }
+
+    #[cold]
+    fn beyond(&self, code_point: u32) -> Class {
+        match self.ranges[..self.ranges.partition_point(|range| range.0 <= code_point)].last() {
+            Some(&(_, last, class)) if code_point <= last => class,
+            _ => Class::Other,
+        }
+    }
+}
+
+/// `'(?i:[sdmt]|ll|ve|re)` after the apostrophe: how many bytes. Case folding makes the long s (U+017F) an s.
+fn contraction_length(rest: &[u8]) -> Option<usize> {
+    let lower = |i: usize| rest.get(i).map_or(0, u8::to_ascii_lowercase);
+    match (lower(0), lower(1)) {
+        (b's' | b'd' | b'm' | b't', _) => Some(1),
+        (b'l', b'l') | (b'v', b'e') | (b'r', b'e') | (0xc5, 0xbf) => Some(2),
+        _ => None,
     }
 }
 
@@ -126,6 +308,24 @@ struct Scanner<'t> {
 }
 
 impl Scanner<'_> {
+    /// Where pieces end that begin at `start` or behind it, as far as a window shows: bit i for `start + i`. None where
+    /// the text is not ASCII, nearly at its end, or one long piece.
+    #[inline]
+    fn piece_ends(&self, start: usize) -> u64 {
+        let rest = &self.bytes[start..];
+        if !rest.first_chunk::<8>().is_some_and(|bytes| bytes.is_ascii()) {
+            return 0;
+        }
+        let mut padded = [0; 64];
+        let bytes = rest.first_chunk::<64>().unwrap_or_else(|| {
+            padded[..rest.len()].copy_from_slice(rest);
+            &padded
+        });
+        let window = Window::read(bytes);
+        let len = window.beyond.trailing_zeros().min(rest.len() as u32);
+        window.starts(len, self.max_digits, bytes) & !1
+    }
+
     /// The class of the character at `at`, and its length in bytes (End and 0 after the text).
     #[inline]
     fn look(&self, at: usize) -> (Class, usize) {
@@ -170,8 +370,8 @@ impl Scanner<'_> {
             Class::Number => self.digits_end(next),
             Class::Other => {
                 if self.bytes[start] == b'\'' {
-                    if let Some(end) = self.contraction_end(next) {
-                        return end;
+                    if let Some(length) = contraction_length(&self.bytes[next..]) {
+                        return next + length;
                     }
                 }
                 match self.look(next).0 {
@@ -190,17 +390,6 @@ impl Scanner<'_> {
                 self.spaces_end(start)
             }
             Class::End => unreachable!("pieces start inside the text"),
-        }
-    }
-
-    /// `'(?i:[sdmt]|ll|ve|re)` after the apostrophe. Case folding makes the long s (U+017F) an s.
-    fn contraction_end(&self, at: usize) -> Option<usize> {
-        let lower = |i: usize| self.bytes.get(at + i).map_or(0, u8::to_ascii_lowercase);
-        match (lower(0), lower(1)) {
-            (b's' | b'd' | b'm' | b't', _) => Some(at + 1),
-            (b'l', b'l') | (b'v', b'e') | (b'r', b'e') => Some(at + 2),
-            (0xc5, 0xbf) => Some(at + 2),
-            _ => None,
         }
     }
 
@@ -284,18 +473,42 @@ mod tests {
 
     #[test]
     fn random_texts_as_the_regex_engine_does() {
-        let alphabet: Vec<char> = "aZſé中한1٣²½ \t\n\r\u{a0}\u{3000}\u{85}'lLvVeErRsStTdDmMkK!?.-_\"\u{301}😀\u{200d}".chars().collect();
-        let mut state = 1u64;
-        let mut draw = |n: usize| {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            (state >> 33) as usize % n
-        };
+        // Short texts of odd characters, and long ones, nearly all ASCII, that windows cut at every place.
+        let odd: Vec<char> = "aZſé中한1٣²½ \t\n\r\u{a0}\u{3000}\u{85}'lLvVeErRsStTdDmMkK!?.-_\"\u{301}😀\u{200d}\0".chars().collect();
+        let plain: Vec<char> = "abcdefghlvestm  \n\n\t\r'''..!(1234".chars().collect();
+        let cases = std::env::var("FUZZ_CASES").map_or(30_000, |cases| cases.parse().unwrap());
+        let mut draw = crate::draws(1);
         for digits in ["{1,1}", "{1,2}", "{1,3}"] {
             let pattern = DEFAULT_PATTERN.replace("{1,3}", digits);
             let (hand, engine) = (Splitter::new(&pattern).unwrap(), Splitter::with_regex(&pattern).unwrap());
-            for _ in 0..20_000 {
-                let text: String = (0..draw(12)).map(|_| alphabet[draw(alphabet.len())]).collect();
-                assert_eq!(pieces(&hand, &text), pieces(&engine, &text), "{text:?}");
+            let Kind::Gpt4 { max_digits } = hand.0 else { panic!("{pattern} is split by hand") };
+            for case in 0..cases / 3 {
+                let mut text = String::new();
+                let (length, one_odd_in) = if case % 4 > 0 { (draw(14), 1) } else { (draw(170), 1 + draw(100)) };
+                while text.len() < length {
+                    let alphabet = if draw(one_odd_in) == 0 { &odd } else { &plain };
+                    let times = [1, 1, 1, 1, 1, 1, 2, 3, 5, draw(80)][draw(10)]; // runs, some as long as a window
+                    text.extend(std::iter::repeat_n(alphabet[draw(alphabet.len())], times));
+                }
+                let found = pieces(&hand, &text);
+                assert_eq!(found, pieces(&engine, &text), "{text:?}");
+                let scanner = Scanner { bytes: text.as_bytes(), classes: classes(), max_digits };
+                let mut start = 0;
+                for piece in found {
+                    start += piece.len();
+                    assert_eq!(scanner.piece_end(start - piece.len()), start, "{text:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn windows_are_read_alike_on_all_machines() {
+        for byte in 0..=255u8 {
+            for place in 0..64 {
+                let mut bytes = [b'a'.wrapping_add(byte); 64];
+                bytes[place] = byte;
+                assert_eq!(Window::read(&bytes), Window::read_words(&bytes), "{byte} at {place}");
             }
         }
     }
