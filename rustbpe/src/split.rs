@@ -162,7 +162,7 @@ impl Window {
             let among = |y: u64, first: u8, count: u8| from(y & !HIGH, first) & !from(y & !HIGH, first + count) & ascii;
             // Gathers the high bits: the products meet in the top byte, each in its own place.
             let mask = |y: u64| ((y & HIGH) >> 7).wrapping_mul(0x0102_0408_1020_4080) >> 56 << (8 * part);
-            masks.letters |= mask(among(x | 0x20 * ONES, b'a', 26));
+            masks.letters |= mask(among(x | (0x20 * ONES), b'a', 26));
             masks.digits |= mask(among(x, b'0', 10));
             masks.spaces |= mask(among(x, b' ', 1) | among(x, b'\t', 5));
             masks.newlines |= mask(among(x, b'\n', 1) | among(x, b'\r', 1));
