@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import re
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -88,40 +89,80 @@ def save_checkpoint(
 
     Raises OSError on every rank if any of them could not write (a full disk, say): then the step does not exist; older ones are untouched.
     """
-    directory = Path(checkpoint_dir)
-    failure: OSError | None = None
-    written: dict[str, tuple[int, str]] = {}
-    if rank == 0:
-        (directory / meta_name(step)).unlink(missing_ok=True)  # a step that is saved again must not be half old, half new
-    collectives.barrier()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)  # on every rank: disks may be local to a node
+    Save(checkpoint_dir, step, model_data, optimizer_data, meta_data, rank).commit()
+
+
+class Save:
+    """One step on its way to the disk: a thread writes this rank's files, and `commit` makes the step exist.
+
+    Making one and committing it wait for the other ranks, so every rank does both, in the same order and on its main thread; the writer
+    talks to no other rank. With `snapshot` the tensors are copied first, so that training may go on while they are written.
+    Until `commit` returns, the step does not exist, and `meta_data` may still be changed.
+    """
+
+    def __init__(
+        self,
+        checkpoint_dir: str | Path,
+        step: int,
+        model_data: Mapping[str, torch.Tensor] | None,
+        optimizer_data: Mapping[str, Any] | None,
+        meta_data: Mapping[str, Any],
+        rank: int = 0,
+        snapshot: bool = False,
+    ) -> None:
+        self.directory, self.step, self.rank, self.meta_data = Path(checkpoint_dir), step, rank, meta_data
+        self._files: dict[str, tuple[int, str]] = {}  # written so far: (size, sha256)
+        self._failure: BaseException | None = None
+        parts: dict[str, Any] = {}
         if rank == 0:
             assert model_data is not None
-            written[model_name(step)] = _write_tensors(directory / model_name(step), strip_prefix(model_data))
+            (self.directory / meta_name(step)).unlink(missing_ok=True)  # a step that is saved again must not be half old, half new
+            parts[model_name(step)] = _on_cpu(strip_prefix(model_data), copy=snapshot)
         if optimizer_data is not None:
-            written[optim_name(step, rank)] = _write_tensors(directory / optim_name(step, rank), optimizer_data)
-    except OSError as error:
-        failure = error
-    size, digest = written.get(optim_name(step, rank), (-1, "00" * 32))
-    rows = collectives.gather([failure is None, size, *bytes.fromhex(digest)])
-    for other, (fine, other_size, *other_digest) in enumerate(rows):
-        if not fine:
-            failure = failure or OSError(f"rank {other} could not write its part of step {step}")
-        elif other_size >= 0:
-            written[optim_name(step, other)] = (other_size, bytes(other_digest).hex())
-    if failure is None and rank == 0:
-        files = {name: {"size": size, "sha256": digest} for name, (size, digest) in sorted(written.items())}
-        meta = {**meta_data, "step": step, "files": files, "format_version": FORMAT_VERSION}
+            parts[optim_name(step, rank)] = _on_cpu(optimizer_data, copy=snapshot)
+        collectives.barrier()
+        self._writer = threading.Thread(target=self._write, args=(parts,), name="zangchat-save", daemon=True)
+        self._writer.start()
+
+    def _write(self, parts: dict[str, Any]) -> None:
         try:
-            common.atomic_write(directory / meta_name(step), _json(meta))
-        except OSError as error:
-            failure = error
-    if not collectives.from_rank_0(failure is None):
-        for name in (model_name(step), optim_name(step, rank)):
-            with contextlib.suppress(OSError):  # best effort: the space is wanted back, and purging looks again
-                (directory / name).unlink(missing_ok=True)
-        raise failure or OSError(f"rank 0 could not write {meta_name(step)}")
+            self.directory.mkdir(parents=True, exist_ok=True)  # on every rank: disks may be local to a node
+            for name, data in parts.items():
+                self._files[name] = _write_tensors(self.directory / name, data)
+        except BaseException as error:  # raised by commit
+            self._failure = error
+        finally:
+            parts.clear()  # the copies are not needed any longer
+
+    @property
+    def writing(self) -> bool:
+        return self._writer.is_alive()
+
+    def commit(self) -> None:
+        """Wait for the writers of all ranks, and let rank 0 write the meta. Raises OSError on every rank if any of them could not write."""
+        self._writer.join()
+        if self._failure is not None and not isinstance(self._failure, OSError):
+            raise self._failure
+        failure, files = self._failure, dict(self._files)
+        size, digest = files.get(optim_name(self.step, self.rank), (-1, "00" * 32))
+        rows = collectives.gather([failure is None, size, *bytes.fromhex(digest)])
+        for other, (fine, other_size, *other_digest) in enumerate(rows):
+            if not fine:
+                failure = failure or OSError(f"rank {other} could not write its part of step {self.step}")
+            elif other_size >= 0:
+                files[optim_name(self.step, other)] = (other_size, bytes(other_digest).hex())
+        if failure is None and self.rank == 0:
+            listed = {name: {"size": size, "sha256": digest} for name, (size, digest) in sorted(files.items())}
+            meta = {**self.meta_data, "step": self.step, "files": listed, "format_version": FORMAT_VERSION}
+            try:
+                common.atomic_write(self.directory / meta_name(self.step), _json(meta))
+            except OSError as error:
+                failure = error
+        if not collectives.from_rank_0(failure is None):
+            for name in (model_name(self.step), optim_name(self.step, self.rank)):
+                with contextlib.suppress(OSError):  # best effort: the space is wanted back, and purging looks again
+                    (self.directory / name).unlink(missing_ok=True)
+            raise failure or OSError(f"rank 0 could not write {meta_name(self.step)}")
 
 
 def strip_prefix(model_data: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -155,7 +196,7 @@ def _write_tensors(path: Path, data: Mapping[str, Any]) -> tuple[int, str]:
     with common.atomic_file(path) as file:
         sink = _HashingWriter(file)
         try:
-            torch.save(_on_cpu(data), cast(IO[bytes], sink))
+            torch.save(data, cast(IO[bytes], sink))
         except RuntimeError:
             if sink.error is not None:
                 raise sink.error from None
@@ -163,13 +204,15 @@ def _write_tensors(path: Path, data: Mapping[str, Any]) -> tuple[int, str]:
     return sink.size, sink.hash.hexdigest()
 
 
-def _on_cpu(value: Any) -> Any:
-    """Tensors detached, on the CPU, and without the rest of a storage they only look at (torch.save would write all of it)."""
+def _on_cpu(value: Any, copy: bool = False) -> Any:
+    """Tensors detached and on the CPU (`copy`: in memory of their own), without the rest of a storage they only look at (torch.save
+    would write all of it)."""
     if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-        return value.clone() if value.untyped_storage().nbytes() != value.numel() * value.element_size() else value
+        here = value.detach().cpu()
+        part = here.untyped_storage().nbytes() != here.numel() * here.element_size()
+        return here.clone() if part or (copy and here.data_ptr() == value.data_ptr()) else here
     if isinstance(value, Mapping):
-        return {key: _on_cpu(item) for key, item in value.items()}
+        return {key: _on_cpu(item, copy) for key, item in value.items()}
     return value
 
 
@@ -183,11 +226,14 @@ def _json(meta: Mapping[str, Any]) -> str:
     return json.dumps(meta, indent=1, allow_nan=False) + "\n"
 
 
-def purge(checkpoint_dir: str | Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` steps, and what no step owns; the newest never goes. A file that stays put is only reported."""
+def purge(checkpoint_dir: str | Path, keep_last: int, keep_every: int = -1) -> None:
+    """Delete all but the newest `keep_last` steps and the multiples of `keep_every` (where that is positive), and what no step owns.
+
+    The newest never goes. A file that stays put is only reported.
+    """
     steps = valid_steps(checkpoint_dir)
     if steps:
-        keep = set(steps[-max(keep_last, 1) :])
+        keep = {*steps[-max(keep_last, 1) :], *(step for step in steps if keep_every > 0 and step % keep_every == 0)}
         _delete(checkpoint_dir, lambda step: step not in keep)
 
 
@@ -372,7 +418,7 @@ def build_model(
     if phase == "eval":
         model.set_compute_dtype(model.compute_dtype, keep_masters=False)
     model.train(phase == "train")
-    return model, load_tokenizer(checkpoint_dir), meta
+    return model, load_tokenizer(checkpoint_dir, meta), meta
 
 
 def empty_model(config: GPTConfig, device: torch.device | str, dtype: str = "") -> "GPT":
@@ -406,13 +452,21 @@ def load_weights(model: torch.nn.Module, model_data: Mapping[str, torch.Tensor],
         raise CheckpointError(f"{where} does not fit the model that its meta describes: {error}") from None
 
 
-def load_tokenizer(checkpoint_dir: str | Path) -> "RustBPETokenizer":
-    """The tokenizer that the model was trained with: the copy beside its checkpoint."""
+def load_tokenizer(checkpoint_dir: str | Path, meta: Mapping[str, Any]) -> "RustBPETokenizer":
+    """The tokenizer that the model was trained with: the copy beside its checkpoint. Raises CheckpointError for another one."""
     from zangchat.tokenizer import RustBPETokenizer
 
-    if not (Path(checkpoint_dir) / "tokenizer.json").is_file():
-        raise CheckpointError(f"{checkpoint_dir}/tokenizer.json is missing: copy there the tokenizer that this model was trained with")
-    return RustBPETokenizer.from_directory(str(checkpoint_dir))
+    path = Path(checkpoint_dir) / "tokenizer.json"
+    advice = "copy there the tokenizer that this model was trained with"
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: {advice}")
+    tokenizer = RustBPETokenizer.from_directory(str(checkpoint_dir))
+    size, rows = tokenizer.get_vocab_size(), meta["model_config"]["vocab_size"]
+    if size > rows:
+        raise CheckpointError(f"{path} has {size} tokens, the model of step {meta['step']} only {rows}: {advice}")
+    if meta.get("tokenizer", digest := common.file_sha256(path)) != digest:
+        raise CheckpointError(f"{path} is not the one that step {meta['step']} was trained with (its sha256 differs): {advice}")
+    return tokenizer
 
 
 def load_model_from_dir(

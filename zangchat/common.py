@@ -288,11 +288,11 @@ def autodetect_device_type() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def compute_init(device_type: str = "", seed: int = 42) -> tuple[bool, int, int, int, torch.device]:
+def compute_init(device_type: str = "", seed: int = 42, deterministic: bool = False) -> tuple[bool, int, int, int, torch.device]:
     """Make this process ready to compute: device, seeds, matmul precision, CPU threads and, under torchrun, the process group.
 
     Returns (ddp, rank, local_rank, world_size, device). An empty device_type means the best one present; raises UserError for one that is
-    absent.
+    absent. `deterministic` matters on CUDA, where sums otherwise take whichever order is fastest.
     """
     import torch
 
@@ -302,6 +302,9 @@ def compute_init(device_type: str = "", seed: int = 42) -> tuple[bool, int, int,
     torch.manual_seed(seed)  # weights only: every later draw has a generator of its own, seeded by derive_seed
     device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device(device_type)
     if device_type == "cuda":
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+            torch.use_deterministic_algorithms(True, warn_only=True)  # names on stderr whatever has no such form
         torch.cuda.set_device(device)
         torch.cuda.manual_seed(seed)
         _allow_tf32()
@@ -397,6 +400,16 @@ def device_synchronize(device: torch.device | str) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out: torch's CUDA error, Python's, or the RuntimeError of torch's CPU allocator."""
+    import torch
+
+    told = str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(words in told for words in ("can't allocate memory", "not enough memory", "bad_alloc"))
+    )
 
 
 def peak_memory_bytes(device: torch.device | str) -> int:

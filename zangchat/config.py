@@ -100,7 +100,9 @@ class RunConfig:
     device_type: str = ""  # cuda | mps | cpu; empty = the best one present
     dtype: str = ""  # bfloat16 | float16 | float32; empty = what the device is really fast with
     seed: int = 42
+    deterministic: bool = False  # CUDA: only operations that give the same bits each time, at some cost; a CPU's always do
     save_every: int = -1  # steps between checkpoints; -1 = every 10 minutes and at the end
     keep_last: int = 2  # newest checkpoints to keep
+    keep_every: int = -1  # also keep those of steps that this divides, for ever; -1 = none
     resume: str = ""  # "latest" or a step; empty = a new run
     overwrite: bool = False  # start over although model_tag has checkpoints

@@ -60,26 +60,48 @@ def decode_roofline(config: GPTConfig, bandwidth: float, context: int, batch_siz
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
+def weight_bytes(config: GPTConfig, dtype: str = "bfloat16") -> int:
+    """The weights as trained and saved: fp32, but for the embedding, which is bf16 when computing in bf16."""
+    params = count_params(config)
+    return 4 * scaling_params(config) + (2 if str(dtype).endswith("bfloat16") else 4) * params["wte"]
+
+
+def optimizer_bytes(config: GPTConfig, kind: str = "muon", dtype: str = "bfloat16") -> int:
+    """State of the optimizers, all ranks together: two moments of a parameter for AdamW, one for Muon, and the fp32 master of a bf16
+    embedding; SGD has none."""
+    if kind == "sgd":
+        return 0
+    params = count_params(config)
+    master = 4 * params["wte"] if str(dtype).endswith("bfloat16") else 0
+    return (4 if kind == "muon" else 8) * params["matrices"] + 8 * (params["lm_head"] + params["wte"]) + master
+
+
+def checkpoint_bytes(config: GPTConfig, kind: str = "muon", dtype: str = "bfloat16") -> int:
+    """One saved step."""
+    return weight_bytes(config, dtype) + optimizer_bytes(config, kind, dtype)
+
+
 def memory_estimate(
-    config: GPTConfig, device_batch_size: int, *, dtype: str = "bfloat16", world_size: int = 1, device_type: str = "cuda"
+    config: GPTConfig,
+    device_batch_size: int,
+    *,
+    dtype: str = "bfloat16",
+    world_size: int = 1,
+    device_type: str = "cuda",
+    optimizer: str = "muon",
 ) -> dict[str, int]:
     """Bytes one rank needs to train with `device_batch_size` rows: weights, gradients, optimizer, activations, logits, total.
 
-    For the uncompiled model; the optimizer is Muon for matrices and AdamW for the tables, its state sharded over ranks. An estimate:
+    For the uncompiled model; the optimizer's state is sharded over ranks. An estimate:
     the allocator's waste and the libraries' workspaces come on top (leave 10 %). `dtype` is that of the products.
     """
-    params, size = count_params(config), BYTES[str(dtype).removeprefix("torch.")]
-    table_size = 2 if str(dtype).endswith("bfloat16") else 4  # the embedding is stored in bf16 when computing in bf16
-    masters = 4 * (params["matrices"] + params["lm_head"])
-    weights = masters + table_size * params["wte"]
+    size = BYTES[str(dtype).removeprefix("torch.")]
+    weights = weight_bytes(config, dtype)
     casts = 0 if size == 4 else size * scaling_params(config)  # kept from the forward pass for the backward pass
-    state = 4 * params["matrices"] + 8 * (params["lm_head"] + params["wte"])
-    if table_size != 4:
-        state += 4 * params["wte"]  # the fp32 master of the embedding
     parts = {
         "weights": weights + casts,
         "gradients": weights,
-        "optimizer": state // world_size,
+        "optimizer": optimizer_bytes(config, optimizer, dtype) // world_size,
         "activations": device_batch_size * config.sequence_len * activation_bytes_per_token(config, size, device_type),
         "logits": logits_bytes(config, device_batch_size * config.sequence_len, size, device_type),
     }

@@ -17,12 +17,13 @@ import dataclasses
 import functools
 import logging
 import shlex
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from zangchat import common, configurator
+from zangchat import common, configurator, flops
 from zangchat.config import GPTConfig, RunConfig, RunState
 from zangchat.configurator import UserError
 
@@ -47,6 +48,8 @@ FREE_FLAGS = {
         "device_batch_size",
         "save_every",
         "keep_last",
+        "keep_every",
+        "deterministic",
         "resume",
         "overwrite",
         "dry_run",
@@ -54,6 +57,7 @@ FREE_FLAGS = {
     *("grad_checkpoint", "eval_every", "eval_tokens", "eval_steps", "eval_examples", "eval_samples", "sample_every"),
     *("core_metric_every", "core_metric_max_per_task"),
 }
+LOCK_WAIT = 2.0  # seconds: a process that was just killed may take that long to let go of its tag
 OPTIMIZERS = ("muon", "adamw", "sgd")
 # For a model whose own training is not known (an imported one); base_train spells the same out.
 DEFAULTS = {
@@ -125,8 +129,8 @@ class Run:
         from zangchat import checkpoint_manager, tokenizer
 
         if self.meta is not None:
-            return checkpoint_manager.load_tokenizer(self.checkpoint_dir)
-        return checkpoint_manager.load_tokenizer(self.source.directory) if self.source else tokenizer.get_tokenizer()
+            return checkpoint_manager.load_tokenizer(self.checkpoint_dir, self.meta)
+        return checkpoint_manager.load_tokenizer(self.source.directory, self.source.meta) if self.source else tokenizer.get_tokenizer()
 
     def token_bytes(self, tokenizer: "RustBPETokenizer") -> "torch.Tensor":
         """(V,) bytes of each token, for bits per byte."""
@@ -263,9 +267,13 @@ class Run:
         compile: bool | None = None,
     ) -> "Trainer":
         """The loop, ready to `fit` for the plan's number of steps; the plan is kept with the run. Compiles on CUDA by default."""
+        from zangchat.report import software
         from zangchat.trainer import Trainer
 
         config = self.config
+        if self.rank == 0:
+            size = flops.checkpoint_bytes(model.config, config.optimizer, config.dtype)
+            warn_if_disk_is_small(self.checkpoint_dir, size, config.keep_last)
         self.state.num_iterations = plan.num_iterations
         self.state.extra.setdefault("facts", {})["plan"] = plan._asdict()
         return Trainer(
@@ -280,6 +288,7 @@ class Run:
             tokenizer=tokenizer,
             user_config=configurator.to_dict(config),
             run_config=config,
+            software=software() if self.rank == 0 else None,
             overwrite=config.overwrite,
             wandb=common.get_wandb(config.run, config, project=f"zangchat-{self.stage}"),
             compile=self.device.type == "cuda" if compile is None else compile,
@@ -407,24 +416,85 @@ def check_batch(total_batch_size: int, sequence_len: int, device_batch_size: int
 def open_run(stage: str, config: C, tag: str) -> Iterator[Run]:
     """Set up devices and processes, and decide from --resume and --overwrite where the run begins; cleans up afterwards.
 
-    Raises UserError for an existing tag without either flag, a step that is not there, a changed flag that alters the maths.
+    Raises UserError for an existing tag without either flag, a step that is not there, a changed flag that alters the maths, another
+    process that trains the same tag, and for memory that does not suffice.
     """
     from zangchat import checkpoint_manager
 
     directory = checkpoint_manager.tag_folder(stage, tag)
     refuse_existing(stage, config, directory)
-    _, rank, _, world_size, device = common.compute_init(config.device_type)
+    _, rank, _, world_size, device = common.compute_init(config.device_type, deterministic=config.deterministic)
     try:
-        step = _resume_step(stage, config, directory)
-        meta = None
-        if step is not None:
-            meta = checkpoint_manager.read_meta(directory, step)
-            config = inherit(config, meta["user_config"])
-        config = dataclasses.replace(config, model_tag=tag, dtype=str(common.resolve_dtype(config.dtype, device)).removeprefix("torch."))
-        state = RunState.from_dict(meta["run_state"]) if meta else RunState()
-        yield Run(stage, config, directory, device, rank, world_size, state, meta)
+        with _alone(directory, rank):
+            step = _resume_step(stage, config, directory)
+            meta = None
+            if step is not None:
+                meta = checkpoint_manager.read_meta(directory, step)
+                config = inherit(config, meta["user_config"])
+            dtype = str(common.resolve_dtype(config.dtype, device)).removeprefix("torch.")
+            config = dataclasses.replace(config, model_tag=tag, dtype=dtype)
+            state = RunState.from_dict(meta["run_state"]) if meta else RunState()
+            run = Run(stage, config, directory, device, rank, world_size, state, meta)
+            with _memory_in_words(run):
+                yield run
     finally:
         common.compute_cleanup()
+
+
+@contextlib.contextmanager
+def _alone(directory: Path, rank: int) -> Iterator[None]:
+    """Rank 0 holds the tag's lock inside the block: two processes that train one tag would delete each other's checkpoints."""
+    import filelock
+
+    from zangchat import collectives
+    from zangchat.dataset import folder_lock
+
+    lock, free = folder_lock(directory), True
+    if rank == 0:
+        try:
+            lock.acquire(timeout=LOCK_WAIT)
+        except filelock.Timeout:
+            free = False
+    if not collectives.from_rank_0(free):
+        raise UserError(f"another process is training {directory}: wait for it or stop it, or choose another --model_tag")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _memory_in_words(run: Run) -> Iterator[None]:
+    """Where memory runs out inside the block, one sentence with the flags that change how much is needed."""
+    try:
+        yield
+    except Exception as error:
+        if common.is_out_of_memory(error):
+            raise UserError(_what_takes_less_memory(run, error)) from error
+        raise
+
+
+def _what_takes_less_memory(run: Run, error: BaseException) -> str:
+    config = run.config
+    smaller = [f"lower --device_batch_size={config.device_batch_size} (more passes, the same result) or let it be chosen by =auto"]
+    if not getattr(config, "grad_checkpoint", True):
+        smaller.append("give --grad_checkpoint=1")
+    smaller.append("choose a smaller --depth or --max_seq_len" if run.stage == "base" else "a smaller --max_seq_len")
+    reason = str(error).partition("\n")[0][:200]
+    return f"{run.stage}: the memory of {run.device} does not suffice ({reason}): {', or '.join(smaller)}"
+
+
+def warn_if_disk_is_small(directory: Path, size: int, keep_last: int) -> None:
+    """While one more checkpoint of `size` bytes is written, the last `keep_last` are there as well: say so where they will not fit."""
+    home = next(folder for folder in (directory, *directory.parents) if folder.is_dir())
+    present = sum(path.stat().st_size for path in directory.glob("*.pt"))
+    count = max(keep_last, 1) + 1
+    needed, free = count * size - present, shutil.disk_usage(home).free
+    if needed > free:
+        logger.warning(
+            f"{home} has {free / 1e9:.1f} GB free, and {count} checkpoints of {size / 1e9:.2f} GB take {needed / 1e9:.1f} GB more: "
+            "make room, lower --keep_last, or set ZANGCHAT_BASE_DIR to another disk"
+        )
 
 
 def refuse_existing(stage: str, config: RunConfig, directory: Path) -> None:

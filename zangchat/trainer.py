@@ -7,7 +7,9 @@ The loss of a step is the sum over all supervised tokens of all ranks divided by
 pass. So neither the size of the slices nor the number of ranks changes what a step computes.
 
 What a run needs to go on is `RunState`, saved with each checkpoint. Order at each step boundary: save, then hooks, then the saved meta is
-brought up to date; a run stopped anywhere computes again only what came after its last save, with the same result.
+brought up to date; a run stopped anywhere computes again only what came after its last save, with the same result. A save in the
+middle of a run is a copy in memory that a thread writes while training goes on; the step exists from the first boundary at which
+all ranks have written. Only one is under way at a time, and a last one is waited for.
 """
 
 import contextlib
@@ -20,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from io import FileIO
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -43,6 +46,8 @@ SMOOTHING = 0.9  # of the training loss shown
 MAX_SKIPS_IN_A_ROW = 10  # non-finite steps, after which the run has diverged for good
 FIRST_LOSS_SCALE, LOSS_SCALE_PATIENCE = 2.0**16, 1000  # fp16 only: as torch's GradScaler, kept in RunState
 RELAY_SECONDS = 5.0  # torchrun repeats a Ctrl-C to its processes; within this time the repetition is not the user's
+STOPPING = [signal.SIGINT, signal.SIGTERM]
+STOPPING += [signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []  # what schedulers send some time before the end
 TIMES = ("seconds", "tok_per_sec", "mfu")  # metrics that two runs of the same steps need not share
 
 logger = logging.getLogger(__name__)
@@ -101,6 +106,7 @@ class Trainer:
         tokenizer: Any = None,
         user_config: Mapping[str, Any] | None = None,
         run_config: RunConfig | None = None,
+        software: Mapping[str, str] | None = None,
         overwrite: bool = False,
         wandb: Any = None,
         compile: bool = False,
@@ -116,6 +122,7 @@ class Trainer:
         self.tokenizer = tokenizer
         self.user_config = dict(user_config or {})
         self.run_config = run_config or RunConfig()
+        self.software = dict(software or {})  # versions, kept with each checkpoint
         self.overwrite = overwrite
         self.wandb = wandb or common.DummyWandb()
         self.resume_command = resume_command
@@ -123,6 +130,8 @@ class Trainer:
         self.stop_signal = 0  # the signal that ended the run, agreed on by all ranks
         self._received, self._received_at = 0, 0.0
         self._saved_step = state.step if state.step else -1
+        self._save: checkpoint_manager.Save | None = None  # under way
+        self.tokenizer_sha256: str | None = None
         self._saved_at = time.monotonic()
         self._save_now = False
         self._flops_per_token = model.estimate_flops()
@@ -229,8 +238,9 @@ class Trainer:
         extra = self.state.extra
         culprits = [str(rank) for rank, (fine,) in enumerate(collectives.gather([math.isfinite(loss_sum)])) if not fine]
         where = f" (rank {', '.join(culprits)})" if culprits and self.world_size > 1 else ""
+        before = json.dumps(self.state.cursor)  # with it the loader gives the same batch again
         what = f"loss {loss}{where}" if culprits else f"gradient norm {grad_norm}, {self._first_non_finite_gradient()}"
-        self._skip(what)
+        self._skip(f"{what} in the batch behind {before}")
         if extra.get("loss_scale", 1.0) > 1:  # fp16 overflowed: what the scale is for
             extra.update(loss_scale=extra["loss_scale"] / 2, steps_at_scale=0)
             return
@@ -256,7 +266,7 @@ class Trainer:
     # ---- the loop -----------------------------------------------------------------------------------------------------
 
     def fit(self) -> RunState:
-        """Train to the end, or until SIGINT or SIGTERM: then the step under way is finished and saved (see `exit_code`)."""
+        """Train to the end, or until SIGINT, SIGTERM or SIGUSR1: then the step under way is finished and saved (see `exit_code`)."""
         state = self.state
         self._prepare()
         batches = None
@@ -275,6 +285,10 @@ class Trainer:
                     self.log(metrics)
                     self._progress.update(state.step, self._line(metrics))
                     self._agree()
+            except Exception:
+                if self._save is not None and self.world_size == 1:  # nobody else has to agree to finish it
+                    self._finish_save()
+                raise
             finally:
                 if (close := getattr(batches, "close", None)) is not None:
                     close()  # ends the loader's thread
@@ -297,8 +311,8 @@ class Trainer:
         line = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()}
         self.state.extra["metrics_lines"] = self.state.extra.get("metrics_lines", 0) + 1
         if self._metrics is not None:
-            self._metrics.write(json.dumps(line) + "\n")
-            self._metrics.flush()
+            self._unwritten += (json.dumps(line) + "\n").encode()
+        self._write_metrics()
         self.wandb.log({key: value for key, value in line.items() if value is not None}, step=self.state.step)
 
     def record_validation(self, bpb: float) -> None:
@@ -345,10 +359,13 @@ class Trainer:
             common.print0("\nstopping after this step (Ctrl-C again: at once, losing what was not saved)")
 
     def _agree(self) -> None:
-        """Whether to stop (a signal on any rank) or to save (rank 0's clock), decided by all ranks alike."""
+        """Whether to stop (a signal on any rank), to save (rank 0's clock), or to finish a save, decided by all ranks alike."""
         clock = self.rank == 0 and time.monotonic() - self._saved_at >= SAVE_SECONDS
-        received, save_now = collectives.max_over_ranks([self._received, clock])
+        writing = self._save is not None and self._save.writing
+        received, save_now, still_writing = collectives.max_over_ranks([self._received, clock, writing])
         self.stop_signal, self._save_now = int(received), bool(save_now)
+        if self._save is not None and not still_writing:
+            self._finish_save()
 
     # ---- files --------------------------------------------------------------------------------------------------------
 
@@ -369,12 +386,15 @@ class Trainer:
                 )
             if self.tokenizer is not None and (self.state.step == 0 or not (directory / "tokenizer.json").exists()):
                 self.tokenizer.save(directory)
+            if (directory / "tokenizer.json").exists():
+                self.tokenizer_sha256 = common.file_sha256(directory / "tokenizer.json")
         collectives.barrier()
 
     @contextlib.contextmanager
     def _metrics_file(self) -> Iterator[None]:
         """metrics.jsonl, cut back to the lines that the state knows of."""
-        self._metrics = None
+        self._metrics: FileIO | None = None
+        self._unwritten, self._metrics_full = b"", False
         if self.checkpoint_dir is None or self.rank != 0:
             yield
             return
@@ -384,35 +404,60 @@ class Trainer:
         if len(lines) < known:
             logger.warning(f"{path} lacks {known - len(lines)} lines of the steps before step {self.state.step}")
         common.atomic_write(path, "".join(lines[:known]))
-        with open(path, "a", encoding="utf-8", newline="\n") as self._metrics:
+        with open(path, "ab", buffering=0) as self._metrics:
             yield
+            self._write_metrics()
+
+    def _write_metrics(self) -> None:
+        """What a full disk refuses is kept, and tried again with the next line."""
+        try:
+            while self._metrics is not None and self._unwritten:
+                self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
+            self._metrics_full = False
+        except OSError as error:
+            if not self._metrics_full:
+                logger.warning(f"could not write {self.checkpoint_dir}/metrics.jsonl ({error}): its lines wait until there is room")
+            self._metrics_full = True
 
     def _save_if_due(self) -> None:
         state, every = self.state, self.run_config.save_every
-        last = state.step >= state.num_iterations
-        due = last or bool(self.stop_signal) or (state.step % every == 0 if every > 0 else every < 0 and self._save_now)
+        last = state.step >= state.num_iterations or bool(self.stop_signal)
+        due = last or (state.step % every == 0 if every > 0 else every < 0 and self._save_now)
         if self.checkpoint_dir is None or state.step == 0 or state.step == self._saved_step or not due:
             return
-        start = time.monotonic()
-        try:
-            checkpoint_manager.save_checkpoint(
-                self.checkpoint_dir, state.step, self.model.state_dict(), self.optimizer.state_shards(), self._meta(), self.rank
-            )
-        except OSError as error:
-            if last or self.stop_signal:
-                raise UserError(
-                    f"could not save step {state.step} to {self.checkpoint_dir} ({error}): make room, then {self.resume_command}"
-                ) from error
-            logger.warning(
-                f"could not save step {state.step} to {self.checkpoint_dir} ({error}): training goes on, the previous save stays"
-            )
-        else:
-            self._saved_step = state.step
-            if self.rank == 0:
-                checkpoint_manager.purge(self.checkpoint_dir, self.run_config.keep_last)
-                logger.info(f"saved step {state.step} to {self.checkpoint_dir} in {time.monotonic() - start:.1f} s")
-        self._saved_at, self._save_now = time.monotonic(), False
+        self._finish_save()
+        self._save = checkpoint_manager.Save(
+            self.checkpoint_dir,
+            state.step,
+            self.model.state_dict(),
+            self.optimizer.state_shards(),
+            self._meta(),
+            self.rank,
+            snapshot=not last,
+        )
+        self._saved_step, self._saved_at, self._save_now = state.step, time.monotonic(), False
+        if last:
+            self._finish_save(last)
         gc.collect()
+
+    def _finish_save(self, last: bool = False) -> None:
+        """Make the step exist whose files have been written. If they could not be, the previous step and the training stay; raises
+        UserError where there is no training left (`last`)."""
+        save, self._save = self._save, None
+        if save is None:
+            return
+        self._write_metrics()
+        problem = f"could not save step {save.step} to {save.directory}"
+        try:
+            save.commit()
+        except OSError as error:
+            if last:
+                raise UserError(f"{problem} ({error}): make room, then {self.resume_command}") from error
+            logger.warning(f"{problem} ({error}): training goes on, the previous save stays, and the next one is tried in its time")
+            return
+        if self.rank == 0:
+            checkpoint_manager.purge(save.directory, self.run_config.keep_last, self.run_config.keep_every)
+            logger.info(f"saved step {save.step} to {save.directory}")
 
     def _meta(self) -> dict[str, Any]:
         return {
@@ -422,11 +467,15 @@ class Trainer:
             "user_config": self.user_config,
             "run_state": self.state.to_dict(),
             "world_size": self.world_size,
-            "torch": torch.__version__,
+            "software": self.software,
+            **({} if self.tokenizer_sha256 is None else {"tokenizer": self.tokenizer_sha256}),
         }
 
     def _update_saved_meta(self) -> None:
         """What the hooks found out belongs to the step that was saved just before them."""
+        if self._save is not None:
+            self._save.meta_data = self._meta()
+            return
         if self.checkpoint_dir is None or self.rank != 0:
             return
         try:
@@ -437,11 +486,11 @@ class Trainer:
 
 @contextlib.contextmanager
 def _signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """SIGINT and SIGTERM go to `handler` inside the block (in the main thread, which alone may say so)."""
+    """STOPPING signals go to `handler` inside the block (in the main thread, which alone may say so)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handler) for number in STOPPING}
     try:
         yield
     finally:

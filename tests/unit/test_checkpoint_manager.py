@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,23 @@ def test_purging_keeps_the_newest_whole_steps(tmp_path):
     assert not list(tmp_path.glob("*_000001*")) and not list(tmp_path.glob("*_000004*"))
     cm.purge(tmp_path, keep_last=0)
     assert cm.valid_steps(tmp_path) == [3]
+
+
+def test_purging_keeps_every_nth_step_for_ever(tmp_path):
+    for step in (3, 4, 6, 7, 8):
+        save(tmp_path, step)
+    cm.purge(tmp_path, keep_last=1, keep_every=3)
+    assert cm.valid_steps(tmp_path) == [3, 6, 8]
+
+
+def test_a_snapshot_is_not_touched_by_what_comes_after_it(tmp_path, monkeypatch):
+    write, changed, weight = cm._write_tensors, threading.Event(), torch.zeros(3)
+    monkeypatch.setattr(cm, "_write_tensors", lambda path, data: (changed.wait(60), write(path, data))[1])
+    writing = cm.Save(tmp_path, 1, {"weight": weight}, None, META, snapshot=True)
+    weight.fill_(1)
+    changed.set()
+    writing.commit()
+    assert cm.load_checkpoint(tmp_path, 1, "cpu")[0]["weight"].tolist() == [0, 0, 0]
 
 
 def test_purging_touches_nothing_else(tmp_path):

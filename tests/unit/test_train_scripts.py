@@ -22,6 +22,8 @@ from scripts import base_loss, base_train, chat_sft, mid_train
 from tasks.common import find_name, parse_mixture
 from zangchat import checkpoint_manager, run_setup, trainer
 from zangchat.configurator import UserError
+from zangchat.dataset import folder_lock
+from zangchat.flops import checkpoint_bytes
 from zangchat.tokenizer import RustBPETokenizer
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "the", "dog", "ran", "to", "it", "while", "one", "bird", "sang", "of", "two"]
@@ -310,6 +312,50 @@ def test_a_run_none_of_whose_checkpoints_is_intact_does_not_start_over_by_itself
         path.write_bytes(path.read_bytes()[:-1] + b"?")
     message = refused(base_train.main, base_flags(base, "--resume=latest"), capsys)
     assert "intact" in message and "--overwrite" in message
+
+
+def test_two_processes_do_not_train_one_tag(base, capsys, monkeypatch):
+    monkeypatch.setattr(run_setup, "LOCK_WAIT", 0.05)
+    with folder_lock(folder(base, "base")):
+        message = refused(base_train.main, base_flags(base, "--resume=latest"), capsys)
+        assert "another process is training" in message and "--model_tag" in message
+    assert base_train.main(base_flags(base, "--resume=latest")) == 0  # and nobody holds it afterwards
+
+
+def test_a_checkpoint_with_another_vocabulary_is_named(before, base, capsys):
+    RustBPETokenizer.train_from_iterator(iter(["another text altogether"]), 280).save(folder(before, "base"))
+    message = refused(base_train.main, base_flags(base, "--resume=latest", "--num_iterations=12"), capsys)
+    assert "tokenizer.json is not the one that step 10 was trained with" in message
+    RustBPETokenizer.train_from_iterator((text(index) for index in range(90)), 310).save(folder(before, "base"))
+    assert "has 310 tokens, the model of step 10 only 300" in refused(mid_train.main, mid_flags(base, "--overwrite"), capsys)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_too_little_memory_names_the_flags(base, capsys, monkeypatch, error):
+    def step(self: Any, batch: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", step)
+    message = refused(base_train.main, base_flags(base, "--model_tag=big"), capsys)
+    assert all(flag in message for flag in ("--device_batch_size=4", "=auto", "--grad_checkpoint=1", "--depth")), message
+
+
+def test_a_disk_that_will_be_full_is_announced_with_numbers(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**10, 0, 5 * 10**9))
+    run_setup.warn_if_disk_is_small(tmp_path / "not yet" / "d9", 2 * 10**9, keep_last=1)
+    assert not caplog.text
+    run_setup.warn_if_disk_is_small(tmp_path / "not yet" / "d9", 2 * 10**9, keep_last=2)
+    assert "5.0 GB free" in caplog.text and "3 checkpoints of 2.00 GB take 6.0 GB more" in caplog.text
+
+
+def test_the_size_of_a_checkpoint_is_foreseen(base):
+    meta = checkpoint_manager.read_meta(folder(base, "base"), 10)
+    written = sum(entry["size"] for entry in meta["files"].values())
+    foreseen = checkpoint_bytes(checkpoint_manager.model_config(meta, "base"), "muon", "float32")
+    assert foreseen == pytest.approx(written, rel=0.2) and foreseen < written  # so small a file is in part headers
+    assert {"Python", "torch", "numpy"} <= meta["software"].keys()
 
 
 # ---- looking on -----------------------------------------------------------------------------------------------------

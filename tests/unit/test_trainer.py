@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -198,6 +199,7 @@ def test_a_non_finite_loss_skips_the_step_and_training_goes_on(caplog):
     assert same(before, weights(trainer))
     assert same(shards, {name: shard["tensors"] for name, shard in trainer.optimizer.state_shards().items()})
     assert trainer.state.skipped_steps == 1 and "step 3: loss nan" in caplog.text
+    assert 'in the batch behind {"step": 2}' in caplog.text
     assert math.isfinite(trainer.train_step(make_batch(3))["loss"]) and not same(before, weights(trainer))
     assert math.isfinite(trainer.smooth_loss)
 
@@ -277,26 +279,89 @@ def test_a_crash_in_the_last_evaluation_does_not_lose_the_training(tmp_path):
     assert ran == [3]  # resuming makes up for it
 
 
-def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path, monkeypatch, caplog):
-    save = checkpoint_manager.save_checkpoint
+def full_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """The disk is full whenever one of these steps is written."""
+    write = checkpoint_manager._write_tensors
 
-    def full(directory: Path, step: int, *rest: Any) -> None:
-        if step == 10:
+    def writing(path: Path, data: Any) -> tuple[int, str]:
+        if any(path.name == checkpoint_manager.model_name(step) for step in steps):
             raise OSError(28, "No space left on device")
-        save(directory, step, *rest)
+        return write(path, data)
 
-    monkeypatch.setattr(checkpoint_manager, "save_checkpoint", full)
+    monkeypatch.setattr(checkpoint_manager, "_write_tensors", writing)
+
+
+def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path, monkeypatch, caplog):
+    full_at(monkeypatch, 10)
     make_trainer(tmp_path, num_iterations=12).fit()
     assert checkpoint_manager.valid_steps(tmp_path) == [5, 12] and "No space left" in caplog.text
 
 
 def test_a_last_checkpoint_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
-    def full(*rest: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint_manager, "save_checkpoint", full)
+    full_at(monkeypatch, 3)
     with pytest.raises(UserError, match="No space left.*--resume=latest"):
         make_trainer(tmp_path, num_iterations=3).fit()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """The writer is held back for three steps: what it writes is what there was, and the step exists only when all of it is there."""
+    write, release, seen = checkpoint_manager._write_tensors, threading.Event(), {}
+
+    def slowly(path: Path, data: Any) -> tuple[int, str]:
+        assert threading.current_thread() is not threading.main_thread() and release.wait(60)
+        return write(path, data)
+
+    def look(trainer: Trainer) -> None:
+        step = trainer.state.step
+        if step == 5:
+            seen["weights"] = weights(trainer)
+            trainer.record_validation(1.5)
+        if step == 7:
+            seen["while writing"] = checkpoint_manager.valid_steps(tmp_path)
+            release.set()
+
+    monkeypatch.setattr(checkpoint_manager, "_write_tensors", slowly)
+    make_trainer(tmp_path, num_iterations=9, stage=Stage("base", batches, schedule, [Every(1, look)])).fit()
+    assert seen["while writing"] == [] and checkpoint_manager.valid_steps(tmp_path) == [5, 9]
+    model, _, meta = checkpoint_manager.load_checkpoint(tmp_path, 5, "cpu")
+    assert same(model, seen["weights"]) and meta["val_bpb"] == 1.5 and meta["run_state"]["extra"]["hooks_done"] == 5
+
+
+def test_a_broken_writer_is_not_silent(tmp_path, monkeypatch):
+    def broken(path: Path, data: Any) -> tuple[int, str]:
+        raise ArithmeticError("a bug")
+
+    monkeypatch.setattr(checkpoint_manager, "_write_tensors", broken)
+    trainer = make_trainer(tmp_path, num_iterations=12)
+    with pytest.raises(ArithmeticError, match="a bug"):
+        trainer.fit()
+    assert trainer.state.step < 12
+
+
+def test_an_exception_waits_for_the_checkpoint_under_way(tmp_path):
+    def crash(trainer: Trainer) -> None:
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        make_trainer(tmp_path, stage=Stage("base", batches, schedule, [Every(5, crash)])).fit()
+    assert checkpoint_manager.find_verified_step(tmp_path) == 5
+
+
+def test_metrics_that_a_full_disk_refuses_are_written_later(tmp_path, caplog):
+    class Full:
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def write(self, data: bytes) -> int:
+            if 3 <= trainer.state.step < 6:
+                raise OSError(28, "No space left on device")
+            return self.file.write(data[:7])  # as a nearly full disk does
+
+    stage = Stage("base", batches, schedule, [Every(1, lambda t: setattr(t, "_metrics", Full(t._metrics)) if t.state.step == 1 else None)])
+    trainer = make_trainer(tmp_path, stage=stage)
+    trainer.fit()
+    assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 13))
+    assert caplog.text.count("could not write") == 1
 
 
 def test_a_new_run_does_not_write_over_another_unasked(tmp_path):
@@ -411,11 +476,12 @@ def test_ctrl_c_twice_stops_at_once(tmp_path):
     assert checkpoint_manager.valid_steps(tmp_path) == []
 
 
-def test_ctrl_c_once_saves_and_reports_130(tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_a_signal_saves_and_is_the_exit_code(tmp_path, number, code):
     trainer = make_trainer(tmp_path)
-    trainer.stage.loss = lambda model, batch: (sum_loss(model, batch), os.kill(os.getpid(), signal.SIGINT))[0]
+    trainer.stage.loss = lambda model, batch: (sum_loss(model, batch), os.kill(os.getpid(), number))[0]
     trainer.fit()
-    assert trainer.exit_code == 130 and checkpoint_manager.valid_steps(tmp_path) == [1]
+    assert trainer.exit_code == code and checkpoint_manager.valid_steps(tmp_path) == [1]
 
 
 # ---- two ranks ------------------------------------------------------------------------------------------------------
