@@ -4,7 +4,7 @@
     python -m dev.bench_train ... --peer=PATH      the same model in the nanochat checkout at PATH, in turns with ours
     python -m dev.bench_train ... --profile=trace.json      where one step goes: a table, and a trace for chrome://tracing or perfetto
 
-Steps are whole ones on random tokens: forward, backward, clipping, optimizer. Each repetition is a process of its own, started from nothing,
+Steps are whole ones on random tokens: forward, backward, clipping, optimizer. Each repetition is a process of its own, from nothing,
 so that the time to the first step holds what a user waits for (imports, building, compiling). A machine that does other work as well
 gives no result.
 """

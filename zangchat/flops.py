@@ -112,14 +112,15 @@ def activation_bytes_per_token(config: GPTConfig, size: int = 2, device_type: st
     """Bytes that the forward pass keeps for the backward pass, per token, with `size` bytes a number.
 
     Per block, in widths: inputs of its norms (x twice, q; and k), x normed twice, q normed, attention's output as computed and in rows,
-    relu and its square (4 each), k normed and v. torch's CPU norms work on fp32 copies. Row statistics are fp32: one number
-    for each norm of x, and per head those of q, k and softmax.
+    relu and its square (4 each), k normed and v. On a CPU the norm of functional.py keeps its output alone, that of 16-bit numbers fp32
+    copies of its input. Row statistics are fp32: one number for each norm of x, and per head those of q, k and softmax.
     """
     width, kv_width = config.n_embd, config.n_kv_head * config.head_dim
     norm_size = 4 if device_type == "cpu" else size
+    inputs = 0 if device_type == "cpu" and size == 4 else norm_size * (3 * width + kv_width)
     statistics = 4 * (2 + 2 * config.n_head + config.n_kv_head)
-    block = norm_size * (3 * width + kv_width) + size * (13 * width + 2 * kv_width) + statistics
-    ends = norm_size * 2 * width + size * width + 8  # inputs of the first and the last norm; the loss's gradient
+    block = inputs + size * (13 * width + 2 * kv_width) + statistics
+    ends = norm_size * 2 * width + size * width + 8  # of the first and the last norm; the loss's gradient
     return config.n_layer * block + ends
 
 

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zangchat.attention import attend
 from zangchat.config import GPTConfig
+from zangchat.functional import relu_squared, rms_norm, rotate
 from zangchat.loss import softcap, softcapped_cross_entropy
 
 __all__ = ["GPT", "GPTConfig", "KVCacheLike"]
@@ -54,21 +55,6 @@ class Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-def rms_norm(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dimension (arXiv:1910.07467, no weight)."""
-    size = x.size(-1)
-    if x.is_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled():  # half the time of torch's own, which counts in decoding
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return x * norm.square_().add_(size * eps).rsqrt_().mul_(size**0.5)
-    return F.rms_norm(x, (size,), eps=eps)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (arXiv:2104.09864) on x (B, heads, T, D): channel i pairs with i + D/2, rotated by -theta as in nanochat."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
-
-
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer_idx: int) -> None:
         super().__init__()
@@ -98,7 +84,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.relu(self.c_fc(x)).square())  # relu^2: arXiv:2109.08668
+        return self.c_proj(relu_squared(self.c_fc(x)))
 
 
 class Block(nn.Module):

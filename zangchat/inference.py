@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zangchat.attention import attend
-from zangchat.gpt import GPT, Attention, KVCacheLike, Linear, rms_norm
+from zangchat.functional import rms_norm
+from zangchat.gpt import GPT, Attention, KVCacheLike, Linear
 
 FEW_ROWS = 32  # up to here W x^T beats x W^T on a CPU
 QUANTIZATIONS = ("", "int8")

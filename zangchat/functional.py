@@ -1,0 +1,84 @@
+"""The three elementwise operations of a block, each with its backward pass written out.
+
+Left to autograd they cost twice the memory traffic: it differentiates every small step of a formula, and on a CPU, where nothing
+fuses them, each step is a pass over memory. Under torch.compile the same formulas are fused like any others. Without gradients
+the plain expressions run. The slow twins are torch's own operations (tests/unit/test_functional.py).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """x (..., D) / sqrt(mean(x^2) + eps), without weights, in the dtype of x; sums in fp32 (arXiv:1910.07467)."""
+    if not (x.is_cpu and x.dtype == torch.float32):
+        return F.rms_norm(x, (x.size(-1),), eps=eps)
+    # on a CPU torch's own takes twice the time, which counts in decoding too
+    return _RMSNorm.apply(x, eps) if torch.is_grad_enabled() and x.requires_grad else x * _inverse_rms(x, eps)
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """relu(x)^2 (arXiv:2109.08668)."""
+    return _ReluSquared.apply(x) if torch.is_grad_enabled() and x.requires_grad else F.relu(x).square()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions (arXiv:2104.09864) on x (B, heads, T, D): channel i pairs with i + D/2, rotated by -theta as in nanochat.
+
+    cos, sin (..., T, D/2) carry no gradient.
+    """
+    return _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() and x.requires_grad else _rotated(x, cos, sin)
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """(..., 1)"""
+    size = x.size(-1)
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().add_(size * eps).rsqrt_().mul_(size**0.5)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        scale = _inverse_rms(x, eps)
+        y = x * scale
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        y, scale = ctx.saved_tensors  # dx = scale * (grad - y * mean(grad * y))
+        along = torch.linalg.vecdot(grad, y).div_(y.size(-1)).unsqueeze(-1)
+        return torch.addcmul(grad, y, along, value=-1).mul_(scale), None
+
+
+class _ReluSquared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        h = F.relu(x)
+        ctx.save_for_backward(h)
+        return h * h
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (h,) = ctx.saved_tensors
+        return (grad * h).mul_(2)  # h is 0 where relu cuts
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, -sin), None, None  # back by the same angle
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((torch.addcmul(x1 * cos, x2, sin), torch.addcmul(x2 * cos, x1, sin, value=-1)), dim=-1)
