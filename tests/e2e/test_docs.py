@@ -18,9 +18,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from _pytest.mark.structures import ParameterSet
 
 from tests.documents import NOT_RUN, PAGES, READMES, ROOT, blocks, commands, lines_of, text_of
 
@@ -117,7 +117,7 @@ def test_what_is_not_run_is_listed() -> None:
         assert {"torchrun ..." if line.startswith("torchrun") else line.removeprefix("SEED=42 ") for line in marked} == listed
 
 
-def parameters() -> list[ParameterSet]:
+def parameters() -> list[Any]:
     return [
         pytest.param(number, line, id=line, marks=[pytest.mark.slow] if any(name in line for name in SLOW) else [])
         for number, line in enumerate(runnable())
