@@ -426,7 +426,7 @@ def peak_memory_bytes(device: torch.device | str) -> int:
     except ImportError:  # Windows
         import psutil
 
-        return psutil.Process().memory_info().peak_wset
+        return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))  # in the class of Windows alone
 
     unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
