@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 READMES = ("README.md", "README_CN.md")
 LANGUAGES = ("en", "zh")
 PAGES = sorted(path.name for path in (ROOT / "dev" / "docs" / "en").glob("*.md"))
-NOT_RUN = ("gpu", "network", "minutes")  # what stands behind ```bash where a test cannot run the block
+NOT_RUN = ("gpu", "network", "minutes", "files")  # what stands behind ```bash where a test cannot run the block; files: of one's own
 
 
 class Block(NamedTuple):
