@@ -41,11 +41,12 @@ class Talker:
         B, T = idx.shape
         k = idx[:, None, :, None].float().expand(B, 1, T, 2)
         stored, _, _ = kv_cache.update(0, k, k)
-        lengths = kv_cache.positions + (T if logits_at is None else logits_at + 1)
+        before = kv_cache.positions.tolist()
         kv_cache.advance(T)
-        logits = torch.full((B, 1, VOCAB), -10.0)
+        logits = torch.full((B, T if logits_at is None else 1, VOCAB), -10.0)
         for row in range(B):
-            logits[row, 0, self._next(stored[row, 0, : int(lengths[row]), 0].int().tolist())] = 10.0
+            for i, t in enumerate(range(T) if logits_at is None else [int(logits_at[row])]):
+                logits[row, i, self._next(stored[row, 0, : before[row] + t + 1, 0].int().tolist())] = 10.0
         return logits
 
     def _next(self, tokens: list[int]) -> int:

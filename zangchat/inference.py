@@ -103,7 +103,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         N, weight, scales = x.numel() // x.size(-1), cast(Tensor, self.weight), cast(Tensor, self.scales)
-        if x.is_cpu and N <= FEW_ROWS:  # the kernel exists for bf16 activations only that is fast
+        if x.is_cpu and N <= FEW_ROWS:  # the kernel is fast for bf16 activations alone
             y = torch._weight_int8pack_mm(x.reshape(N, -1).bfloat16(), weight, scales.bfloat16())
             return y.to(x.dtype).view(*x.shape[:-1], -1)
         return F.linear(x, weight.to(x.dtype)) * scales.to(x.dtype)

@@ -94,6 +94,10 @@ class ReplyDecoder:
         text = self._decoder.flush()
         return self._add(self._finder.feed(text) + self._finder.flush() if self._kind == "text" else text)
 
+    def says(self, token: int) -> bool:
+        """Whether this token, just fed, is part of what is said, not of a tool call nor a mark of one."""
+        return self._kind == "text" and token not in self._silent and token not in self._switches
+
     @property
     def stopped(self) -> bool:
         """A stop string was found."""

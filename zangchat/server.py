@@ -11,6 +11,7 @@ import asyncio
 import base64
 import hashlib
 import html
+import itertools
 import json
 import logging
 import re
@@ -18,7 +19,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib import resources
@@ -28,15 +29,17 @@ import nh3
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from markdown_it import MarkdownIt
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from zangchat.engine import Engine, Event, Generation, ReplyDecoder, RunningBatch, fit_conversation
-from zangchat.engine import Request as Continuation
+from zangchat.engine import Engine, Event, Generation, RunningBatch
+from zangchat.replies import ReplyDecoder, StreamDecoder, fit_conversation
+from zangchat.sampling import MAX_LOGPROBS, Logprob
+from zangchat.sampling import Request as Continuation
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +47,10 @@ T = TypeVar("T")
 
 MAX_BODY = 256 * 1024  # bytes of a request
 BODY_SECONDS = 30.0  # the longest pause of a client within its request
+SEND_SECONDS = 30.0  # the longest that a client may take to accept a piece of a stream
 MAX_MESSAGES = 500
 MAX_CHOICES = 64  # continuations that one request may ask for
+MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 REPLY_SHARE = 4  # a chat that is trimmed leaves at least 1/4 of the context to the reply, or max_tokens if that is less
 RENDER_SECONDS = 0.1  # between two renderings of a reply for the page
 OPEN_PATHS = {"/", "/logo.svg", "/health"}  # reachable without the API key
@@ -60,7 +65,7 @@ class Settings:
     temperature: float = 0.8
     top_k: int = 50
     max_tokens: int = 512
-    max_batch: int = 16  # rows of each running batch
+    max_batch: int = 64  # rows of each running batch
     queue: int = 64  # requests that may wait, all devices together
     request_seconds: float = 300.0  # wall-clock limit of one request, waiting included
     api_key: str | None = None
@@ -70,14 +75,27 @@ class Settings:
 class ApiError(Exception):
     """A request that is refused, with the reason for the client."""
 
-    def __init__(self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None, param: str | None = None
+    ) -> None:
         super().__init__(message)
-        self.status, self.code, self.headers = status, code, headers
+        self.status, self.code, self.headers, self.param = status, code, headers, param
 
     def response(self) -> JSONResponse:
         kind = "server_error" if self.status >= 500 else "rate_limit_error" if self.status == 429 else "invalid_request_error"
-        error = {"message": str(self), "type": kind, "param": None, "code": self.code}
+        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
         return JSONResponse({"error": error}, self.status, self.headers)
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    error: ErrorDetail
 
 
 # ---- the worker thread ----------------------------------------------------------------------------------------------
@@ -87,8 +105,10 @@ class Token(NamedTuple):
     """One step of one choice, as it reaches the event loop. A stop_reason ends the choice; "error" means that the engine failed."""
 
     choice: int
-    token: int | None
+    token: int | None  # None where it ended without another one
     stop_reason: str | None
+    stop_token: int | None = None
+    logprob: Logprob | None = None
 
 
 class Stream:
@@ -98,7 +118,7 @@ class Stream:
         self.pool, self.worker, self.requests = pool, worker, requests
         self.generations: list[Generation] = []  # the worker's own
         self.deadline = time.monotonic() + pool.settings.request_seconds
-        self._tokens: asyncio.Queue[Token] = asyncio.Queue()
+        self._tokens: asyncio.Queue[list[Token]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._open = len(requests)  # choices that have not ended
         self._closed = False
@@ -106,19 +126,18 @@ class Stream:
     def deliver(self, tokens: list[Token]) -> None:
         """Called by the worker thread."""
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._put, tokens)
+            self._loop.call_soon_threadsafe(self._tokens.put_nowait, tokens)
 
-    def _put(self, tokens: list[Token]) -> None:
-        for token in tokens:
-            self._tokens.put_nowait(token)
-
-    async def __aiter__(self) -> AsyncIterator[Token]:
+    async def __aiter__(self) -> AsyncIterator[list[Token]]:
+        """What has arrived since: one step's tokens, or several steps' where the reader is slower than the engine."""
         while self._open:
-            token = await self._tokens.get()
-            if token.stop_reason == "error":
+            tokens = await self._tokens.get()
+            while not self._tokens.empty():
+                tokens = tokens + self._tokens.get_nowait()
+            if any(token.stop_reason == "error" for token in tokens):
                 raise ApiError(500, "the engine failed on this request; the server's log has the reason", "engine_error")
-            self._open -= token.stop_reason is not None
-            yield token
+            self._open -= sum(token.stop_reason is not None for token in tokens)
+            yield tokens
 
     def close(self) -> None:
         if not self._closed:
@@ -136,6 +155,7 @@ class Worker(threading.Thread):
         self.engine, self.number, self.max_rows = engine, number, max_rows
         self.load = 0  # choices given to this worker and not closed; the event loop's own count
         self.tokens = 0  # generated since the start
+        self.rows = self.waiting = 0  # of the batch, for others to read
         self.batch = self._new_batch()
         self._inbox: deque[tuple[Literal["join", "leave"], Stream]] = deque()
         self._wake = threading.Condition()
@@ -165,6 +185,7 @@ class Worker(threading.Thread):
                     self._join(stream) if what == "join" else self._leave(stream)
                 self._end_overdue()
                 self._deliver(self.batch.step())
+                self.rows, self.waiting = self.batch.num_rows, len(self.batch.waiting)
             except Exception:  # whatever the engine raised must not end the thread that serves everybody
                 logger.exception("the engine failed; the requests in its batch are given up")
                 self._give_up()
@@ -195,11 +216,13 @@ class Worker(threading.Thread):
 
     def _deliver(self, events: list[Event]) -> None:
         outgoing: dict[int, tuple[Stream, list[Token]]] = {}
-        for generation, token, _, _ in events:
+        for generation, token, _, logprob in events:
             stream, choice = self._streams[id(generation)]
             if generation.stop_reason is not None:
                 del self._streams[id(generation)]
-            outgoing.setdefault(id(stream), (stream, []))[1].append(Token(choice, token, generation.stop_reason))
+            outgoing.setdefault(id(stream), (stream, []))[1].append(
+                Token(choice, token, generation.stop_reason, generation.stop_token, logprob)
+            )
             self.tokens += token is not None
         for stream, tokens in outgoing.values():
             stream.deliver(tokens)
@@ -283,27 +306,32 @@ class ChatMessage(BaseModel):
         return {"role": self.role, "content": [part.model_dump() for part in self.content] if structured else self.plain()}  # type: ignore[union-attr]
 
 
+StopText = Annotated[str, AfterValidator(whole_characters), Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+
+
 class Sampling(BaseModel):
     temperature: float | None = Field(None, ge=0, le=10, allow_inf_nan=False)
     top_k: int | None = Field(None, ge=0, le=1_000_000)
     top_p: float | None = Field(None, gt=0, le=1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=100, allow_inf_nan=False)
     max_tokens: int | None = Field(None, ge=1, le=1_000_000)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
 
-    def requests(self, prompt: list[int], n: int, settings: Settings) -> list[Continuation]:
-        seed = secrets.randbits(32) if self.seed is None else self.seed
-        return [
-            Continuation(
-                prompt,
-                settings.max_tokens if self.max_tokens is None else self.max_tokens,
-                settings.temperature if self.temperature is None else self.temperature,
-                settings.top_k if self.top_k is None else self.top_k,
-                self.top_p,
-                seed,
-                sample_index=i,
-            )
-            for i in range(n)
-        ]
+    def requests(self, prompt: list[int], n: int, settings: Settings, **more: Any) -> list[Continuation]:
+        """`n` continuations of one prompt; `more` are further fields of theirs."""
+        fields: dict[str, Any] = {
+            "max_tokens": settings.max_tokens if self.max_tokens is None else self.max_tokens,
+            "temperature": settings.temperature if self.temperature is None else self.temperature,
+            "top_k": settings.top_k if self.top_k is None else self.top_k,
+            "top_p": self.top_p,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty or 1.0,
+            "seed": secrets.randbits(32) if self.seed is None else self.seed,
+            "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+        }
+        return [Continuation(prompt, **{**fields, **more}, sample_index=i) for i in range(n)]
 
 
 class PageChat(Sampling):
@@ -316,6 +344,27 @@ class PageChat(Sampling):
 
 class StreamOptions(BaseModel):
     include_usage: bool = False
+
+
+# Parameters of OpenAI's API that change nothing here: they are about OpenAI's accounts, caches and service.
+IGNORED = {
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+    *("parallel_tool_calls", "stream_obfuscation"),
+}
+# Those that would change the answer are refused, unless they have the value that means "off".
+OFF: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "logit_bias": ({},),
+    "best_of": (1,),
+    "suffix": ("",),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+}
 
 
 class OpenAIRequest(Sampling):
@@ -331,34 +380,39 @@ class OpenAIRequest(Sampling):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def check(self, settings: Settings) -> None:
-        """Raises ApiError for another model, and for settings that would silently change nothing."""
+        """Raises ApiError for another model, and for parameters that would silently change nothing."""
         if self.model not in (None, "zangchat", settings.model_name):
-            raise ApiError(404, f"there is no model {self.model!r} here; this server has {settings.model_name!r}", "model_not_found")
-        ignored = [name for name in UNSUPPORTED if (self.model_extra or {}).get(name) not in (None, False, 0, [], {}, {"type": "text"})]
-        if ignored:
-            raise ApiError(400, f"this server does not support {', '.join(ignored)}", "unsupported_parameter")
-
-
-UNSUPPORTED = (
-    *("stop", "tools", "functions", "response_format", "logit_bias", "logprobs", "top_logprobs", "prompt_logprobs", "best_of", "suffix"),
-    *("presence_penalty", "frequency_penalty", "audio"),
-)
+            message = f"there is no model {self.model!r} here; this server has {settings.model_name!r}"
+            raise ApiError(404, message, "model_not_found", param="model")
+        more = {name: value for name, value in (self.model_extra or {}).items() if name not in IGNORED and value is not None}
+        unsupported = [name for name, value in more.items() if value not in OFF.get(name, ())]
+        if unsupported:
+            message = f"this server does not support {', '.join(unsupported)[:200]}"
+            raise ApiError(400, message, "unsupported_parameter", param=unsupported[0][:100])
 
 
 class OpenAIChat(OpenAIRequest):
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     truncate: bool = False
 
-    def requests(self, prompt: list[int], n: int, settings: Settings) -> list[Continuation]:
-        newer = self.model_copy(update={"max_tokens": self.max_completion_tokens or self.max_tokens})
-        return Sampling.requests(newer, prompt, n, settings)
+    @property
+    def limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    def check(self, settings: Settings) -> None:
+        super().check(settings)
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs=true", "invalid_request", param="top_logprobs")
 
 
 class OpenAICompletion(OpenAIRequest):
     prompt: Text | list[Text] | list[int] | list[list[int]]
-    max_tokens: int | None = Field(16, ge=1, le=1_000_000)
+    max_tokens: int | None = Field(16, ge=0, le=1_000_000)
     echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
     def prompts(self) -> list[str | list[int]]:
         if isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int):
@@ -384,17 +438,17 @@ class Prompter:
         self._check_length(prompt, "shorten it or start a new chat" if truncate else "shorten it, or set truncate to drop the oldest turns")
         return prompt, left_out
 
-    def completion(self, prompt: str | list[int]) -> list[int]:
-        """A text behind <|bos|>, or tokens as they are."""
+    def completion(self, prompt: str | list[int], limit: int | None) -> list[int]:
+        """A text behind <|bos|>, or tokens as they are. With limit 0, nothing to generate, the prompt may fill the context."""
         bos, vocab_size = self.tokenizer.get_bos_token_id(), self.tokenizer.get_vocab_size()
         tokens = [bos, *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else list(prompt)
         if not tokens or not all(0 <= token < vocab_size for token in tokens):
             raise ApiError(400, f"a prompt of tokens needs at least one, each between 0 and {vocab_size - 1}")
-        self._check_length(tokens, "shorten it")
+        self._check_length(tokens, "shorten it", 0 if limit == 0 else 1)
         return tokens
 
-    def _check_length(self, prompt: list[int], remedy: str) -> None:
-        over = len(prompt) - (self.context - 1)
+    def _check_length(self, prompt: list[int], remedy: str, reply: int = 1) -> None:
+        over = len(prompt) - (self.context - reply)
         if over > 0:
             message = f"the prompt has {len(prompt)} tokens, {over} more than the context of {self.context} leaves room for: {remedy}"
             raise ApiError(400, message, "context_length_exceeded")
@@ -450,7 +504,7 @@ class StreamResponse(EventSourceResponse):
     """Server-sent events that close their stream even if the client left before the first one."""
 
     def __init__(self, stream: Stream, events: AsyncIterator[dict[str, str]]) -> None:
-        super().__init__(events, sep="\n")
+        super().__init__(events, sep="\n", send_timeout=SEND_SECONDS)
         self._source = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -464,6 +518,11 @@ def event(value: Any) -> dict[str, str]:
     return {"data": json.dumps(value, ensure_ascii=False)}
 
 
+def joined(pieces: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Neighbours of one kind made one."""
+    return [(kind, "".join(text for _, text in group)) for kind, group in itertools.groupby(pieces, key=lambda piece: piece[0])]
+
+
 async def page_events(stream: Stream, decoder: ReplyDecoder, render: bool, left_out: int) -> AsyncIterator[dict[str, str]]:
     """nanochat's events {"token", "gpu"} ... {"done": true}; pieces of tool calls are {"tool", "text"}; with `render`, instead, the
     whole reply so far as {"parts"}, at most ten times a second and less often where rendering takes long."""
@@ -472,10 +531,10 @@ async def page_events(stream: Stream, decoder: ReplyDecoder, render: bool, left_
     if left_out:
         yield event({"left_out": left_out})
     try:
-        async for item in stream:
-            pieces = decoder.flush() if item.token is None else decoder.feed(item.token)
-            if item.stop_reason is not None:
-                stop_reason = item.stop_reason
+        async for items in stream:
+            pieces = joined(piece for item in items if item.token is not None for piece in decoder.feed(item.token))
+            if items[-1].stop_reason is not None:
+                stop_reason = items[-1].stop_reason
                 pieces += decoder.flush()
             if not render:
                 for kind, text in pieces:
@@ -493,14 +552,81 @@ async def page_events(stream: Stream, decoder: ReplyDecoder, render: bool, left_
         yield event({"error": str(error), "done": True})
 
 
+class Choice:
+    """One continuation on its way into an OpenAI response: its text, and the log-probabilities that were asked for."""
+
+    def __init__(self, tokenizer: Any, request: Continuation, is_chat: bool, echo: str | None = None, skipped: int = 0) -> None:
+        self.tokenizer, self.request, self.is_chat = tokenizer, request, is_chat
+        self.decoder = ReplyDecoder(tokenizer, request.stop)
+        self.echo = echo  # the prompt's text, to be put in front
+        self.skipped = skipped  # tokens of the prompt that the client did not send: <|bos|>
+        self.reason = ""
+        self._length = len(echo or "")  # characters so far
+        self._noted: list[tuple[int, int, Logprob | None]] = []  # (token, place in the text, log-probability)
+
+    def feed(self, item: Token) -> list[tuple[str, str]]:
+        pieces = [] if item.token is None else self.decoder.feed(item.token)
+        place = self._length
+        if item.stop_reason is not None:
+            pieces = pieces + self.decoder.flush()
+            self.reason = "stop" if item.stop_reason == "stop" else "length"
+        self._length += sum(len(text) for kind, text in pieces if kind == "text")
+        token = item.stop_token if item.token is None and not self.is_chat else item.token  # OpenAI's chat format leaves the end out
+        if item.logprob is not None and token is not None and (not self.is_chat or self.decoder.says(token)):
+            self._noted.append((token, place, item.logprob))
+        return pieces
+
+    def note_prompt(self, logprobs: Sequence[Logprob]) -> None:
+        """The prompt's log-probabilities in front of all others; its very first token has none."""
+        decoder, place, noted = StreamDecoder(self.tokenizer), 0, []
+        for token, logprob in list(zip(self.request.tokens, [None, *logprobs], strict=True))[self.skipped :]:
+            noted.append((token, place, logprob))
+            place += len(decoder.feed(token))
+        self._noted = noted + self._noted
+
+    def take_logprobs(self) -> dict[str, Any] | None:
+        """Those noted since the last time, in the format of chat or of completions; None where nobody asked."""
+        noted, self._noted = self._noted, []
+        if self.request.logprobs is None or (self.is_chat and not noted):
+            return None
+        if self.is_chat:
+            return {
+                "content": [{**self._named(t, lp.value), "top_logprobs": [self._named(*top) for top in lp.top]} for t, _, lp in noted if lp]
+            }
+        return {
+            "tokens": [token_text(self.tokenizer, token) for token, _, _ in noted],
+            "token_logprobs": [logprob and logprob.value for _, _, logprob in noted],
+            "top_logprobs": [logprob and self._top(token, logprob) for token, _, logprob in noted],
+            "text_offset": [place for _, place, _ in noted],
+        }
+
+    def _named(self, token: int, value: float) -> dict[str, Any]:
+        return {"token": token_text(self.tokenizer, token), "logprob": value, "bytes": list(self.tokenizer.decode_bytes([token]))}
+
+    def _top(self, token: int, logprob: Logprob) -> dict[str, float]:
+        """The likeliest tokens and the one at hand, which OpenAI adds where it is not among them."""
+        found: dict[str, float] = {}
+        for other, value in [*logprob.top, (token, logprob.value)]:
+            found.setdefault(token_text(self.tokenizer, other), value)
+        return found
+
+
+def token_text(tokenizer: Any, token: int) -> str:
+    """A token by its text, or, where that is no whole character, by its bytes in OpenAI's spelling."""
+    data = tokenizer.decode_bytes([token])
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
 @dataclass
 class Answer:
-    """An OpenAI response in the making: one decoder per choice."""
+    """An OpenAI response in the making."""
 
     kind: Literal["chat.completion", "text_completion"]
     model: str
-    decoders: list[ReplyDecoder]
-    prefixes: list[str]  # what `echo` puts in front of each choice
+    choices: list[Choice]
     prompt_tokens: int
     completion_tokens: int = 0
     id: str = field(default_factory=lambda: secrets.token_hex(12))
@@ -515,10 +641,8 @@ class Answer:
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens, "total_tokens": total}
 
     def feed(self, item: Token) -> list[tuple[str, str]]:
-        decoder = self.decoders[item.choice]
         self.completion_tokens += item.token is not None
-        pieces = [] if item.token is None else decoder.feed(item.token)
-        return pieces + (decoder.flush() if item.stop_reason is not None else [])
+        return self.choices[item.choice].feed(item)
 
     def envelope(self, choices: list[dict[str, Any]], chunk: bool = False, **more: Any) -> dict[str, Any]:
         name = f"{self.kind}.chunk" if chunk and self.is_chat else self.kind
@@ -526,49 +650,63 @@ class Answer:
         return {"id": f"{prefix}-{self.id}", "object": name, "created": self.created, "model": self.model, "choices": choices, **more}
 
     async def whole(self, stream: Stream) -> dict[str, Any]:
-        reasons: dict[int, str] = {}
-        async for item in stream:
-            self.feed(item)
-            if item.stop_reason is not None:
-                reasons[item.choice] = finish_reason(item.stop_reason)
-        return self.envelope([self._choice(i, reasons[i]) for i in range(len(self.decoders))], usage=self.usage())
+        async for items in stream:
+            for item in items:
+                self.feed(item)
+        for choice, generation in zip(self.choices, stream.generations, strict=True):
+            if generation.request.prompt_logprobs:
+                choice.note_prompt(generation.prompt_logprobs)
+        return self.envelope([self._choice(i, choice) for i, choice in enumerate(self.choices)], usage=self.usage())
 
-    def _choice(self, index: int, reason: str) -> dict[str, Any]:
-        decoder = self.decoders[index]
-        choice: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
+    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        shown: dict[str, Any] = {"index": index, "finish_reason": choice.reason, "logprobs": choice.take_logprobs()}
         if not self.is_chat:
-            return {**choice, "text": self.prefixes[index] + decoder.text()}
-        message: dict[str, Any] = {"role": "assistant", "content": decoder.text()}
-        if any(part["type"] != "text" for part in decoder.parts):
-            message["parts"] = decoder.parts  # tool calls, which OpenAI's format has no place for
-        return {**choice, "message": message}
+            return {**shown, "text": (choice.echo or "") + choice.decoder.text()}
+        message: dict[str, Any] = {"role": "assistant", "content": choice.decoder.text()}
+        if any(part["type"] != "text" for part in choice.decoder.parts):
+            message["parts"] = choice.decoder.parts  # tool calls, which OpenAI's format has no place for
+        return {**shown, "message": message}
 
     async def chunks(self, stream: Stream, include_usage: bool) -> AsyncIterator[dict[str, str]]:
-        for index in range(len(self.decoders)):
-            if self.is_chat:
-                yield self._chunk(index, delta={"role": "assistant", "content": ""})
-            elif self.prefixes[index]:
-                yield self._chunk(index, text=self.prefixes[index])
+        unopened = set(range(len(self.choices)))
         try:
-            async for item in stream:
-                for kind, text in self.feed(item):
-                    said = text if kind == "text" else ""
-                    tool = {} if kind == "text" else {"part": {"type": kind, "text": text}}
-                    if self.is_chat:
-                        yield self._chunk(item.choice, delta={"content": said, **tool})
-                    elif said:
-                        yield self._chunk(item.choice, text=said)
-                if item.stop_reason is not None:
-                    end: dict[str, Any] = {"delta": {}} if self.is_chat else {"text": ""}
-                    yield self._chunk(item.choice, finish_reason(item.stop_reason), **end)
+            async for items in stream:
+                for index, group in itertools.groupby(sorted(items, key=lambda item: item.choice), key=lambda item: item.choice):
+                    if index in unopened:
+                        unopened.remove(index)
+                        for chunk in self._opening(index, stream.generations[index]):
+                            yield chunk
+                    for chunk in self._steps(index, list(group)):
+                        yield chunk
             if include_usage:
                 yield event(self.envelope([], chunk=True, usage=self.usage()))
         except ApiError as error:
             yield event({"error": {"message": str(error), "type": "server_error", "code": error.code}})
         yield {"data": "[DONE]"}
 
+    def _opening(self, index: int, generation: Generation) -> Iterable[dict[str, str]]:
+        choice = self.choices[index]
+        if self.is_chat:
+            yield self._chunk(index, delta={"role": "assistant", "content": ""})
+        elif choice.echo is not None:
+            if generation.request.prompt_logprobs:
+                choice.note_prompt(generation.prompt_logprobs)
+            yield self._chunk(index, text=choice.echo)
+
+    def _steps(self, index: int, items: list[Token]) -> Iterable[dict[str, str]]:
+        for kind, text in joined(piece for item in items for piece in self.feed(item)):
+            if self.is_chat:
+                tool = {} if kind == "text" else {"part": {"type": kind, "text": text}}
+                yield self._chunk(index, delta={"content": text if kind == "text" else "", **tool})
+            elif kind == "text":
+                yield self._chunk(index, text=text)
+        if items[-1].stop_reason is not None:
+            end: dict[str, Any] = {"delta": {}} if self.is_chat else {"text": ""}
+            yield self._chunk(index, self.choices[index].reason, **end)
+
     def _chunk(self, index: int, reason: str | None = None, **body: Any) -> dict[str, str]:
-        return event(self.envelope([{"index": index, **body, "finish_reason": reason, "logprobs": None}], chunk=True))
+        logprobs = self.choices[index].take_logprobs()
+        return event(self.envelope([{"index": index, **body, "finish_reason": reason, "logprobs": logprobs}], chunk=True))
 
 
 # ---- in front of every request --------------------------------------------------------------------------------------
@@ -707,6 +845,28 @@ def load_page(settings: Settings, context: int) -> tuple[str, str]:
     return page.replace("{{facts}}", html.escape(json.dumps(facts), quote=True)), policy
 
 
+def exposition(pool: Pool) -> str:
+    """The pool's numbers in the text format of Prometheus, version 0.0.4."""
+    lines = []
+
+    def metric(kind: str, name: str, meaning: str, *values: tuple[str, float]) -> None:
+        lines.extend([f"# HELP zangchat_{name} {meaning}", f"# TYPE zangchat_{name} {kind}"])
+        lines.extend(
+            f"zangchat_{name}{labels} {value:g}" if value < 1e6 else f"zangchat_{name}{labels} {value:.0f}" for labels, value in values
+        )
+
+    def per_worker(value: Callable[[Worker], float]) -> list[tuple[str, float]]:
+        return [(f'{{gpu="{worker.number}"}}', value(worker)) for worker in pool.workers]
+
+    metric("counter", "requests_total", "Requests taken on.", ("", pool.served))
+    metric("counter", "refused_total", "Requests refused because the queue was full.", ("", pool.refused))
+    metric("gauge", "in_hand", "Continuations taken on and not yet delivered.", ("", pool.load))
+    metric("counter", "tokens_total", "Tokens generated.", *per_worker(lambda worker: worker.tokens))
+    metric("gauge", "rows_running", "Rows of the running batch in use.", *per_worker(lambda worker: worker.rows))
+    metric("gauge", "requests_waiting", "Continuations that wait for a row.", *per_worker(lambda worker: worker.waiting))
+    return "\n".join(lines) + "\n"
+
+
 def create_app(engine_list: Sequence[Engine], settings: Settings | None = None) -> FastAPI:
     """The application over one engine per device. Its worker threads live as long as its lifespan."""
     settings = settings or Settings()
@@ -723,7 +883,11 @@ def create_app(engine_list: Sequence[Engine], settings: Settings | None = None) 
         finally:
             await run_in_threadpool(pool.stop)
 
-    app = FastAPI(title="zangchat", lifespan=lifespan, docs_url=None, redoc_url=None)
+    refusals: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
+    either: dict[int | str, dict[str, Any]] = {
+        200: {"content": {"text/event-stream": {}}, "description": "JSON, or events with stream=true"}
+    }
+    app = FastAPI(title="zangchat", lifespan=lifespan, docs_url=None, redoc_url=None, responses=refusals)
     app.state.pool = pool
     app.add_middleware(Guard, settings=settings, page_policy=policy)
     error_handlers(app)
@@ -750,44 +914,51 @@ def create_app(engine_list: Sequence[Engine], settings: Settings | None = None) 
     async def health() -> Response:
         return JSONResponse({"status": "ok" if pool.healthy else "failed"}, 200 if pool.healthy else 503)
 
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> str:
+        return exposition(pool)
+
     @app.get("/stats")
     async def stats() -> dict[str, Any]:
-        workers = [
-            {"gpu": w.number, "running": len(w.batch.running), "waiting": len(w.batch.waiting), "tokens": w.tokens} for w in pool.workers
-        ]
+        workers = [{"gpu": w.number, "running": w.rows, "waiting": w.waiting, "tokens": w.tokens} for w in pool.workers]
         totals = {"in_hand": pool.load, "served": pool.served, "refused": pool.refused, "tokens": sum(w.tokens for w in pool.workers)}
         return {"model": settings.model_name, "uptime_seconds": round(time.time() - started), **totals, "workers": workers}
 
-    @app.post("/chat/completions")
+    @app.post("/chat/completions", responses={200: {"content": {"text/event-stream": {}}}}, response_class=Response)
     async def page_chat(body: PageChat) -> Response:
         prompt, left_out = await run_in_threadpool(prompter.chat, body.messages, body.max_tokens, body.truncate)
         stream = pool.open(body.requests(prompt, 1, settings))
-        return StreamResponse(stream, page_events(stream, ReplyDecoder(tokenizer), body.render, left_out))
+        decoder = ReplyDecoder(tokenizer, stream.requests[0].stop)
+        return StreamResponse(stream, page_events(stream, decoder, body.render, left_out))
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         model = {"id": settings.model_name, "object": "model", "created": int(started), "owned_by": "zangchat"}
         return {"object": "list", "data": [{**model, "context_length": config.sequence_len}]}
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=either)
     async def openai_chat(body: OpenAIChat, request: Request) -> Response:
         body.check(settings)
-        limit = body.max_completion_tokens or body.max_tokens
-        prompt, _ = await run_in_threadpool(prompter.chat, body.messages, limit, body.truncate)
-        decoders = [ReplyDecoder(tokenizer) for _ in range(body.n)]
-        reply = Answer("chat.completion", settings.model_name, decoders, [""] * body.n, len(prompt))
-        return await answer(body, request, reply, body.requests(prompt, body.n, settings))
+        prompt, _ = await run_in_threadpool(prompter.chat, body.messages, body.limit, body.truncate)
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        requests = body.requests(prompt, body.n, settings, logprobs=logprobs, max_tokens=body.limit or settings.max_tokens)
+        choices = [Choice(tokenizer, one, is_chat=True) for one in requests]
+        return await answer(body, request, Answer("chat.completion", settings.model_name, choices, len(prompt)), requests)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=either)
     async def openai_completion(body: OpenAICompletion, request: Request) -> Response:
         body.check(settings)
-        if len(body.prompts()) * body.n > MAX_CHOICES:
-            raise ApiError(400, f"{len(body.prompts())} prompts x n={body.n} are more than the {MAX_CHOICES} continuations of one request")
-        prompts = await run_in_threadpool(lambda: [prompter.completion(prompt) for prompt in body.prompts()])
-        requests = [r for prompt in prompts for r in body.requests(prompt, body.n, settings)]
-        echoes = [p if isinstance(p, str) else tokenizer.decode(p) for p in body.prompts()] if body.echo else [""] * len(prompts)
-        decoders = [ReplyDecoder(tokenizer) for _ in requests]
-        reply = Answer("text_completion", settings.model_name, decoders, [e for e in echoes for _ in range(body.n)], sum(map(len, prompts)))
-        return await answer(body, request, reply, requests)
+        given = body.prompts()
+        if len(given) * body.n > MAX_CHOICES:
+            raise ApiError(400, f"{len(given)} prompts x n={body.n} are more than the {MAX_CHOICES} continuations of one request")
+        prompts = await run_in_threadpool(lambda: [prompter.completion(prompt, body.max_tokens) for prompt in given])
+        more = {"logprobs": body.logprobs, "prompt_logprobs": body.echo and body.logprobs is not None}
+        requests, choices = [], []
+        for asked, prompt in zip(given, prompts, strict=True):
+            echo = None if not body.echo else asked if isinstance(asked, str) else tokenizer.decode(asked)
+            for one in body.requests(prompt, body.n, settings, **more):
+                requests.append(one)
+                choices.append(Choice(tokenizer, one, is_chat=False, echo=echo, skipped=int(isinstance(asked, str))))
+        return await answer(body, request, Answer("text_completion", settings.model_name, choices, sum(map(len, prompts))), requests)
 
     return app

@@ -2,16 +2,24 @@
 
 import json
 import logging
+import math
+import re
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
+import hypothesis
 import openai
 import pytest
+import schemathesis
+from hypothesis import strategies as st
+from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from tests.talker import engine, eventually, serving
+from tests.talker import VOCAB, engine, eventually, serving
+from zangchat import server as server_module
 from zangchat.server import render_markdown, rendered_parts
 
 
@@ -160,6 +168,82 @@ def test_openai_completions(client: openai.OpenAI) -> None:
     assert "".join(chunk.choices[0].text for chunk in streamed) == "Re: "
 
 
+def test_openai_completions_with_log_probabilities(client: openai.OpenAI) -> None:
+    """What evaluation harnesses ask for: the prompt's own log-probabilities, and those of what follows, the end included."""
+    answer = client.completions.create(model="zangchat-test", prompt=[256, 82, 101], max_tokens=1, echo=True, logprobs=2)
+    found = answer.choices[0].logprobs
+    assert found is not None and answer.choices[0].text == "<|bos|>Re:"
+    assert (found.tokens, found.text_offset) == (["<|bos|>", "R", "e", ":"], [0, 7, 8, 9])
+    assert found.token_logprobs[0] is None and found.top_logprobs[0] is None  # type: ignore[index]
+    likely = -math.log(1 + (VOCAB - 1) * math.exp(-20))  # the talker's logits are 10 and -10
+    assert found.token_logprobs[1:] == pytest.approx([likely] * 3, abs=1e-5)  # type: ignore[index]
+    for top, value in zip(found.top_logprobs[1:], found.token_logprobs[1:], strict=True):  # type: ignore[index]
+        assert len(top) == 2 and max(top.values()) == value
+
+    unlikely = client.completions.create(model="zangchat-test", prompt=["Rx", ""], max_tokens=0, echo=True, logprobs=1).choices[0]
+    assert unlikely.text == "Rx" and unlikely.logprobs is not None and unlikely.finish_reason == "length"
+    assert unlikely.logprobs.token_logprobs == pytest.approx([likely, likely - 20], abs=1e-4)  # <|bos|> is in front
+    assert set(unlikely.logprobs.top_logprobs[1]) == {"e", "x"}  # type: ignore[index]
+
+    ended = client.completions.create(model="zangchat-test", prompt="", logprobs=0).choices[0]
+    assert ended.logprobs is not None and ended.logprobs.tokens == ["R", "e", ":", " ", "<|assistant_end|>"] and ended.text == "Re: "
+    whole = client.completions.create(model="zangchat-test", prompt="Re", echo=True, logprobs=1)
+    streamed = list(client.completions.create(model="zangchat-test", prompt="Re", echo=True, logprobs=1, stream=True))
+    parts = [chunk.choices[0].logprobs for chunk in streamed]
+    for name in ("tokens", "token_logprobs", "text_offset"):
+        together = [value for part in parts if part is not None for value in getattr(part, name)]
+        assert together == getattr(whole.choices[0].logprobs, name)
+    assert "".join(chunk.choices[0].text for chunk in streamed) == whole.choices[0].text
+
+
+def test_bytes_that_are_no_character_are_spelled_out(client: openai.OpenAI) -> None:
+    found = client.completions.create(model="zangchat-test", prompt="é", max_tokens=0, echo=True, logprobs=0).choices[0].logprobs
+    assert found is not None and (found.tokens, found.text_offset) == (["bytes:\\xc3", "bytes:\\xa9"], [0, 0])
+
+
+def test_openai_chat_with_log_probabilities(client: openai.OpenAI) -> None:
+    question: Any = ask("calculate")
+    whole = client.chat.completions.create(model="zangchat-test", messages=question, logprobs=True, top_logprobs=2)
+    assert whole.choices[0].logprobs is not None and whole.choices[0].logprobs.content is not None
+    content = whole.choices[0].logprobs.content
+    assert "".join(entry.token for entry in content) == whole.choices[0].message.content == "It is , so 42."
+    assert all(len(entry.top_logprobs) == 2 and bytes(entry.bytes or []).decode() == entry.token for entry in content)
+    streamed = client.chat.completions.create(model="zangchat-test", messages=question, logprobs=True, stream=True)
+    entries = [entry for chunk in streamed if chunk.choices[0].logprobs for entry in chunk.choices[0].logprobs.content or []]
+    assert [(entry.token, entry.logprob) for entry in entries] == [(entry.token, entry.logprob) for entry in content]
+
+
+def test_stop_strings_end_an_answer_and_are_not_shown(client: openai.OpenAI, url: str) -> None:
+    answer = client.chat.completions.create(model="zangchat-test", messages=ask("one two three"), stop=["x", "two t"])  # type: ignore[arg-type]
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("Re: one ", "stop")
+    streamed = client.completions.create(model="zangchat-test", prompt="", stop=":", stream=True)
+    assert "".join(chunk.choices[0].text for chunk in streamed) == "Re"
+    *tokens, last = events(httpx.post(url + "/chat/completions", json={"messages": ask("hi there"), "stop": "the"}))
+    assert "".join(event["token"] for event in tokens) == "Re: hi " and last["finish_reason"] == "stop"
+
+
+def test_parameters_that_are_off_or_about_openais_own_service_are_no_hindrance(url: str) -> None:
+    body = {"prompt": "", "logit_bias": {}, "suffix": None, "presence_penalty": 0, "user": "me", "best_of": 1, "min_p": 0.1}
+    assert httpx.post(url + "/v1/completions", json=body).status_code == 200
+
+
+def test_the_api_keeps_to_its_own_description(url: str) -> None:
+    schema = schemathesis.openapi.from_url(url + "/openapi.json")
+    seen = set()
+
+    @hypothesis.settings(max_examples=8, deadline=None, database=None, derandomize=True)
+    @hypothesis.given(data=st.data())
+    def run(data: Any) -> None:
+        for operation in schema.get_all_operations():
+            case = data.draw(operation.ok().as_strategy())
+            seen.add(case.path)
+            # the order of roles and the length of the context have no words in JSON Schema
+            case.call_and_validate(excluded_checks=[positive_data_acceptance])
+
+    run()
+    assert {"/v1/completions", "/v1/chat/completions", "/chat/completions", "/metrics"} <= seen
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 USER, ASSISTANT, SYSTEM = ({"role": role, "content": "x"} for role in ("user", "assistant", "system"))
@@ -217,7 +301,13 @@ def test_bad_requests_are_told_what_is_wrong(server: tuple[str, Any], path: str,
         ({"prompt": ["x"] * 40, "n": 2}, 400, "40 prompts x n=2"),
         ({"prompt": "x", "n": 0}, 400, "n: "),
         ({"prompt": "x", "model": "gpt-9"}, 404, "there is no model 'gpt-9' here; this server has 'zangchat-test'"),
-        ({"prompt": "x", "stop": ["\n"], "logprobs": 3}, 400, "does not support stop, logprobs"),
+        ({"prompt": "x", "logit_bias": {"1": 2}, "frequency_penalty": 0.5}, 400, "does not support logit_bias, frequency_penalty"),
+        ({"prompt": "x", "temprature": 0}, 400, "does not support temprature"),
+        ({"prompt": "x", "stop": [""]}, 400, "stop"),
+        ({"prompt": "x", "stop": ["a"] * 17}, 400, "stop"),
+        ({"prompt": "x", "logprobs": 21}, 400, "logprobs"),
+        ({"prompt": "x", "min_p": 2}, 400, "min_p"),
+        ({"prompt": "x", "repetition_penalty": 0}, 400, "repetition_penalty"),
         ({"prompt": "x" * 512}, 400, "2 more than the context"),
     ],
 )
@@ -252,6 +342,11 @@ def test_a_long_chat_is_trimmed_where_that_was_asked_for(url: str) -> None:
 
 
 # ---- load -----------------------------------------------------------------------------------------------------------
+
+
+def post_head(path: str, body: bytes) -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode()
 
 
 def idle(pool: Any) -> bool:
@@ -296,10 +391,34 @@ def test_a_client_that_leaves_before_its_answer_frees_its_slot() -> None:
         for path, extra in (("/v1/chat/completions", {}), ("/v1/chat/completions", {"n": 2}), ("/chat/completions", {})):
             body = json.dumps({"messages": ask("hi"), **extra}).encode()
             with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
-                head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-                connection.sendall(head.encode() + body)
+                connection.sendall(post_head(path, body) + body)
                 assert eventually(lambda: pool.load > 0)
             assert eventually(lambda: idle(pool))
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Le", None])
+def test_half_open_connections_take_no_place(server: tuple[str, Any], sent: bytes | None) -> None:
+    url, pool = server
+    body = json.dumps({"messages": ask("hi")}).encode()
+    if sent is None:
+        sent = post_head("/chat/completions", body) + body[:10]  # the rest never comes
+    with ExitStack() as stack:
+        for _ in range(20):
+            stack.enter_context(socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))).sendall(sent)
+        assert pool.load == 0
+        assert httpx.post(url + "/v1/chat/completions", json={"messages": ask("hi")}).status_code == 200
+    assert eventually(lambda: idle(pool))
+
+
+def test_a_client_that_stops_reading_loses_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "SEND_SECONDS", 0.3)
+    flood = engine(lambda question: "x" * 400, sequence_len=512)
+    with serving(flood, max_tokens=400, model_name="z" * 100_000) as (url, pool), socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        client.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+        body = json.dumps({"messages": ask("hi"), "stream": True}).encode()  # every event repeats the model's long name
+        client.sendall(post_head("/v1/chat/completions", body) + body)
+        assert eventually(lambda: pool.served == 1) and eventually(lambda: idle(pool))
 
 
 def test_a_request_has_a_time_limit() -> None:
@@ -343,6 +462,16 @@ def test_health_and_stats(server: tuple[str, Any]) -> None:
     assert httpx.get(url + "/health").json() == {"status": "ok"}
     stats = httpx.get(url + "/stats").json()
     assert stats["model"] == "zangchat-test" and stats["tokens"] > 0 and stats["workers"][0]["running"] == 0
+
+
+def test_metrics_can_be_scraped(server: tuple[str, Any]) -> None:
+    url, pool = server
+    response = httpx.get(url + "/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    lines = [line for line in response.text.splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r'zangchat_[a-z_]+(\{gpu="0"\})? \d+', line) for line in lines)
+    numbers = dict(line.rsplit(" ", 1) for line in lines)
+    assert int(numbers["zangchat_requests_total"]) == pool.served and int(numbers['zangchat_tokens_total{gpu="0"}']) > 0
 
 
 def test_an_api_key_guards_all_but_the_page() -> None:
