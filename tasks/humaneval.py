@@ -1,11 +1,11 @@
-"""HumanEval: write a Python function from its signature and docstring (arXiv:2107.03374). Answers run in the sandbox, with the tests."""
+"""HumanEval: write a Python function from its signature and docstring (arXiv:2107.03374). Answers and tests run in the sandbox, apart."""
 
 import re
 from typing import Any
 
 from tasks.common import Content, Conversation, RowsTask, chat, visible_text
 from zangchat.configurator import UserError
-from zangchat.execution import execute_code
+from zangchat.execution import SandboxLevel, execute_tests
 
 FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 TIMEOUT = 5.0  # seconds a program, tests included
@@ -22,7 +22,8 @@ class HumanEval(RowsTask):
 
     folder, hub, fields = "openai_humaneval", "openai/openai_humaneval", ("task_id", "prompt", "canonical_solution", "test", "entry_point")
 
-    def __init__(self, split: str = "test", **view: int) -> None:
+    def __init__(self, split: str = "test", minimum_level: SandboxLevel = SandboxLevel.FILTERED, **view: int) -> None:
+        self.minimum_level = minimum_level  # of the sandbox; below it nothing is run
         if split == "train":
             raise UserError("HumanEval has no training data: leave humaneval out of the mixture")
         super().__init__("", split, hub_config=None, **view)
@@ -33,11 +34,13 @@ class HumanEval(RowsTask):
 
     def evaluate(self, conversation: Conversation, completion: Content) -> bool:
         """Whether the tests pass. Running out of time or memory is a failure like any other."""
-        return execute_code(self.program(conversation, extract_code(visible_text(completion))), timeout=TIMEOUT).success
+        code, tests = self.programs(conversation, extract_code(visible_text(completion)))
+        return execute_tests(code, tests, conversation["entry_point"], timeout=TIMEOUT, minimum_level=self.minimum_level).success
 
-    def program(self, conversation: Conversation, code: str) -> str:
-        """Prompt, answer, tests. The prompt always comes first: it has imports and helpers that answer and tests may call."""
+    def programs(self, conversation: Conversation, code: str) -> tuple[str, str]:
+        """(the answer, its tests). The prompt comes first in both: it has imports and helpers that either may call."""
         prompt, entry_point = conversation["prompt"], conversation["entry_point"]
+        stub = f"{prompt}\n    pass\n\n"
         whole = re.search(rf"^(async )?def {re.escape(entry_point)}\b", code, re.MULTILINE)
-        answer = f"{prompt}\n    pass\n\n{code}" if whole else prompt + code
-        return f"{answer}\n\n{conversation['test']}\n\ncheck({entry_point})\n"
+        tests = f"{stub}{entry_point} = candidate\n{conversation['test']}\n\ncheck(candidate)\n"
+        return stub + code if whole else prompt + code, tests

@@ -4,6 +4,7 @@ import json
 import sys
 import types
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -353,7 +354,7 @@ PROBLEM = {
     "task_id": "T/0",
     "prompt": PROMPT,
     "canonical_solution": "    return math.pi * r * r\n",
-    "test": "def check(candidate):\n    assert abs(candidate(2) - 12.566) < 0.01\n    assert half(candidate(0)) == 0\n",
+    "test": "def check(candidate):\n    assert abs(candidate(2) - 12.566) < 0.01\n    assert half(area(0)) == 0\n",
     "entry_point": "area",
 }
 
@@ -364,7 +365,12 @@ def test_code_is_taken_out_of_its_fence():
     assert extract_code("    return 1") == "    return 1"
 
 
-@pytest.mark.skipif(sandbox_level() < SandboxLevel.FILTERED, reason="the sandbox of this machine is too weak for model-written code")
+needs_sandbox = pytest.mark.skipif(
+    sandbox_level() < SandboxLevel.FILTERED, reason="the sandbox of this machine is too weak for model-written code"
+)
+
+
+@needs_sandbox
 def test_humaneval_runs_the_tests(base_dir):
     put(base_dir, "openai_humaneval/test.jsonl", [PROBLEM])
     task = HumanEval()
@@ -384,6 +390,22 @@ def test_humaneval_runs_the_tests(base_dir):
     ]
     assert [task.evaluate(conversation, answer) for answer in right] == [True] * 3
     assert [task.evaluate(conversation, answer) for answer in wrong[:5]] == [False] * 5
+
+
+@needs_sandbox
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the development data is not here")
+def test_every_solution_of_humaneval_passes_and_no_empty_one(base_dir):
+    (base_dir / "tasks").mkdir()
+    (base_dir / "tasks" / "openai_humaneval").symlink_to(SHARED / "openai_humaneval")
+    task = load_task("humaneval", "test")
+    assert len(task) == 164
+
+    def verdicts(conversation: Any) -> tuple[bool, bool]:
+        return task.evaluate(conversation, conversation["messages"][1]["content"]), task.evaluate(conversation, "    return None\n")
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(verdicts, task))
+    assert found == [(True, False)] * 164, [task[i]["task_id"] for i, pair in enumerate(found) if pair != (True, False)]
 
 
 # ---- CustomJSON -----------------------------------------------------------------------------------------------------
