@@ -25,11 +25,11 @@ def busy_cores(seconds: float = 1.0) -> float:
     return max(0.0, (os.cpu_count() or 1) - (idle() - before) / os.sysconf("SC_CLK_TCK") / passed)
 
 
-def machine(allow_busy: bool) -> dict[str, Any]:
+def machine(allowed: bool) -> dict[str, Any]:
     """Where a figure is taken. Raises UserError on a machine that is busy, unless that is allowed."""
     busy = busy_cores()
-    if busy > 0.2 and not allow_busy:
-        raise UserError(f"{busy:.1f} cores are busy with something else: wait, or add --allow_busy and do not quote the figures")
+    if busy > 0.2 and not allowed:
+        raise UserError(f"{busy:.1f} cores are busy with something else: wait, or add --busy and do not quote the figures")
     return {
         "cores": os.cpu_count(),
         "busy_cores_before": round(busy, 2),

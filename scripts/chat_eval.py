@@ -35,6 +35,7 @@ class Config:
     temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.0
     top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50  # 0 = all tokens
     seed: int = 42
+    allow_unsafe_code: bool = False  # run the programs of HumanEval's answers also where no sandbox holds them
     device_type: str = ""  # cuda | mps | cpu; empty = the best one present
     dtype: str = ""  # bfloat16 | float16 | float32; empty = what the device is really fast with
 
@@ -48,6 +49,7 @@ def evaluate(config: Config) -> int:
     check(config)
     try:
         from zangchat.engine import Engine, load_for_chat
+        from zangchat.execution import SandboxRefused
 
         model, tokenizer, meta = load_for_chat(config)
         engine = Engine(model, tokenizer)
@@ -57,7 +59,7 @@ def evaluate(config: Config) -> int:
         for name in names:
             try:
                 results[name] = score(config, name, engine, model_name)
-            except MissingData as error:
+            except (MissingData, SandboxRefused) as error:
                 if config.task_name:
                     raise
                 missing[name] = str(error)
@@ -100,12 +102,17 @@ def check(config: Config) -> None:
 
 
 def score(config: Config, name: str, engine: Any, model_name: str) -> "TaskResult":
+    from zangchat.execution import SandboxLevel, require_sandbox
     from zangchat.report import get_report
     from zangchat.task_eval import evaluate_task
 
+    options = {}
+    if name == "HumanEval":
+        options["minimum_level"] = SandboxLevel.NONE if config.allow_unsafe_code else SandboxLevel.FILTERED
+        require_sandbox(options["minimum_level"])  # before anything is generated
     result = evaluate_task(
         engine,
-        load_task(name, "test"),
+        load_task(name, "test", **options),
         num_samples=config.num_samples,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
@@ -137,10 +144,13 @@ def scores(results: dict[str, "TaskResult"], missing: dict[str, str]) -> dict[st
 def report(
     config: Config, stage: str, model_name: str, results: dict[str, "TaskResult"], summary: dict[str, float], missing: dict[str, str]
 ) -> None:
+    from zangchat.execution import find_sandbox
     from zangchat.report import get_report
 
     settings = {key: value for key, value in configurator.to_dict(config).items() if value is not None}
-    sizes = {f"{name} problems": len(result.items) for name, result in results.items()}
+    sizes: dict[str, Any] = {f"{name} problems": len(result.items) for name, result in results.items()}
+    if "HumanEval" in results:
+        sizes["sandbox"] = str(find_sandbox())
     samples = [
         {"messages": [{"role": "user", "content": item.prompt}, {"role": "assistant", "content": item.completions[0]}]}
         for result in results.values()

@@ -70,6 +70,10 @@ class SandboxLevel(enum.IntEnum):
         return self.name.lower()
 
 
+class SandboxRefused(UserError):
+    """This machine cannot hold the code as well as was asked for."""
+
+
 class SandboxError(RuntimeError):
     """The sandbox itself failed; says nothing about the code."""
 
@@ -106,9 +110,9 @@ def execute_code(
     """Run a Python program in the sandbox; standard library only. Safe to call from many threads at once.
 
     timeout: seconds of wall-clock time for the code itself. maximum_memory_bytes: of address space, the interpreter's ~30 MB included.
-    Raises UserError where the sandbox of this machine is below `minimum_level`, SandboxError where the sandbox itself broke.
+    Raises SandboxRefused where the sandbox of this machine is below `minimum_level`, SandboxError where the sandbox itself broke.
     """
-    return run_in_jail(code, _checked(minimum_level).jail, timeout, maximum_memory_bytes)
+    return run_in_jail(code, require_sandbox(minimum_level).jail, timeout, maximum_memory_bytes)
 
 
 def execute_tests(
@@ -125,16 +129,17 @@ def execute_tests(
     Arguments and values are literals (numbers with inf and nan, text, bytes, None, and lists, tuples, sets and dicts of them) and travel by
     value; an exception of the function is raised in the tests. `success`: the tests ran to their end, whatever the code says of itself.
     """
-    return run_in_jail(code, _checked(minimum_level).jail, timeout, maximum_memory_bytes, (tests, entry_point))
+    return run_in_jail(code, require_sandbox(minimum_level).jail, timeout, maximum_memory_bytes, (tests, entry_point))
 
 
-def _checked(minimum_level: SandboxLevel) -> "Sandbox":
+def require_sandbox(minimum_level: SandboxLevel) -> Sandbox:
+    """The sandbox of this machine; SandboxRefused where it is below `minimum_level`."""
     sandbox = find_sandbox()
     if sandbox.level < minimum_level:
-        remedy = "on Linux install bubblewrap (apt-get install bubblewrap) or allow user namespaces"
+        remedy = "on Linux allow user namespaces or install bubblewrap (apt-get install bubblewrap)"
         if sys.platform != "linux":
             remedy = f"{sys.platform} has no such sandbox: run this on Linux, or in a Linux container or virtual machine"
-        raise UserError(
+        raise SandboxRefused(
             f"model-written code is not run here: the sandbox of this machine reaches level '{sandbox.level}', "
             f"below '{minimum_level}'; {remedy}"
         )
@@ -152,7 +157,7 @@ def sandbox_level() -> SandboxLevel:
 def run_in_jail(code: str, jail: Jail, timeout: float, memory_bytes: int, tests: tuple[str, str] | None = None) -> ExecutionResult:
     """execute_code, or execute_tests with (tests, entry_point), with given layers, whatever they are worth."""
     if os.name != "posix":
-        raise UserError(f"model-written code is not run here: {sys.platform} has no sandbox; use Linux, or WSL on Windows")
+        raise SandboxRefused(f"model-written code is not run here: {sys.platform} has no sandbox; use Linux, or WSL on Windows")
     nonce = secrets.token_hex(16)
     limits = {
         "RLIMIT_CORE": 0,

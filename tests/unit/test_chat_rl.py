@@ -17,8 +17,9 @@ from scripts import base_eval, chat_eval, chat_rl
 from tasks import common, spellingbee
 from tasks.common import REGISTRY, Entry, GeneratedTask, chat, visible_text
 from tests.unit.test_core_eval import make_bundle
-from zangchat import checkpoint_manager, trainer
+from zangchat import checkpoint_manager, execution, trainer
 from zangchat.config import GPTConfig, RunState
+from zangchat.execution import ExecutionResult, Jail, Sandbox, SandboxLevel
 from zangchat.gpt import GPT
 from zangchat.report import get_report
 from zangchat.tokenizer import RustBPETokenizer
@@ -210,6 +211,27 @@ def test_chat_eval_refuses_missing_data_that_was_asked_for(base, capsys):
     ):
         assert chat_eval.main(["-g", "a", *flags, *CPU]) == 2
         assert complaint in capsys.readouterr().err
+
+
+def test_programs_of_answers_run_only_where_a_sandbox_holds_them_unless_told_otherwise(base, capsys, monkeypatch):
+    (base / "tasks" / "openai_humaneval").mkdir()
+    row = {
+        "task_id": "T/0",
+        "prompt": "def f(x):\n",
+        "canonical_solution": "    return x\n",
+        "test": "def check(f): f(1)",
+        "entry_point": "f",
+    }
+    (base / "tasks" / "openai_humaneval" / "test.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    monkeypatch.setattr(execution, "find_sandbox", lambda: Sandbox(Jail(), SandboxLevel.LIMITS))
+    ran: list[str] = []
+    monkeypatch.setattr(execution, "run_in_jail", lambda code, *_: ran.append(code) or ExecutionResult(True, "", ""))
+    evaluate = ["-g", "a", "-m", "4", "-a", "HumanEval", *CPU]
+    assert chat_eval.main(evaluate) == 2 and not ran
+    assert "'limits', below 'filtered'" in capsys.readouterr().err
+    assert chat_eval.main([*evaluate, "--allow_unsafe_code"]) == 0 and len(ran) == 1
+    (card,) = [card for card in get_report().cards() if card.section == "Chat evaluation sft"]
+    assert card.data[1]["sandbox"] == "limits (resource limits)"
 
 
 def test_the_whole_of_chatcore_is_the_mean_of_centred_accuracies():
