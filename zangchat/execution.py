@@ -6,7 +6,7 @@ The code runs in a fresh interpreter (`python -I -S -B`: no environment, no site
                    but the interpreter's (read-only) and an empty /tmp in memory; without either there is no place to write
   resources        memory, CPU time, file sizes, descriptors, processes; the wall clock and the output are watched from here
   files            Landlock: the same files, by another part of the kernel, and no program started
-  system calls     a seccomp filter: no socket, no new process or program, no tracing, no signal to others
+  system calls     a seccomp filter: no socket, no new process or program, no tracing, no signal to others; without a /tmp no writing
 
 What a machine allows differs (containers often forbid namespaces, macOS has neither), so `find_sandbox` attacks every layer by itself and
 then all together, once, and reports what held; code below `minimum_level` is not run.
@@ -178,6 +178,7 @@ def run_in_jail(code: str, jail: Jail, timeout: float, memory_bytes: int, tests:
         "landlock": jail.landlock,
         "seccomp": jail.seccomp,
         "drop": jail.drop,
+        "keep_search": jail.world == "none" and jail.landlock and not _interpreter_is_public(),
         "uid": UID_BASE + secrets.randbelow(UID_RANGE // 4) * 4,  # and the next ones: each process is a user of its own
         "visible": _visible_paths(),
         "writable": () if jail.world == "none" else ("/tmp",),
@@ -356,7 +357,7 @@ def _command(jail: Jail, result_fd: int, tests_fd: int) -> list[str]:
 # -- what holds here ---------------------------------------------------------------------------------------------------
 
 ATTACK = """
-import ctypes, json, os, socket
+import ctypes, fcntl, json, os, socket
 port, secret, target, victim = {port!r}, {secret!r}, {target!r}, {victim!r}
 def succeeds(attack):
     try:
@@ -369,10 +370,11 @@ def fork():
 print(json.dumps({{
     "network": succeeds(lambda: socket.create_connection(("127.0.0.1", port), 1)),
     "process": succeeds(fork),
-    "signal": succeeds(lambda: os.kill(victim, 0)),
+    "signal": succeeds(lambda: os.kill(victim, 0)) or succeeds(lambda: fcntl.fcntl(1, fcntl.F_SETOWN, victim)),
     "trace": succeeds(lambda: ctypes.CDLL(None).ptrace(0x4206, victim, 0, 0) == 0),  # PTRACE_SEIZE
     "root": succeeds(lambda: os.setuid(0)),
     "write": succeeds(lambda: os.close(os.open(target, os.O_WRONLY))),
+    "change": succeeds(lambda: os.chmod(target, 0o644)),
     "read": succeeds(lambda: open(secret).read()),
     "environment": succeeds(lambda: open(f"/proc/{{victim}}/environ").read()),
     "memory": succeeds(lambda: bytearray(2**30)),
@@ -380,10 +382,10 @@ print(json.dumps({{
 """
 # What each layer holds back by itself; the reported level is what all of them hold together.
 HOLDS = {
-    "bubblewrap": ("network", "signal", "trace", "write", "read", "environment"),
-    "namespaces": ("network", "signal", "trace", "write", "read", "environment"),
+    "bubblewrap": ("network", "signal", "trace", "write", "change", "read", "environment"),
+    "namespaces": ("network", "signal", "trace", "write", "change", "read", "environment"),
     "landlock": ("write", "read", "environment"),
-    "seccomp": ("network", "process", "signal", "trace"),
+    "seccomp": ("network", "process", "signal", "trace", "write", "change"),
 }
 
 
@@ -393,9 +395,9 @@ def find_sandbox() -> Sandbox:
     if os.name != "posix":
         return Sandbox(Jail(), SandboxLevel.NONE)
     world = next((world for world in ("namespaces", "bubblewrap") if _holds(Jail(world), world)), "none")
-    jail = Jail(world, drop=world != "none" or _interpreter_is_public())
-    jail = replace(jail, landlock=_holds(Jail(landlock=True), "landlock"), seccomp=_holds(Jail(seccomp=True), "seccomp"))
-    for chosen in (jail, Jail()):
+    landlock, seccomp = _holds(Jail(landlock=True), "landlock"), _holds(Jail(seccomp=True), "seccomp")
+    jail = Jail(world, landlock, seccomp, drop=world != "none" or landlock or _interpreter_is_public())
+    for chosen in (jail, replace(jail, drop=False), Jail()):
         try:
             return Sandbox(chosen, _level(attack(chosen)))
         except (SandboxError, OSError):  # the layers do not go together; or nothing can be run at all
@@ -411,8 +413,9 @@ def _holds(jail: Jail, layer: str) -> bool:
     return not any(through[name] for name in HOLDS[layer])
 
 
+@functools.cache
 def _interpreter_is_public() -> bool:
-    """Whether another user can read the interpreter's files; else root must not step down where these are all it sees."""
+    """Whether another user can read the interpreter's files; where these are all that root sees, it cannot just step down."""
     folder = Path(os.path.realpath(sys.base_prefix))
     return all(path.stat().st_mode & 0o005 == 0o005 for path in (folder, *folder.parents))
 
@@ -449,6 +452,6 @@ def _victim() -> Iterator[int]:
 def _level(through: dict[str, bool]) -> SandboxLevel:
     if through["memory"]:
         return SandboxLevel.NONE
-    if any(through[name] for name in ("root", "network", "process", "signal", "trace", "write")):
+    if any(through[name] for name in ("root", "network", "process", "signal", "trace", "write", "change")):
         return SandboxLevel.LIMITS
     return SandboxLevel.FILTERED if through["read"] or through["environment"] else SandboxLevel.ISOLATED

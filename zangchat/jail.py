@@ -29,10 +29,12 @@ CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWN
 )  # fmt: skip
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
 MNT_DETACH = 2
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NAME, PR_GET_NAME, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 15, 16, 22, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_SET_NAME, PR_GET_NAME, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 8, 15, 16, 22, 38
 PR_SET_VMA = 0x53564D41  # libc names its memory with it
 SECCOMP_MODE_FILTER = 2
 SYS_MOUNT_SETATTR, SYS_LANDLOCK = 442, 444  # the same numbers everywhere, as all calls since 424
+CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 1, 2
+M_ARENA_MAX = -8
 NOBODY = 65534
 MAX_FRAME = 4 * 2**20  # bytes of one message between the processes
 
@@ -65,10 +67,25 @@ AARCH64 = {
     "kexec_file_load": 294,
 }  # fmt: skip
 DENIED = {"x86_64": (0xC000003E, X86_64), "aarch64": (0xC00000B7, AARCH64)}
-# Allowed by their first argument: {name: number}, per machine.
+# And where the program has no place of its own to write: whatever changes a file, its name or its attributes.
+CHANGES = {
+    "x86_64": {
+        "truncate": 76, "rename": 82, "mkdir": 83, "rmdir": 84, "creat": 85, "link": 86, "unlink": 87, "symlink": 88, "chmod": 90,
+        "fchmod": 91, "chown": 92, "fchown": 93, "lchown": 94, "utime": 132, "mknod": 133, "setxattr": 188, "lsetxattr": 189,
+        "fsetxattr": 190, "removexattr": 197, "lremovexattr": 198, "fremovexattr": 199, "utimes": 235, "mkdirat": 258, "mknodat": 259,
+        "fchownat": 260, "futimesat": 261, "unlinkat": 263, "renameat": 264, "linkat": 265, "symlinkat": 266, "fchmodat": 268,
+        "utimensat": 280, "renameat2": 316, "openat2": 437,
+    },
+    "aarch64": {
+        "setxattr": 5, "lsetxattr": 6, "fsetxattr": 7, "removexattr": 14, "lremovexattr": 15, "fremovexattr": 16, "mknodat": 33,
+        "mkdirat": 34, "unlinkat": 35, "symlinkat": 36, "linkat": 37, "renameat": 38, "truncate": 45, "fchmod": 52, "fchmodat": 53,
+        "fchownat": 54, "fchown": 55, "utimensat": 88, "renameat2": 276, "openat2": 437,
+    },
+}  # fmt: skip
+# Allowed by one of their arguments: {name: number}, per machine.
 BY_ARGUMENT = {
-    "x86_64": {"kill": 62, "tgkill": 234, "prlimit64": 302, "clone": 56, "prctl": 157},
-    "aarch64": {"kill": 129, "tgkill": 131, "prlimit64": 261, "clone": 220, "prctl": 167},
+    "x86_64": {"kill": 62, "tgkill": 234, "prlimit64": 302, "clone": 56, "prctl": 157, "fcntl": 72, "open": 2, "openat": 257},
+    "aarch64": {"kill": 129, "tgkill": 131, "prlimit64": 261, "clone": 220, "prctl": 167, "fcntl": 25, "openat": 56},
 }
 CLONE3, CLONE_THREAD, NEW_NAMESPACE, LAST_KNOWN = 435, 0x10000, 0x7E020000, 451
 EPERM, ENOSYS, SIGKILL = 1, 38, 9  # the modules errno and signal take milliseconds to import
@@ -289,9 +306,15 @@ def read_only(path: str, recursive: bool = True) -> None:
 # -- privileges and limits ---------------------------------------------------------------------------------------------
 
 
-def drop_privileges(uid: int) -> None:
-    """Become `uid` (nobody where that number does not exist here); without root, put down the user namespace's capabilities."""
+def drop_privileges(uid: int, keep_search: bool = False) -> None:
+    """Become `uid` (nobody where that number does not exist here); without root, put down the user namespace's capabilities.
+
+    keep_search: all of root's rights but one go, that of reading what is closed to others: for an interpreter within root's home, where
+    Landlock says what may be read.
+    """
     if os.getuid() == 0:
+        if keep_search:
+            prctl(PR_SET_KEEPCAPS, 1)
         os.setgroups([])
         try:
             os.setresgid(uid, uid, uid)
@@ -299,10 +322,20 @@ def drop_privileges(uid: int) -> None:
             uid = NOBODY
             os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
-    elif sys.platform == "linux":
-        call("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))
     if sys.platform == "linux":
+        if not keep_search:
+            keep_capability()
+        else:
+            try:
+                keep_capability(CAP_DAC_READ_SEARCH)
+            except OSError:  # Docker gives the greater one only
+                keep_capability(CAP_DAC_OVERRIDE)
         prctl(PR_SET_PDEATHSIG, SIGKILL)  # a change of user had cleared it
+
+
+def keep_capability(*kept: int) -> None:
+    mask = sum(1 << number for number in kept)
+    call("capset", struct.pack("Ii", 0x20080522, 0), struct.pack("6I", mask, mask, 0, 0, 0, 0))
 
 
 def set_limits(limits: dict[str, int]) -> None:
@@ -341,33 +374,43 @@ def restrict_files(visible: tuple[str, ...], writable: tuple[str, ...]) -> None:
     os.close(rules)
 
 
-def filter_system_calls() -> None:
-    """No network, no new process or program, no tracing, no signal but to oneself; threads work. Needs no privilege."""
+def filter_system_calls(writes: bool) -> None:
+    """No network, no new process or program, no tracing, no signal but to oneself, no change to files without `writes`; threads work.
+
+    Needs no privilege.
+    """
     machine = os.uname().machine
     if machine not in DENIED:
         raise OSError(ENOSYS, f"no system call table for {machine}")
     architecture, numbers = DENIED[machine]
     load, jump_equal, jump_greater, jump_set, leave = 0x20, 0x15, 0x25, 0x45, 0x06
     allow, kill, refuse, unknown = 0x7FFF0000, 0x80000000, 0x50000 | EPERM, 0x50000 | ENOSYS
-    argument = 16  # low half of the first argument in struct seccomp_data
     program = [(load, 0, 0, 4), (jump_equal, 1, 0, architecture), (leave, 0, 0, kill), (load, 0, 0, 0)]
     program += [(jump_greater, 0, 1, LAST_KNOWN), (leave, 0, 0, unknown)]  # x32 numbers, too
     program += [(jump_equal, 0, 1, CLONE3), (leave, 0, 0, unknown)]  # its flags lie in memory: libc then uses clone
-    for number in [*numbers.values(), *NEWER.values()]:
+    changes = {} if writes else CHANGES[machine]
+    for number in [*numbers.values(), *NEWER.values(), *changes.values()]:
         program += [(jump_equal, 0, 1, number), (leave, 0, 0, refuse)]
     itself = [(jump_equal, os.getpid(), allow)]
+    to_change = [] if writes else [(jump_set, os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC, refuse)]
+    owner_and_signal = [(jump_equal, command, refuse) for command in (8, 10, 15)]  # F_SETOWN, F_SETSIG, F_SETOWN_EX: signals by files
+    # which argument, tests and their verdicts, the verdict where none applies
     tests = {
-        "kill": itself,
-        "tgkill": itself,
-        "prlimit64": [(jump_equal, 0, allow)],
-        "prctl": [(jump_equal, option, allow) for option in (PR_SET_NAME, PR_GET_NAME, PR_SET_VMA)],
-        "clone": [(jump_set, NEW_NAMESPACE, refuse), (jump_set, CLONE_THREAD, allow)],
+        "kill": (0, itself, refuse),
+        "tgkill": (0, itself, refuse),
+        "prlimit64": (0, [(jump_equal, 0, allow)], refuse),
+        "prctl": (0, [(jump_equal, option, allow) for option in (PR_SET_NAME, PR_GET_NAME, PR_SET_VMA)], refuse),
+        "clone": (0, [(jump_set, NEW_NAMESPACE, refuse), (jump_set, CLONE_THREAD, allow)], refuse),
+        "fcntl": (1, owner_and_signal, allow),
+        "open": (1, to_change, allow),
+        "openat": (2, to_change, allow),
     }
     for name, number in BY_ARGUMENT[machine].items():
-        program += [(jump_equal, 0, 2 + 2 * len(tests[name]), number), (load, 0, 0, argument)]
-        for test, value, verdict in tests[name]:
+        argument, cases, otherwise = tests[name]
+        program += [(jump_equal, 0, 2 + 2 * len(cases), number), (load, 0, 0, 16 + 8 * argument)]  # the low half in struct seccomp_data
+        for test, value, verdict in cases:
             program += [(test, 0, 1, value), (leave, 0, 0, verdict)]
-        program.append((leave, 0, 0, refuse))
+        program.append((leave, 0, 0, otherwise))
     program.append((leave, 0, 0, allow))
     instructions = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
     sock_fprog = struct.pack("HP", len(program), ctypes.addressof(instructions))
@@ -377,7 +420,9 @@ def filter_system_calls() -> None:
 def confine(request: dict[str, Any], role: int) -> None:
     """Everything that is to be given up, in the process that will run the code. Raises OSError or ValueError where it cannot be."""
     if request["drop"]:
-        drop_privileges(request["uid"] + role)
+        drop_privileges(request["uid"] + role, request["keep_search"])
+    if hasattr(libc(), "mallopt"):
+        libc().mallopt(M_ARENA_MAX, 1)  # else each thread takes 64 MiB of the address space
     os.umask(0o077)
     set_limits(request["limits"])
     if sys.platform == "linux":
@@ -386,7 +431,7 @@ def confine(request: dict[str, Any], role: int) -> None:
     if request["landlock"]:
         restrict_files(request["visible"], request["writable"])
     if request["seccomp"]:
-        filter_system_calls()
+        filter_system_calls(bool(request["writable"]))
 
 
 # -- the run -----------------------------------------------------------------------------------------------------------

@@ -597,11 +597,14 @@ def test_new_processes_programs_and_powers_are_refused(run):
 def test_other_processes_are_out_of_reach(guard, run):
     result = run(
         f"""
-        import ctypes, os, signal
+        import ctypes, fcntl, os, signal
         libc = ctypes.CDLL(None)
         for pid in {(guard.owner, guard.canary)}:
             for number in range(65):
                 try: os.kill(pid, number); print("kill", pid, number, os.getpid())
+                except OSError: pass
+            for command in (fcntl.F_SETOWN, fcntl.F_SETSIG):
+                try: fcntl.fcntl(1, command, pid % 64); print("signals by a file", command)
                 except OSError: pass
             for request in (16, 0x4206):  # attach, seize
                 if libc.ptrace(request, pid, 0, 0) == 0: print("traced", pid)
@@ -642,6 +645,26 @@ def test_root_steps_down(attacked, world):
         pytest.skip("only root has something to put down")
     assert not attacked(Jail(world, drop=True))["root"]
     assert attacked(Jail(world, drop=False))["root"]
+
+
+def test_without_namespaces_the_other_layers_hold_everything_together(guard, attacked):
+    """As in Docker, where root's interpreter may lie in a home that is closed to the user it becomes."""
+    alone = Jail(landlock=True, seccomp=True, drop=True)
+    assert not any(attacked(alone).values())
+    changes = """
+import os
+for flags in (os.O_WRONLY, os.O_RDWR, os.O_TRUNC, os.O_CREAT):
+    try: os.close(os.open(os.__file__, flags)); print("opened", flags)
+    except OSError: pass
+for change in (os.unlink, os.rmdir, os.mkdir, os.mknod, lambda path: os.chmod(path, 0o777), lambda path: os.chown(path, -1, -1), os.utime,
+               lambda path: os.rename(path, path), lambda path: os.link(path, path + "x"), lambda path: os.symlink(path, path + "x"),
+               lambda path: os.truncate(path, 0), lambda path: os.setxattr(path, "user.x", b"x")):
+    try: change(os.__file__); print("changed")
+    except OSError: pass
+print(len(open(os.__file__).read()) > 1000)
+"""
+    assert guard.run(changes, jail=alone).stdout == "True\n"
+    assert guard.run("def f(x): return x", tests=("assert candidate(1) == 1", "f"), jail=alone).success
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -732,7 +755,7 @@ def test_where_there_are_no_processes_to_fork_it_is_said(monkeypatch):
 
 def test_a_layer_that_breaks_or_leaks_is_left_out_and_the_level_falls(monkeypatch):
     """The layers found are those that hold under attack, whatever the machine claims to have."""
-    clean = dict.fromkeys(("network", "process", "signal", "trace", "root", "write", "read", "environment", "memory"), False)
+    clean = dict.fromkeys(("network", "process", "signal", "trace", "root", "write", "change", "read", "environment", "memory"), False)
 
     def attack(jail: Jail) -> dict[str, bool]:
         if jail.world == "namespaces":
