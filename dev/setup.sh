@@ -62,7 +62,7 @@ fi
 # --- everything else at the versions and hashes of the lock -----------------------------------------------------------------
 install() { uv pip install --quiet --constraint requirements.lock "$@"; }
 say "installing the pinned dependencies"
-install -r pyproject.toml --extra hf ${dev:+--extra dev} || die "the dependencies could not be installed: check the network, then run this again"
+install -r pyproject.toml --extra hf ${dev:+--extra dev --extra examples} || die "the dependencies could not be installed: check the network, then run this again"
 install --no-deps --editable . || die "the project itself could not be installed"
 
 # --- the tokenizer: our crate where cargo can build it, else its PyPI namesake for training and tiktoken for encoding --------

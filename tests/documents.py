@@ -71,4 +71,4 @@ def check_command(line: str, where: str) -> None:
         if words[0] == "torchrun":  # it takes abbreviations of its own flags, --run among them, unless a `--` comes first
             assert words[words.index("-m") + 2 :][:1] in ([], ["--"]), f"{where}: {line} needs `--` after the module"
     else:
-        assert words[0] == "source", f"{where}: unknown command {line}"
+        assert words[0] in ("source", "lm_eval"), f"{where}: unknown command {line}"
