@@ -95,7 +95,8 @@ def repetition(config: Config, worker: str) -> dict[str, Any]:
         for name, value in configurator.to_dict(settings).items()
         if value != defaults[name]
     ]
-    done = subprocess.run([sys.executable, "-m", "dev.bench_train", *flags], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    command = [sys.executable, "-m", "dev.bench_train", *flags]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=Path(__file__).parents[1])
     if done.returncode:
         raise configurator.UserError(f"{worker} could not be measured:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -46,6 +46,7 @@ def run(config_cls: type[C], command: Callable[[C], int | None], argv: Sequence[
     """
     from zangchat import common
 
+    _write_utf8()
     try:
         try:
             config = parse(config_cls, argv)
@@ -59,6 +60,14 @@ def run(config_cls: type[C], command: Callable[[C], int | None], argv: Sequence[
     except KeyboardInterrupt:
         _complain("interrupted")
         return INTERRUPTED
+
+
+def _write_utf8() -> None:
+    """So that no character stops a command: Windows gives files and pipes an encoding that lacks most of them. A terminal keeps its own."""
+    chosen = "PYTHONIOENCODING" in os.environ
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding=None if chosen or stream.isatty() else "utf-8", errors="backslashreplace")
 
 
 def _complain(message: str) -> None:

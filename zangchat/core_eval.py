@@ -268,7 +268,7 @@ def answer_losses(model: "GPT", rows: Sequence[Row]) -> list[float]:
     losses = [0.0] * len(rows)
     for group in batches_of(rows, TOKENS_PER_BATCH):
         inputs, targets = _padded([rows[i] for i in group], model.get_device())
-        sums = model(inputs, targets, loss_reduction="none").double().sum(dim=1).tolist()
+        sums = model(inputs, targets, loss_reduction="none").cpu().double().sum(dim=1).tolist()
         for i, total in zip(group, sums, strict=True):
             losses[i] = total / (len(rows[i].tokens) - rows[i].start)
     return losses

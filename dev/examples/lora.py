@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from zangchat import configurator
+from zangchat import common, configurator
+
+IGNORED = -100  # a label that the loss leaves out
 
 
 @dataclass
@@ -38,13 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def finetune(config: Config) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
+    from torch.nn.utils.rnn import pad_sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(config.seed)
+    device = common.autodetect_device_type()
     tokenizer = AutoTokenizer.from_pretrained(config.model, padding_side="right")
-    base = AutoModelForCausalLM.from_pretrained(config.model)
+    base = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
     projections = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
-    model = get_peft_model(base, LoraConfig(r=config.rank, lora_alpha=2 * config.rank, target_modules=projections, task_type="CAUSAL_LM"))
+    adapters = LoraConfig(r=config.rank, lora_alpha=2 * config.rank, target_modules=projections, task_type="CAUSAL_LM")
+    model = get_peft_model(base, adapters).to(device)
     model.print_trainable_parameters()
     model.train()
     examples = [encode(tokenizer, json.loads(line)["messages"]) for line in config.data.read_text(encoding="utf-8").splitlines()]
@@ -53,14 +58,10 @@ def finetune(config: Config) -> None:
     for epoch in range(config.epochs):
         order.shuffle(examples)
         for start in range(0, len(examples), config.batch_size):
-            batch = examples[start : start + config.batch_size]
-            padded = tokenizer.pad({"input_ids": [ids for ids, _ in batch]}, return_tensors="pt")
-            labels = torch.full_like(padded["input_ids"], -100)  # what the loss leaves out
-            for row, (ids, mask) in enumerate(batch):
-                for i, (token, learn) in enumerate(zip(ids, mask, strict=True)):
-                    if learn:
-                        labels[row, i] = token
-            loss = model(**padded, labels=labels).loss
+            ids, labels = zip(*examples[start : start + config.batch_size], strict=True)
+            padded = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+            padded["labels"] = pad_sequence([torch.tensor(row) for row in labels], batch_first=True, padding_value=IGNORED)
+            loss = model(**padded.to(device)).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -70,10 +71,10 @@ def finetune(config: Config) -> None:
 
 
 def encode(tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
-    """(ids, mask): the chat template says by its generation marks which tokens are the assistant's to learn."""
+    """(ids, labels): the chat template says by its generation marks which tokens are the assistant's to learn."""
     found = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    limit = tokenizer.model_max_length
-    return found["input_ids"][:limit], found["assistant_masks"][:limit]
+    ids = found["input_ids"][: tokenizer.model_max_length]
+    return ids, [token if learn else IGNORED for token, learn in zip(ids, found["assistant_masks"], strict=False)]
 
 
 if __name__ == "__main__":

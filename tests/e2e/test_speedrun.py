@@ -1,7 +1,8 @@
-"""speedrun.sh, the very script, at depth 2 on two CPU processes with the corpus that every machine can make."""
+"""speedrun.sh and run1000.sh, the very scripts, at depth 2 on two CPU processes with the corpus that every machine can make."""
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -35,12 +36,13 @@ def test_the_whole_chain_on_two_ranks_and_again(tmp_path: Path) -> None:
     assert variables["NPROC_PER_NODE"] == "2" and variables["DATASET"] == "pydocs"
     env = {**os.environ, **variables, "ZANGCHAT_BASE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
 
-    def run() -> str:
-        done = subprocess.run(["bash", "speedrun.sh"], cwd=ROOT, env=env, capture_output=True, text=True)
+    def run(script: str, **more: str) -> str:
+        done = subprocess.run(["bash", script], cwd=ROOT, env={**env, **more}, capture_output=True, text=True)
         assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        assert "$ at" not in done.stdout and re.search(r"d2: 0 h \d\d min this time, \$\d+\.\d\d at \$24 an hour", done.stdout)
         return done.stdout
 
-    run()
+    run("run1000.sh")
     for stage in ("base", "mid", "chatsft"):
         lines = (tmp_path / f"{stage}_checkpoints" / "d2" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         losses = [values["loss"] for values in map(json.loads, lines) if "loss" in values]
@@ -50,5 +52,6 @@ def test_the_whole_chain_on_two_ranks_and_again(tmp_path: Path) -> None:
     assert "SFT" in report and "RL" in report
 
     weights = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model_*.pt")}
-    assert weights and run().count("nothing to do") >= 4, "a second run has no stage left"
+    again = run("speedrun.sh", RATIO="20")  # run1000.sh is speedrun.sh with other numbers
+    assert weights and again.count("nothing to do") >= 4, "a second run has no stage left"
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model_*.pt")} == weights

@@ -1,6 +1,7 @@
 """Command lines: every spelling a user may try, and one sentence for every mistake."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -249,6 +250,19 @@ def test_help_does_not_load_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--keep_last" in done.stdout
+
+
+def test_no_character_stops_a_command():
+    """Where a pipe's default encoding lacks it, as on Windows; unless the user asked for that encoding."""
+    code = (
+        "import sys\nfrom zangchat import configurator\nfrom zangchat.config import RunConfig\n"
+        "sys.exit(configurator.run(RunConfig, lambda config: print('you said \\u4f60\\u597d'), []))"
+    )
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=env)
+    assert done.stdout.decode("utf-8").strip() == "you said 你好", done.stderr
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env={**env, "PYTHONIOENCODING": "cp1252"})
+    assert done.stdout.decode("cp1252").strip() == r"you said \u4f60\u597d", done.stderr
 
 
 def test_list_flags():

@@ -13,28 +13,35 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dev.examples import dpo, lora
 from scripts import import_model
 from tasks.arc import ARC
+from tests.documents import ROOT, commands, text_of
+from tests.talker import serving
 from tests.unit.test_hf import META, make_model
 from zangchat import checkpoint_manager, hf
 from zangchat.engine import Engine
+from zangchat.gpt import GPT
 from zangchat.task_eval import evaluate_task
 from zangchat.tokenizer import RustBPETokenizer
 
 for extra in ("peft", "trl", "lm_eval"):
     pytest.importorskip(extra, reason="the extra `examples` is not installed")
 
-ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data" / "tasks" / "ai2_arc"
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> RustBPETokenizer:
-    return RustBPETokenizer.train_from_iterator(iter([(ROOT / "README.md").read_text(encoding="utf-8")]), 400)
+    return RustBPETokenizer.train_from_iterator(iter([text_of("README.md")]), 400)
 
 
 @pytest.fixture(scope="module")
-def exported(tokenizer: RustBPETokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tokenizer: RustBPETokenizer) -> GPT:
+    return make_model(tokenizer, logit_cap=15.0, sequence_len=2048)
+
+
+@pytest.fixture(scope="module")
+def exported(model: GPT, tokenizer: RustBPETokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export") / "tiny"
-    hf.export(make_model(tokenizer, logit_cap=15.0, sequence_len=1024), tokenizer, META, folder, "float32")
+    hf.export(model, tokenizer, META, folder, "float32")
     return folder
 
 
@@ -88,13 +95,13 @@ def test_dpo_widens_the_margin_of_the_chosen_answer(exported, tmp_path):
 
 @pytest.fixture
 def arc_rows(base_dir: Path) -> list[dict[str, Any]]:
-    """48 questions, real ones where there are any, in the base folder."""
+    """16 questions, real ones where there are any, in the base folder."""
     folder = base_dir / "tasks" / "ai2_arc" / "ARC-Easy"
     folder.mkdir(parents=True)
     if SHARED.is_dir():
         import pyarrow.parquet
 
-        rows = pyarrow.parquet.read_table(SHARED / "ARC-Easy" / "test.parquet").to_pylist()[:48]
+        rows = pyarrow.parquet.read_table(SHARED / "ARC-Easy" / "test.parquet").to_pylist()[:16]
     else:
         letters = ("A", "B", "C", "D")
         rows = [
@@ -103,33 +110,30 @@ def arc_rows(base_dir: Path) -> list[dict[str, Any]]:
                 "choices": {"text": [str(i + shift) for shift in range(4)], "label": list(letters)},
                 "answerKey": letters[i * 7 % 4],
             }
-            for i in range(48)
+            for i in range(16)
         ]
     write_lines(folder / "test.jsonl", rows)
     return rows
 
 
-def readme_command(text: str) -> list[str]:
-    """The words of the README's command that holds `text`."""
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
-    (line,) = [line for line in lines if line.startswith("lm_eval") and text in line]
-    return shlex.split(line)
-
-
-def lm_eval(words: list[str], monkeypatch: pytest.MonkeyPatch, results: Path) -> dict[str, Any]:
-    """The scores of a command of the harness, run here."""
+def lm_eval(model: str, changes: dict[str, str], monkeypatch: pytest.MonkeyPatch, results: Path) -> dict[str, Any]:
+    """The scores of the README's command for this kind of model, run here with `changes` in its text."""
     from lm_eval.__main__ import cli_evaluate
 
-    monkeypatch.setattr(sys, "argv", [*words, "--output_path", str(results)])
+    (line,) = [line for line in commands(text_of("README.md")) if f"--model {model} " in line and "zangchat_arc_easy" in line]
+    for old, new in changes.items():
+        assert old in line
+        line = line.replace(old, new)
+    monkeypatch.setattr(sys, "argv", [*shlex.split(line), "--output_path", str(results)])
     cli_evaluate()
     (path,) = results.rglob("results_*.json")
     (scores,) = json.loads(path.read_text(encoding="utf-8"))["results"].values()
     return scores
 
 
-def test_lm_eval_gives_our_accuracy(exported, tokenizer, arc_rows, base_dir, tmp_path, monkeypatch):
-    ours = evaluate_task(Engine(make_model(tokenizer, logit_cap=15.0, sequence_len=1024), tokenizer), ARC("ARC-Easy", "test"))
-    assert len(ours.items) == 48 and 0 < ours.accuracy < 1
+def test_lm_eval_gives_our_accuracy_on_the_export_and_on_the_server(exported, model, tokenizer, arc_rows, base_dir, tmp_path, monkeypatch):
+    ours = evaluate_task(Engine(model, tokenizer), ARC("ARC-Easy", "test"))
+    assert len(ours.items) == 16 and 0 < ours.accuracy < 1
     items = base_dir / "tasks" / "ai2_arc" / "ARC-Easy" / "test.jsonl"
     shipped = ROOT / "dev" / "examples" / "lm_eval" / "zangchat_arc_easy.yaml"
     local = f"dataset_path: json\ndataset_name: null\ndataset_kwargs:\n  data_files:\n    test: {items}\n"
@@ -137,11 +141,29 @@ def test_lm_eval_gives_our_accuracy(exported, tokenizer, arc_rows, base_dir, tmp
     (tmp_path / "tasks" / "local.yaml").write_text(f"include: {shipped}\ntask: zangchat_arc_easy_local\n{local}", encoding="utf-8")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    replaced = {
-        "pretrained=d20-sft": f"pretrained={exported}",
-        "zangchat_arc_easy": "zangchat_arc_easy_local",
-        "dev/examples/lm_eval": str(tmp_path / "tasks"),
-    }
-    words = [replaced.get(word, word) for word in readme_command("zangchat_arc_easy")]
-    scores = lm_eval([*words, "--device", "cpu"], monkeypatch, tmp_path / "results")
+    changes = {"=d20-sft": f"={exported}", "zangchat_arc_easy": "zangchat_arc_easy_local", "dev/examples/lm_eval": str(tmp_path / "tasks")}
+    scores = lm_eval("hf", changes | {"--model hf": "--model hf --device cpu"}, monkeypatch, tmp_path / "export")
     assert scores["acc,none"] == pytest.approx(ours.accuracy, abs=1e-9)
+    with serving(Engine(model, tokenizer)) as (url, _):
+        scores = lm_eval("local-completions", changes | {"http://localhost:8000": url}, monkeypatch, tmp_path / "server")
+    assert scores["acc,none"] == pytest.approx(ours.accuracy, abs=1e-9)
+
+
+def test_lm_eval_puts_bos_before_plain_text(exported, model, tokenizer):
+    """As documents began in training, on either way; what the README says of the server's needs `add_bos_token=True`."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.registry import get_model
+
+    pairs = [("The capital of France is", " Paris."), ("A", " b c"), ("", "zangchat")]
+    with serving(Engine(model, tokenizer)) as (url, _):
+        server = f"model=zangchat,base_url={url}/v1/completions,tokenizer={exported},add_bos_token=True"
+        ways = {"hf": f"pretrained={exported}", "local-completions": server}
+        for name, settings in ways.items():
+            judge = get_model(name).create_from_arg_string(settings, {"batch_size": 1, "device": "cpu"})
+            requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+            for (context, text), (found, _) in zip(pairs, judge.loglikelihood(requests), strict=True):
+                start = len(tokenizer.encode(context)) + 1
+                ids = tokenizer.encode(context + text, prepend="<|bos|>")
+                with torch.inference_mode():
+                    scores = model(torch.tensor([ids]))[0, :-1].log_softmax(-1)
+                assert found == pytest.approx(sum(float(scores[i - 1, ids[i]]) for i in range(start, len(ids))), abs=1e-3), name

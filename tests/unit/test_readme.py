@@ -196,6 +196,10 @@ if [[ "$*" == *zangchat.dataset* && "$*" == *-n* ]]; then
     folder=$ZANGCHAT_BASE_DIR/base_data/climbmix; mkdir -p "$folder"
     for i in $(seq 0 "${!#}"); do printf '{"name": "shard_%05d.parquet"}\\n' "$i"; done > "$folder/manifest.json"
 fi
+case "${SLOW_HUB:+$*}" in
+    *"-n 115") until grep -qa tok_train "$RECORD"; do sleep 0.02; done ;;
+    *tok_eval) until grep -qa 115 "$RECORD"; do sleep 0.02; done ;;
+esac
 [[ "$*" != *tok_train* ]] || { mkdir -p "$ZANGCHAT_BASE_DIR/tokenizer" && touch "$ZANGCHAT_BASE_DIR/tokenizer/tokenizer.json"; }
 [[ "$*" != *"report reset"* ]] || { mkdir -p "$ZANGCHAT_BASE_DIR/report" && touch "$ZANGCHAT_BASE_DIR/report/started.json"; }
 printf '%s\\0' python "$@" | tr '\\n' ' ' >> "$RECORD"; echo >> "$RECORD"
@@ -269,6 +273,20 @@ def test_the_rehearsal_in_the_comment_has_flags_that_exist(chain):
     assert all(call[0] == "python" or "--nproc_per_node=2" in call for call in calls)
     for call in calls:
         check_command(shlex.join(call), "the rehearsal")
+
+
+def test_the_tokenizer_trains_while_shards_arrive(chain):
+    """Here the download of all shards ends only after that, and what follows waits for it."""
+    code, output, calls = chain("speedrun.sh", SLOW_HUB="1")
+    assert code == 0, output
+    steps = ["dataset " + call[-1] if "zangchat.dataset" in call else call[call.index("-m") + 1] for call in calls]
+    assert steps.index("dataset 8") < steps.index("scripts.tok_train") < steps.index("dataset 115")
+
+
+def test_a_failed_download_ends_the_chain(chain):
+    code, output, calls = chain("speedrun.sh", FAIL="-n 8")
+    assert code == 1 and "The first 8 shards of climbmix stopped with exit code 1" in output and "bash speedrun.sh" in output
+    assert modules(calls) == ["zangchat.report"]
 
 
 def test_a_failed_stage_ends_the_chain_and_says_how_to_go_on(chain):
