@@ -29,6 +29,7 @@
 # cost           3.5 GFLOPs a token x 5.73B = 2.0e19 FLOPs. 8 H100s have 8 x 989 TFLOP/s in bf16; at 40 % of that pretraining
 #                would take 1.8 hours. That is arithmetic and not a measurement: the report says what it really took.
 # ------------------------------------------------------------------------------------------------------------------------------
+# shellcheck disable=SC2086  # in the whole file: what is in *_FLAGS is to be split at spaces
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -126,13 +127,9 @@ on_all() {
     command=("${launcher[@]}" -m "$1" -- "${@:2}")
 }
 
-# shellcheck disable=SC2206  # flags are to be split at spaces
-flags() { split=($1); }
-
 # evaluate SOURCE FOLDER TITLE: the chat tasks on the model of a stage, whose checkpoints lie in FOLDER_checkpoints.
 evaluate() {
-    flags "$EVAL_FLAGS"
-    on_all scripts.chat_eval --source="$1" --model_tag="$MODEL_TAG" "${split[@]}"
+    on_all scripts.chat_eval --source="$1" --model_tag="$MODEL_TAG" $EVAL_FLAGS
     once "eval_$1" "$ZANGCHAT_BASE_DIR/$2_checkpoints/$MODEL_TAG" "$3" "${command[@]}"
 }
 
@@ -161,45 +158,38 @@ else
     done
 fi
 
-flags "$TOK_FLAGS"
 [ -e "$ZANGCHAT_BASE_DIR/tokenizer/tokenizer.json" ] || rm -f "$ZANGCHAT_BASE_DIR"/speedrun/tok*
-once ../tokenizer "$nothing" "Tokenizer" python -m scripts.tok_train --dataset="$DATASET" --vocab_size="$VOCAB_SIZE" --max_chars="$MAX_CHARS" "${split[@]}"
+once ../tokenizer "$nothing" "Tokenizer" python -m scripts.tok_train --dataset="$DATASET" --vocab_size="$VOCAB_SIZE" --max_chars="$MAX_CHARS" $TOK_FLAGS
 once ../tok_eval "$nothing" "Tokenizer: evaluation" python -m scripts.tok_eval
 
 # ---- pretraining -----------------------------------------------------------------------------------------------------------------------
 common=(--model_tag="$MODEL_TAG" --device_batch_size="$DEVICE_BATCH_SIZE" --seed="$SEED" --run="$WANDB_RUN" --resume=latest)
 checkpoints="$ZANGCHAT_BASE_DIR/base_checkpoints/$MODEL_TAG"
-flags "$BASE_FLAGS"
-[ "$CORE" = 1 ] || split+=(--core_metric_every=-1)
+[ "$CORE" = 1 ] || BASE_FLAGS+=" --core_metric_every=-1"
 on_all scripts.base_train --depth="$DEPTH" --dataset="$DATASET" --max_seq_len="$MAX_SEQ_LEN" --target_param_data_ratio="$RATIO" \
-    --total_batch_size="$TOTAL_BATCH_SIZE" --num_iterations="$NUM_ITERATIONS" "${common[@]}" "${split[@]}"
+    --total_batch_size="$TOTAL_BATCH_SIZE" --num_iterations="$NUM_ITERATIONS" "${common[@]}" $BASE_FLAGS
 stage "Pretraining" "${command[@]}"
 
-flags "$LOSS_FLAGS"
-on_all scripts.base_loss --model_tag="$MODEL_TAG" --device_batch_size="$DEVICE_BATCH_SIZE" "${split[@]}"
+on_all scripts.base_loss --model_tag="$MODEL_TAG" --device_batch_size="$DEVICE_BATCH_SIZE" $LOSS_FLAGS
 once base_loss "$checkpoints" "Base model: bits per byte, samples" "${command[@]}"
 if [ "$CORE" = 1 ]; then
-    flags "$CORE_FLAGS"
-    on_all scripts.base_eval --model_tag="$MODEL_TAG" "${split[@]}"
+    on_all scripts.base_eval --model_tag="$MODEL_TAG" $CORE_FLAGS
     once base_eval "$checkpoints" "Base model: CORE" "${command[@]}"
 fi
 
 # ---- conversations, multiple choice, tools -----------------------------------------------------------------------------------------------
-flags "$MID_FLAGS"
-on_all scripts.mid_train ${MID_MIXTURE:+--mixture="$MID_MIXTURE"} ${IDENTITY_DATA:+--identity_data="$IDENTITY_DATA"} "${common[@]}" "${split[@]}"
+on_all scripts.mid_train ${MID_MIXTURE:+--mixture="$MID_MIXTURE"} ${IDENTITY_DATA:+--identity_data="$IDENTITY_DATA"} "${common[@]}" $MID_FLAGS
 stage "Midtraining" "${command[@]}"
 evaluate mid mid "Midtraining: evaluation"
 
 # ---- finetuning --------------------------------------------------------------------------------------------------------------------------
-flags "$SFT_FLAGS"
-on_all scripts.chat_sft ${SFT_MIXTURE:+--mixture="$SFT_MIXTURE"} ${IDENTITY_DATA:+--identity_data="$IDENTITY_DATA"} "${common[@]}" "${split[@]}"
+on_all scripts.chat_sft ${SFT_MIXTURE:+--mixture="$SFT_MIXTURE"} ${IDENTITY_DATA:+--identity_data="$IDENTITY_DATA"} "${common[@]}" $SFT_FLAGS
 stage "Finetuning" "${command[@]}"
 evaluate sft chatsft "Finetuning: evaluation"
 
 # ---- reinforcement learning ----------------------------------------------------------------------------------------------------------------
 if [ "$RL" = 1 ]; then
-    flags "$RL_FLAGS"
-    on_all scripts.chat_rl --task="$RL_TASK" "${common[@]}" "${split[@]}"
+    on_all scripts.chat_rl --task="$RL_TASK" "${common[@]}" $RL_FLAGS
     stage "Reinforcement learning on $RL_TASK" "${command[@]}"
     evaluate rl chatrl "Reinforcement learning: evaluation"
 fi

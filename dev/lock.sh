@@ -10,5 +10,4 @@ echo "torch==$torch_version" > "$constraint"
 compile() { uv pip compile --quiet --universal --python-version=3.10 --all-extras --constraint="$constraint" pyproject.toml "$@"; }
 skip=$(compile --no-header --no-annotate | sed -nE 's/^((nvidia|cuda)-[a-z0-9-]+)==.*/--no-emit-package \1/p' | sort -u)
 # shellcheck disable=SC2086  # one word per option is meant
-compile --generate-hashes --no-header --no-emit-package torch --no-emit-package triton $skip -o requirements.lock "${@}" > /dev/null
-sed -i '1i # Made by `bash dev/lock.sh` (uv pip compile --universal --generate-hashes). Do not edit; torch is pinned in dev/setup.sh.' requirements.lock
+compile --generate-hashes --custom-compile-command="bash dev/lock.sh" --no-emit-package torch --no-emit-package triton $skip -o requirements.lock "$@" > /dev/null

@@ -20,7 +20,7 @@ die() { say "$*"; exit 1; }
 
 # --- has anything changed since the last time? -------------------------------------------------------------------------
 fingerprint() {
-    cat dev/setup.sh pyproject.toml requirements.lock rustbpe/Cargo.* rustbpe/pyproject.toml rustbpe/src/*.rs 2>/dev/null | sha256sum | cut -d' ' -f1
+    cat dev/setup.sh pyproject.toml requirements.lock rustbpe/Cargo.* rustbpe/pyproject.toml rustbpe/src/*.rs 2>/dev/null | cksum
     pwd
     command -v cargo || true
 }

@@ -197,16 +197,16 @@ if [[ "$*" == *zangchat.dataset* && "$*" == *-n* ]]; then
     for i in $(seq 0 "${!#}"); do printf '{"name": "shard_%05d.parquet"}\\n' "$i"; done > "$folder/manifest.json"
 fi
 case "${SLOW_HUB:+$*}" in
-    *"-n 115") until grep -qa tok_train "$RECORD"; do sleep 0.02; done ;;
-    *tok_eval) until grep -qa 115 "$RECORD"; do sleep 0.02; done ;;
+    *"-n 115") until grep -q tok_train "$RECORD"; do sleep 0.02; done ;;
+    *tok_eval) until grep -q 115 "$RECORD"; do sleep 0.02; done ;;
 esac
 [[ "$*" != *tok_train* ]] || { mkdir -p "$ZANGCHAT_BASE_DIR/tokenizer" && touch "$ZANGCHAT_BASE_DIR/tokenizer/tokenizer.json"; }
 [[ "$*" != *"report reset"* ]] || { mkdir -p "$ZANGCHAT_BASE_DIR/report" && touch "$ZANGCHAT_BASE_DIR/report/started.json"; }
-printf '%s\\0' python "$@" | tr '\\n' ' ' >> "$RECORD"; echo >> "$RECORD"
+(IFS=$'\\t'; line="python$IFS$*"; printf '%s\\n' "${line//$'\\n'/ }" >> "$RECORD")  # one write: the download runs beside the others
 [[ -z "${FAIL:-}" || "$*" != *"$FAIL"* ]]
 """,
         ".venv/bin/torchrun": """#!/usr/bin/env bash
-printf '%s\\0' torchrun "$@" >> "$RECORD"; echo >> "$RECORD"
+(IFS=$'\\t'; printf '%s\\n' "torchrun$IFS$*" >> "$RECORD")
 [[ -z "${FAIL:-}" || "$*" != *"$FAIL"* ]]
 """,
     }.items():
@@ -230,7 +230,7 @@ printf '%s\\0' torchrun "$@" >> "$RECORD"; echo >> "$RECORD"
             **variables,
         }
         done = subprocess.run(["bash", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
-        calls = [line.split("\0")[:-1] for line in record.read_text().splitlines()]
+        calls = [line.split("\t") for line in record.read_text().splitlines()]
         return done.returncode, done.stdout + done.stderr, calls
 
     return run
