@@ -3,85 +3,98 @@
 //! The rules are tiktoken's: a piece that is a token is that token; otherwise start from single bytes and join
 //! the neighbours whose joined bytes have the lowest rank, the leftmost first, until no two neighbours join.
 //!
-//! Performance notes. Parts are always tokens, so "the rank of the joined bytes" is a function of two ids, and one
-//! table of id pairs, built from every way to cut a token in two tokens, answers it without touching bytes; ids and
-//! ranks are the same numbers. Short pieces keep their parts in an array that is scanned for the minimum; long
-//! ones (a megabyte of one letter is a single piece) use a linked list and a heap, O(n log n). Each thread
-//! remembers the ids of the pieces it had to merge.
+//! Parts are always tokens, so "the rank of the joined bytes" is a function of two ids, and one table of id pairs,
+//! built from every way to cut a token in two tokens, answers it without touching bytes; ids and ranks are the same
+//! numbers. Short pieces keep their parts in an array that is scanned for the minimum, long ones (a megabyte of one
+//! letter is a single piece) use buckets of positions. Each thread remembers the ids of pieces in a cache of fixed size.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
+use std::hash::Hasher;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Mutex;
 
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHasher};
 
 use crate::split::Splitter;
 use crate::{in_parallel, runs_of, Error};
 
 const NONE: u32 = u32::MAX;
+/// Three ids fit in 64 bits, and all bits set are no ids.
+pub const MAX_TOKENS: usize = (1 << PairTable::ID_BITS) - 1;
 /// Pieces up to this many bytes are merged by scanning.
-const SCAN_LIMIT: usize = 128;
-/// What a thread remembers: pieces up to this many bytes, and this many of them.
-const CACHE_PIECE: usize = 64;
-const CACHE_PIECES: usize = 1 << 16;
+const SCAN_LIMIT: usize = 96;
+/// Pieces up to this many bytes are their own key in the cache; up to CACHED_BYTES, the key is their hash.
+const KEY_BYTES: usize = 15;
+const CACHED_BYTES: usize = 255;
+/// The cache has 2^SET_BITS sets of four pieces, 128 bytes each: 8 MB a thread, when it is full.
+const SET_BITS: u32 = 16;
+const SETS: usize = 1 << SET_BITS;
+/// Room for the ids (and the bytes) of pieces that do not fit in their entry; the cache starts anew when it is used up.
+const SPILLED: usize = 1 << 20;
+/// Pieces are cut off and then looked up in groups of this many.
+const PIECES: usize = 64;
+/// Ids of a piece that fit in its entry.
+const INLINE_IDS: usize = 3;
+/// Caches kept for the next call.
+const KEPT_SCRATCHES: usize = 64;
 
-/// A vocabulary and its pattern, ready to encode. Immutable: any number of threads may share it.
+/// A vocabulary and its pattern, ready to encode. Immutable but for its caches: any number of threads may share it.
 pub struct Encoder {
     pattern: String,
     splitter: Splitter,
-    tokens: Vec<Box<[u8]>>,
-    ids: FxHashMap<Box<[u8]>, u32>,
+    tokens: TokenTable,
     byte_ids: [u32; 256],
-    pairs: FxHashMap<u64, u32>,
+    /// What two single bytes join to, at 256 x left + right: the first look at a piece goes here.
+    byte_pairs: Box<[u32]>,
+    pairs: PairTable,
+    scratches: Mutex<Vec<Scratch>>,
 }
 
 /// One thread's working memory.
-#[derive(Default)]
 pub struct Scratch {
-    ids: Vec<u32>,
-    ranks: Vec<u32>,
-    cache: FxHashMap<Box<[u8]>, (u32, u32)>,
-    cached_ids: Vec<u32>,
+    keys: [(Key, usize); PIECES],
+    cache: Cache,
+    parts: Parts,
 }
 
-/// The ids of a run of documents, end to end, and how many belong to each.
-pub struct EncodedRun {
-    pub ids: Vec<u32>,
+impl Default for Scratch {
+    fn default() -> Self {
+        Scratch { keys: [(Key::NONE, 0); PIECES], cache: Cache::default(), parts: Parts::default() }
+    }
+}
+
+/// The ids (or bytes) of a run of documents, end to end, and how many belong to each.
+pub struct Run<T> {
+    pub items: Vec<T>,
     pub lengths: Vec<usize>,
-}
-
-fn pair_key(left: u32, right: u32) -> u64 {
-    (left as u64) << 32 | right as u64
 }
 
 impl Encoder {
     /// `tokens[id]` are the bytes of a token, and its id is its rank. All 256 single bytes must be there.
     pub fn new(tokens: Vec<Box<[u8]>>, pattern: &str) -> Result<Self, Error> {
-        if tokens.len() >= NONE as usize {
-            return Err(Error::Ranks(format!("{} tokens are too many", tokens.len())));
+        if tokens.len() > MAX_TOKENS {
+            return Err(Error::Ranks(format!("{} tokens are too many, {MAX_TOKENS} are possible", tokens.len())));
         }
-        let mut ids = FxHashMap::with_capacity_and_hasher(tokens.len(), Default::default());
-        for (id, token) in tokens.iter().enumerate() {
-            if token.is_empty() {
-                return Err(Error::Ranks(format!("token {id} is empty")));
-            }
-            if let Some(first) = ids.insert(token.clone(), id as u32) {
-                return Err(Error::Ranks(format!("tokens {first} and {id} are the same bytes")));
-            }
-        }
+        let tokens = TokenTable::new(&tokens)?;
         let mut byte_ids = [0; 256];
         for (byte, slot) in byte_ids.iter_mut().enumerate() {
-            *slot = *ids.get(&[byte as u8][..]).ok_or_else(|| Error::Ranks(format!("the single byte {byte} is no token")))?;
+            *slot = tokens.id(&[byte as u8]).ok_or_else(|| Error::Ranks(format!("the single byte {byte} is no token")))?;
         }
-        let mut pairs = FxHashMap::default();
+        let mut pairs = Vec::new();
+        let mut byte_pairs = vec![NONE; 1 << 16].into_boxed_slice();
         for (id, token) in tokens.iter().enumerate() {
+            if let &[left, right] = token {
+                byte_pairs[(left as usize) << 8 | right as usize] = id as u32;
+            }
             for cut in 1..token.len() {
-                if let (Some(&left), Some(&right)) = (ids.get(&token[..cut]), ids.get(&token[cut..])) {
-                    pairs.insert(pair_key(left, right), id as u32);
+                if let (Some(left), Some(right)) = (tokens.id(&token[..cut]), tokens.id(&token[cut..])) {
+                    pairs.push((left, right, id as u32));
                 }
             }
         }
-        Ok(Encoder { pattern: pattern.to_owned(), splitter: Splitter::new(pattern)?, tokens, ids, byte_ids, pairs })
+        let (pattern, splitter, pairs) = (pattern.to_owned(), Splitter::new(pattern)?, PairTable::new(&pairs));
+        Ok(Encoder { pattern, splitter, tokens, byte_ids, byte_pairs, pairs, scratches: Mutex::default() })
     }
 
     /// The vocabulary before any merge: the 256 bytes.
@@ -93,8 +106,9 @@ impl Encoder {
         &self.pattern
     }
 
-    pub fn tokens(&self) -> &[Box<[u8]>] {
-        &self.tokens
+    /// The bytes of every token, in the order of the ids.
+    pub fn tokens(&self) -> impl ExactSizeIterator<Item = &[u8]> {
+        self.tokens.iter()
     }
 
     pub fn split<'t>(&self, text: &'t str) -> Result<Vec<&'t str>, Error> {
@@ -104,142 +118,666 @@ impl Encoder {
     }
 
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, Error> {
-        let mut out = Vec::new();
-        self.encode_into(text, &mut out, &mut Scratch::default())?;
-        Ok(out)
+        let (mut out, mut scratch) = (Vec::new(), self.take_scratches(1));
+        let encoded = self.encode_into(text, &mut out, &mut scratch[0]);
+        self.keep_scratches(scratch);
+        encoded.and(Ok(out))
     }
 
     /// Appends the ids of `text` to `out`.
     pub fn encode_into(&self, text: &str, out: &mut Vec<u32>, scratch: &mut Scratch) -> Result<(), Error> {
-        self.splitter.for_each(text, |piece| self.encode_piece(piece.as_bytes(), out, scratch))
-    }
-
-    /// Appends the ids of one piece.
-    pub fn encode_piece(&self, piece: &[u8], out: &mut Vec<u32>, scratch: &mut Scratch) {
-        if let Some(&id) = self.ids.get(piece) {
-            out.push(id);
-            return;
+        let bytes = text.as_bytes();
+        if bytes.len() > u32::MAX as usize {
+            return Err(Error::Split(format!("a text of {} bytes is too long: cut it into texts below 4 GiB", bytes.len())));
         }
-        if piece.len() > SCAN_LIMIT {
-            self.merge_long(piece, out);
-            return;
-        }
-        if let Some(&(start, len)) = scratch.cache.get(piece) {
-            out.extend_from_slice(&scratch.cached_ids[start as usize..][..len as usize]);
-            return;
-        }
-        self.merge_short(piece, scratch);
-        out.extend_from_slice(&scratch.ids);
-        if piece.len() <= CACHE_PIECE {
-            if scratch.cache.len() >= CACHE_PIECES {
-                scratch.cache.clear();
-                scratch.cached_ids.clear();
+        scratch.cache.prepare();
+        let mut sink = Sink::new(out, bytes.len() / 4);
+        let (mut pieces, mut count) = ([(0, 0); PIECES], 0);
+        let split = self.splitter.for_each(text, |piece| {
+            let start = piece.as_ptr() as usize - bytes.as_ptr() as usize;
+            pieces[count] = (start as u32, piece.len() as u32);
+            count += 1;
+            if count == PIECES {
+                self.encode_pieces(bytes, &pieces, &mut sink, scratch);
+                count = 0;
             }
-            scratch.cache.insert(piece.into(), (scratch.cached_ids.len() as u32, scratch.ids.len() as u32));
-            scratch.cached_ids.extend_from_slice(&scratch.ids);
+        });
+        self.encode_pieces(bytes, &pieces[..count], &mut sink, scratch);
+        sink.finish();
+        split
+    }
+
+    /// All keys first, so that their places in the cache are on the way from memory while the next keys are made.
+    #[inline(never)]
+    fn encode_pieces(&self, bytes: &[u8], pieces: &[(u32, u32)], sink: &mut Sink<u32>, scratch: &mut Scratch) {
+        let Scratch { keys, cache, parts } = scratch;
+        let sets = cache.sets();
+        for (slot, &(start, len)) in keys.iter_mut().zip(pieces) {
+            let (from, len) = (&bytes[start as usize..], len as usize);
+            let key = match from.first_chunk() {
+                Some(window) if len <= KEY_BYTES => Key::of_window(window, len),
+                _ => Key::of(&from[..len]),
+            };
+            *slot = (key, key.set());
+            prefetch(&sets[slot.1]);
+        }
+        let mut at = 0;
+        loop {
+            let (sets, room, mut len) = (cache.sets(), sink.room((INLINE_IDS + 1) * PIECES), 0);
+            while at < pieces.len() {
+                let (key, set) = keys[at];
+                let entry = &sets[set].0[0];
+                if entry.key != key || entry.count() > INLINE_IDS {
+                    break;
+                }
+                room[len..len + INLINE_IDS + 1].copy_from_slice(&entry.value);
+                len += entry.count();
+                at += 1;
+            }
+            sink.len += len;
+            let Some(&(start, len)) = pieces.get(at) else { break };
+            self.encode_piece(&bytes[start as usize..][..len as usize], keys[at].0, sink, cache, parts);
+            at += 1;
         }
     }
 
-    #[inline]
-    fn joined(&self, left: u32, right: u32) -> u32 {
-        self.pairs.get(&pair_key(left, right)).copied().unwrap_or(NONE)
+    /// Any piece, from anywhere in the cache or anew; the cache knows it afterwards, if it has a key.
+    #[inline(never)]
+    fn encode_piece(&self, piece: &[u8], key: Key, sink: &mut Sink<u32>, cache: &mut Cache, parts: &mut Parts) {
+        if let Some(ids) = cache.find(key, piece) {
+            return sink.extend(ids);
+        }
+        let start = sink.len;
+        if let Some(id) = self.tokens.id(piece) {
+            sink.put(&[id], 1);
+        } else {
+            self.start(piece, parts);
+            if piece.len() <= SCAN_LIMIT {
+                self.merge_short(parts);
+            } else {
+                self.merge_long(parts);
+            }
+            for part in parts.iter().filter(|part| part.id != NONE) {
+                sink.put(&[part.id], 1);
+            }
+        }
+        cache.insert(key, piece, &sink.out[start..sink.len]);
     }
 
-    /// Leaves the ids in `scratch.ids`. O(n^2), with a small constant.
-    fn merge_short(&self, piece: &[u8], scratch: &mut Scratch) {
-        let Scratch { ids, ranks, .. } = scratch;
-        ids.clear();
-        ids.extend(piece.iter().map(|&byte| self.byte_ids[byte as usize]));
-        ranks.clear(); // ranks[i]: of joining parts i and i+1
-        ranks.extend(ids.windows(2).map(|pair| self.joined(pair[0], pair[1])));
-        // min_by_key gives the first of equal ranks: the leftmost.
-        while let Some((at, &rank)) = ranks.iter().enumerate().min_by_key(|&(_, &rank)| rank) {
-            if rank == NONE {
+    /// A part for each byte.
+    fn start(&self, piece: &[u8], parts: &mut Parts) {
+        parts.clear();
+        parts.extend(piece.windows(2).map(|pair| Part {
+            id: self.byte_ids[pair[0] as usize],
+            rank: self.byte_pairs[(pair[0] as usize) << 8 | pair[1] as usize],
+            length: 1,
+        }));
+        parts.extend(piece.last().map(|&byte| Part { id: self.byte_ids[byte as usize], rank: NONE, length: 1 }));
+    }
+
+    /// Joins the part at `left` with the next one. Returns where the part before them is, if there is one.
+    #[inline]
+    fn join(&self, parts: &mut Parts, left: usize) -> Option<usize> {
+        let joined = parts[left].rank;
+        let right = left + parts[left].length as usize;
+        let length = (right - left) as u32 + parts[right].length;
+        let after = left + length as usize;
+        let rank = parts.get(after).map_or(NONE, |next| self.pairs.get(joined, next.id));
+        parts[right] = Part::INSIDE;
+        parts[after - 1].length = length;
+        parts[left] = Part { id: joined, rank, length };
+        let before = left - parts.get(left.wrapping_sub(1))?.length as usize;
+        parts[before].rank = self.pairs.get(parts[before].id, joined);
+        Some(before)
+    }
+
+    /// O(n^2), with a small constant.
+    fn merge_short(&self, parts: &mut Parts) {
+        loop {
+            // Of equal ranks the leftmost: rank and position are compared as one number.
+            let ranked = parts.iter().enumerate().map(|(at, part)| (part.rank as u64) << 32 | at as u64);
+            let best = ranked.fold(u64::MAX, u64::min);
+            if (best >> 32) as u32 == NONE {
                 break;
             }
-            ids[at] = rank;
-            ids.remove(at + 1);
-            ranks.remove(at);
-            if at > 0 {
-                ranks[at - 1] = self.joined(ids[at - 1], rank);
-            }
-            if at < ranks.len() {
-                ranks[at] = self.joined(rank, ids[at + 1]);
-            }
+            self.join(parts, best as u32 as usize);
         }
     }
 
-    fn merge_long(&self, piece: &[u8], out: &mut Vec<u32>) {
-        let end = piece.len(); // pieces come from a str in memory; positions fit in usize
-        let mut ids: Vec<u32> = piece.iter().map(|&byte| self.byte_ids[byte as usize]).collect();
-        let mut next: Vec<usize> = (1..=end).collect(); // of each part's first byte
-        let mut previous: Vec<usize> = (0..end).map(|at| at.wrapping_sub(1)).collect();
-        let mut heap: BinaryHeap<Reverse<(u32, usize)>> = BinaryHeap::with_capacity(end);
-        for at in 1..end {
-            let rank = self.joined(ids[at - 1], ids[at]);
-            if rank != NONE {
-                heap.push(Reverse((rank, at - 1)));
-            }
+    /// O(n log n), and O(n) where positions come in order, as in a run of one letter. A queued pair is out of date when
+    /// its rank is no longer what stands there.
+    fn merge_long(&self, parts: &mut Parts) {
+        let mut queue = Queue::default();
+        for (at, part) in parts.iter().enumerate() {
+            queue.push(part.rank, at);
         }
-        while let Some(Reverse((rank, left))) = heap.pop() {
-            // An entry is out of date when a neighbour has merged since: a part that was swallowed has id NONE.
-            let right = next[left];
-            if ids[left] == NONE || right >= end || self.joined(ids[left], ids[right]) != rank {
-                continue;
-            }
-            ids[left] = rank;
-            ids[right] = NONE;
-            let after = next[right];
-            next[left] = after;
-            if after < end {
-                previous[after] = left;
-                let rank = self.joined(ids[left], ids[after]);
-                if rank != NONE {
-                    heap.push(Reverse((rank, left)));
-                }
-            }
-            if left > 0 {
-                let before = previous[left];
-                let rank = self.joined(ids[before], ids[left]);
-                if rank != NONE {
-                    heap.push(Reverse((rank, before)));
+        while let Some((rank, left)) = queue.pop() {
+            if parts[left].rank == rank {
+                let before = self.join(parts, left);
+                queue.push(parts[left].rank, left);
+                if let Some(before) = before {
+                    queue.push(parts[before].rank, before);
                 }
             }
         }
-        out.extend(ids.into_iter().filter(|&id| id != NONE));
     }
 
     /// Encodes the documents on up to `threads` threads; the runs come back in the documents' order.
-    pub fn encode_documents<S: AsRef<str> + Sync>(&self, texts: &[S], threads: usize) -> Result<Vec<EncodedRun>, Error> {
-        let runs = runs_of(texts);
-        let next = AtomicUsize::new(0);
-        let work = || -> Result<Vec<(usize, EncodedRun)>, Error> {
-            let mut scratch = Scratch::default();
-            let mut done = Vec::new();
-            loop {
-                let index = next.fetch_add(1, Ordering::Relaxed);
-                let Some(&(start, end)) = runs.get(index) else { return Ok(done) };
-                let mut run = EncodedRun { ids: Vec::new(), lengths: Vec::with_capacity(end - start) };
-                for text in &texts[start..end] {
-                    let before = run.ids.len();
-                    self.encode_into(text.as_ref(), &mut run.ids, &mut scratch)?;
-                    run.lengths.push(run.ids.len() - before);
-                }
-                done.push((index, run));
+    pub fn encode_documents<S: AsRef<str> + Sync>(&self, texts: &[S], threads: usize) -> Result<Vec<Run<u32>>, Error> {
+        self.for_each_run(&runs_of(texts.iter().map(|text| text.as_ref().len())), threads, |start, end, scratch| {
+            let mut run = Run { items: Vec::new(), lengths: Vec::with_capacity(end - start) };
+            for text in &texts[start..end] {
+                let before = run.items.len();
+                self.encode_into(text.as_ref(), &mut run.items, scratch)?;
+                run.lengths.push(run.items.len() - before);
             }
-        };
-        let mut done = in_parallel(threads.min(runs.len()), work)?;
-        done.sort_unstable_by_key(|(index, _)| *index);
-        Ok(done.into_iter().map(|(_, run)| run).collect())
+            Ok(run)
+        })
     }
 
     /// The bytes that `ids` stand for: not always whole UTF-8 characters.
     pub fn decode(&self, ids: &[u32]) -> Result<Vec<u8>, Error> {
-        let mut bytes = Vec::new();
+        let mut out = Vec::new();
+        self.decode_into(ids, &mut out)?;
+        Ok(out)
+    }
+
+    /// Appends the bytes of `ids` to `out`.
+    pub fn decode_into(&self, ids: &[u32], out: &mut Vec<u8>) -> Result<(), Error> {
+        let mut sink = Sink::new(out, ids.len() * 4);
         for &id in ids {
-            bytes.extend_from_slice(self.tokens.get(id as usize).ok_or(Error::UnknownId(id))?);
+            let Some((window, token)) = self.tokens.get(id) else {
+                sink.finish();
+                return Err(Error::UnknownId(id));
+            };
+            if token.len() <= WINDOW {
+                sink.put(window, token.len());
+            } else {
+                sink.extend(token);
+            }
         }
-        Ok(bytes)
+        sink.finish();
+        Ok(())
+    }
+
+    /// Decodes the documents `ids[offsets[i]..offsets[i + 1]]` on up to `threads` threads, in runs as above.
+    pub fn decode_documents(&self, documents: &[&[u32]], threads: usize) -> Result<Vec<Run<u8>>, Error> {
+        self.for_each_run(&runs_of(documents.iter().map(|ids| 4 * ids.len())), threads, |start, end, _| {
+            let mut run = Run { items: Vec::new(), lengths: Vec::with_capacity(end - start) };
+            for ids in &documents[start..end] {
+                let before = run.items.len();
+                self.decode_into(ids, &mut run.items)?;
+                run.lengths.push(run.items.len() - before);
+            }
+            Ok(run)
+        })
+    }
+
+    /// `work(start, end, scratch)` for every run of documents, wherever a thread is free; the results in the order of the runs.
+    fn for_each_run<T: Send>(
+        &self,
+        runs: &[(usize, usize)],
+        threads: usize,
+        work: impl Fn(usize, usize, &mut Scratch) -> Result<T, Error> + Sync,
+    ) -> Result<Vec<T>, Error> {
+        let threads = threads.min(runs.len());
+        let scratches = Mutex::new(self.take_scratches(threads));
+        let next = AtomicUsize::new(0);
+        let done = in_parallel(threads, || {
+            let mut scratch = scratches.lock().expect("held for a moment only").pop().unwrap_or_default();
+            let mut done = Vec::new();
+            loop {
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                let Some(&(start, end)) = runs.get(index) else { break };
+                done.push((index, work(start, end, &mut scratch)?));
+            }
+            scratches.lock().expect("held for a moment only").push(scratch);
+            Ok(done)
+        });
+        self.keep_scratches(scratches.into_inner().expect("held for a moment only"));
+        let mut done = done?;
+        done.sort_unstable_by_key(|(index, _)| *index);
+        Ok(done.into_iter().map(|(_, result)| result).collect())
+    }
+
+    /// As many as wanted, warm ones first. Nothing waits for the lock, so that a forked child cannot find it held for ever.
+    fn take_scratches(&self, wanted: usize) -> Vec<Scratch> {
+        let mut taken = match self.scratches.try_lock() {
+            Ok(mut kept) => {
+                let rest = kept.len().saturating_sub(wanted);
+                kept.split_off(rest)
+            }
+            Err(_) => Vec::new(),
+        };
+        taken.resize_with(wanted, Scratch::default);
+        taken
+    }
+
+    fn keep_scratches(&self, scratches: Vec<Scratch>) {
+        if let Ok(mut kept) = self.scratches.try_lock() {
+            kept.extend(scratches);
+            kept.truncate(KEPT_SCRATCHES);
+        }
+    }
+}
+
+// ---- merging
+
+/// A piece in parts, one entry for each byte. A part is known by the position of its first byte.
+type Parts = Vec<Part>;
+
+#[derive(Clone, Copy)]
+struct Part {
+    /// NONE where no part begins.
+    id: u32,
+    /// What it joins to with the next part, or NONE; ids and ranks are the same numbers.
+    rank: u32,
+    /// Also at its last byte, so that both neighbours are found.
+    length: u32,
+}
+
+impl Part {
+    const INSIDE: Part = Part { id: NONE, rank: NONE, length: 0 };
+}
+
+/// What two tokens join to. Most pairs that are asked for join to nothing, and a set of bits, eight or more for each pair, small
+/// enough to stay in the processor, says so of most of them. Behind it a table with open addressing, at most half full.
+struct PairTable {
+    bits: Vec<u64>,
+    slots: Vec<u64>, // left, right and what they join to, ID_BITS each
+    shift: u32,
+}
+
+impl PairTable {
+    const EMPTY: u64 = u64::MAX;
+    const ID_BITS: u32 = 21;
+
+    fn new(pairs: &[(u32, u32, u32)]) -> Self {
+        let size = (2 * pairs.len()).next_power_of_two().max(16);
+        let mut table = PairTable { bits: vec![0; size / 16], slots: vec![Self::EMPTY; size], shift: 64 - size.trailing_zeros() };
+        for &(left, right, id) in pairs {
+            let (key, hash) = Self::key(left, right);
+            let bit = hash >> (table.shift - 2);
+            table.bits[bit as usize / 64] |= 1 << (bit % 64);
+            let place = table.place(key, hash);
+            table.slots[place] = key << Self::ID_BITS | id as u64;
+        }
+        table
+    }
+
+    #[inline]
+    fn key(left: u32, right: u32) -> (u64, u64) {
+        let key = (left as u64) << Self::ID_BITS | right as u64;
+        (key, key.wrapping_mul(0x9e37_79b9_7f4a_7c15))
+    }
+
+    /// Where a pair stands, or else would stand.
+    fn place(&self, key: u64, hash: u64) -> usize {
+        let mut place = (hash >> self.shift) as usize;
+        while self.slots[place] >> Self::ID_BITS != key && self.slots[place] != Self::EMPTY {
+            place = (place + 1) & (self.slots.len() - 1);
+        }
+        place
+    }
+
+    /// NONE if there is nothing.
+    #[inline]
+    fn get(&self, left: u32, right: u32) -> u32 {
+        let (key, hash) = Self::key(left, right);
+        let bit = hash >> (self.shift - 2);
+        if self.bits[bit as usize / 64] >> (bit % 64) & 1 == 0 {
+            return NONE;
+        }
+        match self.slots[self.place(key, hash)] {
+            Self::EMPTY => NONE,
+            slot => (slot & ((1 << Self::ID_BITS) - 1)) as u32,
+        }
+    }
+}
+
+// ---- the cache of pieces
+
+/// A piece of up to KEY_BYTES bytes and its length, or the hash of a longer piece and its length.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+struct Key {
+    low: u64,
+    high: u64, // the highest byte is the length, 0xff for a hash; all 0 in an empty entry
+}
+
+impl Key {
+    const MASKS: [[u64; 2]; KEY_BYTES + 1] = {
+        let mut masks = [[0, 0]; KEY_BYTES + 1];
+        let mut len = 0;
+        while len <= KEY_BYTES {
+            let mask = (1u128 << (8 * len)) - 1;
+            masks[len] = [mask as u64, (mask >> 64) as u64];
+            len += 1;
+        }
+        masks
+    };
+
+    /// Of the first `len` bytes.
+    #[inline]
+    fn of_window(window: &[u8; 16], len: usize) -> Self {
+        let both = u128::from_le_bytes(*window);
+        let [low, high] = Self::MASKS[len];
+        Key { low: both as u64 & low, high: (both >> 64) as u64 & high | (len as u64) << 56 }
+    }
+
+    /// No piece's: of what the cache does not take.
+    const NONE: Key = Key { low: 0, high: u64::MAX };
+
+    fn of(piece: &[u8]) -> Self {
+        if piece.len() <= KEY_BYTES {
+            let mut window = [0; 16];
+            window[..piece.len()].copy_from_slice(piece);
+            Self::of_window(&window, piece.len())
+        } else if piece.len() <= CACHED_BYTES {
+            Key { low: hash_of(piece), high: 0xff << 56 | piece.len() as u64 }
+        } else {
+            Self::NONE
+        }
+    }
+
+    #[inline]
+    fn set(self) -> usize {
+        let product = (self.low ^ 0x9e37_79b9_7f4a_7c15) as u128 * (self.high ^ 0xd6e8_feb8_6659_fd93) as u128;
+        ((product >> 64) as u64 ^ product as u64) as usize >> (64 - SET_BITS)
+    }
+}
+
+/// What the cache knows of a piece: its key, and its ids and their number if they are at most INLINE_IDS of a short piece.
+/// Otherwise where they start in `Cache::ids`, how many they are, where the bytes of a longer piece start in `Cache::bytes`, and ELSEWHERE.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+struct Entry {
+    key: Key,
+    value: [u32; INLINE_IDS + 1],
+}
+
+impl Entry {
+    const ELSEWHERE: u32 = u32::MAX;
+
+    #[inline]
+    fn count(&self) -> usize {
+        self.value[INLINE_IDS] as usize
+    }
+}
+
+/// The first two lie in one line of memory and hold what was needed more than once, the others what is new.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Set([Entry; 4]);
+
+/// The ids of pieces seen lately. Its size is fixed.
+#[derive(Default)]
+struct Cache {
+    memory: Vec<u64>, // of the sets: zeros cost nothing before they are used, but only as plain numbers
+    ids: Vec<u32>,
+    bytes: Vec<u8>,
+}
+
+impl Cache {
+    fn prepare(&mut self) {
+        if self.memory.is_empty() {
+            self.memory = vec![0; (SETS + 1) * size_of::<Set>() / size_of::<u64>()];
+        }
+    }
+
+    #[inline]
+    fn sets(&self) -> &[Set; SETS] {
+        // SAFETY: a set consists of integers without gaps between them, so any memory is one.
+        unsafe { self.memory.align_to::<Set>() }.1.first_chunk().expect("prepared")
+    }
+
+    #[inline]
+    fn set_mut(&mut self, set: usize) -> &mut Set {
+        // SAFETY: the same, and any set is memory.
+        &mut unsafe { self.memory.align_to_mut::<Set>() }.1[set]
+    }
+
+    /// What is found moves up.
+    fn find(&mut self, key: Key, piece: &[u8]) -> Option<&[u32]> {
+        let set = self.set_mut(key.set());
+        let place = set.0.iter().position(|entry| entry.key == key)?;
+        let better = place.min(2).saturating_sub(1);
+        set.0.swap(place, better);
+        let [start, count, bytes, here] = set.0[better].value;
+        if here != Entry::ELSEWHERE {
+            return Some(&self.sets()[key.set()].0[better].value[..here as usize]);
+        }
+        let same = piece.len() <= KEY_BYTES || &self.bytes[bytes as usize..][..piece.len()] == piece;
+        same.then(|| &self.ids[start as usize..][..count as usize])
+    }
+
+    fn insert(&mut self, key: Key, piece: &[u8], ids: &[u32]) {
+        if key == Key::NONE {
+            return;
+        }
+        if self.ids.len() + ids.len() > SPILLED || self.bytes.len() + piece.len() > SPILLED {
+            self.memory.fill(0);
+            self.ids.clear();
+            self.bytes.clear();
+        }
+        let mut value = [self.ids.len() as u32, ids.len() as u32, self.bytes.len() as u32, Entry::ELSEWHERE];
+        if piece.len() <= KEY_BYTES && ids.len() <= INLINE_IDS {
+            value[..ids.len()].copy_from_slice(ids);
+            value[INLINE_IDS] = ids.len() as u32;
+        } else {
+            self.ids.extend_from_slice(ids);
+            if piece.len() > KEY_BYTES {
+                self.bytes.extend_from_slice(piece);
+            }
+        }
+        let set = &mut self.set_mut(key.set()).0;
+        let place = set[..2].iter().position(|entry| entry.key == Key::default()).unwrap_or(2);
+        if place == 2 {
+            set[3] = set[2];
+        }
+        set[place] = Entry { key, value };
+    }
+}
+
+/// Asks for memory that will be read soon.
+#[inline]
+fn prefetch<T>(place: &T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: it changes nothing, and nothing is read.
+    unsafe {
+        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
+        _mm_prefetch::<_MM_HINT_T0>((place as *const T).cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = place;
+}
+
+// ---- the queue of long pieces
+
+/// Positions by rank: the lowest rank first, and in it the lowest position.
+#[derive(Default)]
+struct Queue {
+    buckets: Vec<Bucket>,
+    bucket_of: FxHashMap<u32, usize>,         // by rank
+    last: usize,                              // pushed to; the next push is often to the same
+    ranks: BinaryHeap<Reverse<(u32, usize)>>, // and buckets, of those that may hold something
+}
+
+/// Positions mostly come in ascending order, in which they also leave; the others go through a heap.
+struct Bucket {
+    rank: u32,
+    queued: bool,
+    ascending: Vec<u32>,
+    taken: usize, // of those
+    late: BinaryHeap<Reverse<u32>>,
+}
+
+impl Queue {
+    fn push(&mut self, rank: u32, position: usize) {
+        if rank == NONE {
+            return;
+        }
+        if self.buckets.get(self.last).is_none_or(|bucket| bucket.rank != rank) {
+            self.last = *self.bucket_of.entry(rank).or_insert(self.buckets.len());
+            if self.last == self.buckets.len() {
+                let (ascending, late) = Default::default();
+                self.buckets.push(Bucket { rank, queued: false, ascending, taken: 0, late });
+            }
+        }
+        let (bucket, position) = (&mut self.buckets[self.last], position as u32);
+        if !bucket.queued {
+            bucket.queued = true;
+            self.ranks.push(Reverse((rank, self.last)));
+        }
+        if bucket.ascending.last().is_none_or(|&last| last <= position) {
+            bucket.ascending.push(position);
+        } else {
+            bucket.late.push(Reverse(position));
+        }
+    }
+
+    fn pop(&mut self) -> Option<(u32, usize)> {
+        while let Some(&Reverse((rank, index))) = self.ranks.peek() {
+            let bucket = &mut self.buckets[index];
+            let (first, late) = (bucket.ascending.get(bucket.taken), bucket.late.peek());
+            let position = match (first, late) {
+                (Some(&first), Some(&Reverse(late))) => first.min(late),
+                (Some(&first), None) => first,
+                (None, Some(&Reverse(late))) => late,
+                (None, None) => {
+                    bucket.ascending.clear();
+                    (bucket.taken, bucket.queued) = (0, false);
+                    self.ranks.pop();
+                    continue;
+                }
+            };
+            if first == Some(&position) {
+                bucket.taken += 1;
+            } else {
+                bucket.late.pop();
+            }
+            return Some((rank, position as usize));
+        }
+        None
+    }
+}
+
+// ---- bytes of tokens, and growing output
+
+/// The bytes of tokens that are at most this long are copied as if they were exactly this long: a copy of constant size.
+const WINDOW: usize = 16;
+
+/// The bytes of all tokens, end to end, and where to find a token by its bytes.
+struct TokenTable {
+    bytes: Vec<u8>, // and WINDOW more
+    starts: Vec<u32>,
+    /// Open addressing: half of a token's hash, and its id below. Most look-ups fail, and fail at the first empty slot.
+    slots: Vec<u64>,
+}
+
+impl TokenTable {
+    const EMPTY: u64 = u64::MAX;
+
+    fn new(tokens: &[Box<[u8]>]) -> Result<Self, Error> {
+        let mut bytes = Vec::with_capacity(tokens.iter().map(|token| token.len()).sum::<usize>() + WINDOW);
+        let mut starts = vec![0];
+        for token in tokens {
+            bytes.extend_from_slice(token);
+            starts.push(u32::try_from(bytes.len()).map_err(|_| Error::Ranks("the tokens have more than 4 GiB".to_owned()))?);
+        }
+        bytes.extend([0; WINDOW]);
+        let mut table = TokenTable { bytes, starts, slots: vec![Self::EMPTY; (4 * tokens.len()).next_power_of_two()] };
+        for (id, token) in tokens.iter().enumerate() {
+            if token.is_empty() {
+                return Err(Error::Ranks(format!("token {id} is empty")));
+            }
+            match table.find(token) {
+                Ok(first) => return Err(Error::Ranks(format!("tokens {first} and {id} are the same bytes"))),
+                Err(place) => table.slots[place] = hash_of(token) >> 32 << 32 | id as u64,
+            }
+        }
+        Ok(table)
+    }
+
+    /// The token of these bytes, or the empty slot where it would stand.
+    fn find(&self, bytes: &[u8]) -> Result<u32, usize> {
+        let hash = hash_of(bytes);
+        let mut place = hash as usize & (self.slots.len() - 1);
+        loop {
+            let slot = self.slots[place];
+            if slot == Self::EMPTY {
+                return Err(place);
+            }
+            if slot >> 32 == hash >> 32 && self.get(slot as u32).is_some_and(|(_, token)| token == bytes) {
+                return Ok(slot as u32);
+            }
+            place = (place + 1) & (self.slots.len() - 1);
+        }
+    }
+
+    fn id(&self, bytes: &[u8]) -> Option<u32> {
+        self.find(bytes).ok()
+    }
+
+    /// A token, and as many bytes as a window has from its first on.
+    #[inline]
+    fn get(&self, id: u32) -> Option<(&[u8; WINDOW], &[u8])> {
+        let &[start, end] = self.starts.get(id as usize..)?.first_chunk()?;
+        let from = &self.bytes[start as usize..];
+        Some((from.first_chunk()?, &from[..(end - start) as usize]))
+    }
+
+    fn iter(&self) -> impl ExactSizeIterator<Item = &[u8]> {
+        self.starts.windows(2).map(|ends| &self.bytes[ends[0] as usize..ends[1] as usize])
+    }
+}
+
+fn hash_of(bytes: &[u8]) -> u64 {
+    let mut hasher = FxHasher::default();
+    hasher.write(bytes);
+    hasher.finish()
+}
+
+/// Appends to a vector whose length runs ahead, so that a few items are written at once and only some of them counted.
+struct Sink<'o, T> {
+    out: &'o mut Vec<T>,
+    len: usize,
+}
+
+impl<'o, T: Copy + Default> Sink<'o, T> {
+    fn new(out: &'o mut Vec<T>, expected: usize) -> Self {
+        let len = out.len();
+        out.resize(len + expected, T::default());
+        Sink { out, len }
+    }
+
+    /// `count` items or more to write to; what stays is to be added to `len`.
+    #[inline]
+    fn room(&mut self, count: usize) -> &mut [T] {
+        if self.out.len() - self.len < count {
+            self.grow(count);
+        }
+        &mut self.out[self.len..]
+    }
+
+    /// Writes all of `items` and keeps the first `count`.
+    #[inline]
+    fn put<const N: usize>(&mut self, items: &[T; N], count: usize) {
+        self.room(N)[..N].copy_from_slice(items);
+        self.len += count;
+    }
+
+    fn extend(&mut self, items: &[T]) {
+        self.room(items.len())[..items.len()].copy_from_slice(items);
+        self.len += items.len();
+    }
+
+    #[cold]
+    fn grow(&mut self, room: usize) {
+        self.out.resize(self.len + self.len / 2 + room, T::default());
+    }
+
+    fn finish(self) {
+        self.out.truncate(self.len);
     }
 }
 
@@ -255,7 +793,7 @@ mod tests {
 
     /// The rule, word for word, on bytes.
     fn by_the_rule(encoder: &Encoder, piece: &[u8]) -> Vec<u32> {
-        let rank = |bytes: &[u8]| encoder.tokens.iter().position(|token| **token == *bytes);
+        let rank = |bytes: &[u8]| encoder.tokens().position(|token| token == bytes);
         if let Some(id) = rank(piece) {
             return vec![id as u32];
         }
@@ -281,15 +819,17 @@ mod tests {
         for _ in 0..3_000 {
             let piece: Vec<u8> = (0..1 + draw(14)).map(|_| b'a' + draw(3) as u8).collect();
             let expected = by_the_rule(&encoder, &piece);
-            let (mut out, mut scratch) = (Vec::new(), Scratch::default());
-            encoder.encode_piece(&piece, &mut out, &mut scratch);
-            assert_eq!(out, expected, "{piece:?}");
-            encoder.encode_piece(&piece, &mut out, &mut scratch);
-            assert_eq!(out[expected.len()..], expected, "remembered {piece:?}");
+            let (text, mut out, mut scratch) = (std::str::from_utf8(&piece).unwrap(), Vec::new(), Scratch::default());
+            encoder.encode_into(text, &mut out, &mut scratch).unwrap();
+            assert_eq!(out, expected, "{text:?}");
+            encoder.encode_into(text, &mut out, &mut scratch).unwrap();
+            assert_eq!(out[expected.len()..], expected, "remembered {text:?}");
             if expected.len() > 1 {
-                let mut long = Vec::new();
-                encoder.merge_long(&piece, &mut long);
-                assert_eq!(long, expected, "heap {piece:?}");
+                let mut parts = Parts::new();
+                encoder.start(&piece, &mut parts);
+                encoder.merge_long(&mut parts);
+                let ids: Vec<u32> = parts.iter().map(|part| part.id).filter(|&id| id != NONE).collect();
+                assert_eq!(ids, expected, "in buckets {text:?}");
             }
         }
     }
@@ -309,7 +849,7 @@ mod tests {
         for threads in [1, 2, 7] {
             let runs = encoder.encode_documents(&texts, threads).unwrap();
             let lengths: Vec<usize> = runs.iter().flat_map(|run| run.lengths.clone()).collect();
-            let ids: Vec<u32> = runs.into_iter().flat_map(|run| run.ids).collect();
+            let ids: Vec<u32> = runs.into_iter().flat_map(|run| run.items).collect();
             let mut start = 0;
             assert_eq!(lengths.len(), texts.len());
             for (text, len) in texts.iter().zip(lengths) {

@@ -23,6 +23,8 @@ pub enum Error {
     Split(String),
     /// Ranks that make no tokenizer.
     Ranks(String),
+    /// A text that is no UTF-8.
+    Text(String),
     /// A training setting out of range.
     Setting(String),
     /// A token id that the vocabulary does not have.
@@ -37,6 +39,7 @@ impl fmt::Display for Error {
             Error::Pattern(why) => write!(f, "invalid split pattern: {why}"),
             Error::Split(why) => write!(f, "the split pattern failed on this text: {why}"),
             Error::Ranks(why) => write!(f, "invalid ranks: {why}"),
+            Error::Text(why) => write!(f, "a text is not UTF-8: {why}"),
             Error::Setting(why) => f.write_str(why),
             Error::UnknownId(id) => write!(f, "unknown token id: {id}"),
             Error::Interrupted => f.write_str("interrupted"),
@@ -56,18 +59,19 @@ pub fn worker_threads(wanted: Option<usize>) -> usize {
 const RUN_BYTES: usize = 1 << 18;
 
 /// Consecutive documents as (start, end) indices, each run at least one document and about RUN_BYTES long.
-fn runs_of<S: AsRef<str>>(texts: &[S]) -> Vec<(usize, usize)> {
+fn runs_of(lengths: impl ExactSizeIterator<Item = usize>) -> Vec<(usize, usize)> {
+    let documents = lengths.len();
     let mut runs = Vec::new();
     let (mut start, mut bytes) = (0, 0);
-    for (index, text) in texts.iter().enumerate() {
-        bytes += text.as_ref().len();
+    for (index, length) in lengths.enumerate() {
+        bytes += length;
         if bytes >= RUN_BYTES {
             runs.push((start, index + 1));
             (start, bytes) = (index + 1, 0);
         }
     }
-    if start < texts.len() {
-        runs.push((start, texts.len()));
+    if start < documents {
+        runs.push((start, documents));
     }
     runs
 }

@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
-use pyo3::types::{PyByteArray, PyBytes, PyIterator, PyString};
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyBytes, PyIterator, PyList, PyString};
 
-use crate::encode::{EncodedRun, Encoder};
+use crate::encode::{Encoder, Run};
 use crate::split::{Splitter, DEFAULT_PATTERN};
 use crate::train::{check_vocab_size, train, PieceCounter};
 use crate::{worker_threads, Error};
@@ -29,13 +30,15 @@ impl From<Error> for PyErr {
 #[pyclass(module = "rustbpe")]
 struct Tokenizer {
     encoder: Encoder,
+    /// The ids as Python's ints, made when first needed: a list of ids then costs a reference for each, not an object.
+    ints: PyOnceLock<Vec<Py<PyAny>>>,
 }
 
 #[pymethods]
 impl Tokenizer {
     #[new]
     fn new() -> PyResult<Self> {
-        Ok(Tokenizer { encoder: Encoder::bytes_only(DEFAULT_PATTERN)? })
+        Ok(Tokenizer::of(Encoder::bytes_only(DEFAULT_PATTERN)?))
     }
 
     /// A tokenizer from (token bytes, rank) pairs and a split pattern. Ranks are 0, 1, 2, ... without gaps, and every
@@ -54,7 +57,7 @@ impl Tokenizer {
             }
             Encoder::new(tokens, pattern.as_deref().unwrap_or(DEFAULT_PATTERN))
         })?;
-        Ok(Tokenizer { encoder })
+        Ok(Tokenizer::of(encoder))
     }
 
     /// Trains on the strings of an iterator, read in batches of at most buffer_size; the GIL is released while pieces are
@@ -99,24 +102,25 @@ impl Tokenizer {
         if let Some(error) = stopped {
             return Err(error);
         }
-        self.encoder = Encoder::new(tokens?, &pattern)?;
+        *self = Tokenizer::of(Encoder::new(tokens?, &pattern)?);
         Ok(())
     }
 
     /// The ids of a text.
-    fn encode(&self, py: Python<'_>, text: &str) -> PyResult<Vec<u32>> {
-        Ok(py.detach(|| self.encoder.encode(text))?)
+    fn encode<'py>(&self, py: Python<'py>, text: &str) -> PyResult<Bound<'py, PyList>> {
+        let ids = py.detach(|| self.encoder.encode(text))?;
+        self.list(py, &ids)
     }
 
     /// The ids of each text, computed on num_threads threads (all cores by default).
     #[pyo3(signature = (texts, num_threads=None))]
-    fn batch_encode(&self, py: Python<'_>, texts: &Bound<'_, PyAny>, num_threads: Option<usize>) -> PyResult<Vec<Vec<u32>>> {
-        let mut documents = Vec::new();
+    fn batch_encode<'py>(&self, py: Python<'py>, texts: &Bound<'py, PyAny>, num_threads: Option<usize>) -> PyResult<Bound<'py, PyList>> {
+        let documents = PyList::empty(py);
         for run in self.encode_runs(py, texts, num_threads)? {
-            let mut ids = &run.ids[..];
+            let mut ids = &run.items[..];
             for length in run.lengths {
                 let (document, rest) = ids.split_at(length);
-                documents.push(document.to_vec());
+                documents.append(self.list(py, document)?)?;
                 ids = rest;
             }
         }
@@ -124,43 +128,66 @@ impl Tokenizer {
     }
 
     /// All texts in two numpy arrays: the ids end to end (uint32), and where each text starts and the last one ends
-    /// (int64, one more than texts). The GIL is released.
-    #[pyo3(signature = (texts, num_threads=None))]
+    /// (int64, one more than texts). The texts are str, or with `offsets` a buffer of UTF-8 (bytes, an array of uint8), cut in the
+    /// same way. The GIL is released.
+    #[pyo3(signature = (texts, num_threads=None, offsets=None))]
     fn encode_documents<'py>(
         &self,
         py: Python<'py>,
         texts: &Bound<'py, PyAny>,
         num_threads: Option<usize>,
-    ) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
-        let runs = self.encode_runs(py, texts, num_threads)?;
-        let ids = PyByteArray::new_with(py, 4 * runs.iter().map(|run| run.ids.len()).sum::<usize>(), |buffer| {
-            let all = runs.iter().flat_map(|run| &run.ids);
-            buffer.chunks_exact_mut(4).zip(all).for_each(|(place, id)| place.copy_from_slice(&id.to_ne_bytes()));
-            Ok(())
+        offsets: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Arrays<'py>> {
+        let Some(offsets) = offsets else { return arrays_of(py, self.encode_runs(py, texts, num_threads)?, "uint32") };
+        let bytes = match texts.hasattr("__array_interface__")? {
+            true => converted(texts, "uint8")?,
+            false => py.import("numpy")?.call_method1("frombuffer", (texts, "uint8"))?,
+        };
+        let offsets = converted(offsets, "int64")?;
+        // SAFETY: of these types; that no other thread writes to them meanwhile is up to the caller, as everywhere in numpy.
+        let (bytes, offsets) = unsafe { (&*memory_of::<u8>(&bytes)?, &*memory_of::<i64>(&offsets)?) };
+        let runs = py.detach(|| {
+            let checked = cut(bytes, offsets)?.into_iter().map(std::str::from_utf8).enumerate();
+            let texts: Result<Vec<_>, _> = checked.map(|(i, text)| text.map_err(|e| Error::Text(format!("text {i}, {e}")))).collect();
+            let texts = texts?;
+            self.encoder.encode_documents(&texts, worker_threads(num_threads))
         })?;
-        let documents: usize = runs.iter().map(|run| run.lengths.len()).sum();
-        let offsets = PyByteArray::new_with(py, 8 * (documents + 1), |buffer| {
-            let mut end = 0i64;
-            let lengths = runs.iter().flat_map(|run| &run.lengths);
-            for (place, length) in buffer.chunks_exact_mut(8).skip(1).zip(lengths) {
-                end += *length as i64;
-                place.copy_from_slice(&end.to_ne_bytes());
-            }
-            Ok(())
-        })?;
-        let numpy = py.import("numpy")?;
-        let array = |bytes: Bound<'py, PyByteArray>, dtype: &str| numpy.call_method1("frombuffer", (bytes, dtype));
-        Ok((array(ids, "uint32")?, array(offsets, "int64")?))
+        arrays_of(py, runs, "uint32")
+    }
+
+    /// The reverse of encode_documents: the bytes of all documents end to end (uint8), and where each starts and the last one
+    /// ends (int64). Takes any arrays of integers; ValueError for offsets that do not ascend from 0 to the number of ids.
+    #[pyo3(signature = (ids, offsets, num_threads=None))]
+    fn decode_documents<'py>(
+        &self,
+        py: Python<'py>,
+        ids: &Bound<'py, PyAny>,
+        offsets: &Bound<'py, PyAny>,
+        num_threads: Option<usize>,
+    ) -> PyResult<Arrays<'py>> {
+        let (ids, offsets) = (converted(ids, "uint32")?, converted(offsets, "int64")?);
+        // SAFETY: as in encode_documents.
+        let (ids, offsets) = unsafe { (&*memory_of::<u32>(&ids)?, &*memory_of::<i64>(&offsets)?) };
+        let runs = py.detach(|| self.encoder.decode_documents(&cut(ids, offsets)?, worker_threads(num_threads)))?;
+        arrays_of(py, runs, "uint8")
     }
 
     /// The text of some ids; ValueError (UnicodeDecodeError) where they end inside a character, see decode_bytes.
-    fn decode<'py>(&self, py: Python<'py>, ids: Vec<u32>) -> PyResult<Bound<'py, PyAny>> {
+    fn decode<'py>(&self, py: Python<'py>, ids: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
         self.decode_bytes(py, ids)?.call_method1("decode", ("utf-8",))
     }
 
-    /// The bytes of some ids.
-    fn decode_bytes<'py>(&self, py: Python<'py>, ids: Vec<u32>) -> PyResult<Bound<'py, PyBytes>> {
-        Ok(PyBytes::new(py, &self.encoder.decode(&ids)?))
+    /// The bytes of some ids: a sequence of int or an array of integers.
+    fn decode_bytes<'py>(&self, py: Python<'py>, ids: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
+        let bytes = if ids.hasattr("__array_interface__")? {
+            let ids = converted(ids, "uint32")?;
+            // SAFETY: as in encode_documents.
+            let ids = unsafe { &*memory_of::<u32>(&ids)? };
+            py.detach(|| self.encoder.decode(ids))
+        } else {
+            self.encoder.decode(&ids.extract::<Vec<u32>>()?)
+        };
+        Ok(PyBytes::new(py, &bytes?))
     }
 
     /// The pieces that the pattern cuts a text into; merges never cross their borders.
@@ -179,18 +206,82 @@ impl Tokenizer {
 
     /// (token bytes, id) of every token, in the order of the ids.
     fn get_mergeable_ranks<'py>(&self, py: Python<'py>) -> Vec<(Bound<'py, PyBytes>, u32)> {
-        self.encoder.tokens().iter().zip(0..).map(|(token, id)| (PyBytes::new(py, token), id)).collect()
+        self.encoder.tokens().zip(0..).map(|(token, id)| (PyBytes::new(py, token), id)).collect()
     }
 }
 
 impl Tokenizer {
-    fn encode_runs(&self, py: Python<'_>, texts: &Bound<'_, PyAny>, num_threads: Option<usize>) -> PyResult<Vec<EncodedRun>> {
+    fn of(encoder: Encoder) -> Self {
+        Tokenizer { encoder, ints: PyOnceLock::new() }
+    }
+
+    fn list<'py>(&self, py: Python<'py>, ids: &[u32]) -> PyResult<Bound<'py, PyList>> {
+        let make = || (0..self.encoder.tokens().len()).map(|id| Ok(id.into_pyobject(py)?.into_any().unbind())).collect::<PyResult<_>>();
+        let ints = self.ints.get_or_try_init(py, make)?;
+        PyList::new(py, ids.iter().map(|&id| ints[id as usize].bind(py)))
+    }
+
+    fn encode_runs(&self, py: Python<'_>, texts: &Bound<'_, PyAny>, num_threads: Option<usize>) -> PyResult<Vec<Run<u32>>> {
         if texts.is_instance_of::<PyString>() {
             return Err(PyTypeError::new_err("texts must be a list of str, not one str"));
         }
         let texts = texts.try_iter()?.enumerate().map(|(index, text)| borrow(index, &text?)).collect::<PyResult<Vec<_>>>()?;
         Ok(py.detach(|| self.encoder.encode_documents(&texts, worker_threads(num_threads)))?)
     }
+}
+
+type Arrays<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>);
+
+/// The parts of `items` between neighbouring offsets.
+fn cut<'a, T>(items: &'a [T], offsets: &[i64]) -> Result<Vec<&'a [T]>, Error> {
+    let part = |ends: &[i64]| items.get(usize::try_from(ends[0]).ok()?..usize::try_from(ends[1]).ok()?);
+    match offsets.windows(2).map(part).collect() {
+        Some(parts) if offsets.first() == Some(&0) && offsets.last() == Some(&(items.len() as i64)) => Ok(parts),
+        _ => Err(Error::Setting(format!("offsets must ascend from 0 to {}, the length of what they cut", items.len()))),
+    }
+}
+
+/// Runs as two numpy arrays, the items end to end and the offsets, filled without the GIL.
+fn arrays_of<'py, T: Copy + Send + Sync>(py: Python<'py>, runs: Vec<Run<T>>, dtype: &str) -> PyResult<Arrays<'py>> {
+    let empty = |len: usize, dtype: &str| py.import("numpy")?.call_method1("empty", (len, dtype));
+    let items = empty(runs.iter().map(|run| run.items.len()).sum(), dtype)?;
+    let offsets = empty(runs.iter().map(|run| run.lengths.len()).sum::<usize>() + 1, "int64")?;
+    // SAFETY: both arrays were made here, so they are contiguous, of this type, and nobody else knows them.
+    let (mut places, ends) = unsafe { (&mut *memory_of::<T>(&items)?, &mut *memory_of::<i64>(&offsets)?) };
+    py.detach(|| {
+        ends[0] = 0;
+        let lengths = runs.iter().flat_map(|run| &run.lengths);
+        for (index, length) in lengths.enumerate() {
+            ends[index + 1] = ends[index] + *length as i64;
+        }
+        for run in runs {
+            let (here, rest) = std::mem::take(&mut places).split_at_mut(run.items.len());
+            here.copy_from_slice(&run.items);
+            places = rest;
+        }
+    });
+    Ok((items, offsets))
+}
+
+/// `array` with that dtype, in order in memory. ValueError for more dimensions than one and for values that are no such numbers.
+fn converted<'py>(array: &Bound<'py, PyAny>, dtype: &str) -> PyResult<Bound<'py, PyAny>> {
+    let numpy = array.py().import("numpy")?;
+    let given = numpy.call_method1("asarray", (array,))?;
+    let array = numpy.call_method1("require", (&given, dtype, "CA"))?;
+    let same = array.is(&given) || numpy.call_method1("array_equal", (&array, &given))?.extract()?;
+    if !same || array.getattr("ndim")?.extract::<usize>()? != 1 {
+        return Err(PyValueError::new_err(format!("the array must have one dimension and values of {dtype}")));
+    }
+    Ok(array)
+}
+
+/// The items of a numpy array that is contiguous and aligned and has the type T.
+fn memory_of<T>(array: &Bound<'_, PyAny>) -> PyResult<*mut [T]> {
+    let address: usize = array.getattr("__array_interface__")?.get_item("data")?.get_item(0)?.extract()?;
+    Ok(match array.len()? {
+        0 => &mut [],
+        len => std::ptr::slice_from_raw_parts_mut(address as *mut T, len),
+    })
 }
 
 /// Reads the iterator on this thread while another counts the batch before.

@@ -43,7 +43,7 @@ impl PieceCounter {
 
     /// Every thread counts runs of documents in a table of its own, then adds it to the shared shards.
     pub fn add<S: AsRef<str> + Sync>(&self, texts: &[S]) -> Result<(), Error> {
-        let runs = runs_of(texts);
+        let runs = runs_of(texts.iter().map(|text| text.as_ref().len()));
         let next = AtomicUsize::new(0);
         let hasher = BuildHasherDefault::<FxHasher>::default();
         in_parallel(self.threads.min(runs.len()), || -> Result<Vec<()>, Error> {

@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import os
 import random
 import resource
 import signal
@@ -163,6 +164,30 @@ def test_encodes_with_any_ranks_as_the_reference_does(tokens: list[str], letters
     assert encoder.encode(text) == as_tiktoken(encoder).encode_ordinary(text)
 
 
+def test_random_texts_with_random_ranks_are_encoded_as_by_tiktoken() -> None:
+    """FUZZ_CASES=1000000 for once. All lengths of pieces, new and known to the cache; words come again, as in real text."""
+    rng = random.Random(int(os.environ.get("FUZZ_SEED", "1")))
+    alphabets = ["ab", "abc ", "aA1 \n'", ODD_CHARACTERS, "的一是不了人我在有他 "]
+
+    def word(longest: int) -> str:
+        letters = rng.choice(alphabets)
+        return "".join(rng.choice(letters) * rng.choice((1, 1, 1, 2, 3, 9)) for _ in range(rng.randint(1, longest)))
+
+    for _ in range(int(os.environ.get("FUZZ_CASES", "8000")) // 1000):
+        tokens = {word(6).encode()[: rng.randint(1, 18)] for _ in range(rng.choice((3, 30, 300)))}
+        new = sorted(tokens - dict(BYTES).keys())
+        ranks = BYTES + list(zip(rng.sample(new, len(new)), itertools.count(256)))
+        tokenizer = rustbpe.Tokenizer.from_ranks(ranks, SPLIT_PATTERN)
+        words = [word(rng.choice((3, 8, 20, 150))) for _ in range(200)]
+        texts = ["".join(rng.choices(words, k=rng.randint(0, 5))) for _ in range(1000)]
+        expected = as_tiktoken(tokenizer).encode_ordinary_batch(texts, num_threads=1)
+        assert tokenizer.batch_encode(texts, num_threads=1) == expected
+        ids, offsets = tokenizer.encode_documents(texts, num_threads=2)
+        assert [document.tolist() for document in np.split(ids, offsets[1:-1])] == expected
+        data, ends = tokenizer.decode_documents(ids, offsets, num_threads=2)
+        assert [document.tobytes().decode() for document in np.split(data, ends[1:-1])] == texts
+
+
 def test_golden_ids() -> None:
     trained = train(["low lower lowest newer wider 2024 的的的"] * 3, 275, pattern=SPLIT_PATTERN)
     merges = "er lo _ 的 low .low 的的 .n .w .的的 20 24 der es ew ider .lower .lowes .new".replace(".", "\0").split()
@@ -192,6 +217,43 @@ def test_documents_come_back_as_arrays_in_their_order() -> None:
         assert trained.batch_encode(texts, num_threads=threads) == expected
     ids, offsets = trained.encode_documents([])
     assert (ids.tolist(), offsets.tolist()) == ([], [0])
+
+
+def test_a_buffer_with_offsets_is_encoded_like_the_texts_in_it() -> None:
+    trained = train(["some words and more words"], 280)
+    texts = ["some words", "", "é 的\0", "and more words" * 20]
+    expected = [array.tolist() for array in trained.encode_documents(texts)]
+    data = [text.encode() for text in texts]
+    offsets = [0, *itertools.accumulate(map(len, data))]
+    for buffer in (b"".join(data), bytearray(b"".join(data)), np.frombuffer(b"".join(data), dtype=np.uint8)):
+        assert [array.tolist() for array in trained.encode_documents(buffer, 2, offsets)] == expected
+    assert trained.encode_documents(b"", offsets=[0])[1].tolist() == [0]
+    with pytest.raises(ValueError, match="text 0, incomplete utf-8"):
+        trained.encode_documents("aé".encode(), offsets=[0, 2, 3])
+    with pytest.raises(ValueError, match="ascend from 0 to 3"):
+        trained.encode_documents(b"abc", offsets=[0, 2])
+    with pytest.raises(TypeError):
+        trained.encode_documents(["abc"], offsets=[0, 3])
+
+
+def test_documents_of_ids_are_decoded_alike() -> None:
+    trained = train(["some words and more words, é 的"], 290)
+    texts = ["some words", "", "的é\0", "x" * 40]
+    ids, offsets = trained.encode_documents(texts)
+    for integers in (np.uint32, np.int64, np.uint16):
+        data, ends = trained.decode_documents(ids.astype(integers), offsets.astype(np.int32), num_threads=2)
+        assert (data.dtype, ends.dtype) == (np.uint8, np.int64)
+        assert [data[a:b].tobytes().decode() for a, b in itertools.pairwise(ends)] == texts
+        assert trained.decode_bytes(ids.astype(integers)) == "".join(texts).encode()
+    assert trained.decode_bytes(ids[::-1]) == trained.decode_bytes(ids[::-1].tolist())
+    for wrong in ([0, 3], [1, len(ids)], [0, 5, 3, len(ids)], [0, len(ids) + 1], [], [[0, len(ids)]]):
+        with pytest.raises(ValueError):
+            trained.decode_documents(ids, np.array(wrong, dtype=np.int64))
+    for bad in (np.array([0.5]), np.array([-1]), np.array([2**32])):
+        with pytest.raises(ValueError):
+            trained.decode_documents(bad, [0, 1])
+    with pytest.raises(ValueError, match="unknown token id: 4000"):
+        trained.decode_documents(np.array([4000]), [0, 1])
 
 
 def test_other_python_threads_run_meanwhile() -> None:

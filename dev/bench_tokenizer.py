@@ -1,0 +1,391 @@
+"""How fast the tokenizer trains and encodes here, beside every other one that is installed: MB/s and memory, as JSON.
+
+    python -m dev.bench_tokenizer                                          20 MB of pydocs, vocabulary 32,768
+    python -m dev.bench_tokenizer --data_path=corpus.parquet --megabytes=1000 --vocab_size=65536
+    python -m dev.bench_tokenizer --peers=rustbpe=FOLDER,gigatoken=FOLDER  packages that were installed with `pip install --target FOLDER`
+
+Peers: rustbpe (PyPI's; its name is ours, so it needs a folder of its own), tokenizers, tiktoken, gigatoken. All train on the same text and
+encode it with the same vocabulary, ours, with rustbpe's default pattern. Each repetition is a process of its own, the peers take turns, and
+a median is of --repeats. "cold" is the first time that a process encodes the text, "warm" the second. A machine that does other work as
+well gives no result.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zangchat import configurator
+
+BUSY = 0.3  # cores that others use, above which a timing is worth nothing
+SEPARATOR = b"\0"  # between documents, for gigatoken's trainer
+
+
+@dataclass
+class Config:
+    dataset: str | None = None  # the corpus; default: pydocs
+    data_path: str | None = None  # a .parquet, .jsonl or .txt file, or a folder of them, instead
+    megabytes: float = 20.0  # of text, from its beginning
+    vocab_size: int = 32_768  # without special tokens
+    threads: int = 0  # for all of them; 0: as many as there are cores
+    peers: str = ""  # folders of packages that are not in this environment, name=FOLDER,...
+    tasks: str = "train,encode,decode"
+    repeats: int = 3
+    busy: bool = False  # measure although the machine is busy; the output says so
+    worker: str = ""  # internal: what a repetition measures, as task:name
+    folder: str = ""  # internal: where its input is
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return configurator.run(Config, bench, argv)
+
+
+def bench(config: Config) -> int:
+    if config.worker:
+        task, name = config.worker.split(":")
+        print(json.dumps({"train": train, "encode": encode, "decode": decode}[task](name, Path(config.folder), config.vocab_size)))
+        return 0
+    threads = config.threads or os.cpu_count() or 1
+    load, (before, _) = os.getloadavg()[0], taken_meanwhile(lambda: time.sleep(1))
+    if before > BUSY and not config.busy:
+        raise configurator.UserError(f"others use {before:.2f} cores: wait until the machine is idle, or give --busy and get no result")
+    with tempfile.TemporaryDirectory() as folder:
+        facts = prepare(config, Path(folder))
+        tasks = config.tasks.split(",")
+        during, results = taken_meanwhile(lambda: {task: take_turns(config, task, Path(folder), threads) for task in tasks})
+    taken = max(before, during)
+    machine = {
+        "result": taken <= BUSY,
+        "load_average": round(load, 2),
+        "cores_taken_by_others": round(taken, 2),
+        "threads": threads,
+        "repeats": config.repeats,
+    }
+    print(json.dumps({**machine, **facts, **results}, indent=1))
+    return int(taken > BUSY and not config.busy)
+
+
+def taken_meanwhile(work: Callable[[], Any]) -> tuple[float, Any]:
+    """(cores that others used while `work` ran, its result). Others are all but this process and its finished children; other machines on
+    the same hardware, too."""
+
+    def seconds() -> float:
+        stat = Path("/proc/stat")
+        if not stat.exists():  # the load average, as if it had always been so
+            return os.getloadavg()[0] * time.perf_counter()
+        user, nice, system, _, _, irq, softirq, steal = map(int, stat.read_text().split()[1:9])
+        mine = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        everything = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return everything - sum(usage.ru_utime + usage.ru_stime for usage in mine)
+
+    before, started = seconds(), time.perf_counter()
+    result = work()
+    return max(0.0, (seconds() - before) / (time.perf_counter() - started)), result
+
+
+# ---- input
+
+
+def prepare(config: Config, folder: Path) -> dict[str, Any]:
+    """Writes the text, and our vocabulary in the formats of the peers, for the workers."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    import rustbpe
+    from zangchat.dataset import find_dataset
+    from zangchat.hf import tokenizer_json
+    from zangchat.tokenizer import RustBPETokenizer
+
+    dataset = find_dataset(config.dataset or (None if config.data_path else "pydocs"), config.data_path)
+    texts, size = [], 0
+    for text in dataset.iter_documents("train"):
+        texts.append(text)
+        size += len(text.encode("utf-8"))
+        if size >= 1e6 * config.megabytes:
+            break
+    pq.write_table(pa.table({"text": texts}), folder / "text.parquet", compression="none")
+    tokenizer = RustBPETokenizer.train_from_iterator(texts, config.vocab_size + 9, pattern=rustbpe.Tokenizer().get_pattern())
+    tokenizer.save(folder)
+    (folder / "hf.json").write_text(json.dumps({**tokenizer_json(tokenizer), "added_tokens": [], "post_processor": None}))
+    return {
+        "text": dataset.name,
+        "documents": len(texts),
+        "MB": round(size / 1e6, 3),
+        "vocab_size": config.vocab_size,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    from importlib import metadata
+
+    return {name: metadata.version(name) for name in ("rustbpe", "tokenizers", "tiktoken", "numpy") if importlib.util.find_spec(name)}
+
+
+def documents(folder: Path) -> list[str]:
+    import pyarrow.parquet as pq
+
+    return pq.read_table(folder / "text.parquet")["text"].to_pylist()
+
+
+# ---- turns
+
+
+def take_turns(config: Config, task: str, folder: Path, threads: int) -> dict[str, Any]:
+    folders = dict(peer.split("=", 1) for peer in config.peers.split(",") if peer)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in {"train": TRAINERS, "encode": ENCODERS, "decode": DECODERS}[task]}
+    failed: dict[str, str] = {}
+    for _ in range(config.repeats):
+        for name, done in runs.items():
+            package = name.split()[0]
+            if package == "rustbpe" and package not in folders:
+                failed[name] = "give --peers=rustbpe=FOLDER"
+            if name not in failed:
+                environment = {**os.environ, "RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true", "THREADS": str(threads)}
+                if package in folders:
+                    environment["PYTHONPATH"] = os.pathsep.join([folders[package], os.environ.get("PYTHONPATH", "")])
+                flags = [f"--worker={task}:{name}", f"--folder={folder}", f"--vocab_size={config.vocab_size}"]
+                finished = subprocess.run(
+                    [sys.executable, "-m", "dev.bench_tokenizer", *flags], env=environment, capture_output=True, text=True
+                )
+                if finished.returncode:
+                    failed[name] = finished.stderr.strip().rsplit("\n", 1)[-1]
+                else:
+                    done.append(json.loads(finished.stdout))
+    return {name: {"missing": failed[name]} if name in failed else summary(done) for name, done in runs.items()}
+
+
+def summary(done: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians; of the speeds also all of them."""
+    result = {}
+    for key, first in done[0].items():
+        values = [run[key] for run in done]
+        result[key] = statistics.median(values) if isinstance(first, float) else first
+        if key.endswith("MB/s"):
+            result[f"all {key}"] = values
+    return result
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    started = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - started
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+def peak_megabytes() -> float:
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+
+
+# ---- training: documents and the size -> the bytes of the tokens
+
+
+def train(name: str, folder: Path, vocab_size: int) -> dict[str, Any]:
+    texts = documents(folder)
+    size, before = sum(len(text.encode("utf-8")) for text in texts), peak_megabytes()
+    tokens, seconds = timed(lambda: TRAINERS[name](iter(texts), vocab_size))
+    return {
+        "MB/s": round(size / 1e6 / seconds, 2),
+        "seconds": round(seconds, 3),
+        "peak_MB": peak_megabytes(),
+        "peak_MB_before": before,
+        "tokens": len(tokens),
+        "digest": digest(b"".join(len(token).to_bytes(4, "little") + token for token in tokens)),
+    }
+
+
+def train_rustbpe(texts: Iterator[str], vocab_size: int) -> list[bytes]:
+    import rustbpe
+
+    tokenizer = rustbpe.Tokenizer()
+    tokenizer.train_from_iterator(texts, vocab_size)
+    return [bytes(token) for token, _ in sorted(tokenizer.get_mergeable_ranks(), key=lambda pair: pair[1])]
+
+
+def train_tokenizers(texts: Iterator[str], vocab_size: int) -> list[bytes]:
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    import rustbpe
+    from zangchat.hf import byte_characters
+
+    tokenizer = Tokenizer(models.BPE())
+    pattern = Regex(rustbpe.Tokenizer().get_pattern())
+    pieces = pre_tokenizers.Split(pattern, "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False))
+    byte_of = {character: byte for byte, character in enumerate(byte_characters())}
+    by_id = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return [bytes(byte_of[character] for character in token) for token, _ in by_id]
+
+
+def train_gigatoken(texts: Iterator[str], vocab_size: int) -> list[bytes]:
+    import gigatoken
+
+    vocabulary, _ = gigatoken.train_bpe(SEPARATOR.join(text.encode() for text in texts), vocab_size, [], separator=SEPARATOR)
+    return [vocabulary[i] for i in sorted(vocabulary)]
+
+
+TRAINERS: dict[str, Callable[[Iterator[str], int], list[bytes]]] = {
+    "zangchat": train_rustbpe,
+    "rustbpe": train_rustbpe,
+    "tokenizers": train_tokenizers,
+    "gigatoken": train_gigatoken,
+}
+
+
+# ---- encoding
+
+
+def encode(name: str, folder: Path, vocab_size: int) -> dict[str, Any]:
+    texts = documents(folder)
+    size = sum(len(text.encode("utf-8")) for text in texts)
+    work, flatten = ENCODERS[name](folder, int(os.environ["THREADS"]))
+    _, cold = timed(lambda: work(texts))
+    result, warm = timed(lambda: work(texts))
+    ids = flatten(result)
+    return {
+        "warm MB/s": round(size / 1e6 / warm, 2),
+        "cold MB/s": round(size / 1e6 / cold, 2),
+        "peak_MB": peak_megabytes(),
+        "bytes_per_token": round(size / len(ids), 4),
+        "digest": digest(ids.tobytes()),
+    }
+
+
+# A folder and a number of threads -> (what encodes documents, what makes all ids of its result).
+Encode = tuple[Callable[[list[str]], Any], Callable[[Any], np.ndarray]]
+
+
+def flat(lists: list[list[int]]) -> np.ndarray:
+    return np.concatenate([np.array(ids, dtype=np.uint32) for ids in lists])
+
+
+def ours(folder: Path) -> Any:
+    from zangchat.tokenizer import RustBPETokenizer
+
+    return RustBPETokenizer.from_directory(folder)
+
+
+def encode_zangchat(folder: Path, threads: int) -> Encode:
+    tokenizer = ours(folder)
+    return lambda texts: tokenizer.encode_documents(texts, num_threads=threads), lambda result: result[0]
+
+
+def encode_zangchat_list(folder: Path, threads: int) -> Encode:
+    tokenizer = ours(folder)
+    return lambda texts: tokenizer.encode(texts, num_threads=threads), flat
+
+
+def encode_tiktoken(folder: Path, threads: int) -> Encode:
+    encoding = ours(folder).enc
+    return lambda texts: encoding.encode_ordinary_batch(texts, num_threads=threads), flat
+
+
+def encode_tokenizers(folder: Path, threads: int) -> Encode:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "hf.json"))
+    return lambda texts: tokenizer.encode_batch_fast(texts), lambda result: flat([encoding.ids for encoding in result])
+
+
+def gigatoken_of(folder: Path) -> Any:
+    import gigatoken
+
+    return gigatoken.Tokenizer.from_json((folder / "hf.json").read_text())
+
+
+def encode_gigatoken(folder: Path, threads: int) -> Encode:
+    import awkward
+
+    tokenizer = gigatoken_of(folder)
+    return lambda texts: tokenizer.encode_batch(texts), lambda result: awkward.to_numpy(awkward.flatten(result)).astype(np.uint32)
+
+
+def encode_gigatoken_list(folder: Path, threads: int) -> Encode:
+    tokenizer = gigatoken_of(folder)
+    return lambda texts: tokenizer.encode_batch_list(texts), flat
+
+
+ENCODERS: dict[str, Callable[[Path, int], Encode]] = {
+    "zangchat": encode_zangchat,
+    "zangchat list": encode_zangchat_list,
+    "tiktoken list": encode_tiktoken,
+    "tokenizers list": encode_tokenizers,
+    "gigatoken": encode_gigatoken,
+    "gigatoken list": encode_gigatoken_list,
+}
+
+
+# ---- decoding
+
+
+def decode(name: str, folder: Path, vocab_size: int) -> dict[str, Any]:
+    ids, offsets = ours(folder).encode_documents(documents(folder))
+    work = DECODERS[name](folder, int(os.environ["THREADS"]))
+    result, seconds = timed(work(ids, offsets))
+    data = b"".join(text.encode() if isinstance(text, str) else text for text in result)
+    return {"MB/s": round(len(data) / 1e6 / seconds, 2), "digest": digest(data)}
+
+
+# A folder and a number of threads -> ids and offsets -> what decodes them.
+Decode = Callable[[np.ndarray, np.ndarray], Callable[[], Any]]
+
+
+def lists(ids: np.ndarray, offsets: np.ndarray) -> list[list[int]]:
+    return [document.tolist() for document in np.split(ids, offsets[1:-1])]
+
+
+def decode_zangchat(folder: Path, threads: int) -> Decode:
+    import rustbpe
+
+    tokenizer = rustbpe.Tokenizer.from_ranks(list(ours(folder).enc._mergeable_ranks.items()))
+    return lambda ids, offsets: lambda: [tokenizer.decode_documents(ids, offsets, num_threads=threads)[0]]
+
+
+def decode_tiktoken(folder: Path, threads: int) -> Decode:
+    encoding = ours(folder).enc
+
+    def prepared(ids: np.ndarray, offsets: np.ndarray) -> Callable[[], Any]:
+        documents = lists(ids, offsets)
+        return lambda: encoding.decode_bytes_batch(documents, num_threads=threads)
+
+    return prepared
+
+
+def decode_tokenizers(folder: Path, threads: int) -> Decode:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "hf.json"))
+
+    def prepared(ids: np.ndarray, offsets: np.ndarray) -> Callable[[], Any]:
+        documents = lists(ids, offsets)
+        return lambda: tokenizer.decode_batch(documents, skip_special_tokens=False)
+
+    return prepared
+
+
+DECODERS: dict[str, Callable[[Path, int], Decode]] = {
+    "zangchat": decode_zangchat,
+    "tiktoken list": decode_tiktoken,
+    "tokenizers list": decode_tokenizers,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
