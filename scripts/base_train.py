@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.training import training_conversations
 from zangchat import common, configurator, flops, run_setup, schedule
-from zangchat.config import GPTConfig, RunConfig, StepMultipliers
+from zangchat.config import BatchSize, GPTConfig, RunConfig, StepMultipliers
 
 if TYPE_CHECKING:
     from zangchat.trainer import Every, Stage, Trainer
@@ -40,7 +40,7 @@ class Config(RunConfig):
     target_flops: float = -1.0  # training FLOPs
     target_param_data_ratio: float = 12.0  # tokens per (matrix + lm_head) parameter
     total_batch_size: int = -1  # tokens per step, all ranks; -1 = what suits the length of the run
-    device_batch_size: int = 32  # rows per rank in one pass, at most; the rest is accumulated
+    device_batch_size: BatchSize = 32  # rows per rank in one pass, at most; the rest is accumulated; auto = what fits the memory
     # the optimizer; rates are those of a 12-layer model at 2^19 tokens per step, and scaled from there
     optimizer: str = "muon"  # muon | adamw | sgd, for the matrices; the embedding and the head always take adamw (sgd: sgd)
     embedding_lr: float = 0.3
@@ -52,6 +52,7 @@ class Config(RunConfig):
     warmdown_ratio: float = 0.65  # share of the run with falling rates
     final_lr_frac: float = 0.05  # of the full rate, at the end
     grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    fsdp: bool = False  # spread the model over the ranks, where one device cannot hold it
     # looking on
     eval_every: int = 250  # steps between validations; -1 = none
     eval_tokens: int = 20 * 524288  # validation tokens at most
@@ -75,6 +76,7 @@ def train(config: Config) -> int:
         config = run.config
         tokenizer, dataset = run.tokenizer(), run.dataset()
         gpt, plan = make_plan(config, tokenizer.get_vocab_size(), run.world_size, saved=run.fact("plan"))
+        config = run.choose_batch(gpt, plan.total_batch_size // gpt.sequence_len)
         print_plan(config, gpt, plan, run.world_size)
         model = run.new_model(gpt, config.head_init_scale)
         optimizer = run.optimizer(model, plan)
@@ -181,18 +183,27 @@ def dry_run(config: Config) -> int:
         common.print0("no tokenizer yet: assuming a vocabulary of 65,536 (make one with `python -m scripts.tok_train`)")
     gpt, plan = make_plan(config, vocab_size or 65536, world_size)
     print_plan(config, gpt, plan, world_size)
-    dtype, device_type = config.dtype or "bfloat16", config.device_type or "cuda"
-    rows = min(config.device_batch_size, plan.total_batch_size // (gpt.sequence_len * world_size))
-    memory = flops.memory_estimate(gpt, rows, dtype=dtype, world_size=world_size, device_type=device_type)
-    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items() if name != "total")
-    common.print0(f"memory         {memory['total'] / 2**30:.2f} GiB per rank in {dtype} on {device_type}: {parts}")
+    rows = plan.total_batch_size // (gpt.sequence_len * world_size)
+    settings: dict[str, Any] = {
+        "dtype": config.dtype or "bfloat16",
+        "world_size": world_size,
+        "device_type": config.device_type or "cuda",
+        "optimizer": config.optimizer,
+    }
+    common.print0(f"memory         per rank, in {settings['dtype']} on {settings['device_type']}:")
+    if config.device_batch_size != "auto":
+        memory = flops.memory_estimate(gpt, min(config.device_batch_size, rows), grad_checkpoint=config.grad_checkpoint, **settings)
+        parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items() if size and name != "total")
+        common.print0(f"               {memory['total'] / 1e9:.2f} GB with --device_batch_size={config.device_batch_size}: {parts}")
+    for line in flops.what_fits(gpt, rows, **settings):
+        common.print0(f"               {line}")
     return 0
 
 
 def print_plan(config: Config, gpt: GPTConfig, plan: schedule.TrainPlan, world_size: int) -> None:
     params = flops.count_params(gpt)
     rows = plan.total_batch_size // (gpt.sequence_len * world_size)
-    passes = -(-rows // config.device_batch_size)
+    passes = "passes of what fits" if config.device_batch_size == "auto" else f"{-(-rows // config.device_batch_size)} passes"
     total_flops = flops.flops_per_token(gpt) * plan.tokens
     common.print0(
         f"model          {gpt.n_layer} layers, width {gpt.n_embd}, {gpt.n_head} heads ({gpt.n_kv_head} for keys and values), "
@@ -200,7 +211,7 @@ def print_plan(config: Config, gpt: GPTConfig, plan: schedule.TrainPlan, world_s
         f"parameters     {params['total']:,}: embedding {params['wte']:,}, head {params['lm_head']:,}, matrices {params['matrices']:,}\n"
         f"tokens         {plan.tokens:,} ({plan.tokens / flops.scaling_params(gpt):.2f} per matrix and head parameter)\n"
         f"steps          {plan.num_iterations:,} of {plan.total_batch_size:,} tokens: {rows * world_size} rows, "
-        f"{rows} on each of {world_size} ranks in {passes} passes\n"
+        f"{rows} on each of {world_size} ranks in {passes}\n"
         f"FLOPs          {total_flops:.3e} ({flops.flops_per_token(gpt):.3e} per token)\n"
         f"learning rates matrices {config.matrix_lr * plan.lr_scale:.2g}, embedding {config.embedding_lr * plan.adamw_lr_scale:.2g}, "
         f"head {config.unembedding_lr * plan.adamw_lr_scale:.2g}, weight decay {config.weight_decay * plan.weight_decay_scale:.2g}"

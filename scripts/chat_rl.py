@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.common import REGISTRY, load_task
 from zangchat import common, configurator, run_setup, schedule
-from zangchat.config import RunConfig, StepMultipliers
+from zangchat.config import BatchSize, RunConfig, StepMultipliers
 
 if TYPE_CHECKING:
     from tasks.common import Task
@@ -36,7 +36,7 @@ class Config(RunConfig):
     temperature: float = 1.0
     top_k: int = 50  # draw among the k most likely tokens; 0 = all
     task_size: int = 1000  # training examples of a generated task
-    device_batch_size: int = 8  # answers per rank in one training pass
+    device_batch_size: BatchSize = 8  # answers per rank in one training pass; auto = what fits the memory
     # the optimizer
     optimizer: str | None = None  # muon | adamw | sgd; None here and below: as the model it starts from
     embedding_lr: float | None = None
@@ -63,7 +63,8 @@ def train(config: Config) -> int:
             return 0
         run.start_from(config.source, config.model_step)
         tokenizer, model = run.tokenizer(), run.new_model()
-        config = run.settle(model.config)
+        run.settle(model.config)
+        config = run.choose_batch(model.config, run.config.examples_per_step * run.config.num_samples, even=False)
         if config.examples_per_step % run.world_size:
             raise configurator.UserError(
                 f"--examples_per_step={config.examples_per_step} cannot be shared equally by {run.world_size} ranks: give a multiple"
@@ -86,7 +87,7 @@ def check(config: Config) -> None:
     """What can be seen to be wrong before anything is loaded."""
     if config.source not in ("sft", "mid"):
         raise configurator.UserError(f"--source={config.source} is no stage for RL to start from: choose sft or mid")
-    for name in ("num_epochs", "examples_per_step", "max_new_tokens", "task_size", "device_batch_size", "eval_examples", "eval_samples"):
+    for name in ("num_epochs", "examples_per_step", "max_new_tokens", "task_size", "eval_examples", "eval_samples"):
         if getattr(config, name) < 1:
             raise configurator.UserError(f"--{name}={getattr(config, name)} is not possible: give at least 1")
     if config.num_samples < 2:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.training import held_out_conversations, training_conversations
 from zangchat import common, configurator, run_setup, schedule
-from zangchat.config import RunConfig, StepMultipliers
+from zangchat.config import BatchSize, RunConfig, StepMultipliers
 
 if TYPE_CHECKING:
     from tasks.common import Task
@@ -39,7 +39,7 @@ class Config(RunConfig):
     num_iterations: int = -1  # optimizer steps; -1 = from --num_epochs
     target_examples_per_step: int = 32  # conversations per step, all ranks
     max_seq_len: int | None = None  # tokens in a row; None in all that follows: as the model it starts from
-    device_batch_size: int | None = None  # rows per rank in one pass, at most
+    device_batch_size: BatchSize | None = None  # rows per rank in one pass, at most; auto = what fits the memory
     # the optimizer
     optimizer: str | None = None  # muon | adamw | sgd
     load_optimizer: bool = False  # go on with the optimizer's state of the model it starts from
@@ -50,6 +50,7 @@ class Config(RunConfig):
     weight_decay: float = 0.0
     grad_clip: float | None = None
     grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    fsdp: bool = False  # spread the model over the ranks, where one device cannot hold it
     # looking on
     eval_every: int = 100  # steps between validations; -1 = none
     eval_steps: int = 100  # held-out batches of target_examples_per_step conversations, at most
@@ -66,7 +67,8 @@ def train(config: Config) -> int:
             return 0
         run.start_from(config.source, config.model_step)
         tokenizer, model = run.tokenizer(), run.new_model()
-        settled = run.settle(model.config, mixture=MIXTURE)
+        run.settle(model.config, mixture=MIXTURE)
+        settled = run.choose_batch(model.config, run.config.target_examples_per_step, even=False)
         task = training_conversations(settled.mixture, settled.identity_data, tokenizer=tokenizer, seed=settled.seed)
         steps = run.steps(lambda: math.ceil(len(task) * settled.num_epochs / settled.target_examples_per_step))
         common.print0(f"sft: {len(task):,} conversations; {steps:,} steps of {settled.target_examples_per_step}")

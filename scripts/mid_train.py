@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.training import held_out_conversations, training_conversations
 from zangchat import common, configurator, run_setup, schedule
-from zangchat.config import GPTConfig, RunConfig, StepMultipliers
+from zangchat.config import BatchSize, GPTConfig, RunConfig, StepMultipliers
 
 if TYPE_CHECKING:
     from tasks.common import Task
@@ -39,7 +39,7 @@ class Config(RunConfig):
     num_iterations: int = -1  # optimizer steps; -1 = about once through the mixture
     max_seq_len: int | None = None  # tokens in a row; None in all that follows: as the base model
     total_batch_size: int | None = None  # tokens per step, all ranks
-    device_batch_size: int | None = None  # rows per rank in one pass, at most
+    device_batch_size: BatchSize | None = None  # rows per rank in one pass, at most; auto = what fits the memory
     # the optimizer
     optimizer: str | None = None  # muon | adamw | sgd
     load_optimizer: bool = True  # go on with the optimizer's state of the base model
@@ -52,6 +52,7 @@ class Config(RunConfig):
     warmdown_ratio: float = 0.2  # share of the run with falling rates
     final_lr_frac: float = 0.0
     grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    fsdp: bool = False  # spread the model over the ranks, where one device cannot hold it
     # looking on
     eval_every: int = 150  # steps between validations; -1 = none
     eval_tokens: int = 20 * 524288  # validation tokens at most
@@ -89,8 +90,8 @@ def check(config: Config) -> None:
 
 def make_plan(run: run_setup.Run, model_config: GPTConfig, task: "Task", tokenizer: Any) -> schedule.TrainPlan:
     """Batch and rates as the base model had them; the length that is asked for, or once through the mixture."""
-    config = run.config
     plan = run.plan(model_config)
+    config = run.choose_batch(model_config, plan.total_batch_size // run.config.max_seq_len)
     run_setup.check_batch(plan.total_batch_size, config.max_seq_len, config.device_batch_size, run.world_size)
     steps = run.steps(lambda: tokens_in(task, tokenizer, config.max_seq_len) / config.mixture_ratio / plan.total_batch_size)
     common.print0(f"mid: {len(task):,} conversations; {steps:,} steps of {plan.total_batch_size:,} tokens")

@@ -24,6 +24,8 @@ SPECIAL_TOKENS = [
 class ByteTokenizer:
     """Token i < 256 is the byte i, then come the special tokens: nothing to train, and everything about it is obvious."""
 
+    fingerprint = "bytes"
+
     def get_vocab_size(self) -> int:
         return 256 + len(SPECIAL_TOKENS)
 

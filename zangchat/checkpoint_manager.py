@@ -112,7 +112,7 @@ class Save:
     ) -> None:
         self.directory, self.step, self.rank, self.meta_data = Path(checkpoint_dir), step, rank, meta_data
         self._files: dict[str, tuple[int, str]] = {}  # written so far: (size, sha256)
-        self._failure: BaseException | None = None
+        self._failure: BaseException | None = RuntimeError(f"the writer of step {step} ended before it began")
         parts: dict[str, Any] = {}
         if rank == 0:
             assert model_data is not None
@@ -129,6 +129,7 @@ class Save:
             self.directory.mkdir(parents=True, exist_ok=True)  # on every rank: disks may be local to a node
             for name, data in parts.items():
                 self._files[name] = _write_tensors(self.directory / name, data)
+            self._failure = None
         except BaseException as error:  # raised by commit
             self._failure = error
         finally:

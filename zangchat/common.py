@@ -412,6 +412,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def device_memory(device: torch.device | str) -> int:
+    """Bytes that this process may count on: of the device on CUDA and MPS; on a CPU its share, among the ranks of this machine, of what
+    is free, and what it has already."""
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory())
+    import psutil
+
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + psutil.Process().memory_info().rss
+
+
 def peak_memory_bytes(device: torch.device | str) -> int:
     """The most memory used so far: of the device by tensors on CUDA, of the driver on MPS (now), of this process on a CPU."""
     import torch

@@ -4,8 +4,9 @@ Layer 0: nothing here imports torch, so `--help` and `--dry_run` answer at once.
 """
 
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+BatchSize = int | Literal["auto"]  # rows in one pass; "auto": what fits the memory of the device
 VOCAB_MULTIPLE = 64  # embedding and head rows are padded to this, for tensor cores and even shards
 
 

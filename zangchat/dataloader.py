@@ -22,7 +22,7 @@ import torch
 
 from zangchat.common import derive_seed
 from zangchat.configurator import UserError
-from zangchat.dataset import Dataset
+from zangchat.dataset import TOKENS, Dataset
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -74,22 +74,29 @@ class TextStream:
     def __init__(self, dataset: Dataset, tokenizer: Any, seed: int, split: str = "train", max_tokens: int | None = None) -> None:
         if max_tokens is not None and max_tokens < 2:
             raise ValueError(f"max_tokens must be at least 2, not {max_tokens}")
+        if dataset.tokenizer not in (None, tokenizer and tokenizer.fingerprint):
+            raise UserError(f"dataset {dataset.name} was made with another tokenizer than this model's: {dataset.repair_hint()}")
         self.dataset, self.tokenizer, self.seed, self.split, self.max_tokens = dataset, tokenizer, seed, split, max_tokens
         self.state: dict[str, Any] = {"epoch": 0, "shard": 0, "group": 0, "row": 0}
-        self._group: tuple[tuple[int, int, int], list[str]] | None = None  # the group in hand, in this epoch's order
+        self._group: tuple[tuple[int, int, int], list[Any]] | None = None  # the group in hand, in this epoch's order
 
     def next_documents(self) -> list[Document]:
-        ids, offsets = self.tokenizer.encode_documents(self._next_texts(), num_threads=2)
         bos = np.array([self.tokenizer.get_bos_token_id()], dtype=np.int32)
         documents = []
-        for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-            step = self.max_tokens - 1 if self.max_tokens else max(1, end - start)
-            for piece in range(start, end, step):
-                documents.append(Document(np.concatenate([bos, ids[piece : min(piece + step, end)].astype(np.int32)]), None, True))
+        for ids in self._encoded(self._next_run()):
+            step = self.max_tokens - 1 if self.max_tokens else max(1, len(ids))
+            for piece in range(0, len(ids), step):
+                documents.append(Document(np.concatenate([bos, ids[piece : piece + step].astype(np.int32)]), None, True))
         return documents
 
-    def _next_texts(self) -> list[str]:
-        """Up to TEXT_RUN texts, all of one group; moves the state behind them."""
+    def _encoded(self, run: list[Any]) -> list[np.ndarray]:
+        if self.dataset.tokenizer is not None:
+            return run
+        ids, offsets = self.tokenizer.encode_documents(run, num_threads=2)
+        return np.split(ids, offsets[1:-1])
+
+    def _next_run(self) -> list[Any]:
+        """Up to TEXT_RUN texts (or arrays of ids), all of one group; moves the state behind them."""
         epoch, shard, group, row = (self.state[key] for key in ("epoch", "shard", "group", "row"))
         empty_epochs = 0
         while True:
@@ -115,15 +122,16 @@ class TextStream:
             return shards
         return [shards[i] for i in permutation(len(shards), self.seed, "shards", epoch)]
 
-    def _texts(self, epoch: int, shard: int, group: int) -> list[str]:
+    def _texts(self, epoch: int, shard: int, group: int) -> list[Any]:
         """The `group`-th group of the `shard`-th shard in this epoch's order, its documents in this epoch's order."""
         key = (epoch, shard, group)
         if self._group is None or self._group[0] != key:
-            name = self._shards(epoch)[shard]
-            order = permutation(self.dataset.num_groups(name, self.split), self.seed, "groups", epoch, name)
-            texts = self.dataset.read_group(name, int(order[group]), self.split)
+            shard_name = self._shards(epoch)[shard]
+            name = shard_name.removesuffix(TOKENS)  # ids come in the order of their text
+            order = permutation(self.dataset.num_groups(shard_name, self.split), self.seed, "groups", epoch, name)
+            texts = self.dataset.read_group(shard_name, int(order[group]), self.split)
             shuffled = permutation(len(texts), self.seed, "rows", epoch, name, int(order[group]))
-            self._group = (key, [texts[i] for i in shuffled if texts[i]])
+            self._group = (key, [texts[i] for i in shuffled if len(texts[i])])
         return self._group[1]
 
 

@@ -4,6 +4,7 @@
     python -m zangchat.dataset -n 8                           8 training shards of climbmix from the hub, and its validation shard
     python -m zangchat.dataset --source=fineweb-edu -n 8
     python -m zangchat.dataset verify [--dataset=NAME] [--repair]
+    python -m zangchat.dataset tokenize [--dataset=NAME]      token ids in <base>/base_data/NAME-tokens (token_shards.py)
 
 A dataset is a folder <base>/base_data/<name>/ with shards and a manifest.json that lists all planned shards from the start, in order,
 each with its split, size and sha256:
@@ -19,6 +20,7 @@ documents, the unit of reading: the data loader needs no more than (shard, group
 import hashlib
 import json
 import logging
+import os
 import shutil
 import sys
 import time
@@ -43,6 +45,7 @@ TEXT_GROUP_BYTES = 4 << 20  # .jsonl and .txt files are read in ranges of about 
 TXT_DOCUMENT_CHARS = 8192  # .txt files without <|endoftext|> marks are cut into documents of at most this length
 LONE_FILE_HOLDOUT = 20  # of a lone file too small for two groups, the last 1/20 of the documents are for validation
 FORMATS = (".parquet", ".jsonl", ".txt")
+TOKENS = ".tokens"  # ends the name of a shard of token ids
 BUILD_PYDOCS = "python -m zangchat.dataset --source=pydocs"
 
 
@@ -54,6 +57,7 @@ class Dataset:
         self.manifest = manifest
         self.name: str = manifest["name"]
         self._entries: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in manifest["shards"]}
+        self._checked: dict[str, tuple[int, int]] = {}  # size and time of change of the shards that were found intact
 
     @property
     def fingerprint(self) -> str:
@@ -63,7 +67,12 @@ class Dataset:
     @property
     def arrives_in_order(self) -> bool:
         """True where later shards may still be on their way: the hub's text is shuffled already, so the first epoch keeps its order."""
-        return "repo" in self.manifest
+        return bool(self.manifest.get("in_order", "repo" in self.manifest))
+
+    @property
+    def tokenizer(self) -> str | None:
+        """The fingerprint of the tokenizer that made the ids of the training shards; None where they hold text."""
+        return self.manifest.get("tokenizer")
 
     def shards(self, split: str) -> list[str]:
         """Names in manifest order. The split "both" marks a lone file whose end is held out for validation."""
@@ -78,8 +87,8 @@ class Dataset:
             return total
         return total - 1 if split == "train" else 1
 
-    def read_group(self, shard: str, group: int, split: str) -> list[str]:
-        """The documents of one group, in file order."""
+    def read_group(self, shard: str, group: int, split: str) -> list[Any]:
+        """The documents of one group, in file order: texts, or (n,) arrays of ids where the shard holds tokens."""
         file = self._file(shard)
         if self._entries[shard]["split"] != "both":
             return file.read_group(group)
@@ -93,7 +102,9 @@ class Dataset:
         return texts[:-held_out] if split == "train" else texts[-held_out:]
 
     def iter_documents(self, split: str = "train") -> Iterator[str]:
-        """All documents of the split once, in manifest order."""
+        """All documents of the split once, in manifest order. Raises UserError where they are token ids."""
+        if split == "train" and self.tokenizer is not None:
+            raise UserError(f"dataset {self.name} holds token ids: for its text give --dataset={self.manifest['text']['name']}")
         for shard in self.shards(split):
             for group in range(self.num_groups(shard, split)):
                 yield from self.read_group(shard, group, split)
@@ -102,17 +113,34 @@ class Dataset:
         return self.iter_documents("validation")
 
     def repair_hint(self) -> str:
+        if self.tokenizer is not None:
+            return f"make it again with `python -m zangchat.dataset tokenize --dataset={self.manifest['text']['name']} --overwrite`"
         if self.manifest["source"] == "pydocs":
             return f"build it again with `{BUILD_PYDOCS} --overwrite`"
         if "repo" in self.manifest:
             return f"fetch it again with `python -m zangchat.dataset verify --dataset={self.name} --repair`"
         return "put an intact copy in its place"
 
-    def _file(self, shard: str) -> "_File":
+    def _file(self, shard: str) -> Any:
+        """A _File or TokenFile."""
         path = self.folder / shard
         if not path.exists():
             self._wait_for(path)
+        self._check(path)
+        if path.suffix == TOKENS:
+            from zangchat.token_shards import TokenFile
+
+            return TokenFile(path, self._entries[shard], self.manifest["dtype"])
         return _ParquetFile(path, self.repair_hint()) if path.suffix == ".parquet" else _LineFile(path, self.repair_hint())
+
+    def _check(self, path: Path) -> None:
+        """Compare a shard with the manifest when it is first opened, and again whenever its file has changed. Raises UserError."""
+        status = path.stat()
+        seen = status.st_size, status.st_mtime_ns
+        if self._checked.get(path.name) != seen:
+            if problem := check_shard(self, self._entries[path.name]):
+                raise UserError(f"{path} is damaged ({problem}): {self.repair_hint()}")
+            self._checked[path.name] = seen
 
     def _wait_for(self, path: Path) -> None:
         """Shards appear whole (they are renamed into place), so existence is all there is to wait for."""
@@ -404,9 +432,26 @@ def check_shard(dataset: Dataset, entry: dict[str, Any]) -> str:
         return "missing"
     if path.stat().st_size != entry["bytes"]:
         return f"{path.stat().st_size:,} bytes instead of {entry['bytes']:,}"
-    if file_sha256(path) != entry["sha256"]:
-        return "its sha256 is not the manifest's"
-    return ""
+    if "sha256" not in entry:  # a file of one's own
+        return "" if _hash_edges(path) == entry["edges_sha256"] else "it has changed since the run began"
+    return "" if file_sha256(path) == entry["sha256"] else "its sha256 is not the manifest's"
+
+
+def tokenize(config: "TokenizeConfig") -> int:
+    from zangchat.token_shards import tokenize
+    from zangchat.tokenizer import get_tokenizer
+
+    dataset = find_dataset(config.dataset, config.data_path)
+    if dataset.tokenizer is not None:
+        raise UserError(f"--dataset={dataset.name} holds token ids already: give --dataset={dataset.manifest['text']['name']}")
+    folder = datasets_dir() / f"{dataset.name}-tokens"
+    with folder_lock(folder):
+        if (folder / MANIFEST).exists() and not config.overwrite:
+            raise UserError(f"{folder} is there already: train with --dataset={folder.name}, or give --overwrite to make it again")
+        made = tokenize(dataset, get_tokenizer(), folder, config.num_threads or os.cpu_count() or 1)
+    tokens = sum(entry.get("tokens", 0) for entry in made.manifest["shards"])
+    print(f"{folder}: {tokens:,} tokens; train on them with --dataset={folder.name}")
+    return 0
 
 
 def verify(config: "VerifyConfig") -> int:
@@ -420,7 +465,7 @@ def verify(config: "VerifyConfig") -> int:
     if not bad:
         print(f"{dataset.name}: {len(dataset.manifest['shards'])} shards are what the manifest says (fingerprint {dataset.fingerprint})")
         return 0
-    if config.repair:
+    if config.repair and dataset.tokenizer is None:
         for name in bad:
             (dataset.folder / name).unlink(missing_ok=True)
         if dataset.manifest["source"] == "pydocs":
@@ -450,6 +495,14 @@ class VerifyConfig:
     repair: bool = False  # fetch or build again what is missing or damaged
 
 
+@dataclass
+class TokenizeConfig:
+    dataset: str | None = None  # whose text; default: the only one present
+    data_path: str | None = None  # a .parquet, .jsonl or .txt file, or a folder of them, instead
+    num_threads: int = 0  # 0 = one per core
+    overwrite: bool = False  # make it again although it is there
+
+
 def build(config: Config) -> int:
     from zangchat import hub
 
@@ -474,6 +527,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["verify"]:
         return configurator.run(VerifyConfig, verify, arguments[1:])
+    if arguments[:1] == ["tokenize"]:
+        return configurator.run(TokenizeConfig, tokenize, arguments[1:])
     return configurator.run(Config, build, arguments)
 
 

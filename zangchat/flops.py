@@ -3,6 +3,7 @@
 Layer 0: nothing here imports torch. FLOPs count a multiplication and an addition as two; bytes are bytes.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from zangchat.config import GPTConfig
@@ -89,29 +90,64 @@ def memory_estimate(
     world_size: int = 1,
     device_type: str = "cuda",
     optimizer: str = "muon",
+    grad_checkpoint: bool = False,
+    fsdp: bool = False,
 ) -> dict[str, int]:
-    """Bytes one rank needs to train with `device_batch_size` rows: weights, gradients, optimizer, activations, logits, total.
+    """Bytes one rank needs to train with `device_batch_size` rows: weights, gradients, optimizer, activations, recomputed, logits, update,
+    total.
 
-    For the uncompiled model; the optimizer's state is sharded over ranks. An estimate:
-    the allocator's waste and the libraries' workspaces come on top (leave 10 %). `dtype` is that of the products.
+    What is not there at the same time counts once in the total: the update of the optimizer comes when the activations are gone, and a
+    block is recomputed (with `grad_checkpoint`) when the logits are. For the uncompiled model; the optimizer's state is sharded over
+    ranks, with `fsdp` weights and gradients as well. An estimate: the allocator's waste and the libraries' workspaces come on top (see
+    `USABLE`). `dtype` is that of the products.
     """
     size = BYTES[str(dtype).removeprefix("torch.")]
     weights = weight_bytes(config, dtype)
     casts = 0 if size == 4 else size * scaling_params(config)  # kept from the forward pass for the backward pass
+    tokens = device_batch_size * config.sequence_len
+    if fsdp:  # its rows, and what is gathered at a time: two blocks with their gradients, and the head
+        gathered = 2 * 2 * 4 * count_params(config)["matrices"] // config.n_layer + 4 * count_params(config)["lm_head"]
+        weights = weights // world_size
+        casts += gathered
     parts = {
         "weights": weights + casts,
         "gradients": weights,
         "optimizer": optimizer_bytes(config, optimizer, dtype) // world_size,
-        "activations": device_batch_size * config.sequence_len * activation_bytes_per_token(config, size, device_type),
-        "logits": logits_bytes(config, device_batch_size * config.sequence_len, size, device_type),
+        "activations": tokens * activation_bytes_per_token(config, size, device_type, grad_checkpoint),
+        "recomputed": tokens * block_bytes_per_token(config, size, device_type) if grad_checkpoint else 0,
+        "logits": logits_bytes(config, tokens, size, device_type),
+        "update": update_bytes(config, optimizer, world_size),
     }
-    return {**parts, "total": sum(parts.values())}
+    passing = parts["activations"] + max(parts["recomputed"], parts["logits"])
+    lasting = parts["weights"] + parts["gradients"] + parts["optimizer"]
+    return {**parts, "total": lasting + max(passing, parts["update"])}
 
 
-def activation_bytes_per_token(config: GPTConfig, size: int = 2, device_type: str = "cuda") -> int:
+def update_bytes(config: GPTConfig, kind: str = "muon", world_size: int = 1) -> int:
+    """Scratch memory of the optimizer. Muon stacks all matrices of a shape and needs about five fp32 copies of them; AdamW takes one
+    parameter at a time and needs three."""
+    params = count_params(config)
+    if kind == "muon":
+        layers = -(-config.n_layer // world_size)
+        return 5 * 4 * layers * 4 * config.n_embd**2
+    return 3 * 4 * max(params["wte"], 4 * config.n_embd**2)
+
+
+def activation_bytes_per_token(config: GPTConfig, size: int = 2, device_type: str = "cuda", grad_checkpoint: bool = False) -> int:
     """Bytes that the forward pass keeps for the backward pass, per token, with `size` bytes a number.
 
-    Per block, in widths: inputs of its norms (x twice, q; and k), x normed twice, q normed, attention's output as computed and in rows,
+    With `grad_checkpoint` each block keeps its input alone.
+    """
+    kept = size * config.n_embd if grad_checkpoint else block_bytes_per_token(config, size, device_type)
+    norm_size = 4 if device_type == "cpu" else size
+    ends = norm_size * 2 * config.n_embd + size * config.n_embd + 8  # of the first and the last norm; the loss's gradient
+    return config.n_layer * kept + ends
+
+
+def block_bytes_per_token(config: GPTConfig, size: int = 2, device_type: str = "cuda") -> int:
+    """Bytes that one block's forward pass keeps for its backward pass, per token.
+
+    In widths: inputs of its norms (x twice, q; and k), x normed twice, q normed, attention's output as computed and in rows,
     relu and its square (4 each), k normed and v. On a CPU the norm of functional.py keeps its output alone, that of 16-bit numbers fp32
     copies of its input. Row statistics are fp32: one number for each norm of x, and per head those of q, k and softmax.
     """
@@ -119,9 +155,7 @@ def activation_bytes_per_token(config: GPTConfig, size: int = 2, device_type: st
     norm_size = 4 if device_type == "cpu" else size
     inputs = 0 if device_type == "cpu" and size == 4 else norm_size * (3 * width + kv_width)
     statistics = 4 * (2 + 2 * config.n_head + config.n_kv_head)
-    block = inputs + size * (13 * width + 2 * kv_width) + statistics
-    ends = norm_size * 2 * width + size * width + 8  # of the first and the last norm; the loss's gradient
-    return config.n_layer * block + ends
+    return inputs + size * (13 * width + 2 * kv_width) + statistics
 
 
 def logits_bytes(config: GPTConfig, tokens: int, size: int = 2, device_type: str = "cuda") -> int:
@@ -130,6 +164,42 @@ def logits_bytes(config: GPTConfig, tokens: int, size: int = 2, device_type: str
     chunk = min(tokens, max(elements // config.vocab_size, 64), 8192)
     head = config.padded_vocab_size * config.n_embd
     return chunk * config.vocab_size * (3 * 4 + size) + head * (4 + size)
+
+
+# ---- what fits ------------------------------------------------------------------------------------------------------
+
+CARDS = (8, 16, 24, 40, 80, 141)  # GB of the GPUs that people have
+USABLE = 0.88  # of the memory: the rest goes to fragmentation and to what libraries keep for themselves
+CONTEXT = {"cuda": 6e8}  # bytes that a process takes on the device before its first tensor
+PASS_TOKENS = {"cuda": 2**16, "mps": 2**14, "cpu": 2**13}  # the products are at full speed by then: longer passes gain nothing
+
+
+def fitting_batch(config: GPTConfig, rows: int, memory: float, *, even: bool = True, **settings: Any) -> int:
+    """The most rows that one pass may hold, of a rank's `rows` in a step, within `memory` bytes of the device; 0 where not one fits.
+
+    `even`: a number that divides `rows`. `settings` as in memory_estimate.
+    """
+    device_type = settings.get("device_type", "cuda")
+    most = min(rows, max(1, PASS_TOKENS[device_type] // config.sequence_len))
+    room = USABLE * (memory - CONTEXT.get(device_type, 0))
+    for size in range(most, 0, -1):
+        if (not even or rows % size == 0) and memory_estimate(config, size, **settings)["total"] <= room:
+            return size
+    return 0
+
+
+def what_fits(config: GPTConfig, rows: int, **settings: Any) -> Iterator[str]:
+    """For each of CARDS a line: the rows of a pass and the passes of a step of `rows` rows, and what --grad_checkpoint=1 would change."""
+    for gigabytes in CARDS:
+        told = []
+        for checkpoint in (False, True):
+            size = fitting_batch(config, rows, gigabytes * 1e9, grad_checkpoint=checkpoint, **settings)
+            if size:
+                needed = memory_estimate(config, size, grad_checkpoint=checkpoint, **settings)["total"]
+                told.append(f"{size} rows x {-(-rows // size)} passes ({needed / 1e9:.1f} GB)")
+            else:
+                told.append("not one row")
+        yield f"{gigabytes:>3} GB: {told[0]}" + (f"; with --grad_checkpoint=1 {told[1]}" if told[1] != told[0] else "")
 
 
 # ---- devices --------------------------------------------------------------------------------------------------------

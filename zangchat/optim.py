@@ -61,7 +61,31 @@ class OptimizerGroup:
             if "momentum" in group:
                 group["momentum"] = multipliers.momentum
         for optimizer in self.optimizers:
-            optimizer.step()
+            self._step(optimizer)
+
+    def _step(self, optimizer: ShardedOptimizer) -> None:
+        optimizer.step()
+
+    # What is another matter where parameters are cut up over the ranks (fsdp.py):
+
+    lockstep = False  # whether ranks must run the same passes, even those without anything to learn
+
+    def gradients(self, model: nn.Module) -> dict[str, Tensor]:
+        """What this rank has of them, by name."""
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    def sum_gradients(self, model: nn.Module) -> None:
+        all_reduce_gradients(model)
+
+    def grad_norm(self, model: nn.Module) -> Tensor:
+        return global_grad_norm(model.parameters())
+
+    def clip(self, model: nn.Module, max_norm: float, norm: Tensor) -> None:
+        clip_gradients(model.parameters(), max_norm, norm)
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """What a checkpoint holds; every rank asks, rank 0 alone needs the answer."""
+        return model.state_dict()
 
     def zero_grad(self) -> None:
         for p in self.names:

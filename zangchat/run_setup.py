@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zangchat import common, configurator, flops
-from zangchat.config import GPTConfig, RunConfig, RunState
+from zangchat.config import BatchSize, GPTConfig, RunConfig, RunState
 from zangchat.configurator import UserError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ FREE_FLAGS = {
         "overwrite",
         "dry_run",
     ),
-    *("grad_checkpoint", "eval_every", "eval_tokens", "eval_steps", "eval_examples", "eval_samples", "sample_every"),
+    *("grad_checkpoint", "fsdp", "eval_every", "eval_tokens", "eval_steps", "eval_examples", "eval_samples", "sample_every"),
     *("core_metric_every", "core_metric_max_per_task"),
 }
 LOCK_WAIT = 2.0  # seconds: a process that was just killed may take that long to let go of its tag
@@ -94,6 +94,10 @@ class Run:
     state: RunState
     meta: dict[str, Any] | None = None
     source: "Source | None" = None  # the model of an earlier stage that a new run starts from, see start_from
+
+    @property
+    def fsdp(self) -> bool:
+        return getattr(self.config, "fsdp", False)
 
     @property
     def finished(self) -> bool:
@@ -164,9 +168,11 @@ class Run:
         if meta is not None:
             config = checkpoint_manager.model_config(meta, self.checkpoint_dir)
         assert config is not None
-        model = checkpoint_manager.empty_model(config, self.device, self.config.dtype)
+        # with --fsdp the model is filled in main memory, and cut up by `trainer`
+        place = torch.device("cpu") if self.fsdp else self.device
+        model = checkpoint_manager.empty_model(config, place, self.config.dtype)
         if meta is None:
-            model.init_weights(head_init_scale, torch.Generator(self.device).manual_seed(common.derive_seed(self.config.seed, "init")))
+            model.init_weights(head_init_scale, torch.Generator(place).manual_seed(common.derive_seed(self.config.seed, "init")))
         model.grad_checkpoint = getattr(self.config, "grad_checkpoint", False)
         return model
 
@@ -276,6 +282,10 @@ class Run:
             warn_if_disk_is_small(self.checkpoint_dir, size, config.keep_last)
         self.state.num_iterations = plan.num_iterations
         self.state.extra.setdefault("facts", {})["plan"] = plan._asdict()
+        if self.fsdp:
+            from zangchat.fsdp import ShardedGroup
+
+            optimizer, compile = ShardedGroup(optimizer, model, self.device), False
         return Trainer(
             model,
             optimizer,
@@ -333,6 +343,44 @@ class Run:
             )
         return self.config
 
+    def choose_batch(self, model_config: GPTConfig, rows: int, even: bool = True) -> Any:
+        """The configuration with --device_batch_size=auto replaced by the rows that fit this device, of a step's `rows` on all ranks.
+
+        `even` as in flops.fitting_batch. The rank with the least memory decides. Raises UserError where not even one row fits.
+        """
+        config, size = self.config, self.config.device_batch_size
+        if size != "auto":
+            if size < 1:
+                raise UserError(f"--device_batch_size={size} is not possible: a pass holds at least one row")
+            return config
+        from zangchat import collectives
+
+        memory = -collectives.max_over_ranks([-common.device_memory(self.device)])[0]
+        length = getattr(config, "max_seq_len", None) or model_config.sequence_len
+        settings = {
+            "dtype": config.dtype,
+            "world_size": self.world_size,
+            "device_type": self.device.type,
+            "optimizer": config.optimizer,
+            "grad_checkpoint": getattr(config, "grad_checkpoint", False),
+            "fsdp": self.fsdp,
+        }
+        gpt, share = dataclasses.replace(model_config, sequence_len=length), max(rows // self.world_size, 1)
+        size = flops.fitting_batch(gpt, share, memory, even=even, **settings)
+        if not size:
+            needed = flops.memory_estimate(gpt, 1, **settings)["total"]
+            raise UserError(
+                f"--device_batch_size=auto: one row takes about {needed / 1e9:.1f} GB, {self.device} has {memory / 1e9:.1f}: "
+                f"{', or '.join(_smaller(self))}"
+            )
+        needed = flops.memory_estimate(gpt, size, **settings)["total"]
+        common.print0(
+            f"{self.stage}: --device_batch_size={size}, so {-(-share // size)} passes a step: about {needed / 1e9:.1f} GB "
+            f"of the {memory / 1e9:.1f} that {self.device} has"
+        )
+        self.config = dataclasses.replace(config, device_batch_size=size)
+        return self.config
+
     def steps(self, derive: Callable[[], float]) -> int:
         """How many: --num_iterations, else as planned when the run began, else `derive()`. Raises UserError."""
         asked = self.config.num_iterations
@@ -387,8 +435,10 @@ def check_optimizer(kind: str | None) -> None:
         raise UserError(f"--optimizer={kind} is not known: choose one of {', '.join(OPTIMIZERS)}")
 
 
-def check_batch(total_batch_size: int, sequence_len: int, device_batch_size: int, world_size: int) -> None:
+def check_batch(total_batch_size: int, sequence_len: int, device_batch_size: BatchSize, world_size: int) -> None:
     """Raises UserError, naming the flags, if a step's tokens cannot be cut into whole rows, equally many on each rank and in each pass."""
+    if device_batch_size == "auto":
+        device_batch_size = 1  # what is chosen will divide the rows
     if device_batch_size < 1:
         raise UserError(f"--device_batch_size={device_batch_size} is not possible: a pass holds at least one row")
     if total_batch_size < 1 or total_batch_size % sequence_len:
@@ -425,6 +475,8 @@ def open_run(stage: str, config: C, tag: str) -> Iterator[Run]:
     refuse_existing(stage, config, directory)
     _, rank, _, world_size, device = common.compute_init(config.device_type, deterministic=config.deterministic)
     try:
+        if getattr(config, "fsdp", False) and world_size == 1:
+            raise UserError("--fsdp spreads a model over several processes: start with torchrun, or leave the flag out")
         with _alone(directory, rank):
             step = _resume_step(stage, config, directory)
             meta = None
@@ -475,13 +527,16 @@ def _memory_in_words(run: Run) -> Iterator[None]:
 
 
 def _what_takes_less_memory(run: Run, error: BaseException) -> str:
-    config = run.config
-    smaller = [f"lower --device_batch_size={config.device_batch_size} (more passes, the same result) or let it be chosen by =auto"]
-    if not getattr(config, "grad_checkpoint", True):
-        smaller.append("give --grad_checkpoint=1")
-    smaller.append("choose a smaller --depth or --max_seq_len" if run.stage == "base" else "a smaller --max_seq_len")
+    size = run.config.device_batch_size
+    fewer = f"lower --device_batch_size={size} (more passes, the same result)" + ("" if size == "auto" else " or let it be chosen by =auto")
     reason = str(error).partition("\n")[0][:200]
-    return f"{run.stage}: the memory of {run.device} does not suffice ({reason}): {', or '.join(smaller)}"
+    return f"{run.stage}: the memory of {run.device} does not suffice ({reason}): {', or '.join([fewer, *_smaller(run)])}"
+
+
+def _smaller(run: Run) -> list[str]:
+    """What makes a pass of a row take less memory."""
+    checkpoint = [] if getattr(run.config, "grad_checkpoint", True) else ["give --grad_checkpoint=1"]
+    return [*checkpoint, "choose a smaller --depth or --max_seq_len" if run.stage == "base" else "choose a smaller --max_seq_len"]
 
 
 def warn_if_disk_is_small(directory: Path, size: int, keep_last: int) -> None:

@@ -34,7 +34,7 @@ from zangchat import checkpoint_manager, collectives, common
 from zangchat.config import RunConfig, RunState, StepMultipliers
 from zangchat.configurator import UserError
 from zangchat.flops import peak_flops
-from zangchat.optim import OptimizerGroup, all_reduce_gradients, clip_gradients, global_grad_norm
+from zangchat.optim import OptimizerGroup
 from zangchat.progress import Progress, in_words
 
 if TYPE_CHECKING:
@@ -157,9 +157,9 @@ class Trainer:
         self.model.train()
         loss_sum = self._backward(batch, supervised)
         total = collectives.sum_over_ranks([loss_sum])[0]
-        all_reduce_gradients(self.model)
+        self.optimizer.sum_gradients(self.model)
         scale = state.extra.get("loss_scale", 1.0)
-        norm = global_grad_norm(self.model.parameters()) / scale
+        norm = self.optimizer.grad_norm(self.model) / scale
         grad_norm = float(norm)
         loss = total / supervised if supervised else math.nan
         if supervised == 0:
@@ -199,7 +199,7 @@ class Trainer:
         losses = []
         for micro in self._micro_batches(batch):
             loss = self.stage.loss(self.forward, micro)
-            (loss * (self.state.extra.get("loss_scale", 1.0) / supervised)).backward()
+            (loss * (self.state.extra.get("loss_scale", 1.0) / max(supervised, 1))).backward()
             losses.append(loss.detach())
         return math.fsum(torch.stack(losses).tolist()) if losses else 0.0
 
@@ -207,7 +207,7 @@ class Trainer:
         """Slices of device_batch_size rows, on the device; those without a supervised token add nothing and are left out."""
         for first in range(0, batch.inputs.size(0), self.device_batch_size):
             rows = slice(first, first + self.device_batch_size)
-            if not bool((batch.targets[rows] >= 0).any()):
+            if not (self.optimizer.lockstep or bool((batch.targets[rows] >= 0).any())):
                 continue
             inputs, targets = (part[rows].to(self.device, non_blocking=True) for part in (batch.inputs, batch.targets))
             weights = None if batch.weights is None else batch.weights[rows].to(self.device, non_blocking=True)
@@ -216,11 +216,10 @@ class Trainer:
     def _update(self, multipliers: StepMultipliers, norm: Tensor, scale: float) -> None:
         extra = self.state.extra
         if scale != 1.0:
-            for parameter in self.model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.div_(scale)
+            for gradient in self.optimizer.gradients(self.model).values():
+                gradient.div_(scale)
         if self.grad_clip > 0:
-            clip_gradients(self.model.parameters(), self.grad_clip, norm)
+            self.optimizer.clip(self.model, self.grad_clip, norm)
         self.optimizer.step(multipliers)
         extra.pop("skips_in_a_row", None)
         if "loss_scale" in extra:
@@ -252,8 +251,8 @@ class Trainer:
             )
 
     def _first_non_finite_gradient(self) -> str:
-        for name, parameter in self.model.named_parameters():
-            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+        for name, gradient in self.optimizer.gradients(self.model).items():
+            if not bool(torch.isfinite(gradient).all()):
                 return f"first in {name}"
         return "each gradient finite by itself"
 
@@ -429,7 +428,7 @@ class Trainer:
         self._save = checkpoint_manager.Save(
             self.checkpoint_dir,
             state.step,
-            self.model.state_dict(),
+            self.optimizer.weights(self.model),
             self.optimizer.state_shards(),
             self._meta(),
             self.rank,

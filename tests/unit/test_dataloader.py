@@ -27,6 +27,8 @@ from zangchat.dataloader import (
     prefetched,
     validation_batches,
 )
+from zangchat.dataset import find_dataset, load_dataset
+from zangchat.token_shards import tokenize
 
 TOKENIZER = ByteTokenizer()
 BOS = TOKENIZER.get_bos_token_id()
@@ -418,6 +420,75 @@ def test_a_damaged_shard_ends_training_with_its_name(tmp_path):
     shard.write_bytes(shard.read_bytes()[:-20])
     with pytest.raises(UserError, match=r"shard_00000\.parquet is damaged"):
         next(packed_batches(text_stream(dataset), rows_per_step=1, sequence_len=8, bos=BOS))
+
+
+@pytest.mark.parametrize("kind", ["text", "tokens"])
+def test_a_shard_that_goes_bad_in_the_middle_of_a_run_is_named_not_skipped(tmp_path, kind):
+    dataset = make_dataset(tmp_path / "small", [f"{i}:" + "x" * (i * 5 % 41) for i in range(50)])
+    if kind == "tokens":
+        dataset = tokenize(dataset, TOKENIZER, tmp_path / "small-tokens", num_threads=1)
+    batches = packed_batches(text_stream(dataset), rows_per_step=4, sequence_len=T, bos=BOS)
+    for _ in range(3):
+        next(batches)
+    (shard,) = dataset.folder.glob("shard_00000*")
+    raw = bytearray(shard.read_bytes())
+    raw[len(raw) // 3] ^= 1
+    shard.write_bytes(raw)
+    with pytest.raises(UserError, match=r"shard_00000\.parquet.* is damaged \(its sha256"):
+        take(batches, 100)
+
+
+@pytest.mark.parametrize("kind", ["shards", "a lone file"])
+def test_token_ids_on_disk_give_the_batches_of_their_text(small, tmp_path, kind):
+    """Over three epochs, and from a cursor of either."""
+    if kind == "a lone file":
+        (tmp_path / "own.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in small.iter_documents()), encoding="utf-8")
+        small = find_dataset(data_path=str(tmp_path / "own.jsonl"))
+    tokens = tokenize(small, TOKENIZER, tmp_path / "tokens", num_threads=1)
+    assert tokens.manifest["dtype"] == "<u2" and load_dataset(tokens.folder).fingerprint == tokens.fingerprint
+
+    def batches(dataset, cursor=None):
+        return packed_batches(text_stream(dataset), rows_per_step=4, sequence_len=T, bos=BOS, cursor=cursor)
+
+    one, two = take(batches(small), 40), take(batches(tokens), 40)
+    assert one[-1].cursor["position"]["state"]["epoch"] >= 2
+    for left, right in zip(one, two, strict=True):
+        assert torch.equal(left.inputs, right.inputs) and torch.equal(left.targets, right.targets) and left.cursor == right.cursor
+    again = take(batches(tokens, one[20].cursor), 1)[0]
+    assert torch.equal(again.inputs, one[21].inputs)
+    assert list(tokens.validation_documents()) == list(small.validation_documents())
+
+
+def test_token_ids_of_another_tokenizer_are_refused(small, tmp_path):
+    class Other(ByteTokenizer):
+        fingerprint = "other"
+
+    tokens = tokenize(small, Other(), tmp_path / "tokens", num_threads=1)
+    with pytest.raises(UserError, match=r"another tokenizer .* tokenize --dataset=small --overwrite"):
+        text_stream(tokens)
+    with pytest.raises(UserError, match="holds token ids: for its text give --dataset=small"):
+        next(tokens.iter_documents())
+
+
+def test_tokenising_goes_on_where_it_was_interrupted(tmp_path):
+    dataset = make_dataset(tmp_path / "three", [f"{i}" for i in range(2 * 8192 + 9)])
+    folder, encoded = tmp_path / "three-tokens", []
+
+    class Tired(ByteTokenizer):
+        def encode_documents(self, texts, num_threads=1):
+            if len(encoded) == stop:
+                raise KeyboardInterrupt
+            encoded.append(len(texts))
+            return super().encode_documents(texts)
+
+    stop = 10  # in the second shard
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(dataset, Tired(), folder, num_threads=1)
+    assert not folder.exists()
+    stop = -1
+    made = tokenize(dataset, Tired(), folder, num_threads=1)
+    assert encoded == [1024] * 10 + [1024] * 8 + [9], "the first shard is kept, the second begun anew"
+    assert sum(entry.get("tokens", 0) for entry in made.manifest["shards"]) == sum(len(f"{i}") for i in range(2 * 8192 + 9))
 
 
 def test_what_is_looked_at_ahead_is_bounded():

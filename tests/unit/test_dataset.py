@@ -15,6 +15,7 @@ from tests.util import make_dataset
 from zangchat import dataset as data
 from zangchat.configurator import UserError
 from zangchat.dataset import cut_text, find_dataset, folder_lock, main, record_text, write_shard
+from zangchat.tokenizer import RustBPETokenizer, tokenizer_dir
 
 SHARED_DATA = Path(__file__).parents[3] / "shared" / "data" / "base_data"
 
@@ -221,6 +222,21 @@ def test_verify_names_what_is_wrong(base_data, capsys):
     error = capsys.readouterr().err
     assert "shard_00000.parquet (its sha256 is not the manifest's), shard_00001.parquet (missing)" in error
     assert shard.exists(), "checking deletes nothing"
+
+
+def test_a_dataset_is_tokenised_and_verified(base_data, capsys):
+    make_dataset(base_data / "mine", ["some text"] * 10)
+    RustBPETokenizer.train_from_iterator(iter(["some text"]), 270).save(tokenizer_dir())
+    assert main(["tokenize"]) == 0
+    assert "train on them with --dataset=mine-tokens" in capsys.readouterr().out
+    assert main(["tokenize", "--dataset=mine"]) == 2 and "--overwrite" in capsys.readouterr().err
+    assert main(["tokenize", "--dataset=mine-tokens"]) == 2 and "give --dataset=mine" in capsys.readouterr().err
+    assert main(["verify", "--dataset=mine-tokens"]) == 0
+    shard = base_data / "mine-tokens" / "shard_00000.parquet.tokens"
+    shard.write_bytes(shard.read_bytes()[:-8])
+    assert main(["verify", "--dataset=mine-tokens", "--repair"]) == 2
+    assert "tokenize --dataset=mine --overwrite" in capsys.readouterr().err
+    assert main(["tokenize", "--dataset=mine", "--overwrite"]) == 0 and main(["verify", "--dataset=mine-tokens"]) == 0
 
 
 def test_a_missing_shard_is_waited_for_only_while_it_is_on_its_way(base_data):

@@ -1,22 +1,31 @@
 """Costs computed from a configuration against the model itself and against numbers worked out by hand."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from zangchat.config import GPTConfig
 from zangchat.flops import (
+    CARDS,
+    USABLE,
     activation_bytes_per_token,
     count_params,
     decode_bytes,
     decode_flops_per_token,
     decode_roofline,
     find_device,
+    fitting_batch,
     flops_per_token,
     kv_bytes_per_token,
     memory_bandwidth,
     memory_estimate,
     peak_flops,
     scaling_params,
+    what_fits,
 )
 
 D20 = GPTConfig(sequence_len=2048, vocab_size=65536, n_layer=20, n_head=10, n_kv_head=10, n_embd=1280)
@@ -106,13 +115,76 @@ def test_activations_are_what_autograd_keeps(dtype, kv_heads):
 
 def test_memory_of_a_training_step():
     estimate = memory_estimate(D20, 32)
-    assert estimate["total"] == sum(value for name, value in estimate.items() if name != "total")
+    together = estimate["activations"] + estimate["logits"]
+    assert estimate["total"] == sum(estimate[name] for name in ("weights", "gradients", "optimizer")) + max(together, estimate["update"])
     assert 40e9 < estimate["total"] < 80e9  # 32 rows of d20 are what an 80 GB card takes
     halved = memory_estimate(D20, 16)
     assert halved["activations"] * 2 == estimate["activations"]
     assert halved["weights"] == estimate["weights"]
     sharded = memory_estimate(D20, 32, world_size=8)
     assert sharded["optimizer"] == estimate["optimizer"] // 8
+
+
+@pytest.mark.parametrize("gigabytes", CARDS)
+def test_what_is_chosen_fits_divides_and_is_the_most(gigabytes):
+    for rows in (512, 24, 7):
+        for checkpoint in (False, True):
+            size = fitting_batch(D20, rows, gigabytes * 1e9, grad_checkpoint=checkpoint)
+            cost = {n: memory_estimate(D20, n, grad_checkpoint=checkpoint)["total"] for n in range(1, 33) if rows % n == 0}
+            assert size == max((n for n in cost if cost[n] <= USABLE * (gigabytes - 0.6) * 1e9), default=0)
+    assert fitting_batch(D20, 7, gigabytes * 1e9, even=False) >= fitting_batch(D20, 7, gigabytes * 1e9)
+
+
+def test_the_plan_says_what_fits_on_each_card():
+    lines = list(what_fits(D20, 512))
+    assert [line.partition(":")[0].strip() for line in lines] == [f"{gigabytes} GB" for gigabytes in CARDS]
+    assert "not one row" in lines[0] and "32 rows x 16 passes" in lines[-1]
+    assert memory_estimate(D20, 32, grad_checkpoint=True)["activations"] < memory_estimate(D20, 32)["activations"] / 5
+
+
+PEAK = """
+import sys, json
+from pathlib import Path
+import torch
+from zangchat.config import GPTConfig
+from zangchat.gpt import GPT
+
+def kilobytes(key):
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+
+def train(rows, dtype, checkpoint, *sizes):
+    config = GPTConfig(*sizes)
+    model = GPT(config, compute_dtype=getattr(torch, dtype))
+    model.grad_checkpoint = checkpoint
+    model.init_weights()
+    optimizer = model.setup_optimizers(embedding_lr=0.1, unembedding_lr=0.01, matrix_lr=0.01)
+    tokens = torch.randint(config.vocab_size, (rows, config.sequence_len))
+    for _ in range(2):
+        for _ in range(2):  # in the second pass the gradients are there already
+            model(tokens, tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+torch.set_num_threads(1)
+for case in json.loads(sys.argv[1]):
+    train(2, *case[1:3], 64, 256, 1, 2, 2, 64)  # what libraries keep for themselves is there afterwards
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = kilobytes("VmRSS")
+    train(*case)
+    print(1024 * (kilobytes("VmHWM") - before))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is Linux's own count")
+def test_the_memory_foreseen_is_what_a_cpu_uses():
+    """With an allocator that gives back what is freed: otherwise glibc keeps some tens of megabytes, which at this size is much."""
+    cases = [[16, "float32", checkpoint, 256, 4096, 4, 4, 4, 256] for checkpoint in (False, True)]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**17)}
+    command = [sys.executable, "-c", PEAK, json.dumps(cases)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    for (rows, dtype, checkpoint, *shape), measured in zip(cases, map(int, done.stdout.split()), strict=True):
+        estimate = memory_estimate(GPTConfig(*shape), rows, dtype=dtype, device_type="cpu", grad_checkpoint=checkpoint)
+        assert 0.85 < estimate["total"] / measured < 1.25, (dtype, checkpoint, estimate, measured)
 
 
 def test_memory_depends_on_the_dtype():

@@ -85,7 +85,7 @@ def test_flags_of_the_command_table_exist(name):
         known = set()
         for module in re.findall(r"`([a-z_.]+)`", modules):
             found = importlib.import_module(module)
-            for config in (found.Config, getattr(found, "VerifyConfig", None)):
+            for config in (found.Config, *(getattr(found, name, None) for name in ("VerifyConfig", "TokenizeConfig"))):
                 known |= (
                     {spelling for flag in configurator._flags(config) for spelling in (f"--{flag.name}", *flag.aliases)}
                     if config

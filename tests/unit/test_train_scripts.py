@@ -20,7 +20,7 @@ import torch
 
 from scripts import base_loss, base_train, chat_sft, mid_train
 from tasks.common import find_name, parse_mixture
-from zangchat import checkpoint_manager, run_setup, trainer
+from zangchat import checkpoint_manager, common, flops, run_setup, trainer
 from zangchat.configurator import UserError
 from zangchat.dataset import folder_lock
 from zangchat.flops import checkpoint_bytes
@@ -210,6 +210,22 @@ def test_the_device_batch_size_may_change_on_the_way(base, before):
     assert losses(before, "base") == pytest.approx(losses(base, "base"), abs=1e-5)
 
 
+def test_the_rows_of_a_pass_are_chosen_by_the_memory_there_is(base, before, capsys, monkeypatch):
+    config = checkpoint_manager.model_config(checkpoint_manager.read_meta(folder(base, "base"), 10), "base")
+    needed = {rows: flops.memory_estimate(config, rows, dtype="float32", device_type="cpu")["total"] / flops.USABLE for rows in (1, 3)}
+    monkeypatch.setattr(common, "device_memory", lambda device: int(needed[3]) + 1)
+    flags = base_flags(base, "--device_batch_size=auto", "--overwrite")
+    assert base_train.main(flags) == 0 and "base: --device_batch_size=2, so 4 passes a step" in capsys.readouterr().out
+    assert losses(before, "base") == pytest.approx(losses(base, "base"), abs=1e-5)
+    assert checkpoint_manager.read_meta(folder(before, "base"), 10)["user_config"]["device_batch_size"] == 2
+    for main, more in ((mid_train.main, mid_flags(base)), (chat_sft.main, sft_flags(base))):
+        assert main([*more, "--device_batch_size=auto", "--num_iterations=1", "--eval_every=-1", "--overwrite"]) == 0
+        assert "--device_batch_size=" in capsys.readouterr().out
+    monkeypatch.setattr(common, "device_memory", lambda device: int(needed[1]) - 10)
+    message = refused(base_train.main, flags, capsys)
+    assert all(told in message for told in ("--device_batch_size=auto: one row takes", "--grad_checkpoint=1", "--depth")), message
+
+
 def test_a_resumed_run_keeps_its_own_tokenizer(base, before):
     shutil.rmtree(folder(before, "base"))
     with ctrl_c_in_step(5):
@@ -387,8 +403,17 @@ def test_a_dry_run_prints_the_plan_without_torch_and_without_a_trace(tmp_path):
     environment = {**os.environ, "ZANGCHAT_BASE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", program, "--dry_run", "--depth=20", "--device_batch_size=32"]
     out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    for expected in ("20 layers, width 1280", "560,988,160", "1,048,576 tokens", "vocabulary 65,536", "GiB per rank"):
+    for expected in (
+        "20 layers, width 1280",
+        "560,988,160",
+        "1,048,576 tokens",
+        "vocabulary 65,536",
+        "GB with --device_batch_size=32",
+        "141 GB: 32 rows x 16 passes",
+    ):
         assert expected in out, out
+    out = subprocess.run([*command[:-1], "--device_batch_size=auto"], env=environment, capture_output=True, text=True, check=True).stdout
+    assert "in passes of what fits" in out and " 24 GB: " in out and "with --grad_checkpoint=1" in out
     assert not list(tmp_path.iterdir())
 
 

@@ -6,6 +6,7 @@ Models are tiny, batches a function of the step number, as in the real loader.
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -23,7 +24,7 @@ from zangchat.config import GPTConfig, RunConfig, RunState, StepMultipliers
 from zangchat.configurator import UserError
 from zangchat.dataloader import Batch
 from zangchat.gpt import GPT
-from zangchat.optim import build_optimizer
+from zangchat.optim import all_reduce_gradients, build_optimizer
 from zangchat.trainer import MAX_SKIPS_IN_A_ROW, TIMES, Every, Stage, Trainer, sum_loss
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=60, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
@@ -484,17 +485,44 @@ def test_a_signal_saves_and_is_the_exit_code(tmp_path, number, code):
     assert trainer.exit_code == code and checkpoint_manager.valid_steps(tmp_path) == [1]
 
 
-# ---- two ranks ------------------------------------------------------------------------------------------------------
+# ---- several ranks --------------------------------------------------------------------------------------------------
+
+
+def gradients(rank: int = 0, world_size: int = 1, device_batch_size: int = ROWS) -> dict[str, torch.Tensor]:
+    """Of the first step, summed over ranks."""
+    trainer = make_trainer(device_batch_size=device_batch_size)
+    supervised = int((make_batch(0).targets >= 0).sum())
+    trainer._backward(make_batch(0, rank, world_size), supervised)
+    all_reduce_gradients(trainer.model)
+    return {name: p.grad for name, p in trainer.model.named_parameters()}
+
+
+def join_ranks(rank: int, world_size: int, port: int) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    common.compute_init("cpu")
+
+
+def rank_of_four(rank: int, port: int, directory: str) -> None:
+    join_ranks(rank, 4, port)
+    try:
+        first = gradients(rank, 4, device_batch_size=1)
+        if rank == 0:
+            torch.save(first, f"{directory}/gradients4.pt")
+        make_trainer(Path(directory) / "four", num_iterations=20, save_every=10, device_batch_size=1).fit()
+    finally:
+        common.compute_cleanup()
 
 
 def rank_main(rank: int, port: int, directory: str) -> None:
     """What each of two processes does; rank 0 leaves its findings in files."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    common.compute_init("cpu")
+    join_ranks(rank, 2, port)
     root = Path(directory)
     try:
-        trainer = make_trainer(root / "run", num_iterations=20, save_every=10)
+        first = gradients(rank, 2, device_batch_size=3)
+        if rank == 0:
+            torch.save(first, f"{directory}/gradients2.pt")
+        trainer = make_trainer(root / "run", num_iterations=20, save_every=10, device_batch_size=3)
         trainer.fit()
 
         poisoned = make_trainer()
@@ -525,13 +553,14 @@ def collective_copy(parameter: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory) -> Path:
-    """20 steps on one rank in `one`, on two in `run`; then the two go on with the one's step 10."""
+def ranks(tmp_path_factory) -> Path:
+    """20 steps on one rank in `single`, on two in `run`, on four in `four`; `one` is begun by one rank, and two go on with its step 10."""
     root = tmp_path_factory.mktemp("ranks")
     single = make_trainer(root / "single", num_iterations=20, save_every=10)
     single.fit()
     make_trainer(root / "one", num_iterations=10).fit()
-    mp.spawn(rank_main, args=(free_port(), str(root)), nprocs=2)
+    for main, count in ((rank_main, 2), (rank_of_four, 4)):  # forked from a server that has imported this
+        mp.start_processes(main, args=(free_port(), str(root)), nprocs=count, start_method="forkserver")
     return root
 
 
@@ -542,24 +571,40 @@ def free_port() -> int:
 
 
 def loss_curve(directory: Path) -> list[float]:
-    return [line["loss"] for line in metrics(directory)]
+    return [line["loss"] for line in metrics(directory) if "loss" in line]
 
 
-def test_two_ranks_compute_the_losses_of_one(two_ranks):
-    assert loss_curve(two_ranks / "run") == pytest.approx(loss_curve(two_ranks / "single"), abs=1e-5)
+@pytest.mark.parametrize("run", ["run", "four"])
+def test_two_and_four_ranks_compute_the_losses_of_one_in_passes_of_any_size(ranks, run):
+    assert loss_curve(ranks / run) == pytest.approx(loss_curve(ranks / "single"), abs=1e-5)
 
 
-def test_two_ranks_go_on_with_the_checkpoint_of_one(two_ranks):
-    assert loss_curve(two_ranks / "one") == pytest.approx(loss_curve(two_ranks / "single"), abs=1e-5)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_two_and_four_ranks_have_the_gradients_of_one(ranks, world_size):
+    expected = gradients()
+    found = torch.load(ranks / f"gradients{world_size}.pt", weights_only=True)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=0)
 
 
-def test_one_rank_goes_on_with_the_checkpoint_of_two(two_ranks):
-    trainer = make_trainer(two_ranks / "run", num_iterations=20, resume=10)
+def test_one_rank_goes_on_with_the_checkpoint_of_four(ranks):
+    shutil.copytree(ranks / "four", ranks / "four, then one")
+    make_trainer(ranks / "four, then one", num_iterations=20, resume=10).fit()
+    assert loss_curve(ranks / "four, then one") == pytest.approx(loss_curve(ranks / "single"), abs=1e-5)
+
+
+def test_two_ranks_go_on_with_the_checkpoint_of_one(ranks):
+    assert loss_curve(ranks / "one") == pytest.approx(loss_curve(ranks / "single"), abs=1e-5)
+
+
+def test_one_rank_goes_on_with_the_checkpoint_of_two(ranks):
+    trainer = make_trainer(ranks / "run", num_iterations=20, resume=10)
     trainer.fit()
-    assert loss_curve(two_ranks / "run") == pytest.approx(loss_curve(two_ranks / "single"), abs=1e-5)
+    assert loss_curve(ranks / "run") == pytest.approx(loss_curve(ranks / "single"), abs=1e-5)
 
 
-def test_ranks_agree_on_skipping_and_stopping_and_hold_the_same_weights(two_ranks):
-    facts = json.loads((two_ranks / "facts.json").read_text())
+def test_ranks_agree_on_skipping_and_stopping_and_hold_the_same_weights(ranks):
+    facts = json.loads((ranks / "facts.json").read_text())
     assert facts == {"skipped": [[1], [1]], "stops": [[143, 1], [143, 1]], "equal": True}
-    assert checkpoint_manager.valid_steps(two_ranks / "stopped") == [1]
+    assert checkpoint_manager.valid_steps(ranks / "stopped") == [1]

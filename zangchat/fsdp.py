@@ -1,0 +1,128 @@
+"""--fsdp: models that one device cannot hold, by torch's FSDP2 (arXiv:2304.11277); the one place that knows of it.
+
+Each rank keeps the rows of every parameter and gradient that are its part. A block's parameters are gathered for its own forward and
+backward pass alone, and its gradients are summed and cut up again behind it. The optimizers are those of optim.py on whole matrices: as
+many at a time as there are ranks are gathered, each rank updates the one it keeps state for, and everybody takes its rows back. So
+the maths of a step, the files of a checkpoint and its loading are the same as without: a run may go on with or without --fsdp.
+
+Seen to run: 2 and 4 processes on CPUs by gloo (tests/unit/test_fsdp.py). Untested: CUDA and NCCL, bf16, models that really need it.
+The model is filled on the CPU before it is cut up, so each process needs the whole model, and its own part of the optimizer's state, in
+main memory once.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from zangchat import collectives
+from zangchat.muon import Muon
+from zangchat.optim import OptimizerGroup, clip_gradients, global_grad_norm
+
+
+class ShardedGroup(OptimizerGroup):
+    """The optimizers of `group`, made and loaded for the whole model, after `model` was cut up over the ranks in place."""
+
+    lockstep = True
+
+    def __init__(self, group: OptimizerGroup, model: nn.Module, device: torch.device) -> None:
+        super().__init__(group.optimizers, group.names)
+        self.rank, self.world_size = collectives.world()
+        _shard(model, device)
+        named = dict(model.named_parameters())
+        self._parts: dict[Tensor, Any] = {p: named[name] for p, name in self.names.items()}  # DTensors
+        for p in self.names:
+            _release(p, device)
+        for optimizer in self.optimizers:
+            for state in optimizer.state.values():
+                state.update({key: tensor.to(device) for key, tensor in state.items()})
+
+    def _step(self, optimizer: Any) -> None:
+        groups = optimizer.param_groups
+        for some in _portions(optimizer, self.world_size):
+            for p in (p for group in some for p in group["params"]):
+                part = self._parts[p]
+                p.data = part.detach().full_tensor()
+                p.grad = None if part.grad is None else part.grad.full_tensor()
+            optimizer.param_groups = some
+            optimizer.step()
+            for p in (p for group in some for p in group["params"]):
+                local = self._parts[p].detach().to_local()
+                rows = p.data.chunk(self.world_size)
+                if self.rank < len(rows):  # of few rows the last ranks have none
+                    local.copy_(rows[self.rank])
+                _release(p, local.device)
+        optimizer.param_groups = groups
+
+    def zero_grad(self) -> None:
+        for part in self._parts.values():
+            part.grad = None
+
+    def gradients(self, model: nn.Module) -> dict[str, Tensor]:
+        return {name: self._parts[p].grad.to_local() for p, name in self.names.items() if self._parts[p].grad is not None}
+
+    def sum_gradients(self, model: nn.Module) -> None:
+        """FSDP summed them behind each block."""
+
+    def grad_norm(self, model: nn.Module) -> Tensor:
+        """From the norms of all ranks' rows."""
+        mine = global_grad_norm(self._rows(model))
+        return mine.new_tensor(collectives.sum_over_ranks([float(mine) ** 2])[0] ** 0.5)
+
+    def clip(self, model: nn.Module, max_norm: float, norm: Tensor) -> None:
+        clip_gradients(self._rows(model), max_norm, norm)
+
+    def _rows(self, model: nn.Module) -> Any:
+        return [_Rows(gradient) for gradient in self.gradients(model).values()]
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """Whole, and on rank 0 alone: one parameter after the other is gathered."""
+        whole = {}
+        for name, part in ((name, self._parts[p]) for p, name in self.names.items()):
+            tensor = part.detach().full_tensor().cpu()
+            if self.rank == 0:
+                whole[name] = tensor
+        return whole
+
+
+@dataclass
+class _Rows:
+    """Stands in for a parameter: this rank's rows of its gradient."""
+
+    grad: Tensor
+
+
+def _shard(model: Any, device: torch.device) -> None:
+    mesh = init_device_mesh(device.type, (collectives.world()[1],))
+    modules = [model.wte, *model.transformer["h"], model]  # the embedding by itself: it may have a dtype of its own
+    for module in modules:
+        fully_shard(module, mesh=mesh)
+    for module in modules:
+        module.set_gradient_divide_factor(1.0)  # the loss is divided by the tokens of all ranks already
+        module.set_force_sum_reduction_for_comms(True)  # a plain sum, which gloo knows as well
+        module.unshard()  # its buffers are made here: by a first evaluation, under inference_mode, they would be of no use for training
+        module.reshard()
+    model.cos, model.sin = model.cos.to(device), model.sin.to(device)
+
+
+def _release(p: Tensor, device: torch.device) -> None:
+    """Keep shape and dtype of a whole parameter, without its memory."""
+    p.grad = None
+    p.data = torch.zeros((), dtype=p.dtype, device=device).expand(p.shape)
+
+
+def _portions(optimizer: Any, world_size: int) -> Iterator[list[dict[str, Any]]]:
+    """The optimizer's groups, `world_size` parameters at a time; each keeps its place in the order by which parameters are dealt."""
+    if isinstance(optimizer, Muon):
+        stacks = ((group, stack) for group in optimizer.param_groups for stack in optimizer._stacks(group))
+        for group, stack in stacks:
+            for start in range(0, len(stack), world_size):
+                yield [{**group, "params": stack[start : start + world_size]}]
+    else:
+        alone = [{**group, "params": [p]} for group in optimizer.param_groups for p in group["params"]]
+        for start in range(0, len(alone), world_size):
+            yield alone[start : start + world_size]
