@@ -41,7 +41,7 @@ NUM_SHARDS=${NUM_SHARDS:-115}
 VOCAB_SIZE=${VOCAB_SIZE:-65536}
 MAX_CHARS=${MAX_CHARS:-2000000000}
 MAX_SEQ_LEN=${MAX_SEQ_LEN:-2048}
-DEVICE_BATCH_SIZE=${DEVICE_BATCH_SIZE:-32} # rows per GPU in one pass: halve it until it fits, the result stays the same
+DEVICE_BATCH_SIZE=${DEVICE_BATCH_SIZE:-32} # rows per GPU in one pass, or auto: what fits; the result stays the same
 TOTAL_BATCH_SIZE=${TOTAL_BATCH_SIZE:--1}   # -1: from the number of tokens
 NUM_ITERATIONS=${NUM_ITERATIONS:--1}       # -1: from RATIO
 SEED=${SEED:-42}
@@ -170,7 +170,8 @@ on_all scripts.base_train --depth="$DEPTH" --dataset="$DATASET" --max_seq_len="$
     --total_batch_size="$TOTAL_BATCH_SIZE" --num_iterations="$NUM_ITERATIONS" "${common[@]}" $BASE_FLAGS
 stage "Pretraining" "${command[@]}"
 
-on_all scripts.base_loss --model_tag="$MODEL_TAG" --device_batch_size="$DEVICE_BATCH_SIZE" $LOSS_FLAGS
+[ "$DEVICE_BATCH_SIZE" = auto ] || LOSS_FLAGS="--device_batch_size=$DEVICE_BATCH_SIZE $LOSS_FLAGS"
+on_all scripts.base_loss --model_tag="$MODEL_TAG" $LOSS_FLAGS
 once base_loss "$checkpoints" "Base model: bits per byte, samples" "${command[@]}"
 if [ "$CORE" = 1 ]; then
     on_all scripts.base_eval --model_tag="$MODEL_TAG" $CORE_FLAGS

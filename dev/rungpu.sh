@@ -9,8 +9,8 @@
 # interruption. Out of memory all the same: DEVICE_BATCH_SIZE=4 bash dev/rungpu.sh 24 gives the same model.
 #
 # How the sizes were chosen: of the depths whose pretraining takes about a day or less on a usual card of that memory, the largest; the
-# rows of a pass are the most (a power of two) for which the planner's estimate (zangchat/flops.py, memory_estimate) plus a tenth fits into
-# 95 % of the card; up to 24 GB a vocabulary of 32,768, for a larger one would be most of the model. A test computes all this again.
+# rows of a pass are what the memory planner (zangchat/flops.py, fitting_batch) finds to fit the card as it is when a stage starts; up to
+# 24 GB a vocabulary of 32,768, for a larger one would be most of the model. A test computes all this again.
 # Untried on GPUs so far: hours, dollars and bits per byte are predictions, in dev/docs/en/scaling.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -26,19 +26,19 @@ if [ -z "$card" ]; then
     echo "GPU with $mebibytes MiB: the preset for $card GB"
 fi
 
-case $card in #    layers  rows  vocabulary  shards
-    8) preset=(8 8 32768 10) ;;
-    12) preset=(10 8 32768 16) ;;
-    16) preset=(12 8 32768 25) ;;
-    24) preset=(14 16 32768 38) ;;
-    48) preset=(18 16 65536 83) ;;
-    80) preset=(20 16 65536 110) ;;
+case $card in # layers  vocabulary  shards
+    8) preset=(8 32768 10) ;;
+    12) preset=(10 32768 16) ;;
+    16) preset=(12 32768 25) ;;
+    24) preset=(14 32768 38) ;;
+    48) preset=(18 65536 83) ;;
+    80) preset=(20 65536 110) ;;
     *) echo "There is no preset for $card GB: choose one of 8 12 16 24 48 80." >&2; exit 2 ;;
 esac
 export DEPTH=${DEPTH:-${preset[0]}}
-export DEVICE_BATCH_SIZE=${DEVICE_BATCH_SIZE:-${preset[1]}}
-export VOCAB_SIZE=${VOCAB_SIZE:-${preset[2]}}
-export NUM_SHARDS=${NUM_SHARDS:-${preset[3]}}
+export DEVICE_BATCH_SIZE=${DEVICE_BATCH_SIZE:-auto}
+export VOCAB_SIZE=${VOCAB_SIZE:-${preset[1]}}
+export NUM_SHARDS=${NUM_SHARDS:-${preset[2]}}
 export NPROC_PER_NODE=${NPROC_PER_NODE:-1}
 export DOLLARS_PER_HOUR=${DOLLARS_PER_HOUR:-1}
 export CHAIN="dev/rungpu.sh $card"
@@ -46,15 +46,18 @@ export CHAIN="dev/rungpu.sh $card"
 if [ "${DRY_RUN:-0}" = 1 ]; then
     python=.venv/bin/python
     [ -x "$python" ] || python=python3
-    exec "$python" - "$DEPTH" "$DEVICE_BATCH_SIZE" "$VOCAB_SIZE" << 'PYTHON'
-import sys
+    exec "$python" - "$DEPTH" "$DEVICE_BATCH_SIZE" "$VOCAB_SIZE" "$card" << 'PYTHON'
+import dataclasses, sys
 from scripts import base_train
 from zangchat import flops
 
-depth, rows, vocab_size = map(int, sys.argv[1:])
-gpt, plan = base_train.make_plan(config := base_train.Config(depth=depth, device_batch_size=rows), vocab_size, 1)
-base_train.print_plan(config, gpt, plan, 1)
-print(f"memory         {flops.memory_estimate(gpt, rows)['total'] / 2**30:.1f} GiB, estimated")
+depth, rows, vocab_size, card = sys.argv[1:]
+gpt, plan = base_train.make_plan(config := base_train.Config(depth=int(depth)), int(vocab_size), 1)
+fitting = flops.fitting_batch(gpt, plan.total_batch_size // gpt.sequence_len, int(card) * 2**30) if rows == "auto" else int(rows)
+if not fitting:
+    sys.exit(f"not even one row of this model fits into {card} GB: choose a smaller DEPTH")
+base_train.print_plan(dataclasses.replace(config, device_batch_size=fitting), gpt, plan, 1)
+print(f"memory         {flops.memory_estimate(gpt, fitting)['total'] / 2**30:.1f} GiB with {fitting} rows in a pass, estimated")
 for name in ("RTX 3090", "RTX 4090", "L40S", "A100", "H100"):
     seconds = flops.flops_per_token(gpt) * plan.tokens / (0.4 * flops.DEVICES[name].half * 1e12)
     print(f"{name:<14} {seconds / 3600:.1f} h of pretraining, predicted: 40 % of its peak")
