@@ -14,6 +14,7 @@ The bundle (<base>/eval_bundle): core.yaml names tasks, files, shots, delimiters
 """
 
 import csv
+import itertools
 import json
 import random
 import shutil
@@ -64,7 +65,7 @@ MAX_BUNDLE_BYTES = 2 * 2**30  # unpacked; a zip that claims more is not the bund
 EXAMPLE_DELIMITER = "\n"
 FEWSHOT_SEED = 1234
 SUBSET_SEED = 1337
-TOKENS_PER_BATCH = 16_384  # positions, padding included, in one forward pass
+TOKENS_PER_BATCH = {"cuda": 16_384, "cpu": 4_096}  # positions, padding included, in one forward pass
 LOGITS_PER_BATCH = 2**27  # numbers in the logits of one forward pass, 512 MiB in fp32
 
 
@@ -237,11 +238,78 @@ def item_rows(task: CoreTask, item: dict[str, Any], examples: Sequence[dict[str,
 # ---- scoring --------------------------------------------------------------------------------------------------------
 
 
-def batches_of(rows: Sequence[Row], limit: int) -> Iterator[list[int]]:
-    """Indices of rows in groups of similar length, each at most `limit` positions with its padding; a single row may exceed it."""
+class Prompt(NamedTuple):
+    """Tokens that go through the model once, for all the rows (by index) that go on from them."""
+
+    tokens: list[int]
+    rows: list[int]
+
+
+class SharedPrefixes:
+    """Keys and values of prompts, and the rows that go on from them: gpt.KVCacheLike for both forward passes.
+
+    The first pass, over the prompts, stores; after `serve`, every pass reads, as often as wanted. Shapes as in gpt.py, with P prompts.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: "torch.device") -> None:
+        import torch
+
+        self.lengths = torch.tensor(lengths, device=device)
+        self.positions, self.longest = torch.zeros_like(self.lengths), 0
+        self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []  # (P, G, S, D) each
+        self._owners: torch.Tensor | None = None  # (B,) the prompt of each row
+        self._mask: torch.Tensor | None = None
+
+    def serve(self, owners: Sequence[int]) -> "SharedPrefixes":
+        """From now on row i of the batch goes on from prompt owners[i]."""
+        import torch
+
+        self._owners = torch.tensor(owners, device=self.lengths.device)
+        self.positions, self._mask = self.lengths[self._owners], None
+        self.longest = self._layers[0][0].size(2)
+        return self
+
+    def update(self, layer_idx: int, k: "torch.Tensor", v: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor | None"]:
+        import torch
+
+        if self._owners is None:
+            self._layers.append((k, v))
+            return k, v, None
+        if self._mask is None:
+            places = torch.arange(self.longest, device=k.device) < self.positions[:, None]  # (B, S): the rest of a prompt is padding
+            before = places[:, None].expand(-1, k.size(2), -1)
+            new = torch.ones(k.size(2), k.size(2), dtype=torch.bool, device=k.device).tril().expand(len(k), -1, -1)
+            self._mask = torch.cat([before, new], dim=2)[:, None]
+        stored = self._layers[layer_idx]
+        return torch.cat([stored[0][self._owners], k], dim=2), torch.cat([stored[1][self._owners], v], dim=2), self._mask
+
+    def advance(self, num_tokens: int) -> None:
+        """Nothing is counted: what the rows add is not kept."""
+
+
+def prompts_of(items: Sequence[Sequence[Row]]) -> list[Prompt]:
+    """What the rows have in front of their answers, once for all rows of an item that share it, but for the last of those tokens.
+
+    (That one tells what comes first in the answer, so it goes with the row.) The rows are counted through all items.
+    """
+    prompts, first = [], 0
+    for rows in items:
+        shortest = min(row.start for row in rows)
+        columns = zip(*(row.tokens[:shortest] for row in rows), strict=True)
+        shared = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+        if 2 * shared > shortest:
+            prompts.append(Prompt(rows[0].tokens[: shared - 1], list(range(first, first + len(rows)))))
+        else:  # cut from the left, each its own way, or contexts with nothing shown before
+            prompts += [Prompt(row.tokens[: row.start - 1], [first + i]) for i, row in enumerate(rows)]
+        first += len(rows)
+    return prompts
+
+
+def batches_of(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """Indices in groups of similar length, each at most `limit` positions with its padding; a single one may exceed it."""
     group: list[int] = []
-    for i in sorted(range(len(rows)), key=lambda i: len(rows[i].tokens)):
-        if group and (len(group) + 1) * len(rows[i].tokens) > limit:
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if group and (len(group) + 1) * lengths[i] > limit:
             yield group
             group = []
         group.append(i)
@@ -249,52 +317,63 @@ def batches_of(rows: Sequence[Row], limit: int) -> Iterator[list[int]]:
         yield group
 
 
-def _padded(rows: Sequence[Row], device: "torch.device") -> tuple["torch.Tensor", "torch.Tensor"]:
-    """(inputs, targets), (B, T) each: padded on the right, targets -1 outside of the answers."""
+def _padded(sequences: Sequence[Sequence[int]], fill: int, device: "torch.device") -> "torch.Tensor":
+    """(B, T) int64, padded on the right."""
     import torch
 
-    longest = max(len(row.tokens) for row in rows) - 1
-    inputs = torch.zeros(len(rows), longest, dtype=torch.int64)
-    targets = torch.full_like(inputs, -1)
-    for i, row in enumerate(rows):
-        tokens = torch.tensor(row.tokens)
-        inputs[i, : len(tokens) - 1] = tokens[:-1]
-        targets[i, row.start - 1 : len(tokens) - 1] = tokens[row.start :]
-    return inputs.to(device), targets.to(device)
+    out = torch.full((len(sequences), max(map(len, sequences))), fill, dtype=torch.int64)
+    for i, tokens in enumerate(sequences):
+        out[i, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+    return out.to(device)
 
 
-def answer_losses(model: "GPT", rows: Sequence[Row]) -> list[float]:
-    """The mean loss (nats) of each row's answer tokens."""
-    losses = [0.0] * len(rows)
-    for group in batches_of(rows, TOKENS_PER_BATCH):
-        inputs, targets = _padded([rows[i] for i in group], model.get_device())
-        sums = model(inputs, targets, loss_reduction="none").cpu().double().sum(dim=1).tolist()
-        for i, total in zip(group, sums, strict=True):
-            losses[i] = total / (len(rows[i].tokens) - rows[i].start)
-    return losses
+def row_scores(model: "GPT", kind: str, items: Sequence[Sequence[Row]]) -> list[float]:
+    """Of every row: the mean loss (nats) of its answer's tokens; for language modelling 1 where greedy decoding would give the answer.
+
+    Each prompt goes through the model once, the rows' own tokens after it, and only their logits are computed.
+    """
+    import torch
+
+    rows = [row for item in items for row in item]
+    prompts = prompts_of(items)
+    device, vocabulary = model.get_device(), model.config.padded_vocab_size
+    tokens_at_once = TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cpu"])
+    scores = [0.0] * len(rows)
+    for group in batches_of([len(prompt.tokens) for prompt in prompts], tokens_at_once):
+        lengths = [len(prompts[p].tokens) for p in group]
+        cache = SharedPrefixes(lengths, device) if max(lengths) else None
+        if cache:
+            first = torch.zeros(len(group), dtype=torch.int64, device=device)
+            model(_padded([prompts[p].tokens for p in group], 0, device), kv_cache=cache, logits_at=first)
+        owned = [(owner, i) for owner, p in enumerate(group) for i in prompts[p].rows]
+        sizes = [len(rows[i].tokens) - 1 - lengths[owner] for owner, i in owned]
+        limit = min(tokens_at_once, LOGITS_PER_BATCH // vocabulary, 4 * tokens_at_once * max(sizes) // (max(lengths) + max(sizes)))
+        for part in batches_of(sizes, limit):
+            inputs, targets = [], []
+            for owner, i in (owned[j] for j in part):
+                tokens, start = rows[i].tokens, lengths[owner]
+                inputs.append(tokens[start:-1])
+                targets.append([-1] * (rows[i].start - 1 - start) + tokens[rows[i].start :])
+            wanted = _padded(targets, -1, device)
+            served = cache.serve([owned[j][0] for j in part]) if cache else None
+            if kind == "language_modeling":
+                right = model(_padded(inputs, 0, device), kv_cache=served).argmax(dim=-1) == wanted
+                found = (right | (wanted < 0)).all(dim=1).float()
+            else:
+                losses = model(_padded(inputs, 0, device), wanted, kv_cache=served, loss_reduction="none")
+                found = losses.cpu().double().sum(dim=1) / (wanted >= 0).sum(dim=1).cpu()
+            for j, score in zip(part, found.tolist(), strict=True):
+                scores[owned[j][1]] = score
+    return scores
 
 
-def answers_match(model: "GPT", rows: Sequence[Row]) -> list[bool]:
-    """Whether greedy decoding would give each row's answer."""
-    matches = [False] * len(rows)
-    for group in batches_of(rows, min(TOKENS_PER_BATCH, LOGITS_PER_BATCH // model.config.padded_vocab_size)):
-        inputs, targets = _padded([rows[i] for i in group], model.get_device())
-        right = (model(inputs).argmax(dim=-1) == targets) | (targets < 0)
-        for i, match in zip(group, right.all(dim=1).tolist(), strict=True):
-            matches[i] = match
-    return matches
-
-
-def judge(model: "GPT", kind: str, rows: Sequence[Sequence[Row]], golds: Sequence[int]) -> list[bool]:
+def judge(model: "GPT", kind: str, items: Sequence[Sequence[Row]], golds: Sequence[int]) -> list[bool]:
     """Whether each item (its rows, its gold row) is answered rightly; all items go through the model together."""
-    flat = [row for item in rows for row in item]
-    if kind == "language_modeling":
-        return answers_match(model, flat)
-    losses = iter(answer_losses(model, flat))
+    scores = iter(row_scores(model, kind, items))
     verdicts = []
-    for item, gold in zip(rows, golds, strict=True):
-        own = [next(losses) for _ in item]
-        verdicts.append(own.index(min(own)) == gold)
+    for item, gold in zip(items, golds, strict=True):
+        own = [next(scores) for _ in item]
+        verdicts.append(own[0] == 1.0 if kind == "language_modeling" else own.index(min(own)) == gold)
     return verdicts
 
 
@@ -319,6 +398,18 @@ def chosen_items(groups: Sequence[Sequence[Any]], max_per_task: int) -> list[tup
     return places
 
 
+def render(
+    task: CoreTask, groups: Sequence[Sequence[dict[str, Any]]], places: Sequence[tuple[int, int]], tokenizer: Any, context_len: int
+) -> tuple[list[list[Row]], list[int]]:
+    """(rows, gold row) of the items at `places`, each behind its own few-shot examples."""
+    rows, golds = [], []
+    for g, i in places:
+        examples = [groups[g][j] for j in fewshot_indices(i, len(groups[g]), task.num_fewshot)]
+        rows.append(item_rows(task, groups[g][i], examples, tokenizer, context_len))
+        golds.append(groups[g][i].get("gold", 0))
+    return rows, golds
+
+
 def evaluate_core_task(model: "GPT", tokenizer: Any, task: CoreTask, max_per_task: int = -1, show_progress: bool = False) -> float:
     """Accuracy of one task, 0 to 1; the ranks share the items and agree on the result."""
     import torch
@@ -331,11 +422,7 @@ def evaluate_core_task(model: "GPT", tokenizer: Any, task: CoreTask, max_per_tas
     with Progress(f"CORE {task.label}", len(mine), shown=show_progress and rank == 0) as progress, torch.inference_mode():
         for first in range(0, len(mine), ITEMS_AT_A_TIME):
             part = mine[first : first + ITEMS_AT_A_TIME]
-            rows, golds = [], []
-            for g, i in (places[position] for position in part):
-                examples = [groups[g][j] for j in fewshot_indices(i, len(groups[g]), task.num_fewshot)]
-                rows.append(item_rows(task, groups[g][i], examples, tokenizer, model.config.sequence_len))
-                golds.append(groups[g][i].get("gold", 0))
+            rows, golds = render(task, groups, [places[position] for position in part], tokenizer, model.config.sequence_len)
             for position, verdict in zip(part, judge(model, task.kind, rows, golds), strict=True):
                 verdicts[position] = float(verdict)
             progress.update(first + len(part), "items")

@@ -98,7 +98,7 @@ def test_language_modelling_counts_only_whole_answers(model, tmp_path):
         start = len(tokens) - 3
         rows += [Row(tokens, start), Row([*tokens[:-1], (tokens[-1] + 1) % 200], start)]
     with torch.no_grad():
-        assert core_eval.answers_match(model, rows) == [True, False] * 8
+        assert core_eval.row_scores(model, "language_modeling", [[row] for row in rows]) == [1.0, 0.0] * 8
 
 
 def test_categories_count_alike_whatever_their_size(model, tmp_path):
@@ -109,11 +109,28 @@ def test_categories_count_alike_whatever_their_size(model, tmp_path):
     assert core_eval.evaluate_core_task(model, TOKENIZER, task) == slow.score_task(model, TOKENIZER, task)
 
 
+def test_what_rows_share_goes_through_the_model_once(model, tmp_path):
+    """And only where they do: a context that is cut from the left differs from choice to choice."""
+    item = [Row([9, 1, 2, 3, 5, 5], 4), Row([9, 1, 2, 3, 5, 6, 7], 4)]
+    assert core_eval.prompts_of([item, item]) == [([9, 1, 2], [0, 1]), ([9, 1, 2], [2, 3])]  # the last shared token goes with the rows
+    cut = [Row([9, 2, 3, 4, 5], 4), Row([9, 3, 4, 5, 6], 3)]
+    assert core_eval.prompts_of([item, cut]) == [([9, 1, 2], [0, 1]), ([9, 2, 3], [2]), ([9, 3], [3])]
+    task = CoreTask("task", "multiple_choice", write_items(tmp_path / "task.jsonl", items("multiple_choice", 20)), 0)
+    groups = core_eval.groups_of(task, core_eval.read_items(task))
+    rows, golds = core_eval.render(task, groups, core_eval.chosen_items(groups, -1), TOKENIZER, 96)
+    seen: list[int] = []
+    hook = model.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].numel()))
+    with torch.no_grad():
+        core_eval.judge(model, "multiple_choice", rows, golds)
+    hook.remove()
+    assert sum(seen) < 0.7 * sum(len(row.tokens) for item in rows for row in item)
+
+
 @pytest.mark.parametrize("kind", list(core_eval.ROWS))
 def test_the_size_of_the_batches_changes_nothing(model, tmp_path, monkeypatch, kind):
     task = CoreTask("task", kind, write_items(tmp_path / "task.jsonl", items(kind, 25)), 2)
     whole = core_eval.evaluate_core_task(model, TOKENIZER, task)
-    for name, value in (("TOKENS_PER_BATCH", 1), ("TOKENS_PER_BATCH", 300), ("ITEMS_AT_A_TIME", 7)):
+    for name, value in (("TOKENS_PER_BATCH", {"cpu": 1}), ("TOKENS_PER_BATCH", {"cpu": 300}), ("ITEMS_AT_A_TIME", 7)):
         monkeypatch.setattr(core_eval, name, value)
         assert core_eval.evaluate_core_task(model, TOKENIZER, task) == whole
 
