@@ -222,7 +222,7 @@ def results(trainer: "Trainer", gpt: GPTConfig) -> dict[str, Any]:
     return {
         "parameters": flops.count_params(gpt)["total"],
         "training FLOPs": flops.flops_per_token(gpt) * trainer.state.tokens,
-        "CORE metric": trainer.state.extra.get("core_metric"),
+        **(trainer.state.extra.get("core") or {}),
     }
 
 

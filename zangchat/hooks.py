@@ -66,8 +66,9 @@ def core_metric(n: int, max_per_task: int) -> list[Every]:
 
     def evaluate(trainer: Trainer) -> None:
         result = evaluate_core(trainer.model, trainer.tokenizer, max_per_task=max_per_task, bundle=bundle)
-        trainer.state.extra["core_metric"] = result["core_metric"]
-        trainer.log({"core_metric": result["core_metric"]})
+        named = {result["name"]: result["core_metric"]}  # with tasks missing it is another figure, and is called so
+        trainer.state.extra["core"] = named
+        trainer.log({**named, "tokens": trainer.state.tokens})
         common.print0(f"{trainer.stage.name} step {trainer.state.step}: {result['name']} {result['core_metric']:.4f}")
 
     return [Every(n, evaluate, name="CORE")]

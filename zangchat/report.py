@@ -45,7 +45,6 @@ CURVES = {  # field of metrics.jsonl -> axis label
     "val_loss": "validation loss (nats)",
     "lr": "learning rate multiplier",
     "tok_per_sec": "tokens per second",
-    "core_metric": "CORE",
     "reward": "reward",
     "pass@1": "held-out pass@1",
 }
@@ -217,14 +216,22 @@ def _points(curve: Curve, name: str) -> tuple[str, list[float], list[float]]:
 
 def plot_curve(curve: Curve) -> str | None:
     """One row of small plots, one for each metric that the stage has; None where there is nothing to draw."""
-    panels = [(label, *_points(curve, name)) for name, label in CURVES.items()]
-    panels = [panel for panel in panels if panel[2]]
+    from matplotlib.ticker import EngFormatter
+
+    core = {name: name for row in curve.rows for name in row if name.startswith("CORE")}  # which says what it is the mean of
+    panels = [(name, label, *_points(curve, name)) for name, label in (CURVES | core).items()]
+    panels = [panel for panel in panels if panel[3]]
     if not panels:
         return None
     figure = _figure(4.0 * len(panels), 3.0)
-    for i, (label, axis, x, y) in enumerate(panels):
+    for i, (name, label, axis, x, y) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), i + 1)
+        _, *smooth = _points(curve, f"smooth_{name}")
+        if smooth[1]:
+            axes.plot(x, y, color="#b9c6f2", linewidth=0.8)
+            x, y = smooth
         axes.plot(x, y, color="#3056d3", linewidth=1.2, marker="o" if len(x) < 12 else None, markersize=3)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 800k, 2.5M
         axes.set_title(label, fontsize=10)
         axes.set_xlabel(axis, fontsize=9)
         axes.tick_params(labelsize=8)
@@ -335,8 +342,10 @@ def _git(root: Path, *arguments: str) -> str | None:
 def summary_table(cards: Iterable[Card], curves: Iterable[Curve]) -> dict[str, dict[str, float]]:
     """{metric: {stage: value}}: the last validation result and reward of each stage's run, and every score of its evaluation cards."""
     table: dict[str, dict[str, float]] = {}
-    names = {"val_bpb": "validation bpb", "val_loss": "validation loss", "reward": "training reward"}
+    names = {"val_bpb": "validation bpb", "val_loss": "validation loss", "reward": "training reward", "pass@1": "held-out pass@1"}
     for curve in curves:
+        if curve.stage != "BASE":
+            names["val_bpb"] = "validation bpb, answers"  # of conversations: not to be compared with that of texts
         for name in names:
             values = [row[name] for row in curve.rows if _is_number(row.get(name))]
             if values:

@@ -108,6 +108,20 @@ def test_a_half_finished_run_says_what_is_missing(report):
     assert "| validation bpb | 1.2500 | - | - | - |" in text
 
 
+def test_bits_per_byte_of_texts_and_of_answers_are_not_set_side_by_side(report):
+    write_metrics(report.base_dir, "base_checkpoints", "d2", [{"step": 1, "val_bpb": 1.2}])
+    write_metrics(report.base_dir, "mid_checkpoints", "d2", [{"step": 1, "val_bpb": 0.4}])
+    rows = [{"step": 0, "pass@1": 0.1}, {"step": 1, "tokens": 9, "reward": 0.5}, {"step": 2, "tokens": 20, "reward": 0.7, "pass@1": 0.6}]
+    write_metrics(report.base_dir, "chatrl_checkpoints", "d2", rows)
+    text = report.generate().read_text(encoding="utf-8")
+    for line in (
+        *("validation bpb | 1.2000 | - | - | -", "validation bpb, answers | - | 0.4000 | - | -"),
+        *("training reward | - | - | - | 0.7000", "held-out pass@1 | - | - | - | 0.6000"),
+    ):
+        assert f"| {line} |" in text
+    assert "![RL curves](rl.svg)" in text
+
+
 def test_the_summary_sets_the_stages_side_by_side(report):
     settings = {"source": "sft", "temperature": 0.0}
     report.log("Base model evaluation", [{"CORE (21/22, no coqa)": 0.11, "hellaswag": 0.2, "piqa": -0.05}])
