@@ -38,6 +38,7 @@ class Config(RunConfig):
     num_epochs: int = 1  # times through the mixture
     num_iterations: int = -1  # optimizer steps; -1 = from --num_epochs
     target_examples_per_step: int = 32  # conversations per step, all ranks
+    block_diagonal: bool = False  # conversations that share a row do not see each other
     max_seq_len: int | None = None  # tokens in a row; None in all that follows: as the model it starts from
     device_batch_size: BatchSize | None = None  # rows per rank in one pass, at most; auto = what fits the memory
     # the optimizer
@@ -69,6 +70,7 @@ def train(config: Config) -> int:
         tokenizer, model = run.tokenizer(), run.new_model()
         run.settle(model.config, mixture=MIXTURE)
         settled = run.choose_batch(model.config, run.config.target_examples_per_step, even=False)
+        model.document_start = tokenizer.get_bos_token_id() if settled.block_diagonal else None
         task = training_conversations(settled.mixture, settled.identity_data, tokenizer=tokenizer, seed=settled.seed)
         steps = run.steps(lambda: math.ceil(len(task) * settled.num_epochs / settled.target_examples_per_step))
         common.print0(f"sft: {len(task):,} conversations; {steps:,} steps of {settled.target_examples_per_step}")

@@ -37,6 +37,7 @@ class Config(RunConfig):
     data_path: str | None = None
     # how long, and in what batches
     num_iterations: int = -1  # optimizer steps; -1 = about once through the mixture
+    block_diagonal: bool = False  # conversations that share a row do not see each other
     max_seq_len: int | None = None  # tokens in a row; None in all that follows: as the base model
     total_batch_size: int | None = None  # tokens per step, all ranks
     device_batch_size: BatchSize | None = None  # rows per rank in one pass, at most; auto = what fits the memory
@@ -70,6 +71,7 @@ def train(config: Config) -> int:
         run.start_from("base", config.model_step)
         tokenizer, model = run.tokenizer(), run.new_model()
         settled = run.settle(model.config, mixture=MIXTURE)
+        model.document_start = tokenizer.get_bos_token_id() if settled.block_diagonal else None
         task = training_conversations(settled.mixture, settled.identity_data, 2, tokenizer=tokenizer, seed=settled.seed)
         plan = make_plan(run, model.config, task, tokenizer)
         optimizer = run.optimizer(model, plan)

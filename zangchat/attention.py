@@ -36,6 +36,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, backend:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.size(1) != k.size(1))
 
 
+class WithinDocuments:
+    """Attention that stays within each document of a row, for gpt.GPT in the place of a cache. A document begins with the token `start`.
+
+    Positions go on through the row: rotary attention sees their differences alone.
+    """
+
+    def __init__(self, idx: Tensor, start: int) -> None:
+        document = (idx == start).cumsum(dim=1)  # (B, T)
+        self.mask = (document[:, :, None] == document[:, None, :]).tril()[:, None]  # (B, 1, T, T)
+        self.positions, self.longest = torch.zeros_like(idx[:, 0]), 0
+
+    def update(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        return k, v, self.mask
+
+    def advance(self, num_tokens: int) -> None:
+        """Nothing is stored."""
+
+
 def choose_backend(device: torch.device | str, dtype: torch.dtype, head_dim: int, preferred: str | None = None) -> tuple[str, str]:
     """(backend, reason): the fastest backend that is proven to work here, and one sentence for the log.
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from zangchat.attention import attend
+from zangchat.attention import WithinDocuments, attend
 from zangchat.config import GPTConfig
 from zangchat.functional import relu_squared, rms_norm, rotate
 from zangchat.loss import softcap, softcapped_cross_entropy
@@ -110,6 +110,7 @@ class GPT(nn.Module):
         self.config = config
         self.attention_backend = "sdpa"  # see attention.choose_backend
         self.grad_checkpoint = False  # True: keep only each block's input for the backward pass and compute the rest again
+        self.document_start: int | None = None  # a token (<|bos|>) at which a row's next document begins, which does not see those before
         rows = config.padded_vocab_size
         self.transformer = nn.ModuleDict(
             {
@@ -224,6 +225,8 @@ class GPT(nn.Module):
         """
         B, T = idx.shape
         config = self.config
+        if kv_cache is None and self.document_start is not None:
+            kv_cache = WithinDocuments(idx, self.document_start)
         rotary = self._rotary(T, kv_cache)
         x = rms_norm(self.wte(idx).to(self.compute_dtype), config.rms_norm_eps)
         for block in cast(nn.ModuleList, self.transformer["h"]):

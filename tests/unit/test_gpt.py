@@ -218,6 +218,24 @@ def test_logits_at_one_position_of_each_row() -> None:
     torch.testing.assert_close(model(idx, logits_at=at)[:, 0], model(idx)[torch.arange(3), at])
 
 
+def test_documents_of_a_row_do_not_see_each_other_where_that_is_asked_for() -> None:
+    model, start = lively_model(), 0
+    pieces = [torch.cat((torch.full((1, 1), start), 1 + tokens(1, n, seed=n, vocab_size=60)), dim=1) for n in (4, 1, 6)]
+    row = torch.cat(pieces, dim=1)
+    alone = torch.cat([model(piece) for piece in pieces], dim=1)
+    together = model(row)
+    assert not torch.allclose(together, alone, atol=1e-2)
+    model.document_start = start
+    torch.testing.assert_close(model(row), alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(row[:, 2:])[:, 3:], alone[:, 5:], atol=1e-5, rtol=1e-5)  # a row may begin amid a document
+    targets = tokens(1, row.size(1), seed=9)
+    losses = [model(piece, part, loss_reduction="sum") for piece, part in zip(pieces, targets.split([5, 2, 7], dim=1), strict=True)]
+    weights = list(model.parameters())
+    apart = torch.autograd.grad(losses[0] + losses[1] + losses[2], weights)
+    for ours, theirs in zip(torch.autograd.grad(model(row, targets, loss_reduction="sum"), weights), apart, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
 def test_computing_in_bfloat16() -> None:
     model, twin = lively_model(dtype=torch.bfloat16), lively_model()
     idx = tokens(2, 16)

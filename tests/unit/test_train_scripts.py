@@ -134,6 +134,12 @@ def test_validation_is_measured_and_falls(base):
     assert meta["val_bpb"] == curve[-1] == meta["run_state"]["last_val_bpb"]
 
 
+def test_conversations_of_a_row_can_be_kept_apart(base, before):
+    assert chat_sft.main(sft_flags(before, "--block_diagonal", "--num_iterations=2", "--overwrite")) == 0
+    seen, apart = ([line["val_loss"] for line in metrics(root, "sft") if "val_loss" in line][0] for root in (base, before))
+    assert seen != apart and abs(seen - apart) < 1
+
+
 def test_later_stages_inherit_the_settings_of_the_model(base):
     before = checkpoint_manager.read_meta(folder(base, "base"), 10)["user_config"]
     for stage in ("mid", "sft"):
