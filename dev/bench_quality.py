@@ -1,0 +1,272 @@
+"""Bits per byte after the same tokens, and after the same minutes, beside nanochat. JSON.
+
+    python -m dev.bench_quality --data=FOLDER --seeds=3 --peer=PATH,PATH      FOLDER holds parquet shards, each PATH a nanochat checkout
+
+Ours and each peer are trained by their own scripts.base_train, in turns, with their own settings; what is the same is the text, the
+tokenizer (each trains its own with its own script; that they came out equal is checked), depth, width, context, tokens per step and
+steps. Every `--every` steps a checkpoint is kept. One evaluator scores them all, on the same validation rows. Seconds run from the
+launch of a command to the moment that a checkpoint's weights lie on disk, so compiling and saving count. (An older nanochat also
+writes a few samples before its last checkpoint: some seconds.)
+
+What is there already is not trained again: the command goes on where it was stopped.
+"""
+
+import contextlib
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dev.bench_train import check_idle
+from zangchat import checkpoint_manager, common, configurator
+from zangchat.dataset import find_dataset
+from zangchat.tokenizer import RustBPETokenizer
+
+OURS = "zangchat"
+SEEDED = """
+import runpy, sys, torch
+seed, plain = int(sys.argv.pop(1)), torch.manual_seed
+torch.manual_seed = lambda _: plain(seed)  # nanochat has no flag for it
+runpy.run_module("scripts.base_train", run_name="__main__", alter_sys=True)
+"""
+
+
+@dataclass
+class Config:
+    data: str = ""  # a folder of parquet shards with a column `text`; the last one is for validation
+    peer: str = ""  # folders of nanochat checkouts, separated by commas
+    out: str = ""  # where the runs are kept; default <base>/bench_quality
+    seeds: int = 3  # runs of each, with seeds 1, 2, ...
+    depth: int = 4
+    vocab_size: int = 8192
+    tokenizer_chars: int = 150_000_000
+    max_seq_len: int = 512
+    total_batch_size: int = 16384  # tokens per step
+    device_batch_size: int = 8
+    steps: int = 150
+    every: int = 50  # steps between checkpoints
+    eval_tokens: int = 131072  # targets that the score is of
+    flags: str = ""  # further flags for our training, "--matrix_lr=0.01 --seed=3"
+    busy: bool = False  # measure although the machine is busy: bits per byte count, seconds do not
+    score: str = ""  # internal: the folder of checkpoints to score, as JSON
+    code: str = ""  # internal: the checkout that it belongs to
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return configurator.run(Config, bench, argv)
+
+
+def bench(config: Config) -> int:
+    if config.score:
+        print(json.dumps(score(config, Path(config.score))))
+        return 0
+    check(config)
+    load = check_idle(config.busy)
+    out = Path(config.out or common.get_base_dir() / "bench_quality").absolute()
+    contenders = {OURS: "", **{Path(peer).name: str(Path(peer).absolute()) for peer in config.peer.split(",") if peer}}
+    for name, code in contenders.items():
+        train_tokenizer(config, out / name, code)
+    vocabularies = {name: vocabulary(out / name, code) for name, code in contenders.items()}
+    different = [name for name, tokens in vocabularies.items() if tokens != vocabularies[OURS]]
+    if different:
+        raise configurator.UserError(f"the tokenizer of {', '.join(different)} is not ours, so nothing can be compared: see {out}")
+    runs: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in contenders}
+    for seed in range(1, config.seeds + 1):
+        for name, code in contenders.items():
+            runs[name].append(curve(config, out / name, code, seed))
+            print(f"{name}, seed {seed}: {runs[name][-1]}", file=sys.stderr, flush=True)
+    idle = load <= 0.3
+    print(json.dumps({"settings": configurator.to_dict(config), "load_before": load, "idle": idle, **summary(runs)}, indent=1))
+    return 0
+
+
+def check(config: Config) -> None:
+    if not config.data or not any(Path(config.data).glob("*.parquet")):
+        raise configurator.UserError(f"--data={config.data} holds no .parquet file: name a folder of shards with a column `text`")
+    for peer in filter(None, config.peer.split(",")):
+        if not (Path(peer) / "nanochat" / "gpt.py").is_file():
+            raise configurator.UserError(f"--peer={peer} is no checkout of nanochat: it has no nanochat/gpt.py")
+    if config.steps % config.every:
+        raise configurator.UserError(f"--steps={config.steps} is not a multiple of --every={config.every}: change one of them")
+
+
+def summary(runs: dict[str, list[list[dict[str, Any]]]]) -> dict[str, Any]:
+    """Per contender the medians over seeds, and how long ours took to reach what each peer ended with."""
+    result: dict[str, Any] = {}
+    for name, seeds in runs.items():
+        middle = [{key: statistics.median(point[key] for point in points) for key in points[0]} for points in zip(*seeds, strict=True)]
+        result[name] = {"median": middle, "seeds": seeds}
+    for name, found in result.items():
+        if name != OURS:
+            end = found["median"][-1]
+            found["ours_reached_its_end_after"] = seconds_to(result[OURS]["median"], end["bpb"])
+            found["its_seconds"] = end["seconds"]
+    return result
+
+
+def seconds_to(points: Sequence[dict[str, float]], bpb: float) -> float | None:
+    """When the curve first came down to `bpb`, by straight lines between its points; None if it never did."""
+    before = None
+    for point in points:
+        if point["bpb"] <= bpb:
+            if before is None:
+                return point["seconds"]
+            share = (before["bpb"] - bpb) / (before["bpb"] - point["bpb"])
+            return round(before["seconds"] + share * (point["seconds"] - before["seconds"]), 1)
+        before = point
+    return None
+
+
+# ---- training -----------------------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(config: Config, base: Path, code: str) -> None:
+    if (base / "tokenizer").is_dir():
+        return
+    settings = {"max_chars": config.tokenizer_chars, "vocab_size": config.vocab_size}
+    if code:
+        base.mkdir(parents=True, exist_ok=True)
+        for name in ("base_data", "base_data_climbmix"):  # the older and the newer state look for it in different places
+            if not (base / name).exists():
+                (base / name).symlink_to(Path(config.data).absolute())
+        command = [sys.executable, "-m", "scripts.tok_train", *spelled(settings, code, "tok_train")]
+    else:
+        command = [sys.executable, "-m", "scripts.tok_train", f"--data_path={config.data}", *spelled(settings)]
+    launch(command, base, code, base / "tokenizer.log")
+
+
+def vocabulary(base: Path, code: str) -> list[bytes]:
+    folder = base / "tokenizer"
+    tokenizer = RustBPETokenizer.from_nanochat_pickle(folder / "tokenizer.pkl") if code else RustBPETokenizer.from_directory(folder)
+    return [tokenizer.decode_bytes([id]) for id in range(tokenizer.get_vocab_size())]
+
+
+def curve(config: Config, base: Path, code: str, seed: int) -> list[dict[str, Any]]:
+    """Steps, tokens, seconds and bits per byte of the checkpoints of one run, which is made where it is missing."""
+    tag = f"seed{seed}"
+    folder, done = base / "base_checkpoints" / tag, base / f"{tag}.json"
+    if not done.is_file():
+        settings = {
+            "depth": config.depth,
+            "max_seq_len": config.max_seq_len,
+            "device_batch_size": config.device_batch_size,
+            "total_batch_size": config.total_batch_size,
+            "num_iterations": config.steps,
+            "save_every": config.every,
+            "model_tag": tag,
+            "core_metric_every": -1,
+        }
+        if code:
+            rows = config.device_batch_size * config.max_seq_len  # it validates at its end in any case, on this little
+            settings |= {"eval_every": 10**9, "sample_every": 10**9, "eval_tokens": rows}
+            command = [sys.executable, "-c", SEEDED, str(seed), *spelled(settings, code, "base_train")]
+        else:
+            settings |= {"eval_every": -1, "sample_every": -1, "seed": seed, "keep_last": config.steps // config.every, "overwrite": 1}
+            command = [sys.executable, "-m", "scripts.base_train", f"--data_path={config.data}", *spelled(settings), *config.flags.split()]
+        start = time.time()
+        launch(command, base, code, base / f"{tag}.log")
+        seconds = {step: round(path.stat().st_mtime - start, 1) for step, path in checkpoints(folder).items()}
+        done.write_text(json.dumps(seconds), encoding="utf-8")
+    seconds = {int(step): value for step, value in json.loads(done.read_text(encoding="utf-8")).items()}
+    scores = scored(config, folder, code)
+    return [
+        {"step": step, "tokens": step * config.total_batch_size, "seconds": seconds[step], "bpb": scores[step]} for step in sorted(seconds)
+    ]
+
+
+def spelled(settings: dict[str, Any], code: str = "", script: str = "") -> list[str]:
+    """As flags, with hyphens where the script of a nanochat checkout spells them so."""
+    text = (Path(code) / "scripts" / f"{script}.py").read_text(encoding="utf-8") if code else ""
+    hyphens = {name: name.replace("_", "-") for name in settings if re.search(rf"""["']--{name.replace("_", "-")}["']""", text)}
+    return [f"--{hyphens.get(name, name)}={value}" for name, value in settings.items()]
+
+
+def launch(command: Sequence[str], base: Path, code: str, log: Path) -> str:
+    """What the command printed; it runs in the checkout `code` (empty: in ours), with `base` for its files."""
+    base.mkdir(parents=True, exist_ok=True)
+    root = code or str(Path(__file__).parents[1])
+    bases = {"NANOCHAT_BASE_DIR": str(base)} if code else {"ZANGCHAT_BASE_DIR": str(base)}
+    environment = {**os.environ, **bases, "PYTHONPATH": root, "WANDB_MODE": "disabled", "PYTHONUTF8": "1"}
+    with log.open("w", encoding="utf-8") as file:
+        done = subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=file, encoding="utf-8")
+        file.write(done.stdout)
+    if done.returncode:
+        raise configurator.UserError(f"{' '.join(command[1:4])} ... failed with code {done.returncode}: see {log}")
+    return done.stdout
+
+
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """step -> weights"""
+    found = {re.fullmatch(r"model_(\d+)\.pt", path.name): path for path in folder.glob("model_*.pt")}
+    return {int(match[1]): path for match, path in sorted(found.items(), key=lambda item: item[1]) if match}
+
+
+# ---- scoring ------------------------------------------------------------------------------------------------------------
+
+
+def scored(config: Config, folder: Path, code: str) -> dict[int, float]:
+    """In a process of its own: two checkouts both call themselves nanochat."""
+    ours = folder.parents[1].parent / OURS
+    flags = {"data": config.data, "max_seq_len": config.max_seq_len, "device_batch_size": config.device_batch_size, "code": code}
+    flags |= {"eval_tokens": config.eval_tokens, "score": str(folder)}
+    printed = launch([sys.executable, "-m", "dev.bench_quality", *spelled(flags)], ours, "", folder / "score.log")
+    return {int(step): bpb for step, bpb in json.loads(printed.splitlines()[-1]).items()}
+
+
+def score(config: Config, folder: Path) -> dict[int, float]:
+    """Bits per byte of every checkpoint in the folder."""
+    import torch
+
+    from zangchat.dataloader import validation_batches
+    from zangchat.loss_eval import evaluate_bpb
+    from zangchat.tokenizer import get_token_bytes, get_tokenizer
+
+    device = common.compute_init("")[-1]
+    tokenizer, dataset = get_tokenizer(), find_dataset(data_path=config.data)
+    found = {}
+    for step, path in checkpoints(folder).items():
+        batches = validation_batches(
+            dataset, tokenizer, config.max_seq_len, eval_tokens=config.eval_tokens, rows_per_batch=config.device_batch_size
+        )
+        model: Any = (
+            peer_model(config.code, path, device) if config.code else checkpoint_manager.build_model(folder, step, device, "eval")[0]
+        )
+        with torch.inference_mode():
+            found[step] = round(evaluate_bpb(model, batches, get_token_bytes()), 4)
+        if not math.isfinite(found[step]):
+            raise configurator.UserError(f"{path} has no finite score: {found[step]}")
+    return found
+
+
+def peer_model(code: str, path: Path, device: Any) -> Any:
+    """A nanochat model behind the interface that evaluate_bpb asks for."""
+    sys.path.insert(0, code)
+    with contextlib.redirect_stdout(sys.stderr):
+        from nanochat.gpt import GPT, GPTConfig  # type: ignore[import-not-found]
+    meta = json.loads((path.parent / path.name.replace("model_", "meta_")).with_suffix(".json").read_text(encoding="utf-8"))
+    model = GPT(GPTConfig(**meta["model_config"])).to(device)
+    model.init_weights()  # its rotary tables are not part of a checkpoint
+    weights = checkpoint_manager.strip_prefix(checkpoint_manager.read_tensors(path, device))
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.eval()
+
+    class Scored:
+        def get_device(self) -> Any:
+            return device
+
+        def __call__(self, inputs: Any, targets: Any, loss_reduction: str) -> Any:
+            return model(inputs, targets, loss_reduction=loss_reduction).view(targets.shape)
+
+    return Scored()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
