@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dev.bench_train import check_idle
+from dev.bench_common import machine
 from zangchat import checkpoint_manager, common, configurator
 from zangchat.dataset import find_dataset
 from zangchat.tokenizer import RustBPETokenizer
@@ -69,7 +69,7 @@ def bench(config: Config) -> int:
         print(json.dumps(score(config, Path(config.score))))
         return 0
     check(config)
-    load = check_idle(config.busy)
+    where = machine(config.busy)
     out = Path(config.out or common.get_base_dir() / "bench_quality").absolute()
     contenders = {OURS: "", **{Path(peer).name: str(Path(peer).absolute()) for peer in config.peer.split(",") if peer}}
     for name, code in contenders.items():
@@ -83,8 +83,7 @@ def bench(config: Config) -> int:
         for name, code in contenders.items():
             runs[name].append(curve(config, out / name, code, seed))
             print(f"{name}, seed {seed}: {runs[name][-1]}", file=sys.stderr, flush=True)
-    idle = load <= 0.3
-    print(json.dumps({"settings": configurator.to_dict(config), "load_before": load, "idle": idle, **summary(runs)}, indent=1))
+    print(json.dumps({"settings": configurator.to_dict(config), "machine": where, **summary(runs)}, indent=1))
     return 0
 
 

@@ -11,7 +11,6 @@ gives no result.
 
 import dataclasses
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -21,10 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dev.bench_common import machine
 from scripts import base_train
 from zangchat import common, configurator, flops
-
-BUSY = 0.3  # load per core before the start, above which a timing is worth nothing
 
 
 @dataclass
@@ -47,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def bench(config: Config) -> int:
     if config.worker or config.profile:
         return work(config)
-    load = check_idle(config.busy)
+    where = machine(config.busy)
     runs: dict[str, list[dict[str, Any]]] = {"zangchat": []}
     if config.peer:
         runs["nanochat"] = []
@@ -61,8 +59,7 @@ def bench(config: Config) -> int:
         "tokens_per_step": tokens_per_step(config),
         "device_batch_size": config.device_batch_size,
         "repeats": config.repeats,
-        "load_before": load,
-        "idle": load <= BUSY,
+        "machine": where,
     }
     for name, done in runs.items():
         result[name] = {key: _middle([run[key] for run in done]) for key in done[0]}
@@ -71,14 +68,6 @@ def bench(config: Config) -> int:
         result["speedup"] = result["zangchat"]["tok_per_sec"] / result["nanochat"]["tok_per_sec"]
     print(json.dumps(result, indent=1))
     return 0
-
-
-def check_idle(busy: bool) -> float:
-    """Load per core of the last minute; raises UserError where it is too high to measure by."""
-    load = round(os.getloadavg()[0] / (os.cpu_count() or 1), 2) if hasattr(os, "getloadavg") else 0.0
-    if load > BUSY and not busy:
-        raise configurator.UserError(f"the machine is busy (load {load} per core): wait until it is idle, or give --busy and get no result")
-    return load
 
 
 def tokens_per_step(config: Config) -> int:
