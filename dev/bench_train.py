@@ -28,6 +28,7 @@ from zangchat import common, configurator, flops
 @dataclass
 class Config(base_train.Config):
     vocab_size: int = 65536
+    device_batch_size: int = 32  # type: ignore[assignment]  # rows in one pass; nothing is chosen here
     compile: bool | None = None  # torch.compile of the model; default: as in training, on CUDA
     steps: int = 8  # timed steps of a repetition, after one that is not
     repeats: int = 3
