@@ -52,6 +52,9 @@ def run(config_cls: type[C], command: Callable[[C], int | None], argv: Sequence[
             config = parse(config_cls, argv)
         except SystemExit as stop:  # --help was answered
             return int(stop.code or 0)
+        except BrokenPipeError:  # as `--help | head` leaves it; what is still buffered goes nowhere, not into another such error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         common.setup_default_logging()
         return command(config) or 0
     except UserError as error:

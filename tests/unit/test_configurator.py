@@ -252,6 +252,19 @@ def test_help_does_not_load_torch():
     assert "--keep_last" in done.stdout
 
 
+def test_help_whose_reader_left_is_no_error():
+    code = (
+        "import sys\nfrom zangchat import configurator\nfrom zangchat.config import RunConfig\n"
+        "sys.stdin.read()\nsys.exit(configurator.run(RunConfig, lambda config: 1, ['--help']))"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}, **pipes) as process:
+        process.stdout.close()
+        process.stdin.close()  # only now it goes on to write
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+
+
 def test_no_character_stops_a_command():
     """Where a pipe's default encoding lacks it, as on Windows; unless the user asked for that encoding."""
     code = (
