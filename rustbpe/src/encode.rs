@@ -27,8 +27,8 @@ const SCAN_LIMIT: usize = 96;
 /// Pieces up to this many bytes are their own key in the cache; up to CACHED_BYTES, the key is their hash.
 const KEY_BYTES: usize = 15;
 const CACHED_BYTES: usize = 255;
-/// The cache has 2^SET_BITS sets of four pieces, 128 bytes each: 8 MB a thread, when it is full.
-const SET_BITS: u32 = 16;
+/// The cache has 2^SET_BITS sets of four pieces, 128 bytes each: 16 MB a thread, when it is full.
+const SET_BITS: u32 = 17;
 const SETS: usize = 1 << SET_BITS;
 /// Room for the ids (and the bytes) of pieces that do not fit in their entry; the cache starts anew when it is used up.
 const SPILLED: usize = 1 << 20;
@@ -36,6 +36,8 @@ const SPILLED: usize = 1 << 20;
 const PIECES: usize = 64;
 /// Ids of a piece that fit in its entry.
 const INLINE_IDS: usize = 3;
+/// Parts for which memory is kept for the next piece.
+const KEPT_PARTS: usize = 1 << 20;
 /// Caches kept for the next call.
 const KEPT_SCRATCHES: usize = 64;
 
@@ -148,6 +150,11 @@ impl Encoder {
     }
 
     /// All keys first, so that their places in the cache are on the way from memory while the next keys are made.
+    ///
+    /// Performance notes, 20 MB of English the second time, vocabulary 32,768, one core of a 2.5 GHz Xeon that others used, too: a look-up for
+    /// each piece as it is cut off 90 to 130 MB/s; with the keys first 165; with a cache so large that 0.4 % of the pieces are merged
+    /// again, not 2 %, 190. A piece that the cache does not know costs over a microsecond, most of it waiting for memory.
+    /// By simulation: with one place for a piece 4 % are merged again; moving what is found to the very front is no better.
     #[inline(never)]
     fn encode_pieces(&self, bytes: &[u8], pieces: &[(u32, u32)], sink: &mut Sink<u32>, scratch: &mut Scratch) {
         let Scratch { keys, cache, parts } = scratch;
@@ -200,6 +207,8 @@ impl Encoder {
             for part in parts.iter().filter(|part| part.id != NONE) {
                 sink.put(&[part.id], 1);
             }
+            parts.clear();
+            parts.shrink_to(KEPT_PARTS);
         }
         cache.insert(key, piece, &sink.out[start..sink.len]);
     }
@@ -381,7 +390,8 @@ impl Part {
 }
 
 /// What two tokens join to. Most pairs that are asked for join to nothing, and a set of bits, eight or more for each pair, small
-/// enough to stay in the processor, says so of most of them. Behind it a table with open addressing, at most half full.
+/// enough to stay in the processor, says so of most of them: without it merging takes half as long again. Behind it a table with
+/// open addressing, at most half full.
 struct PairTable {
     bits: Vec<u64>,
     slots: Vec<u64>, // left, right and what they join to, ID_BITS each

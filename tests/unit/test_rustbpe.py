@@ -205,6 +205,17 @@ def test_a_megabyte_of_one_letter() -> None:
     assert rustbpe.Tokenizer().encode(" " * 1_000_000) == [32] * 1_000_000
 
 
+@pytest.mark.slow
+def test_a_document_of_a_hundred_megabytes() -> None:
+    trained = train(["the same words again and again"], 290)
+    text = "the same words again, a\0b and again\n" * 3_000_000
+    ids, offsets = trained.encode_documents([text])
+    assert offsets.tolist() == [0, len(ids)]
+    assert trained.decode_documents(ids, offsets)[0].tobytes() == text.encode()
+    letters = trained.encode_documents(["a" * 30_000_000])[0]
+    assert trained.decode_documents(letters, [0, len(letters)])[0].tobytes() == b"a" * 30_000_000
+
+
 def test_documents_come_back_as_arrays_in_their_order() -> None:
     trained = train(["some words and more words"], 280)
     texts = [f"words {i} more " * (i % 40) for i in range(3_000)]
