@@ -159,11 +159,11 @@ def block_bytes_per_token(config: GPTConfig, size: int = 2, device_type: str = "
 
 
 def logits_bytes(config: GPTConfig, tokens: int, size: int = 2, device_type: str = "cuda") -> int:
-    """Bytes of the loss: three fp32 copies of one chunk of logits, the gradient product in the compute dtype, and the head's cast."""
+    """Bytes of the loss: two fp32 copies of one chunk of logits, their gradient in a 16-bit dtype, and of the head cast and gradient."""
     elements = 2**27 if device_type == "cuda" else 2**22  # as loss.py chooses its chunks
     chunk = min(tokens, max(elements // config.vocab_size, 64), 8192)
     head = config.padded_vocab_size * config.n_embd
-    return chunk * config.vocab_size * (3 * 4 + size) + head * (4 + size)
+    return chunk * config.vocab_size * (2 * 4 + (size if size < 4 else 0)) + head * (4 + size)
 
 
 # ---- what fits ------------------------------------------------------------------------------------------------------

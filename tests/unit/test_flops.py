@@ -159,8 +159,8 @@ def train(rows, dtype, checkpoint, *sizes):
     model.init_weights()
     optimizer = model.setup_optimizers(embedding_lr=0.1, unembedding_lr=0.01, matrix_lr=0.01)
     tokens = torch.randint(config.vocab_size, (rows, config.sequence_len))
-    for _ in range(2):
-        for _ in range(2):  # in the second pass the gradients are there already
+    for _ in range(2):  # in the second step the optimizer's state is there already, in its second pass the gradients are
+        for _ in range(2):
             model(tokens, tokens).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -176,9 +176,10 @@ for case in json.loads(sys.argv[1]):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is Linux's own count")
+@pytest.mark.slow
 def test_the_memory_foreseen_is_what_a_cpu_uses():
     """With an allocator that gives back what is freed: otherwise glibc keeps some tens of megabytes, which at this size is much."""
-    cases = [[16, "float32", checkpoint, 256, 4096, 4, 4, 4, 256] for checkpoint in (False, True)]
+    cases = [[8, "float32", checkpoint, 256, 4096, 4, 4, 4, 256] for checkpoint in (False, True)]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**17)}
     command = [sys.executable, "-c", PEAK, json.dumps(cases)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
