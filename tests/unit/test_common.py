@@ -407,3 +407,15 @@ def test_wandb_runs_on_rank_0_alone(monkeypatch):
     for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     assert isinstance(common.get_wandb("first", RunConfig(), "zangchat"), common.DummyWandb)
+
+
+def test_wandb_offline_keeps_what_is_logged(tmp_path, monkeypatch):
+    """The real library, without a network."""
+    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    run = common.get_wandb("first", RunConfig(seed=7), "zangchat")
+    run.log({"loss_of_a_step": 1.25}, step=3)
+    run.finish()
+    (record,) = tmp_path.rglob("*.wandb")
+    told = record.read_bytes()
+    assert b"loss_of_a_step" in told and b"first" in told and b"seed" in told
