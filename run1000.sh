@@ -7,7 +7,7 @@
 # DEPTH=32        width 2048, 16 heads: 32 x 12 x 2048^2 = 1.61B matrix parameters; embedding and head 134M each.
 # RATIO=20        20 x (1.61B + 0.13B) = 34.9B tokens, 33,280 steps of 2^20. RATIO=12, the compute-optimal choice of speedrun.sh, would be
 #                 20.9B; more text makes the model of this size better, and a model that is used costs less the smaller it is.
-# DEVICE_BATCH_SIZE=8  an estimated 59 GiB on each GPU (`python -m scripts.base_train --depth=32 --device_batch_size=8 --dry_run`):
+# DEVICE_BATCH_SIZE=8  an estimated 58 GiB on each GPU (`python -m scripts.base_train --depth=32 --device_batch_size=8 --dry_run`):
 #                 10 GiB weights, 7 gradients, 38 activations of 8 rows. 512 rows a step: 8 passes.
 # NUM_SHARDS=705  34.9B tokens x about 4.8 characters = 167B characters in shards of about 250M: 670, and 5 % in reserve; 70 GB of disk.
 # MAX_CHARS=4e9   a larger model deserves twice the text for its tokenizer.
