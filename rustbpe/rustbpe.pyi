@@ -1,8 +1,19 @@
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from typing_extensions import Buffer
+
+class ArrowArray(Protocol):
+    """Strings (string or large_string) as Arrow memory: pyarrow.Array..."""
+
+    def __arrow_c_array__(self, requested_schema: Any = None) -> tuple[Any, Any]: ...
+
+class ArrowStream(Protocol):
+    """The same in chunks: pyarrow.ChunkedArray..."""
+
+    def __arrow_c_stream__(self, requested_schema: Any = None) -> Any: ...
 
 class Tokenizer:
     def __init__(self) -> None: ...
@@ -10,11 +21,12 @@ class Tokenizer:
     def from_ranks(ranks: list[tuple[bytes, int]], pattern: str | None = None) -> Tokenizer: ...
     def train_from_iterator(
         self,
-        iterator: Iterable[str],
+        iterator: Iterable[str | ArrowArray | ArrowStream],
         vocab_size: int,
         buffer_size: int = 8192,
         pattern: str | None = None,
         progress: Callable[[int], object] | None = None,
+        num_threads: int | None = None,
     ) -> None: ...
     def encode(self, text: str) -> list[int]: ...
     def batch_encode(self, texts: Iterable[str], num_threads: int | None = None) -> list[list[int]]: ...

@@ -17,10 +17,10 @@ from zangchat import common, configurator
 from zangchat.configurator import UserError
 
 if TYPE_CHECKING:
+    import pyarrow
+
     from zangchat.dataset import Dataset
     from zangchat.tokenizer import RustBPETokenizer
-
-SECONDS_BETWEEN_UPDATES = 0.2
 
 
 @dataclass
@@ -111,26 +111,45 @@ class Text:
 
         self.config, self.dataset = config, dataset
         self.num_documents = self.characters = 0
-        self.start = self.updated = 0.0
+        self.start = 0.0
         self.reading = Progress("tokenizer: characters", self.expected_characters())
         self.merging = Progress("tokenizer: tokens", config.vocab_size)
         self.shown: Progress | None = None
 
-    def documents(self) -> Iterator[str]:
-        """At most doc_cap characters of each document, at most max_chars in all."""
-        self.start = self.updated = time.monotonic()
+    def documents(self) -> "Iterator[pyarrow.ChunkedArray]":
+        """At most doc_cap characters of each document, at most max_chars in all: a group of documents at a time, as Arrow memory, so
+        that text from parquet never becomes Python strings.
+        """
+        self.start = time.monotonic()
         self.show(self.reading)
-        for document in self.dataset.iter_documents("train"):
-            text = document[: min(self.config.doc_cap, self.config.max_chars - self.characters)]
-            self.num_documents += 1
-            self.characters += len(text)
-            yield text
+        for group in self.dataset.iter_arrow("train"):
+            texts = self.capped(group)
+            self.num_documents += len(texts)
+            yield texts
+            rate = self.characters / (time.monotonic() - self.start)
+            self.reading.update(min(self.characters, self.reading.total), f"{rate / 1e6:.1f} M characters/s")
             if self.characters >= self.config.max_chars:
                 break
-            if time.monotonic() - self.updated > SECONDS_BETWEEN_UPDATES:
-                self.updated = time.monotonic()
-                rate = self.characters / (self.updated - self.start)
-                self.reading.update(min(self.characters, self.reading.total), f"{rate / 1e6:.1f} M characters/s")
+
+    def capped(self, group: "pyarrow.ChunkedArray | list[str]") -> "pyarrow.ChunkedArray":
+        """The documents of a group that are still wanted, cut to doc_cap characters and the last of them to max_chars in all."""
+        import numpy as np
+        import pyarrow
+        import pyarrow.compute as pc
+
+        from zangchat.tokenizer import whole_characters
+
+        if isinstance(group, list):
+            group = pyarrow.chunked_array([[whole_characters(text) for text in group]], pyarrow.string())
+        texts = pc.utf8_slice_codeunits(group.filter(pc.greater(pc.binary_length(group), 0)), 0, self.config.doc_cap)
+        ends = np.cumsum(pc.utf8_length(texts).to_numpy(), dtype=np.int64) + self.characters
+        last = int(np.searchsorted(ends, self.config.max_chars))  # the document that reaches the limit, if there is one
+        if last < len(texts):
+            within = self.config.max_chars - (int(ends[last - 1]) if last else self.characters)
+            rest = pc.utf8_slice_codeunits(texts[last : last + 1], 0, within)
+            texts = pyarrow.chunked_array([*texts[:last].chunks, *rest.chunks], texts.type)
+        self.characters = min(int(ends[-1]), self.config.max_chars) if len(ends) else self.characters
+        return texts
 
     def merged(self, merges: int) -> None:
         self.show(self.merging)

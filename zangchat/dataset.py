@@ -27,13 +27,16 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from zangchat import configurator
 from zangchat.common import atomic_write, file_sha256, get_base_dir
 from zangchat.configurator import UserError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 logger = logging.getLogger(__name__)
 
@@ -89,13 +92,19 @@ class Dataset:
 
     def read_group(self, shard: str, group: int, split: str) -> list[Any]:
         """The documents of one group, in file order: texts, or (n,) arrays of ids where the shard holds tokens."""
+        return _as_list(self.read_arrow(shard, group, split))
+
+    def read_arrow(self, shard: str, group: int, split: str) -> "pyarrow.ChunkedArray | list[Any]":
+        """The same as Arrow memory, without a Python str for each document, where the shard is parquet with a column `text`. There the
+        array may hold nulls and empty strings, which are no documents.
+        """
         file = self._file(shard)
         if self._entries[shard]["split"] != "both":
             return file.read_group(group)
         total = file.num_groups()
         if total >= 2:
             return file.read_group(group if split == "train" else total - 1)
-        texts = file.read_group(0)
+        texts = _as_list(file.read_group(0))
         if len(texts) < 2:
             raise UserError(f"--data_path={file.path} holds {len(texts)} document(s): at least 2 are needed, one of them for validation")
         held_out = max(1, len(texts) // LONE_FILE_HOLDOUT)
@@ -103,11 +112,16 @@ class Dataset:
 
     def iter_documents(self, split: str = "train") -> Iterator[str]:
         """All documents of the split once, in manifest order. Raises UserError where they are token ids."""
+        for texts in self.iter_arrow(split):
+            yield from _as_list(texts)
+
+    def iter_arrow(self, split: str) -> "Iterator[pyarrow.ChunkedArray | list[str]]":
+        """The same, a group at a time as `read_arrow` gives it."""
         if split == "train" and self.tokenizer is not None:
             raise UserError(f"dataset {self.name} holds token ids: for its text give --dataset={self.manifest['text']['name']}")
         for shard in self.shards(split):
             for group in range(self.num_groups(shard, split)):
-                yield from self.read_group(shard, group, split)
+                yield self.read_arrow(shard, group, split)
 
     def validation_documents(self) -> Iterator[str]:
         return self.iter_documents("validation")
@@ -236,8 +250,12 @@ def _hash_edges(path: Path, edge: int = 1 << 16) -> str:
     return digest.hexdigest()
 
 
+def _as_list(texts: "pyarrow.ChunkedArray | list[Any]") -> list[Any]:
+    return texts if isinstance(texts, list) else [text for text in texts.to_pylist() if text]
+
+
 class _File:
-    """A shard on disk: numbered groups of documents."""
+    """A shard on disk: numbered groups of documents, each read as a list or, see `Dataset.read_arrow`, as an Arrow array."""
 
     def __init__(self, path: Path, repair_hint: str) -> None:
         self.path = path
@@ -246,7 +264,7 @@ class _File:
     def num_groups(self) -> int:
         raise TypeError("abstract")
 
-    def read_group(self, group: int) -> list[str]:
+    def read_group(self, group: int) -> "pyarrow.ChunkedArray | list[str]":
         raise TypeError("abstract")
 
     def damaged(self, error: object) -> UserError:
@@ -258,20 +276,20 @@ class _ParquetFile(_File):
     def num_groups(self) -> int:
         return self._open().num_row_groups
 
-    def read_group(self, group: int) -> list[str]:
+    def read_group(self, group: int) -> "pyarrow.ChunkedArray | list[str]":
         import pyarrow
 
         file = self._open()
-        columns = set(file.schema_arrow.names)
         try:
-            if "text" in columns:
-                texts = file.read_row_group(group, columns=["text"]).column("text").to_pylist()
-            else:
-                rows = file.read_row_group(group).to_pylist()
-                texts = [record_text(row, f"{self.path}, row group {group}") for row in rows]
+            if "text" in file.schema_arrow.names:
+                texts = file.read_row_group(group, columns=["text"]).column("text")
+                texts = texts if texts.type in (pyarrow.string(), pyarrow.large_string()) else texts.cast(pyarrow.string())
+                texts.validate(full=True)  # that it is UTF-8: readers do not look
+                return texts
+            rows = file.read_row_group(group).to_pylist()
         except (pyarrow.ArrowException, OSError) as error:
             raise self.damaged(error) from error
-        return [text for text in texts if text]
+        return [text for row in rows if (text := record_text(row, f"{self.path}, row group {group}"))]
 
     def _open(self) -> Any:
         import pyarrow

@@ -32,6 +32,7 @@ from zangchat.common import atomic_write, get_base_dir
 from zangchat.configurator import UserError
 
 if TYPE_CHECKING:
+    import pyarrow
     import tiktoken
     import torch
 
@@ -142,7 +143,7 @@ class _EncodingReader(pickle.Unpickler):
         return state
 
 
-def _whole_characters(text: str) -> str:
+def whole_characters(text: str) -> str:
     """Surrogate pairs joined, lone surrogates replaced by U+FFFD: text that came through a careless \\u escape still has an encoding."""
     try:
         text.encode("utf-8")
@@ -204,32 +205,38 @@ class RustBPETokenizer:
     @classmethod
     def train_from_iterator(
         cls,
-        text_iterator: Iterable[str],
+        text_iterator: "Iterable[str | pyarrow.Array | pyarrow.ChunkedArray]",
         vocab_size: int,
         pattern: str = SPLIT_PATTERN,
         facts: dict[str, Any] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> "RustBPETokenizer":
-        """Train on the strings of an iterator; `vocab_size` counts the special tokens, and is not reached where the text has nothing left
-        to merge. `progress(merges_done)` is called a few times a second while merging. Raises ValueError when there is no text at all.
+        """Train on the strings of an iterator, or on Arrow arrays of them, whose memory the crate reads in place; `vocab_size` counts the
+        special tokens, and is not reached where the text has nothing left to merge. `progress(merges_done)` is called a few times a second
+        while merging. Raises ValueError when there is no text at all.
         """
         smallest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
             raise ValueError(
                 f"vocab_size must be at least {smallest} (256 bytes and {len(SPECIAL_TOKENS)} special tokens), not {vocab_size}"
             )
-        characters = 0
+        crate, found = _crate_encodes(), False
 
-        def counted() -> Iterator[str]:
-            nonlocal characters
-            for text in text_iterator:
-                characters += len(text)
-                yield text if text.isascii() else _whole_characters(text)
+        def counted() -> "Iterator[str | pyarrow.Array | pyarrow.ChunkedArray]":
+            nonlocal found
+            for item in text_iterator:
+                found = found or len(item) > 0
+                if isinstance(item, str):
+                    yield item if item.isascii() else whole_characters(item)
+                elif crate:
+                    yield item
+                else:
+                    yield from item.drop_null().to_pylist()
 
         trainer = rustbpe.Tokenizer()
-        options: dict[str, Any] = {"progress": progress} if _crate_encodes() else {}
+        options: dict[str, Any] = {"progress": progress} if crate else {}
         trainer.train_from_iterator(counted(), vocab_size - len(SPECIAL_TOKENS), pattern=pattern, **options)
-        if not characters:
+        if not found:
             raise ValueError("there is no text to train on")
         ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
         return cls([bytes(token) for token, _ in ranks], pattern, facts=facts)
@@ -352,13 +359,13 @@ class RustBPETokenizer:
             try:
                 return before + self._encoder.encode(text) + after
             except UnicodeEncodeError:
-                return before + self._encoder.encode(_whole_characters(text)) + after
+                return before + self._encoder.encode(whole_characters(text)) + after
         if not isinstance(text, (list, tuple)):
             raise TypeError(f"encode takes a str or a list of str, not {type(text).__name__}")
         try:
             encoded = self._encoder.batch_encode(text, num_threads)
         except UnicodeEncodeError:
-            encoded = self._encoder.batch_encode([_whole_characters(item) for item in text], num_threads)
+            encoded = self._encoder.batch_encode([whole_characters(item) for item in text], num_threads)
         return [before + ids + after for ids in encoded]
 
     __call__ = encode
@@ -368,7 +375,7 @@ class RustBPETokenizer:
         try:
             return self._encoder.encode_documents(texts, num_threads)
         except UnicodeEncodeError:
-            return self._encoder.encode_documents([_whole_characters(text) for text in texts], num_threads)
+            return self._encoder.encode_documents([whole_characters(text) for text in texts], num_threads)
 
     def _token_id(self, token: int | str) -> int:
         return self.encode_special(token) if isinstance(token, str) else token

@@ -1,14 +1,20 @@
 //! Byte-level byte-pair encoding: training on a stream of text, and encoding with the result.
 //!
 //! - [`split`]: text to pieces (pretokens), which merges never cross;
-//! - [`train`]: count the pieces of a corpus, then merge the most frequent pair again and again;
+//! - [`count`]: the distinct pieces of a corpus;
+//! - [`train`]: merge the most frequent pair of neighbours in them, again and again;
 //! - [`encode`]: text to token ids, by the same rules as tiktoken.
 //!
-//! The Python module (`py.rs`, behind the feature `python`) only converts arguments and releases the GIL.
+//! The Python module (`py.rs`, `reader.rs` and `arrow.rs`, behind the feature `python`) only converts arguments and releases the GIL.
 
+#[cfg(feature = "python")]
+mod arrow;
+pub mod count;
 pub mod encode;
 #[cfg(feature = "python")]
 mod py;
+#[cfg(feature = "python")]
+mod reader;
 pub mod split;
 pub mod train;
 

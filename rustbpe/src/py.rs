@@ -1,23 +1,19 @@
 //! The Python module: converts arguments, releases the GIL, maps errors. Nothing is decided here.
 
-use std::sync::mpsc::sync_channel;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyBytes, PyIterator, PyList, PyString};
+use pyo3::types::{PyBytes, PyList, PyString};
 
+use crate::count::Counter;
 use crate::encode::{Encoder, Run};
+use crate::reader::{count_all, CALL_EVERY};
 use crate::split::{Splitter, DEFAULT_PATTERN};
-use crate::train::{check_vocab_size, train, PieceCounter};
+use crate::train::{check_vocab_size, train};
 use crate::{worker_threads, Error};
-
-/// A batch is counted when it has this many bytes, even if it has fewer than buffer_size documents.
-const BATCH_BYTES: usize = 16 << 20;
-/// How often a long computation looks for Ctrl-C and reports its progress.
-const CALL_EVERY: Duration = Duration::from_millis(200);
 
 impl From<Error> for PyErr {
     fn from(error: Error) -> PyErr {
@@ -60,12 +56,15 @@ impl Tokenizer {
         Ok(Tokenizer::of(encoder))
     }
 
-    /// Trains on the strings of an iterator, read in batches of at most buffer_size; the GIL is released while pieces are
-    /// counted and merged. `progress(merges_done)`, if given, is called a few times a second while merging.
+    /// Trains on the strings of an iterator; an item may also be an Arrow array of strings (anything with __arrow_c_array__ or
+    /// __arrow_c_stream__), each string a document. Read in batches of at most buffer_size; counted on num_threads threads (all
+    /// cores by default), and merged, without the GIL. `progress(merges_done)`, if given, is called a few times a second
+    /// while merging. The result depends on the texts alone.
     ///
     /// The vocabulary is smaller than vocab_size where no pair is left to merge. Raises what the iterator raises;
-    /// TypeError for an item that is no str; ValueError for a lone surrogate, a bad pattern or a bad size.
-    #[pyo3(signature = (iterator, vocab_size, buffer_size=8192, pattern=None, progress=None))]
+    /// TypeError for an item that is neither; ValueError for a lone surrogate, a bad pattern or a bad size.
+    #[pyo3(signature = (iterator, vocab_size, buffer_size=8192, pattern=None, progress=None, num_threads=None))]
+    #[allow(clippy::too_many_arguments)]
     fn train_from_iterator(
         &mut self,
         py: Python<'_>,
@@ -74,19 +73,20 @@ impl Tokenizer {
         buffer_size: usize,
         pattern: Option<String>,
         progress: Option<Py<PyAny>>,
+        num_threads: Option<usize>,
     ) -> PyResult<()> {
         if buffer_size == 0 {
             return Err(PyValueError::new_err("buffer_size must be at least 1"));
         }
         check_vocab_size(vocab_size)?;
         let pattern = pattern.unwrap_or_else(|| DEFAULT_PATTERN.to_owned());
-        let counter = PieceCounter::new(Splitter::new(&pattern)?, worker_threads(None));
-        count_all(py, &counter, &iterator.try_iter()?, buffer_size)?;
+        let counter = Counter::new(Splitter::new(&pattern)?);
+        count_all(py, &counter, iterator.try_iter()?, buffer_size, worker_threads(num_threads))?;
 
         let mut stopped: Option<PyErr> = None;
         let mut last_call: Option<Instant> = None;
         let tokens = py.detach(|| {
-            train(counter.into_counts(), vocab_size, |merges| {
+            train(counter.into_words()?, vocab_size, |merges| {
                 if last_call.is_some_and(|time| time.elapsed() < CALL_EVERY) {
                     return true;
                 }
@@ -282,49 +282,6 @@ fn memory_of<T>(array: &Bound<'_, PyAny>) -> PyResult<*mut [T]> {
         0 => &mut [],
         len => std::ptr::slice_from_raw_parts_mut(address as *mut T, len),
     })
-}
-
-/// Reads the iterator on this thread while another counts the batch before.
-fn count_all(py: Python<'_>, counter: &PieceCounter, iterator: &Bound<'_, PyIterator>, buffer_size: usize) -> PyResult<()> {
-    std::thread::scope(|scope| {
-        let (batches, received) = sync_channel::<Vec<String>>(1);
-        let counting = scope.spawn(move || received.iter().try_for_each(|batch| counter.add(&batch)));
-        let mut documents = iterator.clone().enumerate();
-        let reading = loop {
-            match read_batch(py, &mut documents, buffer_size) {
-                Ok(batch) if batch.is_empty() => break Ok(()),
-                // The other side hangs up only on an error, which it returns.
-                Ok(batch) => match py.detach(|| batches.send(batch)) {
-                    Ok(()) => {}
-                    Err(_) => break Ok(()),
-                },
-                Err(error) => break Err(error),
-            }
-        };
-        drop(batches);
-        let counted = py.detach(|| counting.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
-        reading.and(counted.map_err(PyErr::from))
-    })
-}
-
-fn read_batch<'py>(
-    py: Python<'py>,
-    documents: &mut impl Iterator<Item = (usize, PyResult<Bound<'py, PyAny>>)>,
-    buffer_size: usize,
-) -> PyResult<Vec<String>> {
-    let (mut batch, mut bytes) = (Vec::new(), 0);
-    while batch.len() < buffer_size && bytes < BATCH_BYTES {
-        let Some((index, document)) = documents.next() else { break };
-        let document = document?;
-        let text: &str = &borrow(index, &document)?;
-        bytes += text.len();
-        batch.push(text.to_owned());
-        if batch.len() % 1024 == 0 {
-            py.check_signals()?;
-        }
-    }
-    py.check_signals()?;
-    Ok(batch)
 }
 
 /// The UTF-8 of a Python str, kept alive. A lone surrogate has none: UnicodeEncodeError, which is a ValueError.

@@ -99,6 +99,24 @@ impl Splitter {
     }
 }
 
+impl Splitter {
+    /// Where a text may be cut without changing its pieces, `at` bytes from its start or later: its length, if there is
+    /// no such place. Known for the pattern that is split by hand: between a letter and a space, and between a line
+    /// feed and what is no white space.
+    pub fn border(&self, text: &[u8], at: usize) -> usize {
+        let borders = |i: &usize| match (text[i - 1], text[*i]) {
+            // The other white space is U+0085 and U+00A0, and U+1680 to U+3000, which begin with these bytes.
+            (b'\n', next) => !matches!(next, b'\t'..=b'\r' | b' ' | 0xc2 | 0xe1..=0xe3),
+            (before, b' ') => before.is_ascii_alphabetic(),
+            _ => false,
+        };
+        match self.0 {
+            Kind::Gpt4 { .. } => (at.max(1)..text.len()).find(borders).unwrap_or(text.len()),
+            Kind::Other(_) => text.len(),
+        }
+    }
+}
+
 /// Which of 64 bytes belong to a class of ASCII characters: bit i for byte i.
 #[derive(Default, Debug, PartialEq, Eq)]
 struct Window {
@@ -500,6 +518,22 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_text_cut_at_a_border_has_the_same_pieces() {
+        let hand = Splitter::new(DEFAULT_PATTERN).unwrap();
+        let alphabet: Vec<char> = "abababab     '\n\n\n\r\t!1é中\u{85}\u{a0}\u{1680}\u{2003}\u{3000}😀".chars().collect();
+        let mut draw = crate::draws(2);
+        let mut cuts = 0;
+        for _ in 0..20_000 {
+            let text: String = (0..draw(20)).map(|_| alphabet[draw(alphabet.len())]).collect();
+            let cut = hand.border(text.as_bytes(), draw(8));
+            cuts += (cut < text.len()) as usize;
+            assert_eq!([pieces(&hand, &text[..cut]), pieces(&hand, &text[cut..])].concat(), pieces(&hand, &text), "{text:?} at {cut}");
+        }
+        assert!(cuts > 5_000);
+        assert_eq!(Splitter::with_regex(DEFAULT_PATTERN).unwrap().border(b"a b", 0), 3);
     }
 
     #[test]

@@ -138,6 +138,14 @@ def test_parquet_without_a_text_column_is_read_like_jsonl(tmp_path):
     assert list(find_dataset(data_path=str(tmp_path / "pairs.parquet")).iter_documents("train")) == ["a\n1"]
 
 
+def test_text_that_is_not_utf8_is_damage(tmp_path):
+    pieces = [None, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"a\xff")]
+    table = pyarrow.table({"text": pyarrow.Array.from_buffers(pyarrow.string(), 2, pieces)})
+    pyarrow.parquet.write_table(table, tmp_path / "bad.parquet")
+    with pytest.raises(UserError, match=r"bad\.parquet is damaged"):
+        list(find_dataset(data_path=str(tmp_path / "bad.parquet")).iter_documents("train"))
+
+
 @given(st.lists(st.text(min_size=1, max_size=30).filter(lambda text: text.strip()), min_size=2, max_size=40), st.integers(5, 200))
 @settings(max_examples=60, deadline=None)
 def test_byte_ranges_lose_and_double_no_line(tmp_path_factory, texts, group_bytes):

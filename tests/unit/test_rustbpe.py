@@ -1,5 +1,6 @@
 """The crate: it splits, trains and encodes exactly as the slow reference and as tiktoken do, and never panics."""
 
+import contextlib
 import inspect
 import itertools
 import os
@@ -9,10 +10,12 @@ import signal
 import sys
 import threading
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import regex
 import tiktoken
@@ -107,11 +110,52 @@ def test_merges_of_the_package_on_pypi() -> None:
     assert trained.get_pattern() == SPLIT_PATTERN.replace("{1,2}", "{1,3}")
 
 
-def test_the_result_does_not_depend_on_the_order_or_the_batches() -> None:
-    rng = random.Random(1)
-    texts = ["".join(rng.choices("abcde ", k=50)) for _ in range(300)]
-    expected = tokens_of(train(texts, 400))
-    assert tokens_of(train(texts[::-1], 400, buffer_size=7)) == expected
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_the_result_depends_on_the_documents_alone(data: st.DataObject) -> None:
+    texts = data.draw(st.lists(few_letters | odd_texts, max_size=30))
+    expected = tokens_of(train(texts, 300))
+    shuffled = data.draw(st.permutations(texts))
+    items: list[Any] = []  # the same documents, each as a str or in an array with others, in any way that Arrow knows
+    while shuffled:
+        group = [shuffled.pop() for _ in range(min(len(shuffled), data.draw(st.integers(1, 5))))]
+        array = pa.array([None, *group, None], data.draw(st.sampled_from([pa.string(), pa.large_string()])))
+        forms = [*group], [array], [array[1:], pa.array([], pa.string())], [pa.chunked_array([array[:1], array[1:2], array[2:]])]
+        items += data.draw(st.sampled_from(forms))
+    options = {"num_threads": data.draw(st.integers(0, 4)), "buffer_size": data.draw(st.sampled_from([1, 2, 7, 8192]))}
+    assert tokens_of(train(items, 300, **options)) == expected
+
+
+def test_long_documents_are_counted_in_parts() -> None:
+    rng = random.Random(2)
+    lines = ["".join(rng.choices("abcde  \n\t1é中", k=60)) + "\n" + rng.choice("ab!") for _ in range(90_000)]
+    text = "".join(lines)  # 6 MB
+    expected = tokens_of(train([text], 300, pattern=f"(?:{SPLIT_PATTERN})", num_threads=1))  # the regex engine's, as a whole
+    assert tokens_of(train([text], 300, pattern=SPLIT_PATTERN)) == expected
+    assert tokens_of(train([pa.array(["a", text])], 300, pattern=SPLIT_PATTERN, num_threads=3)) == expected
+    assert tokens_of(train(["a" * 5_000_000], 260)) == [*(bytes([i]) for i in range(256)), b"a" * 2, b"a" * 4, b"a" * 8, b"a" * 16]
+
+
+def test_one_document_of_a_hundred_megabytes() -> None:
+    part = "It was the best of times, it was the worst of times;\n"
+    count = 100_000_000 // len(part)
+    assert tokens_of(train([part * count], 290)) == tokens_of(train([part], 290))
+
+
+def test_arrow_memory_is_kept_while_it_is_needed_and_released_then() -> None:
+    before = pa.total_allocated_bytes()
+    words = [f"word{i}" for i in range(1000)]
+
+    def groups() -> Iterator[Any]:
+        for start in range(0, 1000, 10):
+            yield pa.array(words[start : start + 10] * 500)  # nobody else holds it
+
+    trained = rustbpe.Tokenizer()
+    trained.train_from_iterator(groups(), 600, num_threads=2)
+    assert tokens_of(trained) == tokens_of(train([word for word in words for _ in range(500)], 600))
+    with pytest.raises(TypeError, match="text 50000 is a int"):
+        trained.train_from_iterator(itertools.chain(groups(), [1]), 600)
+    assert pa.total_allocated_bytes() == before
 
 
 def test_any_pattern_can_be_used() -> None:
@@ -128,6 +172,26 @@ def test_no_text_leaves_the_bytes() -> None:
 
 def test_a_fresh_tokenizer_knows_the_bytes() -> None:
     assert rustbpe.Tokenizer().encode("hé") == [104, 0xC3, 0xA9]
+
+
+def memory() -> int:
+    """Bytes that this process has in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="read from Linux's /proc")
+@pytest.mark.parametrize("as_arrow", [False, True])
+def test_memory_does_not_grow_over_repeated_trainings(as_arrow: bool) -> None:
+    rng = random.Random(3)
+    texts = [" ".join(f"{rng.randrange(10_000)}é" for _ in range(20_000)) for _ in range(4)]  # 0.5 MB
+    tokenizer = rustbpe.Tokenizer()
+    sizes = []
+    for _ in range(40):
+        tokenizer.train_from_iterator([pa.array(texts)] if as_arrow else iter(texts), 1000, num_threads=2)
+        with pytest.raises(UnicodeEncodeError):
+            tokenizer.train_from_iterator([*texts, "\ud800"], 1000)
+        sizes.append(memory())
+    assert max(sizes[20:]) - max(sizes[5:20]) < 2_000_000  # keeping one text a training would add 10 MB
 
 
 def test_memory_does_not_grow_with_the_text() -> None:
@@ -318,18 +382,38 @@ def test_an_exception_of_the_progress_callback_stops_training() -> None:
         train(["hello"], 300, progress=progress)
 
 
-def test_ctrl_c_is_answered_while_reading() -> None:
+@contextlib.contextmanager
+def interrupted_after(seconds: float | None) -> Iterator[Callable[[], object]]:
+    """What Ctrl-C does, by the alarm clock: after some time, or after a call of what this yields."""
+
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     previous = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    signal.setitimer(signal.ITIMER_REAL, seconds or 0)
     try:
-        with pytest.raises(KeyboardInterrupt):
-            rustbpe.Tokenizer().train_from_iterator(itertools.repeat("endless"), 300)
+        yield lambda: signal.setitimer(signal.ITIMER_REAL, 0.05)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+
+
+def test_ctrl_c_is_answered_while_reading() -> None:
+    with interrupted_after(0.2), pytest.raises(KeyboardInterrupt):
+        rustbpe.Tokenizer().train_from_iterator(itertools.repeat("endless"), 300)
+
+
+def test_ctrl_c_is_answered_while_counting_one_long_document() -> None:
+    text = "the same words again and again " * 4_000_000  # through the regex engine: seconds
+    with interrupted_after(0.2), pytest.raises(KeyboardInterrupt):
+        train([text], 300, pattern=GPT2_PATTERN)
+
+
+def test_ctrl_c_is_answered_while_merging() -> None:
+    rng = random.Random(4)
+    text = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=3_000_000))  # one word: its merges take seconds
+    with interrupted_after(None) as interrupt, pytest.raises(KeyboardInterrupt):
+        train([text], 200_000, progress=lambda merges: merges or interrupt())
 
 
 def test_a_failed_training_leaves_the_tokenizer_as_it_was() -> None:
@@ -351,12 +435,29 @@ def test_bad_arguments_of_training() -> None:
         train(["text"], 300, pattern="(")
     with pytest.raises(ValueError, match="buffer_size"):
         train(["text"], 300, buffer_size=0)
-    with pytest.raises(TypeError, match="text 1 is a bytes, not a str"):
+    with pytest.raises(TypeError, match="text 1 is a bytes, not a str or an Arrow array"):
         train(["text", b"bytes"], 300)
     with pytest.raises(TypeError):
         rustbpe.Tokenizer().train_from_iterator(5, 300)
     with pytest.raises(UnicodeEncodeError):
         train(["lone \ud800 surrogate"], 300)
+
+
+def test_bad_arrow_arrays() -> None:
+    for array in (pa.array([1]), pa.array([b"a"]), pa.array(["a"]).dictionary_encode(), pa.chunked_array([[1.5]]), pa.table({"a": ["b"]})):
+        with pytest.raises(TypeError, match="Arrow array of strings is needed"):
+            train(["text", array], 300)
+
+    def array_of(offsets: list[int], data: bytes) -> Any:
+        return pa.Array.from_buffers(pa.string(), len(offsets) - 1, [None, pa.py_buffer(np.array(offsets, np.int32)), pa.py_buffer(data)])
+
+    with pytest.raises(ValueError, match="not UTF-8"):
+        train([array_of([0, 1, 3], b"a\xc3b")], 300)
+    with pytest.raises(ValueError, match="not UTF-8"):
+        train([array_of([0, 1, 2], "é".encode())], 300)  # all bytes together are UTF-8, but no row is
+    for offsets in ([0, 2, 1], [-1, 1]):
+        with pytest.raises(ValueError, match="damaged"):
+            train([array_of(offsets, b"abc")], 300)
 
 
 def test_bad_arguments_of_encoding() -> None:

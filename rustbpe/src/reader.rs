@@ -1,0 +1,147 @@
+//! Texts from a Python iterator, for counting: str, or Arrow arrays of strings. Their memory stays where it is.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use pyo3::exceptions::PyTypeError;
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
+use pyo3::types::{PyIterator, PyString};
+
+use crate::arrow::Strings;
+use crate::count::{Counter, Pool};
+
+/// A batch is counted when it has this many bytes, even if it has fewer than buffer_size documents; so is a part of a longer text.
+const BATCH_BYTES: usize = 1 << 20;
+/// How often a long computation looks for Ctrl-C and reports its progress.
+pub const CALL_EVERY: Duration = Duration::from_millis(200);
+
+/// A text, or a part of one.
+pub struct Text {
+    owner: Owner,
+    start: usize,
+    end: usize,
+}
+
+enum Owner {
+    Str(PyBackedStr),
+    Bytes(PyBackedBytes),
+    Strings(Arc<Strings>),
+    Shared(Arc<Owner>), // by the parts of a long text
+}
+
+impl Owner {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Owner::Str(text) => text.as_bytes(),
+            Owner::Bytes(bytes) => bytes,
+            Owner::Strings(strings) => strings.data(),
+            Owner::Shared(owner) => owner.bytes(),
+        }
+    }
+}
+
+impl AsRef<[u8]> for Text {
+    fn as_ref(&self) -> &[u8] {
+        &self.owner.bytes()[self.start..self.end]
+    }
+}
+
+/// Counts the pieces of all texts of an iterator on `threads` threads, while this one reads. Returns what the iterator raises.
+pub fn count_all(py: Python<'_>, counter: &Counter, iterator: Bound<'_, PyIterator>, buffer_size: usize, threads: usize) -> PyResult<()> {
+    std::thread::scope(|scope| {
+        let pool = counter.start(scope, threads);
+        let mut reader = Reader { py, counter, pool, batch: Vec::new(), bytes: 0, texts: 0, buffer_size };
+        let mut result = iterator.into_iter().try_for_each(|item| reader.read(item?)).and_then(|()| reader.send());
+        // Whatever happened, the threads are waited for: they hold memory that is Python's.
+        while !reader.pool.is_idle() {
+            if result.is_err() {
+                counter.stop();
+            }
+            result = result.and(reader.wait());
+        }
+        result
+    })
+}
+
+struct Reader<'scope, 'py> {
+    py: Python<'py>,
+    counter: &'scope Counter,
+    pool: Pool<'scope, Text>,
+    batch: Vec<Text>,
+    bytes: usize,
+    texts: usize, // read so far
+    buffer_size: usize,
+}
+
+impl<'py> Reader<'_, 'py> {
+    fn read(&mut self, item: Bound<'py, PyAny>) -> PyResult<()> {
+        match item.cast::<PyString>() {
+            Ok(text) => {
+                // Python would keep the UTF-8 of other text than ASCII beside the text for as long as that lives.
+                let owner = match text.call_method0(intern!(self.py, "isascii"))?.is_truthy()? {
+                    true => Owner::Str(PyBackedStr::try_from(text.clone())?),
+                    false => Owner::Bytes(text.encode_utf8()?.into()),
+                };
+                let end = owner.bytes().len();
+                self.push(owner, 0, end)
+            }
+            Err(_) => {
+                let Some(arrays) = Strings::import(&item)? else {
+                    let kind = item.get_type().name()?;
+                    return Err(PyTypeError::new_err(format!("text {} is a {kind}, not a str or an Arrow array of them", self.texts)));
+                };
+                for strings in arrays.into_iter().map(Arc::new) {
+                    for row in &strings.rows {
+                        self.push(Owner::Strings(strings.clone()), row.start, row.end)?;
+                    }
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn push(&mut self, owner: Owner, start: usize, end: usize) -> PyResult<()> {
+        self.texts += 1;
+        if end - start <= 2 * BATCH_BYTES {
+            return self.put(Text { owner, start, end });
+        }
+        let owner = Arc::new(owner);
+        let mut from = start;
+        while from < end {
+            let cut = self.counter.splitter().border(&owner.bytes()[from..end], BATCH_BYTES);
+            self.put(Text { owner: Owner::Shared(owner.clone()), start: from, end: from + cut })?;
+            from += cut;
+        }
+        Ok(())
+    }
+
+    fn put(&mut self, text: Text) -> PyResult<()> {
+        self.bytes += text.end - text.start;
+        self.batch.push(text);
+        match self.bytes >= BATCH_BYTES || self.batch.len() >= self.buffer_size {
+            true => self.send(),
+            false => Ok(()),
+        }
+    }
+
+    fn send(&mut self) -> PyResult<()> {
+        self.py.check_signals()?;
+        self.pool.add(std::mem::take(&mut self.batch));
+        self.bytes = 0;
+        while self.pool.is_full() {
+            self.wait()?;
+        }
+        Ok(())
+    }
+
+    /// Waits a moment for a batch to be counted, without the GIL, and drops it with the GIL.
+    fn wait(&mut self) -> PyResult<()> {
+        let pool = &mut self.pool;
+        match self.py.detach(|| pool.finished(CALL_EVERY)) {
+            Some((_, counted)) => Ok(counted?),
+            None => self.py.check_signals(),
+        }
+    }
+}
