@@ -28,6 +28,16 @@ struct Table {
     long: Vec<u8>, // pieces that are no key, each after its length in 8 bytes
 }
 
+/// Pieces whose slots are asked for at the same time.
+const AT_ONCE: usize = 64;
+
+/// A short piece whose slot is on its way from memory.
+#[derive(Clone, Copy, Default)]
+struct Waiting {
+    hash: u64,
+    key: Key,
+}
+
 #[derive(Clone, Copy, Default)]
 struct Slot {
     key: Key,
@@ -67,15 +77,41 @@ fn hash_long(piece: &[u8]) -> u64 {
     chunks.fold(piece.len() as u64, |hash, at| mix(hash ^ word_at(piece, at), word_at(piece, at + 8)))
 }
 
+fn free_slots(bits: u32) -> Vec<Slot> {
+    let mut slots = Vec::with_capacity(1 << bits);
+    crate::ask_for_huge_pages(&mut slots);
+    slots.resize(1 << bits, Slot::default());
+    slots
+}
+
 impl Table {
     fn new(bits: u32, skip: u32) -> Self {
-        Table { slots: vec![Slot::default(); 1 << bits], bits, skip, used: 0, long: Vec::new() }
+        Table { slots: free_slots(bits), bits, skip, used: 0, long: Vec::new() }
+    }
+
+    /// Where a key of this hash is looked for first.
+    #[inline]
+    fn place(&self, hash: u64) -> usize {
+        (hash << self.skip >> (64 - self.bits)) as usize
+    }
+
+    /// Asks for that slot, so that it is at hand when it is needed.
+    #[inline]
+    fn prefetch(&self, hash: u64) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a prefetch reads nothing, and the slot exists.
+        unsafe {
+            use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
+            _mm_prefetch::<_MM_HINT_T0>(self.slots.as_ptr().add(self.place(hash)).cast());
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = hash;
     }
 
     /// The slot of a key that `same` recognises, else the free one where it belongs.
     #[inline]
     fn find(&self, hash: u64, same: impl Fn(Key) -> bool) -> usize {
-        let mut at = (hash << self.skip >> (64 - self.bits)) as usize;
+        let mut at = self.place(hash);
         loop {
             let slot = &self.slots[at];
             if slot.count == 0 || same(slot.key) {
@@ -114,24 +150,20 @@ impl Table {
     fn grow(&mut self) {
         let old = std::mem::take(&mut self.slots);
         self.bits += 1;
-        self.slots = vec![Slot::default(); 1 << self.bits];
+        self.slots = free_slots(self.bits);
         for slot in old.into_iter().filter(|slot| slot.count > 0) {
             let at = self.find(hash_of(slot.key), |_| false);
             self.slots[at] = slot;
         }
     }
 
-    /// Every piece with its count.
-    fn try_for_each(&self, mut f: impl FnMut(&[u8], u64) -> Result<(), Error>) -> Result<(), Error> {
-        for slot in self.slots.iter().filter(|slot| slot.count > 0) {
-            if slot.key[1] >= LONG {
-                f(self.long_piece(slot.key), slot.count)?;
-            } else {
-                let bytes = ((slot.key[1] as u128) << 64 | slot.key[0] as u128).to_le_bytes();
-                f(&bytes[..bytes[15] as usize], slot.count)?;
-            }
+    /// The piece of a slot that is not free; a short one is put into `buffer`.
+    fn piece<'a>(&'a self, slot: &Slot, buffer: &'a mut [u8; 16]) -> &'a [u8] {
+        if slot.key[1] >= LONG {
+            return self.long_piece(slot.key);
         }
-        Ok(())
+        *buffer = ((slot.key[1] as u128) << 64 | slot.key[0] as u128).to_le_bytes();
+        &buffer[..buffer[15] as usize]
     }
 }
 
@@ -166,20 +198,27 @@ impl Counter {
         self.stop.store(true, Ordering::Relaxed);
     }
 
-    /// The counts, for training. The tables go one by one, so that not all is there twice.
+    /// The counts, for training, in the order of the pieces' bytes as far as their first 8 tell.
     pub fn into_words(self) -> Result<Words, Error> {
         let tables = self.shards.into_iter().map(|shard| shard.into_inner().expect("no thread panics while it holds a shard"));
         let tables: Vec<Table> = tables.collect();
-        let mut slots = 0;
-        for table in &tables {
-            table.try_for_each(|piece, _| {
-                slots += piece.len() + 1;
-                Ok(())
-            })?;
+        let (mut order, mut bytes) = (Vec::with_capacity(tables.iter().map(|table| table.used).sum()), 0);
+        for (table, number) in tables.iter().zip(0u32..) {
+            for (slot, at) in table.slots.iter().zip(0u32..).filter(|(slot, _)| slot.count > 0) {
+                let mut buffer = [0; 16];
+                let piece = table.piece(slot, &mut buffer);
+                let beginning =
+                    piece.first_chunk::<8>().copied().unwrap_or_else(|| std::array::from_fn(|i| piece.get(i).copied().unwrap_or(0)));
+                order.push((u64::from_be_bytes(beginning), number, at));
+                bytes += piece.len() + 1;
+            }
         }
-        let mut words = Words::with_capacity(slots);
-        for table in tables {
-            table.try_for_each(|piece, count| words.push(piece, count))?;
+        order.sort_unstable();
+        let mut words = Words::with_capacity(bytes);
+        for (_, table, slot) in order {
+            let table = &tables[table as usize];
+            let slot = &table.slots[slot as usize];
+            words.push(table.piece(slot, &mut [0; 16]), slot.count)?;
         }
         Ok(words)
     }
@@ -265,32 +304,48 @@ impl<'c> LocalCounter<'c> {
         let LocalCounter { counter, splitter, table } = self;
         let text = std::str::from_utf8(text).map_err(|e| Error::Text(e.to_string()))?;
         let bytes = text.as_bytes();
+        let mut waiting = [Waiting::default(); AT_ONCE];
+        let mut number = 0;
         splitter.try_for_each(text, |piece| {
-            if piece.len() < 16 {
-                let start = piece.as_ptr() as usize - bytes.as_ptr() as usize;
-                let mut padded = [0; 16];
-                let around = bytes[start..].first_chunk::<16>().unwrap_or_else(|| {
-                    padded[..piece.len()].copy_from_slice(piece.as_bytes());
-                    &padded
-                });
-                let mask = MASKS[piece.len()];
-                let key = [word_at(around, 0) & mask[0], word_at(around, 8) & mask[1] | (piece.len() as u64) << 56];
-                table.add_short(mix(key[0], key[1]), key, 1);
-            } else {
+            if piece.len() >= 16 {
                 table.add_long(hash_long(piece.as_bytes()), piece.as_bytes(), 1);
+                return counter.make_room(table);
             }
-            if table.used > table.slots.len() / 2 {
-                counter.take(table);
+            let start = piece.as_ptr() as usize - bytes.as_ptr() as usize;
+            let mut padded = [0; 16];
+            let around = bytes[start..].first_chunk::<16>().unwrap_or_else(|| {
+                padded[..piece.len()].copy_from_slice(piece.as_bytes());
+                &padded
+            });
+            let mask = MASKS[piece.len()];
+            let key = [word_at(around, 0) & mask[0], word_at(around, 8) & mask[1] | (piece.len() as u64) << 56];
+            let hash = mix(key[0], key[1]);
+            table.prefetch(hash);
+            waiting[number] = Waiting { hash, key };
+            number += 1;
+            if number < AT_ONCE {
+                return Ok(());
             }
-            match counter.stop.load(Ordering::Relaxed) {
-                true => Err(Error::Interrupted),
-                false => Ok(()),
-            }
-        })
+            number = 0;
+            waiting.iter().for_each(|piece| table.add_short(piece.hash, piece.key, 1));
+            counter.make_room(table)
+        })?;
+        waiting[..number].iter().for_each(|piece| table.add_short(piece.hash, piece.key, 1));
+        counter.make_room(table)
     }
 }
 
 impl Counter {
+    fn make_room(&self, local: &mut Table) -> Result<(), Error> {
+        if local.used > local.slots.len() / 2 {
+            self.take(local);
+        }
+        match self.stop.load(Ordering::Relaxed) {
+            true => Err(Error::Interrupted),
+            false => Ok(()),
+        }
+    }
+
     /// Empties a thread's table into the shared ones.
     fn take(&self, local: &mut Table) {
         let mut open: Option<(usize, MutexGuard<Table>)> = None;
@@ -339,10 +394,11 @@ mod tests {
         })?;
         let mut counts = BTreeMap::new();
         for shard in &counter.shards {
-            shard.lock().unwrap().try_for_each(|piece, count| {
-                assert_eq!(counts.insert(piece.to_vec(), count), None, "{piece:?} is there twice");
-                Ok(())
-            })?;
+            let table = shard.lock().unwrap();
+            for slot in table.slots.iter().filter(|slot| slot.count > 0) {
+                let piece = table.piece(slot, &mut [0; 16]).to_vec();
+                assert_eq!(counts.insert(piece.clone(), slot.count), None, "{piece:?} is there twice");
+            }
         }
         Ok(counts)
     }

@@ -46,6 +46,7 @@ impl Words {
     /// With room for words of so many bytes and as many borders.
     pub fn with_capacity(bytes: usize) -> Self {
         let mut slots = Vec::with_capacity(bytes + 1);
+        crate::ask_for_huge_pages(&mut slots);
         slots.push(Slot { token: BORDER, weight: 0 });
         Words { slots }
     }
