@@ -12,7 +12,7 @@
 //! NOTES
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::binary_heap::{BinaryHeap, PeekMut};
 
 use rustc_hash::FxHashMap;
 
@@ -196,22 +196,20 @@ impl<F: FnMut(usize) -> bool> Merger<F> {
     fn merge_best(&mut self) -> Result<Option<(u32, u32)>, Error> {
         self.check()?;
         let best = loop {
-            match self.heap.pop() {
-                Some((count, key, pair)) if count >= self.floor => {
-                    let now = self.pairs[pair as usize].count;
-                    if now == count {
-                        break pair as usize;
-                    }
-                    if now > 0 {
-                        self.heap.push((now, key, pair));
-                    }
+            let floor = self.floor;
+            let Some(mut top) = self.heap.peek_mut().filter(|top| top.0 >= floor) else {
+                if floor == 1 {
+                    return Ok(None);
                 }
-                _ if self.floor == 1 => return Ok(None),
                 // A pair that is not tracked may be more frequent than those that are left.
-                _ => {
-                    self.floor = self.floor / 16 + 1;
-                    self.track()?;
-                }
+                self.floor = floor / 16 + 1;
+                self.track()?;
+                continue;
+            };
+            match self.pairs[top.2 as usize].count {
+                now if now == top.0 => break PeekMut::pop(top).2 as usize,
+                now if now >= floor => top.0 = now,
+                _ => drop(PeekMut::pop(top)),
             }
         };
         let (left, right) = (self.pairs[best].left, self.pairs[best].right);

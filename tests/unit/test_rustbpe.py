@@ -110,7 +110,7 @@ def test_merges_of_the_package_on_pypi() -> None:
     assert trained.get_pattern() == SPLIT_PATTERN.replace("{1,2}", "{1,3}")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_the_result_depends_on_the_documents_alone(data: st.DataObject) -> None:
     texts = data.draw(st.lists(few_letters | odd_texts, max_size=30))
@@ -128,8 +128,8 @@ def test_the_result_depends_on_the_documents_alone(data: st.DataObject) -> None:
 
 def test_long_documents_are_counted_in_parts() -> None:
     rng = random.Random(2)
-    lines = ["".join(rng.choices("abcde  \n\t1é中", k=60)) + "\n" + rng.choice("ab!") for _ in range(90_000)]
-    text = "".join(lines)  # 6 MB
+    lines = ["".join(rng.choices("abcde  \n\t1é中", k=60)) + "\n" + rng.choice("ab!") for _ in range(40_000)]
+    text = "".join(lines)  # 3 MB
     expected = tokens_of(train([text], 300, pattern=f"(?:{SPLIT_PATTERN})", num_threads=1))  # the regex engine's, as a whole
     assert tokens_of(train([text], 300, pattern=SPLIT_PATTERN)) == expected
     assert tokens_of(train([pa.array(["a", text])], 300, pattern=SPLIT_PATTERN, num_threads=3)) == expected
@@ -148,11 +148,11 @@ def test_arrow_memory_is_kept_while_it_is_needed_and_released_then() -> None:
 
     def groups() -> Iterator[Any]:
         for start in range(0, 1000, 10):
-            yield pa.array(words[start : start + 10] * 500)  # nobody else holds it
+            yield pa.array(words[start : start + 10] * 50)  # nobody else holds it
 
     trained = rustbpe.Tokenizer()
     trained.train_from_iterator(groups(), 600, num_threads=2)
-    assert tokens_of(trained) == tokens_of(train([word for word in words for _ in range(500)], 600))
+    assert tokens_of(trained) == tokens_of(train([word for word in words for _ in range(50)], 600))
     with pytest.raises(TypeError, match="text 50000 is a int"):
         trained.train_from_iterator(itertools.chain(groups(), [1]), 600)
     assert pa.total_allocated_bytes() == before
@@ -456,7 +456,7 @@ def test_bad_arrow_arrays() -> None:
     with pytest.raises(ValueError, match="not UTF-8"):
         train([array_of([0, 1, 2], "é".encode())], 300)  # all bytes together are UTF-8, but no row is
     for offsets in ([0, 2, 1], [-1, 1]):
-        with pytest.raises(ValueError, match="damaged"):
+        with pytest.raises(ValueError, match="damaged|offsets"):
             train([array_of(offsets, b"abc")], 300)
 
 
