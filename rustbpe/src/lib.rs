@@ -98,28 +98,6 @@ fn in_parallel<T: Send>(threads: usize, work: impl Fn() -> Result<Vec<T>, Error>
     })
 }
 
-/// Before a big vector is filled: memory that is read here and there is found faster in pages of 2 MiB.
-fn ask_for_huge_pages<T>(memory: &mut Vec<T>) {
-    #[cfg(target_os = "linux")]
-    {
-        extern "C" {
-            fn madvise(address: *mut std::ffi::c_void, length: usize, advice: std::ffi::c_int) -> std::ffi::c_int;
-        }
-        const HUGE_PAGE: usize = 1 << 21;
-        const MADV_HUGEPAGE: std::ffi::c_int = 14;
-        let place = memory.spare_capacity_mut();
-        let (start, end) = (place.as_ptr() as usize, place.as_ptr_range().end as usize);
-        let first = start.next_multiple_of(HUGE_PAGE);
-        if end > first + HUGE_PAGE {
-            // SAFETY: whole pages within memory that this vector owns; the advice does not change what it holds.
-            // Refused advice (an old kernel) is no error: the pages stay small.
-            unsafe { madvise(first as *mut _, (end - first) / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE) };
-        }
-    }
-    #[cfg(not(target_os = "linux"))]
-    let _ = memory;
-}
-
 /// Random numbers below the argument, for tests.
 #[cfg(test)]
 fn draws(seed: u64) -> impl FnMut(usize) -> usize {
