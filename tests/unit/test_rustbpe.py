@@ -158,7 +158,7 @@ def test_arrow_memory_is_kept_while_it_is_needed_and_released_then() -> None:
     with pytest.raises(TypeError, match="text 50000 is a int"):
         trained.train_from_iterator(itertools.chain(groups(), [1]), 600)
     gc.collect()
-    assert pa.total_allocated_bytes() == before
+    assert pa.total_allocated_bytes() <= before
 
 
 def test_any_pattern_can_be_used() -> None:
