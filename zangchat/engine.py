@@ -113,24 +113,29 @@ class Event(NamedTuple):
 
 
 class KVCache:
-    """Keys and values of many rows, (L, rows, G, S, D) each, preallocated and grown by doubling; every row has its own length."""
+    """Keys and values of many rows, preallocated and grown by doubling; every row has its own length.
+
+    `storage` (L, rows, S, 2, G, D): what a token adds to a layer is one piece of memory.
+    """
 
     def __init__(self, config: GPTConfig, num_rows: int, capacity: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self.max_capacity = _rounded(config.sequence_len)
         self.lengths = [0] * num_rows  # tokens stored, per row
+        shape = (config.n_layer, num_rows, _rounded(capacity), 2, config.n_kv_head, config.head_dim)
         # zeros, not empty: a masked position still enters the sum as 0 x value, which is NaN where the memory held one
-        self.keys, self.values = (
-            torch.zeros(config.n_layer, num_rows, config.n_kv_head, _rounded(capacity), config.head_dim, dtype=dtype, device=device)
-            for _ in range(2)
-        )
+        self._keep(torch.zeros(shape, dtype=dtype, device=device))
+
+    def _keep(self, storage: Tensor) -> None:
+        self.storage = storage
+        self.layers = storage.view(storage.size(0), storage.size(1) * storage.size(2), -1).unbind(0)  # (rows x S, 2 x G x D) each
 
     @property
     def num_rows(self) -> int:
-        return self.keys.size(1)
+        return self.storage.size(1)
 
     @property
     def capacity(self) -> int:
-        return self.keys.size(3)
+        return self.storage.size(2)
 
     def reserve(self, num_rows: int, capacity: int) -> None:
         """Make room, keeping what is stored. Storage at least doubles, so that growing costs little over time."""
@@ -139,18 +144,15 @@ class KVCache:
             self.lengths += [0] * (num_rows - self.num_rows)
         if capacity > self.capacity:
             capacity = max(_rounded(capacity), min(2 * self.capacity, self.max_capacity))
-        rows, length = self.num_rows, self.capacity
+        rows, length, old = self.num_rows, self.capacity, self.storage
         if num_rows > rows or capacity > length:
-            for name in ("keys", "values"):
-                old = getattr(self, name)
-                new = old.new_zeros(old.size(0), max(num_rows, rows), old.size(2), max(capacity, length), old.size(4))
-                new[:, :rows, :, :length] = old
-                setattr(self, name, new)
+            new = old.new_zeros(old.size(0), max(num_rows, rows), max(capacity, length), *old.shape[3:])
+            new[:, :rows, :length] = old
+            self._keep(new)
 
     def copy_row(self, source: int, target: int) -> None:
         length = self.lengths[source]
-        for storage in (self.keys, self.values):
-            storage[:, target, :, :length] = storage[:, source, :, :length]
+        self.storage[:, target, :length] = self.storage[:, source, :length]
         self.lengths[target] = length
 
     def rows(self, start: int, stop: int) -> "CacheRows":
@@ -162,7 +164,8 @@ class KVCache:
         if not (rows and all(0 <= row < self.num_rows for row in rows)):
             raise ValueError(f"rows {list(rows)} of a cache that has {self.num_rows}")
         lengths = [self.lengths[row] for row in rows]
-        return CacheRows(self, rows, to_device(lengths, torch.int64, self.keys.device), max(lengths), min(lengths) == max(lengths))
+        positions = to_device(lengths, torch.int64, self.storage.device)
+        return CacheRows(self, rows, positions, max(lengths), min(lengths) == max(lengths))
 
     def fixed_rows(self, positions: Tensor, end: int) -> "CacheRows":
         """The rows 0..B-1 for a step of one token each, attending to the first `end` places, whose `positions` (B,) may change on the
@@ -178,7 +181,7 @@ class CacheRows:
     ) -> None:
         self.cache, self.rows, self.positions, self.longest = cache, rows, positions, longest
         self.aligned, self.counts = aligned, counts
-        self._where: Any = None  # (B*G*T,) places of the new tokens, in (rows, G, S) taken as one dimension
+        self._where: Any = None  # (B*T,) places of the new tokens, in (rows, S) taken as one dimension
         self._mask: Tensor | None = None
         self._keys: Sequence[Tensor] = ()
         self._values: Sequence[Tensor] = ()
@@ -188,33 +191,37 @@ class CacheRows:
 
         The mask is None where plain causal attention is meant: to the T new tokens alone, or of one token to rows of one length.
         """
+        new = torch.stack((k, v)).permute(1, 3, 0, 2, 4)  # (B, T, 2, G, D)
+        return self.store(layer_idx, new.reshape(new.size(0) * new.size(1), -1))
+
+    def store(self, layer_idx: int, new: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The same for keys and values as they lie in the cache, (B*T, 2 x G x D)."""
         if self._where is None:
-            self._prepare(k)
-        for storage, new in ((self.cache.keys, k), (self.cache.values, v)):
-            storage[layer_idx].view(-1, new.size(-1)).index_copy_(0, self._where, new.reshape(-1, new.size(-1)))
+            self._prepare(new)
+        self.cache.layers[layer_idx].index_copy_(0, self._where, new)
         if self.longest == 0:
+            k, v = new.view(len(self.rows), -1, *self.cache.storage.shape[3:]).transpose(1, 3).unbind(2)
             return k, v, None
         return self._keys[layer_idx], self._values[layer_idx], self._mask
 
-    def _prepare(self, k: Tensor) -> None:
+    def _prepare(self, new: Tensor) -> None:
         """What all layers share."""
-        (B, G, T, _), cache, device = k.shape, self.cache, k.device
+        B, cache, device = len(self.rows), self.cache, new.device
+        T, first = new.size(0) // B, self.rows[0]
         end = self.longest + T
-        if end > cache.capacity or len(self.rows) != B:
-            raise ValueError(f"no room for {tuple(k.shape)} behind {self.longest} tokens in {len(self.rows)} rows")
+        if end > cache.capacity or T * B != new.size(0) or new.size(1) != cache.layers[0].size(1):
+            raise ValueError(f"no room for {tuple(new.shape)} behind {self.longest} tokens in {B} rows")
         where = self.positions[:, None] + torch.arange(T, device=device)  # (B, T)
-        first = self.rows[0]
-        if list(self.rows) == list(range(first, first + B)):
-            heads = torch.arange(first * G, (first + B) * G, device=device)
-        else:
-            heads = to_device([row * G + g for row in self.rows for g in range(G)], torch.int64, device)
-        self._where = (heads.view(B, G, 1) * cache.capacity + where[:, None]).flatten()
+        together = list(self.rows) == list(range(first, first + B))
+        rows = torch.arange(first, first + B, device=device) if together else to_device(self.rows, torch.int64, device)
+        self._where = (rows[:, None] * cache.capacity + where).flatten()
         if self.longest == 0:
             return
-        self._keys, self._values = (storage[:, first : first + B, :, :end].unbind(0) for storage in (cache.keys, cache.values))
+        stored = cache.storage[:, first : first + B, :end].permute(3, 0, 1, 4, 2, 5)  # (2, L, B, G, S, D)
+        self._keys, self._values = stored[0].unbind(0), stored[1].unbind(0)
         if T > 1 or not self.aligned:
             hidden = torch.arange(end, device=device) > where[:, :, None]
-            self._mask = torch.zeros(hidden.shape, dtype=k.dtype, device=device).masked_fill_(hidden, float("-inf"))[:, None]
+            self._mask = torch.zeros(hidden.shape, dtype=new.dtype, device=device).masked_fill_(hidden, float("-inf"))[:, None]
 
     def advance(self, num_tokens: int) -> None:
         if self.counts:
@@ -265,7 +272,7 @@ class RunningBatch:
     """
 
     def __init__(
-        self, model: "GPT", tokenizer: Any, max_rows: int = MAX_ROWS, prefill_tokens: int | None = None, ahead: bool | None = None
+        self, model: Any, tokenizer: Any, max_rows: int = MAX_ROWS, prefill_tokens: int | None = None, ahead: bool | None = None
     ) -> None:
         if max_rows < 1:
             raise ValueError(f"a batch needs at least one row, not {max_rows}")
@@ -568,14 +575,14 @@ class RunningBatch:
 class Engine:
     """A model and its tokenizer, ready to continue prompts. Holds no state between calls; each call has a running batch of its own.
 
-    The model is taken as it is at this moment (see inference.for_inference): make a new engine after training it.
+    The model is taken as it is at this moment (see inference.InferenceGPT): make a new engine after training it.
     """
 
     def __init__(self, model: "GPT", tokenizer: Any, quantize: str = "") -> None:
         from zangchat.gpt import GPT
-        from zangchat.inference import for_inference
+        from zangchat.inference import InferenceGPT
 
-        self.model = for_inference(model, quantize) if isinstance(model, GPT) else model
+        self.model: Any = InferenceGPT(model, quantize) if isinstance(model, GPT) else model
         self.tokenizer = tokenizer
 
     def generate(

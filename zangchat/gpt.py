@@ -99,6 +99,14 @@ class Block(nn.Module):
         return x + self.mlp(rms_norm(x, self.eps))
 
 
+def rotary_tables(config: GPTConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos, sin (length, D/2), fp32, of positions 0..length-1 (arXiv:2104.09864)."""
+    channels = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
+    frequencies = 1.0 / config.rope_theta ** (channels / config.head_dim)
+    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
 class GPT(nn.Module):
     """A decoder-only language model. Parameters are uninitialised until `init_weights` or a checkpoint fills them."""
 
@@ -170,11 +178,9 @@ class GPT(nn.Module):
         length = length or self.config.sequence_len
         # a table made under inference_mode (sampling) must remain usable by autograd (the next training step)
         with torch.inference_mode(False), torch.no_grad():
-            channels = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=self.get_device())
-            frequencies = 1.0 / self.config.rope_theta ** (channels / self.config.head_dim)
-            angles = torch.arange(length, dtype=torch.float32, device=self.get_device())[:, None] * frequencies
-            self.register_buffer("cos", angles.cos(), persistent=False)
-            self.register_buffer("sin", angles.sin(), persistent=False)
+            cos, sin = rotary_tables(self.config, length, self.get_device())
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
 
     def get_device(self) -> torch.device:
         return self.wte.weight.device

@@ -1,112 +1,183 @@
-"""A GPT as the engine runs it: the same function and the same code, with its weights laid out for short passes.
+"""A GPT as the engine runs it: the same function, laid out for short passes.
 
-Weights are stored in the compute dtype (fp32 masters would be cast at every token) or as int8 with one scale per output, q, k and v
-are one product, and on a CPU the products of a few rows run in the layout that costs little more for eight rows than for one.
-The slow twin is gpt.GPT itself.
+Weights are stored in the compute dtype (fp32 masters would be cast at every token) or as int8 with one scale per output; q, k and v
+are one product; a block is as few operations as possible, on (rows, features) alone, since with a small model and few rows it is the
+calls that cost time. The slow twin is gpt.GPT itself.
 
-Shapes: B rows, T tokens, N = B x T, C width, H query heads, G key/value heads, D head dimension.
+Shapes: B rows, T tokens, N = B x T, C width, H query heads, G key/value heads, D head dimension, V vocabulary.
 """
 
-import copy
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from zangchat.attention import attend
-from zangchat.functional import rms_norm
-from zangchat.gpt import GPT, Attention, KVCacheLike, Linear
+from zangchat.gpt import GPT, rotary_tables
 
 FEW_ROWS = 32  # up to here W x^T beats x W^T on a CPU
-QUANTIZATIONS = ("", "int8")
+FEW_INT8_ROWS = 8  # up to here the int8 kernel for CPUs is faster than a product with the weights spelled out
 
 
-def for_inference(model: GPT, quantize: str = "") -> GPT:
-    """A snapshot of `model` for decoding: weights that need no change are shared, the others are copies. Make a new one after training.
+class CacheForInference(Protocol):
+    """What the model asks of a key/value cache beside gpt.KVCacheLike: engine.CacheRows."""
 
-    Raises ValueError for an unknown `quantize`: "" or "int8" (the products of the blocks and the head; activations stay as they are).
-    """
-    if quantize not in QUANTIZATIONS:
-        raise ValueError(f"unknown quantization {quantize!r}: int8, or none")
-    twin = _copied(model)
-    twin.__class__ = _InferenceGPT
-    make = Int8Linear if quantize else StoredLinear
-    dtype = model.compute_dtype
-    for module in list(twin.modules()):
-        if isinstance(module, Attention):
-            module.__class__ = _FusedAttention
-            parts = [cast(Linear, module._modules.pop(name)) for name in ("c_q", "c_k", "c_v")]
-            module.c_qkv = make(torch.cat([part.weight.data for part in parts]).to(dtype))
-        for name, child in list(module.named_children()):
-            if isinstance(child, Linear):
-                setattr(module, name, make(child.weight.data.to(dtype)))
-    twin.init_rotary()
-    return twin.eval()
+    positions: Tensor
+    longest: int
+
+    def store(self, layer_idx: int, new: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store keys and values (N, 2 x G x D) of the new tokens; return what update() does."""
+
+    def advance(self, num_tokens: int) -> None: ...
 
 
-def _copied(module: Any) -> Any:
-    """The module with modules and tables of its own, but the same tensors."""
-    twin = copy.copy(module)
-    children = {name: _copied(child) for name, child in module._modules.items()}
-    twin.__dict__.update(_modules=children, _parameters=dict(module._parameters), _buffers=dict(module._buffers))
-    return twin
-
-
-class _InferenceGPT(GPT):
-    def init_rotary(self, length: int | None = None) -> None:
-        """Tables (length, D) that rotate in one multiplication and one fused multiply-add: see _FusedAttention."""
-        super().init_rotary(length)
-        self.cos, self.sin = torch.cat((self.cos, self.cos), dim=-1), torch.cat((self.sin, -self.sin), dim=-1)
-
-
-class _FusedAttention(Attention):
-    c_qkv: nn.Module
-
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], kv_cache: KVCacheLike | None, backend: str) -> Tensor:
-        B, T, C = x.shape
-        G = self.n_kv_head
-        heads = self.c_qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2G, T, D)
-        cos, sin = rotary
-        turned = heads[:, :-G]
-        turned = rms_norm(torch.addcmul(turned * cos, turned.roll(self.head_dim // 2, -1), sin), self.eps)
-        q, k, v = turned[:, :-G], turned[:, -G:], heads[:, -G:]
-        mask = None
-        if kv_cache is not None:
-            k, v, mask = kv_cache.update(self.layer_idx, k, v)
-        return self.c_proj(attend(q, k, v, mask, backend).transpose(1, 2).reshape(B, T, C))
-
-
-class StoredLinear(nn.Module):
-    """x W^T with W (out, in) in the dtype of x."""
+class Product:
+    """x W^T for x (N, in) and a weight W (out, in), in the dtype of W."""
 
     def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight = weight
+        self._plain_cpu = weight.is_cpu and weight.dtype == torch.float32
 
-    def forward(self, x: Tensor) -> Tensor:
-        N = x.numel() // x.size(-1)
-        if x.is_cpu and 1 < N <= FEW_ROWS and x.dtype == torch.float32:
-            y = torch.mm(self.weight, x.reshape(N, -1).t().contiguous())
-            return y.t().contiguous().view(*x.shape[:-1], -1)
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._plain_cpu and 1 < x.size(0) <= FEW_ROWS:
+            return torch.mm(self.weight, x.t()).t().contiguous()
         return F.linear(x, self.weight)
 
+    def added(self, to: Tensor, x: Tensor) -> Tensor:
+        """to + x W^T"""
+        if self._plain_cpu and 1 < x.size(0) <= FEW_ROWS:
+            return self(x).add_(to)
+        return torch.addmm(to, x, self.weight.t())
 
-class Int8Linear(nn.Module):
-    """x W^T with W (out, in) stored as int8 times one scale per output, rounded to nearest: a quarter of fp32's bytes."""
+
+class HalfProduct:
+    """x W^T in fp32 with W stored as fp16 (11 bits of precision where bf16 has 8), by FBGEMM: half the bytes to read, for CPUs that do
+    not multiply bf16."""
 
     def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        scales = weight.float().abs().amax(dim=1).clamp(min=1e-12) / 127
-        self.register_buffer("weight", (weight.float() / scales[:, None]).round().to(torch.int8))
-        self.register_buffer("scales", scales)
+        if not (weight.is_cpu and weight.dtype == torch.float32 and "fbgemm" in torch.backends.quantized.supported_engines):
+            raise ValueError("fp16 weights are for fp32 on x86 CPUs: choose int8, or none")
+        self.weight = torch.ops.quantized.linear_prepack_fp16(weight, None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        N, weight, scales = x.numel() // x.size(-1), cast(Tensor, self.weight), cast(Tensor, self.scales)
-        if x.is_cpu and N <= FEW_ROWS:  # the kernel is fast for bf16 activations alone
-            y = torch._weight_int8pack_mm(x.reshape(N, -1).bfloat16(), weight, scales.bfloat16())
-            return y.to(x.dtype).view(*x.shape[:-1], -1)
-        return F.linear(x, weight.to(x.dtype)) * scales.to(x.dtype)
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.ops.quantized.linear_dynamic_fp16(x, self.weight)
+
+    def added(self, to: Tensor, x: Tensor) -> Tensor:
+        return self(x).add_(to)
+
+
+class Int8Product:
+    """x W^T with W stored as int8 times one scale per output, rounded to nearest: a quarter of fp32's bytes."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.scales = weight.float().abs().amax(dim=1).clamp(min=1e-12) / 127
+        self.weight = (weight.float() / self.scales[:, None]).round().to(torch.int8)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.is_cpu and x.size(0) <= FEW_INT8_ROWS:  # the kernel is fast for bf16 activations alone
+            return torch._weight_int8pack_mm(x.bfloat16(), self.weight, self.scales.bfloat16()).to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype)) * self.scales.to(x.dtype)
+
+    def added(self, to: Tensor, x: Tensor) -> Tensor:
+        return self(x).add_(to)
+
+
+PRODUCTS = {"": Product, "fp16": HalfProduct, "int8": Int8Product}
+
+
+@dataclass
+class Layer:
+    """The products of a block."""
+
+    qkv: Any  # one of PRODUCTS
+    out: Any
+    up: Any
+    down: Any
+
+
+class InferenceGPT:
+    """A snapshot of a GPT for decoding. Weights that need no change are shared with it; make a new one after training.
+
+    `quantize` ("", "fp16", "int8") is how the weights of the products are stored; activations stay as they are. Raises ValueError for an
+    unknown one, and for one that has no kernel here.
+    """
+
+    def __init__(self, model: GPT, quantize: str = "") -> None:
+        if quantize not in PRODUCTS:
+            raise ValueError(f"unknown quantization {quantize!r}: {', '.join(filter(None, PRODUCTS))}, or none")
+        self.config, self.compute_dtype, self.attention_backend = model.config, model.compute_dtype, model.attention_backend
+        self.device, dtype, make = model.get_device(), model.compute_dtype, PRODUCTS[quantize]
+        self.embedding = model.wte.weight.data.to(dtype)
+        self.layers = [
+            Layer(
+                make(torch.cat([part.weight.data for part in (block.attn.c_q, block.attn.c_k, block.attn.c_v)]).to(dtype)),
+                make(block.attn.c_proj.weight.data.to(dtype)),
+                make(block.mlp.c_fc.weight.data.to(dtype)),
+                make(block.mlp.c_proj.weight.data.to(dtype)),
+            )
+            for block in model.transformer["h"]  # type: ignore[union-attr]
+        ]
+        self.head = make(model.lm_head.weight.data.to(dtype))
+        self._rotary = self._tables(self.config.sequence_len)
+        self._plain_cpu = self.device.type == "cpu" and dtype == torch.float32
+        self._zero = torch.zeros((), device=self.device)
+        self._floors = {width: torch.tensor((width * self.config.rms_norm_eps) ** 0.5) for width in (self.config.n_embd, self.config.head_dim)}
+
+    def get_device(self) -> torch.device:
+        return self.device
+
+    def __call__(self, idx: Tensor, kv_cache: CacheForInference | None = None, logits_at: Tensor | None = None) -> Tensor:
+        """As GPT.forward: logits (B, T, V), fp32, capped; with logits_at (B,) those of one position of each row, (B, 1, V)."""
+        (B, T), config = idx.shape, self.config
+        H, G, D = config.n_head, config.n_kv_head, config.head_dim
+        cos, sin = self._angles(B, T, kv_cache)
+        x = self._norm(F.embedding(idx.reshape(-1), self.embedding))
+        for i, layer in enumerate(self.layers):
+            qkv = layer.qkv(self._norm(x))
+            turned = qkv[:, : (H + G) * D].view(-1, H + G, D)
+            self._norm((turned * cos).addcmul_(turned.roll(D // 2, -1), sin), out=turned)
+            if kv_cache is None:
+                k, v = (part.transpose(1, 2) for part in qkv[:, H * D :].view(B, T, 2, G, D).unbind(2))
+                mask = None
+            else:
+                k, v, mask = kv_cache.store(i, qkv[:, H * D :])
+            y = attend(qkv[:, : H * D].view(B, T, H, D).transpose(1, 2), k, v, mask, self.attention_backend)
+            x = layer.out.added(x, y.transpose(1, 2).reshape(B * T, -1))
+            hidden = layer.up(self._norm(x)).relu_()
+            x = layer.down.added(x, hidden.mul_(hidden))
+        if kv_cache is not None:
+            kv_cache.advance(T)
+        x = x.view(B, T, -1)
+        if logits_at is not None:
+            x = x[torch.arange(B, device=x.device), logits_at].unsqueeze(1)
+        logits = self.head(self._norm(x.flatten(0, 1)))[:, : config.vocab_size].float()
+        return logits.div_(config.logit_cap).tanh_().mul_(config.logit_cap).view(B, -1, config.vocab_size)
+
+    def _norm(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """functional.rms_norm, in half its operations."""
+        width = x.size(-1)
+        if self._plain_cpu:
+            length = torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self._floors[width])
+            return torch.addcdiv(self._zero, x, length, value=width**0.5, out=out)
+        normed = F.rms_norm(x, (width,), eps=self.config.rms_norm_eps)
+        return normed if out is None else out.copy_(normed)
+
+    def _angles(self, B: int, T: int, kv_cache: CacheForInference | None) -> tuple[Tensor, Tensor]:
+        """cos and sin (N, 1, D) of the tokens' positions."""
+        steps = torch.arange(T, device=self.device)
+        positions = steps.expand(B, T) if kv_cache is None else kv_cache.positions[:, None] + steps
+        needed = T if kv_cache is None else kv_cache.longest + T
+        if needed > self._rotary.size(0):
+            self._rotary = self._tables(2 * needed)
+        cos, sin = self._rotary[positions.reshape(-1)].unsqueeze(1).unbind(2)
+        return cos, sin
+
+    def _tables(self, length: int) -> Tensor:
+        """(length, 2, D): with these, x * cos + x.roll(D/2) * sin is functional.rotate."""
+        cos, sin = rotary_tables(self.config, length, self.device)
+        return torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((sin, -sin), dim=-1)), dim=1).to(self.compute_dtype)
 
 
 class DecodeGraphs:
@@ -118,7 +189,7 @@ class DecodeGraphs:
     ROW_CLASSES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
     POSITIONS = 256  # the attended length is rounded up to a multiple of this
 
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: InferenceGPT) -> None:
         self.model = model
         self.storage = 0  # address of the cache that the graphs were made for
         self.graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
@@ -132,8 +203,8 @@ class DecodeGraphs:
         end = -(-(max(cache.lengths[:B]) + 1) // self.POSITIONS) * self.POSITIONS
         cache.reserve(rows, end)
         end = min(end, cache.capacity)
-        if cache.keys.data_ptr() != self.storage:
-            self.storage, self.graphs = cache.keys.data_ptr(), {}
+        if cache.storage.data_ptr() != self.storage:
+            self.storage, self.graphs = cache.storage.data_ptr(), {}
         if (rows, end) not in self.graphs:
             self.graphs[rows, end] = self._capture(cache, rows, end)
         graph, static_idx, positions, logits = self.graphs[rows, end]
@@ -146,7 +217,7 @@ class DecodeGraphs:
         return logits[:B]
 
     def _capture(self, cache: Any, rows: int, end: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]:
-        device = cache.keys.device
+        device = cache.storage.device
         idx = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         positions = torch.zeros(rows, dtype=torch.int64, device=device)
         positions.copy_(torch.tensor([min(length, end - 1) for length in cache.lengths[:rows]]))

@@ -11,7 +11,7 @@ from tests.util import ByteTokenizer
 from zangchat.config import GPTConfig
 from zangchat.engine import Engine, KVCache, ReplyDecoder, Request, RunningBatch, StopFinder, StreamDecoder, fit_conversation
 from zangchat.gpt import GPT
-from zangchat.inference import for_inference
+from zangchat.inference import InferenceGPT
 from zangchat.sampling import Sampler
 
 TOKENIZER = ByteTokenizer()
@@ -77,7 +77,7 @@ def traffic(draw: Any) -> list[tuple[int, int, int, int | None]]:
 def test_greedy_tokens_equal_the_plain_forward_pass_in_any_company(
     model: GPT, plan: list[tuple[int, int, int, int | None]], max_rows: int, gap: int, prefill_tokens: int, ahead: bool
 ) -> None:
-    batch = RunningBatch(for_inference(model), TOKENIZER, max_rows, prefill_tokens, ahead)
+    batch = RunningBatch(InferenceGPT(model), TOKENIZER, max_rows, prefill_tokens, ahead)
     live, joined, step = [], 0, 0
     while joined < len(plan) or batch.busy:
         if joined < len(plan) and step >= joined * gap:
@@ -403,7 +403,7 @@ def test_running_ahead_of_the_host_changes_nothing(model: GPT, max_rows: int) ->
 
 def test_a_device_side_step_at_given_positions_equals_the_ordinary_one(model: GPT) -> None:
     """What a CUDA graph records: rows at their own positions, a length that is only an upper bound, idle rows beside them."""
-    model, cache = for_inference(model), KVCache(model.config, 4, 128, torch.float32, "cpu")
+    model, cache = InferenceGPT(model), KVCache(model.config, 4, 128, torch.float32, "cpu")
     with torch.inference_mode():
         for row, length in enumerate((20, 7, 33)):
             model(torch.tensor([prompt(row, length)]), kv_cache=cache.rows(row, row + 1))
@@ -428,11 +428,15 @@ def test_cuda_graphs_and_running_ahead_agree_with_the_plain_model(model: GPT) ->
 # ---- the model as the engine runs it --------------------------------------------------------------------------------
 
 
+def products(model: InferenceGPT) -> list[Any]:
+    return [model.head, *(product for layer in model.layers for product in (layer.qkv, layer.out, layer.up, layer.down))]
+
+
 @pytest.mark.parametrize(("rows", "length"), [(1, 1), (1, 9), (3, 5), (8, 1), (4, 30)])
 def test_the_inference_model_computes_the_same_function(model: GPT, rows: int, length: int) -> None:
     idx = torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(rows))
     with torch.inference_mode():
-        torch.testing.assert_close(for_inference(model)(idx), model(idx), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(InferenceGPT(model)(idx), model(idx), atol=1e-4, rtol=1e-4)
     assert model.transformer["h"][0].attn.c_q.weight.requires_grad  # the original is as it was
     assert set(dict(model.named_parameters())) == set(dict(GPT(model.config).named_parameters()))
 
@@ -440,8 +444,8 @@ def test_the_inference_model_computes_the_same_function(model: GPT, rows: int, l
 def test_the_inference_model_holds_its_weights_in_the_compute_dtype(model: GPT) -> None:
     masters = GPT(model.config, torch.bfloat16)
     masters.load_state_dict(model.state_dict())
-    twin = for_inference(masters)
-    assert {p.dtype for p in twin.parameters()} == {torch.bfloat16} and masters.lm_head.weight.dtype == torch.float32
+    twin = InferenceGPT(masters)
+    assert {product.weight.dtype for product in products(twin)} == {torch.bfloat16} and masters.lm_head.weight.dtype == torch.float32
     idx = torch.tensor([prompt(1, 20)])
     with torch.inference_mode():
         assert (twin(idx) - masters(idx)).abs().mean() < 0.1
@@ -452,15 +456,15 @@ def test_the_inference_model_holds_its_weights_in_the_compute_dtype(model: GPT) 
 def test_int8_weights_nearly_agree_with_the_weights_they_round(model: GPT) -> None:
     idx = torch.tensor([prompt(1, 60)])
     with torch.inference_mode():
-        exact, rounded = model(idx), for_inference(model, "int8")(idx)
-        each = torch.cat([for_inference(model, "int8")(idx[:, :n])[:, -1:] for n in (5, 20)], dim=1)  # few rows: the int8 kernel
+        exact, rounded = model(idx), InferenceGPT(model, "int8")(idx)
+        each = torch.cat([InferenceGPT(model, "int8")(idx[:, :n])[:, -1:] for n in (5, 20)], dim=1)  # few rows: the int8 kernel
     distance = (exact.softmax(-1) - rounded.softmax(-1)).abs().sum(-1).mean() / 2
     assert distance < 0.1
     torch.testing.assert_close(each, rounded[:, [4, 19]], atol=0.6, rtol=0)  # it computes in bf16
     assert (each - exact[:, [4, 19]]).abs().mean() < 0.25
-    assert any(b.dtype == torch.int8 for b in for_inference(model, "int8").buffers())
+    assert {product.weight.dtype for product in products(InferenceGPT(model, "int8"))} == {torch.int8}
     with pytest.raises(ValueError, match="quantization"):
-        for_inference(model, "int3")
+        InferenceGPT(model, "int3")
 
 
 # ---- log-probabilities ----------------------------------------------------------------------------------------------
@@ -476,7 +480,7 @@ def test_logprobs_are_those_of_the_plain_model(model: GPT, prefill_tokens: int) 
         Request([5], 1, temperature=0, logprobs=2, prompt_logprobs=True),
         Request(prompt(4, 33), 6, temperature=0),
     ]
-    batch = RunningBatch(for_inference(model), TOKENIZER, 3, prefill_tokens)
+    batch = RunningBatch(InferenceGPT(model), TOKENIZER, 3, prefill_tokens)
     generations = [batch.submit(request) for request in requests]
     while batch.busy:
         batch.step()
