@@ -75,7 +75,9 @@ def bench(config: Config) -> int:
     result.update({name: middle(done) for name, done in runs.items()})
     if config.peer:
         ours, peers = (result[name]["decode"] for name in runs)
-        result["speedup"] = {f"{a['batch']} rows, {a['context']}": a["tok_per_sec"] / b["tok_per_sec"] for a, b in zip(ours, peers, strict=True)}
+        result["speedup"] = {
+            f"{a['batch']} rows, {a['context']}": a["tok_per_sec"] / b["tok_per_sec"] for a, b in zip(ours, peers, strict=True)
+        }
     print(json.dumps(rounded(result), indent=1))
     return 0
 
@@ -159,7 +161,7 @@ def zangchat(config: Config, device: Any, dtype: Any) -> dict[str, Any]:
     rows, (read, new) = max(rows for rows, _ in config.sweep()), (min(64, gpt.sequence_len // 4), min(64, gpt.sequence_len // 4))
     batch, live = batch_of([(read, new)] * rows, rows)
     static = rows * new / sum(timed(batch.step, device, until=lambda: not batch.busy))
-    mixed = [(number.randint(read // 2, read * 3 // 2), number.randint(new // 2, new * 3 // 2)) for _ in range(5 * rows)]
+    mixed = [(number.randint(read // 2, read * 3 // 2), number.randint(new // 2, new * 3 // 2)) for _ in range(3 * rows)]
     batch, live = batch_of(mixed, rows)
     times = timed(batch.step, device, until=lambda: not batch.waiting)  # as long as somebody waits for each row that gets free
     rate = sum(len(generation.tokens) for generation in live) / sum(times)

@@ -8,6 +8,7 @@ Ctrl-C stops an answer and keeps the chat; Ctrl-D leaves.
 """
 
 import json
+import logging
 import secrets
 import sys
 from collections.abc import Callable, Generator, Sequence
@@ -49,6 +50,7 @@ class Config:
     max_tokens: int = 512  # longest answer
     device_type: str = ""  # cuda | mps | cpu; empty = the best one present
     dtype: str = ""  # bfloat16 | float16 | float32; empty = what the device is really fast with
+    quantize: str = ""  # int8: weights in a quarter of fp32's bytes; fp16: half of them, for x86 CPUs; empty = as they are
 
 
 @dataclass
@@ -99,10 +101,11 @@ def chat(config: Config) -> int:
     if question is not None and not question.strip():
         raise UserError('--prompt is empty: ask something, as in -p "Why is the sky blue?"')
 
-    from zangchat.engine import Engine, load_for_chat
+    from zangchat.engine import engine_for_chat
 
-    engine = Engine(*load_for_chat(config)[:2])
-    session = Chat(engine, config.temperature, config.top_k, config.top_p, config.seed, config.max_tokens)
+    if question is not None:
+        logging.getLogger("zangchat").setLevel(logging.WARNING)  # one answer, and what is wrong
+    session = Chat(engine_for_chat(config), config.temperature, config.top_k, config.top_p, config.seed, config.max_tokens)
     return answer_once(session, question) if question is not None else converse(session)
 
 

@@ -20,7 +20,7 @@ from zangchat.configurator import UserError
 
 if TYPE_CHECKING:
     from zangchat.engine import Engine
-    from zangchat.server import Settings
+    from zangchat.protocol import Settings
 
 
 @dataclass
@@ -34,11 +34,12 @@ class Config:
     top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50  # 0 = off
     max_tokens: Annotated[int, tyro.conf.arg(aliases=["-m"])] = 512  # longest reply
     num_gpus: int = 1  # one engine on each
-    max_batch: int = 16  # replies written at the same time, per device
+    max_batch: int = 64  # replies written at the same time, per device
     queue: int = 64  # requests that may wait; more are answered 429
     api_key: str | None = None  # asked of every client, as a bearer token
     device_type: str = ""  # cuda | mps | cpu; empty = the best one present
     dtype: str = ""  # bfloat16 | float16 | float32; empty = what the device is really fast with
+    quantize: str = ""  # int8: weights in a quarter of fp32's bytes; fp16: half of them, for x86 CPUs; empty = as they are
 
 
 def serve(config: Config) -> None:
@@ -72,7 +73,7 @@ def make_settings(config: Config) -> "Settings":
         if not valid:
             raise UserError(f"--{name}={getattr(config, name)} makes no sense here: it must be {allowed}")
 
-    from zangchat.server import LOCAL_HOSTS, Settings
+    from zangchat.protocol import LOCAL_HOSTS, Settings
 
     anywhere = config.host in ("0.0.0.0", "::", "")
     return Settings(
@@ -102,15 +103,15 @@ def load_engines(config: Config) -> "list[Engine]":
     import torch
 
     from zangchat import common
-    from zangchat.engine import Engine, load_for_chat
+    from zangchat.engine import engine_for_chat
 
     if config.num_gpus == 1:
-        return [Engine(*load_for_chat(config)[:2])]
+        return [engine_for_chat(config)]
     device_type = config.device_type or common.autodetect_device_type()
     present = torch.cuda.device_count() if device_type == "cuda" else 0
     if config.num_gpus > present:
         raise UserError(f"--num_gpus={config.num_gpus}, but {present} CUDA devices are present here: lower it, or leave it out")
-    return [Engine(*load_for_chat(config, torch.device("cuda", i))[:2]) for i in range(config.num_gpus)]
+    return [engine_for_chat(config, torch.device("cuda", i)) for i in range(config.num_gpus)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,7 +12,8 @@ import uvicorn
 from tests.util import ByteTokenizer
 from zangchat.config import GPTConfig
 from zangchat.engine import Engine
-from zangchat.server import Settings, create_app
+from zangchat.protocol import Settings
+from zangchat.server import create_app
 
 TOKENIZER = ByteTokenizer()
 VOCAB = TOKENIZER.get_vocab_size()

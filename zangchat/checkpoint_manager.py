@@ -433,7 +433,7 @@ def empty_model(config: GPTConfig, device: torch.device | str, dtype: str = "") 
     with torch.device(device):
         model = GPT(config, common.resolve_dtype(dtype, torch.device(device)))
     model.attention_backend, reason = choose_backend(device, model.compute_dtype, config.head_dim)
-    logger.info(f"attention: {reason}")
+    logger.log(logging.DEBUG if torch.device(device).type == "cpu" else logging.INFO, f"attention: {reason}")  # a CPU has no choice
     return model
 
 
@@ -502,6 +502,6 @@ def load_model(
 ) -> tuple["GPT", "RustBPETokenizer", dict[str, Any]]:
     """(model, tokenizer, meta) of a stage: base, mid, sft or rl. A `model_tag` that is no tag but names a stage is taken as the source."""
     if model_tag in SOURCES and not (checkpoints_dir(source) / model_tag).is_dir():
-        logger.info(f"--model_tag={model_tag} names a stage: loading --source={model_tag}")
+        logger.warning(f"--model_tag={model_tag} names a stage: loading --source={model_tag}")
         source, model_tag = model_tag, None
     return load_model_from_dir(checkpoints_dir(source), device, phase, model_tag, step, dtype)

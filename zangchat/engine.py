@@ -23,6 +23,7 @@ from torch import Tensor
 
 from zangchat.common import derive_seed
 from zangchat.config import GPTConfig
+from zangchat.configurator import UserError
 from zangchat.replies import ReplyDecoder, StopFinder, StreamDecoder, fit_conversation
 from zangchat.sampling import Logprob, LogprobTensors, Request, Sampler, to_device
 from zangchat.tools import use_calculator
@@ -43,6 +44,7 @@ __all__ = [
     "RunningBatch",
     "StopFinder",
     "StreamDecoder",
+    "engine_for_chat",
     "fit_conversation",
     "load_for_chat",
     "use_calculator",
@@ -209,7 +211,7 @@ class CacheRows:
         B, cache, device = len(self.rows), self.cache, new.device
         T, first = new.size(0) // B, self.rows[0]
         end = self.longest + T
-        if end > cache.capacity or T * B != new.size(0) or new.size(1) != cache.layers[0].size(1):
+        if end > cache.capacity or new.size(0) != T * B or new.size(1) != cache.layers[0].size(1):
             raise ValueError(f"no room for {tuple(new.shape)} behind {self.longest} tokens in {B} rows")
         where = self.positions[:, None] + torch.arange(T, device=device)  # (B, T)
         together = list(self.rows) == list(range(first, first + B))
@@ -655,3 +657,12 @@ def load_for_chat(config: Any, device: torch.device | str | None = None) -> tupl
     )
     model.set_compute_dtype(model.compute_dtype, keep_masters=False)
     return model, tokenizer, meta
+
+
+def engine_for_chat(config: Any, device: torch.device | str | None = None) -> Engine:
+    """The same as an Engine, for a command that has --quantize too. Raises UserError for one that is not possible here."""
+    model, tokenizer, _ = load_for_chat(config, device)
+    try:
+        return Engine(model, tokenizer, config.quantize)
+    except ValueError as error:
+        raise UserError(f"--quantize={config.quantize} is not possible: {error}") from None

@@ -8,7 +8,7 @@ Shapes: B rows, T tokens, N = B x T, C width, H query heads, G key/value heads, 
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -84,14 +84,14 @@ class Int8Product:
         return self(x).add_(to)
 
 
-PRODUCTS = {"": Product, "fp16": HalfProduct, "int8": Int8Product}
+PRODUCTS: dict[str, Any] = {"": Product, "fp16": HalfProduct, "int8": Int8Product}
 
 
 @dataclass
 class Layer:
     """The products of a block."""
 
-    qkv: Any  # one of PRODUCTS
+    qkv: Any  # each one of PRODUCTS
     out: Any
     up: Any
     down: Any
@@ -117,13 +117,15 @@ class InferenceGPT:
                 make(block.mlp.c_fc.weight.data.to(dtype)),
                 make(block.mlp.c_proj.weight.data.to(dtype)),
             )
-            for block in model.transformer["h"]  # type: ignore[union-attr]
+            for block in cast(Any, model.transformer["h"])
         ]
         self.head = make(model.lm_head.weight.data.to(dtype))
-        self._rotary = self._tables(self.config.sequence_len)
+        self._rotary = self._tables(self.config.sequence_len + 64)  # a cache may be that much longer
         self._plain_cpu = self.device.type == "cpu" and dtype == torch.float32
         self._zero = torch.zeros((), device=self.device)
-        self._floors = {width: torch.tensor((width * self.config.rms_norm_eps) ** 0.5) for width in (self.config.n_embd, self.config.head_dim)}
+        self._floors = {
+            width: torch.tensor((width * self.config.rms_norm_eps) ** 0.5) for width in (self.config.n_embd, self.config.head_dim)
+        }
 
     def get_device(self) -> torch.device:
         return self.device
@@ -149,10 +151,9 @@ class InferenceGPT:
             x = layer.down.added(x, hidden.mul_(hidden))
         if kv_cache is not None:
             kv_cache.advance(T)
-        x = x.view(B, T, -1)
         if logits_at is not None:
-            x = x[torch.arange(B, device=x.device), logits_at].unsqueeze(1)
-        logits = self.head(self._norm(x.flatten(0, 1)))[:, : config.vocab_size].float()
+            x = x.view(B, T, -1)[torch.arange(B, device=x.device), logits_at]
+        logits = self.head(self._norm(x))[:, : config.vocab_size].float()
         return logits.div_(config.logit_cap).tanh_().mul_(config.logit_cap).view(B, -1, config.vocab_size)
 
     def _norm(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -168,9 +169,6 @@ class InferenceGPT:
         """cos and sin (N, 1, D) of the tokens' positions."""
         steps = torch.arange(T, device=self.device)
         positions = steps.expand(B, T) if kv_cache is None else kv_cache.positions[:, None] + steps
-        needed = T if kv_cache is None else kv_cache.longest + T
-        if needed > self._rotary.size(0):
-            self._rotary = self._tables(2 * needed)
         cos, sin = self._rotary[positions.reshape(-1)].unsqueeze(1).unbind(2)
         return cos, sin
 

@@ -1,9 +1,11 @@
 """The chat page in a real Chromium, against a real server with a model that says what it is told to."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -203,6 +205,46 @@ def test_settings_are_sent_and_kept(page: Page) -> None:
     expect(page.get_by_label("Longest reply, tokens")).to_have_value("800")
 
 
+def test_commands_change_settings_without_asking_the_model(page: Page) -> None:
+    for command, said in (
+        ("/temperature 0.3", "Temperature 0.3."),
+        ("/temperature 7", "between 0 and 2"),
+        ("/topk 5", "Top-k 5."),
+        ("/system be brief", "The system prompt is set."),
+        ("/nonsense", "There is no command /nonsense"),
+        ("/help", "/regenerate"),
+    ):
+        send(page, command)
+        expect(page.locator("#hint")).to_contain_text(said)
+    expect(page.locator("article")).to_have_count(0)
+    with page.expect_request("**/chat/completions") as sent:
+        ask(page, "/etc/hosts is a file")  # no command
+    body = json.loads(sent.value.post_data or "")
+    assert (body["temperature"], body["top_k"], body["messages"][0]["content"]) == (0.3, 5, "be brief")
+    expect(page.locator("#hint")).to_be_hidden()
+    send(page, "/regenerate")
+    expect(last(page).get_by_role("button", name="Regenerate")).to_be_visible()
+    send(page, "/new")
+    expect(page.locator("article")).to_have_count(0)
+    send(page, "/settings")
+    expect(page.get_by_label("System prompt")).to_have_value("be brief")
+
+
+def test_a_full_server_says_how_many_wait(browser: Browser) -> None:
+    context = browser.new_context()
+    first, second = context.new_page(), context.new_page()
+    with serving(engine(reply, sequence_len=1024, pause=0.02), max_batch=1, max_tokens=800, temperature=0.0) as (url, _):
+        for page in (first, second):
+            page.goto(url)
+        send(first, "long story")
+        expect(last(first)).to_contain_text("word")
+        send(second, "hello")
+        expect(last(second).locator(".waiting")).to_contain_text("In the queue, 1 reply before this one")
+        first.get_by_role("button", name="Stop").click()
+        expect(last(second)).to_contain_text("You said: hello")
+    context.close()
+
+
 def test_a_refusal_is_shown_in_words_and_can_be_retried(page: Page) -> None:
     send(page, "x" * 1100)
     alert = page.get_by_role("alert")
@@ -253,4 +295,40 @@ def test_on_a_phone_the_page_fits_and_the_chats_are_in_a_drawer(browser: Browser
     expect(page.locator("article")).to_have_count(0)
     box = page.get_by_role("button", name="Send").bounding_box()
     assert box is not None and box["y"] + box["height"] <= 700
+    context.close()
+
+
+@pytest.mark.parametrize(("device", "scheme"), [("desktop", "light"), ("desktop", "dark"), ("phone", "light"), ("phone", "dark")])
+def test_every_state_fits_the_screen(browser: Browser, server: tuple[str, Any], tmp_path: Path, device: str, scheme: Any) -> None:
+    """Takes screenshots on the way, into the folder that SCREENSHOTS names; SCREENSHOTS=dev/screenshots renews those in the repository."""
+    folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
+    phone = device == "phone"
+    size = {"width": 360, "height": 640} if phone else {"width": 960, "height": 600}
+    context = browser.new_context(viewport=size, is_mobile=phone, has_touch=phone, color_scheme=scheme)
+    page = context.new_page()
+    page.goto(server[0])
+
+    def shot(state: str) -> None:
+        assert page.evaluate("document.documentElement.scrollWidth") <= size["width"], state
+        page.screenshot(path=folder / f"{device}-{scheme}-{state}.png")
+
+    shot("welcome")
+    send(page, "long story")
+    expect(last(page)).to_contain_text("word word")
+    shot("streaming")
+    page.get_by_role("button", name="Stop").click()
+    expect(last(page).locator(".note")).to_have_text("Stopped.")
+    ask(page, "markdown, please")
+    ask(page, "calculate 12 * 34")
+    shot("tool-call")
+    send(page, "Tell me everything. " * 60)
+    expect(page.get_by_role("alert")).to_be_visible()
+    shot("error")
+    page.get_by_role("button", name="Settings").click()
+    shot("settings")
+    page.get_by_role("button", name="Done").click()
+    if phone:
+        page.get_by_role("button", name="Chats").tap()
+        page.wait_for_timeout(400)  # the drawer slides in
+        shot("chats")
     context.close()

@@ -1,6 +1,7 @@
 """The terminal chat, with a model that says what it is told to; and the loading of a real one."""
 
 import builtins
+import dataclasses
 import json
 import re
 import socket
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from dev import bench_serve
 from scripts import chat_cli, chat_web
 from scripts.chat_cli import Chat
 from tests.talker import TOKENIZER, Talker, engine
@@ -22,6 +24,7 @@ from zangchat.config import GPTConfig
 from zangchat.configurator import UserError
 from zangchat.engine import load_for_chat
 from zangchat.gpt import GPT
+from zangchat.protocol import Settings
 from zangchat.tokenizer import RustBPETokenizer
 
 
@@ -36,7 +39,7 @@ def reply(question: str) -> str:
 @pytest.fixture
 def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Run chat_cli with arguments and typed lines (an exception is raised where a line would be); returns stdout."""
-    monkeypatch.setattr(engine_module, "load_for_chat", lambda config: (Talker(reply, sequence_len=256), TOKENIZER, {}))
+    monkeypatch.setattr(engine_module, "load_for_chat", lambda config, device: (Talker(reply, sequence_len=256), TOKENIZER, {}))
 
     def run(*argv: str, typed: tuple[Any, ...] = (), code: int = 0) -> str:
         lines = iter(typed)
@@ -203,7 +206,10 @@ def test_a_saved_model_answers(checkpoint: GPT, capfd: pytest.CaptureFixture[str
     for argv in (["-p", "some words", "--dtype=float32", "-t", "0"], ["-p", "some words", "-g", "d1", "-s", "7", "--seed=1"]):
         assert chat_cli.main([*argv, "--max_tokens=8", "--device_type=cpu"]) == 0
         captured = capfd.readouterr()
-        assert captured.out.endswith("\n") and "loading" not in captured.out
+        assert captured.out.endswith("\n") and captured.err == ""
+    assert chat_cli.main(["-p", "some words", "--quantize=int8", "--device_type=cpu", "--max_tokens=8"]) == 0
+    assert chat_cli.main(["-p", "some words", "--quantize=int3", "--device_type=cpu"]) == 2
+    assert "--quantize=int3 is not possible" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -238,6 +244,13 @@ def test_chat_web_names_a_senseless_flag(capsys: pytest.CaptureFixture[str], fla
     assert flag.split("=")[0] in capsys.readouterr().err
 
 
+def test_the_web_scripts_defaults_are_the_servers() -> None:
+    shared = {f.name: f.default for f in dataclasses.fields(Settings)}
+    mine = {f.name: f.default for f in dataclasses.fields(chat_web.Config)}
+    assert {name: mine[name] for name in shared.keys() & mine.keys()} == {name: shared[name] for name in shared.keys() & mine.keys()}
+    assert {"temperature", "top_k", "max_tokens", "max_batch", "queue"} <= shared.keys() & mine.keys()
+
+
 def test_chat_web_says_that_a_port_is_taken_before_it_loads_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -260,3 +273,16 @@ def test_chat_web_serves_until_it_is_interrupted(checkpoint: GPT) -> None:
             process.send_signal(2)
             errors = process.stderr.read()
         assert process.wait(30) in (0, 130) and "Traceback" not in errors and "some words" not in errors
+
+
+@pytest.mark.slow
+def test_the_server_loses_nothing_under_many_clients(
+    checkpoint: GPT, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_serve, "QUESTIONS", ("some words", "words"))  # the model's context is short
+    flags = ["--streams=8", "--requests=60", "--alone=3", "--leaving=0.3", "--longest=24", "--device_type=cpu", "--dtype=float32", "--busy"]
+    assert bench_serve.main(flags) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["error_examples"], result["left_in_hand"]) == ([], 0)
+    assert result["left"] > 0 and result["refused"] > 0
+    assert result["replies"] + result["left"] + result["refused"] == 60

@@ -1,5 +1,6 @@
 """The engine against the plain forward pass, and against itself in other company."""
 
+import json
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dev import bench_infer
 from tests.util import ByteTokenizer
 from zangchat.config import GPTConfig
 from zangchat.engine import Engine, KVCache, ReplyDecoder, Request, RunningBatch, StopFinder, StreamDecoder, fit_conversation
@@ -453,6 +455,18 @@ def test_the_inference_model_holds_its_weights_in_the_compute_dtype(model: GPT) 
     assert len(result.tokens) == 10 or result.stop_reason == "stop"
 
 
+@pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="no FBGEMM on this processor")
+@pytest.mark.parametrize(("rows", "length"), [(1, 1), (7, 1), (3, 30)])
+def test_fp16_weights_are_rounded_and_nothing_else(model: GPT, rows: int, length: int) -> None:
+    rounded = GPT(model.config)
+    rounded.load_state_dict({n: t if "wte" in n else t.half().float() for n, t in model.state_dict().items()})
+    idx = torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(rows))
+    with torch.inference_mode():
+        torch.testing.assert_close(InferenceGPT(model, "fp16")(idx), rounded(idx), atol=1e-3, rtol=1e-3)
+    with pytest.raises(ValueError, match="fp16 weights are for fp32"):
+        InferenceGPT(GPT(model.config, torch.bfloat16), "fp16")
+
+
 def test_int8_weights_nearly_agree_with_the_weights_they_round(model: GPT) -> None:
     idx = torch.tensor([prompt(1, 60)])
     with torch.inference_mode():
@@ -674,3 +688,18 @@ def test_the_oldest_turns_are_left_out_when_a_chat_outgrows_the_context(system: 
     assert ids == TOKENIZER.render_for_completion({"messages": messages[:head] + messages[head + 2 :]})
     ids, left_out = fit_conversation(TOKENIZER, messages, 1)  # hopeless: the last question stays
     assert left_out == 4 and "three" in TOKENIZER.decode(ids)
+
+
+# ---- the benchmark --------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_counts_what_a_step_reads(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--depth=1", "--head_dim=32", "--max_seq_len=64", "--vocab_size=64", "--contexts=8", "--batches=1,3", "--steps=8"]
+    assert bench_infer.main([*sizes, "--worker=zangchat", "--device_type=cpu", "--dtype=float32"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    weights = 4 * (12 * 64 * 64 + 64 * 64)
+    assert [point["bytes_per_step"] for point in result["decode"]] == [weights + rows * (8 + 4) * 2 * 64 * 4 for rows in (1, 3)]
+    assert all(point["p99_ms"] >= point["p50_ms"] > 0 and point["share_of_bandwidth"] > 0 for point in result["decode"])
+    assert [point["batch"] for point in result["prefill"]] == [1, 3] and result["continuous"]["tok_per_sec"] > 0
+    assert bench_infer.main([*sizes, "--steps=60"]) == 2  # more than the context holds
+    assert "do not fit" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from tests.talker import VOCAB, engine, eventually, serving
 from zangchat import server as server_module
-from zangchat.server import render_markdown, rendered_parts
+from zangchat.answers import render_markdown, rendered_parts
 
 
 def reply(question: str) -> str:

@@ -1,0 +1,219 @@
+"""How a chat server holds up under many clients: tokens per second, waiting times, errors, what is left behind. JSON.
+
+    python -m dev.bench_serve -i sft                      the model in the base directory, served by scripts.chat_web
+    python -m dev.bench_serve -i sft --requests=2000      long enough to see a leak
+
+Requests of mixed lengths come one at a time first, then over so many connections at once; some clients leave in the middle of a reply,
+some ask what is refused. All the while /health is asked. The clients take processor time too, from the same machine.
+"""
+
+import asyncio
+import http.client
+import json
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from dev.bench_common import machine
+from zangchat import configurator
+
+QUESTIONS = ("Who are you?", "How many r are in strawberry?", "What is 12 * 34?", "What does json.dumps do?", "Tell me about words. " * 12)
+
+
+@dataclass
+class Config:
+    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"  # base | mid | sft | rl
+    model_tag: Annotated[str | None, tyro.conf.arg(aliases=["-g"])] = None
+    streams: int = 64  # clients at the same time
+    requests: int = 512  # in all, by these clients
+    alone: int = 24  # of the same mixture, one after the other
+    leaving: float = 0.1  # share of clients that leave in the middle of a reply
+    refused: float = 0.05  # share of requests that are refused: roles out of order
+    longest: int = 96  # tokens of the longest reply that is asked for
+    quantize: str = ""
+    device_type: str = ""
+    dtype: str = ""
+    busy: bool = False  # measure although the machine is busy; the output says so
+
+
+@dataclass
+class Seen:
+    """What the clients saw, in seconds."""
+
+    first: list[float] = field(default_factory=list)  # from the question to the first piece of the reply
+    between: list[float] = field(default_factory=list)  # from piece to piece
+    health: list[float] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    replies: int = 0
+    left: int = 0
+    refused: int = 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return configurator.run(Config, bench, argv)
+
+
+def bench(config: Config) -> int:
+    if config.streams < 1 or config.requests < 1 or config.alone < 1:
+        raise configurator.UserError("--streams, --requests and --alone must be at least 1")
+    where = machine(config.busy)
+    flags = [
+        f"--{name}={value}" for name in ("source", "model_tag", "quantize", "device_type", "dtype") if (value := getattr(config, name))
+    ]
+    command = [sys.executable, "-m", "scripts.chat_web", "--port=0", f"--queue={config.streams}", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as server:
+        try:
+            assert server.stdout is not None
+            found = re.search(r"127\.0\.0\.1:(\d+)", server.stdout.readline())
+            if not found:
+                raise configurator.UserError("the server did not start: its complaint stands above")
+            result = asyncio.run(measure(config, int(found[1]), server.pid))
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.wait(30)
+    print(json.dumps({"machine": where, "streams": config.streams, "requests": config.requests, **result}, indent=1))
+    return 0
+
+
+async def measure(config: Config, port: int, pid: int) -> dict[str, Any]:
+    number = random.Random(1)
+    plan = [
+        {
+            "messages": [{"role": "assistant" if number.random() < config.refused else "user", "content": number.choice(QUESTIONS)}],
+            "max_tokens": number.randint(config.longest // 8, config.longest),
+            "seed": i,
+            "leaves_after": number.randint(0, 12) if number.random() < config.leaving else None,
+        }
+        for i in range(config.requests)
+    ]
+    await ask(port, {**plan[0], "leaves_after": None}, Seen())  # the first pass of a process allocates
+    alone_seen, alone = await phase(port, plan[: config.alone], 1)
+    memory = [resident_mib(pid)]
+    seen, rate = Seen(), []
+    third = -(-len(plan) // 3)
+    for part in range(0, len(plan), third):
+        _, found = await phase(port, plan[part : part + third], config.streams, seen)
+        rate.append(found)
+        memory.append(resident_mib(pid))
+    stats = json.loads(await get(port, "/stats"))
+    together = statistics.median(rate)
+    return {
+        "one_at_a_time_tok_per_sec": round(alone, 1),
+        "tok_per_sec": round(together, 1),
+        "speedup": round(together / alone, 2),
+        "first_piece_ms": quantiles(seen.first),
+        "between_pieces_ms": quantiles(seen.between),
+        "alone_between_pieces_ms": quantiles(alone_seen.between),
+        "health_ms": quantiles(seen.health),
+        "replies": seen.replies,
+        "left": seen.left,
+        "refused": seen.refused,
+        "errors": len(seen.errors),
+        "error_examples": sorted(set(seen.errors))[:3],
+        "left_in_hand": stats["in_hand"] + sum(worker["running"] + worker["waiting"] for worker in stats["workers"]),
+        "server_memory_mib": memory,  # before, and after each third of the requests
+    }
+
+
+async def phase(port: int, plan: list[dict[str, Any]], streams: int, seen: Seen | None = None) -> tuple[Seen, float]:
+    """Carry out a plan over so many clients; (what they saw, tokens per second by the server's own count)."""
+    seen, waiting = seen or Seen(), list(reversed(plan))
+    before, start = json.loads(await get(port, "/stats"))["tokens"], time.perf_counter()
+
+    async def client() -> None:
+        while waiting:
+            await ask(port, waiting.pop(), seen)
+
+    over = threading.Event()
+    examining = asyncio.create_task(asyncio.to_thread(examine, port, seen, over))
+    await asyncio.gather(*(client() for _ in range(streams)))
+    over.set()
+    await examining
+    seconds = time.perf_counter() - start
+    while json.loads(await get(port, "/stats"))["in_hand"]:
+        await asyncio.sleep(0.02)
+    return seen, (json.loads(await get(port, "/stats"))["tokens"] - before) / seconds
+
+
+def examine(port: int, seen: Seen, over: threading.Event) -> None:
+    """Ask /health twenty times a second, from a thread of its own: what the clients' event loop is late does not count."""
+    while not over.wait(0.05):
+        asked = time.perf_counter()
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection.request("GET", "/health")
+        connection.getresponse().read()
+        connection.close()
+        seen.health.append(time.perf_counter() - asked)
+
+
+async def ask(port: int, question: dict[str, Any], seen: Seen) -> None:
+    """One request over a connection of its own, as nanochat's page sends it."""
+    body = json.dumps({key: value for key, value in question.items() if key != "leaves_after"}).encode()
+    start = last = time.perf_counter()
+    pieces = 0
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            head = f"POST /chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\nConnection: close\r\n"
+            writer.write(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            status = int((await reader.readline()).split()[1])
+            if status == 400 and question["messages"][0]["role"] == "assistant":
+                seen.refused += 1
+                return
+            if status != 200:
+                raise ValueError(f"status {status}")
+            while line := await reader.readline():
+                if not line.startswith(b"data:"):
+                    continue
+                event, now = json.loads(line[5:]), time.perf_counter()
+                if "error" in event:
+                    raise ValueError(event["error"])
+                if event.get("done"):
+                    seen.replies += 1
+                    return
+                (seen.between if pieces else seen.first).append(now - last)
+                pieces, last = pieces + 1, now
+                if question["leaves_after"] is not None and pieces > question["leaves_after"]:
+                    seen.left += 1
+                    return
+            raise ValueError("the stream broke off")
+        finally:
+            writer.close()
+    except (OSError, ValueError) as error:
+        seen.errors.append(f"{type(error).__name__} after {time.perf_counter() - start:.1f} s: {error}")
+
+
+async def get(port: int, path: str) -> bytes:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n".encode())
+    answer = await reader.read()
+    writer.close()
+    return answer.split(b"\r\n\r\n", 1)[1]
+
+
+def quantiles(times: Sequence[float]) -> dict[str, float]:
+    ordered = sorted(times) or [float("nan")]
+    shares = {"p50": 0.5, "p99": 0.99, "max": 1.0}
+    return {name: round(ordered[min(len(ordered) - 1, int(share * len(ordered)))] * 1e3, 2) for name, share in shares.items()}
+
+
+def resident_mib(pid: int) -> int:
+    """Memory of a process in use; 0 where the system does not tell."""
+    path = Path(f"/proc/{pid}/statm")
+    return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 2**20 if path.exists() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
