@@ -65,7 +65,7 @@ MAX_BUNDLE_BYTES = 2 * 2**30  # unpacked; a zip that claims more is not the bund
 EXAMPLE_DELIMITER = "\n"
 FEWSHOT_SEED = 1234
 SUBSET_SEED = 1337
-TOKENS_PER_BATCH = {"cuda": 16_384, "cpu": 4_096}  # positions, padding included, in one forward pass
+TOKENS_PER_BATCH = {"cuda": 16_384, "cpu": 1_024}  # positions, padding included, in one forward pass
 LOGITS_PER_BATCH = 2**27  # numbers in the logits of one forward pass, 512 MiB in fp32
 
 
