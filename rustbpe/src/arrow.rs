@@ -178,6 +178,11 @@ impl Strings {
         Ok(strings)
     }
 
+    /// How many were left out.
+    pub fn nulls(&self) -> usize {
+        self._owner.0.length as usize - self.rows.len()
+    }
+
     /// The bytes of all strings: UTF-8, if the producer has checked them.
     pub fn data(&self) -> &[u8] {
         match self.data_len {

@@ -8,6 +8,7 @@ use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBytes, PyList, PyString};
 
+use crate::arrow::Strings;
 use crate::count::Counter;
 use crate::encode::{Encoder, Run};
 use crate::reader::{count_all, CALL_EVERY};
@@ -128,8 +129,8 @@ impl Tokenizer {
     }
 
     /// All texts in two numpy arrays: the ids end to end (uint32), and where each text starts and the last one ends
-    /// (int64, one more than texts). The texts are str, or with `offsets` a buffer of UTF-8 (bytes, an array of uint8), cut in the
-    /// same way. The GIL is released.
+    /// (int64, one more than texts). The texts are str, or an Arrow array of strings, or with `offsets` a buffer of UTF-8 (bytes, an array
+    /// of uint8), cut in the same way. The GIL is released.
     #[pyo3(signature = (texts, num_threads=None, offsets=None))]
     fn encode_documents<'py>(
         &self,
@@ -146,12 +147,7 @@ impl Tokenizer {
         let offsets = converted(offsets, "int64")?;
         // SAFETY: of these types; that no other thread writes to them meanwhile is up to the caller, as everywhere in numpy.
         let (bytes, offsets) = unsafe { (&*memory_of::<u8>(&bytes)?, &*memory_of::<i64>(&offsets)?) };
-        let runs = py.detach(|| {
-            let checked = cut(bytes, offsets)?.into_iter().map(std::str::from_utf8).enumerate();
-            let texts: Result<Vec<_>, _> = checked.map(|(i, text)| text.map_err(|e| Error::Text(format!("text {i}, {e}")))).collect();
-            let texts = texts?;
-            self.encoder.encode_documents(&texts, worker_threads(num_threads))
-        })?;
+        let runs = py.detach(|| self.encode_utf8(cut(bytes, offsets)?, num_threads))?;
         arrays_of(py, runs, "uint32")
     }
 
@@ -225,8 +221,21 @@ impl Tokenizer {
         if texts.is_instance_of::<PyString>() {
             return Err(PyTypeError::new_err("texts must be a list of str, not one str"));
         }
+        if let Some(arrays) = Strings::import(texts)? {
+            if arrays.iter().any(|strings| strings.nulls() > 0) {
+                return Err(PyValueError::new_err("the Arrow array has nulls, which are no texts: leave them out (drop_null)"));
+            }
+            let texts = arrays.iter().flat_map(|strings| strings.rows.iter().map(|row| &strings.data()[row.clone()]));
+            return Ok(py.detach(|| self.encode_utf8(texts.collect(), num_threads))?);
+        }
         let texts = texts.try_iter()?.enumerate().map(|(index, text)| borrow(index, &text?)).collect::<PyResult<Vec<_>>>()?;
         Ok(py.detach(|| self.encoder.encode_documents(&texts, worker_threads(num_threads)))?)
+    }
+
+    fn encode_utf8(&self, texts: Vec<&[u8]>, num_threads: Option<usize>) -> Result<Vec<Run<u32>>, Error> {
+        let checked = texts.into_iter().map(std::str::from_utf8).enumerate();
+        let texts: Result<Vec<_>, _> = checked.map(|(i, text)| text.map_err(|e| Error::Text(format!("text {i}, {e}")))).collect();
+        self.encoder.encode_documents(&texts?, worker_threads(num_threads))
     }
 }
 

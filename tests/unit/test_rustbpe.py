@@ -314,6 +314,22 @@ def test_a_buffer_with_offsets_is_encoded_like_the_texts_in_it() -> None:
         trained.encode_documents(["abc"], offsets=[0, 3])
 
 
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+def test_arrow_strings_are_encoded_like_str(kind: pa.DataType) -> None:
+    trained = train(["some words and more words"], 280)
+    texts = ["left out", "some words", "", "é 的\0", "and more words" * 20]
+    expected = [array.tolist() for array in trained.encode_documents(texts[1:])]
+    array = pa.array(texts, kind)[1:]
+    for strings in (array, pa.chunked_array([array[:2], array[2:]]), pa.chunked_array([array[:0], array])):
+        assert [part.tolist() for part in trained.encode_documents(strings, num_threads=2)] == expected
+        assert trained.batch_encode(strings) == trained.batch_encode(texts[1:])
+    assert trained.encode_documents(pa.array([], kind))[1].tolist() == [0]
+    with pytest.raises(ValueError, match="nulls"):
+        trained.encode_documents(pa.array(["a", None], kind))
+    with pytest.raises(TypeError, match="strings"):
+        trained.encode_documents(pa.array([1, 2]))
+
+
 def test_documents_of_ids_are_decoded_alike() -> None:
     trained = train(["some words and more words, é 的"], 290)
     texts = ["some words", "", "的é\0", "x" * 40]
