@@ -5,7 +5,7 @@ backward pass alone, and its gradients are summed and cut up again behind it. Th
 many at a time as there are ranks are gathered, each rank updates the one it keeps state for, and everybody takes its rows back. So
 the maths of a step, the files of a checkpoint and its loading are the same as without: a run may go on with or without --fsdp.
 
-Seen to run: 2 and 4 processes on CPUs by gloo (tests/unit/test_fsdp.py). Untested: CUDA and NCCL, bf16, models that really need it.
+Seen to run: 2 processes on CPUs by gloo (tests/unit/test_fsdp.py). Untested: more of them, CUDA and NCCL, bf16, models that need it.
 The model is filled on the CPU before it is cut up, so each process needs the whole model, and its own part of the optimizer's state, in
 main memory once.
 """
