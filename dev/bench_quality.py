@@ -3,10 +3,10 @@
     python -m dev.bench_quality --data=FOLDER --seeds=3 --peer=PATH,PATH      FOLDER holds parquet shards, each PATH a nanochat checkout
 
 Ours and each peer are trained by their own scripts.base_train, in turns, with their own settings; what is the same is the text, the
-tokenizer (each trains its own with its own script; that they came out equal is checked), depth, width, context, tokens per step and
-steps. Every `--every` steps a checkpoint is kept. One evaluator scores them all, on the same validation rows. Seconds run from the
-launch of a command to the moment that a checkpoint's weights lie on disk, so compiling and saving count. (An older nanochat also
-writes a few samples before its last checkpoint: some seconds.)
+tokenizer (a peer trains it with its script, ours takes it over; that all peers got the same is checked), depth, width, context,
+tokens per step and steps. Every `--every` steps a checkpoint is kept. One evaluator scores them all, on the same validation rows.
+Seconds run from the launch of a command to the moment that a checkpoint's weights lie on disk, so compiling and saving count. (An
+older nanochat also writes a few samples before its last checkpoint: some seconds.)
 
 What is there already is not trained again: the command goes on where it was stopped.
 """
@@ -72,12 +72,7 @@ def bench(config: Config) -> int:
     where = machine(config.busy)
     out = Path(config.out or common.get_base_dir() / "bench_quality").absolute()
     contenders = {OURS: "", **{Path(peer).name: str(Path(peer).absolute()) for peer in config.peer.split(",") if peer}}
-    for name, code in contenders.items():
-        train_tokenizer(config, out / name, code)
-    vocabularies = {name: vocabulary(out / name, code) for name, code in contenders.items()}
-    different = [name for name, tokens in vocabularies.items() if tokens != vocabularies[OURS]]
-    if different:
-        raise configurator.UserError(f"the tokenizer of {', '.join(different)} is not ours, so nothing can be compared: see {out}")
+    make_tokenizers(config, {out / name: code for name, code in contenders.items()})
     runs: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in contenders}
     for seed in range(1, config.seeds + 1):
         for name, code in contenders.items():
@@ -127,25 +122,30 @@ def seconds_to(points: Sequence[dict[str, float]], bpb: float) -> float | None:
 # ---- training -----------------------------------------------------------------------------------------------------------
 
 
-def train_tokenizer(config: Config, base: Path, code: str) -> None:
-    if (base / "tokenizer").is_dir():
-        return
+def make_tokenizers(config: Config, bases: dict[Path, str]) -> None:
+    """The same one in every base folder. A script's last document is cut by its own rule, so ours is the peers', not trained again."""
     settings = {"max_chars": config.tokenizer_chars, "vocab_size": config.vocab_size}
-    if code:
+    pickles = []
+    for base, code in bases.items():
+        if not code:
+            continue
+        pickles.append(base / "tokenizer" / "tokenizer.pkl")
         base.mkdir(parents=True, exist_ok=True)
         for name in ("base_data", "base_data_climbmix"):  # the older and the newer state look for it in different places
             if not (base / name).exists():
                 (base / name).symlink_to(Path(config.data).absolute())
-        command = [sys.executable, "-m", "scripts.tok_train", *spelled(settings, code, "tok_train")]
+        if not pickles[-1].is_file():
+            command = [sys.executable, "-m", "scripts.tok_train", *spelled(settings, code, "tok_train")]
+            launch(command, base, code, base / "tokenizer.log")
+    ours = next(base for base, code in bases.items() if not code)
+    tokenizers = [RustBPETokenizer.from_nanochat_pickle(path) for path in pickles]
+    if len({tokenizer.fingerprint for tokenizer in tokenizers}) > 1:
+        raise configurator.UserError(f"the peers' tokenizers differ, so nothing can be compared: see {ours.parent}")
+    if tokenizers:
+        tokenizers[0].save(ours / "tokenizer")
     else:
         command = [sys.executable, "-m", "scripts.tok_train", f"--data_path={config.data}", *spelled(settings)]
-    launch(command, base, code, base / "tokenizer.log")
-
-
-def vocabulary(base: Path, code: str) -> list[bytes]:
-    folder = base / "tokenizer"
-    tokenizer = RustBPETokenizer.from_nanochat_pickle(folder / "tokenizer.pkl") if code else RustBPETokenizer.from_directory(folder)
-    return [tokenizer.decode_bytes([id]) for id in range(tokenizer.get_vocab_size())]
+        launch(command, ours, "", ours / "tokenizer.log")
 
 
 def curve(config: Config, base: Path, code: str, seed: int) -> list[dict[str, Any]]:

@@ -153,9 +153,9 @@ impl Encoder {
     ///
     /// Performance notes, 20 MB of English, vocabulary 32,768, one core of a 2.5 GHz Xeon whose other core was not idle: a look-up for each
     /// piece as it is cut off 90 to 130 MB/s; with the keys first 165; with a cache so large that 0.4 % of the pieces are merged
-    /// again, not 2 %, 200; 0.05 %, 221; in pages of 2 MiB 256 (the first time 112, 104, 120). A piece that the cache does not know costs
-    /// over a microsecond, most of it waiting for memory. By simulation: with one place for a piece 4 % are merged again; moving what is
-    /// found to the very front is no better.
+    /// again, not 2 %, 200; 0.05 %, 221; with all memory of the process in pages of 2 MiB 256 (the first time 112, 104, 120), for the cache
+    /// alone not timed. A piece that the cache does not know costs over a microsecond, most of it waiting for memory. By simulation: with one
+    /// place for a piece 4 % are merged again; moving what is found to the very front is no better.
     #[inline(never)]
     fn encode_pieces(&self, bytes: &[u8], pieces: &[(u32, u32)], sink: &mut Sink<u32>, scratch: &mut Scratch) {
         let Scratch { keys, cache, parts } = scratch;
