@@ -145,12 +145,17 @@ def test_a_failure_is_named(run, code, error):
         "9 ** 9 ** 9",
         "import re; re.match('(a+)+$', 'a' * 40 + 'b')",
         "import signal, time\nfor s in {*signal.valid_signals()} - {9, 19, 32, 33}: signal.signal(s, signal.SIG_IGN)\ntime.sleep(60)",
-        "import threading\ndef f():\n  while True: pass\nfor _ in range(8): threading.Thread(target=f).start()",
+        "import threading\ndef f():\n  while True: pass\nfor _ in range(8): threading.Thread(target=f).start()\nf()",
     ],
 )
 def test_time_is_limited(run, code):
     result = run(code, timeout=0.5)
     assert (result.success, result.timeout, result.error) == (False, True, "timed out after 0.5 s")
+
+
+def test_threads_end_with_the_program_that_left_them(run):
+    result = run("import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()", timeout=30)
+    assert (result.success, result.timeout) == (True, False)
 
 
 def test_closed_descriptors_do_not_hide_a_program_from_the_clock(run):
