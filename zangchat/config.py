@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
 BatchSize = int | Literal["auto"]  # rows in one pass; "auto": what fits the memory of the device
+OPTIMIZERS = ("muon", "adamw", "sgd")  # for the matrices, see optim.build_optimizer
 VOCAB_MULTIPLE = 64  # embedding and head rows are padded to this, for tensor cores and even shards
 
 

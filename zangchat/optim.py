@@ -16,12 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from zangchat.adamw import AdamW
-from zangchat.config import StepMultipliers
+from zangchat.config import OPTIMIZERS, StepMultipliers
 from zangchat.muon import Muon
 from zangchat.sharded import ShardedOptimizer
 
 Shards = dict[str, dict[str, Any]]
-KINDS = ("muon", "adamw", "sgd")
 BUCKET_BYTES = 32 * 2**20  # gradients per collective: large enough for full bandwidth, small enough for a bounded copy
 
 
@@ -168,8 +167,8 @@ def build_optimizer(
 
     Learning rates are used as given (scaling by batch and width is the caller's); weight_decay acts on the matrices only.
     """
-    if kind not in KINDS:
-        raise ValueError(f"unknown optimizer kind {kind!r}; there are {', '.join(KINDS)}")
+    if kind not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer kind {kind!r}; there are {', '.join(OPTIMIZERS)}")
     named = {name.removeprefix("_orig_mod."): p for name, p in model.named_parameters()}
     embedding, head = named["transformer.wte.weight"], named["lm_head.weight"]
     matrices = [p for p in named.values() if p is not embedding and p is not head]

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zangchat import common, configurator, flops
-from zangchat.config import BatchSize, GPTConfig, RunConfig, RunState
+from zangchat.config import OPTIMIZERS, BatchSize, GPTConfig, RunConfig, RunState
 from zangchat.configurator import UserError
 
 if TYPE_CHECKING:
@@ -58,7 +58,6 @@ FREE_FLAGS = {
     *("core_metric_every", "core_metric_max_per_task"),
 }
 LOCK_WAIT = 2.0  # seconds: a process that was just killed may take that long to let go of its tag
-OPTIMIZERS = ("muon", "adamw", "sgd")
 # For a model whose own training is not known (an imported one); base_train spells the same out.
 DEFAULTS = {
     "device_batch_size": 32,
