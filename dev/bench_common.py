@@ -1,34 +1,47 @@
-"""What benchmarks share: a machine that is busy with something else is refused, and every figure says where it was taken."""
+"""What benchmarks share: a machine that is busy with something else is refused, every figure says where it was taken, each repetition
+is a process of its own, and of several the median counts."""
 
+import dataclasses
+import json
 import os
 import platform
+import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from zangchat.configurator import UserError
+from zangchat.configurator import UserError, to_dict
+
+BUSY = 0.2  # cores that others use, above which a timing is worth nothing
 
 
-def busy_cores(seconds: float = 1.0) -> float:
-    """How many cores others keep busy, measured now; the load average where the system does not tell."""
-    stat = Path("/proc/stat")
-    if not stat.exists():
-        return os.getloadavg()[0]
+def taken_meanwhile(work: Callable[[], Any]) -> tuple[float, Any]:
+    """(cores that others used while `work` ran, its result). Others are all but this process and its finished children; other machines on
+    the same hardware, too."""
 
-    def idle() -> int:
-        fields = stat.read_text().split("\n", 1)[0].split()
-        return int(fields[4]) + int(fields[5])  # idle, waiting for a disk
+    def seconds() -> float:
+        stat = Path("/proc/stat")
+        if not stat.exists():  # the load average, as if it had always been so
+            return os.getloadavg()[0] * time.perf_counter()
+        import resource
 
-    before, start = idle(), time.monotonic()
-    time.sleep(seconds)
-    passed = time.monotonic() - start
-    return max(0.0, (os.cpu_count() or 1) - (idle() - before) / os.sysconf("SC_CLK_TCK") / passed)
+        user, nice, system, _, _, irq, softirq, steal = map(int, stat.read_text().split()[1:9])
+        mine = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        everything = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return everything - sum(usage.ru_utime + usage.ru_stime for usage in mine)
+
+    before, started = seconds(), time.perf_counter()
+    result = work()
+    return max(0.0, (seconds() - before) / (time.perf_counter() - started)), result
 
 
 def machine(allowed: bool) -> dict[str, Any]:
     """Where a figure is taken. Raises UserError on a machine that is busy, unless that is allowed."""
-    busy = busy_cores()
-    if busy > 0.2 and not allowed:
+    busy, _ = taken_meanwhile(lambda: time.sleep(1))
+    if busy > BUSY and not allowed:
         raise UserError(f"{busy:.1f} cores are busy with something else: wait, or add --busy and do not quote the figures")
     return {
         "cores": os.cpu_count(),
@@ -40,6 +53,28 @@ def machine(allowed: bool) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
+
+
+def repetition(module: str, config: Any) -> Any:
+    """What `python -m module`, with the flags that make `config` of its defaults, prints in its last line: JSON."""
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    flags = [
+        f"--{name}={int(value) if isinstance(value, bool) else value}" for name, value in to_dict(config).items() if value != defaults[name]
+    ]
+    command = [sys.executable, "-m", module, *flags]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=Path(__file__).parents[1])
+    if done.returncode:
+        raise UserError(f"{config.worker} could not be measured:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def middle(runs: list[Any]) -> Any:
+    """The median of every number in equal structures."""
+    if isinstance(runs[0], dict):
+        return {key: middle([run[key] for run in runs]) for key in runs[0]}
+    if isinstance(runs[0], list):
+        return [middle(list(items)) for items in zip(*runs, strict=True)]
+    return statistics.median(runs) if isinstance(runs[0], (int, float)) else runs[0]
 
 
 def _lines(path: str) -> list[str]:

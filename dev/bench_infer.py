@@ -10,16 +10,13 @@ The weights are random, greedy decoding never ends early. Each repetition is a p
 import dataclasses
 import json
 import random
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from dev.bench_common import machine
+from dev.bench_common import machine, middle, repetition
 from zangchat import common, configurator, flops, schedule
 from zangchat.config import GPTConfig
 
@@ -71,7 +68,7 @@ def bench(config: Config) -> int:
     runs: dict[str, list[Any]] = {name: [] for name in ("zangchat", "nanochat")[: 2 if config.peer else 1]}
     for _ in range(config.repeats):
         for name, done in runs.items():
-            done.append(repetition(dataclasses.replace(config, worker=name)))
+            done.append(repetition("dev.bench_infer", dataclasses.replace(config, worker=name)))
     result.update({name: middle(done) for name, done in runs.items()})
     if config.peer:
         ours, peers = (result[name]["decode"] for name in runs)
@@ -80,25 +77,6 @@ def bench(config: Config) -> int:
         }
     print(json.dumps(rounded(result), indent=1))
     return 0
-
-
-def repetition(config: Config) -> Any:
-    """What a process of its own measures."""
-    defaults = {f.name: f.default for f in dataclasses.fields(config)}
-    flags = [f"--{name}={value}" for name, value in configurator.to_dict(config).items() if value != defaults[name]]
-    done = subprocess.run([sys.executable, "-m", "dev.bench_infer", *flags], capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    if done.returncode:
-        raise configurator.UserError(f"{config.worker} could not be measured:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def middle(runs: list[Any]) -> Any:
-    """The median of every number in equal structures."""
-    if isinstance(runs[0], dict):
-        return {key: middle([run[key] for run in runs]) for key in runs[0]}
-    if isinstance(runs[0], list):
-        return [middle(list(items)) for items in zip(*runs, strict=True)]
-    return statistics.median(runs) if isinstance(runs[0], (int, float)) else runs[0]
 
 
 def rounded(value: Any) -> Any:
@@ -122,7 +100,7 @@ def work(config: Config) -> dict[str, Any]:
     known = {"dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads(), "torch": torch.__version__}
     found = {**known, "quantize": config.quantize, "bandwidth_gb_per_sec": bandwidth / 1e9, "bandwidth": source}
     parts = nanochat(config, device, dtype) if config.worker == "nanochat" else zangchat(config, device, dtype)
-    weights = 1 if config.quantize else dtype.itemsize
+    weights = {"": dtype.itemsize, "fp16": 2, "int8": 1}[config.quantize]
     for point in parts["decode"]:
         middle_context = point["context"] + config.steps // 2
         size = flops.decode_bytes(config.model(), middle_context, point["batch"], weight_bytes=weights, kv_bytes=dtype.itemsize)

@@ -27,9 +27,9 @@ from typing import Any
 
 import numpy as np
 
+from dev.bench_common import BUSY, machine, taken_meanwhile
 from zangchat import configurator
 
-BUSY = 0.3  # cores that others use, above which a timing is worth nothing
 SEPARATOR = b"\0"  # between documents, for gigatoken's trainer
 
 
@@ -58,41 +58,15 @@ def bench(config: Config) -> int:
         print(json.dumps({"train": train, "encode": encode, "decode": decode}[task](name, Path(config.folder), config.vocab_size)))
         return 0
     threads = config.threads or os.cpu_count() or 1
-    load, (before, _) = os.getloadavg()[0], taken_meanwhile(lambda: time.sleep(1))
-    if before > BUSY and not config.busy:
-        raise configurator.UserError(f"others use {before:.2f} cores: wait until the machine is idle, or give --busy and get no result")
+    where = machine(config.busy)
     with tempfile.TemporaryDirectory() as folder:
         facts = prepare(config, Path(folder))
         tasks = config.tasks.split(",")
         during, results = taken_meanwhile(lambda: {task: take_turns(config, task, Path(folder), threads) for task in tasks})
-    taken = max(before, during)
-    machine = {
-        "result": taken <= BUSY,
-        "load_average": round(load, 2),
-        "cores_taken_by_others": round(taken, 2),
-        "threads": threads,
-        "repeats": config.repeats,
-    }
-    print(json.dumps({**machine, **facts, **results}, indent=1))
+    taken = max(where["busy_cores_before"], during)
+    known = {"result": taken <= BUSY, "cores_taken_by_others": round(taken, 2), "threads": threads, "repeats": config.repeats}
+    print(json.dumps({"machine": where, **known, **facts, **results}, indent=1))
     return int(taken > BUSY and not config.busy)
-
-
-def taken_meanwhile(work: Callable[[], Any]) -> tuple[float, Any]:
-    """(cores that others used while `work` ran, its result). Others are all but this process and its finished children; other machines on
-    the same hardware, too."""
-
-    def seconds() -> float:
-        stat = Path("/proc/stat")
-        if not stat.exists():  # the load average, as if it had always been so
-            return os.getloadavg()[0] * time.perf_counter()
-        user, nice, system, _, _, irq, softirq, steal = map(int, stat.read_text().split()[1:9])
-        mine = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        everything = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-        return everything - sum(usage.ru_utime + usage.ru_stime for usage in mine)
-
-    before, started = seconds(), time.perf_counter()
-    result = work()
-    return max(0.0, (seconds() - before) / (time.perf_counter() - started)), result
 
 
 # ---- input

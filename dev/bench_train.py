@@ -12,15 +12,13 @@ gives no result.
 import dataclasses
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from dev.bench_common import machine
+from dev.bench_common import machine, middle, repetition
 from scripts import base_train
 from zangchat import common, configurator, flops
 
@@ -52,7 +50,7 @@ def bench(config: Config) -> int:
         runs["nanochat"] = []
     for _ in range(config.repeats):
         for name, done in runs.items():
-            done.append(repetition(config, name))
+            done.append(repetition("dev.bench_train", dataclasses.replace(config, worker=name, launched=time.time())))
     gpt = base_train.model_config(config, config.vocab_size)
     result: dict[str, Any] = {
         "model": dataclasses.asdict(gpt),
@@ -63,7 +61,7 @@ def bench(config: Config) -> int:
         "machine": where,
     }
     for name, done in runs.items():
-        result[name] = {key: _middle([run[key] for run in done]) for key in done[0]}
+        result[name] = middle(done)
         result[name]["all_tok_per_sec"] = [run["tok_per_sec"] for run in done]
     if config.peer:
         result["speedup"] = result["zangchat"]["tok_per_sec"] / result["nanochat"]["tok_per_sec"]
@@ -74,26 +72,6 @@ def bench(config: Config) -> int:
 def tokens_per_step(config: Config) -> int:
     rows = config.device_batch_size * config.max_seq_len
     return config.total_batch_size if config.total_batch_size > 0 else rows
-
-
-def repetition(config: Config, worker: str) -> dict[str, Any]:
-    """What one process of its own measures."""
-    defaults = {f.name: f.default for f in dataclasses.fields(config)}
-    settings = dataclasses.replace(config, worker=worker, launched=time.time())
-    flags = [
-        f"--{name}={int(value) if isinstance(value, bool) else value}"
-        for name, value in configurator.to_dict(settings).items()
-        if value != defaults[name]
-    ]
-    command = [sys.executable, "-m", "dev.bench_train", *flags]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=Path(__file__).parents[1])
-    if done.returncode:
-        raise configurator.UserError(f"{worker} could not be measured:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def _middle(values: list[Any]) -> Any:
-    return statistics.median(values) if isinstance(values[0], (int, float)) else values[0]
 
 
 # ---- one repetition -------------------------------------------------------------------------------------------------
