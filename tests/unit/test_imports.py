@@ -104,3 +104,11 @@ def test_dependencies_point_one_way(name):
     assert not [target for target in imports if target.partition(".")[0] in forbidden[package]]
     if name in LAYER_0 and name != "zangchat.configurator":  # its entry point sets up logging, when called
         assert {target for target in imports if target.startswith("zangchat")} <= set(LAYER_0)
+
+
+def test_an_installed_copy_has_the_files_that_are_no_python():
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    listed = {f"{package}/{name}" for package, names in project["tool"]["setuptools"]["package-data"].items() for name in names}
+    files = (path for package in ("zangchat", "scripts", "tasks") for path in (ROOT / package).rglob("*") if path.is_file())
+    assert listed == {path.relative_to(ROOT).as_posix() for path in files if path.suffix not in (".py", ".pyc")}
