@@ -108,8 +108,8 @@ def load(config: Config, split: str, tokenizer: Any) -> "Task":
         rewarded = ", ".join(name for name in REGISTRY if load_task(name, "test").rewarded)
         raise configurator.UserError(f"--task={config.task} has no reward to learn from: choose one of {rewarded}")
     if task.generated:
-        extra = {"tokenizer": tokenizer} if getattr(task, "uses_tokenizer", False) and split == "train" else {}
-        task = load_task(config.task, split, size=config.task_size if split == "train" else config.eval_examples, seed=config.seed, **extra)
+        size = config.task_size if split == "train" else config.eval_examples
+        task = load_task(config.task, split, size=size, seed=config.seed, tokenizer=tokenizer)
     return task
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tasks.common import Content, Conversation, RowsTask, chat, render_mc, visible_text
+from tasks.common import Conversation, RowsTask, chat, render_mc
 from zangchat.configurator import UserError
 
 SUBSETS = ("ARC-Easy", "ARC-Challenge")
@@ -17,7 +17,7 @@ class ARC(RowsTask):
     def __init__(self, subset: str = "ARC-Easy", split: str = "train", **view: int) -> None:
         if subset not in SUBSETS:
             raise ValueError(f"unknown ARC subset {subset!r}: one of {', '.join(SUBSETS)}")
-        super().__init__(subset, split, hub_config=subset, **view)
+        super().__init__(subset, split, **view)
 
     def conversation(self, row: dict[str, Any]) -> Conversation:
         letters, answer = list(row["choices"]["label"]), row["answerKey"]
@@ -26,6 +26,3 @@ class ARC(RowsTask):
                 f"tasks/{self.folder}/{self.config}/{self.file_split}: answerKey {answer!r} is none of {letters}: copy the data again"
             )
         return chat(render_mc(row["question"], letters, row["choices"]["text"]), answer, letters=letters)
-
-    def evaluate(self, conversation: Conversation, completion: Content) -> bool:
-        return visible_text(completion).strip() == conversation["messages"][-1]["content"]

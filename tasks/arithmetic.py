@@ -2,7 +2,7 @@
 
 import random
 
-from tasks.common import Content, Conversation, GeneratedTask, chat, last_number, split_of, text_part, tool_parts, tool_used, visible_text
+from tasks.common import Content, Conversation, GeneratedTask, chat, last_number, split_of, text_part, tool_parts, visible_text
 
 QUESTIONS = (
     "What is {e}?",
@@ -51,7 +51,7 @@ RESULT = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a 
 class Arithmetic(GeneratedTask):
     """Sums, differences (never negative) and products of numbers below 1,000, mostly of one or two digits."""
 
-    rewarded = True
+    rewarded = needs_tool = True
 
     def make(self, rng: random.Random) -> Conversation:
         op = rng.choice("++--*")
@@ -74,7 +74,3 @@ class Arithmetic(GeneratedTask):
     def evaluate(self, conversation: Conversation, completion: Content) -> bool:
         """Whether the last number said is the result."""
         return last_number(visible_text(completion)) == conversation["result"]
-
-    def reward(self, conversation: Conversation, completion: Content) -> float:
-        """1 for a right answer that came from the calculator."""
-        return float(self.evaluate(conversation, completion) and tool_used(completion))

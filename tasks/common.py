@@ -41,7 +41,8 @@ class Task:
 
     eval_type: ClassVar[str] = "generative"  # or "categorical": the answer is one of conversation["letters"]
     generated: ClassVar[bool] = False  # made up on demand: has a size, not epochs
-    rewarded: ClassVar[bool] = False  # has a reward of its own, for RL
+    rewarded: ClassVar[bool] = False  # has a reward, for RL
+    needs_tool: ClassVar[bool] = False  # which is for answers that came from a tool alone
     name: str = ""  # how the registry spells it
 
     def __init__(self, start: int = 0, stop: int | None = None, step: int = 1) -> None:
@@ -59,12 +60,14 @@ class Task:
         raise NotImplementedError(f"{type(self).__name__} must define get_example")
 
     def evaluate(self, conversation: Conversation, completion: Content) -> bool:
-        """Whether the completion answers the conversation's last user message. Categorical tasks are given the letter."""
-        raise TypeError(f"{type(self).__name__} has no right or wrong answers: it is training data")
+        """Whether the completion answers the conversation's last user message: of a categorical task, is the letter of its answer."""
+        if self.eval_type != "categorical":
+            raise TypeError(f"{type(self).__name__} has no right or wrong answers: it is training data")
+        return visible_text(completion).strip() == conversation["messages"][-1]["content"]
 
     def reward(self, conversation: Conversation, completion: Content) -> float:
         """What RL maximises; by default 1 for a right answer."""
-        return float(self.evaluate(conversation, completion))
+        return float(self.evaluate(conversation, completion) and (tool_used(completion) or not self.needs_tool))
 
     @property
     def indices(self) -> range:
@@ -241,8 +244,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def load_rows(folder: str, config: str, split: str, *, hub: str, hub_config: str | None, fields: Iterable[str]) -> Sequence[dict[str, Any]]:
-    """The rows of a dataset: from <base>/tasks/<folder>/[<config>/]<split>.parquet|jsonl, else from the hub.
+def load_rows(folder: str, config: str, split: str, *, hub: str, fields: Iterable[str]) -> Sequence[dict[str, Any]]:
+    """The rows of a dataset: from <base>/tasks/<folder>/[<config>/]<split>.parquet|jsonl, else from the hub. An empty `config` means none.
 
     Raises MissingData where neither can be had, UserError for a file without the expected fields.
     """
@@ -252,7 +255,7 @@ def load_rows(folder: str, config: str, split: str, *, hub: str, hub_config: str
         rows: Any = TableRows(local[0]) if local[0].suffix == ".parquet" else read_jsonl(local[0])
         source = str(local[0])
     else:
-        rows, source = _from_hub(hub, hub_config, split, home), f"{hub} on the hub"
+        rows, source = _from_hub(hub, config, split, home), f"{hub} on the hub"
     if not len(rows):
         raise UserError(f"{source} is empty: delete it or copy it again")
     missing = sorted(set(fields) - set(rows[0]))
@@ -261,7 +264,7 @@ def load_rows(folder: str, config: str, split: str, *, hub: str, hub_config: str
     return rows
 
 
-def _from_hub(hub: str, config: str | None, split: str, home: Path) -> Any:
+def _from_hub(hub: str, config: str, split: str, home: Path) -> Any:
     import datasets
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
@@ -269,7 +272,7 @@ def _from_hub(hub: str, config: str | None, split: str, home: Path) -> Any:
     try:
         if not HF_HUB_OFFLINE and not hub_is_reachable():  # else the client tries for half a minute, dataset by dataset
             raise ConnectionError("it cannot be reached (HF_HUB_OFFLINE=1 uses what is in its cache)")
-        return datasets.load_dataset(hub, config, split=split)
+        return datasets.load_dataset(hub, config or None, split=split)
     except (OSError, ValueError, RuntimeError) as error:  # offline, refused, no such split
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MissingData(
@@ -304,9 +307,9 @@ class RowsTask(Task):
     hub: ClassVar[str]
     fields: ClassVar[tuple[str, ...]]
 
-    def __init__(self, config: str, split: str, *, hub_config: str | None = None, **view: int) -> None:
+    def __init__(self, config: str, split: str, **view: int) -> None:
         super().__init__(**view)
-        self.config, self.split, self.hub_config = config, check_split(split), hub_config
+        self.config, self.split = config, check_split(split)
 
     @property
     def file_split(self) -> str:
@@ -315,7 +318,7 @@ class RowsTask(Task):
 
     @functools.cached_property
     def rows(self) -> Sequence[dict[str, Any]]:
-        return load_rows(self.folder, self.config, self.file_split, hub=self.hub, hub_config=self.hub_config, fields=self.fields)
+        return load_rows(self.folder, self.config, self.file_split, hub=self.hub, fields=self.fields)
 
     @functools.cached_property
     def order(self) -> list[int]:
@@ -334,15 +337,18 @@ class RowsTask(Task):
 
 
 class GeneratedTask(Task):
-    """A task that makes up example i of a split from (seed, name, split, i): `size` of them, as many as one likes."""
+    """A task that makes up example i of a split from (seed, name, split, i): `size` of them, as many as one likes.
+
+    The model's tokenizer is for tasks that want to know what its tokens are.
+    """
 
     generated = True
 
-    def __init__(self, size: int = DEFAULT_SIZE, split: str = "train", seed: int = 42, **view: int) -> None:
+    def __init__(self, size: int = DEFAULT_SIZE, split: str = "train", seed: int = 42, *, tokenizer: Any = None, **view: int) -> None:
         super().__init__(**view)
         if size < 1:
             raise ValueError(f"size must be at least 1, not {size}")
-        self.size, self.split, self.seed = size, check_split(split), seed
+        self.size, self.split, self.seed, self.tokenizer = size, check_split(split), seed, tokenizer
 
     def num_examples(self) -> int:
         return self.size
@@ -422,25 +428,23 @@ def parse_mixture(spec: str) -> list[tuple[str, float]]:
         if not 0 < number < float("inf"):
             raise UserError(f"--mixture: {item!r} is not NAME:NUMBER with a number above 0 (epochs; examples for generated tasks)")
         pairs.append((name.strip(), number))
-    if not pairs:
-        raise UserError('--mixture is empty: write it as "pydocs:1,identity:4,spellingbee:4000"')
     return pairs
 
 
-def build_mixture(spec: str, split: str = "train", *, tokenizer: Any = None, seed: int = 42) -> TaskMixture:
-    """The mixture that `spec` describes. Its number means epochs for finite data (fractions allowed) and examples for generated tasks.
+def build_mixture(spec: str | Sequence[tuple[str, float]], split: str = "train", *, tokenizer: Any = None, seed: int = 42) -> TaskMixture:
+    """The mixture that `spec` describes. Its numbers mean epochs for finite data (fractions allowed) and examples for generated tasks.
 
     In a held-out split every finite task counts once at most and a generated one gives up to MAX_HELDOUT examples. A tokenizer lets the
     tasks that can use one (SpellingBee) draw training words from its vocabulary. A task whose data is missing is an error, never left out.
     """
     check_split(split)
     parts: list[Task] = []
-    for name, amount in parse_mixture(spec):
+    for name, amount in parse_mixture(spec) if isinstance(spec, str) else spec:
         task = load_task(name, split)
         if task.generated:
             size = max(1, round(amount))
-            options: dict[str, Any] = {"tokenizer": tokenizer} if getattr(task, "uses_tokenizer", False) and split == "train" else {}
-            parts.append(load_task(name, split, size=size if split == "train" else min(size, MAX_HELDOUT), seed=seed, **options))
+            size = size if split == "train" else min(size, MAX_HELDOUT)
+            parts.append(load_task(name, split, size=size, seed=seed, tokenizer=tokenizer))
             continue
         epochs = amount if split == "train" else min(amount, 1.0)
         whole = int(epochs)
@@ -448,4 +452,6 @@ def build_mixture(spec: str, split: str = "train", *, tokenizer: Any = None, see
         rest = round((epochs - whole) * len(task))
         if rest:
             parts.append(task[:rest])
+    if not parts:
+        raise UserError('--mixture is empty: write it as "pydocs:1,identity:4,spellingbee:4000"')
     return TaskMixture(parts, seed=seed)

@@ -34,7 +34,7 @@ class GSM8K(RowsTask):
     folder, hub, fields = "gsm8k", "openai/gsm8k", ("question", "answer")
 
     def __init__(self, subset: str = "main", split: str = "train", **view: int) -> None:
-        super().__init__(subset, split, hub_config=subset, **view)
+        super().__init__(subset, split, **view)
 
     def conversation(self, row: dict[str, Any]) -> Conversation:
         return chat(row["question"], answer_parts(row["answer"]))

@@ -26,7 +26,7 @@ class HumanEval(RowsTask):
         self.minimum_level = minimum_level  # of the sandbox; below it nothing is run
         if split == "train":
             raise UserError("HumanEval has no training data: leave humaneval out of the mixture")
-        super().__init__("", split, hub_config=None, **view)
+        super().__init__("", split, **view)
 
     def conversation(self, row: dict[str, Any]) -> Conversation:
         solution = f"```python\n{row['prompt']}{row['canonical_solution']}\n```"

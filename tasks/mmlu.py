@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tasks.common import Content, Conversation, RowsTask, chat, render_mc, visible_text
+from tasks.common import Conversation, RowsTask, chat, render_mc
 
 LETTERS = ["A", "B", "C", "D"]
 
@@ -14,7 +14,7 @@ class MMLU(RowsTask):
     folder, hub, fields = "mmlu", "cais/mmlu", ("question", "subject", "choices", "answer")
 
     def __init__(self, subset: str = "all", split: str = "train", **view: int) -> None:
-        super().__init__(subset, split, hub_config=subset, **view)
+        super().__init__(subset, split, **view)
 
     @property
     def file_split(self) -> str:
@@ -22,6 +22,3 @@ class MMLU(RowsTask):
 
     def conversation(self, row: dict[str, Any]) -> Conversation:
         return chat(render_mc(row["question"], LETTERS, row["choices"]), LETTERS[row["answer"]], letters=LETTERS, subject=row["subject"])
-
-    def evaluate(self, conversation: Conversation, completion: Content) -> bool:
-        return visible_text(completion).strip() == conversation["messages"][-1]["content"]

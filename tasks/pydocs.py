@@ -19,36 +19,8 @@ from typing import NamedTuple
 from tasks.common import Content, Conversation, Task, chat, check_split, split_of, visible_text
 from zangchat.common import derive_seed
 
-BUILT_IN = (
-    "builtins",
-    "math",
-    "cmath",
-    "time",
-    "itertools",
-    "operator",
-    "collections",
-    "functools",
-    "array",
-    "zlib",
-    "binascii",
-    "gc",
-    "errno",
-    "sys",
-)
-SKIPPED = {
-    "antigravity",
-    "distutils",
-    "ensurepip",
-    "idlelib",
-    "lib2to3",
-    "pydoc_data",
-    "test",
-    "this",
-    "tkinter",
-    "turtle",
-    "turtledemo",
-    "__future__",
-}
+BUILT_IN = "builtins math cmath time itertools operator collections functools array zlib binascii gc errno sys".split()
+SKIPPED = set("antigravity distutils ensurepip idlelib lib2to3 pydoc_data test this tkinter turtle turtledemo __future__".split())
 MAX_ANSWER = 200  # characters
 MIN_ANSWER = 15
 

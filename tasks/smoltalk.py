@@ -11,7 +11,7 @@ class SmolTalk(RowsTask):
     folder, hub, fields = "smoltalk", "HuggingFaceTB/smol-smoltalk", ("messages",)
 
     def __init__(self, split: str = "train", **view: int) -> None:
-        super().__init__("", split, hub_config=None, **view)
+        super().__init__("", split, **view)
 
     def conversation(self, row: dict[str, Any]) -> Conversation:
         messages = [{"role": message["role"], "content": message["content"]} for message in row["messages"]]

@@ -24,7 +24,6 @@ from tasks.common import (
     split_of,
     text_part,
     tool_parts,
-    tool_used,
     visible_text,
 )
 from zangchat.common import atomic_write, get_base_dir
@@ -32,6 +31,7 @@ from zangchat.common import atomic_write, get_base_dir
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORD = re.compile(r"[a-z]{3,12}")
 MIN_OCCURRENCES = 3  # of a corpus word, lower-case, to count as a word
+INVENTED = 1 / 3  # of the words to train on are made up
 CORPUS_CHARS = 64_000_000  # enough for every word that a small model will meet
 
 QUESTIONS = (
@@ -181,21 +181,16 @@ class _WordTask(GeneratedTask):
     """Draws words; in training a third of them are made-up strings of vocabulary pieces (of letters without a tokenizer), so that rare
     tokens are copied as often as common ones."""
 
-    uses_tokenizer = True
-
-    def __init__(
-        self, size: int = 1000, split: str = "train", seed: int = 42, *, tokenizer: Any = None, invented: float = 1 / 3, **view: int
-    ) -> None:
-        super().__init__(size, split, seed, **view)
-        self.invented = invented if split == "train" else 0.0
-        self._pieces = vocabulary_pieces(tokenizer) if tokenizer is not None and self.invented else list(LETTERS)
+    @functools.cached_property
+    def _pieces(self) -> list[str]:
+        return list(LETTERS) if self.tokenizer is None else vocabulary_pieces(self.tokenizer)
 
     def num_examples(self) -> int:
         words_of(self.split)  # where there are none, it is said before the training starts
         return super().num_examples()
 
     def word(self, rng: random.Random) -> str:
-        if rng.random() >= self.invented:
+        if rng.random() >= INVENTED or self.split != "train":
             return rng.choice(words_of(self.split))
         while True:
             word = "".join(rng.choice(self._pieces) for _ in range(rng.randint(1, 4) if len(self._pieces) > 26 else rng.randint(3, 8)))
@@ -213,7 +208,7 @@ def call(word: str, letter: str) -> str:
 class SpellingBee(_WordTask):
     """How many {letter} are in {word}? Two letters of three are drawn from the word itself."""
 
-    rewarded = True
+    rewarded = needs_tool = True
 
     def make(self, rng: random.Random) -> Conversation:
         word = self.word(rng)
@@ -225,10 +220,6 @@ class SpellingBee(_WordTask):
     def evaluate(self, conversation: Conversation, completion: Content) -> bool:
         """Whether the last number said is the count."""
         return last_number(visible_text(completion)) == conversation["count"]
-
-    def reward(self, conversation: Conversation, completion: Content) -> float:
-        """1 for a right answer that came from the tool."""
-        return float(self.evaluate(conversation, completion) and tool_used(completion))
 
 
 class SimpleSpelling(_WordTask):

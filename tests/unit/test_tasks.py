@@ -36,6 +36,7 @@ from tasks.gsm8k import GSM8K, answer_parts, final_number
 from tasks.humaneval import HumanEval, extract_code
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
+from tasks.training import held_out_conversations, training_conversations
 from zangchat.configurator import UserError
 from zangchat.execution import SandboxLevel, sandbox_level
 
@@ -213,7 +214,7 @@ def test_a_mixture_is_written_as_names_and_numbers():
         with pytest.raises(UserError, match="--mixture"):
             parse_mixture(wrong)
     with pytest.raises(UserError, match="empty"):
-        parse_mixture(" , ")
+        build_mixture(" , ")
 
 
 def test_numbers_are_epochs_of_finite_tasks_and_examples_of_generated_ones(base_dir):
@@ -225,6 +226,17 @@ def test_numbers_are_epochs_of_finite_tasks_and_examples_of_generated_ones(base_
     held_out = build_mixture(f"{own}:2.5,arithmetic:7000", "val")
     assert len(held_out) == 10 + common.MAX_HELDOUT
     assert questions(build_mixture("arithmetic:50")) == questions(build_mixture("arithmetic:50"))
+
+
+def test_a_file_of_ones_own_joins_the_mixture_and_is_never_held_out(base_dir):
+    rows = [chat(f"q{i}", "a") for i in range(10)]
+    own = str(put(base_dir, "me, myself.jsonl", rows))
+    mixture = training_conversations("arithmetic:5", own, 2, tokenizer=None, seed=1)
+    assert len(mixture) == 25 and Counter(questions(mixture))["q7"] == 2
+    assert len(training_conversations("", own, tokenizer=None, seed=1)) == 10
+    assert held_out_conversations("nowhere.jsonl:3", tokenizer=None, seed=1) is None
+    held_out = held_out_conversations("nowhere.jsonl:3,arithmetic:5", tokenizer=None, seed=1)
+    assert held_out is not None and len(held_out) == 5
 
 
 def test_a_mixture_never_shrinks_because_data_is_missing(base_dir):
