@@ -19,8 +19,8 @@ import torch
 from zangchat import collectives
 from zangchat.common import derive_seed
 from zangchat.dataloader import IGNORED, Batch, permutation
-from zangchat.engine import Engine, Request
-from zangchat.task_eval import completion_parts
+from zangchat.engine import Engine
+from zangchat.task_eval import completion_parts, sample_answers
 
 if TYPE_CHECKING:
     from zangchat.gpt import GPT
@@ -43,7 +43,7 @@ class Sampling:
 class Sample:
     """A prompt with one continuation, as it is learnt from."""
 
-    tokens: list[int]  # prompt, continuation, <|assistant_end|> where the model ended
+    tokens: list[int]  # prompt, continuation, and the special token with which the model ended
     sampled: list[int]  # 1 where the model chose the token
     reward: float
     advantage: float = 0.0
@@ -53,26 +53,24 @@ def rollout(
     model: "GPT", tokenizer: Any, task: Any, examples: Sequence[int], prompt_seeds: Sequence[int], sampling: Sampling
 ) -> list[list[Sample]]:
     """The samples of each example of `task`, with rewards and advantages; none for a prompt that fills the context."""
-    context = model.config.sequence_len
     conversations = [task[i] for i in examples]
-    prompts = [tokenizer.render_for_completion(conversation) for conversation in conversations]
-    requests = [
-        Request(prompt, sampling.max_new_tokens, sampling.temperature, sampling.top_k, seed=seed, sample_index=sample)
-        for prompt, seed in zip(prompts, prompt_seeds, strict=True)
-        if len(prompt) < context
-        for sample in range(sampling.num_samples)
-    ]
     model.eval()
-    results = iter(Engine(model, tokenizer).generate_many(requests, max_rows=sampling.max_rows))
-    end = tokenizer.encode_special("<|assistant_end|>")
+    answers = sample_answers(
+        Engine(model, tokenizer),
+        conversations,
+        prompt_seeds,
+        sampling.num_samples,
+        sampling.max_rows,
+        max_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+    )
     groups: list[list[Sample]] = []
-    for conversation, prompt in zip(conversations, prompts, strict=True):
+    for conversation, (prompt, results) in zip(conversations, answers, strict=True):
         group: list[Sample] = []
-        for _ in range(sampling.num_samples if len(prompt) < context else 0):
-            result = next(results)
+        for result in results:
             reward = float(task.reward(conversation, completion_parts(tokenizer, result.tokens, result.mask)))
-            # The token that ended the sample was chosen as well. (It may be <|bos|>, all but never; the engine does not tell.)
-            ending = [end] if result.stop_reason == "stop" else []
+            ending = [] if result.stop_token is None else [result.stop_token]  # which the model chose, too
             mask = [0] * len(prompt) + list(result.mask) + [1] * len(ending)
             group.append(Sample([*prompt, *result.tokens, *ending], mask, reward))
         baseline = sum(sample.reward for sample in group) / max(len(group), 1)

@@ -17,7 +17,7 @@ from zangchat.common import atomic_write, derive_seed
 from zangchat.progress import Progress
 
 if TYPE_CHECKING:
-    from zangchat.engine import Engine
+    from zangchat.engine import Engine, Result
 
 MAX_ROWS = 32  # prompts at a time
 CHUNK = 8  # x MAX_ROWS requests between two looks at the clock
@@ -150,6 +150,26 @@ def _letter_id(tokenizer: Any, letter: str) -> int:
 # ---- generative -----------------------------------------------------------------------------------------------------
 
 
+def sample_answers(
+    engine: "Engine", conversations: Sequence[dict[str, Any]], seeds: Sequence[int], num_samples: int, max_rows: int, **sampling: Any
+) -> list[tuple[list[int], list["Result"]]]:
+    """(prompt, `num_samples` answers) for the question of each conversation; no answers where the prompt fills the context.
+
+    `sampling`: max_tokens, temperature, top_k of engine.Request.
+    """
+    from zangchat.engine import Request
+
+    prompts = [engine.tokenizer.render_for_completion(conversation) for conversation in conversations]
+    requests = [
+        [Request(prompt, **sampling, seed=seed, sample_index=sample) for sample in range(num_samples)]
+        if len(prompt) < engine.model.config.sequence_len
+        else []
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    results = iter(engine.generate_many([request for group in requests for request in group], max_rows=max_rows))
+    return [(prompt, [next(results) for _ in group]) for prompt, group in zip(prompts, requests, strict=True)]
+
+
 def _generative(
     engine: "Engine",
     task: Any,
@@ -161,33 +181,27 @@ def _generative(
     seed: int,
     progress: Progress,
 ) -> list[Item]:
-    from zangchat.engine import Request
-
+    tokenizer = engine.tokenizer
     items: list[Item] = []
     per_chunk = max(1, CHUNK * batch_size // num_samples)
+
+    def judge(conversation: dict[str, Any], result: "Result") -> bool:
+        return bool(task.evaluate(conversation, completion_parts(tokenizer, result.tokens, result.mask)))
+
     with ThreadPoolExecutor(VERDICT_THREADS) as judges:  # some verdicts run programs
         for start in range(0, len(indices), per_chunk):
-            chunk = [(i, task[i]) for i in indices[start : start + per_chunk]]
-            prompts = [engine.tokenizer.render_for_completion(conversation) for _, conversation in chunk]
-            fits = [len(prompt) < engine.model.config.sequence_len for prompt in prompts]
-            requests = [
-                Request(prompt, **sampling, seed=derive_seed(seed, "eval", name, i), sample_index=sample)
-                for (i, _), prompt, fit in zip(chunk, prompts, fits, strict=True)
-                if fit
-                for sample in range(num_samples)
-            ]
-            results = iter(engine.generate_many(requests, max_rows=batch_size))
-            for (i, conversation), fit in zip(chunk, fits, strict=True):
+            chunk = indices[start : start + per_chunk]
+            conversations = [task[i] for i in chunk]
+            seeds = [derive_seed(seed, "eval", name, i) for i in chunk]
+            answers = [results for _, results in sample_answers(engine, conversations, seeds, num_samples, batch_size, **sampling)]
+            pairs = [(conversation, result) for conversation, results in zip(conversations, answers, strict=True) for result in results]
+            verdicts = judges.map(judge, *zip(*pairs, strict=True)) if pairs else iter(())
+            for i, conversation, results in zip(chunk, conversations, answers, strict=True):
                 item = _item(i, conversation)
+                item.completions = [tokenizer.decode(result.tokens) for result in results]
+                item.verdicts = [next(verdicts) for _ in results] or [False] * num_samples
+                item.note = "" if results else "the prompt fills the context"
                 items.append(item)
-                if not fit:
-                    item.note = "the prompt fills the context"
-                    item.verdicts = [False] * num_samples
-                    continue
-                found = [next(results) for _ in range(num_samples)]
-                answers = [completion_parts(engine.tokenizer, result.tokens, result.mask) for result in found]
-                item.completions = [engine.tokenizer.decode(result.tokens) for result in found]
-                item.verdicts = [bool(verdict) for verdict in judges.map(lambda answer, c=conversation: task.evaluate(c, answer), answers)]
             progress.update(len(items), f"{sum(item.passed for item in items)} right")
     return items
 

@@ -60,15 +60,17 @@ def test_advantages_are_rewards_minus_the_mean_of_the_prompt(model):
 
 
 def test_a_sample_is_prompt_continuation_and_its_end(model):
-    ended = 0
-    model.lm_head.weight.data[TOKENIZER.encode_special("<|assistant_end|>")] += 1.0  # some samples do end
+    endings = set()
+    ends = {TOKENIZER.encode_special("<|assistant_end|>"), TOKENIZER.get_bos_token_id()}
+    model.lm_head.weight.data[list(ends)] += 1.0  # some samples do end
     for index, group in zip(range(6), rollout(model, TOKENIZER, Short(), range(6), range(6), SAMPLING), strict=True):
         prompt = TOKENIZER.render_for_completion(Short()[index])
         for sample in group:
             assert sample.tokens[: len(prompt)] == prompt and sample.sampled[: len(prompt)] == [0] * len(prompt)
             assert len(sample.tokens) == len(sample.sampled) <= len(prompt) + 7
-            ended += sample.tokens[-1] == TOKENIZER.encode_special("<|assistant_end|>") and sample.sampled[-1] == 1
-    assert ended > 0
+            if sample.tokens[-1] in ends and sample.sampled[-1] == 1:
+                endings.add(sample.tokens[-1])
+    assert endings == ends
 
 
 def test_a_prompt_that_fills_the_context_gives_no_samples(model):

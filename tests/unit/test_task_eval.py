@@ -1,6 +1,7 @@
 """Scoring tasks with a model: letters, generated answers, pass@k; and that batches and ranks change nothing."""
 
 import json
+import threading
 from typing import Any
 
 import pytest
@@ -149,6 +150,17 @@ def test_a_prompt_without_room_for_an_answer_is_not_solved_and_not_dropped(engin
     full = [item for item in result.items if item.note]
     assert [item.index for item in full] == list(range(7, 19))
     assert all(item.verdicts == [False, False] and item.completions == [] for item in full)
+
+
+def test_verdicts_of_different_problems_are_found_at_the_same_time(engine):
+    together = threading.Barrier(2)
+
+    class Slow(Vowels):
+        def evaluate(self, conversation: Any, completion: Any) -> bool:
+            together.wait(timeout=60)  # raises where a verdict waits for the one before it
+            return True
+
+    assert evaluate_task(engine, Slow(), max_problems=2, max_new_tokens=2).accuracy == 1
 
 
 def test_only_the_first_problems_are_scored(engine):
