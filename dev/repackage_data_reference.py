@@ -28,7 +28,7 @@ from typing import Any
 from zangchat import configurator
 from zangchat.common import derive_seed, file_sha256
 from zangchat.configurator import UserError
-from zangchat.dataset import FORMAT, GROUP_DOCUMENTS, datasets_dir, find_dataset, folder_lock, record_text, write_manifest
+from zangchat.dataset import FORMAT, GROUP_DOCUMENTS, datasets_dir, find_dataset, folder_lock, record_text, replace_folder, write_manifest
 
 BUCKETS = 64
 HELD_OUT = 20  # at most one document in so many is for validation
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def repackage(config: Config) -> int:
     if bool(config.hub) == bool(config.data_path):
         raise UserError("give either --hub=OWNER/NAME or --data_path=FOLDER: the text to repackage")
-    name = config.name or Path(config.hub or str(config.data_path)).stem
+    name = config.name or (config.hub.rpartition("/")[2] if config.hub else Path(str(config.data_path)).stem)
     folder = datasets_dir() / name
     with folder_lock(folder):
         if folder.exists() and not config.overwrite:
@@ -79,8 +79,7 @@ def repackage(config: Config) -> int:
             shards = [*write_shards(shuffled, building, "train", config.shard_chars), *shards]
             shutil.rmtree(buckets)
             write_manifest(building, {"format": FORMAT, "name": name, "source": config.hub or "repackaged", "shards": shards})
-            shutil.rmtree(folder, ignore_errors=True)
-            building.rename(folder)
+            replace_folder(folder, building)
     print(f"{folder}: {len(shards)} shards; train on them with --dataset={name}")
     return 0
 

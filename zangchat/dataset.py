@@ -255,17 +255,11 @@ def _as_list(texts: "pyarrow.ChunkedArray | list[Any]") -> list[Any]:
 
 
 class _File:
-    """A shard on disk: numbered groups of documents, each read as a list or, see `Dataset.read_arrow`, as an Arrow array."""
+    """A shard on disk: `num_groups()` groups of documents, `read_group(i)` a list or, see `Dataset.read_arrow`, an Arrow array."""
 
     def __init__(self, path: Path, repair_hint: str) -> None:
         self.path = path
         self.repair_hint = repair_hint
-
-    def num_groups(self) -> int:
-        raise TypeError("abstract")
-
-    def read_group(self, group: int) -> "pyarrow.ChunkedArray | list[str]":
-        raise TypeError("abstract")
 
     def damaged(self, error: object) -> UserError:
         reason = " ".join(str(error).split())[:200]
@@ -404,15 +398,18 @@ def write_dataset(folder: Path, name: str, train: Sequence[str], validation: Seq
         )
     manifest = {"format": FORMAT, "name": name, "source": name, **(facts or {}), "shards": shards}
     write_manifest(building, manifest)
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-        building.rename(folder)
-        shutil.rmtree(old)
-    else:
-        building.rename(folder)
+    replace_folder(folder, building)
     return Dataset(folder, manifest)
+
+
+def replace_folder(folder: Path, finished: Path) -> None:
+    """Give `finished`, which lies beside it, the name of `folder`; what had that name is deleted afterwards."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    finished.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
@@ -483,7 +480,7 @@ def verify(config: "VerifyConfig") -> int:
     if not bad:
         print(f"{dataset.name}: {len(dataset.manifest['shards'])} shards are what the manifest says (fingerprint {dataset.fingerprint})")
         return 0
-    if config.repair and dataset.tokenizer is None:
+    if config.repair and (dataset.manifest["source"] == "pydocs" or "repo" in dataset.manifest):
         for name in bad:
             (dataset.folder / name).unlink(missing_ok=True)
         if dataset.manifest["source"] == "pydocs":
@@ -510,7 +507,7 @@ class Config:
 @dataclass
 class VerifyConfig:
     dataset: str | None = None  # which dataset; default: the only one present
-    repair: bool = False  # fetch or build again what is missing or damaged
+    repair: bool = False  # fetch or build again what is missing or damaged, where it came from the hub or is pydocs
 
 
 @dataclass

@@ -13,7 +13,6 @@ A shard's entry in the manifest has, beside name, split, bytes and sha256: "toke
 """
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import numpy as np
 
 from zangchat.common import atomic_file, file_sha256
 from zangchat.configurator import UserError
-from zangchat.dataset import FORMAT, MANIFEST, TOKENS, Dataset, write_manifest, write_shard
+from zangchat.dataset import FORMAT, MANIFEST, TOKENS, Dataset, replace_folder, write_manifest, write_shard
 
 OFFSET_BYTES = 8
 
@@ -58,8 +57,7 @@ def tokenize(dataset: Dataset, tokenizer: Any, folder: Path, num_threads: int) -
                 print(f"{name}  {facts.get('tokens', 0):,} tokens", flush=True)
             shards.append(done[name])
             write_manifest(building, {**manifest, "shards": shards})
-    shutil.rmtree(folder, ignore_errors=True)
-    building.rename(folder)
+    replace_folder(folder, building)
     return Dataset(folder, {**manifest, "shards": shards})
 
 

@@ -229,7 +229,9 @@ def test_verify_names_what_is_wrong(base_data, capsys):
     assert main(["verify", "--dataset=mine"]) == 2
     error = capsys.readouterr().err
     assert "shard_00000.parquet (its sha256 is not the manifest's), shard_00001.parquet (missing)" in error
-    assert shard.exists(), "checking deletes nothing"
+    assert main(["verify", "--dataset=mine", "--repair"]) == 2
+    assert "put an intact copy in its place" in capsys.readouterr().err
+    assert shard.exists(), "nothing is deleted that cannot be had again"
 
 
 def test_a_dataset_is_tokenised_and_verified(base_data, capsys):

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import datasets
 import pyarrow.parquet
 import pytest
 
@@ -82,6 +83,20 @@ def test_a_corpus_larger_than_the_memory_allowed(tmp_path):
 
 def peak() -> int:
     return next(1024 * int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+
+
+def test_a_dataset_of_the_hub_is_streamed_and_keeps_its_name(monkeypatch):
+    asked = []
+
+    def load_dataset(*arguments, **settings):
+        asked.append((*arguments, settings))
+        return ({"text": text} for text in DOCUMENTS[:100])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert repackage.main(["--hub=owner/text-1.5", "--hub_config=small"]) == 0
+    train, held_out = texts_of("text-1.5")
+    assert sorted(train + held_out) == sorted(DOCUMENTS[:100])
+    assert asked == [("owner/text-1.5", "small", {"split": "train", "streaming": True})]
 
 
 def test_mistakes_get_one_sentence(corpus, tmp_path, capsys):
