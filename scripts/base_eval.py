@@ -30,19 +30,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(config: Config) -> int:
-    from zangchat.core_eval import evaluate_core
+    from zangchat.core_eval import evaluate_core, find_bundle
     from zangchat.engine import load_for_chat
 
     if config.max_per_task < 1 and config.max_per_task != -1:
         raise configurator.UserError(f"--max_per_task={config.max_per_task} is not possible: give at least 1, or -1 for all")
     try:
+        bundle = find_bundle()
         model, tokenizer, meta = load_for_chat(config)
         start = time.monotonic()
 
         def told(label: str, accuracy: float, centred: float) -> None:
             common.print0(f"{label:<34} accuracy {accuracy:.4f}   centred {centred:+.4f}")
 
-        result = evaluate_core(model, tokenizer, max_per_task=config.max_per_task, on_task=told, show_progress=True)
+        result = evaluate_core(model, tokenizer, bundle, max_per_task=config.max_per_task, on_task=told, show_progress=True)
         minutes = (time.monotonic() - start) / 60
         common.print0(f"{result['name']}: {result['core_metric']:.4f} in {minutes:.1f} minutes")
         write(config, meta, result, minutes)

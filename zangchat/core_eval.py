@@ -98,9 +98,12 @@ def find_bundle(download: bool = True) -> Path:
     if not (folder / "core.yaml").is_file():
         if not download:
             raise UserError(f"no CORE data in {folder}: run `python -m scripts.base_eval`, which downloads it, or put the bundle there")
-        download_file_with_lock(BUNDLE_URL, "eval_bundle.zip", postprocess_fn=lambda path: unpack(path, folder))
-        if not (folder / "core.yaml").is_file():  # the zip was there already, its contents are gone
-            unpack(get_base_dir() / "eval_bundle.zip", folder)
+        from filelock import FileLock
+
+        archive = download_file_with_lock(BUNDLE_URL, "eval_bundle.zip", postprocess_fn=lambda path: unpack(path, folder))
+        with FileLock(f"{archive}.lock"):  # several ranks may find a zip that somebody put there
+            if not (folder / "core.yaml").is_file():
+                unpack(archive, folder)
     return folder
 
 
@@ -181,22 +184,10 @@ def read_items(task: CoreTask) -> list[dict[str, Any]]:
 # ---- items to rows --------------------------------------------------------------------------------------------------
 
 
-def _multiple_choice(item: dict[str, Any]) -> list[tuple[str, str]]:
-    return [(item["query"], choice) for choice in item["choices"]]
-
-
-def _schema(item: dict[str, Any]) -> list[tuple[str, str]]:
-    return [(context, item["continuation"]) for context in item["context_options"]]
-
-
-def _language_modeling(item: dict[str, Any]) -> list[tuple[str, str]]:
-    return [(item["context"], item["continuation"])]
-
-
 ROWS: dict[str, Callable[[dict[str, Any]], list[tuple[str, str]]]] = {  # item -> its (context, answer) pairs
-    "multiple_choice": _multiple_choice,
-    "schema": _schema,
-    "language_modeling": _language_modeling,
+    "multiple_choice": lambda item: [(item["query"], choice) for choice in item["choices"]],
+    "schema": lambda item: [(context, item["continuation"]) for context in item["context_options"]],
+    "language_modeling": lambda item: [(item["context"], item["continuation"])],
 }
 FIELDS = {
     "multiple_choice": ("query", "choices", "gold"),
@@ -442,19 +433,17 @@ def core_name(missing: Sequence[str]) -> str:
 def evaluate_core(
     model: "GPT",
     tokenizer: Any,
+    bundle: Path,
     *,
     max_per_task: int = -1,
-    bundle: Path | None = None,
-    download: bool = True,
     on_task: Callable[[str, float, float], None] | None = None,
     show_progress: bool = False,
 ) -> dict[str, Any]:
     """Score every CORE task that is there. `max_per_task` > 0 takes that many items of each; `on_task` hears (label, accuracy, centred).
 
     {"name": core_name(missing), "core_metric": mean of the centred, "results": {label: accuracy}, "centered_results": {label: centred},
-    "missing": [label], "max_per_task"}. The same on every rank. Raises UserError where there is no bundle or none of its tasks.
+    "missing": [label]}. The same on every rank. Raises UserError where the bundle is none or holds none of the tasks.
     """
-    bundle = bundle or find_bundle(download)
     tasks, missing = read_tasks(bundle)
     if not tasks:
         raise UserError(f"{bundle} holds the data of no CORE task: delete it and run this again")
@@ -474,5 +463,4 @@ def evaluate_core(
         "results": results,
         "centered_results": centred,
         "missing": missing,
-        "max_per_task": max_per_task,
     }

@@ -3,7 +3,9 @@
 import csv
 import json
 import random
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +250,21 @@ def test_a_bundle_is_unpacked_whole_or_not_at_all(tmp_path):
     with pytest.raises(UserError, match="damaged"):
         core_eval.unpack(tmp_path / "cut.zip", tmp_path / "target")
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+def test_a_zip_that_somebody_put_there_is_unpacked_by_one_of_the_ranks(base_dir, monkeypatch):
+    zipped(base_dir / "eval_bundle.zip", {"eval_bundle/core.yaml": "x"})
+    unpack, unpacked = core_eval.unpack, []
+
+    def slowly(archive: Path, folder: Path) -> None:
+        unpacked.append(archive)
+        time.sleep(0.05)
+        unpack(archive, folder)
+
+    monkeypatch.setattr(core_eval, "unpack", slowly)
+    with ThreadPoolExecutor(8) as ranks:
+        assert set(ranks.map(lambda _: core_eval.find_bundle(), range(8))) == {base_dir / "eval_bundle"}
+    assert len(unpacked) == 1 and (base_dir / "eval_bundle" / "core.yaml").read_text() == "x"
 
 
 def test_a_link_in_the_zip_is_refused(tmp_path):
