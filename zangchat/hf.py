@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 FORMAT = "zangchat-export"
 MANIFEST = "manifest.json"
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 MODEL_TYPE, ARCHITECTURE = "nanochat", "NanoChatForCausalLM"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # not float16: relu^2 reaches beyond its 65504
 SHARD_BYTES = 5 * 10**9
@@ -55,57 +56,6 @@ LOGIT_TOLERANCE = 1e-3
 TIE = 1e-4  # two best logits that lie closer than this may change places with the order of a sum
 GREEDY_TOKENS = 64
 SETTINGS = {"do_sample": True, "temperature": 0.6, "top_k": 50, "max_new_tokens": 512}  # as in the terminal chat
-
-CHAT_TEMPLATE = """\
-{%- macro text_of(content) -%}
-  {%- if content is string -%}
-    {{- content -}}
-  {%- else -%}
-    {%- for part in content -%}
-      {%- if part.type != 'text' -%}
-        {{- raise_exception('this model reads text alone, not ' ~ part.type) -}}
-      {%- endif -%}
-      {{- part.text -}}
-    {%- endfor -%}
-  {%- endif -%}
-{%- endmacro -%}
-{%- set has_system = messages and messages[0].role == 'system' -%}
-{%- set turns = messages[1:] if has_system else messages -%}
-{%- if not turns -%}
-  {{- raise_exception('the conversation has no message of a user') -}}
-{%- endif -%}
-{{- bos_token -}}
-{%- for message in turns -%}
-  {%- if message.role != ('assistant' if loop.index0 % 2 else 'user') -%}
-    {{- raise_exception('user and assistant take turns, the user first; there was one of ' ~ message.role) -}}
-  {%- endif -%}
-  {%- if message.role == 'user' -%}
-    {{- '<|user_start|>' -}}
-    {%- if loop.first and has_system -%}
-      {{- text_of(messages[0].content) ~ '\\n\\n' -}}
-    {%- endif -%}
-    {{- text_of(message.content) ~ '<|user_end|>' -}}
-  {%- else -%}
-    {{- '<|assistant_start|>' -}}
-    {%- set parts = [{'type': 'text', 'text': message.content}] if message.content is string else message.content -%}
-    {%- for part in parts -%}
-      {%- if part.type == 'python_output' -%}
-        {{- '<|output_start|>' ~ part.text ~ '<|output_end|>' -}}
-      {%- else -%}
-        {%- generation -%}
-        {{- '<|python_start|>' ~ part.text ~ '<|python_end|>' if part.type == 'python' else part.text -}}
-        {%- endgeneration -%}
-      {%- endif -%}
-    {%- endfor -%}
-    {%- generation -%}
-    {{- '<|assistant_end|>' -}}
-    {%- endgeneration -%}
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-  {{- '<|assistant_start|>' -}}
-{%- endif -%}
-"""
 
 
 def require_libraries() -> None:
@@ -151,7 +101,7 @@ def export(
             "tokenizer_config.json": tokenizer_config(model.config, tokenizer, base),
         }.items():
             common.atomic_write(partial / name, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
-        common.atomic_write(partial / "chat_template.jinja", CHAT_TEMPLATE)
+        common.atomic_write(partial / CHAT_TEMPLATE.name, CHAT_TEMPLATE.read_bytes())
         checks = check_export(partial, model, tokenizer)
         common.atomic_write(partial / "README.md", model_card(model.config, meta, dtype, checks))
         manifest = make_manifest(partial, model.config, tokenizer, meta, dtype, checks)
@@ -305,54 +255,28 @@ def mergeable_tokens(tokenizer: "RustBPETokenizer") -> list[bytes]:
 
 def tokenizer_json(tokenizer: "RustBPETokenizer") -> dict[str, Any]:
     """The file of the library `tokenizers`: the same tokens for the same text. Raises UserError if the ranks are not those of merges."""
-    characters = byte_characters()
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
     tokens = mergeable_tokens(tokenizer)
     try:
         merges = recover_merges(tokens)
     except ValueError as error:
         raise UserError(f"this tokenizer cannot be exported: {error}") from None
-    special = {name: tokenizer.encode_special(name) for name in tokenizer.get_special_tokens()}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    bos, text, pair = (
-        {kind: {"id": name, "type_id": 0}} for kind, name in (("SpecialToken", "<|bos|>"), ("Sequence", "A"), ("Sequence", "B"))
-    )
+    characters = byte_characters()
 
     def written(token: bytes) -> str:
         return "".join(characters[byte] for byte in token)
 
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": id, "content": name, **flags} for name, id in special.items()],
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False},
-                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
-            ],
-        },
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [bos, text],
-            "pair": [bos, text, bos, pair],
-            "special_tokens": {"<|bos|>": {"id": "<|bos|>", "ids": [special["<|bos|>"]], "tokens": ["<|bos|>"]}},
-        },
-        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {written(token): i for i, token in enumerate(tokens)},
-            "merges": [[written(left), written(right)] for left, right in merges],
-        },
-    }
+    vocab = {written(token): i for i, token in enumerate(tokens)}
+    theirs: Any = Tokenizer(models.BPE(vocab=vocab, merges=[(written(left), written(right)) for left, right in merges]))
+    theirs.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(tokenizer.pattern), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    theirs.decoder = decoders.ByteLevel()
+    theirs.add_special_tokens([AddedToken(name, normalized=False) for name in tokenizer.get_special_tokens()])
+    bos = ("<|bos|>", tokenizer.get_bos_token_id())
+    theirs.post_processor = processors.TemplateProcessing(single="<|bos|> $A", pair="<|bos|> $A <|bos|> $B", special_tokens=[bos])
+    return dict(json.loads(theirs.to_str()))
 
 
 def tokenizer_config(config: GPTConfig, tokenizer: "RustBPETokenizer", base: bool) -> dict[str, Any]:
@@ -651,7 +575,7 @@ def read_hf(folder: Path) -> Imported:
         verify_files(folder, manifest)
     config = config_from_hf(read_json(folder / "config.json"), folder / "config.json")
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    names = sorted(set(read_json(index).get("weight_map", {}).values())) if index.is_file() else ["model.safetensors"]
     tensors: dict[str, Tensor] = {}
     for name in names:
         path = folder / Path(name).name

@@ -214,6 +214,7 @@ def without_a_merge(tokenizer: RustBPETokenizer) -> dict[str, Any]:
 
 
 WEIGHT_NAMES, TOKENIZER_JSON, HF_CONFIG = hf.weight_names, hf.tokenizer_json, hf.hf_config
+TEMPLATE = hf.CHAT_TEMPLATE.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -221,8 +222,8 @@ WEIGHT_NAMES, TOKENIZER_JSON, HF_CONFIG = hf.weight_names, hf.tokenizer_json, hf
     [
         ("weight_names", swapped_halves, "logit"),
         ("tokenizer_json", without_a_merge, "takes .* apart"),
-        ("CHAT_TEMPLATE", hf.CHAT_TEMPLATE.replace("'<|user_end|>'", "' <|user_end|>'"), "chat template"),
-        ("CHAT_TEMPLATE", hf.CHAT_TEMPLATE.replace("add_generation_prompt", "false"), "chat template"),
+        ("CHAT_TEMPLATE", TEMPLATE.replace("'<|user_end|>'", "' <|user_end|>'"), "chat template"),
+        ("CHAT_TEMPLATE", TEMPLATE.replace("add_generation_prompt", "false"), "chat template"),
         *(
             ("hf_config", lambda *args, change=change: {**HF_CONFIG(*args), **change}, "failed its check")
             for change in (
@@ -236,10 +237,13 @@ WEIGHT_NAMES, TOKENIZER_JSON, HF_CONFIG = hf.weight_names, hf.tokenizer_json, hf
     ],
 )
 def test_a_wrong_export_is_found_and_does_not_appear(model, tokenizer, tmp_path, monkeypatch, name, wrong, complaint):
+    if name == "CHAT_TEMPLATE":
+        (tmp_path / hf.CHAT_TEMPLATE.name).write_text(wrong, encoding="utf-8")
+        wrong = tmp_path / hf.CHAT_TEMPLATE.name
     monkeypatch.setattr(hf, name, wrong)
     with pytest.raises(UserError, match=complaint):
-        hf.export(model, tokenizer, META, tmp_path / "out", "float32")
-    assert list(tmp_path.iterdir()) == []
+        hf.export(model, tokenizer, META, tmp_path / "exports" / "out", "float32")
+    assert list((tmp_path / "exports").iterdir()) == []
 
 
 def test_what_the_format_cannot_carry_is_refused(model, tokenizer, tmp_path):
