@@ -13,9 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from zangchat.configurator import UserError, to_dict
+from zangchat.report import cpu_name
 
 BUSY = 0.2  # cores that others use, above which a timing is worth nothing
+BUSY_TIMES = ("user", "nice", "system", "irq", "softirq", "steal")  # of psutil.cpu_times, as far as the system has them
 
 
 def taken_meanwhile(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -23,15 +27,8 @@ def taken_meanwhile(work: Callable[[], Any]) -> tuple[float, Any]:
     the same hardware, too."""
 
     def seconds() -> float:
-        stat = Path("/proc/stat")
-        if not stat.exists():  # the load average, as if it had always been so
-            return os.getloadavg()[0] * time.perf_counter()
-        import resource
-
-        user, nice, system, _, _, irq, softirq, steal = map(int, stat.read_text().split()[1:9])
-        mine = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        everything = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-        return everything - sum(usage.ru_utime + usage.ru_stime for usage in mine)
+        times = psutil.cpu_times()._asdict()
+        return sum(times.get(name, 0.0) for name in BUSY_TIMES) - sum(psutil.Process().cpu_times()[:4])
 
     before, started = seconds(), time.perf_counter()
     result = work()
@@ -46,10 +43,8 @@ def machine(allowed: bool) -> dict[str, Any]:
     return {
         "cores": os.cpu_count(),
         "busy_cores_before": round(busy, 2),
-        "load_average": round(os.getloadavg()[0], 2),
-        "processor": next(
-            (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor()
-        ),
+        "load_average": round(psutil.getloadavg()[0], 2),
+        "processor": cpu_name(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
@@ -75,7 +70,3 @@ def middle(runs: list[Any]) -> Any:
     if isinstance(runs[0], list):
         return [middle(list(items)) for items in zip(*runs, strict=True)]
     return statistics.median(runs) if isinstance(runs[0], (int, float)) else runs[0]
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []

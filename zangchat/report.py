@@ -286,7 +286,7 @@ def hardware() -> dict[str, str]:
     import psutil
 
     cores = f"{psutil.cpu_count(logical=False) or '?'} cores, {psutil.cpu_count()} threads"
-    facts = {"system": platform.platform(), "CPU": f"{_cpu_name()} ({cores})", "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB"}
+    facts = {"system": platform.platform(), "CPU": f"{cpu_name()} ({cores})", "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB"}
     import torch
 
     if torch.cuda.is_available():
@@ -296,7 +296,8 @@ def hardware() -> dict[str, str]:
     return facts
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's model, as far as the system says."""
     path = Path("/proc/cpuinfo")
     if path.exists():
         match = re.search(r"^model name\s*:\s*(.+)$", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
