@@ -56,23 +56,21 @@ def write(config: Config, meta: dict[str, Any], result: dict[str, Any], minutes:
     """The CSV file and the report card, by rank 0."""
     if common.get_dist_info()[1] != 0:
         return
-    from zangchat.report import get_report
+    from zangchat.report import checkpoint_name, get_report
 
     report = get_report()
-    source, tag, step = meta["stage"], meta["user_config"].get("model_tag") or "untagged", meta["step"]
-    path = report.base_dir / "base_eval" / f"{source}_{tag}_{step:06d}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = report.base_dir / "base_eval" / f"{checkpoint_name(meta)}.csv"
     rows = [f"{label},{accuracy:.6f},{result['centered_results'][label]:.6f}" for label, accuracy in result["results"].items()]
     rows += [f"{label},," for label in result["missing"]]
     common.atomic_write(path, "\n".join(["task,accuracy,centered", *rows, f'"{result["name"]}",,{result["core_metric"]:.6f}']) + "\n")
     common.print0(f"written to {path}")
     facts = {
-        "model": f"{source} {tag} step {step}",
+        "model": checkpoint_name(meta),
         "questions per task": "all" if config.max_per_task == -1 else config.max_per_task,
         "tasks missing": ", ".join(result["missing"]) or "none",
         "minutes": round(minutes, 2),
     }
-    report.log(f"{source} model evaluation", [facts, {result["name"]: result["core_metric"], **result["centered_results"]}])
+    report.log(f"{meta['stage']} model evaluation", [facts, {result["name"]: result["core_metric"], **result["centered_results"]}])
 
 
 if __name__ == "__main__":

@@ -50,10 +50,11 @@ def evaluate(config: Config) -> int:
     try:
         from zangchat.engine import Engine, load_for_chat
         from zangchat.execution import SandboxRefused
+        from zangchat.report import checkpoint_name
 
         model, tokenizer, meta = load_for_chat(config)
         engine = Engine(model, tokenizer)
-        model_name = f"{meta['stage']}_{meta['user_config'].get('model_tag') or 'untagged'}_{meta['step']:06d}"
+        model_name = checkpoint_name(meta)
         results: dict[str, TaskResult] = {}
         missing: dict[str, str] = {}
         for name in names:
@@ -90,9 +91,7 @@ def chosen_tasks(config: Config) -> list[str]:
 
 
 def check(config: Config) -> None:
-    for name in ("max_new_tokens", "num_samples", "batch_size", "max_problems"):
-        if getattr(config, name) is not None and getattr(config, name) < 1:
-            raise configurator.UserError(f"--{name}={getattr(config, name)} is not possible: give at least 1")
+    configurator.check_at_least_1(config, "max_new_tokens", "num_samples", "batch_size", "max_problems")
     if config.temperature < 0 or config.top_k < 0:
         raise configurator.UserError(f"--temperature={config.temperature:g} and --top_k={config.top_k} must not be negative")
     if config.num_samples > 1 and config.temperature == 0:

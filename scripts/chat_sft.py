@@ -88,9 +88,7 @@ def train(config: Config) -> int:
 def check(config: Config) -> None:
     if config.source not in ("mid", "base"):
         raise configurator.UserError(f"--source={config.source} is no stage to finetune: choose mid or base")
-    for name in ("num_epochs", "target_examples_per_step"):
-        if getattr(config, name) < 1:
-            raise configurator.UserError(f"--{name}={getattr(config, name)} is not possible: give at least 1")
+    configurator.check_at_least_1(config, "num_epochs", "target_examples_per_step")
     run_setup.check_optimizer(config.optimizer)
 
 

@@ -103,6 +103,14 @@ def list_flags(config_cls: type) -> list[str]:
     return [" ".join((flag.name if flag.positional else f"--{flag.name}", *flag.aliases)) for flag in _flags(config_cls)]
 
 
+def check_at_least_1(config: Any, *names: str) -> None:
+    """Raises UserError for the first of these flags that is below 1; None passes."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name}={value} is not possible: give at least 1")
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The dataclass as plain JSON types (paths become strings, tuples lists); from_dict is the way back."""
     if not dataclasses.is_dataclass(config) or isinstance(config, type):

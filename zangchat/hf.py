@@ -528,12 +528,10 @@ and so were the token ids of {checks["texts with equal token ids"]} texts. `{MAN
 
 def measured(meta: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of this very checkpoint: its validation loss, and the scores on report cards that name it."""
-    from zangchat.report import get_report, summary_table
+    from zangchat.report import checkpoint_name, get_report, summary_table
 
-    source = origin(meta)
-    tag = source["model_tag"] or "untagged"
-    names = {f"{source['stage']}_{tag}_{source['step']:06d}", f"{source['stage']} {tag} step {source['step']}"}
-    cards = [card for card in get_report().cards() if any(isinstance(item, dict) and item.get("model") in names for item in card.data)]
+    name = checkpoint_name(meta)
+    cards = [card for card in get_report().cards() if any(isinstance(item, dict) and item.get("model") == name for item in card.data)]
     table = {metric: value for metric, stages in summary_table(cards, ()).items() for value in stages.values()}
     return {"validation bits per byte": meta["val_bpb"], **table} if meta.get("val_bpb") is not None else table
 

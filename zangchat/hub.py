@@ -81,7 +81,7 @@ def _plan(source: str, folder: Path, num_shards: int) -> Dataset:
     if num_shards > available:
         raise UserError(f"-n {num_shards}: {repo} has {available} training shards (and one for validation)")
     chosen = files[: available if num_shards == -1 else num_shards]
-    shards = [{"split": "train", **file} for file in chosen] + [{"split": "validation", **files[-1]}]
+    shards = [{**file, "split": "train"} for file in chosen] + [{**files[-1], "split": "validation"}]
     manifest = {
         "format": FORMAT,
         "name": source,
@@ -89,11 +89,8 @@ def _plan(source: str, folder: Path, num_shards: int) -> Dataset:
         "repo": repo,
         "revision": revision,
         "available": available,
-        "shards": [
-            {"name": shard["name"], "split": shard["split"], "bytes": shard["bytes"], "sha256": shard["sha256"]} for shard in shards
-        ],
+        "shards": shards,
     }
-    folder.mkdir(parents=True, exist_ok=True)
     write_manifest(folder, manifest)
     return Dataset(folder, manifest)
 

@@ -36,6 +36,7 @@ import tyro
 
 from zangchat import configurator
 from zangchat.common import atomic_write, get_base_dir, get_dist_info
+from zangchat.progress import in_words
 
 STAGES = ("BASE", "MID", "SFT", "RL")
 CHECKPOINT_FOLDERS = {"BASE": "base_checkpoints", "MID": "mid_checkpoints", "SFT": "chatsft_checkpoints", "RL": "chatrl_checkpoints"}
@@ -65,6 +66,11 @@ class Curve(NamedTuple):
     tag: str
     rows: list[dict[str, Any]]
     unreadable: int  # lines that are no JSON object: a write that was cut off
+
+
+def checkpoint_name(meta: Mapping[str, Any]) -> str:
+    """What files and cards about a checkpoint call it: sft_d20_000650."""
+    return f"{meta['stage']}_{meta['user_config'].get('model_tag') or 'untagged'}_{meta['step']:06d}"
 
 
 def stage_of(section: str) -> str | None:
@@ -106,7 +112,6 @@ class Report:
         if get_dist_info()[1] != 0:
             return
         card = {"section": section, "time": time.time(), "data": list(data)}
-        self.folder.mkdir(parents=True, exist_ok=True)
         atomic_write(self.folder / f"{slug}.card.json", json.dumps(card, indent=1, ensure_ascii=False, default=_plain))
 
     def reset(self) -> None:
@@ -115,7 +120,6 @@ class Report:
             for path in self.folder.iterdir():
                 if path.name.endswith((".card.json", ".svg")) or path.name in ("report.md", "report.html", "started.json"):
                     path.unlink()
-        self.folder.mkdir(parents=True, exist_ok=True)
         atomic_write(self.folder / "started.json", json.dumps({"time": time.time()}))
 
     def cards(self) -> list[Card]:
@@ -131,7 +135,6 @@ class Report:
 
     def generate(self, dollars_per_hour: float = 0.0) -> Path:
         """Write report.md, its plots and the self-contained report.html; returns the path of report.md."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         cards = self.cards()
         curves = [curve for stage in STAGES if (curve := read_curve(self.base_dir, stage)) is not None]
         plots = {}  # file name -> SVG
@@ -275,7 +278,9 @@ def _header(cards: Sequence[Card], started: float | None, dollars_per_hour: floa
     facts = {**hardware(), **software()}
     if started is not None and cards:
         seconds = max(card.time for card in cards) - started
-        facts["wall-clock"] = f"{_duration(seconds)} (start {_clock(started)}, last card {_clock(max(card.time for card in cards))})"
+        facts["wall-clock"] = (
+            f"{in_words(max(0.0, seconds))} (start {_clock(started)}, last card {_clock(max(card.time for card in cards))})"
+        )
         if dollars_per_hour > 0:
             facts["cost"] = f"${seconds / 3600 * dollars_per_hour:.2f} at ${dollars_per_hour:g} an hour"
     return lines + [f"| {_cell(name)} | {_cell(value)} |" for name, value in facts.items()] + [""]
@@ -469,11 +474,6 @@ def _cell(value: Any) -> str:
 
 def _clock(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-
-
-def _duration(seconds: float) -> str:
-    minutes = max(0, round(seconds)) // 60
-    return f"{minutes // 60}h {minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m {max(0, round(seconds)) % 60:02d}s"
 
 
 STYLE = """

@@ -62,7 +62,6 @@ class TaskResult:
     def write(self, path: Path) -> None:
         """One JSON line per problem, for people to read. Only rank 0 writes."""
         if collectives.world()[0] == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
             lines = (json.dumps({**asdict(item), "passed": item.passed}, ensure_ascii=False) + "\n" for item in self.items)
             atomic_write(path, "".join(lines))
 

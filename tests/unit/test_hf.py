@@ -115,7 +115,7 @@ def test_the_manifest_has_the_hash_of_every_file(exported):
 def test_the_card_has_the_numbers_of_this_checkpoint_alone(model, tokenizer):
     report = get_report()
     report.log("Chat evaluation sft", [{"GSM8K": 0.125}, {"model": "sft_tiny_000007", "GSM8K problems": 8}])
-    report.log("Base model evaluation", [{"model": "base tiny step 7"}, {"CORE": 0.2}])
+    report.log("Base model evaluation", [{"model": "base_tiny_000007"}, {"CORE": 0.2}])
     card = hf.model_card(
         model.config, META, "float32", {"largest logit difference": 0.0, "equal greedy tokens": 1, "texts with equal token ids": 1}
     )
