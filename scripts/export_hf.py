@@ -35,11 +35,12 @@ def export(config: Config) -> int:
 
     hf.require_libraries()
     model, tokenizer, meta = checkpoint_manager.load_model(config.source, "cpu", "eval", config.model_tag, config.step, dtype="float32")
-    manifest = hf.export(model, tokenizer, meta, config.output, config.dtype)
+    output = config.output.expanduser()
+    manifest = hf.export(model, tokenizer, meta, output, config.dtype)
     for what, value in manifest["checks"].items():
         common.print0(f"{what}: {value:.2g}" if isinstance(value, float) else f"{what}: {value}")
     size = sum(file["size"] for file in manifest["files"].values())
-    common.print0(f"written to {config.output}: {len(manifest['files'])} files, {size / 2**20:.1f} MiB")
+    common.print0(f"written to {output}: {len(manifest['files'])} files, {size / 2**20:.1f} MiB")
     return 0
 
 

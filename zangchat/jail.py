@@ -116,7 +116,21 @@ def prctl(option: int, value: int) -> None:
 # A value is a letter, a decimal size, a colon, and so many bytes, or so many values. Reading one makes nothing but literals, and takes time
 # and memory in proportion to the bytes.
 
-SCALARS: tuple[tuple[Any, bytes], ...] = ((int, b"i"), (float, b"f"), (complex, b"c"), (str, b"s"), (bytes, b"b"), (bytearray, b"a"))
+
+def _complex(data: bytes) -> complex:
+    real, imaginary = data.decode().split(" ")
+    return complex(float.fromhex(real), float.fromhex(imaginary))
+
+
+SCALARS: tuple[tuple[Any, bytes, Callable[[Any], bytes], Callable[[bytes], Any]], ...] = (  # kind, letter, to bytes, from bytes
+    # hexadecimal, in the time that it takes to read it; decimal digits would take the square
+    (int, b"i", lambda value: int.__format__(value, "x").encode(), lambda data: int(data, 16)),
+    (float, b"f", lambda value: float.hex(value).encode(), lambda data: float.fromhex(data.decode())),
+    (complex, b"c", lambda value: f"{value.real.hex()} {value.imag.hex()}".encode(), _complex),
+    (str, b"s", lambda value: str.encode(value, "utf-8", "surrogatepass"), lambda data: data.decode("utf-8", "surrogatepass")),
+    (bytes, b"b", bytes, bytes),
+    (bytearray, b"a", bytes, bytearray),
+)
 CONTAINERS: tuple[tuple[Any, bytes], ...] = ((list, b"l"), (tuple, b"t"), (set, b"e"), (frozenset, b"z"), (dict, b"d"))
 CONSTANTS = ((None, b"N"), (True, b"T"), (False, b"F"), (Ellipsis, b"E"))
 
@@ -136,9 +150,9 @@ def _encode(value: Any, add: Callable[[bytes], None]) -> None:
         if value is constant:
             add(letter + b"0:")
             return
-    for kind, letter in SCALARS:
+    for kind, letter, to_bytes, _ in SCALARS:
         if isinstance(value, kind):
-            data = _payload(kind, value)
+            data = to_bytes(value)
             add(b"%s%d:" % (letter, len(data)))
             add(data)
             return
@@ -150,16 +164,6 @@ def _encode(value: Any, add: Callable[[bytes], None]) -> None:
                 _encode(item, add)
             return
     raise TypeError(f"an object of type {type(value).__name__} is no literal")
-
-
-def _payload(kind: type, value: Any) -> bytes:
-    if kind is int:
-        return int.__format__(value, "x").encode()  # in the time that it takes to read it; decimal digits would take the square
-    if kind is float:
-        return float.hex(value).encode()
-    if kind is complex:
-        return f"{value.real.hex()} {value.imag.hex()}".encode()
-    return str.encode(value, "utf-8", "surrogatepass") if kind is str else bytes(value)
 
 
 def decode(data: bytes) -> Any:
@@ -179,10 +183,9 @@ def _decode(data: bytes, start: int) -> tuple[Any, int]:
             return constant, start
     if size < 0 or size > len(data) - start:
         raise ValueError("a message is cut short")
-    for kind, own in SCALARS:
+    for _, own, _, from_bytes in SCALARS:
         if letter == own:
-            payload = data[start : start + size]
-            return _scalar(kind, payload), start + size
+            return from_bytes(data[start : start + size]), start + size
     for kind, own in CONTAINERS:
         if letter == own:
             items = []
@@ -191,17 +194,6 @@ def _decode(data: bytes, start: int) -> tuple[Any, int]:
                 items.append(item)
             return kind(zip(items[::2], items[1::2], strict=True)) if kind is dict else kind(items), start
     raise ValueError(f"{letter!r} is no kind of value")
-
-
-def _scalar(kind: Any, payload: bytes) -> Any:
-    if kind is int:
-        return int(payload, 16)
-    if kind is float:
-        return float.fromhex(payload.decode())
-    if kind is complex:
-        real, imaginary = payload.decode().split(" ")
-        return complex(float.fromhex(real), float.fromhex(imaginary))
-    return payload.decode("utf-8", "surrogatepass") if kind is str else kind(payload)
 
 
 def send(fd: int, value: Any) -> None:

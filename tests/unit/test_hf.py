@@ -292,15 +292,16 @@ def run(main: Any, *args: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_export_and_import_give_the_same_bits(tokenizer, tmp_path, dtype, capsys):
+def test_export_and_import_give_the_same_bits(tokenizer, tmp_path, monkeypatch, dtype, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
     saved = make_model(tokenizer)
     folder = checkpoint_manager.checkpoints_dir("sft") / "tiny"
     tokenizer.save(folder)
     meta = {**META, "model_config": saved.config.to_dict(), "run_state": RunState().to_dict()}
     checkpoint_manager.save_checkpoint(folder, 7, saved.state_dict(), None, meta)
-    run(export_hf.main, "-g", "tiny", "-o", str(tmp_path / "out"), f"--dtype={dtype}")
+    run(export_hf.main, "-g", "tiny", "--output=~/out", f"--dtype={dtype}")
     assert "equal greedy tokens: 384" in capsys.readouterr().out
-    run(import_model.main, f"--path={tmp_path / 'out'}", "--source=rl", "--model_tag=back")
+    run(import_model.main, "--path=~/out", "--source=rl", "--model_tag=back")
     weights, _, meta = checkpoint_manager.load_checkpoint(checkpoint_manager.checkpoints_dir("rl") / "back", 7, "cpu")
     assert meta["model_config"] == saved.config.to_dict()
     for name, tensor in saved.state_dict().items():

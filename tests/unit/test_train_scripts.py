@@ -323,6 +323,7 @@ def test_what_is_missing_names_the_command_that_makes_it(base, tmp_path, monkeyp
     assert "python -m scripts.base_train" in refused(mid_train.main, mid_flags(base), capsys)
     assert "python -m scripts.mid_train" in refused(chat_sft.main, sft_flags(base), capsys)
     assert "python -m scripts.base_train" in refused(base_loss.main, ["--device_type=cpu"], capsys)
+    assert "--device_batch_size=0" in refused(base_loss.main, ["--device_batch_size=0", "--device_type=cpu"], capsys)
 
 
 def test_unknown_tags_steps_and_tasks_are_named(base, capsys):
