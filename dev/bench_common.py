@@ -1,7 +1,6 @@
 """What benchmarks share: a machine that is busy with something else is refused, every figure says where it was taken, each repetition
 is a process of its own, and of several the median counts."""
 
-import dataclasses
 import json
 import os
 import platform
@@ -15,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from zangchat.configurator import UserError, to_dict
+from zangchat.configurator import UserError, as_flags
 from zangchat.report import cpu_name
 
 BUSY = 0.2  # cores that others use, above which a timing is worth nothing
@@ -52,11 +51,7 @@ def machine(allowed: bool) -> dict[str, Any]:
 
 def repetition(module: str, config: Any) -> Any:
     """What `python -m module`, with the flags that make `config` of its defaults, prints in its last line: JSON."""
-    defaults = {f.name: f.default for f in dataclasses.fields(config)}
-    flags = [
-        f"--{name}={int(value) if isinstance(value, bool) else value}" for name, value in to_dict(config).items() if value != defaults[name]
-    ]
-    command = [sys.executable, "-m", module, *flags]
+    command = [sys.executable, "-m", module, *as_flags(config)]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=Path(__file__).parents[1])
     if done.returncode:
         raise UserError(f"{config.worker} could not be measured:\n{done.stderr[-3000:]}")

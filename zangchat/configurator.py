@@ -89,7 +89,7 @@ def parse(config_cls: type[C], argv: Sequence[str] | None = None) -> C:
     missing = [f"--{flag.name}" for flag in flags.values() if flag.required and not flag.positional and flag.name not in given]
     if missing:
         raise UserError(f"{' and '.join(missing)} must be given; {_help_hint()}")
-    tokens = [token for name, values in given.items() for token in flags[name].tokens(values)]
+    tokens = [flags[name].token(value) for name, value in given.items()]
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -112,19 +112,14 @@ def check_at_least_1(config: Any, *names: str) -> None:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The dataclass as plain JSON types (paths become strings, tuples lists); from_dict is the way back."""
-    if not dataclasses.is_dataclass(config) or isinstance(config, type):
-        raise TypeError(f"expected a dataclass instance, not {type(config).__name__}")
-    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    """The flags and their values as JSON knows them: paths are strings."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(config).items()}
 
 
-def from_dict(cls: type[C], values: dict[str, Any]) -> C:
-    """The dataclass from to_dict's output, also by way of JSON. Missing keys take their defaults; an unknown one raises ValueError."""
-    hints = get_type_hints(cls)
-    unknown = set(values) - {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    if unknown:
-        raise ValueError(f"{cls.__name__} has no setting named {', '.join(sorted(unknown))}")
-    return cls(**{name: _restored(value, hints[name]) for name, value in values.items()})
+def as_flags(config: Any) -> list[str]:
+    """The flags that give this configuration: those that are not at their defaults. The way back is `parse`."""
+    values = ((f.name, getattr(config, f.name), f.default) for f in dataclasses.fields(config))
+    return [f"--{name}={int(value) if isinstance(value, bool) else value}" for name, value, default in values if value != default]
 
 
 # ---- flags of a dataclass -------------------------------------------------------------------------------------------
@@ -142,20 +137,11 @@ class _Flag:
     def is_bool(self) -> bool:
         return self.hint is bool
 
-    @property
-    def is_sequence(self) -> bool:
-        return any(get_origin(option) in (list, tuple, set) for option in _options(self.hint))
-
-    def tokens(self, values: list[str]) -> list[str]:
+    def token(self, value: str) -> str:
         """What tyro is to read: one unambiguous spelling, so that a value may begin with a dash."""
         if self.is_bool:
-            return [f"--{self.name}" if BOOLEANS[values[0].lower()] else f"--no_{self.name}"]
-        if self.is_sequence:
-            return [f"--{self.name}", *values]
-        value = values[0]
-        if bool in _options(self.hint) and value.lower() in BOOLEANS:  # bool | None
-            value = str(BOOLEANS[value.lower()])
-        return [f"--{self.name}={value}"]
+            return f"--{self.name}" if BOOLEANS[value.lower()] else f"--no_{self.name}"
+        return f"--{self.name}={value}"
 
     def expectation(self) -> str:
         """Its type in words."""
@@ -192,13 +178,13 @@ def _flags(config_cls: type) -> Iterator[_Flag]:
         )
 
 
-def _read(arguments: list[str], flags: dict[str, _Flag]) -> tuple[dict[str, list[str]], list[str]]:
-    """Command line -> ({flag name: its values}, what is no flag). Raises UserError for what cannot be meant."""
+def _read(arguments: list[str], flags: dict[str, _Flag]) -> tuple[dict[str, str], list[str]]:
+    """Command line -> ({flag name: its value}, what is no flag). Raises UserError for what cannot be meant."""
     spellings = {f"--{name}": name for name, flag in flags.items() if not flag.positional}
     spellings |= {alias: name for name, flag in flags.items() for alias in flag.aliases}
     negations = {f"--no_{name}": name for name, flag in flags.items() if flag.is_bool}
     allowed_positionals = sum(flag.positional for flag in flags.values())
-    given: dict[str, list[str]] = {}
+    given: dict[str, str] = {}
     positionals: list[str] = []
     queue = list(arguments)
 
@@ -219,7 +205,7 @@ def _read(arguments: list[str], flags: dict[str, _Flag]) -> tuple[dict[str, list
         elif spelling in negations:
             if equals:
                 raise UserError(f"{spelling} takes no value; {_help_hint()}")
-            given[negations[spelling]] = ["false"]
+            given[negations[spelling]] = "false"
         elif spelling not in spellings:
             raise UserError(_unknown(argument.partition("=")[0], [*spellings, *negations]))
         else:
@@ -230,17 +216,11 @@ def _read(arguments: list[str], flags: dict[str, _Flag]) -> tuple[dict[str, list
                     value = queue.pop(0) if queue and queue[0].lower() in BOOLEANS and not allowed_positionals else "true"
                 if value.lower() not in BOOLEANS:
                     raise UserError(f"{spelling}={value} is not understood: write {spelling}, {spelling}=1 or {spelling}=0")
-                given[flag.name] = [value]
-            elif equals:
-                given[flag.name] = [value]
-            elif not queue or is_flag(queue[0]):
-                raise UserError(f"{spelling} needs a value: {flag.expectation()}; {_help_hint()}")
-            elif flag.is_sequence:
-                given[flag.name] = [queue.pop(0)]
-                while queue and not is_flag(queue[0]):
-                    given[flag.name].append(queue.pop(0))
-            else:
-                given[flag.name] = [queue.pop(0)]
+            elif not equals:
+                if not queue or is_flag(queue[0]):
+                    raise UserError(f"{spelling} needs a value: {flag.expectation()}; {_help_hint()}")
+                value = queue.pop(0)
+            given[flag.name] = value
     return given, positionals
 
 
@@ -264,19 +244,19 @@ def _unknown(flag: str, known: list[str]) -> str:
 
 
 def _diagnose(
-    config_cls: type, flags: dict[str, _Flag], given: dict[str, list[str]], positionals: list[str], stop: SystemExit, printed: str
+    config_cls: type, flags: dict[str, _Flag], given: dict[str, str], positionals: list[str], stop: SystemExit, printed: str
 ) -> str:
     """Which flag tyro refused: each is tried alone. Otherwise the dataclass's own check (a ValueError in __post_init__) did."""
-    required = [token for name, flag in flags.items() if flag.required and name in given for token in flag.tokens(given[name])]
-    for name, values in given.items():
+    required = [flag.token(given[name]) for name, flag in flags.items() if flag.required and name in given]
+    for name, value in given.items():
         with contextlib.redirect_stderr(io.StringIO()) as alone:
             try:
-                _tyro(config_cls, [*required, *flags[name].tokens(values)])
+                _tyro(config_cls, [*required, flags[name].token(value)])
                 continue
             except SystemExit:
                 pass
         if "Error parsing " + config_cls.__name__ not in alone.getvalue():
-            return f"--{name}={' '.join(values)} is not understood: expected {flags[name].expectation()}"
+            return f"--{name}={value} is not understood: expected {flags[name].expectation()}"
     for value, flag in zip(positionals, (flag for flag in flags.values() if flag.positional), strict=False):
         if f"argument '{flag.name}'" in printed or f"parsing {flag.name.upper()}" in printed:
             return f"{value!r} is not understood: expected {flag.expectation()}"
@@ -311,34 +291,3 @@ def _description(config_cls: type) -> str:
     module = sys.modules.get(config_cls.__module__)
     paragraph = ((module.__doc__ if module else None) or "").strip().partition("\n\n")[0]
     return " ".join(paragraph.split())
-
-
-# ---- JSON -----------------------------------------------------------------------------------------------------------
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return to_dict(value)
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise TypeError(f"a configuration holds {type(value).__name__}, which JSON does not know")
-
-
-def _restored(value: Any, hint: Any) -> Any:
-    for option in _options(hint):
-        origin = get_origin(option)
-        if dataclasses.is_dataclass(option) and isinstance(option, type) and isinstance(value, dict):
-            return from_dict(option, value)
-        if option is Path and isinstance(value, str):
-            return Path(value)
-        if origin is tuple and isinstance(value, list):
-            return tuple(value)
-        if option is float and isinstance(value, int) and not isinstance(value, bool) and int not in _options(hint):
-            return float(value)
-    return value
