@@ -6,6 +6,7 @@ A schedule needs to know its length beforehand, and a run that is resumed needs 
 before the first stage, and the plan is kept (runcpu.sh writes it to <base>/runcpu.plan).
 """
 
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -67,7 +68,7 @@ def seconds_per_step(config: GPTConfig, tokens_per_step: int, steps: int = 12) -
         optimizer.zero_grad()
         common.device_synchronize(device)
         times.append(time.perf_counter() - start)
-    return sorted(times[steps // 4 :])[(steps - steps // 4) // 2]
+    return statistics.median(times[steps // 4 :])
 
 
 if __name__ == "__main__":

@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from zangchat.config import GPTConfig
 from zangchat.dataset import Dataset, write_dataset
+from zangchat.gpt import GPT
 
 SPECIAL_TOKENS = [
     "<|bos|>",
@@ -102,6 +105,16 @@ class ByteTokenizer:
             messages.pop()
         ids, _ = self.render_conversation({"messages": messages}, max_tokens=1 << 30)
         return [*ids, self.encode_special("<|assistant_start|>")]
+
+
+def lively_model(vocab_size: int, sequence_len: int, n_layer: int, n_embd: int, seed: int, std: float = 0.3) -> GPT:
+    """Random, two heads, and loud: every weight matters to the logits."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(sequence_len=sequence_len, vocab_size=vocab_size, n_layer=n_layer, n_head=2, n_kv_head=2, n_embd=n_embd))
+    model.init_weights()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, std)
+    return model
 
 
 class ListTask:

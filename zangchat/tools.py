@@ -11,7 +11,9 @@ in any thread.
 
 import ast
 import math
+import operator
 import re
+from collections.abc import Callable
 
 MAX_STRING = 1000  # characters of a string literal
 MAX_FORMULA = 256  # characters outside string literals
@@ -24,7 +26,6 @@ Number = int | float
 _STRING = re.compile(r"""('[^'\\\n]*'|"[^"\\\n]*")""")
 _THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}(?:,\d{3})+(?![\d,])")
 _ALPHABET = re.compile(r"(?:[0-9.+\-*/%() eE]|\.count\()*")
-_OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow)
 
 
 class _RefusedError(Exception):
@@ -65,8 +66,8 @@ def _value(node: ast.expr) -> Number:
             return -_value(operand)
         case ast.UnaryOp(op=ast.UAdd(), operand=operand):
             return _value(operand)
-        case ast.BinOp(left=left, op=op, right=right) if isinstance(op, _OPERATORS):
-            return _checked(_apply(op, _value(left), _value(right)))
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+            return _checked(_OPERATORS[type(op)](_value(left), _value(right)))
         case ast.Call(
             func=ast.Attribute(value=ast.Constant(value=str() as text), attr="count"),
             args=[ast.Constant(value=str() as part)],
@@ -76,23 +77,8 @@ def _value(node: ast.expr) -> Number:
     raise _RefusedError
 
 
-def _apply(op: ast.operator, a: Number, b: Number) -> Number:
-    match op:
-        case ast.Add():
-            return a + b
-        case ast.Sub():
-            return a - b
-        case ast.Mult():
-            return a * b
-        case ast.Div():
-            return a // b if isinstance(a, int) and isinstance(b, int) and b and a % b == 0 else a / b
-        case ast.FloorDiv():
-            return a // b
-        case ast.Mod():
-            return a % b
-        case ast.Pow():
-            return _power(a, b)
-    raise _RefusedError
+def _quotient(a: Number, b: Number) -> Number:
+    return a // b if isinstance(a, int) and isinstance(b, int) and b and a % b == 0 else a / b
 
 
 def _power(a: Number, b: Number) -> Number:
@@ -102,6 +88,17 @@ def _power(a: Number, b: Number) -> Number:
     if isinstance(result, complex):
         raise _RefusedError
     return result
+
+
+_OPERATORS: dict[type[ast.operator], Callable[[Number, Number], Number]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: _quotient,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: _power,
+}
 
 
 def _checked(value: Number) -> Number:

@@ -17,10 +17,10 @@ from scripts import base_eval, chat_eval, chat_rl
 from tasks import common, spellingbee
 from tasks.common import REGISTRY, Entry, GeneratedTask, chat, visible_text
 from tests.unit.test_core_eval import make_bundle
+from tests.util import lively_model
 from zangchat import checkpoint_manager, execution, trainer
-from zangchat.config import GPTConfig, RunState
+from zangchat.config import RunState
 from zangchat.execution import ExecutionResult, Jail, Sandbox, SandboxLevel
-from zangchat.gpt import GPT
 from zangchat.report import get_report
 from zangchat.tokenizer import RustBPETokenizer
 
@@ -59,11 +59,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base directory with a random model that passes for a finetuned one (tags a and b) and for a base model."""
     root = tmp_path_factory.mktemp("base")
     tokenizer = RustBPETokenizer.train_from_iterator(iter([TEXT] * 2), 400)
-    torch.manual_seed(2)
-    model = GPT(GPTConfig(sequence_len=64, vocab_size=tokenizer.get_vocab_size(), n_layer=1, n_head=2, n_kv_head=2, n_embd=32))
-    model.init_weights()
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.2)
+    model = lively_model(tokenizer.get_vocab_size(), sequence_len=64, n_layer=1, n_embd=32, seed=2, std=0.2)
     for stage, tag in (("sft", "a"), ("sft", "b"), ("base", "a")):
         folder = root / checkpoint_manager.SOURCES[stage] / tag
         folder.mkdir(parents=True)

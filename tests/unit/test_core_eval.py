@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from tests.reference import core_eval as slow
-from tests.util import ByteTokenizer
+from tests.util import ByteTokenizer, lively_model
 from zangchat import collectives, core_eval
 from zangchat.config import GPTConfig
 from zangchat.configurator import UserError
@@ -28,13 +28,8 @@ WORDS = ["red", "green", "blue", "white", "a dog", "the sea", "two", "one more"]
 
 @pytest.fixture(scope="module")
 def model() -> GPT:
-    """Random and lively, with a context that long prompts exceed."""
-    torch.manual_seed(3)
-    model = GPT(GPTConfig(sequence_len=96, vocab_size=TOKENIZER.get_vocab_size(), n_layer=2, n_head=2, n_kv_head=2, n_embd=32))
-    model.init_weights()
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.3)
-    return model.eval()
+    """With a context that long prompts exceed."""
+    return lively_model(TOKENIZER.get_vocab_size(), sequence_len=96, n_layer=2, n_embd=32, seed=3).eval()
 
 
 def items(kind: str, count: int, seed: int = 0) -> list[dict[str, Any]]:

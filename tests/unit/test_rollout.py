@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from tasks.common import Task, chat, visible_text
-from tests.util import ByteTokenizer
+from tests.util import ByteTokenizer, lively_model
 from zangchat import collectives
-from zangchat.config import GPTConfig
 from zangchat.gpt import GPT
 from zangchat.rollout import Sample, Sampling, prompt_order, rollout, rollout_batches, to_batch
 from zangchat.trainer import sum_loss
@@ -37,12 +36,7 @@ class Short(Task):
 
 @pytest.fixture
 def model() -> GPT:
-    torch.manual_seed(7)
-    model = GPT(GPTConfig(sequence_len=32, vocab_size=TOKENIZER.get_vocab_size(), n_layer=1, n_head=2, n_kv_head=2, n_embd=16))
-    model.init_weights()
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.3)
-    return model
+    return lively_model(TOKENIZER.get_vocab_size(), sequence_len=32, n_layer=1, n_embd=16, seed=7)
 
 
 def batches(model: GPT, cursor: dict[str, Any] | None = None, examples: int = 4, **settings: Any) -> Any:

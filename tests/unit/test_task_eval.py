@@ -8,11 +8,9 @@ import pytest
 import torch
 
 from tasks.common import Task, chat, tool_used, visible_text
-from tests.util import ByteTokenizer
+from tests.util import ByteTokenizer, lively_model
 from zangchat import collectives, task_eval
-from zangchat.config import GPTConfig
 from zangchat.engine import Engine
-from zangchat.gpt import GPT
 from zangchat.task_eval import Item, TaskResult, completion_parts, evaluate_task, gather_rows
 
 TOKENIZER = ByteTokenizer()
@@ -25,13 +23,7 @@ def special(name: str) -> int:
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    """Random and lively."""
-    torch.manual_seed(5)
-    model = GPT(GPTConfig(sequence_len=CONTEXT, vocab_size=TOKENIZER.get_vocab_size(), n_layer=2, n_head=2, n_kv_head=2, n_embd=32))
-    model.init_weights()
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.3)
-    return Engine(model.eval(), TOKENIZER)
+    return Engine(lively_model(TOKENIZER.get_vocab_size(), CONTEXT, n_layer=2, n_embd=32, seed=5).eval(), TOKENIZER)
 
 
 class Choices(Task):
