@@ -117,27 +117,27 @@ class Event(NamedTuple):
 class KVCache:
     """Keys and values of many rows, preallocated and grown by doubling; every row has its own length.
 
-    `storage` (L, rows, S, 2, G, D): what a token adds to a layer is one piece of memory.
+    `storage` (L, 2 x G, rows, S, D), first the heads of the keys, then those of the values: what a head reads of a row is one piece.
     """
 
     def __init__(self, config: GPTConfig, num_rows: int, capacity: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self.max_capacity = _rounded(config.sequence_len)
         self.lengths = [0] * num_rows  # tokens stored, per row
-        shape = (config.n_layer, num_rows, _rounded(capacity), 2, config.n_kv_head, config.head_dim)
+        shape = (config.n_layer, 2 * config.n_kv_head, num_rows, _rounded(capacity), config.head_dim)
         # zeros, not empty: a masked position still enters the sum as 0 x value, which is NaN where the memory held one
         self._keep(torch.zeros(shape, dtype=dtype, device=device))
 
     def _keep(self, storage: Tensor) -> None:
         self.storage = storage
-        self.layers = storage.view(storage.size(0), storage.size(1) * storage.size(2), -1).unbind(0)  # (rows x S, 2 x G x D) each
+        self.layers = storage.flatten(2, 3).unbind(0)  # (2 x G, rows x S, D) each
 
     @property
     def num_rows(self) -> int:
-        return self.storage.size(1)
+        return self.storage.size(2)
 
     @property
     def capacity(self) -> int:
-        return self.storage.size(2)
+        return self.storage.size(3)
 
     def reserve(self, num_rows: int, capacity: int) -> None:
         """Make room, keeping what is stored. Storage at least doubles, so that growing costs little over time."""
@@ -148,13 +148,13 @@ class KVCache:
             capacity = max(_rounded(capacity), min(2 * self.capacity, self.max_capacity))
         rows, length, old = self.num_rows, self.capacity, self.storage
         if num_rows > rows or capacity > length:
-            new = old.new_zeros(old.size(0), max(num_rows, rows), max(capacity, length), *old.shape[3:])
-            new[:, :rows, :length] = old
+            new = old.new_zeros(*old.shape[:2], max(num_rows, rows), max(capacity, length), old.size(4))
+            new[:, :, :rows, :length] = old
             self._keep(new)
 
     def copy_row(self, source: int, target: int) -> None:
         length = self.lengths[source]
-        self.storage[:, target, :length] = self.storage[:, source, :length]
+        self.storage[:, :, target, :length] = self.storage[:, :, source, :length]
         self.lengths[target] = length
 
     def rows(self, start: int, stop: int) -> "CacheRows":
@@ -197,12 +197,14 @@ class CacheRows:
         return self.store(layer_idx, new.reshape(new.size(0) * new.size(1), -1))
 
     def store(self, layer_idx: int, new: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The same for keys and values as they lie in the cache, (B*T, 2 x G x D)."""
+        """The same for keys and values side by side, (B*T, 2 x G x D)."""
+        layer = self.cache.layers[layer_idx]
+        new = new.view(new.size(0), -1, layer.size(2))
         if self._where is None:
             self._prepare(new)
-        self.cache.layers[layer_idx].index_copy_(0, self._where, new)
+        layer.index_copy_(1, self._where, new.transpose(0, 1))
         if self.longest == 0:
-            k, v = new.view(len(self.rows), -1, *self.cache.storage.shape[3:]).transpose(1, 3).unbind(2)
+            k, v = new.view(len(self.rows), -1, *new.shape[1:]).transpose(1, 2).chunk(2, dim=1)
             return k, v, None
         return self._keys[layer_idx], self._values[layer_idx], self._mask
 
@@ -211,7 +213,7 @@ class CacheRows:
         B, cache, device = len(self.rows), self.cache, new.device
         T, first = new.size(0) // B, self.rows[0]
         end = self.longest + T
-        if end > cache.capacity or new.size(0) != T * B or new.size(1) != cache.layers[0].size(1):
+        if end > cache.capacity or new.size(0) != T * B or new.size(1) != cache.storage.size(1):
             raise ValueError(f"no room for {tuple(new.shape)} behind {self.longest} tokens in {B} rows")
         where = self.positions[:, None] + torch.arange(T, device=device)  # (B, T)
         together = list(self.rows) == list(range(first, first + B))
@@ -219,8 +221,8 @@ class CacheRows:
         self._where = (rows[:, None] * cache.capacity + where).flatten()
         if self.longest == 0:
             return
-        stored = cache.storage[:, first : first + B, :end].permute(3, 0, 1, 4, 2, 5)  # (2, L, B, G, S, D)
-        self._keys, self._values = stored[0].unbind(0), stored[1].unbind(0)
+        stored = cache.storage[:, :, first : first + B, :end].transpose(1, 2)  # (L, B, 2 x G, S, D)
+        self._keys, self._values = (part.unbind(0) for part in stored.chunk(2, dim=2))
         if T > 1 or not self.aligned:
             hidden = torch.arange(end, device=device) > where[:, :, None]
             self._mask = torch.zeros(hidden.shape, dtype=new.dtype, device=device).masked_fill_(hidden, float("-inf"))[:, None]
