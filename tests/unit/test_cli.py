@@ -5,6 +5,7 @@ python tests/unit/test_cli.py        writes cli_flags.json again, after a flag w
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -115,3 +116,13 @@ def test_a_wrong_flag_gets_one_sentence(command, mistake_of):
 if __name__ == "__main__":
     GOLDEN.write_text(json.dumps({command: flags_of(command) for command in COMMANDS}, indent=1) + "\n", encoding="utf-8", newline="\n")
     print(f"{GOLDEN}: {len(COMMANDS)} commands")
+
+
+def test_ctrl_c_while_a_command_is_still_importing_is_one_line_and_code_130(tmp_path, monkeypatch):
+    (tmp_path / "tyro.py").write_text("raise KeyboardInterrupt", encoding="utf-8")  # as if it came while this was read
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), *filter(None, (os.environ.get("PYTHONPATH"),)))))
+    done = subprocess.run([sys.executable, "-m", "scripts.chat_web"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+    (tmp_path / "tyro.py").write_text("raise ImportError('no such thing')", encoding="utf-8")
+    done = subprocess.run([sys.executable, "-m", "scripts.chat_web"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("Traceback") and "no such thing" in done.stderr
