@@ -96,7 +96,7 @@ def check(config: Config) -> None:
         raise configurator.UserError(
             f"--temperature={config.temperature:g} must be above 0, for samples have to differ, and --top_k={config.top_k} not below it"
         )
-    run_setup.check_optimizer(config.optimizer)
+    run_setup.check_optimizer(config)
 
 
 def load(config: Config, split: str, tokenizer: Any) -> "Task":

@@ -89,7 +89,7 @@ def check(config: Config) -> None:
     if config.source not in ("mid", "base"):
         raise configurator.UserError(f"--source={config.source} is no stage to finetune: choose mid or base")
     configurator.check_at_least_1(config, "num_epochs", "target_examples_per_step")
-    run_setup.check_optimizer(config.optimizer)
+    run_setup.check_optimizer(config)
 
 
 def make_stage(run: run_setup.Run, steps: int, task: "Task", tokenizer: Any) -> "Stage":

@@ -87,7 +87,7 @@ def train(config: Config) -> int:
 def check(config: Config) -> None:
     if not 0 < config.mixture_ratio <= 1:
         raise configurator.UserError(f"--mixture_ratio={config.mixture_ratio:g} is not possible: a share above 0 and at most 1")
-    run_setup.check_optimizer(config.optimizer)
+    run_setup.check_optimizer(config)
 
 
 def make_plan(run: run_setup.Run, model_config: GPTConfig, task: "Task", tokenizer: Any) -> schedule.TrainPlan:

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 BatchSize = int | Literal["auto"]  # rows in one pass; "auto": what fits the memory of the device
 OPTIMIZERS = ("muon", "adamw", "sgd")  # for the matrices, see optim.build_optimizer
+COMM_DTYPES = ("float32", "bfloat16")  # --grad_comm_dtype
 VOCAB_MULTIPLE = 64  # embedding and head rows are padded to this, for tensor cores and even shards
 
 
@@ -101,6 +102,7 @@ class RunConfig:
     model_tag: str | None = None  # checkpoint folder below <base>/<stage>_checkpoints/; default d<depth>
     device_type: str = ""  # cuda | mps | cpu; empty = the best one present
     dtype: str = ""  # bfloat16 | float16 | float32; empty = what the device is really fast with
+    grad_comm_dtype: str = "float32"  # bfloat16 halves what ranks send to add up their gradients, and rounds it
     seed: int = 42
     deterministic: bool = False  # CUDA: only operations that give the same bits each time, at some cost; a CPU's always do
     save_every: int = -1  # steps between checkpoints; -1 = every 10 minutes and at the end

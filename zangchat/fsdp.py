@@ -11,17 +11,15 @@ main memory once.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from zangchat import collectives
-from zangchat.muon import Muon
-from zangchat.optim import OptimizerGroup, clip_gradients, global_grad_norm
+from zangchat.optim import OptimizerGroup
 
 
 class ShardedGroup(OptimizerGroup):
@@ -30,9 +28,10 @@ class ShardedGroup(OptimizerGroup):
     lockstep = True
 
     def __init__(self, group: OptimizerGroup, model: nn.Module, device: torch.device) -> None:
-        super().__init__(group.optimizers, group.names)
+        super().__init__(group.optimizers, group.names, group.comm_dtype)
+        self._sums = None  # FSDP sums behind each block
         self.rank, self.world_size = collectives.world()
-        _shard(model, device)
+        _shard(model, device, group.comm_dtype)
         named = dict(model.named_parameters())
         self._parts: dict[Tensor, Any] = {p: named[name] for p, name in self.names.items()}  # DTensors
         for p in self.names:
@@ -62,22 +61,8 @@ class ShardedGroup(OptimizerGroup):
         for part in self._parts.values():
             part.grad = None
 
-    def gradients(self, model: nn.Module) -> dict[str, Tensor]:
+    def gradients(self) -> dict[str, Tensor]:
         return {name: self._parts[p].grad.to_local() for p, name in self.names.items() if self._parts[p].grad is not None}
-
-    def sum_gradients(self, model: nn.Module) -> None:
-        """FSDP summed them behind each block."""
-
-    def grad_norm(self, model: nn.Module) -> Tensor:
-        """From the norms of all ranks' rows."""
-        mine = global_grad_norm(self._rows(model))
-        return mine.new_tensor(collectives.sum_over_ranks([float(mine) ** 2])[0] ** 0.5)
-
-    def clip(self, model: nn.Module, max_norm: float, norm: Tensor) -> None:
-        clip_gradients(self._rows(model), max_norm, norm)
-
-    def _rows(self, model: nn.Module) -> Any:
-        return [_Rows(gradient) for gradient in self.gradients(model).values()]
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         """Whole, and on rank 0 alone: one parameter after the other is gathered."""
@@ -89,18 +74,11 @@ class ShardedGroup(OptimizerGroup):
         return whole
 
 
-@dataclass
-class _Rows:
-    """Stands in for a parameter: this rank's rows of its gradient."""
-
-    grad: Tensor
-
-
-def _shard(model: Any, device: torch.device) -> None:
+def _shard(model: Any, device: torch.device, comm_dtype: torch.dtype) -> None:
     mesh = init_device_mesh(device.type, (collectives.world()[1],))
     modules = [model.wte, *model.transformer["h"], model]  # the embedding by itself: it may have a dtype of its own
     for module in modules:
-        fully_shard(module, mesh=mesh)
+        fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=comm_dtype))
     for module in modules:
         module.set_gradient_divide_factor(1.0)  # the loss is divided by the tokens of all ranks already
         module.set_force_sum_reduction_for_comms(True)  # a plain sum, which gloo knows as well
@@ -116,13 +94,7 @@ def _release(p: Tensor, device: torch.device) -> None:
 
 
 def _portions(optimizer: Any, world_size: int) -> Iterator[list[dict[str, Any]]]:
-    """The optimizer's groups, `world_size` parameters at a time; each keeps its place in the order by which parameters are dealt."""
-    if isinstance(optimizer, Muon):
-        stacks = ((group, stack) for group in optimizer.param_groups for stack in optimizer._stacks(group))
-        for group, stack in stacks:
-            for start in range(0, len(stack), world_size):
-                yield [{**group, "params": stack[start : start + world_size]}]
-    else:
-        alone = [{**group, "params": [p]} for group in optimizer.param_groups for p in group["params"]]
-        for start in range(0, len(alone), world_size):
-            yield alone[start : start + world_size]
+    """The optimizer's groups, `world_size` parameters at a time, which mostly belong to as many ranks."""
+    alone = [{**group, "params": [p]} for group in optimizer.param_groups for params in optimizer.together(group) for p in params]
+    for start in range(0, len(alone), world_size):
+        yield alone[start : start + world_size]

@@ -7,19 +7,19 @@ Per matrix and step:
   4. cautious weight decay (arXiv:2510.12402): only where it pulls the weight the same way as the update.
 
 Matrices of one shape are stacked and go through one batched product. With several ranks the matrices of a shape are dealt round
-robin: a rank keeps state for its own, updates those, and the results are gathered. Gradients must be equal on all ranks.
+robin; a rank keeps state for its own and updates those (sharded.py).
 
 Shapes: K matrices of one shape, R rows (outputs), C columns (inputs).
 """
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from zangchat.sharded import ShardedOptimizer
+from zangchat.sharded import Piece, ShardedOptimizer
 
 # Five Polar Express steps for singular values from 1e-3 to 1 after the division by the norm; tests/reference/muon.py derives them.
 POLAR_EXPRESS = (
@@ -70,34 +70,25 @@ class Muon(ShardedOptimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "beta2": beta2}, rank, world_size)
         self.ortho_dtype = ortho_dtype
-        for p in self.params():
+        for p in (p for group in self.param_groups for p in group["params"]):
             if p.dim() != 2:
                 raise ValueError(f"Muon takes matrices, not a parameter of shape {tuple(p.shape)}")
 
-    @staticmethod
-    def _stacks(group: dict[str, Any]) -> list[list[Tensor]]:
-        """The group's parameters by shape, in the order given."""
+    def together(self, group: dict[str, Any]) -> list[list[Tensor]]:
+        """By shape, in the order given."""
         stacks: dict[tuple[torch.Size, torch.dtype, torch.device], list[Tensor]] = {}
         for p in group["params"]:
             stacks.setdefault((p.shape, p.dtype, p.device), []).append(p)
         return list(stacks.values())
 
-    def own_rows(self, p: Tensor) -> tuple[int, int] | None:
-        stacks = (stack for group in self.param_groups for stack in self._stacks(group))
-        index = next(i for stack in stacks for i, other in enumerate(stack) if other is p)
-        return (0, p.size(0)) if index % self.world_size == self.rank else None
+    @cached_property
+    def pieces(self) -> dict[Tensor, list[Piece]]:
+        stacks = [stack for group in self.param_groups for stack in self.together(group)]
+        return {p: [Piece(0, p.size(0), i % self.world_size)] for stack in stacks for i, p in enumerate(stack)}
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for stack in self._stacks(group):
-                mine = stack[self.rank :: self.world_size]
-                if mine:
-                    self._update(mine, group)
-                if self.world_size > 1:
-                    self._share(stack, mine)
-
-    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+    def update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        if not params:
+            return
         R, C = params[0].shape
         grads = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in params]).float()
         momentum, second = (torch.stack([self._state(p)[key] for p in params]) for key in ("momentum", "second_moment"))
@@ -127,16 +118,3 @@ class Muon(ShardedOptimizer):
             state["momentum"] = torch.zeros_like(p, dtype=torch.float32)
             state["second_moment"] = torch.zeros(shape, dtype=torch.float32, device=p.device)
         return state
-
-    def _share(self, stack: list[Tensor], mine: list[Tensor]) -> None:
-        """Gather the updated matrices of one shape. Every rank sends as many as the busiest one owns."""
-        per_rank = -(-len(stack) // self.world_size)
-        sent = stack[0].new_zeros(per_rank, *stack[0].shape)
-        for slot, p in zip(sent, mine, strict=False):
-            slot.copy_(p)
-        received = sent.new_empty(self.world_size, *sent.shape)
-        dist.all_gather(list(received.unbind()), sent)
-        for i, p in enumerate(stack):
-            owner, slot_index = i % self.world_size, i // self.world_size
-            if owner != self.rank:
-                p.copy_(received[owner, slot_index])

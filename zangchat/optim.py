@@ -12,38 +12,53 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from zangchat.adamw import AdamW
 from zangchat.config import OPTIMIZERS, StepMultipliers
 from zangchat.muon import Muon
-from zangchat.sharded import ShardedOptimizer
+from zangchat.sharded import GradientSums, ShardedOptimizer
 
 Shards = dict[str, dict[str, Any]]
-BUCKET_BYTES = 32 * 2**20  # gradients per collective: large enough for full bandwidth, small enough for a bounded copy
 
 
 class SGD(ShardedOptimizer):
-    """p -= lr * (grad + weight_decay * p), without state: the baseline that everything else has to beat. The same on every rank."""
+    """p -= lr * (grad + weight_decay * p), without state: the baseline that everything else has to beat."""
 
-    def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float, weight_decay: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float,
+        weight_decay: float = 0.0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, rank, world_size)
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(p.grad.to(p.dtype), alpha=group["lr"])
+    def update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        for p in params:
+            piece = self.own_piece(p)
+            if piece is not None and p.grad is not None:
+                grad = piece.of(p.grad).to(p.dtype)
+                piece.of(p).mul_(1 - group["lr"] * group["weight_decay"]).sub_(grad, alpha=group["lr"])
 
 
 class OptimizerGroup:
-    """Several optimizers stepped as one. Base learning rates and weight decays are fixed here; each step multiplies them."""
+    """Several optimizers stepped as one. Base learning rates and weight decays are fixed here; each step multiplies them.
 
-    def __init__(self, optimizers: Sequence[ShardedOptimizer], names: Mapping[Tensor, str]) -> None:
+    `names` in the order of the forward pass. Gradients are summed over ranks in `comm_dtype`.
+    """
+
+    def __init__(
+        self, optimizers: Sequence[ShardedOptimizer], names: Mapping[Tensor, str], comm_dtype: torch.dtype = torch.float32
+    ) -> None:
         self.optimizers = list(optimizers)
-        self.names = dict(names)
+        self.names, self.comm_dtype = dict(names), comm_dtype
+        pieces = {p: dealt for optimizer in self.optimizers for p, dealt in optimizer.pieces.items()}
+        self._own = {p: optimizer.own_piece(p) for optimizer in self.optimizers for p in optimizer.pieces}
+        backwards = {p: pieces[p] for p in reversed(self.names)}
+        first = self.optimizers[0]
+        self._sums = GradientSums(backwards, first.rank, comm_dtype) if first.world_size > 1 else None
         for group in self.param_groups:
             group["initial_lr"] = group["lr"]
             group["initial_weight_decay"] = group["weight_decay"]
@@ -69,18 +84,20 @@ class OptimizerGroup:
 
     lockstep = False  # whether ranks must run the same passes, even those without anything to learn
 
-    def gradients(self, model: nn.Module) -> dict[str, Tensor]:
-        """What this rank has of them, by name."""
-        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    def last_pass(self) -> None:
+        """The next backward pass is the last of this step: what it makes may be summed over ranks at once."""
+        if self._sums is not None:
+            self._sums.last_pass = True
 
-    def sum_gradients(self, model: nn.Module) -> None:
-        all_reduce_gradients(model)
+    def sum_gradients(self) -> None:
+        """Over ranks; a missing gradient counts as zero. Returns when `gradients` holds the sums."""
+        if self._sums is not None:
+            self._sums.finish()
 
-    def grad_norm(self, model: nn.Module) -> Tensor:
-        return global_grad_norm(model.parameters())
-
-    def clip(self, model: nn.Module, max_norm: float, norm: Tensor) -> None:
-        clip_gradients(model.parameters(), max_norm, norm)
+    def gradients(self) -> dict[str, Tensor]:
+        """This rank's part of them, by name: all rows, once, over all ranks."""
+        own = ((name, p.grad, self._own[p]) for p, name in self.names.items())
+        return {name: piece.of(grad) for name, grad, piece in own if grad is not None and piece is not None}
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         """What a checkpoint holds; every rank asks, rank 0 alone needs the answer."""
@@ -95,9 +112,9 @@ class OptimizerGroup:
         shards: Shards = {}
         for optimizer in self.optimizers:
             for p, state in optimizer.state.items():
-                rows = optimizer.own_rows(p)
-                assert rows is not None
-                shards[self.names[p]] = {"shape": list(p.shape), "slice": list(rows), "tensors": dict(state)}
+                piece = optimizer.own_piece(p)
+                assert piece is not None
+                shards[self.names[p]] = {"shape": list(p.shape), "slice": [piece.first, piece.end], "tensors": dict(state)}
         return shards
 
     def load_shards(self, merged: Mapping[str, Mapping[str, Any]]) -> None:
@@ -111,9 +128,9 @@ class OptimizerGroup:
             raise ValueError(f"optimizer state of unknown parameters: {', '.join(sorted(unknown))}")
         for optimizer in self.optimizers:
             optimizer.state.clear()
-            for p in optimizer.params():
-                name, rows = self.names[p], optimizer.own_rows(p)
-                if name not in merged or rows is None:
+            for p in optimizer.pieces:
+                name, piece = self.names[p], optimizer.own_piece(p)
+                if name not in merged or piece is None:
                     continue
                 entry = merged[name]
                 whole = p.size(0) if p.dim() else 1
@@ -121,7 +138,7 @@ class OptimizerGroup:
                     raise ValueError(f"optimizer state of {name} has shape {list(entry['shape'])}, the parameter {list(p.shape)}")
                 if list(entry["slice"]) != [0, whole]:
                     raise ValueError(f"optimizer state of {name} covers rows {list(entry['slice'])} of {whole}: merge all shards first")
-                part = slice(None) if rows == (0, whole) else slice(*rows)
+                part = slice(None) if piece[:2] == (0, whole) else slice(*piece[:2])  # a tensor for the whole may have other rows
                 for key, tensor in entry["tensors"].items():
                     optimizer.state[p][key] = (tensor[part] if tensor.dim() else tensor).to(p.device, copy=True)
 
@@ -160,6 +177,7 @@ def build_optimizer(
     kind: str = "muon",
     betas: tuple[float, float] = (0.8, 0.95),
     ortho_dtype: torch.dtype | None = None,
+    comm_dtype: torch.dtype = torch.float32,
     rank: int = 0,
     world_size: int = 1,
 ) -> OptimizerGroup:
@@ -184,49 +202,12 @@ def build_optimizer(
     elif kind == "adamw":
         optimizers = [AdamW([*tables, blocks], betas=betas, eps=1e-10, **ranks)]
     else:
-        optimizers = [SGD([*tables, blocks], lr=matrix_lr)]
-    return OptimizerGroup(optimizers, {p: name for name, p in named.items()})
+        optimizers = [SGD([*tables, blocks], lr=matrix_lr, **ranks)]
+    return OptimizerGroup(optimizers, {p: name for name, p in named.items()}, comm_dtype)
 
 
 @torch.no_grad()
-def all_reduce_gradients(model: nn.Module) -> None:
-    """Sum every gradient over all ranks, in fp32 buckets; nothing to do without a process group. A missing gradient counts as zero."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return
-    bucket: list[Tensor] = []
-    size = 0
-    for p in model.parameters():
-        if not p.requires_grad:
-            continue
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-        bucket.append(p.grad)
-        size += 4 * p.numel()
-        if size >= BUCKET_BYTES:
-            _reduce_bucket(bucket)
-            bucket, size = [], 0
-    if bucket:
-        _reduce_bucket(bucket)
-
-
-def _reduce_bucket(grads: list[Tensor]) -> None:
-    flat = torch.cat([grad.flatten().float() for grad in grads])
-    dist.all_reduce(flat)
-    for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-        grad.copy_(part.view_as(grad))
-
-
-@torch.no_grad()
-def global_grad_norm(params: Iterable[Tensor]) -> Tensor:
-    """The 2-norm of all gradients together, an fp32 scalar on their device; not finite if any gradient is not."""
-    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in params if p.grad is not None]
+def global_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """The 2-norm of all of them together, an fp32 scalar on their device; not finite if any gradient is not."""
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
-
-
-@torch.no_grad()
-def clip_gradients(params: Iterable[Tensor], max_norm: float, norm: Tensor) -> None:
-    """Scale all gradients by min(1, max_norm / norm), norm being their global norm. Call once, after the sum over ranks."""
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for p in params:
-        if p.grad is not None:
-            p.grad.mul_(factor.to(p.grad.dtype))

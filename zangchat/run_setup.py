@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zangchat import common, configurator, flops
-from zangchat.config import OPTIMIZERS, BatchSize, GPTConfig, RunConfig, RunState
+from zangchat.config import COMM_DTYPES, OPTIMIZERS, BatchSize, GPTConfig, RunConfig, RunState
 from zangchat.configurator import UserError
 
 if TYPE_CHECKING:
@@ -177,6 +177,8 @@ class Run:
 
     def optimizer(self, model: "GPT", plan: "TrainPlan") -> "OptimizerGroup":
         """Learning rates and weight decay are the flags' times the plan's scales."""
+        import torch
+
         from zangchat.optim import build_optimizer
 
         config = self.config
@@ -187,6 +189,7 @@ class Run:
             matrix_lr=config.matrix_lr * plan.lr_scale,
             weight_decay=config.weight_decay * plan.weight_decay_scale,
             kind=config.optimizer,
+            comm_dtype=getattr(torch, config.grad_comm_dtype),
             rank=self.rank,
             world_size=self.world_size,
         )
@@ -429,9 +432,11 @@ def vocab_size_of_tokenizer() -> int | None:
         return None
 
 
-def check_optimizer(kind: str | None) -> None:
-    if kind is not None and kind not in OPTIMIZERS:
-        raise UserError(f"--optimizer={kind} is not known: choose one of {', '.join(OPTIMIZERS)}")
+def check_optimizer(config: Any) -> None:
+    """What --optimizer and --grad_comm_dtype may be."""
+    for name, value, known in (("optimizer", config.optimizer, OPTIMIZERS), ("grad_comm_dtype", config.grad_comm_dtype, COMM_DTYPES)):
+        if value is not None and value not in known:
+            raise UserError(f"--{name}={value} is not known: choose one of {', '.join(known)}")
 
 
 def check_batch(total_batch_size: int, sequence_len: int, device_batch_size: BatchSize, world_size: int) -> None:

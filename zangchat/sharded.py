@@ -1,15 +1,38 @@
-"""What Muon and AdamW share: each rank keeps the state of some rows of some parameters, and updates those."""
+"""What the optimizers share: parameters are dealt to the ranks in pieces, and a piece's gradient, state and update are one rank's alone.
+
+A piece is all rows of a parameter, or one of as many equal slices of them as there are ranks. In a step
+  1. `GradientSums` adds up each piece's gradient on the rank that owns it, while the backward pass still makes the others;
+  2. the owner updates the piece (the subclasses' part);
+  3. the result goes to all ranks.
+Together that is what a reduce-scatter and an all-gather move (arXiv:1910.02054), without copies into common buffers.
+"""
 
 import inspect
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+SHARD_NUMEL = 2**16  # smaller parameters are not worth cutting
+
+
+class Piece(NamedTuple):
+    """Rows [first, end) of a parameter, and the rank they belong to. A scalar counts as one row."""
+
+    first: int
+    end: int
+    owner: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """These rows of a tensor that is like the parameter."""
+        return tensor[self.first : self.end] if tensor.dim() else tensor
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
-    """A torch optimizer that knows its rank. `state` holds entries only for parameters of which `own_rows` is not None."""
+    """A torch optimizer that knows its rank. `state` holds entries only for parameters of which `own_piece` is not None."""
 
     # torch's own method carries a wrapper whose only effect, outside of torch.compile, is to import the compiler: seconds of start-up
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
@@ -22,9 +45,85 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.rank, self.world_size = rank, world_size
         super().__init__(params, defaults)
 
-    def params(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
+    @cached_property
+    def pieces(self) -> dict[Tensor, list[Piece]]:
+        """How each parameter is dealt. Here: a large one whose rows divide evenly is cut, the others go round robin."""
+        dealt = {}
+        for index, p in enumerate(p for group in self.param_groups for p in group["params"]):
+            rows, share = p.size(0) if p.dim() else 1, 0
+            if self.world_size > 1 and p.numel() >= SHARD_NUMEL and rows % self.world_size == 0:
+                share = rows // self.world_size
+            whole = [Piece(0, rows, index % self.world_size)]
+            dealt[p] = [Piece(r * share, (r + 1) * share, r) for r in range(self.world_size)] if share else whole
+        return dealt
 
-    def own_rows(self, p: Tensor) -> tuple[int, int] | None:
-        """(first, end) of the rows of p that this rank keeps state for and updates, or None. Here all; a scalar counts as one row."""
-        return 0, p.size(0) if p.dim() else 1
+    def own_piece(self, p: Tensor) -> Piece | None:
+        """What this rank keeps state for and updates of p."""
+        return next((piece for piece in self.pieces[p] if piece.owner == self.rank), None)
+
+    def together(self, group: dict[str, Any]) -> list[list[Tensor]]:
+        """The group's parameters as lists of those that are updated at once."""
+        return [[p] for p in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every piece on its rank, from gradients that are summed there already, and give the result to all ranks."""
+        under_way = []
+        for group in self.param_groups:
+            for params in self.together(group):
+                self.update([p for p in params if self.own_piece(p)], group)
+                if self.world_size > 1:
+                    dealt = [(piece.of(p.data), piece.owner) for p in params for piece in self.pieces[p]]
+                    under_way += [dist.broadcast(rows, src=owner, async_op=True) for rows, owner in dealt]
+        for work in under_way:
+            work.wait()
+
+    def update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Update this rank's piece of each of `params`, in place."""
+        raise NotImplementedError
+
+
+class GradientSums:
+    """Adds up gradients over ranks, each piece on the rank that owns it, while the backward pass still makes the others.
+
+    The sums run in `dtype`. All ranks must begin them in one order, whatever happens to be ready: that of `pieces`, which had best be
+    the order in which a backward pass makes the gradients. A rank without a gradient adds zeros.
+    """
+
+    def __init__(self, pieces: Mapping[Tensor, list[Piece]], rank: int, dtype: torch.dtype) -> None:
+        self.pieces, self.rank, self.dtype = dict(pieces), rank, dtype
+        self.last_pass = False  # set before the last backward pass of a step; those before it only accumulate
+        self._ready: set[Tensor] = set()
+        self._waiting = list(self.pieces)  # not begun, in order
+        self._under_way: list[tuple[Any, Tensor, Tensor]] = []  # (work, what travels, where the sum belongs)
+        for p in self.pieces:
+            p.register_post_accumulate_grad_hook(self._made)
+
+    def _made(self, p: Tensor) -> None:
+        if self.last_pass:
+            self._ready.add(p)
+            while self._waiting and self._waiting[0] in self._ready:
+                self._begin(self._waiting.pop(0))
+
+    @torch.no_grad()
+    def _begin(self, p: Tensor) -> None:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        for piece in self.pieces[p]:
+            rows = piece.of(p.grad)
+            sent = rows.to(self.dtype).contiguous()
+            self._under_way.append((dist.reduce(sent, dst=piece.owner, async_op=True), sent, rows))
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """After the last backward pass: gradients hold the sums where this rank owns them, and nothing of use in other rows."""
+        while self._waiting:
+            self._begin(self._waiting.pop(0))
+        for work, sent, rows in self._under_way:
+            work.wait()
+            if sent.data_ptr() != rows.data_ptr():
+                rows.copy_(sent)
+        for p, pieces in self.pieces.items():
+            if all(piece.owner != self.rank for piece in pieces):
+                p.grad = None
+        self.last_pass, self._ready, self._waiting, self._under_way = False, set(), list(self.pieces), []

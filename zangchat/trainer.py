@@ -34,7 +34,7 @@ from zangchat import checkpoint_manager, collectives, common
 from zangchat.config import RunConfig, RunState, StepMultipliers
 from zangchat.configurator import UserError
 from zangchat.flops import peak_flops
-from zangchat.optim import OptimizerGroup
+from zangchat.optim import OptimizerGroup, global_norm
 from zangchat.progress import Progress, in_words
 
 if TYPE_CHECKING:
@@ -156,18 +156,18 @@ class Trainer:
         self.optimizer.zero_grad()
         self.model.train()
         loss_sum = self._backward(batch, supervised)
-        total = collectives.sum_over_ranks([loss_sum])[0]
-        self.optimizer.sum_gradients(self.model)
+        self.optimizer.sum_gradients()
+        mine = float(global_norm(self.optimizer.gradients().values()))  # of the rows that are summed up on this rank
+        total, squares = collectives.sum_over_ranks([loss_sum, mine**2])
         scale = state.extra.get("loss_scale", 1.0)
-        norm = self.optimizer.grad_norm(self.model) / scale
-        grad_norm = float(norm)
+        grad_norm = squares**0.5 / scale
         loss = total / supervised if supervised else math.nan
         if supervised == 0:
             self._skip("not one supervised token")
         elif not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._skip_non_finite(loss_sum, loss, grad_norm)
         else:
-            self._update(multipliers, norm, scale)
+            self._update(multipliers, grad_norm, scale)
             state.smooth_loss = SMOOTHING * state.smooth_loss + (1 - SMOOTHING) * loss
         self.optimizer.zero_grad()
         seconds = time.monotonic() - start
@@ -197,29 +197,31 @@ class Trainer:
     def _backward(self, batch: "Batch", supervised: int) -> float:
         """Gradients of (this rank's part of) the step's mean loss; returns the sum of its losses."""
         losses = []
-        for micro in self._micro_batches(batch):
-            loss = self.stage.loss(self.forward, micro)
+        passes = self._passes(batch)
+        for number, rows in enumerate(passes, 1):
+            loss = self.stage.loss(self.forward, self._on_device(batch, rows))
+            if number == len(passes):
+                self.optimizer.last_pass()
             (loss * (self.state.extra.get("loss_scale", 1.0) / max(supervised, 1))).backward()
             losses.append(loss.detach())
         return math.fsum(torch.stack(losses).tolist()) if losses else 0.0
 
-    def _micro_batches(self, batch: "Batch") -> Iterator["Batch"]:
-        """Slices of device_batch_size rows, on the device; those without a supervised token add nothing and are left out."""
-        for first in range(0, batch.inputs.size(0), self.device_batch_size):
-            rows = slice(first, first + self.device_batch_size)
-            if not (self.optimizer.lockstep or bool((batch.targets[rows] >= 0).any())):
-                continue
-            inputs, targets = (part[rows].to(self.device, non_blocking=True) for part in (batch.inputs, batch.targets))
-            weights = None if batch.weights is None else batch.weights[rows].to(self.device, non_blocking=True)
-            yield replace(batch, inputs=inputs, targets=targets, weights=weights)
+    def _passes(self, batch: "Batch") -> list[slice]:
+        """Slices of device_batch_size rows; those without a supervised token add nothing and are left out."""
+        firsts = range(0, batch.inputs.size(0), self.device_batch_size)
+        slices = [slice(first, first + self.device_batch_size) for first in firsts]
+        return [rows for rows in slices if self.optimizer.lockstep or bool((batch.targets[rows] >= 0).any())]
 
-    def _update(self, multipliers: StepMultipliers, norm: Tensor, scale: float) -> None:
+    def _on_device(self, batch: "Batch", rows: slice) -> "Batch":
+        parts = {name: getattr(batch, name) for name in ("inputs", "targets", "weights")}
+        there = {name: part[rows].to(self.device, non_blocking=True) for name, part in parts.items() if part is not None}
+        return replace(batch, **there)
+
+    def _update(self, multipliers: StepMultipliers, grad_norm: float, scale: float) -> None:
         extra = self.state.extra
-        if scale != 1.0:
-            for gradient in self.optimizer.gradients(self.model).values():
-                gradient.div_(scale)
-        if self.grad_clip > 0:
-            self.optimizer.clip(self.model, self.grad_clip, norm)
+        factor = min(self.grad_clip / (grad_norm + 1e-6), 1.0) if self.grad_clip > 0 else 1.0
+        if factor / scale != 1.0:
+            torch._foreach_mul_(list(self.optimizer.gradients().values()), factor / scale)
         self.optimizer.step(multipliers)
         extra.pop("skips_in_a_row", None)
         if "loss_scale" in extra:
@@ -251,10 +253,11 @@ class Trainer:
             )
 
     def _first_non_finite_gradient(self) -> str:
-        for name, gradient in self.optimizer.gradients(self.model).items():
-            if not bool(torch.isfinite(gradient).all()):
-                return f"first in {name}"
-        return "each gradient finite by itself"
+        """Of all ranks', in the order of the model."""
+        names = list(self.optimizer.names.values())
+        mine = [name for name, gradient in self.optimizer.gradients().items() if not bool(torch.isfinite(gradient).all())]
+        first = -round(collectives.max_over_ranks([-min(map(names.index, mine), default=len(names))])[0])
+        return f"first in {names[first]}" if first < len(names) else "each gradient finite by itself"
 
     def _pace(self, tokens: int, seconds: float) -> dict[str, float]:
         pace = {"seconds": seconds, "tok_per_sec": tokens / max(seconds, 1e-9)}

@@ -24,7 +24,7 @@ from zangchat.config import GPTConfig, RunConfig, RunState, StepMultipliers
 from zangchat.configurator import UserError
 from zangchat.dataloader import Batch
 from zangchat.gpt import GPT
-from zangchat.optim import all_reduce_gradients, build_optimizer
+from zangchat.optim import build_optimizer
 from zangchat.trainer import MAX_SKIPS_IN_A_ROW, TIMES, Every, Stage, Trainer, sum_loss
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=60, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
@@ -493,8 +493,15 @@ def gradients(rank: int = 0, world_size: int = 1, device_batch_size: int = ROWS)
     trainer = make_trainer(device_batch_size=device_batch_size)
     supervised = int((make_batch(0).targets >= 0).sum())
     trainer._backward(make_batch(0, rank, world_size), supervised)
-    all_reduce_gradients(trainer.model)
-    return {name: p.grad for name, p in trainer.model.named_parameters()}
+    trainer.optimizer.sum_gradients()
+    mine, whole = trainer.optimizer.gradients(), {}
+    for p, name in trainer.optimizer.names.items():
+        whole[name], piece = torch.zeros_like(p), trainer.optimizer._own[p]
+        if piece:
+            piece.of(whole[name]).copy_(mine[name])
+        if world_size > 1:
+            torch.distributed.all_reduce(whole[name])
+    return whole
 
 
 def join_ranks(rank: int, world_size: int, port: int) -> None:
