@@ -203,11 +203,11 @@ impl Counter {
                 let beginning =
                     piece.first_chunk::<8>().copied().unwrap_or_else(|| std::array::from_fn(|i| piece.get(i).copied().unwrap_or(0)));
                 order.push((u64::from_be_bytes(beginning), number, at));
-                bytes += piece.len() + 1;
+                bytes += piece.len();
             }
         }
         order.sort_unstable();
-        let mut words = Words::with_capacity(bytes);
+        let mut words = Words::with_capacity(order.len(), bytes);
         for (_, table, slot) in order {
             let table = &tables[table as usize];
             let slot = &table.slots[slot as usize];

@@ -3,69 +3,56 @@
 //! Of equally frequent pairs the smallest (left id, right id) goes first, so the result depends on the multiset of
 //! words alone, not on their order.
 //!
-//! Performance notes. The words lie end to end in one array, one slot per byte: the first and the last slot of a token
-//! hold its id, so the neighbours of a position are found from token lengths, without links. A pair gains occurrences
-//! only while its newer member is being created, i.e. in a single merge, in which positions are visited in ascending
-//! order: each pair's positions are one plain vector, written once, and counts only fall afterwards. So an entry of the
-//! heap can be too high but never too low, and is corrected when it reaches the top. Changes are added up per neighbour
-//! in dense arrays, so the hash table is asked once per distinct pair, not once per occurrence.
-//! What is left is waiting for slots here and there in memory, hence: id and weight side by side; the positions of a pair
-//! are first looked at 256 at a time without a branch, so that many are on their way at once; words with the same
-//! beginning lie together, since they share pairs. The last took 286 MB of English with 65,536 tokens from 2.8 to 2.3 s
-//! (CPU time on a busy core of a 2.5 GHz Xeon, medians of 5), the sorting of 0.2 s included. Pairs too rare to be merged, most of
-//! them, are not tracked at first. Pages of 2 MiB (madvise) gave nothing that could be told from noise.
-
+//! Performance notes.
 use std::cmp::Reverse;
-use std::collections::binary_heap::{BinaryHeap, PeekMut};
+use std::collections::BinaryHeap;
 
 use rustc_hash::FxHashMap;
 
 use crate::Error;
 
-/// Around every word, so that no pair spans two.
-const BORDER: u32 = u32::MAX;
-/// Inside a merged token.
-const INSIDE: u32 = u32::MAX - 1;
 /// Words of no more slots than this have all their pairs tracked.
 const SMALL: usize = 1 << 20;
-/// How many slots are looked at between two calls of `keep_going`.
-const SLOTS_PER_CALL: usize = 1 << 22;
 /// What of the words' bytes, shared out among the tokens, is expected to be rarer than the last merge.
 const FLOOR_DIVISOR: u64 = 64;
 /// Positions whose memory is asked for at the same time.
 const AT_ONCE: usize = 256;
 
 /// Distinct words with their counts.
+#[derive(Default)]
 pub struct Words {
-    slots: Vec<Slot>,
+    bytes: Vec<u8>, // of all words, end to end
+    words: Vec<Word>,
 }
 
-#[derive(Clone, Copy)]
-struct Slot {
-    token: u32,  // a token's id in its first and last slot, INSIDE between them; BORDER between words
-    weight: u32, // how often the word occurs
+struct Word {
+    length: u32,
+    weight: u32, // how often it occurs
 }
 
 impl Words {
-    /// With room for words of so many bytes and as many borders.
-    pub fn with_capacity(bytes: usize) -> Self {
-        let mut slots = Vec::with_capacity(bytes + 1);
-        slots.push(Slot { token: BORDER, weight: 0 });
-        Words { slots }
+    /// With room for so many words of so many bytes in all.
+    pub fn with_capacity(words: usize, bytes: usize) -> Self {
+        Words { bytes: Vec::with_capacity(bytes), words: Vec::with_capacity(words) }
     }
 
     pub fn push(&mut self, word: &[u8], mut count: u64) -> Result<(), Error> {
         // A count beyond 32 bits becomes several copies of the word: the sums are the same.
         while word.len() > 1 && count > 0 {
             let weight = count.min(u32::MAX as u64) as u32;
-            if self.slots.len() + word.len() >= INSIDE as usize {
+            self.bytes.extend_from_slice(word);
+            self.words.push(Word { length: word.len() as u32, weight });
+            if self.slots() > u32::MAX as usize {
                 return Err(Error::Setting("the distinct pieces exceed 4 GiB: train on less text".into()));
             }
-            self.slots.extend(word.iter().map(|&byte| Slot { token: byte as u32, weight }));
-            self.slots.push(Slot { token: BORDER, weight: 0 });
             count -= weight as u64;
         }
         Ok(())
+    }
+
+    /// One for each byte, one around every word.
+    fn slots(&self) -> usize {
+        self.bytes.len() + self.words.len() + 1
     }
 }
 
@@ -73,20 +60,36 @@ impl Words {
 /// pair is left. `keep_going(merges done)` is asked again and again; false ends with `Error::Interrupted`.
 pub fn train(words: Words, vocab_size: usize, keep_going: impl FnMut(usize) -> bool) -> Result<Vec<Box<[u8]>>, Error> {
     check_vocab_size(vocab_size)?;
-    let floor = match words.slots.len() {
+    let floor = match words.slots() {
         0..=SMALL => 1,
-        _ => 1 + words.slots.iter().map(|slot| slot.weight as u64).sum::<u64>() / (FLOOR_DIVISOR * vocab_size as u64),
+        _ => {
+            let text: u64 = words.words.iter().map(|word| word.length as u64 * word.weight as u64).sum();
+            1 + text / (FLOOR_DIVISOR * vocab_size as u64)
+        }
     };
-    train_above(floor, words, vocab_size, keep_going)
+    match vocab_size {
+        ..=0x10000 => train_above::<u16>(floor, words, vocab_size, keep_going),
+        _ => train_above::<u32>(floor, words, vocab_size, keep_going),
+    }
 }
 
 /// `floor` decides what is tracked at first, and nothing else.
-fn train_above(floor: u64, words: Words, vocab_size: usize, keep_going: impl FnMut(usize) -> bool) -> Result<Vec<Box<[u8]>>, Error> {
+fn train_above<S: Slot>(
+    floor: u64,
+    words: Words,
+    vocab_size: usize,
+    keep_going: impl FnMut(usize) -> bool,
+) -> Result<Vec<Box<[u8]>>, Error> {
     let mut tokens: Vec<Box<[u8]>> = (0..=255u8).map(|byte| Box::from([byte])).collect();
-    let mut merger = Merger::new(words, floor, keep_going)?;
+    let mut merger = Merger::<S, _>::new(words, floor, keep_going)?;
     while tokens.len() < vocab_size {
-        let Some((left, right)) = merger.merge_best()? else { break };
+        let Some(best) = merger.best()? else { break };
+        let (left, right) = parts(merger.pairs[best].key);
         tokens.push([&*tokens[left as usize], &*tokens[right as usize]].concat().into());
+        // The last id is never put into a slot: there it would be the border.
+        if tokens.len() < vocab_size {
+            merger.merge(best);
+        }
     }
     Ok(tokens)
 }
@@ -94,44 +97,104 @@ fn train_above(floor: u64, words: Words, vocab_size: usize, keep_going: impl FnM
 pub fn check_vocab_size(vocab_size: usize) -> Result<(), Error> {
     match vocab_size {
         0..=255 => Err(Error::Setting(format!("vocab_size must be at least 256 (one token per byte), not {vocab_size}"))),
-        _ if vocab_size >= INSIDE as usize => Err(Error::Setting(format!("vocab_size {vocab_size} is too large"))),
+        _ if vocab_size >= u32::MAX as usize => Err(Error::Setting(format!("vocab_size {vocab_size} is too large"))),
         _ => Ok(()),
     }
 }
 
-struct Pair {
-    left: u32,
-    right: u32,
-    count: u64,
-    /// Where it occurs or once occurred (slot of its first byte), ascending.
-    positions: Vec<u32>,
+/// A token's id in its first and its last slot; BORDER between them and between words, so that no pair spans two.
+trait Slot: Copy + PartialEq {
+    const BORDER: Self;
+    fn of(token: u32) -> Self;
+    fn token(self) -> u32;
 }
 
-/// Entries of the heap: the most frequent first, then the smallest pair.
-type Candidate = (u64, Reverse<(u32, u32)>, u32);
+impl Slot for u16 {
+    const BORDER: u16 = u16::MAX;
 
-struct Merger<F> {
-    slots: Vec<Slot>,
+    fn of(token: u32) -> u16 {
+        token as u16
+    }
+
+    fn token(self) -> u32 {
+        self as u32
+    }
+}
+
+impl Slot for u32 {
+    const BORDER: u32 = u32::MAX;
+
+    fn of(token: u32) -> u32 {
+        token
+    }
+
+    fn token(self) -> u32 {
+        self
+    }
+}
+
+/// (left id, right id), in the order of pairs.
+type Key = u64;
+
+#[inline]
+fn key(left: u32, right: u32) -> Key {
+    (left as u64) << 32 | right as u64
+}
+
+fn parts(key: Key) -> (u32, u32) {
+    ((key >> 32) as u32, key as u32)
+}
+
+struct Pair {
+    key: Key,
+    count: u64,
+    /// Where in `Merger::places` the places begin at which it occurs or once occurred, in ascending order, and how many they are.
+    start: usize,
+    places: u32,
+}
+
+/// The slot of a pair's first byte, and how often its word occurs.
+#[derive(Clone, Copy, Default)]
+struct Place {
+    at: u32,
+    weight: u32,
+}
+
+struct Merger<S, F> {
+    slots: Vec<S>,
+    words: Vec<Word>,
     lengths: Vec<u32>, // of each token, in slots
     /// Pairs that were this frequent when they were last counted or created. What is rarer is not tracked.
     floor: u64,
     pairs: Vec<Pair>,
-    index: FxHashMap<(u32, u32), u32>, // into pairs
-    heap: BinaryHeap<Candidate>,
+    places: Vec<Place>,
+    index: Index,
+    queue: Queue,
     left: Neighbours,
     right: Neighbours,
     keep_going: F,
 }
 
-impl<F: FnMut(usize) -> bool> Merger<F> {
-    fn new(words: Words, floor: u64, keep_going: F) -> Result<Self, Error> {
+impl<S: Slot, F: FnMut(usize) -> bool> Merger<S, F> {
+    fn new(Words { bytes, words }: Words, floor: u64, keep_going: F) -> Result<Self, Error> {
+        let mut slots = Vec::with_capacity(bytes.len() + words.len() + 1);
+        let mut rest = &bytes[..];
+        for word in &words {
+            let (word, others) = rest.split_at(word.length as usize);
+            slots.push(S::BORDER);
+            slots.extend(word.iter().map(|&byte| S::of(byte as u32)));
+            rest = others;
+        }
+        slots.push(S::BORDER);
         let mut merger = Merger {
-            slots: words.slots,
+            slots,
+            words,
             lengths: vec![1; 256],
             floor,
             pairs: Vec::new(),
-            index: FxHashMap::default(),
-            heap: BinaryHeap::new(),
+            places: Vec::new(),
+            index: Index::default(),
+            queue: Queue::default(),
             left: Neighbours::default(),
             right: Neighbours::default(),
             keep_going,
@@ -147,120 +210,122 @@ impl<F: FnMut(usize) -> bool> Merger<F> {
         }
     }
 
-    /// Calls `f` for all pairs of neighbours with their positions and weights.
-    fn for_each_pair(&mut self, mut f: impl FnMut((u32, u32), usize, u64)) -> Result<(), Error> {
-        let (mut at, mut next_call) = (1, 0);
-        while at < self.slots.len() {
-            if at > next_call {
-                self.check()?;
-                next_call = at + SLOTS_PER_CALL;
-            }
-            let Slot { token, weight } = self.slots[at];
-            if token == BORDER {
-                at += 1;
-                continue;
-            }
-            let next = at + self.lengths[token as usize] as usize;
-            if self.slots[next].token != BORDER {
-                f((token, self.slots[next].token), at, weight as u64);
-            }
-            at = next;
-        }
-        Ok(())
-    }
-
-    /// Counts all pairs and notes the positions of those that reach the floor.
-    fn track(&mut self) -> Result<(), Error> {
-        let mut counts: FxHashMap<(u32, u32), (u64, usize)> = FxHashMap::default();
-        self.for_each_pair(|pair, _, weight| {
-            let (count, positions) = counts.entry(pair).or_default();
-            *count += weight;
-            *positions += 1;
-        })?;
-        (self.pairs, self.index) = (Vec::new(), FxHashMap::default());
-        for ((left, right), (count, positions)) in counts {
-            if count >= self.floor {
-                self.index.insert((left, right), self.pairs.len() as u32);
-                self.pairs.push(Pair { left, right, count, positions: Vec::with_capacity(positions) });
-            }
-        }
-        let (index, mut pairs) = (std::mem::take(&mut self.index), std::mem::take(&mut self.pairs));
-        self.for_each_pair(|pair, at, _| {
-            if let Some(&pair) = index.get(&pair) {
-                pairs[pair as usize].positions.push(at as u32);
-            }
-        })?;
-        self.heap = pairs.iter().zip(0..).map(|(p, i)| (p.count, Reverse((p.left, p.right)), i)).collect();
-        (self.index, self.pairs) = (index, pairs);
-        Ok(())
-    }
-
-    /// Merges the best pair into the next id and returns it; None when no pair is left.
-    fn merge_best(&mut self) -> Result<Option<(u32, u32)>, Error> {
-        self.check()?;
-        let best = loop {
-            let floor = self.floor;
-            let Some(mut top) = self.heap.peek_mut().filter(|top| top.0 >= floor) else {
-                if floor == 1 {
-                    return Ok(None);
+    /// Calls `f` for all pairs of neighbours with their places.
+    fn for_each_pair(&mut self, mut f: impl FnMut(Key, Place)) -> Result<(), Error> {
+        let mut start = 1;
+        for number in 0..self.words.len() {
+            self.check()?;
+            let Word { length, weight } = self.words[number];
+            let (mut at, mut token) = (start, self.slots[start].token());
+            loop {
+                let next = at + self.lengths[token as usize] as usize;
+                if self.slots[next] == S::BORDER {
+                    break;
                 }
-                // A pair that is not tracked may be more frequent than those that are left.
-                self.floor = floor / 16 + 1;
-                self.track()?;
-                continue;
-            };
-            match self.pairs[top.2 as usize].count {
-                now if now == top.0 => break PeekMut::pop(top).2 as usize,
-                now if now >= floor => top.0 = now,
-                _ => drop(PeekMut::pop(top)),
+                let right = self.slots[next].token();
+                f(key(token, right), Place { at: at as u32, weight });
+                (at, token) = (next, right);
             }
-        };
-        let (left, right) = (self.pairs[best].left, self.pairs[best].right);
-        let positions = std::mem::take(&mut self.pairs[best].positions);
-        self.replace(left, right, &positions);
-        self.book(left, right);
+            start += length as usize + 1;
+        }
+        Ok(())
+    }
+
+    /// Counts all pairs and notes the places of those that reach the floor.
+    fn track(&mut self) -> Result<(), Error> {
+        let (mut index, mut pairs) = (Index::default(), Vec::new());
+        self.for_each_pair(|key, place| {
+            let number = index.find_or_add(key, pairs.len());
+            if number == pairs.len() {
+                pairs.push(Pair { key, count: 0, start: 0, places: 0 });
+            }
+            pairs[number].count += place.weight as u64;
+            pairs[number].places += 1;
+        })?;
+        pairs.retain(|pair| pair.count >= self.floor);
+        (index, self.queue) = (Index::default(), Queue::default());
+        let mut end = 0;
+        for (number, pair) in pairs.iter_mut().enumerate() {
+            index.find_or_add(pair.key, number);
+            self.queue.push((pair.count, Reverse(pair.key), number as u32));
+            pair.start = end;
+            end += pair.places as usize;
+        }
+        let mut places = vec![Place::default(); end];
+        self.for_each_pair(|key, place| {
+            if let Some(number) = index.find(key) {
+                places[pairs[number].start] = place;
+                pairs[number].start += 1;
+            }
+        })?;
+        pairs.iter_mut().for_each(|pair| pair.start -= pair.places as usize);
+        (self.index, self.pairs, self.places) = (index, pairs, places);
+        Ok(())
+    }
+
+    /// The pair to merge next; None when none is left.
+    fn best(&mut self) -> Result<Option<usize>, Error> {
+        self.check()?;
+        loop {
+            if let Some(best) = self.queue.pop(&self.pairs, self.floor) {
+                return Ok(Some(best));
+            }
+            if self.floor == 1 {
+                return Ok(None);
+            }
+            // A pair that is not tracked may be more frequent than those that are left.
+            self.floor = self.floor / 16 + 1;
+            self.track()?;
+        }
+    }
+
+    /// Merges a pair into the next id.
+    fn merge(&mut self, best: usize) {
+        let (a, b) = parts(self.pairs[best].key);
+        self.replace(a, b, best);
+        self.book(a, b);
         self.pairs[best].count = 0;
-        Ok(Some((left, right)))
     }
 
     /// Puts the new token wherever `a b` stands, and notes in `self.left` and `self.right` what that changes.
-    fn replace(&mut self, a: u32, b: u32, positions: &[u32]) {
+    fn replace(&mut self, a: u32, b: u32, best: usize) {
         let new = self.lengths.len() as u32;
         let (len_a, len_b) = (self.lengths[a as usize] as usize, self.lengths[b as usize] as usize);
         self.lengths.push((len_a + len_b) as u32);
-        self.left.add_token();
-        self.right.add_token();
+        self.left.note_of.push(NO_NOTE);
+        self.right.note_of.push(NO_NOTE);
         let Merger { slots, lengths, left, right, .. } = self;
-        let mut live = [0; AT_ONCE];
-        for positions in positions.chunks(AT_ONCE) {
+        let Pair { start, places, .. } = self.pairs[best];
+        let (a_slot, b_slot, new_slot) = (S::of(a), S::of(b), S::of(new));
+        let mut live = [Place::default(); AT_ONCE];
+        for places in self.places[start..start + places as usize].chunks(AT_ONCE) {
             let mut count = 0;
-            for &position in positions {
-                let at = position as usize;
-                live[count] = position;
-                count += ((slots[at].token == a) & (slots[at + len_a].token == b)) as usize;
+            for &place in places {
+                let at = place.at as usize;
+                live[count] = place;
+                count += ((slots[at] == a_slot) & (slots[at + len_a] == b_slot)) as usize;
             }
-            for &position in &live[..count] {
-                let at = position as usize;
-                if slots[at].token != a || slots[at + len_a].token != b {
+            for &place in &live[..count] {
+                let at = place.at as usize;
+                if slots[at] != a_slot || slots[at + len_a] != b_slot {
                     continue; // `a a a`: the middle one has gone into the token before
                 }
                 let end = at + len_a + len_b;
-                slots[at + len_a - 1].token = INSIDE;
-                slots[at + len_a].token = INSIDE;
-                slots[at].token = new;
-                slots[end - 1].token = new;
-                let weight = slots[at].weight as u64;
-                let before = slots[at - 1].token;
-                if before == new {
+                slots[at + len_a - 1] = S::BORDER;
+                slots[at + len_a] = S::BORDER;
+                slots[at] = new_slot;
+                slots[end - 1] = new_slot;
+                let before = slots[at - 1];
+                if before == new_slot {
                     // `(a b) a b`: the pair (new, a) noted a moment ago is gone again.
-                    right.lose_gain(a, weight);
+                    right.lose_gain(a, place.weight);
                 }
-                if before != BORDER {
-                    left.note(before, weight, position - lengths[before as usize]);
+                if before != S::BORDER {
+                    let before = before.token();
+                    left.note(before, Place { at: place.at - lengths[before as usize], ..place });
                 }
-                let after = slots[end].token;
-                if after != BORDER {
-                    right.note(after, weight, position);
+                if slots[end] != S::BORDER {
+                    right.note(slots[end].token(), place);
                 }
             }
         }
@@ -269,23 +334,143 @@ impl<F: FnMut(usize) -> bool> Merger<F> {
     /// Enters what `replace` noted: (x, a) and (b, y) become rarer, (x, new) and (new, y) are new pairs.
     fn book(&mut self, a: u32, b: u32) {
         let new = self.lengths.len() as u32 - 1;
-        let Merger { pairs, index, heap, left, right, floor, .. } = self;
+        let Merger { pairs, places, index, queue, left, right, floor, .. } = self;
         for (is_left, side) in [(true, left), (false, right)] {
-            side.take(|note| {
-                let (old, fresh) = if is_left { ((note.token, a), (note.token, new)) } else { ((b, note.token), (new, note.token)) };
+            let mut end = places.len();
+            for note in &mut side.notes {
+                let x = note.token;
+                side.note_of[x as usize] = NO_NOTE;
+                let (old, fresh) = if is_left { (key(x, a), key(x, new)) } else { (key(b, x), key(new, x)) };
                 // (new, a) was never in the table; (a, b) itself is set to zero by the caller.
-                if note.token != new && old != (a, b) {
-                    if let Some(&pair) = index.get(&old) {
-                        pairs[pair as usize].count -= note.lost;
+                if x != new && old != key(a, b) {
+                    if let Some(pair) = index.find(old) {
+                        pairs[pair].count -= note.lost;
                     }
                 }
+                note.next = usize::MAX;
                 if note.gained >= *floor {
-                    let pair = pairs.len() as u32;
-                    heap.push((note.gained, Reverse(fresh), pair));
-                    index.insert(fresh, pair);
-                    pairs.push(Pair { left: fresh.0, right: fresh.1, count: note.gained, positions: note.positions.as_slice().into() });
+                    index.find_or_add(fresh, pairs.len());
+                    queue.push((note.gained, Reverse(fresh), pairs.len() as u32));
+                    pairs.push(Pair { key: fresh, count: note.gained, start: end, places: note.places });
+                    note.next = end;
+                    end += note.places as usize;
                 }
-            });
+            }
+            places.resize(end, Place::default());
+            for &(note, place) in &side.places {
+                let next = &mut side.notes[note as usize].next;
+                if *next != usize::MAX {
+                    places[*next] = place;
+                    *next += 1;
+                }
+            }
+            side.notes.clear();
+            side.places.clear();
+        }
+    }
+}
+
+/// Pair -> its number. Pairs of bytes have a table of their own.
+struct Index {
+    bytes: Box<[u32]>,
+    others: FxHashMap<Key, u32>,
+}
+
+impl Default for Index {
+    fn default() -> Self {
+        Index { bytes: vec![Self::NONE; 1 << 16].into(), others: FxHashMap::default() }
+    }
+}
+
+impl Index {
+    const NONE: u32 = u32::MAX;
+
+    #[inline]
+    fn of_bytes(key: Key) -> Option<usize> {
+        let (left, right) = parts(key);
+        (left | right < 256).then_some((left << 8 | right) as usize)
+    }
+
+    #[inline]
+    fn find(&self, key: Key) -> Option<usize> {
+        match Self::of_bytes(key) {
+            Some(place) => Some(self.bytes[place]).filter(|&number| number != Self::NONE),
+            None => self.others.get(&key).copied(),
+        }
+        .map(|number| number as usize)
+    }
+
+    /// The number of a pair; `number` if it had none.
+    #[inline]
+    fn find_or_add(&mut self, key: Key, number: usize) -> usize {
+        let place = match Self::of_bytes(key) {
+            Some(place) => &mut self.bytes[place],
+            None => self.others.entry(key).or_insert(Self::NONE),
+        };
+        if *place == Self::NONE {
+            *place = number as u32;
+        }
+        *place as usize
+    }
+}
+
+/// The most frequent first, then the smallest pair; and its number.
+type Candidate = (u64, Reverse<Key>, u32);
+
+/// Candidates in buckets by their counts, of which only the topmost is in order. Counts only fall, so a candidate may be too high, but never
+/// too low: it is corrected when its bucket or itself reaches the top.
+struct Queue {
+    buckets: Vec<Vec<Candidate>>,
+    top: usize,
+    heap: BinaryHeap<Candidate>, // of the bucket `top` and above
+}
+
+impl Default for Queue {
+    fn default() -> Self {
+        let buckets = Self::bucket_of(u64::MAX) + 1;
+        Queue { buckets: vec![Vec::new(); buckets], top: buckets, heap: BinaryHeap::new() }
+    }
+}
+
+impl Queue {
+    /// Eight between a power of two and the next.
+    #[inline]
+    fn bucket_of(count: u64) -> usize {
+        let shift = (63 - (count | 8).leading_zeros()) - 3;
+        (8 * shift as u64 + (count >> shift)) as usize
+    }
+
+    #[inline]
+    fn push(&mut self, candidate: Candidate) {
+        match Self::bucket_of(candidate.0) {
+            bucket if bucket < self.top => self.buckets[bucket].push(candidate),
+            _ => self.heap.push(candidate),
+        }
+    }
+
+    /// The number of the pair with the highest count, if that reaches `floor`.
+    fn pop(&mut self, pairs: &[Pair], floor: u64) -> Option<usize> {
+        loop {
+            while let Some((count, key, number)) = self.heap.pop() {
+                match pairs[number as usize].count {
+                    now if now == count => return Some(number as usize),
+                    now if now >= floor => self.push((now, key, number)),
+                    _ => {}
+                }
+            }
+            let lowest = Self::bucket_of(floor);
+            while self.top > lowest && self.heap.is_empty() {
+                self.top -= 1;
+                for (_, key, number) in std::mem::take(&mut self.buckets[self.top]) {
+                    let now = pairs[number as usize].count;
+                    if now >= floor {
+                        self.push((now, key, number));
+                    }
+                }
+            }
+            if self.heap.is_empty() {
+                return None;
+            }
         }
     }
 }
@@ -293,61 +478,43 @@ impl<F: FnMut(usize) -> bool> Merger<F> {
 /// What one merge changes on one side of the merged pair, per neighbouring token.
 struct Neighbours {
     note_of: Vec<u32>, // token -> index into notes, or NO_NOTE
-    notes: Vec<Note>,  // `used` of them, then old ones for their memory
-    used: usize,
+    notes: Vec<Note>,
+    places: Vec<(u32, Place)>, // of the new pairs, each with its note
 }
 
-#[derive(Default)]
 struct Note {
     token: u32,
+    places: u32,
     lost: u64,   // occurrences of its pair with the old token
     gained: u64, // occurrences of its pair with the new token
-    positions: Vec<u32>,
+    next: usize, // where its next place goes
 }
 
 const NO_NOTE: u32 = u32::MAX;
 
 impl Default for Neighbours {
     fn default() -> Self {
-        Neighbours { note_of: vec![NO_NOTE; 256], notes: Vec::new(), used: 0 }
+        Neighbours { note_of: vec![NO_NOTE; 256], notes: Vec::new(), places: Vec::new() }
     }
 }
 
 impl Neighbours {
-    fn add_token(&mut self) {
-        self.note_of.push(NO_NOTE);
-    }
-
     #[inline]
-    fn note(&mut self, token: u32, weight: u64, position: u32) {
-        let place = &mut self.note_of[token as usize];
-        if *place == NO_NOTE {
-            *place = self.used as u32;
-            if self.used == self.notes.len() {
-                self.notes.push(Note::default());
-            }
-            let note = &mut self.notes[self.used];
-            (note.token, note.lost, note.gained) = (token, 0, 0);
-            note.positions.clear();
-            self.used += 1;
+    fn note(&mut self, token: u32, place: Place) {
+        let number = &mut self.note_of[token as usize];
+        if *number == NO_NOTE {
+            *number = self.notes.len() as u32;
+            self.notes.push(Note { token, places: 0, lost: 0, gained: 0, next: 0 });
         }
-        let note = &mut self.notes[*place as usize];
-        note.lost += weight;
-        note.gained += weight;
-        note.positions.push(position);
+        let note = &mut self.notes[*number as usize];
+        note.places += 1;
+        note.lost += place.weight as u64;
+        note.gained += place.weight as u64;
+        self.places.push((*number, place));
     }
 
-    fn lose_gain(&mut self, token: u32, weight: u64) {
-        self.notes[self.note_of[token as usize] as usize].gained -= weight;
-    }
-
-    /// Calls `f` with every note and forgets them.
-    fn take(&mut self, mut f: impl FnMut(&Note)) {
-        for note in &self.notes[..self.used] {
-            self.note_of[note.token as usize] = NO_NOTE;
-            f(note);
-        }
-        self.used = 0;
+    fn lose_gain(&mut self, token: u32, weight: u32) {
+        self.notes[self.note_of[token as usize] as usize].gained -= weight as u64;
     }
 }
 
@@ -356,7 +523,7 @@ mod tests {
     use super::*;
 
     fn words_of(words: &[(&str, u64)]) -> Words {
-        let mut all = Words::with_capacity(0);
+        let mut all = Words::default();
         words.iter().for_each(|(word, count)| all.push(word.as_bytes(), *count).unwrap());
         all
     }
@@ -406,8 +573,9 @@ mod tests {
             words.dedup_by(|a, b| a.0 == b.0);
             let words: Vec<(&str, u64)> = words.iter().map(|(word, count)| (word.as_str(), *count)).collect();
             let floor = [1, 2, 1 + draw(40) as u64][case % 3];
-            let found = train_above(floor, words_of(&words), 300, |_| true).unwrap();
-            assert_eq!(found, by_recounting(&words, 300), "above {floor}: {words:?}");
+            let expected = by_recounting(&words, 300);
+            assert_eq!(train_above::<u16>(floor, words_of(&words), 300, |_| true).unwrap(), expected, "above {floor}: {words:?}");
+            assert_eq!(train_above::<u32>(floor, words_of(&words), 300, |_| true).unwrap(), expected, "above {floor}: {words:?}");
         }
     }
 
