@@ -17,7 +17,7 @@ use std::sync::Mutex;
 use rustc_hash::{FxHashMap, FxHasher};
 
 use crate::split::Splitter;
-use crate::{in_parallel, runs_of, Error};
+use crate::{in_parallel, runs_of, Error, RUN_BYTES};
 
 const NONE: u32 = u32::MAX;
 /// Three ids fit in 64 bits, and all bits set are no ids.
@@ -66,9 +66,9 @@ impl Default for Scratch {
     }
 }
 
-/// The ids (or bytes) of a run of documents, end to end, and how many belong to each.
-pub struct Run<T> {
-    pub items: Vec<T>,
+/// The ids (or bytes) of documents, end to end through all the runs, and how many belong to each document.
+pub struct Documents<T> {
+    pub runs: Vec<Vec<T>>,
     pub lengths: Vec<usize>,
 }
 
@@ -272,17 +272,24 @@ impl Encoder {
         }
     }
 
-    /// Encodes the documents on up to `threads` threads; the runs come back in the documents' order.
-    pub fn encode_documents<S: AsRef<str> + Sync>(&self, texts: &[S], threads: usize) -> Result<Vec<Run<u32>>, Error> {
-        self.for_each_run(&runs_of(texts.iter().map(|text| text.as_ref().len())), threads, |start, end, scratch| {
-            let mut run = Run { items: Vec::new(), lengths: Vec::with_capacity(end - start) };
-            for text in &texts[start..end] {
-                let before = run.items.len();
-                self.encode_into(text.as_ref(), &mut run.items, scratch)?;
-                run.lengths.push(run.items.len() - before);
+    /// Encodes the documents on up to `threads` threads; several share a long one where the pattern allows it.
+    pub fn encode_documents(&self, texts: &[&str], threads: usize) -> Result<Documents<u32>, Error> {
+        let (mut parts, mut ends) = (Vec::with_capacity(texts.len()), Vec::with_capacity(texts.len()));
+        for &text in texts {
+            let mut rest = text;
+            while rest.len() > 2 * RUN_BYTES {
+                let (part, others) = rest.split_at(self.splitter.border(rest.as_bytes(), RUN_BYTES));
+                parts.push(part);
+                rest = others;
             }
-            Ok(run)
-        })
+            parts.push(rest);
+            ends.push(parts.len());
+        }
+        let Documents { runs, lengths } =
+            self.in_runs(&parts, |text| text.len(), threads, |text, out, scratch| self.encode_into(text, out, scratch))?;
+        let starts = std::iter::once(&0).chain(&ends);
+        let lengths = starts.zip(&ends).map(|(&start, &end)| lengths[start..end].iter().sum()).collect();
+        Ok(Documents { runs, lengths })
     }
 
     /// The bytes that `ids` stand for: not always whole UTF-8 characters.
@@ -310,26 +317,20 @@ impl Encoder {
         Ok(())
     }
 
-    /// Decodes the documents `ids[offsets[i]..offsets[i + 1]]` on up to `threads` threads, in runs as above.
-    pub fn decode_documents(&self, documents: &[&[u32]], threads: usize) -> Result<Vec<Run<u8>>, Error> {
-        self.for_each_run(&runs_of(documents.iter().map(|ids| 4 * ids.len())), threads, |start, end, _| {
-            let mut run = Run { items: Vec::new(), lengths: Vec::with_capacity(end - start) };
-            for ids in &documents[start..end] {
-                let before = run.items.len();
-                self.decode_into(ids, &mut run.items)?;
-                run.lengths.push(run.items.len() - before);
-            }
-            Ok(run)
-        })
+    /// Decodes the documents on up to `threads` threads.
+    pub fn decode_documents(&self, documents: &[&[u32]], threads: usize) -> Result<Documents<u8>, Error> {
+        self.in_runs(documents, |ids| 4 * ids.len(), threads, |ids, out, _| self.decode_into(ids, out))
     }
 
-    /// `work(start, end, scratch)` for every run of documents, wherever a thread is free; the results in the order of the runs.
-    fn for_each_run<T: Send>(
+    /// Calls `work` with every document (of about so many `bytes`), in runs of them, wherever a thread is free.
+    fn in_runs<D: Copy + Sync, T: Send>(
         &self,
-        runs: &[(usize, usize)],
+        documents: &[D],
+        bytes: impl Fn(D) -> usize,
         threads: usize,
-        work: impl Fn(usize, usize, &mut Scratch) -> Result<T, Error> + Sync,
-    ) -> Result<Vec<T>, Error> {
+        work: impl Fn(D, &mut Vec<T>, &mut Scratch) -> Result<(), Error> + Sync,
+    ) -> Result<Documents<T>, Error> {
+        let runs = runs_of(documents.iter().map(|&document| bytes(document)));
         let threads = threads.min(runs.len());
         let scratches = Mutex::new(self.take_scratches(threads));
         let next = AtomicUsize::new(0);
@@ -339,15 +340,22 @@ impl Encoder {
             loop {
                 let index = next.fetch_add(1, Ordering::Relaxed);
                 let Some(&(start, end)) = runs.get(index) else { break };
-                done.push((index, work(start, end, &mut scratch)?));
+                let (mut items, mut lengths) = (Vec::new(), Vec::with_capacity(end - start));
+                for &document in &documents[start..end] {
+                    let before = items.len();
+                    work(document, &mut items, &mut scratch)?;
+                    lengths.push(items.len() - before);
+                }
+                done.push((index, items, lengths));
             }
             scratches.lock().expect("held for a moment only").push(scratch);
             Ok(done)
         });
         self.keep_scratches(scratches.into_inner().expect("held for a moment only"));
         let mut done = done?;
-        done.sort_unstable_by_key(|(index, _)| *index);
-        Ok(done.into_iter().map(|(_, result)| result).collect())
+        done.sort_unstable_by_key(|(index, ..)| *index);
+        let lengths = done.iter().flat_map(|(_, _, lengths)| lengths).copied().collect();
+        Ok(Documents { runs: done.into_iter().map(|(_, items, _)| items).collect(), lengths })
     }
 
     /// As many as wanted, warm ones first. Nothing waits for the lock, so that a forked child cannot find it held for ever.
@@ -877,18 +885,23 @@ mod tests {
 
     #[test]
     fn documents_come_back_in_order_from_any_number_of_threads() {
-        let encoder = encoder(&["ab", "abab"]);
-        let texts: Vec<String> = (0..5_000).map(|i| "ab ".repeat(i % 97)).collect();
+        let encoder = encoder(&["ab", "abab", " a", "\n\n"]);
+        let mut texts: Vec<String> = (0..5_000).map(|i| "ab ".repeat(i % 97)).collect();
+        // Long ones, which threads share, with and without places where they may be cut
+        let (mut draw, parts) = (crate::draws(7), ["ab", " ", "\n", "é", "1", "\u{a0}", "abab"]);
+        texts.extend((0..8).map(|_| (0..600_000).map(|_| parts[draw(parts.len())]).collect()));
+        texts.push("ab".repeat(600_000));
+        let texts: Vec<&str> = texts.iter().map(|text| &text[..]).collect();
         for threads in [1, 2, 7] {
-            let runs = encoder.encode_documents(&texts, threads).unwrap();
-            let lengths: Vec<usize> = runs.iter().flat_map(|run| run.lengths.clone()).collect();
-            let ids: Vec<u32> = runs.into_iter().flat_map(|run| run.items).collect();
+            let Documents { runs, lengths } = encoder.encode_documents(&texts, threads).unwrap();
+            let ids = runs.concat();
             let mut start = 0;
             assert_eq!(lengths.len(), texts.len());
             for (text, len) in texts.iter().zip(lengths) {
-                assert_eq!(ids[start..start + len], encoder.encode(text).unwrap());
+                assert!(ids[start..start + len] == encoder.encode(text).unwrap());
                 start += len;
             }
+            assert_eq!(start, ids.len());
         }
     }
 

@@ -1,6 +1,8 @@
 //! The Python module: converts arguments, releases the GIL, maps errors. Nothing is decided here.
 
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::sync::mpsc::{channel, RecvTimeoutError};
+use std::sync::Arc;
 
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -10,7 +12,7 @@ use pyo3::types::{PyBytes, PyList, PyString};
 
 use crate::arrow::Strings;
 use crate::count::Counter;
-use crate::encode::{Encoder, Run};
+use crate::encode::{Documents, Encoder};
 use crate::reader::{count_all, CALL_EVERY};
 use crate::split::{Splitter, DEFAULT_PATTERN};
 use crate::train::{check_vocab_size, train};
@@ -84,26 +86,33 @@ impl Tokenizer {
         let counter = Counter::new(Splitter::new(&pattern)?);
         count_all(py, &counter, iterator.try_iter()?, buffer_size, worker_threads(num_threads))?;
 
-        let mut stopped: Option<PyErr> = None;
-        let mut last_call: Option<Instant> = None;
-        let tokens = py.detach(|| {
-            train(counter.into_words()?, vocab_size, |merges| {
-                if last_call.is_some_and(|time| time.elapsed() < CALL_EVERY) {
-                    return true;
-                }
-                last_call = Some(Instant::now());
-                let answer = Python::attach(|py| {
-                    py.check_signals()?;
-                    progress.as_ref().map_or(Ok(()), |call| call.call1(py, (merges,)).map(drop))
-                });
-                stopped = answer.err();
-                stopped.is_none()
-            })
+        // A thread of its own merges, so that Ctrl-C is answered wherever it is; what nobody waits for ends soon and drops its memory itself.
+        let (progressed, stop) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+        let (send, mut done) = channel();
+        let (merges, stopped) = (progressed.clone(), stop.clone());
+        std::thread::spawn(move || {
+            let keep_going = |number| {
+                merges.store(number, Relaxed);
+                !stopped.load(Relaxed)
+            };
+            let tokens = counter.into_words().and_then(|words| train(words, vocab_size, keep_going));
+            let _ = send.send(tokens.and_then(|tokens| Encoder::new(tokens, &pattern)));
+            // nobody may be there any more
         });
-        if let Some(error) = stopped {
-            return Err(error);
-        }
-        *self = Tokenizer::of(Encoder::new(tokens?, &pattern)?);
+        let encoder = loop {
+            let told = progress.as_ref().map_or(Ok(()), |call| call.call1(py, (progressed.load(Relaxed),)).map(drop));
+            if let Err(error) = told.and_then(|()| py.check_signals()) {
+                stop.store(true, Relaxed);
+                return Err(error);
+            }
+            let done = &mut done;
+            match py.detach(move || done.recv_timeout(CALL_EVERY)) {
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => panic!("the merging thread has panicked"),
+                Ok(encoder) => break encoder?,
+            }
+        };
+        *self = Tokenizer::of(encoder);
         Ok(())
     }
 
@@ -116,16 +125,15 @@ impl Tokenizer {
     /// The ids of each text, computed on num_threads threads (all cores by default).
     #[pyo3(signature = (texts, num_threads=None))]
     fn batch_encode<'py>(&self, py: Python<'py>, texts: &Bound<'py, PyAny>, num_threads: Option<usize>) -> PyResult<Bound<'py, PyList>> {
-        let documents = PyList::empty(py);
-        for run in self.encode_runs(py, texts, num_threads)? {
-            let mut ids = &run.items[..];
-            for length in run.lengths {
-                let (document, rest) = ids.split_at(length);
-                documents.append(self.list(py, document)?)?;
-                ids = rest;
-            }
-        }
-        Ok(documents)
+        let Documents { runs, lengths } = self.encode_all(py, texts, num_threads)?;
+        let ids = runs.concat();
+        let mut rest = &ids[..];
+        let documents = lengths.into_iter().map(|length| {
+            let document;
+            (document, rest) = rest.split_at(length);
+            self.list(py, document)
+        });
+        PyList::new(py, documents.collect::<PyResult<Vec<_>>>()?)
     }
 
     /// All texts in two numpy arrays: the ids end to end (uint32), and where each text starts and the last one ends
@@ -139,7 +147,7 @@ impl Tokenizer {
         num_threads: Option<usize>,
         offsets: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Arrays<'py>> {
-        let Some(offsets) = offsets else { return arrays_of(py, self.encode_runs(py, texts, num_threads)?, "uint32") };
+        let Some(offsets) = offsets else { return arrays_of(py, self.encode_all(py, texts, num_threads)?, "uint32") };
         let bytes = match texts.hasattr("__array_interface__")? {
             true => converted(texts, "uint8")?,
             false => py.import("numpy")?.call_method1("frombuffer", (texts, "uint8"))?,
@@ -217,7 +225,7 @@ impl Tokenizer {
         PyList::new(py, ids.iter().map(|&id| ints[id as usize].bind(py)))
     }
 
-    fn encode_runs(&self, py: Python<'_>, texts: &Bound<'_, PyAny>, num_threads: Option<usize>) -> PyResult<Vec<Run<u32>>> {
+    fn encode_all(&self, py: Python<'_>, texts: &Bound<'_, PyAny>, num_threads: Option<usize>) -> PyResult<Documents<u32>> {
         if texts.is_instance_of::<PyString>() {
             return Err(PyTypeError::new_err("texts must be a list of str, not one str"));
         }
@@ -229,10 +237,11 @@ impl Tokenizer {
             return Ok(py.detach(|| self.encode_utf8(texts.collect(), num_threads))?);
         }
         let texts = texts.try_iter()?.enumerate().map(|(index, text)| borrow(index, &text?)).collect::<PyResult<Vec<_>>>()?;
+        let texts: Vec<&str> = texts.iter().map(|text| &text[..]).collect();
         Ok(py.detach(|| self.encoder.encode_documents(&texts, worker_threads(num_threads)))?)
     }
 
-    fn encode_utf8(&self, texts: Vec<&[u8]>, num_threads: Option<usize>) -> Result<Vec<Run<u32>>, Error> {
+    fn encode_utf8(&self, texts: Vec<&[u8]>, num_threads: Option<usize>) -> Result<Documents<u32>, Error> {
         let checked = texts.into_iter().map(std::str::from_utf8).enumerate();
         let texts: Result<Vec<_>, _> = checked.map(|(i, text)| text.map_err(|e| Error::Text(format!("text {i}, {e}")))).collect();
         self.encoder.encode_documents(&texts?, worker_threads(num_threads))
@@ -250,22 +259,22 @@ fn cut<'a, T>(items: &'a [T], offsets: &[i64]) -> Result<Vec<&'a [T]>, Error> {
     }
 }
 
-/// Runs as two numpy arrays, the items end to end and the offsets, filled without the GIL.
-fn arrays_of<'py, T: Copy + Send + Sync>(py: Python<'py>, runs: Vec<Run<T>>, dtype: &str) -> PyResult<Arrays<'py>> {
+/// Two numpy arrays, the items end to end and the offsets, filled without the GIL.
+fn arrays_of<'py, T: Copy + Send + Sync>(py: Python<'py>, documents: Documents<T>, dtype: &str) -> PyResult<Arrays<'py>> {
+    let Documents { runs, lengths } = documents;
     let empty = |len: usize, dtype: &str| py.import("numpy")?.call_method1("empty", (len, dtype));
-    let items = empty(runs.iter().map(|run| run.items.len()).sum(), dtype)?;
-    let offsets = empty(runs.iter().map(|run| run.lengths.len()).sum::<usize>() + 1, "int64")?;
+    let items = empty(runs.iter().map(Vec::len).sum(), dtype)?;
+    let offsets = empty(lengths.len() + 1, "int64")?;
     // SAFETY: both arrays were made here, so they are contiguous, of this type, and nobody else knows them.
     let (mut places, ends) = unsafe { (&mut *memory_of::<T>(&items)?, &mut *memory_of::<i64>(&offsets)?) };
     py.detach(|| {
         ends[0] = 0;
-        let lengths = runs.iter().flat_map(|run| &run.lengths);
-        for (index, length) in lengths.enumerate() {
+        for (index, length) in lengths.iter().enumerate() {
             ends[index + 1] = ends[index] + *length as i64;
         }
         for run in runs {
-            let (here, rest) = std::mem::take(&mut places).split_at_mut(run.items.len());
-            here.copy_from_slice(&run.items);
+            let (here, rest) = std::mem::take(&mut places).split_at_mut(run.len());
+            here.copy_from_slice(&run);
             places = rest;
         }
     });

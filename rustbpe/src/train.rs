@@ -3,7 +3,21 @@
 //! Of equally frequent pairs the smallest (left id, right id) goes first, so the result depends on the multiset of
 //! words alone, not on their order.
 //!
-//! Performance notes.
+//! Performance notes. The words lie end to end in one array, one slot per byte: the first and the last slot of a token
+//! hold its id, so the neighbours of a position are found from token lengths, without links. A pair gains occurrences
+//! only while its newer member is being created, i.e. in a single merge, in which positions are visited in ascending
+//! order: each pair's places are a stretch of one array, written once, and counts only fall afterwards. So a candidate
+//! can be too high but never too low, and is corrected when it reaches the top. Changes are added up per neighbour
+//! in dense arrays, so the hash table is asked once per distinct pair, not once per occurrence. Pairs too rare to be merged,
+//! most of them, are not tracked at first.
+//!
+//! What is left is waiting for slots here and there in memory, hence: slots of two bytes up to 65,536 tokens, with the weights beside
+//! the positions, which are read in order; the places of a pair are first looked at 256 at a time without a branch, so that
+//! many slots are on their way at once; words with the same beginning lie together, since they share pairs.
+//! CPU time of the merging, vocabulary 32,768, of 20 MB of English (65,536 of 286 MB) on a busy core of a 2.5 GHz Xeon, best of 15 (of 1), in turns:
+//! slots of 8 bytes with weights, a vector for each pair's positions, one heap, all pairs in one hash table 0.254 s (1.89 s); as it
+//! is 0.127 s (1.17 s), with slots of 4 bytes (1.43 s). Pages of 2 MiB (madvise) gave nothing that could be told from noise.
+
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 

@@ -286,6 +286,7 @@ def test_a_document_of_a_hundred_megabytes() -> None:
 def test_documents_come_back_as_arrays_in_their_order() -> None:
     trained = train(["some words and more words"], 280)
     texts = [f"words {i} more " * (i % 40) for i in range(3_000)]
+    texts.append("some é\u00a0words 12, and\n\n more 的的\n words " * 40_000)  # several threads share it
     expected = [trained.encode(text) for text in texts]
     for threads in (1, 3, None):
         ids, offsets = trained.encode_documents(texts, num_threads=threads)
@@ -428,9 +429,11 @@ def test_ctrl_c_is_answered_while_counting_one_long_document() -> None:
         train([text], 300, pattern=GPT2_PATTERN)
 
 
-def test_ctrl_c_is_answered_while_merging() -> None:
-    rng = random.Random(4)
-    text = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=3_000_000))  # one word: its merges take seconds
+@pytest.mark.parametrize("word_length", [5, 3_000_000])
+def test_ctrl_c_is_answered_between_counting_and_merging_and_while_merging(word_length: int) -> None:
+    """The first call of `progress` comes when words are counted. Many are sorted before the first merge; a long one is merged for seconds."""
+    letters = "".join(random.Random(4).choices("abcdefghijklmnopqrstuvwxyz", k=3_000_000))
+    text = " ".join(letters[i : i + word_length] for i in range(0, len(letters), word_length))
     with interrupted_after(None) as interrupt, pytest.raises(KeyboardInterrupt):
         train([text], 200_000, progress=lambda merges: merges or interrupt())
 
