@@ -431,7 +431,7 @@ def test_ctrl_c_is_answered_while_counting_one_long_document() -> None:
 
 @pytest.mark.parametrize("word_length", [5, 3_000_000])
 def test_ctrl_c_is_answered_between_counting_and_merging_and_while_merging(word_length: int) -> None:
-    """The first call of `progress` comes when words are counted. Many are sorted before the first merge; a long one is merged for seconds."""
+    """`progress` is first called when words are counted; many are sorted before the first merge, a long one is merged for seconds."""
     letters = "".join(random.Random(4).choices("abcdefghijklmnopqrstuvwxyz", k=3_000_000))
     text = " ".join(letters[i : i + word_length] for i in range(0, len(letters), word_length))
     with interrupted_after(None) as interrupt, pytest.raises(KeyboardInterrupt):
