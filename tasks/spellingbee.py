@@ -132,14 +132,14 @@ def _words_of_files(files: Sequence[Path]) -> list[str]:
 def _words_of_corpus(cache: Path) -> list[str]:
     from zangchat import dataset
 
-    present = dataset.present_datasets()
-    if not present:
+    corpora = map(dataset.find_dataset, dataset.present_datasets())
+    corpus = next((corpus for corpus in corpora if corpus.tokenizer is None), None)  # else it holds token ids
+    if corpus is None:
         raise MissingData(
             f"no words for the spelling tasks: put a list, one a line, into {cache.parent / 'words'}/, "
             f"or build a corpus with `{dataset.BUILD_PYDOCS}`"
         )
-    corpus = dataset.find_dataset(present[0])
-    path = cache / f"{present[0]}.json"
+    path = cache / f"{corpus.folder.name}.json"
     if path.is_file():
         cached = json.loads(path.read_text(encoding="utf-8"))
         if cached["fingerprint"] == corpus.fingerprint:

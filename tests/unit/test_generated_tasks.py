@@ -210,6 +210,8 @@ def test_spelling_bee_rewards_the_tool(words):
 def test_words_come_from_the_corpus_where_there_is_no_list(base_dir):
     made = [a + b for a in ("bra", "clo", "dru", "fla", "gri") for b in ("mble", "nder", "sting") + tuple(f"{x}ent" for x in LETTERS)]
     text = " ".join(made)
+    facts = {"tokenizer": "of these token ids"}
+    write_dataset(base_dir / "base_data" / "a-tokens", "a-tokens", ["1 2 3"], ["validation"], facts)
     write_dataset(base_dir / "base_data" / "own", "own", [f"{text} onlyonce", f"{text}. Upper_case x1y", text], ["validation"])
     found = [word for split in SPLITS for word in words_of(split)]
     assert sorted(found) == sorted(made)
