@@ -47,6 +47,8 @@ def compare(config: Config) -> int:
     prompts = [reference.tokenizer.render_for_completion(task[i]) for i in range(min(config.questions, len(task)))]
     room = reference.model.config.sequence_len - config.max_tokens
     requests = [Request(prompt, config.max_tokens, temperature=0) for prompt in prompts if len(prompt) <= room]
+    if not requests:
+        raise configurator.UserError(f"--max_tokens={config.max_tokens} leaves no room for a question in the context: give fewer")
     said = reference.generate_many(requests)
     chosen = sum(sum(result.mask) for result in said)
 

@@ -1,4 +1,4 @@
-"""The commands that reward and evaluate (chat_rl, chat_eval, base_eval) at a tiny size, as a user starts them."""
+"""The commands that reward and evaluate (chat_rl, chat_eval, base_eval), and what measures them, at a tiny size, as a user starts them."""
 
 import json
 import os
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from dev import agreement, bench_core, bench_sandbox
 from scripts import base_eval, chat_eval, chat_rl
 from tasks import common, spellingbee
 from tasks.common import REGISTRY, Entry, GeneratedTask, chat, visible_text
@@ -256,3 +257,34 @@ def test_base_eval_writes_a_table_and_a_report_card(base, capsys):
     assert name.startswith("CORE (3/22") and f"{card.data[1][name]:.6f}" == lines[-1].rsplit(",", 1)[1]
     assert base_eval.main(["--max_per_task=0", *CPU]) == 2
     assert "--max_per_task=0" in capsys.readouterr().err
+
+
+# ---- what measures them ---------------------------------------------------------------------------------------------
+
+
+def test_core_is_timed_both_ways_on_the_same_items(base, capsys):
+    make_bundle(base / "eval_bundle")
+    RustBPETokenizer.from_directory(base / "base_checkpoints" / "a").save(base / "tokenizer")
+    size = ["--depth=1", "--head_dim=32", "--max_seq_len=64", "--items=4", "--repeats=1", "--busy"]
+    assert bench_core.main([*size, *CPU]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["items"] == 12 and figures["verdicts_differ"] == 0 and figures["data"].startswith("CORE (3/22")
+    assert bench_core.main([*size, *CPU, "--tasks=piqa"]) == 2 and "no data of piqa" in capsys.readouterr().err
+
+
+def test_rounded_weights_are_compared_with_exact_ones(base, capsys):
+    flags = ["-g=a", "--task=vowels", "--questions=5", "--device_type=cpu"]
+    assert agreement.main([*flags, "--max_tokens=8"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["replies"] == 5 and len(found["against_float32"]) == len(agreement.KINDS)
+    assert all("impossible" in kind or 0 <= kind["same_token"] <= 1 for kind in found["against_float32"])
+    assert agreement.main([*flags, "--max_tokens=64"]) == 2 and "--max_tokens=64 leaves no room" in capsys.readouterr().err
+
+
+def test_programs_in_the_sandbox_are_timed(capsys):
+    if execution.sandbox_level() < SandboxLevel.FILTERED:
+        pytest.skip("the sandbox of this machine is too weak")
+    assert bench_sandbox.main(["--programs=10", "--at_once=2", "--busy"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    for kind in ("program", "program with tests"):
+        assert all(figures[kind][how]["p99_ms"] >= figures[kind][how]["p50_ms"] > 0 for how in ("one_at_a_time", "at_once"))
