@@ -215,8 +215,8 @@ class ColoredFormatter(logging.Formatter):
     }
     RESET = "\x1b[0m"
 
-    def __init__(self, fmt: str = "%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt: str = "%H:%M:%S", color: bool = True):
-        super().__init__(fmt, datefmt)
+    def __init__(self, color: bool = True):
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
         self.color = color
 
     def format(self, record: logging.LogRecord) -> str:

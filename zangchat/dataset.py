@@ -241,8 +241,9 @@ def _local_dataset(path: Path) -> Dataset:
     return Dataset(folder, {"format": FORMAT, "name": path.stem, "source": "local", "shards": shards})
 
 
-def _hash_edges(path: Path, edge: int = 1 << 16) -> str:
+def _hash_edges(path: Path) -> str:
     """sha256 of a file's first and last 64 KiB: cheap for any size, and for parquet the footer is the table of contents."""
+    edge = 1 << 16
     with path.open("rb") as file:
         digest = hashlib.sha256(file.read(edge))
         file.seek(max(0, path.stat().st_size - edge))

@@ -72,9 +72,7 @@ def require_libraries() -> None:
 # ---- export ---------------------------------------------------------------------------------------------------------
 
 
-def export(
-    model: "GPT", tokenizer: "RustBPETokenizer", meta: Mapping[str, Any], folder: Path, dtype: str, shard_bytes: int = SHARD_BYTES
-) -> dict[str, Any]:
+def export(model: "GPT", tokenizer: "RustBPETokenizer", meta: Mapping[str, Any], folder: Path, dtype: str) -> dict[str, Any]:
     """Write `model` (in fp32, as load_model(..., dtype="float32") gives it) to a new directory; returns the manifest.
 
     The model's weights are rounded to `dtype` on the way. Raises UserError for what the format cannot carry, and if the directory, loaded
@@ -92,7 +90,7 @@ def export(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        write_weights(model, partial, DTYPES[dtype], shard_bytes)
+        write_weights(model, partial, DTYPES[dtype])
         base = meta["stage"] == "base"
         for name, data in {
             "config.json": hf_config(model.config, tokenizer, base, dtype),
@@ -143,8 +141,8 @@ def weight_names(config: GPTConfig) -> dict[str, str]:
     return {"transformer.wte.weight": "model.embed_tokens.weight", **layers, "lm_head.weight": "lm_head.weight"}
 
 
-def write_weights(model: "GPT", folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
-    """model.safetensors, or numbered shards and model.safetensors.index.json where it would be larger than `shard_bytes`."""
+def write_weights(model: "GPT", folder: Path, dtype: torch.dtype) -> None:
+    """model.safetensors, or numbered shards and model.safetensors.index.json where it would be larger than SHARD_BYTES."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
@@ -153,7 +151,7 @@ def write_weights(model: "GPT", folder: Path, dtype: torch.dtype, shard_bytes: i
         theirs: (weights[ours][:rows] if ours in VOCAB_ROWS else weights[ours]).to("cpu", dtype).contiguous().clone()
         for ours, theirs in weight_names(model.config).items()
     }
-    split = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_BYTES)
     for name, members in split.filename_to_tensors.items():
         save_file({member: tensors[member] for member in members}, folder / name, metadata={"format": "pt"})
     if split.is_sharded:

@@ -34,7 +34,7 @@ LOCK_WAIT = 10.0  # seconds; the loader takes the lock for an instant to see whe
 RETRY_WAIT = 2.0  # seconds before the second try, doubled for each further one
 
 
-def download(source: str, num_shards: int, *, num_workers: int = 4, retry_wait: float = RETRY_WAIT) -> Dataset:
+def download(source: str, num_shards: int, *, num_workers: int = 4) -> Dataset:
     """Fetch `num_shards` training shards (-1 = all) and the validation shard, the last of the repository. What is there already stays.
 
     Raises UserError, naming the shard, where one cannot be fetched intact.
@@ -42,14 +42,14 @@ def download(source: str, num_shards: int, *, num_workers: int = 4, retry_wait: 
     folder = datasets_dir() / source
     with _exclusive(folder):
         dataset = _plan(source, folder, num_shards)
-        _fetch(dataset, num_workers, retry_wait)
+        _fetch(dataset, num_workers)
     return dataset
 
 
-def fetch_missing(dataset: Dataset, *, num_workers: int = 4, retry_wait: float = RETRY_WAIT) -> None:
+def fetch_missing(dataset: Dataset) -> None:
     """Fetch what the manifest lists and the folder lacks."""
     with _exclusive(dataset.folder):
-        _fetch(dataset, num_workers, retry_wait)
+        _fetch(dataset, num_workers=4)
 
 
 def endpoint() -> str:
@@ -119,7 +119,7 @@ def _list_shards(repo: str, revision: str | None) -> tuple[str, list[dict[str, A
     return commit, [{"name": file.path, "bytes": file.lfs.size, "sha256": file.lfs.sha256} for file in found]
 
 
-def _fetch(dataset: Dataset, num_workers: int, retry_wait: float) -> None:
+def _fetch(dataset: Dataset, num_workers: int) -> None:
     """Validation first, then the training shards in order, several at a time. Daemon threads: Ctrl-C leaves at once, whole shards stay."""
     shutil.rmtree(dataset.folder / INCOMING, ignore_errors=True)  # of a process that was killed; we hold the lock
     entries = sorted(dataset.manifest["shards"], key=lambda entry: entry["split"] == "train")
@@ -140,7 +140,7 @@ def _fetch(dataset: Dataset, num_workers: int, retry_wait: float) -> None:
     def work() -> None:
         try:
             while not stop.is_set():
-                _fetch_shard(dataset, todo.get_nowait(), retry_wait)
+                _fetch_shard(dataset, todo.get_nowait())
                 done.put(None)
         except queue.Empty:
             return
@@ -174,7 +174,7 @@ def _follow(dataset: Dataset, missing: list[dict[str, Any]], done: "queue.Simple
             progress.update(min(total, arrived + _size_below(dataset.folder / INCOMING)) // MB, f"{finished}/{len(missing)} shards")
 
 
-def _fetch_shard(dataset: Dataset, entry: dict[str, Any], retry_wait: float) -> None:
+def _fetch_shard(dataset: Dataset, entry: dict[str, Any]) -> None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
     from huggingface_hub.utils import disable_progress_bars
@@ -185,7 +185,7 @@ def _fetch_shard(dataset: Dataset, entry: dict[str, Any], retry_wait: float) -> 
     for attempt in range(TRIES):
         if attempt:
             logger.warning("%s: %s; trying again (%d of %d)", name, problem, attempt + 1, TRIES)
-            time.sleep(retry_wait * 2 ** (attempt - 1))
+            time.sleep(RETRY_WAIT * 2 ** (attempt - 1))
         incoming = dataset.folder / INCOMING / uuid.uuid4().hex
         try:
             path = Path(

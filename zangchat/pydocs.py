@@ -67,14 +67,14 @@ class Extract(NamedTuple):
     code: list[str]
 
 
-def build(folder: Path, *, overwrite: bool = False, roots: Sequence[Path] | None = None, workers: int | None = None) -> int:
-    """Make the corpus as a dataset at `folder` from `roots` (default: this interpreter's library folders). Returns an exit code."""
+def build(folder: Path, *, overwrite: bool = False, workers: int | None = None) -> int:
+    """Make the corpus as a dataset at `folder`. Returns an exit code."""
     with folder_lock(folder):
         if (folder / MANIFEST).exists() and not overwrite:
             dataset = load_dataset(folder)
             print(f"pydocs is in {folder} already (fingerprint {dataset.fingerprint}); --overwrite builds it again")
             return 0
-        train, validation, facts = collect(roots or library_roots(), workers or min(8, os.cpu_count() or 1))
+        train, validation, facts = collect(library_roots(), workers or min(8, os.cpu_count() or 1))
         dataset = write_dataset(folder, "pydocs", train, validation, facts)
     sizes = f"{facts['prose_bytes'] / 1e6:.1f} MB of prose, {facts['code_bytes'] / 1e6:.1f} MB of code"
     print(

@@ -94,8 +94,8 @@ def is_evaluation(section: str) -> bool:
 class Report:
     """The report folder of one base directory."""
 
-    def __init__(self, base_dir: Path | None = None) -> None:
-        self.base_dir = base_dir or get_base_dir()
+    def __init__(self) -> None:
+        self.base_dir = get_base_dir()
         self.folder = self.base_dir / "report"
 
     def log(self, section: str, data: Sequence[str | dict[str, Any]]) -> None:

@@ -315,8 +315,9 @@ def test_export_and_import_give_the_same_bits(tokenizer, tmp_path, monkeypatch, 
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_large_models_are_written_in_shards(model, tokenizer, tmp_path):
-    hf.export(model, tokenizer, META, tmp_path / "out", "float32", shard_bytes=200_000)
+def test_large_models_are_written_in_shards(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf, "SHARD_BYTES", 200_000)
+    hf.export(model, tokenizer, META, tmp_path / "out", "float32")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1 and len(index["weight_map"]) == 14
     weights = hf.read_hf(tmp_path / "out").weights

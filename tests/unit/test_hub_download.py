@@ -136,6 +136,7 @@ def server(files, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(hub, "RETRY_WAIT", 0.01)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     yield server
     server.shutdown()
@@ -143,7 +144,7 @@ def server(files, monkeypatch, tmp_path):
 
 
 def download(num_shards=2, source="climbmix"):
-    return hub.download(source, num_shards, num_workers=2, retry_wait=0.01)
+    return hub.download(source, num_shards, num_workers=2)
 
 
 def same_files(dataset, server):
