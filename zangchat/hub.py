@@ -176,7 +176,7 @@ def _follow(dataset: Dataset, missing: list[dict[str, Any]], done: "queue.Simple
 
 def _fetch_shard(dataset: Dataset, entry: dict[str, Any]) -> None:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()  # one bar for all shards is shown instead
@@ -203,7 +203,7 @@ def _fetch_shard(dataset: Dataset, entry: dict[str, Any]) -> None:
             ) from error
         except EntryNotFoundError as error:
             problem = _short(error)
-            if "Local" not in type(error).__name__:  # the client says LocalEntryNotFound when it could not connect
+            if not isinstance(error, LocalEntryNotFoundError):  # which the client raises when it could not connect
                 raise UserError(f"{name} is not in {manifest['repo']} at {endpoint()}: is the mirror complete?") from error
         except Exception as error:  # the client's errors differ between its versions; all are worth another try, and the last one is told
             problem = _short(error)
