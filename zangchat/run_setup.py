@@ -615,13 +615,7 @@ def command(stage: str, config: RunConfig, **changes: Any) -> str:
     """The shell command that runs this configuration (the flags that are not at their defaults), with `changes`."""
     from zangchat import checkpoint_manager
 
-    config = dataclasses.replace(config, **changes)
-    defaults = {f.name: f.default for f in dataclasses.fields(config)}
-    flags = [
-        f"--{name}={int(value) if isinstance(value, bool) else value}"
-        for name, value in configurator.to_dict(config).items()
-        if value != defaults[name] and value is not None
-    ]
+    flags = configurator.as_flags(dataclasses.replace(config, **changes))
     ddp, _, _, world_size = common.get_dist_info()
     launcher = f"torchrun --standalone --nproc_per_node={world_size} -m" if ddp else "python -m"
     return f"{launcher} {shlex.join([checkpoint_manager.COMMANDS[stage], *flags])}"
