@@ -184,7 +184,8 @@ def _generative(
     items: list[Item] = []
     per_chunk = max(1, CHUNK * batch_size // num_samples)
 
-    def judge(conversation: dict[str, Any], result: "Result") -> bool:
+    def judge(pair: tuple[dict[str, Any], "Result"]) -> bool:
+        conversation, result = pair
         return bool(task.evaluate(conversation, completion_parts(tokenizer, result.tokens, result.mask)))
 
     with ThreadPoolExecutor(VERDICT_THREADS) as judges:  # some verdicts run programs
@@ -193,8 +194,7 @@ def _generative(
             conversations = [task[i] for i in chunk]
             seeds = [derive_seed(seed, "eval", name, i) for i in chunk]
             answers = [results for _, results in sample_answers(engine, conversations, seeds, num_samples, batch_size, **sampling)]
-            pairs = [(conversation, result) for conversation, results in zip(conversations, answers, strict=True) for result in results]
-            verdicts = judges.map(judge, *zip(*pairs, strict=True)) if pairs else iter(())
+            verdicts = judges.map(judge, [(c, result) for c, results in zip(conversations, answers, strict=True) for result in results])
             for i, conversation, results in zip(chunk, conversations, answers, strict=True):
                 item = _item(i, conversation)
                 item.completions = [tokenizer.decode(result.tokens) for result in results]
