@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -417,5 +418,8 @@ def test_wandb_offline_keeps_what_is_logged(tmp_path, monkeypatch):
     run.log({"loss_of_a_step": 1.25}, step=3)
     run.finish()
     (record,) = tmp_path.rglob("*.wandb")
+    deadline = time.monotonic() + 60  # on a busy machine wandb's own process writes a little later
+    while b"loss_of_a_step" not in record.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.1)
     told = record.read_bytes()
     assert b"loss_of_a_step" in told and b"first" in told and b"seed" in told
