@@ -127,6 +127,8 @@ def zangchat(config: Config, device: Any) -> tuple[Callable[[], Any], Any]:
     from zangchat.optim import build_optimizer
     from zangchat.trainer import Stage, Trainer
 
+    if device.type == "cpu":
+        common.keep_freed_memory()
     gpt = base_train.model_config(config, config.vocab_size)
     dtype = common.resolve_dtype(config.dtype, device)
     model = checkpoint_manager.empty_model(gpt, device, str(dtype).removeprefix("torch."))

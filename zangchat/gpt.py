@@ -9,7 +9,9 @@ run in `compute_dtype`, which is a value of the model, never of the process.
 Shapes: B batch, T tokens, C width (n_embd), H query heads, G key/value heads, D head dimension, V vocabulary.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any, Protocol, cast
 
 import torch
@@ -47,12 +49,14 @@ class KVCacheLike(Protocol):
 class Linear(nn.Module):
     """x W^T in the dtype of x. The weight keeps its own dtype (fp32 master while training) and is cast where it differs."""
 
+    cast: Tensor | None = None  # the weight in the compute dtype, see GPT.cast_once
+
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, (self.weight if self.cast is None else self.cast).to(x.dtype))
 
 
 class Attention(nn.Module):
@@ -147,6 +151,19 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             is_embedding = name == "transformer.wte.weight"
             parameter.data = parameter.data.to(embedding_dtype if is_embedding else torch.float32 if keep_masters else dtype)
+
+    @contextlib.contextmanager
+    def cast_once(self) -> Iterator[None]:
+        """Inside, where weights do not change, all forward passes share one cast of each. Gradients go on to the masters as ever: what
+        every pass adds there is fp32."""
+        layers = [layer for layer in self.modules() if type(layer) is Linear and layer.weight.dtype != self.compute_dtype]
+        for layer in layers:
+            layer.cast = layer.weight.to(self.compute_dtype)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.cast = None
 
     @torch.no_grad()
     def init_weights(self, head_init_scale: float = 0.0, generator: torch.Generator | None = None) -> None:
@@ -255,5 +272,6 @@ class GPT(nn.Module):
             config.logit_cap,
             loss_reduction,
             None if loss_weights is None else loss_weights.reshape(-1),
+            cast=self.lm_head.cast,
         )
         return loss.view(B, T) if loss_reduction == "none" else loss

@@ -27,12 +27,14 @@ def softcapped_cross_entropy(
     reduction: str = "mean",
     weights: Tensor | None = None,
     chunk_tokens: int | None = None,
+    cast: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of softcapped logits; fp32, differentiable in x and weight.
 
     x (N, D) in the compute dtype; weight (rows >= vocab_size, D), of which the first vocab_size rows are used; targets (N,) with -1
     for ignored; weights (N,), optional factors on each token's loss (not differentiated). `reduction` is "sum", "mean" (the
-    sum divided by the number of targets that are not ignored; 0 where all are) or "none" ((N,), 0 where ignored).
+    sum divided by the number of targets that are not ignored; 0 where all are) or "none" ((N,), 0 where ignored). `cast` is the weight in
+    the dtype of x, where the caller has it.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be mean, sum or none, not {reduction!r}")
@@ -51,7 +53,8 @@ def softcapped_cross_entropy(
     # within the Function gradients look switched off, so whether they are wanted is found out here
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     mode = "none" if reduction == "none" else "sum with gradients" if wanted else "sum"
-    loss = _CrossEntropy.apply(x, weight, targets, factors, vocab_size, cap, mode, chunk_tokens)
+    w = (weight if cast is None else cast).detach().to(x.dtype)
+    loss = _CrossEntropy.apply(x, weight, w, targets, factors, vocab_size, cap, mode, chunk_tokens)
     return loss / count if reduction == "mean" else loss
 
 
@@ -71,15 +74,15 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, factors: Tensor, vocab_size: int, cap: float, mode: str, chunk: int
+        ctx: Any, x: Tensor, weight: Tensor, w: Tensor, targets: Tensor, factors: Tensor, vocab_size: int, cap: float, mode: str, chunk: int
     ) -> Tensor:
-        ctx.mode, ctx.settings = mode, (vocab_size, cap, chunk)
+        ctx.mode, ctx.settings, ctx.weight_dtype = mode, (vocab_size, cap, chunk), weight.dtype
         grads = factors if mode == "sum with gradients" else None
-        losses, *ctx.grads = _chunked(x, weight, targets, grads, vocab_size, cap, chunk)
+        losses, *ctx.grads = _chunked(x, w, targets, grads, vocab_size, cap, chunk)
         losses = losses * factors
         if mode != "none":
             return losses.sum()
-        ctx.save_for_backward(x, weight, targets, factors)
+        ctx.save_for_backward(x, w, targets, factors)
         return losses
 
     @staticmethod
@@ -91,33 +94,40 @@ class _CrossEntropy(torch.autograd.Function):
             ctx.grads = (None, None)  # scaled in place below, so usable once
             dx, dweight = dx.mul_(grad.to(dx.dtype)), dweight.mul_(grad)
         else:
-            x, weight, targets, factors = ctx.saved_tensors
-            _, dx, dweight = _chunked(x, weight, targets, factors * grad, *ctx.settings)
-        return dx, dweight, None, None, None, None, None, None
+            x, w, targets, factors = ctx.saved_tensors
+            _, dx, dweight = _chunked(x, w, targets, factors * grad, *ctx.settings)
+        return dx, dweight.to(ctx.weight_dtype), None, None, None, None, None, None, None
 
 
 def _chunked(
     x: Tensor, weight: Tensor, targets: Tensor, grads: Tensor | None, vocab_size: int, cap: float, chunk: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Per-token losses (N,) and, given the loss gradient of each token, dx like x and dW like weight."""
-    w = weight[:vocab_size].to(x.dtype)
+    """Per-token losses (N,) and, given the loss gradient of each token, dx like x and dW like weight, but fp32.
+
+    On a CPU each line of the loop is a pass over a chunk's logits and costs about as much as a tenth of its products.
+    """
+    w = weight[:vocab_size]
     targets = targets.clamp(min=0)  # ignored tokens: any valid index, their factor is 0
     losses = torch.empty(x.size(0), dtype=torch.float32, device=x.device)
     dx = None if grads is None else torch.empty_like(x)
     dweight = None if grads is None else torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
+    bound = torch.full((), -cap, device=x.device)
     for start in range(0, x.size(0), chunk):
         rows = slice(start, start + chunk)
         target = targets[rows, None]
-        t = (x[rows] @ w.T).float().div_(cap).tanh_()  # u / cap, in [-1, 1]
+        t = (x[rows] @ w.T).float().mul_(1 / cap).tanh_()  # u / cap, in [-1, 1]
         # u is bounded by cap, so cap can take the place of the row maximum in a stable logsumexp
-        e = (t - 1).mul_(cap).exp_()
+        e = torch.add(bound, t, alpha=cap).exp_()
         total = e.sum(-1, keepdim=True)
         losses[rows] = (total.log() + cap * (1 - t.gather(1, target))).squeeze(1)
         if grads is None or dx is None or dweight is None:
             continue
         g = grads[rows, None]
         dz = e.mul_(g / total).scatter_add_(1, target, -g)  # (softmax - onehot) * g
-        dz = dz.mul_(t.square_().neg_().add_(1)).to(x.dtype)  # d tanh
+        dz = dz.addcmul_(dz, t.square_(), value=-1).to(x.dtype)  # d tanh = 1 - t^2
         torch.mm(dz, w, out=dx[rows])
-        dweight[:vocab_size] += dz.T @ x[rows]
-    return losses, dx, None if dweight is None else dweight.to(weight.dtype)
+        if x.dtype == torch.float32:
+            dweight[:vocab_size].addmm_(dz.T, x[rows])
+        else:
+            dweight[:vocab_size] += dz.T @ x[rows]
+    return losses, dx, dweight

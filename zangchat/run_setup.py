@@ -478,6 +478,8 @@ def open_run(stage: str, config: C, tag: str) -> Iterator[Run]:
     directory = checkpoint_manager.tag_folder(stage, tag)
     refuse_existing(stage, config, directory)
     _, rank, _, world_size, device = common.compute_init(config.device_type, deterministic=config.deterministic)
+    if device.type == "cpu":
+        common.keep_freed_memory()
     try:
         if getattr(config, "fsdp", False) and world_size == 1:
             raise UserError("--fsdp spreads a model over several processes: start with torchrun, or leave the flag out")

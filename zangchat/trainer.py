@@ -198,12 +198,13 @@ class Trainer:
         """Gradients of (this rank's part of) the step's mean loss; returns the sum of its losses."""
         losses = []
         passes = self._passes(batch)
-        for number, rows in enumerate(passes, 1):
-            loss = self.stage.loss(self.forward, self._on_device(batch, rows))
-            if number == len(passes):
-                self.optimizer.last_pass()
-            (loss * (self.state.extra.get("loss_scale", 1.0) / max(supervised, 1))).backward()
-            losses.append(loss.detach())
+        with contextlib.nullcontext() if self.optimizer.lockstep else self.model.cast_once():
+            for number, rows in enumerate(passes, 1):
+                loss = self.stage.loss(self.forward, self._on_device(batch, rows))
+                if number == len(passes):
+                    self.optimizer.last_pass()
+                (loss * (self.state.extra.get("loss_scale", 1.0) / max(supervised, 1))).backward()
+                losses.append(loss.detach())
         return math.fsum(torch.stack(losses).tolist()) if losses else 0.0
 
     def _passes(self, batch: "Batch") -> list[slice]:

@@ -1,5 +1,6 @@
 """The model: equal to its slow twin and to transformers' NanoChat, cached decoding equal to the full forward pass, initialisation."""
 
+import contextlib
 import math
 
 import pytest
@@ -234,6 +235,31 @@ def test_documents_of_a_row_do_not_see_each_other_where_that_is_asked_for() -> N
     apart = torch.autograd.grad(losses[0] + losses[1] + losses[2], weights)
     for ours, theirs in zip(torch.autograd.grad(model(row, targets, loss_reduction="sum"), weights), apart, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+def test_weights_cast_once_for_all_passes_give_the_same_gradients(grad_checkpoint: bool) -> None:
+    def learn(once: bool) -> dict[str, torch.Tensor]:
+        model = lively_model(dtype=torch.bfloat16)
+        model.grad_checkpoint = grad_checkpoint
+        with model.cast_once() if once else contextlib.nullcontext():
+            for seed in range(3):
+                rows = torch.randint(0, model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(seed))
+                model(rows[:, :-1], rows[:, 1:].contiguous(), loss_reduction="sum").backward()
+                assert (model.lm_head.cast is not None) == once
+        assert "lm_head.cast" not in model.state_dict() and model.lm_head.cast is None
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    once, each = learn(True), learn(False)
+    assert once["lm_head.weight"].dtype == torch.float32
+    for name in each:
+        assert torch.equal(once[name], each[name]), name
+
+
+def test_in_fp32_nothing_is_cast() -> None:
+    model = lively_model()
+    with model.cast_once():
+        assert all(getattr(layer, "cast", None) is None for layer in model.modules())
 
 
 def test_computing_in_bfloat16() -> None:
