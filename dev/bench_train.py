@@ -4,21 +4,24 @@
     python -m dev.bench_train ... --peer=PATH      the same model in the nanochat checkout at PATH, in turns with ours
     python -m dev.bench_train ... --profile=trace.json      where one step goes: a table, and a trace for chrome://tracing or perfetto
 
-Steps are whole ones on random tokens: forward, backward, clipping, optimizer. Each repetition is a process of its own, from nothing,
-so that the time to the first step holds what a user waits for (imports, building, compiling). A machine that does other work as well
-gives no result.
+Steps are whole ones on random tokens: forward, backward, clipping, optimizer. Each side is one process, so that a compiler's minutes are
+spent once; the time to its first step, taken before the other is there, holds what a user waits for (imports, building, compiling).
+Repetitions take turns. A machine that does other work as well gives no result.
 """
 
 import dataclasses
 import json
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from dev.bench_common import machine, middle, repetition
+from dev.bench_common import machine, middle
 from scripts import base_train
 from zangchat import common, configurator, flops
 
@@ -28,12 +31,12 @@ class Config(base_train.Config):
     vocab_size: int = 65536
     device_batch_size: int = 32  # type: ignore[assignment]  # rows in one pass; nothing is chosen here
     compile: bool | None = None  # torch.compile of the model; default: as in training, on CUDA
-    steps: int = 8  # timed steps of a repetition, after one that is not
+    steps: int = 8  # timed steps of a repetition
     repeats: int = 3
     peer: str = ""  # the folder of a nanochat checkout to measure beside ours
     busy: bool = False  # measure although the machine is busy; the output says so
     profile: str = ""  # write a trace of one step to this file, and print the costliest operations
-    worker: str = ""  # internal: what a repetition measures, "zangchat" or "nanochat"
+    worker: str = ""  # internal: what a process measures, "zangchat" or "nanochat"
     launched: float = 0.0  # internal: when its process was started
 
 
@@ -45,12 +48,11 @@ def bench(config: Config) -> int:
     if config.worker or config.profile:
         return work(config)
     where = machine(config.busy)
-    runs: dict[str, list[dict[str, Any]]] = {"zangchat": []}
-    if config.peer:
-        runs["nanochat"] = []
+    sides = {name: Side(config, name) for name in ("zangchat", "nanochat") if name == "zangchat" or config.peer}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     for _ in range(config.repeats):
-        for name, done in runs.items():
-            done.append(repetition("dev.bench_train", dataclasses.replace(config, worker=name, launched=time.time())))
+        for name, side in sides.items():
+            runs[name].append(side.repetition())
     gpt = base_train.model_config(config, config.vocab_size)
     result: dict[str, Any] = {
         "model": dataclasses.asdict(gpt),
@@ -69,17 +71,45 @@ def bench(config: Config) -> int:
     return 0
 
 
+class Side:
+    """A process that makes its first step, says so by a line of JSON, and then measures whenever it is asked."""
+
+    def __init__(self, config: Config, name: str) -> None:
+        self.name, self.errors = name, tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (open as long as the process)
+        flags = configurator.as_flags(dataclasses.replace(config, worker=name, launched=time.time()))
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "dev.bench_train", *flags],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            encoding="utf-8",
+            cwd=Path(__file__).parents[1],
+        )
+        self._answer()
+
+    def repetition(self) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        print("go", file=self.process.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:  # a peer's code may print, too
+            if line.startswith("{"):
+                return json.loads(line)
+        self.errors.seek(0)
+        raise configurator.UserError(f"{self.name} could not be measured:\n{self.errors.read()[-3000:]}")
+
+
 def tokens_per_step(config: Config) -> int:
     rows = config.device_batch_size * config.max_seq_len
     return config.total_batch_size if config.total_batch_size > 0 else rows
 
 
-# ---- one repetition -------------------------------------------------------------------------------------------------
+# ---- one side -------------------------------------------------------------------------------------------------------
 
 
 def work(config: Config) -> int:
-    import torch
-
     device = common.compute_init(config.device_type)[-1]
     make = nanochat if config.worker == "nanochat" else zangchat
     step, dtype = make(config, device)
@@ -88,6 +118,16 @@ def work(config: Config) -> int:
     first = time.time() - config.launched
     if config.profile:
         return profile(config, step, device)
+    rate = gemm_rate(config, device, dtype)
+    print("{}", flush=True)  # ready
+    for _ in sys.stdin:
+        print(json.dumps({"seconds_to_first_step": round(first, 2), **timed_steps(config, step, device, dtype, rate)}), flush=True)
+    return 0
+
+
+def timed_steps(config: Config, step: Callable[[], Any], device: Any, dtype: Any, rate: float) -> dict[str, Any]:
+    import torch
+
     times = []
     for _ in range(config.steps):
         start = time.perf_counter()
@@ -96,25 +136,16 @@ def work(config: Config) -> int:
         times.append(time.perf_counter() - start)
     pace = tokens_per_step(config) / statistics.median(times)
     gpt = base_train.model_config(config, config.vocab_size)
-    rate = gemm_rate(config, device, dtype)
-    print(
-        json.dumps(
-            {
-                "tok_per_sec": round(pace, 1),
-                "step_seconds": round(statistics.median(times), 4),
-                "seconds_to_first_step": round(first, 2),
-                "gemm_tflops": round(rate / 1e12, 4),
-                "mfu_of_gemm": round(pace * flops.flops_per_token(gpt) / rate, 4),
-                "peak_memory_mib": round(common.peak_memory_bytes(device) / 2**20),
-                "dtype": str(dtype).removeprefix("torch."),
-                "device": torch.cuda.get_device_name(device)
-                if device.type == "cuda"
-                else f"{device.type}, {torch.get_num_threads()} threads",
-                "torch": torch.__version__,
-            }
-        )
-    )
-    return 0
+    return {
+        "tok_per_sec": round(pace, 1),
+        "step_seconds": round(statistics.median(times), 4),
+        "gemm_tflops": round(rate / 1e12, 4),
+        "mfu_of_gemm": round(pace * flops.flops_per_token(gpt) / rate, 4),
+        "peak_memory_mib": round(common.peak_memory_bytes(device) / 2**20),
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+    }
 
 
 def zangchat(config: Config, device: Any) -> tuple[Callable[[], Any], Any]:

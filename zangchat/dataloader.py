@@ -497,7 +497,10 @@ def _batch(ids: np.ndarray, learn: np.ndarray, cursor: dict[str, Any], rank: int
     mine = slice(rank * share, (rank + 1) * share)
     tokens = torch.from_numpy(ids[mine].astype(np.int64))
     targets = tokens[:, 1:].masked_fill(~torch.from_numpy(learn[mine, 1:]), IGNORED)
-    return Batch(tokens[:, :-1].contiguous(), targets.contiguous(), cursor)
+    inputs, targets = tokens[:, :-1].contiguous(), targets.contiguous()
+    if torch.cuda.is_initialized():  # a GPU fetches from pinned memory by itself, while the training thread goes on
+        inputs, targets = inputs.pin_memory(), targets.pin_memory()
+    return Batch(inputs, targets, cursor)
 
 
 def prefetched(produce: Callable[[], Iterator[Item]], depth: int = PREFETCHED_STEPS) -> Iterator[Item]:
