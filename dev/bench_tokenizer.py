@@ -1,17 +1,19 @@
 """How fast the tokenizer trains and encodes here, beside every other one that is installed: MB/s and memory, as JSON.
 
     python -m dev.bench_tokenizer                                          20 MB of pydocs, vocabulary 32,768
-    python -m dev.bench_tokenizer --data_path=corpus.parquet --megabytes=1000 --vocab_size=65536
+    python -m dev.bench_tokenizer --data_path=base_data --megabytes=1000 --vocab_size=65536 --tasks=train --only=zangchat
     python -m dev.bench_tokenizer --peers=rustbpe=FOLDER,gigatoken=FOLDER  packages that were installed with `pip install --target FOLDER`
 
 Peers: rustbpe (PyPI's; its name is ours, so it needs a folder of its own), tokenizers, tiktoken, gigatoken. All train on the same text and
 encode it with the same vocabulary, ours, with rustbpe's default pattern. Each repetition is a process of its own, the peers take turns, and
-a median is of --repeats. "cold" is the first time that a process encodes the text, "warm" the second. A machine that does other work as
-well gives no result.
+a median is of --repeats. "cold" is the first time that a process encodes the text, "warm" the second. Where the corpus is smaller than
+--megabytes it is read again from its beginning: the output says how often. Trainers are given an iterator over str in memory, and
+"peak_MB_beyond_text" is what they need besides. A machine that does other work as well gives no result.
 """
 
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import resource
@@ -20,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,10 +39,11 @@ SEPARATOR = b"\0"  # between documents, for gigatoken's trainer
 class Config:
     dataset: str | None = None  # the corpus; default: pydocs
     data_path: str | None = None  # a .parquet, .jsonl or .txt file, or a folder of them, instead
-    megabytes: float = 20.0  # of text, from its beginning
+    megabytes: float = 20.0  # of text, from its beginning; again and again, where the corpus has less
     vocab_size: int = 32_768  # without special tokens
     threads: int = 0  # for all of them; 0: as many as there are cores
     peers: str = ""  # folders of packages that are not in this environment, name=FOLDER,...
+    only: str = ""  # names of what is measured, as in the output; default: all of them
     tasks: str = "train,encode,decode"
     repeats: int = 3
     busy: bool = False  # measure although the machine is busy; the output says so
@@ -55,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def bench(config: Config) -> int:
     if config.worker:
         task, name = config.worker.split(":")
-        print(json.dumps({"train": train, "encode": encode, "decode": decode}[task](name, Path(config.folder), config.vocab_size)))
+        texts = documents(Path(config.folder), config.megabytes)
+        print(json.dumps({"train": train, "encode": encode, "decode": decode}[task](name, texts, Path(config.folder), config.vocab_size)))
         return 0
     threads = config.threads or os.cpu_count() or 1
     where = machine(config.busy)
@@ -83,43 +87,70 @@ def prepare(config: Config, folder: Path) -> dict[str, Any]:
     from zangchat.tokenizer import RustBPETokenizer
 
     dataset = find_dataset(config.dataset or (None if config.data_path else "pydocs"), config.data_path)
-    texts, size = [], 0
-    for text in dataset.iter_documents("train"):
-        texts.append(text)
-        size += len(text.encode("utf-8"))
-        if size >= 1e6 * config.megabytes:
-            break
-    pq.write_table(pa.table({"text": texts}), folder / "text.parquet", compression="none")
-    tokenizer = RustBPETokenizer.train_from_iterator(texts, config.vocab_size + 9, pattern=rustbpe.Tokenizer().get_pattern())
-    tokenizer.save(folder)
-    (folder / "hf.json").write_text(json.dumps({**tokenizer_json(tokenizer), "added_tokens": [], "post_processor": None}))
+    corpus = list(until(config.megabytes, dataset.iter_documents("train")))
+    if not corpus:
+        raise configurator.UserError(f"{dataset.name} has no text: name another --dataset or --data_path")
+    pq.write_table(pa.table({"text": corpus}), folder / "text.parquet", compression="none")
+    texts, distinct = documents(folder, config.megabytes), megabytes_of(corpus)
+    if config.tasks != "train":
+        tokenizer = RustBPETokenizer.train_from_iterator(corpus, config.vocab_size + 9, pattern=rustbpe.Tokenizer().get_pattern())
+        tokenizer.save(folder)
+        (folder / "hf.json").write_text(json.dumps({**tokenizer_json(tokenizer), "added_tokens": [], "post_processor": None}))
     return {
         "text": dataset.name,
         "documents": len(texts),
-        "MB": round(size / 1e6, 3),
+        "characters": sum(map(len, texts)),
+        "MB": round(megabytes_of(texts), 3),
+        "times_that_the_corpus_is_read": round(megabytes_of(texts) / distinct, 3),
         "vocab_size": config.vocab_size,
-        "versions": versions(),
+        "versions": versions(folders_of(config)),
     }
 
 
-def versions() -> dict[str, str]:
+def folders_of(config: Config) -> dict[str, str]:
+    return dict(peer.split("=", 1) for peer in config.peers.split(",") if peer)
+
+
+def versions(folders: dict[str, str]) -> dict[str, str]:
     from importlib import metadata
 
-    return {name: metadata.version(name) for name in ("rustbpe", "tokenizers", "tiktoken", "numpy") if importlib.util.find_spec(name)}
+    installed = {name: metadata.version(name) for name in ("rustbpe", "tokenizers", "tiktoken", "numpy") if importlib.util.find_spec(name)}
+    result = {"zangchat" if name == "rustbpe" else name: version for name, version in installed.items()}
+    for name, folder in folders.items():
+        for found in metadata.distributions(name=name, path=[folder]):
+            result[name] = found.version
+    return result
 
 
-def documents(folder: Path) -> list[str]:
+def until(megabytes: float, texts: Iterable[str]) -> Iterator[str]:
+    """Texts up to the one with which they have so many megabytes."""
+    size = 0
+    for text in texts:
+        yield text
+        size += len(text.encode("utf-8"))
+        if size >= 1e6 * megabytes:
+            break
+
+
+def documents(folder: Path, megabytes: float) -> list[str]:
+    """So much text: where the corpus has less, its documents come again, the same objects."""
     import pyarrow.parquet as pq
 
-    return pq.read_table(folder / "text.parquet")["text"].to_pylist()
+    corpus = pq.read_table(folder / "text.parquet")["text"].to_pylist()
+    return list(until(megabytes, itertools.cycle(corpus)))
+
+
+def megabytes_of(texts: list[str]) -> float:
+    return sum(len(text.encode("utf-8")) for text in texts) / 1e6
 
 
 # ---- turns
 
 
 def take_turns(config: Config, task: str, folder: Path, threads: int) -> dict[str, Any]:
-    folders = dict(peer.split("=", 1) for peer in config.peers.split(",") if peer)
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in {"train": TRAINERS, "encode": ENCODERS, "decode": DECODERS}[task]}
+    folders = folders_of(config)
+    names = [name for name in {"train": TRAINERS, "encode": ENCODERS, "decode": DECODERS}[task] if name in (config.only or name).split(",")]
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     failed: dict[str, str] = {}
     for _ in range(config.repeats):
         for name, done in runs.items():
@@ -130,7 +161,12 @@ def take_turns(config: Config, task: str, folder: Path, threads: int) -> dict[st
                 environment = {**os.environ, "RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true", "THREADS": str(threads)}
                 if package in folders:
                     environment["PYTHONPATH"] = os.pathsep.join([folders[package], os.environ.get("PYTHONPATH", "")])
-                flags = [f"--worker={task}:{name}", f"--folder={folder}", f"--vocab_size={config.vocab_size}"]
+                flags = [
+                    f"--worker={task}:{name}",
+                    f"--folder={folder}",
+                    f"--vocab_size={config.vocab_size}",
+                    f"--megabytes={config.megabytes}",
+                ]
                 finished = subprocess.run(
                     [sys.executable, "-m", "dev.bench_tokenizer", *flags], env=environment, capture_output=True, text=True
                 )
@@ -162,8 +198,15 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:12]
 
 
+def forget_peak() -> float:
+    """Makes `peak_megabytes` count from here, where the system lets it, and returns what there is."""
+    if Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak_megabytes()
+
+
 def peak_megabytes() -> float:
-    """Of this process since its program began; ru_maxrss would count what it was forked from."""
+    """Of this process since its program began or forgot; ru_maxrss would count what it was forked from."""
     status = Path("/proc/self/status")
     if not status.exists():
         return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
@@ -173,15 +216,14 @@ def peak_megabytes() -> float:
 # ---- training: documents and the size -> the bytes of the tokens
 
 
-def train(name: str, folder: Path, vocab_size: int) -> dict[str, Any]:
-    texts = documents(folder)
-    size, before = sum(len(text.encode("utf-8")) for text in texts), peak_megabytes()
+def train(name: str, texts: list[str], folder: Path, vocab_size: int) -> dict[str, Any]:
+    size, before = megabytes_of(texts), forget_peak()
     tokens, seconds = timed(lambda: TRAINERS[name](iter(texts), vocab_size))
     return {
-        "MB/s": round(size / 1e6 / seconds, 2),
+        "MB/s": round(size / seconds, 2),
         "seconds": round(seconds, 3),
         "peak_MB": peak_megabytes(),
-        "peak_MB_before": before,
+        "peak_MB_beyond_text": round(peak_megabytes() - before, 1),
         "tokens": len(tokens),
         "digest": digest(b"".join(len(token).to_bytes(4, "little") + token for token in tokens)),
     }
@@ -191,7 +233,8 @@ def train_rustbpe(texts: Iterator[str], vocab_size: int) -> list[bytes]:
     import rustbpe
 
     tokenizer = rustbpe.Tokenizer()
-    tokenizer.train_from_iterator(texts, vocab_size)
+    ours = hasattr(rustbpe.Tokenizer, "from_ranks")  # PyPI's asks the environment
+    tokenizer.train_from_iterator(texts, vocab_size, **({"num_threads": int(os.environ["THREADS"])} if ours else {}))
     return [bytes(token) for token, _ in sorted(tokenizer.get_mergeable_ranks(), key=lambda pair: pair[1])]
 
 
@@ -230,18 +273,17 @@ TRAINERS: dict[str, Callable[[Iterator[str], int], list[bytes]]] = {
 # ---- encoding
 
 
-def encode(name: str, folder: Path, vocab_size: int) -> dict[str, Any]:
-    texts = documents(folder)
-    size = sum(len(text.encode("utf-8")) for text in texts)
+def encode(name: str, texts: list[str], folder: Path, vocab_size: int) -> dict[str, Any]:
+    size = megabytes_of(texts)
     work, flatten = ENCODERS[name](folder, int(os.environ["THREADS"]))
     _, cold = timed(lambda: work(texts))
     result, warm = timed(lambda: work(texts))
     ids = flatten(result)
     return {
-        "warm MB/s": round(size / 1e6 / warm, 2),
-        "cold MB/s": round(size / 1e6 / cold, 2),
+        "warm MB/s": round(size / warm, 2),
+        "cold MB/s": round(size / cold, 2),
         "peak_MB": peak_megabytes(),
-        "bytes_per_token": round(size / len(ids), 4),
+        "bytes_per_token": round(1e6 * size / len(ids), 4),
         "digest": digest(ids.tobytes()),
     }
 
@@ -319,8 +361,8 @@ ENCODERS: dict[str, Callable[[Path, int], Encode]] = {
 # ---- decoding
 
 
-def decode(name: str, folder: Path, vocab_size: int) -> dict[str, Any]:
-    ids, offsets = ours(folder).encode_documents(documents(folder))
+def decode(name: str, texts: list[str], folder: Path, vocab_size: int) -> dict[str, Any]:
+    ids, offsets = ours(folder).encode_documents(texts)
     work = DECODERS[name](folder, int(os.environ["THREADS"]))
     result, seconds = timed(work(ids, offsets))
     data = b"".join(text.encode() if isinstance(text, str) else text for text in result)

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use crate::split::Splitter;
 use crate::train::Words;
-use crate::Error;
+use crate::{key_of, mix, prefetch, Error, KEY_BYTES};
 
 /// Tables that all threads share are cut in this many parts by the first bits of the hash, each under a lock of its own.
 const SHARD_BITS: u32 = 6;
@@ -49,23 +49,6 @@ struct Waiting {
     key: Key,
 }
 
-/// MASKS[n] keeps the first n bytes.
-const MASKS: [Key; 16] = {
-    let mut masks = [[0; 2]; 16];
-    let mut n = 1;
-    while n < 16 {
-        masks[n] = if n < 8 { [u64::MAX >> (64 - 8 * n), 0] } else { [u64::MAX, u64::MAX >> 1 >> (127 - 8 * n)] };
-        n += 1;
-    }
-    masks
-};
-
-#[inline]
-fn mix(a: u64, b: u64) -> u64 {
-    let product = (a ^ 0x9e37_79b9_7f4a_7c15) as u128 * (b ^ 0xd1b5_4a32_d192_ed03) as u128;
-    product as u64 ^ (product >> 64) as u64
-}
-
 #[inline]
 fn word_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(*bytes[at..].first_chunk().expect("8 bytes"))
@@ -74,7 +57,7 @@ fn word_at(bytes: &[u8], at: usize) -> u64 {
 fn hash_long(piece: &[u8]) -> u64 {
     let last = piece.len() - 16;
     let chunks = (0..last).step_by(16).chain([last]);
-    chunks.fold(piece.len() as u64, |hash, at| mix(hash ^ word_at(piece, at), word_at(piece, at + 8)))
+    chunks.fold(piece.len() as u64, |hash, at| mix([hash ^ word_at(piece, at), word_at(piece, at + 8)]))
 }
 
 impl Table {
@@ -86,19 +69,6 @@ impl Table {
     #[inline]
     fn place(&self, hash: u64) -> usize {
         (hash << self.skip >> (64 - self.bits)) as usize
-    }
-
-    /// Asks for that slot, so that it is at hand when it is needed.
-    #[inline]
-    fn prefetch(&self, hash: u64) {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: a prefetch reads nothing, and the slot exists.
-        unsafe {
-            use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
-            _mm_prefetch::<_MM_HINT_T0>(self.slots.as_ptr().add(self.place(hash)).cast());
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = hash;
     }
 
     /// The slot of a key that `same` recognises, else the free one where it belongs.
@@ -165,7 +135,7 @@ fn hash_of(key: Key) -> u64 {
     if key[1] >= LONG {
         key[0]
     } else {
-        mix(key[0], key[1])
+        mix(key)
     }
 }
 
@@ -300,7 +270,7 @@ impl<'c> LocalCounter<'c> {
         let mut waiting = [Waiting::default(); AT_ONCE];
         let mut number = 0;
         splitter.try_for_each(text, |piece| {
-            if piece.len() >= 16 {
+            if piece.len() > KEY_BYTES {
                 table.add_long(hash_long(piece.as_bytes()), piece.as_bytes(), 1);
                 return counter.make_room(table);
             }
@@ -310,10 +280,9 @@ impl<'c> LocalCounter<'c> {
                 padded[..piece.len()].copy_from_slice(piece.as_bytes());
                 &padded
             });
-            let mask = MASKS[piece.len()];
-            let key = [word_at(around, 0) & mask[0], word_at(around, 8) & mask[1] | (piece.len() as u64) << 56];
-            let hash = mix(key[0], key[1]);
-            table.prefetch(hash);
+            let key = key_of(around, piece.len());
+            let hash = mix(key);
+            prefetch(&table.slots[table.place(hash)]);
             waiting[number] = Waiting { hash, key };
             number += 1;
             if number < AT_ONCE {

@@ -17,15 +17,14 @@ use std::sync::Mutex;
 use rustc_hash::{FxHashMap, FxHasher};
 
 use crate::split::Splitter;
-use crate::{in_parallel, runs_of, Error, RUN_BYTES};
+use crate::{in_parallel, key_of, mix, prefetch, runs_of, Error, KEY_BYTES, RUN_BYTES};
 
 const NONE: u32 = u32::MAX;
 /// Three ids fit in 64 bits, and all bits set are no ids.
 pub const MAX_TOKENS: usize = (1 << PairTable::ID_BITS) - 1;
 /// Pieces up to this many bytes are merged by scanning.
 const SCAN_LIMIT: usize = 96;
-/// Pieces up to this many bytes are their own key in the cache; up to CACHED_BYTES, the key is their hash.
-const KEY_BYTES: usize = 15;
+/// Pieces up to this many bytes are in the cache; the key of those beyond KEY_BYTES is their hash.
 const CACHED_BYTES: usize = 255;
 /// The cache has 2^SET_BITS sets of four pieces, 128 bytes each: 16 MB a thread, when it is full.
 const SET_BITS: u32 = 17;
@@ -133,19 +132,17 @@ impl Encoder {
             return Err(Error::Split(format!("a text of {} bytes is too long: cut it into texts below 4 GiB", bytes.len())));
         }
         scratch.cache.prepare();
-        let mut sink = Sink::new(out, bytes.len() / 4);
         let (mut pieces, mut count) = ([(0, 0); PIECES], 0);
         let split = self.splitter.for_each(text, |piece| {
             let start = piece.as_ptr() as usize - bytes.as_ptr() as usize;
             pieces[count] = (start as u32, piece.len() as u32);
             count += 1;
             if count == PIECES {
-                self.encode_pieces(bytes, &pieces, &mut sink, scratch);
+                self.encode_pieces(bytes, &pieces, out, scratch);
                 count = 0;
             }
         });
-        self.encode_pieces(bytes, &pieces[..count], &mut sink, scratch);
-        sink.finish();
+        self.encode_pieces(bytes, &pieces[..count], out, scratch);
         split
     }
 
@@ -157,7 +154,7 @@ impl Encoder {
     /// alone not timed. A piece that the cache does not know costs over a microsecond, most of it waiting for memory. By simulation: with one
     /// place for a piece 4 % are merged again; moving what is found to the very front is no better.
     #[inline(never)]
-    fn encode_pieces(&self, bytes: &[u8], pieces: &[(u32, u32)], sink: &mut Sink<u32>, scratch: &mut Scratch) {
+    fn encode_pieces(&self, bytes: &[u8], pieces: &[(u32, u32)], out: &mut Vec<u32>, scratch: &mut Scratch) {
         let Scratch { keys, cache, parts } = scratch;
         let sets = cache.sets();
         for (slot, &(start, len)) in keys.iter_mut().zip(pieces) {
@@ -171,33 +168,36 @@ impl Encoder {
         }
         let mut at = 0;
         loop {
-            let (sets, room, mut len) = (cache.sets(), sink.room((INLINE_IDS + 1) * PIECES), 0);
+            out.reserve((INLINE_IDS + 1) * PIECES);
+            let (sets, free, mut len) = (cache.sets(), out.spare_capacity_mut(), 0);
             while at < pieces.len() {
                 let (key, set) = keys[at];
                 let entry = &sets[set].0[0];
                 if entry.key != key || entry.count() > INLINE_IDS {
                     break;
                 }
-                room[len..len + INLINE_IDS + 1].copy_from_slice(&entry.value);
+                // SAFETY: `free` begins with room for this many of every piece. Only the ids are kept.
+                unsafe { free.as_mut_ptr().add(len).cast::<[u32; INLINE_IDS + 1]>().write_unaligned(entry.value) };
                 len += entry.count();
                 at += 1;
             }
-            sink.len += len;
+            // SAFETY: so many have been written.
+            unsafe { out.set_len(out.len() + len) };
             let Some(&(start, len)) = pieces.get(at) else { break };
-            self.encode_piece(&bytes[start as usize..][..len as usize], keys[at].0, sink, cache, parts);
+            self.encode_piece(&bytes[start as usize..][..len as usize], keys[at].0, out, cache, parts);
             at += 1;
         }
     }
 
     /// Any piece, from anywhere in the cache or anew; the cache knows it afterwards, if it has a key.
     #[inline(never)]
-    fn encode_piece(&self, piece: &[u8], key: Key, sink: &mut Sink<u32>, cache: &mut Cache, parts: &mut Parts) {
+    fn encode_piece(&self, piece: &[u8], key: Key, out: &mut Vec<u32>, cache: &mut Cache, parts: &mut Parts) {
         if let Some(ids) = cache.find(key, piece) {
-            return sink.extend(ids);
+            return out.extend_from_slice(ids);
         }
-        let start = sink.len;
+        let start = out.len();
         if let Some(id) = self.tokens.id(piece) {
-            sink.put(&[id], 1);
+            out.push(id);
         } else {
             self.start(piece, parts);
             if piece.len() <= SCAN_LIMIT {
@@ -205,13 +205,15 @@ impl Encoder {
             } else {
                 self.merge_long(parts);
             }
-            for part in parts.iter().filter(|part| part.id != NONE) {
-                sink.put(&[part.id], 1);
+            let mut at = 0;
+            while let Some(part) = parts.get(at) {
+                out.push(part.id);
+                at += part.length as usize;
             }
             parts.clear();
             parts.shrink_to(KEPT_PARTS);
         }
-        cache.insert(key, piece, &sink.out[start..sink.len]);
+        cache.insert(key, piece, &out[start..]);
     }
 
     /// A part for each byte.
@@ -286,7 +288,7 @@ impl Encoder {
             ends.push(parts.len());
         }
         let Documents { runs, lengths } =
-            self.in_runs(&parts, |text| text.len(), threads, |text, out, scratch| self.encode_into(text, out, scratch))?;
+            self.in_runs(&parts, |text| text.len() / 4, threads, |text, out, scratch| self.encode_into(text, out, scratch))?;
         let starts = std::iter::once(&0).chain(&ends);
         let lengths = starts.zip(&ends).map(|(&start, &end)| lengths[start..end].iter().sum()).collect();
         Ok(Documents { runs, lengths })
@@ -301,19 +303,19 @@ impl Encoder {
 
     /// Appends the bytes of `ids` to `out`.
     pub fn decode_into(&self, ids: &[u32], out: &mut Vec<u8>) -> Result<(), Error> {
-        let mut sink = Sink::new(out, ids.len() * 4);
         for &id in ids {
-            let Some((window, token)) = self.tokens.get(id) else {
-                sink.finish();
-                return Err(Error::UnknownId(id));
-            };
+            let (window, token) = self.tokens.get(id).ok_or(Error::UnknownId(id))?;
             if token.len() <= WINDOW {
-                sink.put(window, token.len());
+                out.reserve(WINDOW);
+                // SAFETY: there is room for the window, which begins with the token.
+                unsafe {
+                    out.as_mut_ptr().add(out.len()).cast::<[u8; WINDOW]>().write(*window);
+                    out.set_len(out.len() + token.len());
+                }
             } else {
-                sink.extend(token);
+                out.extend_from_slice(token);
             }
         }
-        sink.finish();
         Ok(())
     }
 
@@ -322,15 +324,15 @@ impl Encoder {
         self.in_runs(documents, |ids| 4 * ids.len(), threads, |ids, out, _| self.decode_into(ids, out))
     }
 
-    /// Calls `work` with every document (of about so many `bytes`), in runs of them, wherever a thread is free.
+    /// Calls `work` with every document, which will give about so many items, in runs of them, wherever a thread is free.
     fn in_runs<D: Copy + Sync, T: Send>(
         &self,
         documents: &[D],
-        bytes: impl Fn(D) -> usize,
+        expected: impl Fn(D) -> usize + Sync,
         threads: usize,
         work: impl Fn(D, &mut Vec<T>, &mut Scratch) -> Result<(), Error> + Sync,
     ) -> Result<Documents<T>, Error> {
-        let runs = runs_of(documents.iter().map(|&document| bytes(document)));
+        let runs = runs_of(documents.iter().map(|&document| expected(document) * size_of::<T>()));
         let threads = threads.min(runs.len());
         let scratches = Mutex::new(self.take_scratches(threads));
         let next = AtomicUsize::new(0);
@@ -340,8 +342,10 @@ impl Encoder {
             loop {
                 let index = next.fetch_add(1, Ordering::Relaxed);
                 let Some(&(start, end)) = runs.get(index) else { break };
-                let (mut items, mut lengths) = (Vec::new(), Vec::with_capacity(end - start));
-                for &document in &documents[start..end] {
+                let documents = &documents[start..end];
+                let mut items = Vec::with_capacity(documents.iter().map(|&document| expected(document)).sum());
+                let mut lengths = Vec::with_capacity(documents.len());
+                for &document in documents {
                     let before = items.len();
                     work(document, &mut items, &mut scratch)?;
                     lengths.push(items.len() - before);
@@ -464,23 +468,11 @@ struct Key {
 }
 
 impl Key {
-    const MASKS: [[u64; 2]; KEY_BYTES + 1] = {
-        let mut masks = [[0, 0]; KEY_BYTES + 1];
-        let mut len = 0;
-        while len <= KEY_BYTES {
-            let mask = (1u128 << (8 * len)) - 1;
-            masks[len] = [mask as u64, (mask >> 64) as u64];
-            len += 1;
-        }
-        masks
-    };
-
     /// Of the first `len` bytes.
     #[inline]
     fn of_window(window: &[u8; 16], len: usize) -> Self {
-        let both = u128::from_le_bytes(*window);
-        let [low, high] = Self::MASKS[len];
-        Key { low: both as u64 & low, high: (both >> 64) as u64 & high | (len as u64) << 56 }
+        let [low, high] = key_of(window, len);
+        Key { low, high }
     }
 
     /// No piece's: of what the cache does not take.
@@ -500,8 +492,7 @@ impl Key {
 
     #[inline]
     fn set(self) -> usize {
-        let product = (self.low ^ 0x9e37_79b9_7f4a_7c15) as u128 * (self.high ^ 0xd6e8_feb8_6659_fd93) as u128;
-        ((product >> 64) as u64 ^ product as u64) as usize >> (64 - SET_BITS)
+        mix([self.low, self.high]) as usize >> (64 - SET_BITS)
     }
 }
 
@@ -619,19 +610,6 @@ fn ask_for_huge_pages(memory: &mut [u64]) {
     let _ = memory;
 }
 
-/// Asks for memory that will be read soon.
-#[inline]
-fn prefetch<T>(place: &T) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: it changes nothing, and nothing is read.
-    unsafe {
-        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
-        _mm_prefetch::<_MM_HINT_T0>((place as *const T).cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = place;
-}
-
 // ---- the queue of long pieces
 
 /// Positions by rank: the lowest rank first, and in it the lowest position.
@@ -641,6 +619,7 @@ struct Queue {
     bucket_of: FxHashMap<u32, usize>,         // by rank
     last: usize,                              // pushed to; the next push is often to the same
     ranks: BinaryHeap<Reverse<(u32, usize)>>, // and buckets, of those that may hold something
+    lowest: usize,                            // of those buckets
 }
 
 /// Positions mostly come in ascending order, in which they also leave; the others go through a heap.
@@ -664,11 +643,12 @@ impl Queue {
                 self.buckets.push(Bucket { rank, queued: false, ascending, taken: 0, late });
             }
         }
-        let (bucket, position) = (&mut self.buckets[self.last], position as u32);
-        if !bucket.queued {
-            bucket.queued = true;
+        if !self.buckets[self.last].queued {
+            self.buckets[self.last].queued = true;
             self.ranks.push(Reverse((rank, self.last)));
+            self.find_lowest();
         }
+        let (bucket, position) = (&mut self.buckets[self.last], position as u32);
         if bucket.ascending.last().is_none_or(|&last| last <= position) {
             bucket.ascending.push(position);
         } else {
@@ -676,9 +656,12 @@ impl Queue {
         }
     }
 
+    fn find_lowest(&mut self) {
+        self.lowest = self.ranks.peek().map_or(usize::MAX, |&Reverse((_, bucket))| bucket);
+    }
+
     fn pop(&mut self) -> Option<(u32, usize)> {
-        while let Some(&Reverse((rank, index))) = self.ranks.peek() {
-            let bucket = &mut self.buckets[index];
+        while let Some(bucket) = self.buckets.get_mut(self.lowest) {
             let (first, late) = (bucket.ascending.get(bucket.taken), bucket.late.peek());
             let position = match (first, late) {
                 (Some(&first), Some(&Reverse(late))) => first.min(late),
@@ -688,6 +671,7 @@ impl Queue {
                     bucket.ascending.clear();
                     (bucket.taken, bucket.queued) = (0, false);
                     self.ranks.pop();
+                    self.find_lowest();
                     continue;
                 }
             };
@@ -696,13 +680,13 @@ impl Queue {
             } else {
                 bucket.late.pop();
             }
-            return Some((rank, position as usize));
+            return Some((bucket.rank, position as usize));
         }
         None
     }
 }
 
-// ---- bytes of tokens, and growing output
+// ---- bytes of tokens
 
 /// The bytes of tokens that are at most this long are copied as if they were exactly this long: a copy of constant size.
 const WINDOW: usize = 16;
@@ -776,50 +760,6 @@ fn hash_of(bytes: &[u8]) -> u64 {
     let mut hasher = FxHasher::default();
     hasher.write(bytes);
     hasher.finish()
-}
-
-/// Appends to a vector whose length runs ahead, so that a few items are written at once and only some of them counted.
-struct Sink<'o, T> {
-    out: &'o mut Vec<T>,
-    len: usize,
-}
-
-impl<'o, T: Copy + Default> Sink<'o, T> {
-    fn new(out: &'o mut Vec<T>, expected: usize) -> Self {
-        let len = out.len();
-        out.resize(len + expected, T::default());
-        Sink { out, len }
-    }
-
-    /// `count` items or more to write to; what stays is to be added to `len`.
-    #[inline]
-    fn room(&mut self, count: usize) -> &mut [T] {
-        if self.out.len() - self.len < count {
-            self.grow(count);
-        }
-        &mut self.out[self.len..]
-    }
-
-    /// Writes all of `items` and keeps the first `count`.
-    #[inline]
-    fn put<const N: usize>(&mut self, items: &[T; N], count: usize) {
-        self.room(N)[..N].copy_from_slice(items);
-        self.len += count;
-    }
-
-    fn extend(&mut self, items: &[T]) {
-        self.room(items.len())[..items.len()].copy_from_slice(items);
-        self.len += items.len();
-    }
-
-    #[cold]
-    fn grow(&mut self, room: usize) {
-        self.out.resize(self.len + self.len / 2 + room, T::default());
-    }
-
-    fn finish(self) {
-        self.out.truncate(self.len);
-    }
 }
 
 #[cfg(test)]

@@ -61,6 +61,45 @@ pub fn worker_threads(wanted: Option<usize>) -> usize {
     wanted.unwrap_or(cores).clamp(1, cores)
 }
 
+/// Pieces of up to this many bytes are their own keys in tables.
+const KEY_BYTES: usize = 15;
+
+/// The first `len` bytes of a window, at most KEY_BYTES, then zeros, and `len` in the last byte.
+#[inline]
+fn key_of(window: &[u8; 16], len: usize) -> [u64; 2] {
+    const MASKS: [u128; KEY_BYTES + 1] = {
+        let mut masks = [0; KEY_BYTES + 1];
+        let mut len = 1;
+        while len <= KEY_BYTES {
+            masks[len] = masks[len - 1] << 8 | 0xff;
+            len += 1;
+        }
+        masks
+    };
+    let both = u128::from_le_bytes(*window) & MASKS[len];
+    [both as u64, (both >> 64) as u64 | (len as u64) << 56]
+}
+
+/// A hash of 16 bytes.
+#[inline]
+fn mix([a, b]: [u64; 2]) -> u64 {
+    let product = (a ^ 0x9e37_79b9_7f4a_7c15) as u128 * (b ^ 0xd1b5_4a32_d192_ed03) as u128;
+    product as u64 ^ (product >> 64) as u64
+}
+
+/// Asks for memory that will be read soon.
+#[inline]
+fn prefetch<T>(place: &T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: it changes nothing, and nothing is read.
+    unsafe {
+        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
+        _mm_prefetch::<_MM_HINT_T0>((place as *const T).cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = place;
+}
+
 /// Documents are handed to threads in runs of about this many bytes.
 const RUN_BYTES: usize = 1 << 18;
 

@@ -123,29 +123,23 @@ trait Slot: Copy + PartialEq {
     fn token(self) -> u32;
 }
 
-impl Slot for u16 {
-    const BORDER: u16 = u16::MAX;
+macro_rules! slot {
+    ($number:ty) => {
+        impl Slot for $number {
+            const BORDER: Self = <$number>::MAX;
 
-    fn of(token: u32) -> u16 {
-        token as u16
-    }
+            fn of(token: u32) -> Self {
+                token as $number
+            }
 
-    fn token(self) -> u32 {
-        self as u32
-    }
+            fn token(self) -> u32 {
+                self as u32
+            }
+        }
+    };
 }
-
-impl Slot for u32 {
-    const BORDER: u32 = u32::MAX;
-
-    fn of(token: u32) -> u32 {
-        token
-    }
-
-    fn token(self) -> u32 {
-        self
-    }
-}
+slot!(u16);
+slot!(u32);
 
 /// (left id, right id), in the order of pairs.
 type Key = u64;
