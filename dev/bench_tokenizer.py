@@ -149,7 +149,8 @@ def megabytes_of(texts: list[str]) -> float:
 
 def take_turns(config: Config, task: str, folder: Path, threads: int) -> dict[str, Any]:
     folders = folders_of(config)
-    names = [name for name in {"train": TRAINERS, "encode": ENCODERS, "decode": DECODERS}[task] if name in (config.only or name).split(",")]
+    names = {"train": list(TRAINERS), "encode": list(ENCODERS), "decode": list(DECODERS)}[task]
+    names = [name for name in names if name in (config.only or name).split(",")]
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     failed: dict[str, str] = {}
     for _ in range(config.repeats):
@@ -233,8 +234,9 @@ def train_rustbpe(texts: Iterator[str], vocab_size: int) -> list[bytes]:
     import rustbpe
 
     tokenizer = rustbpe.Tokenizer()
-    ours = hasattr(rustbpe.Tokenizer, "from_ranks")  # PyPI's asks the environment
-    tokenizer.train_from_iterator(texts, vocab_size, **({"num_threads": int(os.environ["THREADS"])} if ours else {}))
+    # PyPI's asks the environment for threads.
+    options: dict[str, Any] = {"num_threads": int(os.environ["THREADS"])} if hasattr(rustbpe.Tokenizer, "from_ranks") else {}
+    tokenizer.train_from_iterator(texts, vocab_size, **options)
     return [bytes(token) for token, _ in sorted(tokenizer.get_mergeable_ranks(), key=lambda pair: pair[1])]
 
 
