@@ -230,8 +230,8 @@ def test_commands_change_settings_without_asking_the_model(page: Page) -> None:
     expect(page.get_by_label("System prompt")).to_have_value("be brief")
 
 
-def test_a_full_server_says_how_many_wait(browser: Browser) -> None:
-    context = browser.new_context()
+def test_a_full_server_says_how_many_wait(browser: Browser, tmp_path: Path) -> None:
+    context = browser.new_context(viewport={"width": 960, "height": 600}, color_scheme="light")
     first, second = context.new_page(), context.new_page()
     with serving(engine(reply, sequence_len=1024, pause=0.02), max_batch=1, max_tokens=800, temperature=0.0) as (url, _):
         for page in (first, second):
@@ -240,6 +240,10 @@ def test_a_full_server_says_how_many_wait(browser: Browser) -> None:
         expect(last(first)).to_contain_text("word")
         send(second, "hello")
         expect(last(second).locator(".waiting")).to_contain_text("In the queue, 1 reply before this one")
+        shot(second, "desktop-light-queued", tmp_path)
+        second.set_viewport_size({"width": 360, "height": 640})
+        second.emulate_media(color_scheme="dark")
+        shot(second, "phone-dark-queued", tmp_path)
         first.get_by_role("button", name="Stop").click()
         expect(last(second)).to_contain_text("You said: hello")
     context.close()
@@ -298,37 +302,42 @@ def test_on_a_phone_the_page_fits_and_the_chats_are_in_a_drawer(browser: Browser
     context.close()
 
 
+def shot(page: Page, name: str, folder: Path) -> None:
+    """A screenshot, into the folder that SCREENSHOTS names where it does; SCREENSHOTS=dev/screenshots renews those in the repository."""
+    width = page.evaluate("window.innerWidth")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+    page.screenshot(path=Path(os.environ.get("SCREENSHOTS", folder)) / f"{name}.png")
+
+
 @pytest.mark.parametrize(("device", "scheme"), [("desktop", "light"), ("desktop", "dark"), ("phone", "light"), ("phone", "dark")])
 def test_every_state_fits_the_screen(browser: Browser, server: tuple[str, Any], tmp_path: Path, device: str, scheme: Any) -> None:
-    """Takes screenshots on the way, into the folder that SCREENSHOTS names; SCREENSHOTS=dev/screenshots renews those in the repository."""
-    folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
     phone = device == "phone"
     size = {"width": 360, "height": 640} if phone else {"width": 960, "height": 600}
     context = browser.new_context(viewport=size, is_mobile=phone, has_touch=phone, color_scheme=scheme)
     page = context.new_page()
     page.goto(server[0])
 
-    def shot(state: str) -> None:
-        assert page.evaluate("document.documentElement.scrollWidth") <= size["width"], state
-        page.screenshot(path=folder / f"{device}-{scheme}-{state}.png")
+    def state(name: str) -> None:
+        shot(page, f"{device}-{scheme}-{name}", tmp_path)
 
-    shot("welcome")
+    state("welcome")
     send(page, "long story")
     expect(last(page)).to_contain_text("word word")
-    shot("streaming")
+    state("streaming")
     page.get_by_role("button", name="Stop").click()
     expect(last(page).locator(".note")).to_have_text("Stopped.")
+    state("stopped")
     ask(page, "markdown, please")
     ask(page, "calculate 12 * 34")
-    shot("tool-call")
+    state("tool-call")
     send(page, "Tell me everything. " * 60)
     expect(page.get_by_role("alert")).to_be_visible()
-    shot("error")
+    state("error")
     page.get_by_role("button", name="Settings").click()
-    shot("settings")
+    state("settings")
     page.get_by_role("button", name="Done").click()
     if phone:
         page.get_by_role("button", name="Chats").tap()
         page.wait_for_timeout(400)  # the drawer slides in
-        shot("chats")
+        state("chats")
     context.close()
