@@ -16,6 +16,7 @@ REFERENCE_DEPTH = 12
 REFERENCE_WIDTH = 768
 REFERENCE_BATCH = 2**19  # tokens per step
 REFERENCE_RATIO = 12.0  # tokens per (matrix + lm_head) parameter
+SMALLEST_LR_SCALE = 0.5  # short runs of small batches want more than the root of the batch would give them (dev/LOG.md)
 BATCH_EXPONENT = 0.383  # the best batch grows with the tokens D as D^0.383
 DECAY_FACTOR_RANGE = (0.1, 4.0)  # of D_ref / D in the weight decay: beyond what was tuned, runs far from the reference stay near it
 
@@ -74,7 +75,7 @@ def plan_run(
 
     The length is num_iterations, else target_flops, else target_param_data_ratio x (matrix + lm_head parameters) tokens. The batch is
     the power of two (times one row) nearest to 2^19 (D / D_ref)^0.383. D_ref is what the same ratio gives the 12-layer model at the
-    same vocabulary. Rates grow with the root of the batch; weight decay also shrinks with the length of the run, so that what it
+    same vocabulary. Rates grow with the root of the batch, and do not fall below a half; weight decay also shrinks with the length of the run, so that what it
     has forgotten at the end is the same share.
     """
     for name, value in (("total_batch_size", total_batch_size), ("num_iterations", num_iterations), ("target_flops", target_flops)):
@@ -93,13 +94,14 @@ def plan_run(
     tokens = num_iterations * total_batch_size
 
     batch_factor = math.sqrt(total_batch_size / REFERENCE_BATCH)
+    lr_factor = max(batch_factor, SMALLEST_LR_SCALE)
     low, high = DECAY_FACTOR_RANGE
     return TrainPlan(
         tokens=tokens,
         total_batch_size=total_batch_size,
         num_iterations=num_iterations,
-        lr_scale=batch_factor,
-        adamw_lr_scale=batch_factor * (config.n_embd / REFERENCE_WIDTH) ** -0.5,
+        lr_scale=lr_factor,
+        adamw_lr_scale=lr_factor * (config.n_embd / REFERENCE_WIDTH) ** -0.5,
         weight_decay_scale=batch_factor * min(max(reference_tokens / tokens, low), high),
     )
 

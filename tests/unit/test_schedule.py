@@ -75,15 +75,16 @@ def test_factors_of_d20_by_hand():
 
 def test_weight_decay_stays_near_what_was_tuned():
     tiny = plan_run(model(2, vocab_size=512), num_iterations=10)
-    assert tiny.weight_decay_scale == pytest.approx(4 * tiny.lr_scale)
+    assert tiny.weight_decay_scale == pytest.approx(4 * math.sqrt(tiny.total_batch_size / 2**19))
     endless = plan_run(model(2, vocab_size=512), num_iterations=10**7)
-    assert endless.weight_decay_scale == pytest.approx(0.1 * endless.lr_scale)
+    assert endless.weight_decay_scale == pytest.approx(0.1 * math.sqrt(endless.total_batch_size / 2**19))
 
 
 def test_what_is_given_is_kept():
     plan = plan_run(model(20), total_batch_size=2**18, num_iterations=100)
     assert (plan.total_batch_size, plan.num_iterations, plan.tokens) == (2**18, 100, 100 * 2**18)
     assert plan.lr_scale == pytest.approx(math.sqrt(0.5))
+    assert [plan_run(model(4), total_batch_size=batch, num_iterations=150).lr_scale for batch in (2**17, 2**14, 512)] == [0.5] * 3
 
 
 def test_iterations_come_before_flops_before_the_ratio():
