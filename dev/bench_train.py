@@ -153,6 +153,7 @@ def zangchat(config: Config, device: Any) -> tuple[Callable[[], Any], Any]:
     import torch
 
     from zangchat import checkpoint_manager
+    from zangchat.attention import choose_backend
     from zangchat.config import RunState, StepMultipliers
     from zangchat.dataloader import Batch
     from zangchat.optim import build_optimizer
@@ -164,6 +165,8 @@ def zangchat(config: Config, device: Any) -> tuple[Callable[[], Any], Any]:
     dtype = common.resolve_dtype(config.dtype, device)
     model = checkpoint_manager.empty_model(gpt, device, str(dtype).removeprefix("torch."))
     model.init_weights(0.0, torch.Generator(device).manual_seed(1))
+    model.attention_backend, reason = choose_backend(device, dtype, gpt.head_dim)
+    print(f"attention: {reason}", file=sys.stderr)
     optimizer = build_optimizer(
         model, embedding_lr=1e-3, unembedding_lr=1e-3, matrix_lr=1e-3, weight_decay=config.weight_decay, kind=config.optimizer
     )

@@ -1,15 +1,18 @@
 """One attention interface, several backends.
 
-`sdpa` (torch's scaled_dot_product_attention) runs everywhere and is the default. `flex` (torch's flex_attention) and `flash`
-(flash-attn 4 or 3, where installed) compute the same function for the plain causal case; anything with a mask goes through sdpa.
-A backend is a value: `choose_backend` picks one by running a small problem through it and comparing with sdpa, because that an
-import works proves nothing about the kernel, the driver or the GPU.
+`sdpa` (torch's scaled_dot_product_attention, whatever kernel it takes by itself) runs everywhere and is the default. `cudnn` (cuDNN's
+kernel behind it), `flex` (torch's flex_attention) and `flash` (flash-attn 4 or 3, where installed) compute the same function for the
+plain causal case; anything with a mask goes through sdpa. A backend is a value: for training on a GPU `choose_backend` lets them race,
+and only those take part whose output and gradients agree with sdpa's, because that an import works proves nothing about the kernel, the
+driver or the GPU.
 
 Shapes: B batch, H query heads, G key/value heads (G divides H), T new tokens, S tokens attended to, D head dimension.
 """
 
-from collections.abc import Callable
-from functools import cache, lru_cache
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -17,7 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BACKENDS = ("sdpa", "flex", "flash")
+from zangchat.common import device_synchronize
+
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v -> output
+BACKENDS = ("sdpa", "cudnn", "flex", "flash")
+TRIAL_TOKENS = 2048  # context of the timed trial
+TRIAL_HEADS = 64  # heads times rows of it: enough to fill a GPU
+TRIALS = 5  # of which the median counts
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, backend: str = "sdpa") -> Tensor:
@@ -54,40 +63,50 @@ class WithinDocuments:
         """Nothing is stored."""
 
 
-def choose_backend(device: torch.device | str, dtype: torch.dtype, head_dim: int, preferred: str | None = None) -> tuple[str, str]:
-    """(backend, reason): the fastest backend that is proven to work here, and one sentence for the log.
+def candidates(device: torch.device | str, dtype: torch.dtype) -> tuple[str, ...]:
+    """The backends that may be the fastest one there. Deterministic runs do without a race, whose winner may be another one tomorrow."""
+    if torch.device(device).type != "cuda" or torch.are_deterministic_algorithms_enabled():
+        return ("sdpa",)
+    return ("flash", "cudnn", "flex", "sdpa") if dtype in (torch.bfloat16, torch.float16) else ("flex", "sdpa")
 
-    `preferred` names the backend to try; by default `flash` is tried on CUDA in 16-bit types, and everything else uses sdpa.
-    Raises ValueError for an unknown name.
+
+def choose_backend(device: torch.device | str, dtype: torch.dtype, head_dim: int, backends: Sequence[str] | None = None) -> tuple[str, str]:
+    """(backend, reason): which of `backends` (default: `candidates`) is right and fastest here, and one sentence for the log.
+
+    Each is tried on a small problem, and timed on a larger one if its output and gradients agree with sdpa's. With one that works
+    nothing is timed; with none sdpa is taken. Raises ValueError for an unknown name.
     """
     device = torch.device(device)
-    if preferred is not None and preferred not in BACKENDS:
-        raise ValueError(f"unknown attention backend {preferred!r}; there are {', '.join(BACKENDS)}")
-    if preferred is None:
-        if device.type != "cuda":
-            return "sdpa", f"sdpa: the one kernel for {device.type}"
-        if dtype not in (torch.bfloat16, torch.float16):
-            return "sdpa", f"sdpa: flash-attn has no kernel for {dtype}"
-        preferred = "flash"
-    if preferred == "sdpa":
-        return "sdpa", "sdpa: as asked"
-    failure = _smoke(preferred, device, dtype, head_dim)
-    if failure is None:
-        return preferred, f"{preferred}: forward and backward agree with sdpa in a trial run"
-    return "sdpa", f"sdpa: {preferred} is not usable here ({failure})"
+    backends = candidates(device, dtype) if backends is None else backends
+    if unknown := set(backends) - set(BACKENDS):
+        raise ValueError(f"unknown attention backend {sorted(unknown)[0]!r}; there are {', '.join(BACKENDS)}")
+    failures = {name: _smoke(name, device, dtype, head_dim) for name in backends if name != "sdpa"}
+    usable = [name for name in backends if failures.get(name) is None] or ["sdpa"]
+    seconds = {name: _seconds(name, device, dtype, head_dim) for name in usable} if len(usable) > 1 else dict.fromkeys(usable, 0.0)
+    best = min(usable, key=lambda name: seconds[name])
+    reasons = [f"{name} is not usable here ({why})" for name, why in failures.items() if why is not None]
+    if len(usable) > 1:
+        reasons = [f"forward and backward in {_times(seconds)}", *reasons]
+    return best, f"{best}: {'; '.join(reasons) or f'nothing else is tried on {device.type} in {dtype}'}"
+
+
+def _times(seconds: dict[str, float]) -> str:
+    return ", ".join(f"{1000 * value:.2f} ms ({name})" for name, value in sorted(seconds.items(), key=lambda item: item[1]))
+
+
+def _forward_backward(backend: str, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """The output and the gradients of q, k, v."""
+    out = attend(q, k, v, backend=backend)
+    return [out.detach(), *torch.autograd.grad(out.float().square().sum(), (q, k, v))]
 
 
 def _smoke(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """None if the backend's output and gradients agree with sdpa's on a small problem, else what went wrong."""
     generator = torch.Generator(device=device).manual_seed(0)
     shapes = ((1, 2, 128, head_dim), (1, 1, 128, head_dim), (1, 1, 128, head_dim))
-    inputs = [torch.randn(s, generator=generator, device=device, dtype=torch.float32).to(dtype) for s in shapes]
-    results = []
+    inputs = [torch.randn(s, generator=generator, device=device).to(dtype).requires_grad_() for s in shapes]
     try:
-        for name in (backend, "sdpa"):
-            q, k, v = (t.clone().requires_grad_() for t in inputs)
-            out = attend(q, k, v, backend=name)
-            results.append([out.detach(), *torch.autograd.grad(out.float().square().sum(), (q, k, v))])
+        results = [_forward_backward(name, *inputs) for name in (backend, "sdpa")]
     except Exception as error:  # any failure of a third-party kernel means the same: do not use it; the reason is reported
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
     worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*results, strict=True))
@@ -96,11 +115,35 @@ def _smoke(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int
     return None if worst <= tolerance else f"it differs from sdpa by {worst:.2g}"
 
 
-@cache
-def _causal_kernel(backend: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _seconds(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> float:
+    """Median time of a forward and backward pass at a realistic size, after one that compiles."""
+    shape = (8, TRIAL_HEADS // 8, TRIAL_TOKENS, head_dim)
+    inputs = [torch.ones(shape, device=device, dtype=dtype).requires_grad_() for _ in range(3)]
+    times = []
+    for _ in range(1 + TRIALS):
+        device_synchronize(device)
+        start = time.perf_counter()
+        _forward_backward(backend, *inputs)
+        device_synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+_kernels: dict[str, Kernel] = {}  # not functools.cache, which torch.compile does not see: it would build them anew
+
+
+def _causal_kernel(backend: str) -> Kernel:
     """The causal self-attention function (T == S) of one backend. Raises ImportError where a package is missing."""
+    if backend not in _kernels:
+        _kernels[backend] = _build_kernel(backend)
+    return _kernels[backend]
+
+
+def _build_kernel(backend: str) -> Kernel:
     if backend == "sdpa":
         return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
+    if backend == "cudnn":
+        return _cudnn_kernel()
     if backend == "flex":
         return _flex_kernel()
     if backend == "flash":
@@ -108,7 +151,18 @@ def _causal_kernel(backend: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     raise ValueError(f"unknown attention backend {backend!r}; there are {', '.join(BACKENDS)}")
 
 
-def _flex_kernel() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _cudnn_kernel() -> Kernel:
+    """cuDNN's kernel alone: sdpa raises where it does not support the problem."""
+    choice: Any = import_module("torch.nn.attention")
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with choice.sdpa_kernel(choice.SDPBackend.CUDNN_ATTENTION):
+            return _causal_kernel("sdpa")(q, k, v)
+
+    return run
+
+
+def _flex_kernel() -> Kernel:
     flex: Any = import_module("torch.nn.attention.flex_attention")
     compiled = torch.compile(flex.flex_attention, dynamic=False)  # uncompiled it materialises the whole score matrix
     block_mask = lru_cache(maxsize=8)(
@@ -122,7 +176,7 @@ def _flex_kernel() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return run
 
 
-def _flash_kernel() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _flash_kernel() -> Kernel:
     """flash-attn 4 (package flash-attn-4) or 3 (flash_attn_interface), whichever is installed; both want (B, T, H, D)."""
     errors = []
     for module in ("flash_attn.cute", "flash_attn_interface"):

@@ -26,7 +26,6 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import torch
 
 from zangchat import collectives, common
-from zangchat.attention import choose_backend
 from zangchat.config import GPTConfig
 from zangchat.configurator import UserError
 from zangchat.optim import merge_shards
@@ -431,10 +430,7 @@ def empty_model(config: GPTConfig, device: torch.device | str, dtype: str = "") 
     from zangchat.gpt import GPT
 
     with torch.device(device):
-        model = GPT(config, common.resolve_dtype(dtype, torch.device(device)))
-    model.attention_backend, reason = choose_backend(device, model.compute_dtype, config.head_dim)
-    logger.log(logging.DEBUG if torch.device(device).type == "cpu" else logging.INFO, f"attention: {reason}")  # a CPU has no choice
-    return model
+        return GPT(config, common.resolve_dtype(dtype, torch.device(device)))
 
 
 def model_config(meta: Mapping[str, Any], checkpoint_dir: str | Path) -> GPTConfig:

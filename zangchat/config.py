@@ -102,6 +102,7 @@ class RunConfig:
     model_tag: str | None = None  # checkpoint folder below <base>/<stage>_checkpoints/; default d<depth>
     device_type: str = ""  # cuda | mps | cpu; empty = the best one present
     dtype: str = ""  # bfloat16 | float16 | float32; empty = what the device is really fast with
+    fp8: bool = False  # products of the large layers in fp8, where the GPU has it; elsewhere they stay in --dtype
     grad_comm_dtype: str = "float32"  # bfloat16 halves what ranks send to add up their gradients, and rounds it
     seed: int = 42
     deterministic: bool = False  # CUDA: only operations that give the same bits each time, at some cost; a CPU's always do

@@ -16,7 +16,33 @@ from torch import Tensor, nn
 from zangchat.gpt import Linear
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+CAPABILITY = (9, 0)  # of the GPUs that _scaled_mm is used on
 MULTIPLE = 16  # _scaled_mm wants every dimension to be a multiple of this
+
+
+def use_fp8(model: nn.Module, device: torch.device) -> str:
+    """Convert the model where the device multiplies fp8 numbers rightly. Returns a sentence for the log."""
+    why = unusable(device)
+    if why is not None:
+        return f"fp8: not used ({why}); the products stay in --dtype"
+    return f"fp8: the products of {convert_to_fp8(model)} layers"
+
+
+def unusable(device: torch.device) -> str | None:
+    """None if the device's product of two small fp8 matrices is that of the emulation, else what is wrong."""
+    if device.type != "cuda":
+        return f"no GPU: {device.type}"
+    if torch.cuda.get_device_capability(device) < CAPABILITY:
+        return f"{torch.cuda.get_device_name(device)} has no fp8 products"
+    generator = torch.Generator(device).manual_seed(0)
+    (a, scale_a), (b, scale_b) = (quantise(torch.randn(32, 64, generator=generator, device=device), E4M3) for _ in range(2))
+    try:
+        got = scaled_product(a, b, scale_a, scale_b, torch.bfloat16).float()
+    except RuntimeError as error:  # what torch raises where its build or driver lacks the kernel
+        return str(error).splitlines()[0]
+    expected = (a.float() @ b.float().T) * (scale_a * scale_b)
+    worst = float((got - expected).abs().max() / expected.abs().max())
+    return None if worst < 0.02 else f"a small product is off by {worst:.2g}"
 
 
 def convert_to_fp8(model: nn.Module, min_size: int = 2**20) -> int:
@@ -60,7 +86,7 @@ def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
     """(M, N) in `dtype` from fp8 a (M, K) and b (N, K), both row-major: scale_a * scale_b * a b^T."""
-    if a.is_cuda and torch.cuda.get_device_capability(a.device) >= (9, 0):
+    if a.is_cuda and torch.cuda.get_device_capability(a.device) >= CAPABILITY:
         return torch._scaled_mm(a, b.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=dtype)  # b^T is column-major, as it must be
     return ((a.to(dtype) @ b.to(dtype).T).float() * (scale_a * scale_b)).to(dtype)
 

@@ -103,6 +103,10 @@ class Block(nn.Module):
         return x + self.mlp(rms_norm(x, self.eps))
 
 
+def run_block(block: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor], kv_cache: KVCacheLike | None, backend: str) -> Tensor:
+    return block(x, rotary, kv_cache, backend)
+
+
 def rotary_tables(config: GPTConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos, sin (length, D/2), fp32, of positions 0..length-1 (arXiv:2104.09864)."""
     channels = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
@@ -123,6 +127,7 @@ class GPT(nn.Module):
         self.attention_backend = "sdpa"  # see attention.choose_backend
         self.grad_checkpoint = False  # True: keep only each block's input for the backward pass and compute the rest again
         self.document_start: int | None = None  # a token (<|bos|>) at which a row's next document begins, which does not see those before
+        self.run_block = run_block  # in passes that record gradients, see compile_blocks
         rows = config.padded_vocab_size
         self.transformer = nn.ModuleDict(
             {
@@ -164,6 +169,11 @@ class GPT(nn.Module):
         finally:
             for layer in layers:
                 layer.cast = None
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Training passes run compiled from now on, block by block: all blocks share one compilation, which torch keeps on disk for the
+        next launch. Evaluation and sampling, whose shapes change from call to call, stay as they are."""
+        self.run_block = torch.compile(run_block, backend=backend, dynamic=False)
 
     @torch.no_grad()
     def init_weights(self, head_init_scale: float = 0.0, generator: torch.Generator | None = None) -> None:
@@ -253,10 +263,12 @@ class GPT(nn.Module):
         rotary = self._rotary(T, kv_cache)
         x = rms_norm(self.wte(idx).to(self.compute_dtype), config.rms_norm_eps)
         for block in cast(nn.ModuleList, self.transformer["h"]):
-            if self.grad_checkpoint and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotary, kv_cache, self.attention_backend, use_reentrant=False)
-            else:
+            if not torch.is_grad_enabled():
                 x = block(x, rotary, kv_cache, self.attention_backend)
+            elif self.grad_checkpoint:
+                x = checkpoint(self.run_block, block, x, rotary, kv_cache, self.attention_backend, use_reentrant=False)
+            else:
+                x = self.run_block(block, x, rotary, kv_cache, self.attention_backend)
         x = rms_norm(x, config.rms_norm_eps)
         if kv_cache is not None:
             kv_cache.advance(T)

@@ -161,7 +161,7 @@ class Run:
         """The model, on the device. A new base model (`config`) is initialised by --seed alone; any other still waits for `restore`."""
         import torch
 
-        from zangchat import checkpoint_manager
+        from zangchat import attention, checkpoint_manager, fp8
 
         meta = self.meta or (self.source.meta if self.source else None)
         if meta is not None:
@@ -170,6 +170,11 @@ class Run:
         # with --fsdp the model is filled in main memory, and cut up by `trainer`
         place = torch.device("cpu") if self.fsdp else self.device
         model = checkpoint_manager.empty_model(config, place, self.config.dtype)
+        level = logging.DEBUG if self.device.type == "cpu" else logging.INFO  # a CPU has no choice
+        model.attention_backend, reason = attention.choose_backend(self.device, model.compute_dtype, config.head_dim)
+        logger.log(level, f"attention: {reason}")
+        if self.config.fp8:
+            logger.info(fp8.use_fp8(model, self.device))
         if meta is None:
             model.init_weights(head_init_scale, torch.Generator(place).manual_seed(common.derive_seed(self.config.seed, "init")))
         model.grad_checkpoint = getattr(self.config, "grad_checkpoint", False)
@@ -481,6 +486,8 @@ def open_run(stage: str, config: C, tag: str) -> Iterator[Run]:
     if device.type == "cpu":
         common.keep_freed_memory()
     try:
+        if getattr(config, "fsdp", False) and config.fp8:
+            raise UserError("--fp8 and --fsdp do not go together yet: leave one of them out")
         if getattr(config, "fsdp", False) and world_size == 1:
             raise UserError("--fsdp spreads a model over several processes: start with torchrun, or leave the flag out")
         with _alone(directory, rank):

@@ -75,8 +75,8 @@ def plan_run(
 
     The length is num_iterations, else target_flops, else target_param_data_ratio x (matrix + lm_head parameters) tokens. The batch is
     the power of two (times one row) nearest to 2^19 (D / D_ref)^0.383. D_ref is what the same ratio gives the 12-layer model at the
-    same vocabulary. Rates grow with the root of the batch, and do not fall below a half; weight decay also shrinks with the length of the run, so that what it
-    has forgotten at the end is the same share.
+    same vocabulary. Rates grow with the root of the batch, and do not fall below a half; weight decay grows with the root of the batch
+    and shrinks with the length of the run, so that what it has forgotten at the end is the same share.
     """
     for name, value in (("total_batch_size", total_batch_size), ("num_iterations", num_iterations), ("target_flops", target_flops)):
         if value != -1 and value <= 0:

@@ -115,7 +115,8 @@ class Trainer:
         if device_batch_size < 1:
             raise ValueError(f"device_batch_size must be at least 1, not {device_batch_size}")
         self.model, self.optimizer, self.stage, self.state = model, optimizer, stage, state
-        self.forward: Callable[..., Tensor] = torch.compile(model) if compile else model  # hooks use the plain model
+        if compile:
+            model.compile_blocks()
         self.device = torch.device(device)
         self.device_batch_size, self.grad_clip = device_batch_size, grad_clip
         self.checkpoint_dir = Path(checkpoint_dir) if checkpoint_dir is not None else None
@@ -200,7 +201,7 @@ class Trainer:
         passes = self._passes(batch)
         with contextlib.nullcontext() if self.optimizer.lockstep else self.model.cast_once():
             for number, rows in enumerate(passes, 1):
-                loss = self.stage.loss(self.forward, self._on_device(batch, rows))
+                loss = self.stage.loss(self.model, self._on_device(batch, rows))
                 if number == len(passes):
                     self.optimizer.last_pass()
                 (loss * (self.state.extra.get("loss_scale", 1.0) / max(supervised, 1))).backward()

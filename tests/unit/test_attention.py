@@ -1,6 +1,8 @@
 """Attention: equal to explicit softmax over what may be seen; backends are chosen by what they compute, not by what imports."""
 
 import math
+import re
+import time
 
 import pytest
 import torch
@@ -67,14 +69,39 @@ def test_a_backend_that_fails_or_computes_nonsense_is_not_chosen(monkeypatch: py
     original = attention._causal_kernel
     broken = {"flash": fails, "flex": lambda q, k, v: original("sdpa")(q, k, v) * 1.5}
     monkeypatch.setattr(attention, "_causal_kernel", lambda name: broken.get(name) or original(name))
-    name, reason = choose_backend("cpu", torch.float32, 16, preferred="flash")
-    assert name == "sdpa" and "no kernel image" in reason
-    name, reason = choose_backend("cpu", torch.float32, 16, preferred="flex")
-    assert name == "sdpa" and "differs" in reason
+    name, reason = choose_backend("cpu", torch.float32, 16, ["flash", "flex"])
+    assert (
+        name == "sdpa" and "flash is not usable here (RuntimeError: no kernel image" in reason and "flex" in reason and "differs" in reason
+    )
+    # cuDNN has no kernel for a CPU: sdpa must refuse, not quietly take another one
+    name, reason = choose_backend("cpu", torch.float32, 16, ["cudnn", "sdpa"])
+    assert name == "sdpa" and "cudnn is not usable here" in reason
+
+
+def test_of_those_that_are_right_the_fastest_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "TRIAL_TOKENS", 32)
+    monkeypatch.setattr(attention, "TRIAL_HEADS", 8)
+    original, sdpa = attention._causal_kernel, attention._causal_kernel("sdpa")
+
+    def slow(q, k, v):
+        time.sleep(0.2)
+        return sdpa(q, k, v)
+
+    monkeypatch.setattr(attention, "_causal_kernel", lambda name: {"flash": slow, "flex": sdpa}.get(name) or original(name))
+    name, reason = choose_backend("cpu", torch.float32, 16, ["flash", "flex"])
+    assert name == "flex" and re.fullmatch(r"flex: forward and backward in [0-9.]+ ms \(flex\), [0-9.]+ ms \(flash\)", reason)
+
+
+def test_who_may_race(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert attention.candidates("cuda", torch.bfloat16) == ("flash", "cudnn", "flex", "sdpa")
+    assert attention.candidates("cuda", torch.float32) == ("flex", "sdpa")
+    assert attention.candidates("mps", torch.float32) == ("sdpa",)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert attention.candidates("cuda", torch.bfloat16) == ("sdpa",)
 
 
 def test_unknown_backends_are_named() -> None:
     with pytest.raises(ValueError, match="flash3"):
-        choose_backend("cpu", torch.float32, 16, preferred="flash3")
+        choose_backend("cpu", torch.float32, 16, ["flash3"])
     with pytest.raises(ValueError, match="magic"):
         attend(*qkv(3, 3), backend="magic")

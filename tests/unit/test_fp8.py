@@ -2,9 +2,11 @@
 
 import copy
 
+import pytest
 import torch
 
-from zangchat.fp8 import E4M3, E5M2, Fp8Linear, convert_to_fp8, quantise, scaled_product
+from zangchat import fp8
+from zangchat.fp8 import E4M3, E5M2, Fp8Linear, convert_to_fp8, quantise, scaled_product, use_fp8
 from zangchat.gpt import GPT, GPTConfig
 
 CONFIG = GPTConfig(sequence_len=32, vocab_size=64, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
@@ -64,3 +66,33 @@ def test_training_in_fp8_follows_the_plain_model() -> None:
         assert torch.cosine_similarity(p.grad.flatten(), q.grad.flatten(), dim=0) > 0.95, name
     with torch.no_grad():  # evaluation uses the ordinary products
         assert torch.equal(plain(idx), quantised(idx))
+
+
+def test_without_fp8_products_the_model_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    assert use_fp8(model, torch.device("cpu")) == "fp8: not used (no GPU: cpu); the products stay in --dtype"
+    assert not any(isinstance(module, Fp8Linear) for module in model.modules())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    assert "NVIDIA A100 has no fp8 products" in use_fp8(model, torch.device("cuda"))
+
+
+def test_a_product_is_tried_before_fp8_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU in the place of a GPU: the emulation passes the trial, a wrong or missing kernel does not."""
+
+    class Pretended:
+        type = "cuda"
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch, "Generator", lambda device, plain=torch.Generator: plain())
+    monkeypatch.setattr(torch, "randn", lambda *size, device, plain=torch.randn, **more: plain(*size, **more))
+    product = fp8.scaled_product
+    assert fp8.unusable(Pretended()) is None
+    monkeypatch.setattr(fp8, "scaled_product", lambda *args: product(*args) * 1.1)
+    assert "off by 0.1" in fp8.unusable(Pretended())
+
+    def missing(*args):
+        raise RuntimeError("no kernel for this build\nmore")
+
+    monkeypatch.setattr(fp8, "scaled_product", missing)
+    assert fp8.unusable(Pretended()) == "no kernel for this build"

@@ -1,6 +1,7 @@
 """The model: equal to its slow twin and to transformers' NanoChat, cached decoding equal to the full forward pass, initialisation."""
 
 import contextlib
+import copy
 import math
 
 import pytest
@@ -304,3 +305,33 @@ def test_the_model_delegates_its_costs_and_its_optimizers() -> None:
     assert model.estimate_flops() == flops_per_token(TINY)
     optimizer = model.setup_optimizers(embedding_lr=0.1, unembedding_lr=0.01, matrix_lr=0.02)
     assert set(optimizer.names.values()) == set(dict(model.named_parameters()))
+
+
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+def test_blocks_compiled_for_training_share_one_graph_and_change_nothing(grad_checkpoint: bool) -> None:
+    """The compiler's front end, tracing as on a GPU, without its code generation."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    plain = lively_model()
+    compiled = copy.deepcopy(plain)
+    plain.grad_checkpoint = compiled.grad_checkpoint = grad_checkpoint
+    compiled.compile_blocks(backend)
+    idx = tokens(2, 16)
+    for _ in range(2):
+        results = []
+        for model in (plain, compiled):
+            model.zero_grad()
+            with model.cast_once():
+                loss = model(idx, idx.roll(-1, 1))
+                loss.backward()
+            results.append([loss.detach(), *(p.grad for p in model.parameters())])
+        torch.testing.assert_close(results[1], results[0])
+    assert len(graphs) == 1
+    with torch.no_grad():  # no compiler where shapes change from call to call
+        for length in (3, 5, 7):
+            torch.testing.assert_close(compiled(idx[:, :length]), plain(idx[:, :length]))
+    assert len(graphs) == 1
