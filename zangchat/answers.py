@@ -54,9 +54,9 @@ def joined(pieces: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 async def page_events(stream: Stream, decoder: ReplyDecoder, render: bool, left_out: int) -> AsyncIterator[bytes]:
-    """nanochat's events {"token", "gpu"} ... {"done": true}; pieces of tool calls are {"tool", "text"}, {"queued"} how
-    many wait before this one; with `render`, instead, the
-    whole reply so far as {"parts"}, at most ten times a second and less often where rendering takes long."""
+    """nanochat's events {"token", "gpu"} ... {"done": true}; pieces of tool calls are {"tool", "text"}, {"queued"} how many wait before
+    this one. With `render`, instead, the whole reply so far as {"parts"}, at most ten times a second and less often where rendering
+    takes long."""
     gpu = stream.worker.number
     next_render, stop_reason = 0.0, ""
     if left_out:

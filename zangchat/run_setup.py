@@ -486,10 +486,11 @@ def open_run(stage: str, config: C, tag: str) -> Iterator[Run]:
     if device.type == "cpu":
         common.keep_freed_memory()
     try:
-        if getattr(config, "fsdp", False) and config.fp8:
-            raise UserError("--fp8 and --fsdp do not go together yet: leave one of them out")
-        if getattr(config, "fsdp", False) and world_size == 1:
-            raise UserError("--fsdp spreads a model over several processes: start with torchrun, or leave the flag out")
+        if getattr(config, "fsdp", False):
+            if config.fp8:
+                raise UserError("--fp8 and --fsdp do not go together yet: leave one of them out")
+            if world_size == 1:
+                raise UserError("--fsdp spreads a model over several processes: start with torchrun, or leave the flag out")
         with _alone(directory, rank):
             step = _resume_step(stage, config, directory)
             meta = None
