@@ -113,18 +113,25 @@ class Save:
         self._files: dict[str, tuple[int, str]] = {}  # written so far: (size, sha256)
         self._failure: BaseException | None = RuntimeError(f"the writer of step {step} ended before it began")
         parts: dict[str, Any] = {}
+        obstacle: OSError | None = None
         if rank == 0:
             assert model_data is not None
-            (self.directory / meta_name(step)).unlink(missing_ok=True)  # a step that is saved again must not be half old, half new
+            try:
+                (self.directory / meta_name(step)).unlink(missing_ok=True)  # a step that is saved again must not be half old, half new
+            except OSError as error:
+                obstacle = error
             parts[model_name(step)] = _on_cpu(strip_prefix(model_data), copy=snapshot)
         if optimizer_data is not None:
             parts[optim_name(step, rank)] = _on_cpu(optimizer_data, copy=snapshot)
-        collectives.barrier()
-        self._writer = threading.Thread(target=self._write, args=(parts,), name="zangchat-save", daemon=True)
+        if not collectives.from_rank_0(obstacle is None):  # also: nobody writes before the old meta is gone
+            obstacle = obstacle or OSError(f"rank 0 could not delete the {meta_name(step)} that was there")
+        self._writer = threading.Thread(target=self._write, args=(parts, obstacle), name="zangchat-save", daemon=True)
         self._writer.start()
 
-    def _write(self, parts: dict[str, Any]) -> None:
+    def _write(self, parts: dict[str, Any], obstacle: OSError | None) -> None:
         try:
+            if obstacle is not None:
+                raise obstacle
             self.directory.mkdir(parents=True, exist_ok=True)  # on every rank: disks may be local to a node
             for name, data in parts.items():
                 self._files[name] = _write_tensors(self.directory / name, data)

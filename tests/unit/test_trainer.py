@@ -298,6 +298,12 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path, monkeypatch, caplo
     assert checkpoint_manager.valid_steps(tmp_path) == [5, 12] and "No space left" in caplog.text
 
 
+def test_a_save_that_cannot_even_begin_costs_a_checkpoint_not_the_run(tmp_path, caplog):
+    (tmp_path / checkpoint_manager.meta_name(5)).mkdir()  # cannot be deleted as a file
+    make_trainer(tmp_path, num_iterations=12).fit()
+    assert checkpoint_manager.valid_steps(tmp_path) == [10, 12] and "could not save step 5" in caplog.text
+
+
 def test_a_last_checkpoint_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
     full_at(monkeypatch, 3)
     with pytest.raises(UserError, match="No space left.*--resume=latest"):
