@@ -3,10 +3,10 @@
     python -m dev.bench_quality --data=FOLDER --seeds=3 --peer=PATH,PATH      FOLDER holds parquet shards, each PATH a nanochat checkout
 
 Ours and each peer are trained by their own scripts.base_train, in turns, with their own settings; what is the same is the text, the
-tokenizer (a peer trains it with its script, ours takes it over; that all peers got the same is checked), depth, width, context,
-tokens per step and steps. Every `--every` steps a checkpoint is kept. One evaluator scores them all, on the same validation rows.
-Seconds run from the launch of a command to the moment that a checkpoint's weights lie on disk, so compiling and saving count. (An
-older nanochat also writes a few samples before its last checkpoint: some seconds.)
+tokenizer (a peer trains it with its script, ours takes it over; that all peers got the same is checked), depth, width, context and
+tokens, and, unless --our_batch says otherwise, tokens per step. Every `--every` steps a checkpoint is kept. One evaluator scores them
+all, on the same validation rows. Seconds run from the launch of a command to the moment that a checkpoint's weights lie on disk, so
+compiling and saving count. (An older nanochat also writes a few samples before its last checkpoint: some seconds.)
 
 What is there already is not trained again: the command goes on where it was stopped.
 """
@@ -54,6 +54,7 @@ class Config:
     steps: int = 150
     every: int = 50  # steps between checkpoints
     eval_tokens: int = 131072  # targets that the score is of
+    our_batch: int = 0  # tokens per step of ours, after the same tokens in all; 0 = as the peers
     flags: str = ""  # further flags for our training, "--matrix_lr=0.01 --seed=3"
     busy: bool = False  # measure although the machine is busy: bits per byte count, seconds do not
     score: str = ""  # internal: the folder of checkpoints to score, as JSON
@@ -90,6 +91,8 @@ def check(config: Config) -> None:
             raise configurator.UserError(f"--peer={peer} is no checkout of nanochat: it has no nanochat/gpt.py")
     if config.steps % config.every:
         raise configurator.UserError(f"--steps={config.steps} is not a multiple of --every={config.every}: change one of them")
+    if config.our_batch < 0 or config.our_batch and config.total_batch_size % config.our_batch:
+        raise configurator.UserError(f"--our_batch={config.our_batch} does not divide --total_batch_size={config.total_batch_size}")
 
 
 def summary(runs: dict[str, list[list[dict[str, Any]]]]) -> dict[str, Any]:
@@ -152,14 +155,16 @@ def curve(config: Config, base: Path, code: str, seed: int) -> list[dict[str, An
     """Steps, tokens, seconds and bits per byte of the checkpoints of one run, which is made where it is missing."""
     tag = f"seed{seed}"
     folder, done = base / "base_checkpoints" / tag, base / f"{tag}.json"
+    batch = config.total_batch_size if code else config.our_batch or config.total_batch_size
+    more = config.total_batch_size // batch  # so many steps for one of the peers'
     if not done.is_file():
         settings = {
             "depth": config.depth,
             "max_seq_len": config.max_seq_len,
             "device_batch_size": config.device_batch_size,
-            "total_batch_size": config.total_batch_size,
-            "num_iterations": config.steps,
-            "save_every": config.every,
+            "total_batch_size": batch,
+            "num_iterations": config.steps * more,
+            "save_every": config.every * more,
             "model_tag": tag,
             "core_metric_every": -1,
         }
@@ -176,9 +181,7 @@ def curve(config: Config, base: Path, code: str, seed: int) -> list[dict[str, An
         done.write_text(json.dumps(seconds), encoding="utf-8")
     seconds = {int(step): value for step, value in json.loads(done.read_text(encoding="utf-8")).items()}
     scores = scored(config, folder, code)
-    return [
-        {"step": step, "tokens": step * config.total_batch_size, "seconds": seconds[step], "bpb": scores[step]} for step in sorted(seconds)
-    ]
+    return [{"step": step, "tokens": step * batch, "seconds": seconds[step], "bpb": scores[step]} for step in sorted(seconds)]
 
 
 def spelled(settings: dict[str, Any], code: str = "", script: str = "") -> list[str]:

@@ -127,15 +127,14 @@ def base_multipliers(
     warmup_ratio: float = 0.05,
     warmdown_ratio: float = 0.65,
     final_lr_frac: float = 0.05,
-    warmup_steps: int = WARMUP_STEPS,
 ) -> StepMultipliers:
     """Pretraining, for the update number `step` (from 0): warm-up, constant, linear warm-down that ends at final_lr_frac.
 
-    Warm-up takes warmup_steps or warmup_ratio of the run, whichever is less. Momentum rises to its peak and falls during the warm-down;
+    Warm-up takes WARMUP_STEPS or warmup_ratio of the run, whichever is less. Momentum rises to its peak and falls during the warm-down;
     weight decay falls linearly over the whole run. Past the end nothing falls further.
     """
     _check_horizon(step, num_iterations)
-    warmup = int(min(warmup_steps, warmup_ratio * num_iterations))
+    warmup = int(min(WARMUP_STEPS, warmup_ratio * num_iterations))
     down = _warmdown_progress(step + 1, num_iterations, warmdown_ratio)
     lr = (1 - down) + final_lr_frac * down
     if step < warmup:
