@@ -51,9 +51,7 @@ class Document(NamedTuple):
 
 
 class DocumentStream(Protocol):
-    state: dict[
-        str, Any
-    ]  # JSON: where the next document comes from; set it to go there. Each call leaves a new dict, none is changed in place
+    state: dict[str, Any]  # JSON: where the next document comes from; set it to go there. A call replaces the dict, and changes none
 
     def next_documents(self) -> list[Document]:
         """The next few documents; none at the end of a finite stream."""
@@ -71,12 +69,12 @@ class TextStream:
     grains for a MixedStream.
     """
 
-    def __init__(self, dataset: Dataset, tokenizer: Any, seed: int, split: str = "train", max_tokens: int | None = None) -> None:
+    def __init__(self, dataset: Dataset, tokenizer: Any, seed: int, max_tokens: int | None = None) -> None:
         if max_tokens is not None and max_tokens < 2:
             raise ValueError(f"max_tokens must be at least 2, not {max_tokens}")
         if dataset.tokenizer not in (None, tokenizer and tokenizer.fingerprint):
             raise UserError(f"dataset {dataset.name} was made with another tokenizer than this model's: {dataset.repair_hint()}")
-        self.dataset, self.tokenizer, self.seed, self.split, self.max_tokens = dataset, tokenizer, seed, split, max_tokens
+        self.dataset, self.tokenizer, self.seed, self.max_tokens = dataset, tokenizer, seed, max_tokens
         self.state: dict[str, Any] = {"epoch": 0, "shard": 0, "group": 0, "row": 0}
         self._group: tuple[tuple[int, int, int], list[Any]] | None = None  # the group in hand, in this epoch's order
 
@@ -105,8 +103,8 @@ class TextStream:
                 epoch, shard, group, row = epoch + 1, 0, 0, 0
                 empty_epochs += 1
                 if empty_epochs > 1:
-                    raise UserError(f"dataset {self.dataset.name}: no text in its {self.split} split ({self.dataset.folder})")
-            elif row == 0 and group >= self.dataset.num_groups(shards[shard], self.split):
+                    raise UserError(f"dataset {self.dataset.name}: no text to train on ({self.dataset.folder})")
+            elif row == 0 and group >= self.dataset.num_groups(shards[shard], "train"):
                 shard, group = shard + 1, 0
             else:
                 texts = self._texts(epoch, shard, group)
@@ -117,7 +115,7 @@ class TextStream:
                 group, row = group + 1, 0
 
     def _shards(self, epoch: int) -> list[str]:
-        shards = self.dataset.shards(self.split)
+        shards = self.dataset.shards("train")
         if epoch == 0 and self.dataset.arrives_in_order:
             return shards
         return [shards[i] for i in permutation(len(shards), self.seed, "shards", epoch)]
@@ -128,8 +126,8 @@ class TextStream:
         if self._group is None or self._group[0] != key:
             shard_name = self._shards(epoch)[shard]
             name = shard_name.removesuffix(TOKENS)  # ids come in the order of their text
-            order = permutation(self.dataset.num_groups(shard_name, self.split), self.seed, "groups", epoch, name)
-            texts = self.dataset.read_group(shard_name, int(order[group]), self.split)
+            order = permutation(self.dataset.num_groups(shard_name, "train"), self.seed, "groups", epoch, name)
+            texts = self.dataset.read_group(shard_name, int(order[group]), "train")
             shuffled = permutation(len(texts), self.seed, "rows", epoch, name, int(order[group]))
             self._group = (key, [texts[i] for i in shuffled if len(texts[i])])
         return self._group[1]
@@ -405,18 +403,16 @@ def example_batches(
     seed: int,
     rank: int = 0,
     world_size: int = 1,
-    rows_multiple: int = 1,
     cursor: dict[str, Any] | None = None,
     num_epochs: int | None = None,
 ) -> Iterator[Batch]:
     """Steps of exactly `examples_per_step` conversations in the order of a ConversationStream, packed whole into as many rows as they need.
 
-    Rows of padding make the number of rows a multiple of world_size and of rows_multiple. With `num_epochs` the batches end, the last
-    step possibly with fewer conversations.
+    Rows of padding make the number of rows a multiple of world_size. With `num_epochs` the batches end, the last step possibly with fewer
+    conversations.
     """
     width = sequence_len + 1
     bos = tokenizer.get_bos_token_id()
-    multiple = math.lcm(world_size, rows_multiple)
 
     def produce() -> Iterator[Batch]:
         reader = DocumentReader(ConversationStream(task, tokenizer, seed, width, num_epochs), cursor or None)
@@ -425,7 +421,7 @@ def example_batches(
             if not documents:
                 return
             rows = first_fit([len(document.ids) for document in documents], width)
-            ids = np.full((-(-(max(rows) + 1) // multiple) * multiple, width), bos, dtype=np.int32)
+            ids = np.full((-(-(max(rows) + 1) // world_size) * world_size, width), bos, dtype=np.int32)
             learn = np.zeros(ids.shape, dtype=bool)
             used = [0] * len(ids)
             for row, document in zip(rows, documents, strict=True):
@@ -442,7 +438,6 @@ def validation_batches(
     tokenizer: Any,
     sequence_len: int,
     *,
-    max_bytes: int | None = None,
     eval_tokens: int | None = None,
     rows_per_batch: int = 1,
     rank: int = 0,
@@ -450,14 +445,14 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """Validation rows, the same for any packer and number of ranks: each document from its <|bos|>, at most T targets, the rest ignored.
 
-    Documents are taken in order until they amount to `max_bytes` of UTF-8 or to `eval_tokens` targets; without either, all. Every
-    rank gets the same number of batches of `rows_per_batch` rows, rows without any target filling the last.
+    Documents are taken in order until they amount to `eval_tokens` targets; without that, all. Every rank gets the same number of batches
+    of `rows_per_batch` rows, rows without any target filling the last.
     """
     width = sequence_len + 1
     bos = tokenizer.get_bos_token_id()
     per_step = rows_per_batch * world_size
     rows: list[np.ndarray] = []
-    for ids in _validation_rows(dataset, tokenizer, width, max_bytes, eval_tokens):
+    for ids in _validation_rows(dataset, tokenizer, width, eval_tokens):
         rows.append(ids)
         if len(rows) == per_step:
             yield _padded_batch(rows, per_step, width, bos, rank, world_size)
@@ -466,17 +461,15 @@ def validation_batches(
         yield _padded_batch(rows, per_step, width, bos, rank, world_size)
 
 
-def _validation_rows(dataset: Dataset, tokenizer: Any, width: int, max_bytes: int | None, eval_tokens: int | None) -> Iterator[np.ndarray]:
+def _validation_rows(dataset: Dataset, tokenizer: Any, width: int, eval_tokens: int | None) -> Iterator[np.ndarray]:
     """<|bos|> and the first T tokens of each document."""
     bos = tokenizer.get_bos_token_id()
-    bytes_left = math.inf if max_bytes is None else max_bytes
     tokens_left = math.inf if eval_tokens is None else eval_tokens
     for text in dataset.validation_documents():
-        if bytes_left <= 0 or tokens_left <= 0:
+        if tokens_left <= 0:
             return
         ids, _ = tokenizer.encode_documents([text], num_threads=1)
         row = np.concatenate([np.array([bos], dtype=np.int32), ids[: width - 1].astype(np.int32)])
-        bytes_left -= len(text.encode("utf-8"))
         tokens_left -= len(row) - 1
         if len(row) > 1:
             yield row

@@ -146,11 +146,6 @@ def require_sandbox(minimum_level: SandboxLevel) -> Sandbox:
     return sandbox
 
 
-def sandbox_level() -> SandboxLevel:
-    """The level that execute_code works at on this machine, found once by attacking the sandbox."""
-    return find_sandbox().level
-
-
 # -- one program -------------------------------------------------------------------------------------------------------
 
 

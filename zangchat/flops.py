@@ -36,11 +36,6 @@ def flops_per_token(config: GPTConfig) -> int:
     return 6 * scaling_params(config) + attention
 
 
-def decode_flops_per_token(config: GPTConfig, context: int) -> int:
-    """FLOPs to generate one token behind `context` others."""
-    return 2 * scaling_params(config) + 4 * config.n_layer * config.n_head * config.head_dim * context
-
-
 def kv_bytes_per_token(config: GPTConfig, kv_bytes: int = 2) -> int:
     """Key/value storage of one token of one row."""
     return 2 * config.n_layer * config.n_kv_head * config.head_dim * kv_bytes

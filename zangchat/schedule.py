@@ -152,13 +152,12 @@ def finetune_multipliers(
     init_lr_frac: float = 1.0,
     warmdown_ratio: float = 1.0,
     final_lr_frac: float = 0.0,
-    momentum: float = 0.95,
 ) -> StepMultipliers:
     """Midtraining, SFT and RL: constant at init_lr_frac, then linear over the last warmdown_ratio of the run (1: all of it) towards
     final_lr_frac x init_lr_frac, which is reached one step past the last, so that no update is wasted on a rate of zero."""
     _check_horizon(step, num_iterations)
     down = _warmdown_progress(step, num_iterations, warmdown_ratio)
-    return StepMultipliers(lr=init_lr_frac * ((1 - down) + final_lr_frac * down), momentum=momentum, weight_decay=1.0)
+    return StepMultipliers(lr=init_lr_frac * ((1 - down) + final_lr_frac * down))
 
 
 def _warmdown_progress(step: int, num_iterations: int, warmdown_ratio: float) -> float:

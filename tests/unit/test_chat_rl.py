@@ -282,7 +282,7 @@ def test_rounded_weights_are_compared_with_exact_ones(base, capsys):
 
 
 def test_programs_in_the_sandbox_are_timed(capsys):
-    if execution.sandbox_level() < SandboxLevel.FILTERED:
+    if execution.find_sandbox().level < SandboxLevel.FILTERED:
         pytest.skip("the sandbox of this machine is too weak")
     assert bench_sandbox.main(["--programs=10", "--at_once=2", "--busy"]) == 0
     figures = json.loads(capsys.readouterr().out)

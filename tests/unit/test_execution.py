@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.sandbox_guard import Guard
 from zangchat import execution, jail
 from zangchat.configurator import UserError
-from zangchat.execution import ExecutionResult, Jail, Sandbox, SandboxLevel, execute_code, execute_tests, run_in_jail, sandbox_level
+from zangchat.execution import ExecutionResult, Jail, Sandbox, SandboxLevel, execute_code, execute_tests, find_sandbox, run_in_jail
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
 MEMORY = 256 * 2**20
@@ -485,7 +485,7 @@ def test_the_environment_is_empty(guard, run):
 
 
 def test_descriptors_of_the_caller_are_closed(tmp_path):
-    if sandbox_level() < SandboxLevel.FILTERED:
+    if find_sandbox().level < SandboxLevel.FILTERED:
         pytest.skip("the sandbox of this machine is too weak")
     secret = tmp_path / "secret"
     secret.write_text("hf_secret", encoding="utf-8")
@@ -789,7 +789,7 @@ def test_a_jail_that_breaks_is_no_verdict(monkeypatch):
 
 
 def test_nothing_is_left_behind(tmp_path, monkeypatch):
-    if sandbox_level() < SandboxLevel.ISOLATED:
+    if find_sandbox().level < SandboxLevel.ISOLATED:
         pytest.skip("the sandbox of this machine has no place to write")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert execute_code("open('x', 'w').close()").success

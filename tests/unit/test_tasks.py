@@ -38,7 +38,7 @@ from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
 from tasks.training import held_out_conversations, training_conversations
 from zangchat.configurator import UserError
-from zangchat.execution import SandboxLevel, sandbox_level
+from zangchat.execution import SandboxLevel, find_sandbox
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "tasks"
 
@@ -378,7 +378,7 @@ def test_code_is_taken_out_of_its_fence():
 
 
 needs_sandbox = pytest.mark.skipif(
-    sandbox_level() < SandboxLevel.FILTERED, reason="the sandbox of this machine is too weak for model-written code"
+    find_sandbox().level < SandboxLevel.FILTERED, reason="the sandbox of this machine is too weak for model-written code"
 )
 
 
