@@ -8,25 +8,20 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from tasks.common import load_task
 from zangchat import configurator
+from zangchat.config import CheckpointConfig
 
 KINDS = (("bfloat16", ""), ("float32", "fp16"), ("float32", "int8"), ("bfloat16", "int8"))  # (dtype, how weights are stored)
 
 
 @dataclass
-class Config:
-    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"  # base | mid | sft | rl
-    model_tag: Annotated[str | None, tyro.conf.arg(aliases=["-g"])] = None
-    step: int | None = None
+class Config(CheckpointConfig):
     task: str = "pydocs"  # whose test questions are asked
     questions: int = 100
     max_tokens: int = 64
-    device_type: str = ""
     dtype: str = "float32"  # of what the others are compared with
     quantize: str = ""
 

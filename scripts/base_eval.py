@@ -13,16 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from zangchat import common, configurator
+from zangchat.config import CheckpointConfig, SourceFlag
 
 
 @dataclass
-class Config:
-    source: str = "base"  # base | mid | sft | rl
-    model_tag: str | None = None  # default: the largest model
-    step: int | None = None  # default: the last one
+class Config(CheckpointConfig):
+    source: SourceFlag = "base"  # base | mid | sft | rl
     max_per_task: int = -1  # questions per task; -1 = all
-    device_type: str = ""  # cuda | mps | cpu; empty = the best one present
-    dtype: str = ""  # bfloat16 | float16 | float32; empty = what the device is really fast with
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,21 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from zangchat import common, configurator
+from zangchat.config import CheckpointConfig, SourceFlag
 
 UNPROMPTED = 4  # samples that begin with nothing
 
 
 @dataclass
-class Config:
-    source: str = "base"  # base | mid | sft | rl
-    model_tag: str | None = None  # default: the largest model
-    step: int | None = None  # default: the last
+class Config(CheckpointConfig):
+    source: SourceFlag = "base"  # base | mid | sft | rl
     dataset: str | None = None  # the text; default: what the model was trained on, else the only one there
     data_path: str | None = None
     split_tokens: int = 20 * 524288  # tokens of each split at most
     device_batch_size: int = 32  # rows in one pass
-    device_type: str = ""  # cuda | mps | cpu; empty = the best one present
-    dtype: str = ""  # bfloat16 | float16 | float32; empty = what the device is really fast with
 
 
 def main(argv: Sequence[str] | None = None) -> int:

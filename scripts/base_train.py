@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.training import training_conversations
 from zangchat import common, configurator, flops, run_setup, schedule
-from zangchat.config import BatchSize, GPTConfig, RunConfig, StepMultipliers
+from zangchat.config import BatchSize, GPTConfig, Optimizer, RunConfig, StepMultipliers
 
 if TYPE_CHECKING:
     from zangchat.trainer import Every, Stage, Trainer
@@ -42,7 +42,7 @@ class Config(RunConfig):
     total_batch_size: int = -1  # tokens per step, all ranks; -1 = what suits the length of the run
     device_batch_size: BatchSize = 32  # rows per rank in one pass, at most; the rest is accumulated; auto = what fits the memory
     # the optimizer; rates are those of a 12-layer model at 2^19 tokens per step, and scaled from there
-    optimizer: str = "muon"  # muon | adamw | sgd, for the matrices; the embedding and the head always take adamw (sgd: sgd)
+    optimizer: Optimizer = "muon"  # for the matrices; the embedding and the head always take adamw (sgd: sgd)
     embedding_lr: float = 0.3
     unembedding_lr: float = 0.008
     matrix_lr: float = 0.02
@@ -96,7 +96,6 @@ def check(config: Config) -> None:
             f"--mixture={config.mixture!r} does not go with --mixture_ratio={config.mixture_ratio:g}: give both, with a ratio between "
             "0 and 1, or neither"
         )
-    run_setup.check_optimizer(config)
     model_config(config, vocab_size=2**16)
     if config.total_batch_size != -1:
         run_setup.check_batch(config.total_batch_size, config.max_seq_len, config.device_batch_size, common.get_dist_info()[3])
@@ -164,9 +163,7 @@ def make_hooks(run: run_setup.Run, gpt: GPTConfig, tokenizer: Any, dataset: Any)
     config: Config = run.config
     found = []
     if config.eval_every > 0:
-        found.append(
-            hooks.validation_bpb(config.eval_every, run.validation(dataset, tokenizer, gpt.sequence_len), run.token_bytes(tokenizer))
-        )
+        found.append(hooks.validation_bpb(config.eval_every, run.validation(dataset, tokenizer, gpt.sequence_len)))
     if config.core_metric_every > 0:
         found += hooks.core_metric(config.core_metric_every, config.core_metric_max_per_task)
     if config.sample_every > 0:
@@ -176,12 +173,16 @@ def make_hooks(run: run_setup.Run, gpt: GPTConfig, tokenizer: Any, dataset: Any)
 
 def dry_run(config: Config) -> int:
     """The plan, without torch and without touching anything."""
+    from zangchat.tokenizer import get_tokenizer
+
     world_size = common.get_dist_info()[3]
     check(config)
-    vocab_size = run_setup.vocab_size_of_tokenizer()
-    if vocab_size is None:
+    try:
+        vocab_size = get_tokenizer().get_vocab_size()
+    except configurator.UserError:
+        vocab_size = 65536
         common.print0("no tokenizer yet: assuming a vocabulary of 65,536 (make one with `python -m scripts.tok_train`)")
-    gpt, plan = make_plan(config, vocab_size or 65536, world_size)
+    gpt, plan = make_plan(config, vocab_size, world_size)
     print_plan(config, gpt, plan, world_size)
     rows = plan.total_batch_size // (gpt.sequence_len * world_size)
     settings: dict[str, Any] = {

@@ -16,16 +16,15 @@ import tyro
 
 from tasks.common import REGISTRY, MissingData, find_name, load_task
 from zangchat import common, configurator
+from zangchat.config import CheckpointConfig
 
 if TYPE_CHECKING:
+    from tasks.common import Task
     from zangchat.task_eval import TaskResult
 
 
 @dataclass
-class Config:
-    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"  # base | mid | sft | rl
-    model_tag: Annotated[str | None, tyro.conf.arg(aliases=["-g"])] = None  # default: the largest model
-    step: Annotated[int | None, tyro.conf.arg(aliases=["-s"])] = None  # default: the last one
+class Config(CheckpointConfig):
     task_name: Annotated[str | None, tyro.conf.arg(aliases=["-a"])] = None  # tasks separated by |; default: all
     all_tasks: bool = False  # every task that can be scored, also those that ChatCORE does not count
     max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-m"])] = 512
@@ -36,8 +35,6 @@ class Config:
     top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50  # 0 = all tokens
     seed: int = 42
     allow_unsafe_code: bool = False  # run the programs of HumanEval's answers also where no sandbox holds them
-    device_type: str = ""  # cuda | mps | cpu; empty = the best one present
-    dtype: str = ""  # bfloat16 | float16 | float32; empty = what the device is really fast with
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,18 +97,35 @@ def check(config: Config) -> None:
         )
 
 
+def ready(config: Config, name: str) -> "Task":
+    """The task, with all it needs at hand before anything is generated.
+
+    Raises MissingData or SandboxRefused, and does so on all ranks where it does on one: the others would wait for its part of the answers.
+    """
+    from zangchat import collectives
+    from zangchat.execution import SandboxLevel, SandboxRefused, require_sandbox
+
+    options, problem = {}, None
+    try:
+        if name == "HumanEval":
+            options["minimum_level"] = SandboxLevel.NONE if config.allow_unsafe_code else SandboxLevel.FILTERED
+            require_sandbox(options["minimum_level"])
+        task = load_task(name, "test", **options)
+        len(task)  # which fetches its data
+    except (MissingData, SandboxRefused) as error:
+        problem = error
+    if any(collectives.max_over_ranks([problem is not None])):
+        raise problem or MissingData("another rank lacks what it needs")
+    return task
+
+
 def score(config: Config, name: str, engine: Any, model_name: str) -> "TaskResult":
-    from zangchat.execution import SandboxLevel, require_sandbox
     from zangchat.report import get_report
     from zangchat.task_eval import evaluate_task
 
-    options = {}
-    if name == "HumanEval":
-        options["minimum_level"] = SandboxLevel.NONE if config.allow_unsafe_code else SandboxLevel.FILTERED
-        require_sandbox(options["minimum_level"])  # before anything is generated
     result = evaluate_task(
         engine,
-        load_task(name, "test", **options),
+        ready(config, name),
         num_samples=config.num_samples,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.common import REGISTRY, load_task
 from zangchat import common, configurator, run_setup, schedule
-from zangchat.config import BatchSize, RunConfig, StepMultipliers
+from zangchat.config import BatchSize, Optimizer, RunConfig, StepMultipliers
 
 if TYPE_CHECKING:
     from tasks.common import Task
@@ -38,7 +38,7 @@ class Config(RunConfig):
     task_size: int = 1000  # training examples of a generated task
     device_batch_size: BatchSize = 8  # answers per rank in one training pass; auto = what fits the memory
     # the optimizer
-    optimizer: str | None = None  # muon | adamw | sgd; None here and below: as the model it starts from
+    optimizer: Optimizer | None = None  # None here and below: as the model it starts from
     embedding_lr: float | None = None
     unembedding_lr: float | None = None
     matrix_lr: float | None = None
@@ -96,7 +96,6 @@ def check(config: Config) -> None:
         raise configurator.UserError(
             f"--temperature={config.temperature:g} must be above 0, for samples have to differ, and --top_k={config.top_k} not below it"
         )
-    run_setup.check_optimizer(config)
 
 
 def load(config: Config, split: str, tokenizer: Any) -> "Task":

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.training import held_out_conversations, training_conversations
 from zangchat import common, configurator, run_setup, schedule
-from zangchat.config import BatchSize, RunConfig, StepMultipliers
+from zangchat.config import BatchSize, Optimizer, RunConfig, StepMultipliers
 
 if TYPE_CHECKING:
     from tasks.common import Task
@@ -42,7 +42,7 @@ class Config(RunConfig):
     max_seq_len: int | None = None  # tokens in a row; None in all that follows: as the model it starts from
     device_batch_size: BatchSize | None = None  # rows per rank in one pass, at most; auto = what fits the memory
     # the optimizer
-    optimizer: str | None = None  # muon | adamw | sgd
+    optimizer: Optimizer | None = None
     load_optimizer: bool = False  # go on with the optimizer's state of the model it starts from
     embedding_lr: float | None = None
     unembedding_lr: float | None = None
@@ -89,7 +89,6 @@ def check(config: Config) -> None:
     if config.source not in ("mid", "base"):
         raise configurator.UserError(f"--source={config.source} is no stage to finetune: choose mid or base")
     configurator.check_at_least_1(config, "num_epochs", "target_examples_per_step")
-    run_setup.check_optimizer(config)
 
 
 def make_stage(run: run_setup.Run, steps: int, task: "Task", tokenizer: Any) -> "Stage":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.training import held_out_conversations, training_conversations
 from zangchat import common, configurator, run_setup, schedule
-from zangchat.config import BatchSize, GPTConfig, RunConfig, StepMultipliers
+from zangchat.config import BatchSize, GPTConfig, Optimizer, RunConfig, StepMultipliers
 
 if TYPE_CHECKING:
     from tasks.common import Task
@@ -42,7 +42,7 @@ class Config(RunConfig):
     total_batch_size: int | None = None  # tokens per step, all ranks
     device_batch_size: BatchSize | None = None  # rows per rank in one pass, at most; auto = what fits the memory
     # the optimizer
-    optimizer: str | None = None  # muon | adamw | sgd
+    optimizer: Optimizer | None = None
     load_optimizer: bool = True  # go on with the optimizer's state of the base model
     embedding_lr: float | None = None
     unembedding_lr: float | None = None
@@ -87,7 +87,6 @@ def train(config: Config) -> int:
 def check(config: Config) -> None:
     if not 0 < config.mixture_ratio <= 1:
         raise configurator.UserError(f"--mixture_ratio={config.mixture_ratio:g} is not possible: a share above 0 and at most 1")
-    run_setup.check_optimizer(config)
 
 
 def make_plan(run: run_setup.Run, model_config: GPTConfig, task: "Task", tokenizer: Any) -> schedule.TrainPlan:
@@ -139,7 +138,7 @@ def make_hooks(run: run_setup.Run, tokenizer: Any) -> list["Every"]:
         examples = run.examples(held_out, tokenizer, 4 * config.device_batch_size * run.world_size, seed=0, num_epochs=1)
         return hooks.first_tokens(examples, config.eval_tokens, run.world_size)
 
-    return [hooks.validation_bpb(config.eval_every, batches, run.token_bytes(tokenizer))]
+    return [hooks.validation_bpb(config.eval_every, batches)]
 
 
 if __name__ == "__main__":

@@ -150,25 +150,15 @@ def tool_used(content: Content) -> bool:
 
 
 def check_conversation(messages: Any, where: str) -> None:
-    """Raises UserError, beginning with `where`, unless this is [system,] user, assistant, user, ... with contents that can be rendered."""
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"{where}: messages must be a list with at least a question and an answer")
-    roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
-    turns = roles[1:] if roles[0] == "system" else roles
-    if len(turns) < 2 or len(turns) % 2 or turns != ["user", "assistant"] * (len(turns) // 2):
-        raise UserError(
-            f"{where}: roles are {', '.join(map(str, roles))}; expected user and assistant in turn, after a system message at most"
-        )
-    for message in messages:
-        content = message.get("content")
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        if not isinstance(parts, list) or (message["role"] != "assistant" and not isinstance(content, str)):
-            raise UserError(f"{where}: the content of a {message['role']} message must be text")
-        for part in parts:
-            if not (
-                isinstance(part, dict) and part.get("type") in ("text", "python", "python_output") and isinstance(part.get("text"), str)
-            ):
-                raise UserError(f"{where}: a content part must be {{type: text|python|python_output, text: ...}}, not {part!r:.80}")
+    """Raises UserError, beginning with `where`, unless these messages can be rendered and end with an answer."""
+    from zangchat.tokenizer import turns
+
+    try:
+        *_, (role, _) = turns({"messages": messages})
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+    if role != "assistant":
+        raise UserError(f"{where}: the last message must be the assistant's, for it is what is learnt")
 
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")

@@ -26,7 +26,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import torch
 
 from zangchat import collectives, common
-from zangchat.config import GPTConfig
+from zangchat.config import SOURCES, GPTConfig
 from zangchat.configurator import UserError
 from zangchat.optim import merge_shards
 
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from zangchat.tokenizer import RustBPETokenizer
 
 FORMAT_VERSION = 1
-SOURCES = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}
 COMMANDS = {"base": "scripts.base_train", "mid": "scripts.mid_train", "sft": "scripts.chat_sft", "rl": "scripts.chat_rl"}
 META = re.compile(r"^meta_(\d+)\.json$")
 STEP_FILE = re.compile(r"^(?:model|optim|meta)_(\d+)(?:_rank\d+)?\.(?:pt|json)$")

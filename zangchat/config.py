@@ -4,11 +4,15 @@ Layer 0: nothing here imports torch, so `--help` and `--dry_run` answer at once.
 """
 
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
+
+import tyro
 
 BatchSize = int | Literal["auto"]  # rows in one pass; "auto": what fits the memory of the device
-OPTIMIZERS = ("muon", "adamw", "sgd")  # for the matrices, see optim.build_optimizer
-COMM_DTYPES = ("float32", "bfloat16")  # --grad_comm_dtype
+Optimizer = Literal["muon", "adamw", "sgd"]  # for the matrices, see optim.build_optimizer
+OPTIMIZERS = get_args(Optimizer)
+SourceFlag = Annotated[str, tyro.conf.arg(aliases=["-i"])]
+SOURCES = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}  # their folders
 VOCAB_MULTIPLE = 64  # embedding and head rows are padded to this, for tensor cores and even shards
 
 
@@ -103,7 +107,7 @@ class RunConfig:
     device_type: str = ""  # cuda | mps | cpu; empty = the best one present
     dtype: str = ""  # bfloat16 | float16 | float32; empty = what the device is really fast with
     fp8: bool = False  # products of the large layers in fp8, where the GPU has it; elsewhere they stay in --dtype
-    grad_comm_dtype: str = "float32"  # bfloat16 halves what ranks send to add up their gradients, and rounds it
+    grad_comm_dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 halves what ranks send to add up their gradients, and rounds it
     seed: int = 42
     deterministic: bool = False  # CUDA: only operations that give the same bits each time, at some cost; a CPU's always do
     save_every: int = -1  # steps between checkpoints; -1 = every 10 minutes and at the end
@@ -111,3 +115,14 @@ class RunConfig:
     keep_every: int = -1  # also keep those of steps that this divides, for ever; -1 = none
     resume: str = ""  # "latest" or a step; empty = a new run
     overwrite: bool = False  # start over although model_tag has checkpoints
+
+
+@dataclass
+class CheckpointConfig:
+    """Flags that every command shares which takes a trained model."""
+
+    source: SourceFlag = "sft"  # base | mid | sft | rl
+    model_tag: Annotated[str | None, tyro.conf.arg(aliases=["-g"])] = None  # default: the largest model
+    step: Annotated[int | None, tyro.conf.arg(aliases=["-s"])] = None  # default: the last
+    device_type: str = ""  # cuda | mps | cpu; empty = the best one present
+    dtype: str = ""  # bfloat16 | float16 | float32; empty = what the device is really fast with

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from zangchat import checkpoint_manager, common
-from zangchat.config import GPTConfig, RunState
+from zangchat.config import SOURCES, GPTConfig, RunState
 from zangchat.configurator import UserError
 
 if TYPE_CHECKING:
@@ -666,7 +666,7 @@ def read_nanochat(base: Path, source: str, from_tag: str | None = None, step: in
 
     folder, tokenizer_folder = base, base
     if not any(base.glob("model_*.pt")):
-        stage = base / checkpoint_manager.SOURCES[source]
+        stage = base / SOURCES[source]
         tags = sorted({path.parent.name for path in stage.glob("*/model_*.pt")})
         if not tags:
             raise UserError(f"--path={base} holds neither a config.json nor a checkpoint of nanochat in {stage.name}/")

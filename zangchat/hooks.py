@@ -9,8 +9,6 @@ from zangchat.configurator import UserError
 from zangchat.trainer import Every, Trainer
 
 if TYPE_CHECKING:
-    import torch
-
     from zangchat.dataloader import Batch
     from zangchat.gpt import GPT
 
@@ -29,12 +27,15 @@ SAMPLE_TOKENS = 24
 logger = logging.getLogger(__name__)
 
 
-def validation_bpb(n: int, batches: Callable[[], Iterable["Batch"]], token_bytes: "torch.Tensor") -> Every:
+def validation_bpb(n: int, batches: Callable[[], Iterable["Batch"]]) -> Every:
     """Bits per byte on `batches()`, the same ones each time; before the first step too, so that the curve has its beginning."""
 
     def evaluate(trainer: Trainer) -> None:
+        import torch
+
         from zangchat.loss_eval import evaluate_bpb
 
+        token_bytes = torch.from_numpy(trainer.tokenizer.token_bytes())
         trainer.record_validation(evaluate_bpb(trainer.model, batches(), token_bytes))
 
     return Every(n, evaluate, at_start=True, name="validation")

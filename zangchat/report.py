@@ -36,10 +36,10 @@ import tyro
 
 from zangchat import configurator
 from zangchat.common import atomic_write, get_base_dir, get_dist_info
+from zangchat.config import SOURCES
 from zangchat.progress import in_words
 
-STAGES = ("BASE", "MID", "SFT", "RL")
-CHECKPOINT_FOLDERS = {"BASE": "base_checkpoints", "MID": "mid_checkpoints", "SFT": "chatsft_checkpoints", "RL": "chatrl_checkpoints"}
+STAGES = tuple(source.upper() for source in SOURCES)
 CURVES = {  # field of metrics.jsonl -> axis label
     "loss": "training loss (nats)",
     "val_bpb": "validation bits per byte",
@@ -192,7 +192,7 @@ def read_curve(base_dir: Path, stage: str) -> Curve | None:
 
     A resumed run repeats the steps since its last save; the later line of a step counts.
     """
-    files = sorted((base_dir / CHECKPOINT_FOLDERS[stage]).glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
+    files = sorted((base_dir / SOURCES[stage.lower()]).glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
     if not files:
         return None
     rows: dict[int, dict[str, Any]] = {}

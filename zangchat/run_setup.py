@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zangchat import common, configurator, flops
-from zangchat.config import COMM_DTYPES, OPTIMIZERS, BatchSize, GPTConfig, RunConfig, RunState
+from zangchat.config import BatchSize, GPTConfig, RunConfig, RunState
 from zangchat.configurator import UserError
 
 if TYPE_CHECKING:
@@ -39,24 +39,13 @@ if TYPE_CHECKING:
     from zangchat.trainer import Stage, Trainer
 
 # Flags that may differ between the attempts of one run: they change neither the data nor the maths of a step.
-FREE_FLAGS = {
-    *(
-        "run",
-        "model_tag",
-        "device_type",
-        "num_iterations",
-        "device_batch_size",
-        "save_every",
-        "keep_last",
-        "keep_every",
-        "deterministic",
-        "resume",
-        "overwrite",
-        "dry_run",
-    ),
-    *("grad_checkpoint", "fsdp", "eval_every", "eval_tokens", "eval_steps", "eval_examples", "eval_samples", "sample_every"),
-    *("core_metric_every", "core_metric_max_per_task"),
-}
+FREE_FLAGS = set(
+    """
+    run model_tag device_type num_iterations device_batch_size grad_checkpoint fsdp deterministic dry_run
+    save_every keep_last keep_every resume overwrite
+    eval_every eval_tokens eval_steps eval_examples eval_samples sample_every core_metric_every core_metric_max_per_task
+    """.split()
+)
 LOCK_WAIT = 2.0  # seconds: a process that was just killed may take that long to let go of its tag
 # For a model whose own training is not known (an imported one); base_train spells the same out.
 DEFAULTS = {
@@ -134,12 +123,6 @@ class Run:
         if self.meta is not None:
             return checkpoint_manager.load_tokenizer(self.checkpoint_dir, self.meta)
         return checkpoint_manager.load_tokenizer(self.source.directory, self.source.meta) if self.source else tokenizer.get_tokenizer()
-
-    def token_bytes(self, tokenizer: "RustBPETokenizer") -> "torch.Tensor":
-        """(V,) bytes of each token, for bits per byte."""
-        import torch
-
-        return torch.from_numpy(tokenizer.token_bytes())
 
     def dataset(self) -> "Dataset":
         """The pretraining text that --dataset or --data_path means. Raises UserError where it is not the one that the run began with."""
@@ -425,23 +408,6 @@ def source_tag(source: str, model_tag: str | None) -> str:
     from zangchat import checkpoint_manager
 
     return model_tag or checkpoint_manager.find_largest_model(checkpoint_manager.checkpoints_dir(source))
-
-
-def vocab_size_of_tokenizer() -> int | None:
-    """That of the tokenizer in the base directory, read without torch; None if there is none yet."""
-    from zangchat import tokenizer
-
-    try:
-        return tokenizer.get_tokenizer().get_vocab_size()
-    except UserError:
-        return None
-
-
-def check_optimizer(config: Any) -> None:
-    """What --optimizer and --grad_comm_dtype may be."""
-    for name, value, known in (("optimizer", config.optimizer, OPTIMIZERS), ("grad_comm_dtype", config.grad_comm_dtype, COMM_DTYPES)):
-        if value is not None and value not in known:
-            raise UserError(f"--{name}={value} is not known: choose one of {', '.join(known)}")
 
 
 def check_batch(total_batch_size: int, sequence_len: int, device_batch_size: BatchSize, world_size: int) -> None:

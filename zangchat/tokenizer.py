@@ -407,7 +407,7 @@ class RustBPETokenizer:
             ids.extend(tokens)
             mask.extend([learn] * len(tokens))
 
-        for role, parts in _turns(conversation):
+        for role, parts in turns(conversation):
             start, end = self.encode_special(f"<|{role}_start|>"), self.encode_special(f"<|{role}_end|>")
             learn = int(role == "assistant")
             add([start], 0)
@@ -451,7 +451,7 @@ def _messages(conversation: dict[str, Any]) -> list[Any]:
     return list(messages)
 
 
-def _turns(conversation: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+def turns(conversation: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     """(role, [(kind of part, text)...]) of alternating user and assistant turns; a system message is put before the first user message."""
     messages = _messages(conversation)
     system, first = None, 0

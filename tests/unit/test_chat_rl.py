@@ -19,7 +19,7 @@ from tasks import common, spellingbee
 from tasks.common import REGISTRY, Entry, GeneratedTask, chat, visible_text
 from tests.unit.test_core_eval import make_bundle
 from tests.util import lively_model
-from zangchat import checkpoint_manager, execution, trainer
+from zangchat import checkpoint_manager, collectives, execution, trainer
 from zangchat.config import RunState
 from zangchat.execution import ExecutionResult, Jail, Sandbox, SandboxLevel
 from zangchat.report import get_report
@@ -194,6 +194,14 @@ def test_chat_eval_that_scored_nothing_is_a_failure(base, capsys):
     shutil.rmtree(base / "tasks")
     assert chat_eval.main(["-g", "a", "-x", "2", "-m", "2", *CPU]) == 2
     assert "nothing was scored" in capsys.readouterr().err
+
+
+def test_what_one_rank_lacks_no_rank_scores(base, capsys, monkeypatch):
+    """Or the ranks that have it would wait in vain for the other's part of the answers."""
+    agree = collectives.max_over_ranks
+    monkeypatch.setattr(collectives, "max_over_ranks", lambda values: [1.0] if values == [False] else agree(values))
+    assert chat_eval.main(["-g", "a", "-a", "vowels", *CPU]) == 2
+    assert "another rank lacks" in capsys.readouterr().err
 
 
 def test_chat_eval_refuses_missing_data_that_was_asked_for(base, capsys):
