@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.common import REGISTRY, load_task
 from zangchat import common, configurator, run_setup, schedule
-from zangchat.config import BatchSize, Optimizer, RunConfig, StepMultipliers
+from zangchat.config import BatchSize, FinetuneConfig, StepMultipliers
 
 if TYPE_CHECKING:
     from tasks.common import Task
@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Config(RunConfig):
+class Config(FinetuneConfig):
     source: str = "sft"  # sft | mid: the stage to start from
-    model_step: int | None = None  # of that model; default: its last
     task: str = "gsm8k"  # any task with a reward: gsm8k, spellingbee, arithmetic
     # how long, and in what batches
     num_epochs: int = 1  # times through the task's training examples
@@ -37,15 +36,7 @@ class Config(RunConfig):
     top_k: int = 50  # draw among the k most likely tokens; 0 = all
     task_size: int = 1000  # training examples of a generated task
     device_batch_size: BatchSize = 8  # answers per rank in one training pass; auto = what fits the memory
-    # the optimizer
-    optimizer: Optimizer | None = None  # None here and below: as the model it starts from
-    embedding_lr: float | None = None
-    unembedding_lr: float | None = None
-    matrix_lr: float | None = None
     init_lr_frac: float = 0.05  # factor on all rates, which then fall to 0
-    weight_decay: float = 0.0
-    grad_clip: float | None = None
-    max_seq_len: int | None = None  # tokens of a prompt with its answer
     # looking on
     eval_every: int = 60  # steps between evaluations on held-out examples; -1 = none
     eval_examples: int = 400  # held-out examples

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.training import held_out_conversations, training_conversations
 from zangchat import common, configurator, run_setup, schedule
-from zangchat.config import BatchSize, Optimizer, RunConfig, StepMultipliers
+from zangchat.config import BatchSize, FinetuneConfig, StepMultipliers
 
 if TYPE_CHECKING:
     from tasks.common import Task
@@ -28,9 +28,8 @@ MIXTURE = "arc-easy:1,arc-challenge:1,gsm8k:1,smoltalk:0.0217,identity:1,simples
 
 
 @dataclass
-class Config(RunConfig):
+class Config(FinetuneConfig):
     source: str = "mid"  # mid | base: the stage to start from
-    model_step: int | None = None  # of that model; default: its last
     # the data
     mixture: str | None = None  # NAME:EPOCHS, or NAME:EXAMPLES for generated tasks, separated by commas; default: see chat_sft.py
     identity_data: str | None = None  # a .jsonl file of conversations of your own, seen once per epoch
@@ -39,17 +38,10 @@ class Config(RunConfig):
     num_iterations: int = -1  # optimizer steps; -1 = from --num_epochs
     target_examples_per_step: int = 32  # conversations per step, all ranks
     block_diagonal: bool = False  # conversations that share a row do not see each other
-    max_seq_len: int | None = None  # tokens in a row; None in all that follows: as the model it starts from
-    device_batch_size: BatchSize | None = None  # rows per rank in one pass, at most; auto = what fits the memory
+    device_batch_size: BatchSize | None = None  # rows per rank in one pass, at most; auto = what fits the memory; None = as that model
     # the optimizer
-    optimizer: Optimizer | None = None
     load_optimizer: bool = False  # go on with the optimizer's state of the model it starts from
-    embedding_lr: float | None = None
-    unembedding_lr: float | None = None
-    matrix_lr: float | None = None
     init_lr_frac: float = 0.02  # factor on all rates, which then fall to 0
-    weight_decay: float = 0.0
-    grad_clip: float | None = None
     grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, a third more time
     fsdp: bool = False  # spread the model over the ranks, where one device cannot hold it
     # looking on

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.training import held_out_conversations, training_conversations
 from zangchat import common, configurator, run_setup, schedule
-from zangchat.config import BatchSize, GPTConfig, Optimizer, RunConfig, StepMultipliers
+from zangchat.config import BatchSize, FinetuneConfig, GPTConfig, StepMultipliers
 
 if TYPE_CHECKING:
     from tasks.common import Task
@@ -27,8 +27,7 @@ MIXTURE = "smoltalk:1,mmlu:1,gsm8k:1,identity:2,simplespelling:200000,spellingbe
 
 
 @dataclass
-class Config(RunConfig):
-    model_step: int | None = None  # of the base model; default: its last
+class Config(FinetuneConfig):
     # the data
     mixture: str | None = None  # NAME:EPOCHS, or NAME:EXAMPLES for generated tasks, separated by commas; default: see mid_train.py
     identity_data: str | None = None  # a .jsonl file of conversations of your own, seen twice
@@ -38,18 +37,11 @@ class Config(RunConfig):
     # how long, and in what batches
     num_iterations: int = -1  # optimizer steps; -1 = about once through the mixture
     block_diagonal: bool = False  # conversations that share a row do not see each other
-    max_seq_len: int | None = None  # tokens in a row; None in all that follows: as the base model
-    total_batch_size: int | None = None  # tokens per step, all ranks
+    total_batch_size: int | None = None  # tokens per step, all ranks; None here and below: as the base model
     device_batch_size: BatchSize | None = None  # rows per rank in one pass, at most; auto = what fits the memory
     # the optimizer
-    optimizer: Optimizer | None = None
     load_optimizer: bool = True  # go on with the optimizer's state of the base model
-    embedding_lr: float | None = None
-    unembedding_lr: float | None = None
-    matrix_lr: float | None = None
     init_lr_frac: float = 1.0  # factor on all rates
-    weight_decay: float = 0.0
-    grad_clip: float | None = None
     warmdown_ratio: float = 0.2  # share of the run with falling rates
     final_lr_frac: float = 0.0
     grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, a third more time

@@ -118,6 +118,20 @@ class RunConfig:
 
 
 @dataclass
+class FinetuneConfig(RunConfig):
+    """Flags of the stages that go on from a trained model; None: as that model was trained."""
+
+    model_step: int | None = None  # of the model to start from; default: its last
+    max_seq_len: int | None = None  # tokens in a row; None here and below: as the model it starts from
+    optimizer: Optimizer | None = None
+    embedding_lr: float | None = None
+    unembedding_lr: float | None = None
+    matrix_lr: float | None = None
+    weight_decay: float = 0.0  # of the matrices
+    grad_clip: float | None = None  # largest global gradient norm; 0 = no clipping
+
+
+@dataclass
 class CheckpointConfig:
     """Flags that every command shares which takes a trained model."""
 

@@ -283,7 +283,7 @@ class Run:
             self.state,
             device=self.device,
             device_batch_size=config.device_batch_size,
-            grad_clip=getattr(config, "grad_clip", 1.0),
+            grad_clip=config.grad_clip,
             checkpoint_dir=self.checkpoint_dir,
             tokenizer=tokenizer,
             user_config=configurator.to_dict(config),
