@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.common import Conversation
-from tasks.customjson import read_line
+from tasks.customjson import conversation_of
 from zangchat import common, configurator
 from zangchat.configurator import UserError
 
@@ -98,11 +98,11 @@ def generate(config: Config) -> int:
     languages = parse_languages(config.languages)
     facts = Path(config.facts).read_text(encoding="utf-8") if config.facts else FACTS
     output = Path(config.output)
-    lines = output.read_text(encoding="utf-8").splitlines() if output.exists() else []
+    written = [conversation_of(row, where) for where, row in common.read_jsonl(output)] if output.exists() else []
     openings = Openings(config.max_similarity)
-    for number, line in enumerate(lines, 1):
-        openings.add(opening(read_line(line, f"{output}:{number}")))
-    have, dropped = len(lines), {"not a conversation": 0, "too similar": 0}
+    for conversation in written:
+        openings.add(opening(conversation))
+    have, dropped = len(written), {"not a conversation": 0, "too similar": 0}
     writer = Writer(config)
     last = 3 * config.num  # a model that repeats itself is not asked for ever
     with open(output, "a", encoding="utf-8", newline="\n") as file, ThreadPoolExecutor(config.at_once) as pool:
@@ -236,8 +236,8 @@ def read_reply(reply: str) -> Conversation | None:
     """The conversation in a reply, perhaps with words or a fence around it; None for anything else."""
     found = re.search(r"\{.*\}", reply, re.DOTALL)
     try:
-        conversation = read_line(found[0] if found else reply, "the reply")
-    except UserError:
+        conversation = conversation_of(json.loads(found[0] if found else ""), "the reply")
+    except (ValueError, UserError):
         return None
     plain = all(isinstance(message["content"], str) and message["content"].strip() for message in conversation["messages"])
     return conversation if plain else None

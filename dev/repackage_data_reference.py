@@ -89,7 +89,7 @@ def source(config: Config) -> Iterator[str]:
     if config.data_path:
         dataset = find_dataset(data_path=config.data_path)
         yield from dataset.iter_documents("train")
-        yield from dataset.validation_documents()
+        yield from dataset.iter_documents("validation")
         return
     import datasets
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
-import json
 import random
 import re
 from collections.abc import Iterable, Sequence
@@ -18,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from zangchat.common import derive_seed, get_base_dir
+from zangchat.common import derive_seed, get_base_dir, read_jsonl
 from zangchat.configurator import UserError
 
 Conversation = dict[str, Any]
@@ -217,23 +216,6 @@ class TableRows(Sequence[dict[str, Any]]):
         return self._table.slice(index, 1).to_pylist()[0]
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """One JSON object a line; blank lines are skipped. Raises UserError with file and line."""
-    rows = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number} is not JSON ({error.msg}); each line must be one JSON object") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number} is a JSON {type(row).__name__}; each line must be one JSON object")
-            rows.append(row)
-    return rows
-
-
 def load_rows(folder: str, config: str, split: str, *, hub: str, fields: Iterable[str]) -> Sequence[dict[str, Any]]:
     """The rows of a dataset: from <base>/tasks/<folder>/[<config>/]<split>.parquet|jsonl, else from the hub. An empty `config` means none.
 
@@ -242,7 +224,7 @@ def load_rows(folder: str, config: str, split: str, *, hub: str, fields: Iterabl
     home = get_base_dir() / "tasks" / folder / config
     local = [path for suffix in ("parquet", "jsonl") if (path := home / f"{split}.{suffix}").is_file()]
     if local:
-        rows: Any = TableRows(local[0]) if local[0].suffix == ".parquet" else read_jsonl(local[0])
+        rows: Any = TableRows(local[0]) if local[0].suffix == ".parquet" else [row for _, row in read_jsonl(local[0])]
         source = str(local[0])
     else:
         rows, source = _from_hub(hub, config, split, home), f"{hub} on the hub"

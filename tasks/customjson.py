@@ -7,12 +7,12 @@
 Of Alpaca's keys all but instruction and output are optional; a ShareGPT line may have a system key.
 """
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tasks.common import Conversation, Task, check_conversation
+from zangchat.common import read_jsonl
 from zangchat.configurator import UserError
 
 SHAREGPT_ROLES = {
@@ -37,12 +37,11 @@ class CustomJSON(Task):
     @cached_property
     def conversations(self) -> list[Conversation]:
         try:
-            lines = self.path.read_text(encoding="utf-8-sig").split("\n")
+            found = [conversation_of(row, where) for where, row in read_jsonl(self.path, (dict, list))]
         except FileNotFoundError as error:
             raise UserError(f"no file {self.path}: give the path of a .jsonl file with one conversation a line") from error
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{self.path} cannot be read ({error}): it must be a UTF-8 text file with one conversation a line") from error
-        found = [read_line(line, f"{self.path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
         if not found:
             raise UserError(f"{self.path} is empty: it must hold one conversation a line")
         return found
@@ -54,16 +53,10 @@ class CustomJSON(Task):
         return self.conversations[index]
 
 
-def read_line(line: str, where: str) -> Conversation:
-    """One line as a conversation; UserError, beginning with `where`, for anything else."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON ({error.msg})") from error
+def conversation_of(row: dict[str, Any] | list[Any], where: str) -> Conversation:
+    """One line's JSON as a conversation; UserError, beginning with `where`, for anything else."""
     if isinstance(row, list):
         messages = row
-    elif not isinstance(row, dict):
-        raise UserError(f"{where} is a JSON {type(row).__name__}, not a conversation")
     elif "messages" in row:
         messages = row["messages"]
     elif "conversations" in row:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import operator
 import os
@@ -161,6 +162,20 @@ def _download_once(url: str, temporary: Path) -> str:
     if announced is not None and length != int(announced):
         return f"{length} bytes came of {announced}"
     return ""
+
+
+def read_jsonl(path: Path, kinds: tuple[type, ...] = (dict,)) -> Iterator[tuple[str, Any]]:
+    """("file:line", value) of every line that is not blank. Raises UserError naming a line that is no JSON, or none of these kinds."""
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    value = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{path}:{number} is not JSON ({error.msg}); each line must be one JSON object") from error
+                if not isinstance(value, kinds):
+                    raise UserError(f"{path}:{number} is a JSON {type(value).__name__}; each line must be one JSON object")
+                yield f"{path}:{number}", value
 
 
 # ---- randomness -----------------------------------------------------------------------------------------------------

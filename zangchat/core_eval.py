@@ -15,7 +15,6 @@ The bundle (<base>/eval_bundle): core.yaml names tasks, files, shots, delimiters
 
 import csv
 import itertools
-import json
 import random
 import shutil
 import stat
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zangchat import collectives
-from zangchat.common import download_file_with_lock, get_base_dir
+from zangchat.common import download_file_with_lock, get_base_dir, read_jsonl
 from zangchat.configurator import UserError
 from zangchat.progress import Progress
 
@@ -166,16 +165,11 @@ def read_tasks(bundle: Path) -> tuple[list[CoreTask], list[str]]:
 def read_items(task: CoreTask) -> list[dict[str, Any]]:
     """The items of a task, the white space around their texts removed. Raises UserError naming file and line."""
     items = []
-    with open(task.path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                item = json.loads(line)
-                missing = [field for field in FIELDS[task.kind] if field not in item]
-            except (json.JSONDecodeError, TypeError) as error:
-                raise UserError(f"{task.path}:{number} is not a JSON object ({error}): copy the bundle again") from error
-            if missing:
-                raise UserError(f"{task.path}:{number} has no {', '.join(missing)}: copy the bundle again")
-            items.append({key: value.strip() if isinstance(value, str) else value for key, value in item.items()})
+    for where, item in read_jsonl(task.path):
+        missing = [field for field in FIELDS[task.kind] if field not in item]
+        if missing:
+            raise UserError(f"{where} has no {', '.join(missing)}: copy the bundle again")
+        items.append({key: value.strip() if isinstance(value, str) else value for key, value in item.items()})
     if not items:
         raise UserError(f"{task.path} is empty: copy the bundle again")
     return items

@@ -9,6 +9,7 @@ cursor says from where the documents must be read again and which of them are st
 Legend: R rows of a step, T targets in a row, W = T + 1 tokens in a row.
 """
 
+import itertools
 import logging
 import math
 import queue
@@ -448,24 +449,21 @@ def validation_batches(
     Documents are taken in order until they amount to `eval_tokens` targets; without that, all. Every rank gets the same number of batches
     of `rows_per_batch` rows, rows without any target filling the last.
     """
-    width = sequence_len + 1
-    bos = tokenizer.get_bos_token_id()
-    per_step = rows_per_batch * world_size
-    rows: list[np.ndarray] = []
-    for ids in _validation_rows(dataset, tokenizer, width, eval_tokens):
-        rows.append(ids)
-        if len(rows) == per_step:
-            yield _padded_batch(rows, per_step, width, bos, rank, world_size)
-            rows = []
-    if rows:
-        yield _padded_batch(rows, per_step, width, bos, rank, world_size)
+    width, rows_per_step = sequence_len + 1, rows_per_batch * world_size
+    rows = _validation_rows(dataset, tokenizer, width, eval_tokens)
+    while step := list(itertools.islice(rows, rows_per_step)):
+        ids = np.full((rows_per_step, width), tokenizer.get_bos_token_id(), dtype=np.int32)
+        learn = np.zeros(ids.shape, dtype=bool)
+        for i, row in enumerate(step):
+            ids[i, : len(row)], learn[i, : len(row)] = row, True
+        yield _batch(ids, learn, {}, rank, world_size)
 
 
 def _validation_rows(dataset: Dataset, tokenizer: Any, width: int, eval_tokens: int | None) -> Iterator[np.ndarray]:
     """<|bos|> and the first T tokens of each document."""
     bos = tokenizer.get_bos_token_id()
     tokens_left = math.inf if eval_tokens is None else eval_tokens
-    for text in dataset.validation_documents():
+    for text in dataset.iter_documents("validation"):
         if tokens_left <= 0:
             return
         ids, _ = tokenizer.encode_documents([text], num_threads=1)
@@ -473,15 +471,6 @@ def _validation_rows(dataset: Dataset, tokenizer: Any, width: int, eval_tokens: 
         tokens_left -= len(row) - 1
         if len(row) > 1:
             yield row
-
-
-def _padded_batch(rows: list[np.ndarray], count: int, width: int, bos: int, rank: int, world_size: int) -> Batch:
-    ids = np.full((count, width), bos, dtype=np.int32)
-    learn = np.zeros(ids.shape, dtype=bool)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-        learn[i, : len(row)] = True
-    return _batch(ids, learn, {}, rank, world_size)
 
 
 def _batch(ids: np.ndarray, learn: np.ndarray, cursor: dict[str, Any], rank: int, world_size: int) -> Batch:

@@ -110,7 +110,7 @@ class Dataset:
         held_out = max(1, len(texts) // LONE_FILE_HOLDOUT)
         return texts[:-held_out] if split == "train" else texts[-held_out:]
 
-    def iter_documents(self, split: str = "train") -> Iterator[str]:
+    def iter_documents(self, split: str) -> Iterator[str]:
         """All documents of the split once, in manifest order. Raises UserError where they are token ids."""
         for texts in self.iter_arrow(split):
             yield from _as_list(texts)
@@ -122,9 +122,6 @@ class Dataset:
         for shard in self.shards(split):
             for group in range(self.num_groups(shard, split)):
                 yield self.read_arrow(shard, group, split)
-
-    def validation_documents(self) -> Iterator[str]:
-        return self.iter_documents("validation")
 
     def repair_hint(self) -> str:
         if self.tokenizer is not None:

@@ -501,16 +501,15 @@ def _memory_in_words(run: Run) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if common.is_out_of_memory(error):
-            raise UserError(_what_takes_less_memory(run, error)) from error
-        raise
-
-
-def _what_takes_less_memory(run: Run, error: BaseException) -> str:
-    size = run.config.device_batch_size
-    fewer = f"lower --device_batch_size={size} (more passes, the same result)" + ("" if size == "auto" else " or let it be chosen by =auto")
-    reason = str(error).partition("\n")[0][:200]
-    return f"{run.stage}: the memory of {run.device} does not suffice ({reason}): {', or '.join([fewer, *_smaller(run)])}"
+        if not common.is_out_of_memory(error):
+            raise
+        size = run.config.device_batch_size
+        fewer = f"lower --device_batch_size={size} (more passes, the same result)"
+        fewer += "" if size == "auto" else " or let it be chosen by =auto"
+        reason = str(error).partition("\n")[0][:200]
+        raise UserError(
+            f"{run.stage}: the memory of {run.device} does not suffice ({reason}): {', or '.join([fewer, *_smaller(run)])}"
+        ) from error
 
 
 def _smaller(run: Run) -> list[str]:

@@ -353,7 +353,7 @@ def validation(dataset, rank=0, world_size=1, rows=2, **limits):
 
 def test_validation_rows_are_the_beginnings_of_the_documents(dataset):
     rows = [row for batch in validation(dataset) for row in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True)]
-    documents = list(dataset.validation_documents())
+    documents = list(dataset.iter_documents("validation"))
     for (inputs, targets), text in zip(rows, documents, strict=False):
         ids = list(text.encode())[:T]
         assert targets == ids + [-1] * (T - len(ids))
@@ -453,7 +453,7 @@ def test_token_ids_on_disk_give_the_batches_of_their_text(small, tmp_path, kind)
         assert torch.equal(left.inputs, right.inputs) and torch.equal(left.targets, right.targets) and left.cursor == right.cursor
     again = take(batches(tokens, one[20].cursor), 1)[0]
     assert torch.equal(again.inputs, one[21].inputs)
-    assert list(tokens.validation_documents()) == list(small.validation_documents())
+    assert list(tokens.iter_documents("validation")) == list(small.iter_documents("validation"))
 
 
 def test_token_ids_of_another_tokenizer_are_refused(small, tmp_path):

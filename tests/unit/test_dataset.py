@@ -43,7 +43,7 @@ def test_shards_have_the_format_of_the_hub(base_data):
     assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [1024, 6]
     assert file.metadata.row_group(0).column(0).compression == "ZSTD"
     assert list(dataset.iter_documents("train"))[8192 + 1029] == "document 9221"
-    assert list(dataset.validation_documents()) == ["held out"] * 3
+    assert list(dataset.iter_documents("validation")) == ["held out"] * 3
 
 
 def test_a_dataset_reads_the_same_from_its_manifest(base_data):
@@ -105,7 +105,7 @@ def test_a_folder_of_shards_holds_out_the_last(tmp_path):
         write_shard(tmp_path / f"shard_{i:05d}.parquet", [f"shard {i} document {j}" for j in range(5)])
     dataset = find_dataset(data_path=str(tmp_path))
     assert dataset.shards("train") == ["shard_00000.parquet", "shard_00001.parquet"]
-    assert list(dataset.validation_documents()) == [f"shard 2 document {j}" for j in range(5)]
+    assert list(dataset.iter_documents("validation")) == [f"shard 2 document {j}" for j in range(5)]
     write_shard(tmp_path / "shard_00000.parquet", ["other text"])
     assert find_dataset(data_path=str(tmp_path)).fingerprint != dataset.fingerprint
 
@@ -115,7 +115,7 @@ def test_of_a_lone_file_the_end_is_held_out(tmp_path, documents):
     texts = [f"document {i}" for i in range(documents)]
     write_shard(tmp_path / "all.parquet", texts)
     dataset = find_dataset(data_path=str(tmp_path / "all.parquet"))
-    train, validation = list(dataset.iter_documents("train")), list(dataset.validation_documents())
+    train, validation = list(dataset.iter_documents("train")), list(dataset.iter_documents("validation"))
     assert train + validation == texts
     assert len(validation) == (3000 - 2048 if documents == 3000 else 1)
 
@@ -129,7 +129,7 @@ def test_jsonl_records_of_each_kind_become_text(tmp_path):
     path = write_lines(tmp_path / "mine.jsonl", [*records, {"text": ""}, {"text": "held out"}])
     dataset = find_dataset(data_path=str(path))
     assert list(dataset.iter_documents("train")) == ["plain — ü", "Q\nA", "Q: A", "User: Hi\n\nAssistant: Hello"]
-    assert list(dataset.validation_documents()) == ["held out"]
+    assert list(dataset.iter_documents("validation")) == ["held out"]
 
 
 def test_parquet_without_a_text_column_is_read_like_jsonl(tmp_path):
@@ -153,7 +153,7 @@ def test_byte_ranges_lose_and_double_no_line(tmp_path_factory, texts, group_byte
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "TEXT_GROUP_BYTES", group_bytes)
         dataset = find_dataset(data_path=str(path))
-        assert list(dataset.iter_documents("train")) + list(dataset.validation_documents()) == texts
+        assert list(dataset.iter_documents("train")) + list(dataset.iter_documents("validation")) == texts
 
 
 def test_text_files_are_documents(tmp_path):
@@ -161,7 +161,7 @@ def test_text_files_are_documents(tmp_path):
         (tmp_path / f"{i}.txt").write_text(f"file {i}\r\nline two\n", encoding="utf-8", newline="")
     dataset = find_dataset(data_path=str(tmp_path))
     assert list(dataset.iter_documents("train")) == ["file 0\nline two", "file 1\nline two"]
-    assert list(dataset.validation_documents()) == ["file 2\nline two"]
+    assert list(dataset.iter_documents("validation")) == ["file 2\nline two"]
 
 
 def test_long_text_is_cut_where_it_hurts_least():

@@ -164,7 +164,7 @@ def test_the_first_shards_and_the_last_for_validation(server):
     assert [entry["sha256"] for entry in dataset.manifest["shards"]] == [
         hashlib.sha256(server.files[entry["name"]]).hexdigest() for entry in dataset.manifest["shards"]
     ]
-    assert next(dataset.validation_documents()).startswith("shard 4 document 0")
+    assert next(dataset.iter_documents("validation")).startswith("shard 4 document 0")
     assert main(["verify"]) == 0
 
 

@@ -29,7 +29,7 @@ def corpus(tmp_path: Path) -> Path:
 def texts_of(name: str) -> tuple[list[str], list[str]]:
     """(training, validation) in the order of the files."""
     dataset = load_dataset(datasets_dir() / name)
-    return list(dataset.iter_documents("train")), list(dataset.validation_documents())
+    return list(dataset.iter_documents("train")), list(dataset.iter_documents("validation"))
 
 
 def test_every_document_once_shuffled_and_in_shards_of_the_right_size(corpus, capsys):
