@@ -28,7 +28,7 @@ from typing import Any
 from dev.bench_common import machine
 from zangchat import checkpoint_manager, common, configurator
 from zangchat.dataset import find_dataset
-from zangchat.tokenizer import RustBPETokenizer
+from zangchat.nanochat import read_tokenizer
 
 OURS = "zangchat"
 SEEDED = """
@@ -141,7 +141,7 @@ def make_tokenizers(config: Config, bases: dict[Path, str]) -> None:
             command = [sys.executable, "-m", "scripts.tok_train", *spelled(settings, code, "tok_train")]
             launch(command, base, code, base / "tokenizer.log")
     ours = next(base for base, code in bases.items() if not code)
-    tokenizers = [RustBPETokenizer.from_nanochat_pickle(path) for path in pickles]
+    tokenizers = [read_tokenizer(path) for path in pickles]
     if len({tokenizer.fingerprint for tokenizer in tokenizers}) > 1:
         raise configurator.UserError(f"the peers' tokenizers differ, so nothing can be compared: see {ours.parent}")
     if tokenizers:

@@ -29,14 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def import_model(config: Config) -> int:
-    from zangchat import checkpoint_manager, hf
+    from zangchat import checkpoint_manager, hf, nanochat
 
     checkpoint_manager.tag_folder(config.source, config.model_tag)  # a mistake in these shows before anything large is read
     path = config.path.expanduser()
     if not path.is_dir():
         raise configurator.UserError(f"--path={path} is no folder: give the one that holds the model")
     is_hf = (path / "config.json").is_file()
-    imported = hf.read_hf(path) if is_hf else hf.read_nanochat(path, config.source, config.from_tag, config.step)
+    imported = hf.read_hf(path) if is_hf else nanochat.read_checkpoint(path, config.source, config.from_tag, config.step)
     folder = hf.save(imported, config.source, config.model_tag, config.overwrite)
     common.print0(f"{imported.origin}, step {imported.step}, is now {folder}")
     if config.source != "base":

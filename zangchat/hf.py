@@ -1,15 +1,15 @@
-"""Exchange of models with other programs: Hugging Face directories in both directions, nanochat's checkpoints in.
+"""Exchange of models with other programs, by Hugging Face directories in both directions.
 
     export      checkpoint -> a directory that stock transformers (5.0 and later) loads as NanoChatForCausalLM, without custom code:
                 model.safetensors config.json generation_config.json tokenizer.json tokenizer_config.json chat_template.jinja README.md
                 manifest.json (sizes and hashes of the others, where it comes from, what was checked)
-    read_hf     such a directory -> Imported            read_nanochat   nanochat's base directory -> Imported
+    read_hf     such a directory -> Imported (as nanochat.read_checkpoint makes of nanochat's own checkpoints)
     save        Imported -> a checkpoint of ours, which chats, is evaluated and finetuned like any other
 
 An export holds 6 L + 2 tensors (L layers): the norms have no weights, and the rows that pad the vocabulary are cut. It appears under its
 name only after it was loaded back and gave the logits, the greedy tokens, the token ids and the chat prompts that we get.
 
-Everything is read as data: tensors, JSON, and a pickled tokenizer by a reader that runs none of it.
+Everything is read as data: tensors and JSON.
 """
 
 import json
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from zangchat import checkpoint_manager, common
-from zangchat.config import SOURCES, GPTConfig, RunState
+from zangchat.config import GPTConfig, RunState
 from zangchat.configurator import UserError
 
 if TYPE_CHECKING:
@@ -49,9 +49,6 @@ VOCAB_ROWS = ("transformer.wte.weight", "lm_head.weight")
 # What config.json can say of a model. A setting that is not listed here cannot be exported: nobody would know of it.
 SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
 CARRIED = {*SIZES, "rms_norm_eps", "rope_theta", "logit_cap"}
-# nanochat normalises by F.rms_norm(x, shape) with eps=None. For fp32 and bf16 alike torch then takes float32's epsilon, whatever its
-# documentation says of finfo(x.dtype): the sum is made in fp32, compiled or not.
-NANOCHAT_EPS = 2.0**-23
 LOGIT_TOLERANCE = 1e-3
 TIE = 1e-4  # two best logits that lie closer than this may change places with the order of a sum
 GREEDY_TOKENS = 64
@@ -656,39 +653,6 @@ def fitted(tensors: Mapping[str, Tensor], config: GPTConfig, where: Path) -> dic
             raise UserError(f"{where}: {name} holds values that are no numbers")
         weights[name] = tensor
     return weights
-
-
-def read_nanochat(base: Path, source: str, from_tag: str | None = None, step: int | None = None) -> Imported:
-    """A checkpoint of nanochat (the architecture of its year 2025): `base` is its base directory, or one folder with model_*.pt,
-    meta_*.json and tokenizer.pkl side by side. Raises UserError.
-    """
-    from zangchat.tokenizer import RustBPETokenizer
-
-    folder, tokenizer_folder = base, base
-    if not any(base.glob("model_*.pt")):
-        stage = base / SOURCES[source]
-        tags = sorted({path.parent.name for path in stage.glob("*/model_*.pt")})
-        if not tags:
-            raise UserError(f"--path={base} holds neither a config.json nor a checkpoint of nanochat in {stage.name}/")
-        if from_tag not in tags and (from_tag or len(tags) > 1):
-            raise UserError(f"--from_tag={from_tag or ''} must name one of the models in {stage}: {', '.join(tags)}")
-        folder, tokenizer_folder = stage / (from_tag or tags[0]), base / "tokenizer"
-    steps = sorted(int(match[1]) for path in folder.iterdir() if (match := re.fullmatch(r"model_(\d+)\.pt", path.name)))
-    if step not in (None, *steps):
-        raise UserError(f"--step={step} is not in {folder}: choose one of {', '.join(map(str, steps))}")
-    step = steps[-1] if step is None else step
-    model_path, meta_path = (folder / checkpoint_manager.model_name(step), folder / checkpoint_manager.meta_name(step))
-    meta = read_json(meta_path)
-    try:
-        settings = dict(meta["model_config"])
-        config = GPTConfig(**{name: settings.pop(name) for name in SIZES}, rms_norm_eps=NANOCHAT_EPS)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{meta_path} describes no model that this program knows: {error!r}") from None
-    weights = fitted(checkpoint_manager.strip_prefix(checkpoint_manager.read_tensors(model_path, "cpu")), config, model_path)
-    if settings:
-        raise UserError(f"{meta_path} is of another architecture: this program does not know its {', '.join(sorted(settings))}")
-    tokenizer = RustBPETokenizer.from_nanochat_pickle(tokenizer_folder / "tokenizer.pkl")
-    return Imported(weights, config, tokenizer, step, meta.get("val_bpb"), f"nanochat checkpoint {folder.name}")
 
 
 def save(imported: Imported, source: str, model_tag: str, overwrite: bool = False) -> Path:

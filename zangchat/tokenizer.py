@@ -20,7 +20,6 @@ import hashlib
 import io
 import json
 import logging
-import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -91,56 +90,11 @@ def _crate_encodes() -> bool:
     return False
 
 
-def _by_rank(ranks: dict[bytes, int]) -> list[bytes]:
+def by_rank(ranks: dict[bytes, int]) -> list[bytes]:
+    """The tokens in the order of their ranks. Raises ValueError where these are not 0, 1, 2, ..."""
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise ValueError("its ranks have gaps")
     return sorted(ranks, key=ranks.__getitem__)
-
-
-class _PickledEncoding:
-    """Takes the place of tiktoken.Encoding in a pickle, and only remembers."""
-
-    state: object = None
-
-    def __setstate__(self, state: object) -> None:
-        self.state = state
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    """What _codecs.encode is called for in pickles before protocol 3, which have no bytes."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it has bytes in {encoding!r}")
-    return text.encode("latin-1")
-
-
-class _EncodingReader(pickle.Unpickler):
-    """Reads a pickled tiktoken.Encoding; whatever else a pickle asks for, and so whatever it could run, is refused."""
-
-    ALLOWED = {("tiktoken.core", "Encoding"): _PickledEncoding, ("_codecs", "encode"): _latin1}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a tokenizer does not need")
-        return self.ALLOWED[module, name]
-
-    def read(self) -> dict[str, Any]:
-        """{"pat_str": str, "mergeable_ranks": {bytes: rank}, "special_tokens": {name: id}, ...}"""
-        encoding = self.load()
-        state = encoding.state if isinstance(encoding, _PickledEncoding) else None
-        if isinstance(state, str):
-            raise ValueError(f"it is only the name of tiktoken's encoding {state!r}, without its ranks")
-        if not isinstance(state, dict):
-            raise ValueError("it holds no tiktoken.Encoding")
-        pattern, ranks, names = (state.get(key) for key in ("pat_str", "mergeable_ranks", "special_tokens"))
-        if not (
-            isinstance(pattern, str)
-            and isinstance(ranks, dict)
-            and isinstance(names, dict)
-            and all(type(token) is bytes and type(rank) is int for token, rank in ranks.items())
-            and all(type(name) is str and type(id) is int for name, id in names.items())
-        ):
-            raise ValueError("its pattern, ranks or special tokens are missing or of the wrong type")
-        return state
 
 
 def whole_characters(text: str) -> str:
@@ -247,23 +201,7 @@ class RustBPETokenizer:
         import tiktoken
 
         encoding = tiktoken.get_encoding(tiktoken_name)
-        return cls(_by_rank(encoding._mergeable_ranks), encoding._pat_str, facts={"tiktoken": tiktoken_name})
-
-    @classmethod
-    def from_nanochat_pickle(cls, path: str | Path) -> "RustBPETokenizer":
-        """nanochat's tokenizer.pkl, a pickled tiktoken.Encoding, read as data: nothing that the file names is imported or called.
-        Raises UserError naming the file where it is missing or holds anything else.
-        """
-        try:
-            state = _EncodingReader(io.BytesIO(Path(path).read_bytes())).read()
-            tokens, names = _by_rank(state["mergeable_ranks"]), state["special_tokens"]
-            if sorted(names.values()) != list(range(len(tokens), len(tokens) + len(names))):
-                raise ValueError("the ids of its special tokens do not follow the ranks")
-            return cls(tokens, state["pat_str"], sorted(names, key=names.__getitem__), {"imported": "nanochat's tokenizer.pkl"})
-        except FileNotFoundError as error:
-            raise UserError(f"no tokenizer at {path}: name nanochat's tokenizer.pkl") from error
-        except Exception as error:  # a damaged pickle raises anything at all
-            raise UserError(f"{path} is no tokenizer.pkl of nanochat ({error}): take an intact copy from who made it") from error
+        return cls(by_rank(encoding._mergeable_ranks), encoding._pat_str, facts={"tiktoken": tiktoken_name})
 
     @classmethod
     def from_directory(cls, tokenizer_dir: str | Path) -> "RustBPETokenizer":

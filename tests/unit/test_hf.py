@@ -25,6 +25,7 @@ from zangchat.config import GPTConfig, RunState
 from zangchat.configurator import UserError
 from zangchat.engine import Engine
 from zangchat.gpt import GPT
+from zangchat.nanochat import NANOCHAT_EPS, read_checkpoint
 from zangchat.report import get_report
 from zangchat.tokenizer import RustBPETokenizer
 
@@ -392,7 +393,7 @@ def test_another_tokenizer_is_refused_or_taken_whole(exported, tmp_path, change,
 def nanochat(tmp_path: Path, tokenizer: RustBPETokenizer) -> Iterator[tuple[Path, GPT]]:
     """A base directory as nanochat leaves it, and the model that it holds at d2, step 20."""
     base = tmp_path / "nanochat"
-    model = make_model(tokenizer, rms_norm_eps=hf.NANOCHAT_EPS, rope_theta=10000.0, logit_cap=15.0)
+    model = make_model(tokenizer, rms_norm_eps=NANOCHAT_EPS, rope_theta=10000.0, logit_cap=15.0)
     for source in ("base", "sft"):
         for tag, step, factor in (("d2", 9, 0.5), ("d2", 20, 1.0), ("d1", 30, 0.1)):
             folder = base / checkpoint_manager.SOURCES[source] / tag
@@ -433,7 +434,7 @@ def test_a_folder_with_everything_side_by_side_is_read_too(nanochat, tmp_path):
     base, model = nanochat
     shutil.copytree(base / "chatsft_checkpoints" / "d2", tmp_path / "shared")
     shutil.copy(base / "tokenizer" / "tokenizer.pkl", tmp_path / "shared")
-    imported = hf.read_nanochat(tmp_path / "shared", "sft")
+    imported = read_checkpoint(tmp_path / "shared", "sft")
     assert imported.step == 20 and imported.config == model.config
 
 
@@ -444,7 +445,7 @@ def test_torch_normalises_without_eps_as_the_import_says(dtype, autocast):
     x = (torch.randn(4, 64, generator=torch.Generator().manual_seed(4)) * 1e-4).to(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         without = F.rms_norm(x, (64,))
-        assert torch.equal(without, F.rms_norm(x, (64,), eps=hf.NANOCHAT_EPS))
+        assert torch.equal(without, F.rms_norm(x, (64,), eps=NANOCHAT_EPS))
         for other in (1e-6, 1e-8, torch.finfo(torch.bfloat16).eps):
             assert not torch.equal(without, F.rms_norm(x, (64,), eps=other))
 
@@ -462,7 +463,7 @@ def test_nothing_of_a_checkpoint_is_run(nanochat, tmp_path, name):
     base, _ = nanochat
     (base / name).write_bytes(pickle.dumps({"x": Malicious(tmp_path / "touched")}))
     with pytest.raises(UserError, match=Path(name).name):
-        hf.read_nanochat(base, "base", "d2")
+        read_checkpoint(base, "base", "d2")
     assert not (tmp_path / "touched").exists()
 
 
@@ -473,11 +474,11 @@ def test_later_architectures_are_refused_by_name(nanochat):
     meta["model_config"]["window_pattern"] = "SSSL"
     (folder / "meta_000020.json").write_text(json.dumps(meta))
     with pytest.raises(UserError, match="window_pattern"):
-        hf.read_nanochat(base, "base", "d2")
+        read_checkpoint(base, "base", "d2")
     extras = {"resid_lambdas": torch.ones(2), "value_embeds.1.weight": torch.ones(2, 2)}
     torch.save({**model.state_dict(), **extras}, folder / "model_000020.pt")
     with pytest.raises(UserError, match=r"resid_lambdas, value_embeds\.1\.weight, 2 tensors"):
-        hf.read_nanochat(base, "base", "d2")
+        read_checkpoint(base, "base", "d2")
 
 
 @pytest.mark.parametrize(

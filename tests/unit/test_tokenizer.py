@@ -20,6 +20,7 @@ from tests.reference import bpe
 from zangchat import tokenizer as module
 from zangchat.configurator import UserError
 from zangchat.dataset import write_dataset
+from zangchat.nanochat import read_tokenizer
 from zangchat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer, get_token_bytes, get_tokenizer
 
 TEXTS = ["The cat sat on the mat, and the other cat sat on the hat.", "print('hello world')  # 2024", "你好,世界。你好吗?"]
@@ -253,7 +254,7 @@ def nanochat_pickle(tok: RustBPETokenizer, protocol: int | None = None, **change
 def test_nanochats_pickle_is_read(tok: RustBPETokenizer, tmp_path: Path, protocol: int) -> None:
     path = tmp_path / "tokenizer.pkl"
     path.write_bytes(nanochat_pickle(tok, protocol))
-    again = RustBPETokenizer.from_nanochat_pickle(path)
+    again = read_tokenizer(path)
     assert again.fingerprint == tok.fingerprint
     assert again.encode(TEXTS) == tok.encode(TEXTS)
     again.save(tmp_path)
@@ -297,14 +298,14 @@ def test_any_other_pickle_is_refused_and_not_executed(
     monkeypatch.chdir(tmp_path)
     Path("tokenizer.pkl").write_bytes(contents(tok))
     with pytest.raises(UserError, match=rf"^tokenizer\.pkl is no tokenizer\.pkl of nanochat \(.*{reason}") as caught:
-        RustBPETokenizer.from_nanochat_pickle("tokenizer.pkl")
+        read_tokenizer(Path("tokenizer.pkl"))
     assert "\n" not in str(caught.value)
     assert not Path("executed").exists()
 
 
 def test_a_missing_pickle_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no tokenizer at .*tokenizer\.pkl"):
-        RustBPETokenizer.from_nanochat_pickle(tmp_path / "tokenizer.pkl")
+        read_tokenizer(tmp_path / "tokenizer.pkl")
 
 
 # ---- chat
