@@ -11,11 +11,12 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tasks.training import training_conversations
 from zangchat import common, configurator, flops, run_setup, schedule
-from zangchat.config import BatchSize, GPTConfig, Optimizer, RunConfig, StepMultipliers
+from zangchat.config import BatchSize, GPTConfig, Optimizer, RunConfig
 
 if TYPE_CHECKING:
     from zangchat.trainer import Every, Stage, Trainer
@@ -79,10 +80,8 @@ def train(config: Config) -> int:
         config = run.choose_batch(gpt, plan.total_batch_size // gpt.sequence_len)
         print_plan(config, gpt, plan, run.world_size)
         model = run.new_model(gpt, config.head_init_scale)
-        optimizer = run.optimizer(model, plan)
-        run.restore(model, optimizer)
         stage = make_stage(run, gpt, plan, tokenizer, dataset)
-        trainer = run.trainer(model, optimizer, stage, plan, tokenizer=tokenizer)
+        trainer = run.trainer(model, stage, plan, tokenizer)
         trainer.fit()
         if not trainer.exit_code:
             run.report("Base model training", trainer, dataclasses.asdict(gpt), plan._asdict(), **results(trainer, gpt))
@@ -144,15 +143,13 @@ def make_stage(run: run_setup.Run, gpt: GPTConfig, plan: schedule.TrainPlan, tok
     if config.mixture:
         task = training_conversations(config.mixture, tokenizer=tokenizer, seed=config.seed)
 
-    def multipliers(step: int) -> StepMultipliers:
-        return schedule.base_multipliers(
-            step,
-            plan.num_iterations,
-            warmup_ratio=config.warmup_ratio,
-            warmdown_ratio=config.warmdown_ratio,
-            final_lr_frac=config.final_lr_frac,
-        )
-
+    multipliers = partial(
+        schedule.base_multipliers,
+        num_iterations=plan.num_iterations,
+        warmup_ratio=config.warmup_ratio,
+        warmdown_ratio=config.warmdown_ratio,
+        final_lr_frac=config.final_lr_frac,
+    )
     batches = run.packed(tokenizer, gpt.sequence_len, plan.total_batch_size, dataset, task, config.mixture_ratio)
     return Stage("base", batches, multipliers, make_hooks(run, gpt, tokenizer, dataset))
 

@@ -10,11 +10,12 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tasks.common import REGISTRY, load_task
 from zangchat import common, configurator, run_setup, schedule
-from zangchat.config import BatchSize, FinetuneConfig, StepMultipliers
+from zangchat.config import BatchSize, FinetuneConfig
 
 if TYPE_CHECKING:
     from tasks.common import Task
@@ -64,10 +65,8 @@ def train(config: Config) -> int:
         steps = run.steps(lambda: math.ceil(len(task) * config.num_epochs / config.examples_per_step))
         common.print0(f"rl: {task.name}, {steps:,} steps of {config.examples_per_step} prompts x {config.num_samples} answers")
         plan = run.plan(model.config)._replace(num_iterations=steps)
-        optimizer = run.optimizer(model, plan)
-        run.restore(model, optimizer, keep_optimizer=False)
         stage = make_stage(config, steps, model, tokenizer, task, held_out)
-        trainer = run.trainer(model, optimizer, stage, plan, tokenizer=tokenizer, compile=False)
+        trainer = run.trainer(model, stage, plan, tokenizer, keep_optimizer=False, compile=False)
         trainer.fit()
         if not trainer.exit_code:
             run.report("Chat RL", trainer, **(trainer.state.extra.get("held_out") or {}))
@@ -112,9 +111,7 @@ def make_stage(config: Config, steps: int, model: Any, tokenizer: Any, task: "Ta
             model, tokenizer, task, examples_per_step=config.examples_per_step, sampling=sampling, seed=config.seed, cursor=cursor
         )
 
-    def multipliers(step: int) -> StepMultipliers:
-        return schedule.finetune_multipliers(step, steps, init_lr_frac=config.init_lr_frac)
-
+    multipliers = partial(schedule.finetune_multipliers, num_iterations=steps, init_lr_frac=config.init_lr_frac)
     hooks = [Every(1, log_reward, name="reward")]
     if config.eval_every > 0:
         hooks.append(Every(config.eval_every, lambda trainer: evaluate(config, held_out, trainer), at_start=True, name="held out"))

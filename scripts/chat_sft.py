@@ -10,12 +10,13 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from tasks.training import held_out_conversations, training_conversations
 from zangchat import common, configurator, run_setup, schedule
-from zangchat.config import BatchSize, FinetuneConfig, StepMultipliers
+from zangchat.config import BatchSize, FinetuneConfig
 
 if TYPE_CHECKING:
     from tasks.common import Task
@@ -67,10 +68,8 @@ def train(config: Config) -> int:
         steps = run.steps(lambda: math.ceil(len(task) * settled.num_epochs / settled.target_examples_per_step))
         common.print0(f"sft: {len(task):,} conversations; {steps:,} steps of {settled.target_examples_per_step}")
         plan = run.plan(model.config)._replace(num_iterations=steps)
-        optimizer = run.optimizer(model, plan)
-        run.restore(model, optimizer, settled.load_optimizer)
         stage = make_stage(run, steps, task, tokenizer)
-        trainer = run.trainer(model, optimizer, stage, plan, tokenizer=tokenizer)
+        trainer = run.trainer(model, stage, plan, tokenizer, keep_optimizer=settled.load_optimizer)
         trainer.fit()
         if not trainer.exit_code:
             run.report("Chat SFT", trainer, conversations=len(task), **{"validation loss": trainer.state.extra.get("val_loss")})
@@ -91,9 +90,7 @@ def make_stage(run: run_setup.Run, steps: int, task: "Task", tokenizer: Any) -> 
     def batches(cursor: dict[str, Any] | None) -> Iterator["Batch"]:
         return run.examples(task, tokenizer, config.target_examples_per_step, seed=config.seed, cursor=cursor)
 
-    def multipliers(step: int) -> StepMultipliers:
-        return schedule.finetune_multipliers(step, steps, init_lr_frac=config.init_lr_frac)
-
+    multipliers = partial(schedule.finetune_multipliers, num_iterations=steps, init_lr_frac=config.init_lr_frac)
     return Stage("sft", batches, multipliers, make_hooks(run, tokenizer))
 
 

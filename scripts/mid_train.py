@@ -10,11 +10,12 @@ Starts from <base>/base_checkpoints/<model_tag> with its settings and writes <ba
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tasks.training import held_out_conversations, training_conversations
 from zangchat import common, configurator, run_setup, schedule
-from zangchat.config import BatchSize, FinetuneConfig, GPTConfig, StepMultipliers
+from zangchat.config import BatchSize, FinetuneConfig, GPTConfig
 
 if TYPE_CHECKING:
     from tasks.common import Task
@@ -66,10 +67,8 @@ def train(config: Config) -> int:
         model.document_start = tokenizer.get_bos_token_id() if settled.block_diagonal else None
         task = training_conversations(settled.mixture, settled.identity_data, 2, tokenizer=tokenizer, seed=settled.seed)
         plan = make_plan(run, model.config, task, tokenizer)
-        optimizer = run.optimizer(model, plan)
-        run.restore(model, optimizer, settled.load_optimizer)
         stage = make_stage(run, plan, task, tokenizer)
-        trainer = run.trainer(model, optimizer, stage, plan, tokenizer=tokenizer)
+        trainer = run.trainer(model, stage, plan, tokenizer, keep_optimizer=settled.load_optimizer)
         trainer.fit()
         if not trainer.exit_code:
             run.report("Midtraining", trainer, conversations=len(task))
@@ -102,16 +101,13 @@ def make_stage(run: run_setup.Run, plan: schedule.TrainPlan, task: "Task", token
     from zangchat.trainer import Stage
 
     config = run.config
-
-    def multipliers(step: int) -> StepMultipliers:
-        return schedule.finetune_multipliers(
-            step,
-            plan.num_iterations,
-            init_lr_frac=config.init_lr_frac,
-            warmdown_ratio=config.warmdown_ratio,
-            final_lr_frac=config.final_lr_frac,
-        )
-
+    multipliers = partial(
+        schedule.finetune_multipliers,
+        num_iterations=plan.num_iterations,
+        init_lr_frac=config.init_lr_frac,
+        warmdown_ratio=config.warmdown_ratio,
+        final_lr_frac=config.final_lr_frac,
+    )
     dataset = run.dataset() if config.mixture_ratio < 1 else None
     batches = run.packed(tokenizer, config.max_seq_len, plan.total_batch_size, dataset, task, config.mixture_ratio)
     return Stage("mid", batches, multipliers, make_hooks(run, tokenizer))

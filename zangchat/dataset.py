@@ -149,7 +149,7 @@ class Dataset:
         status = path.stat()
         seen = status.st_size, status.st_mtime_ns
         if self._checked.get(path.name) != seen:
-            if problem := check_shard(self, self._entries[path.name]):
+            if problem := check_shard(path, self._entries[path.name]):
                 raise UserError(f"{path} is damaged ({problem}): {self.repair_hint()}")
             self._checked[path.name] = seen
 
@@ -438,9 +438,8 @@ def download_is_running(folder: Path) -> bool:
 # ---- checking -----------------------------------------------------------------------------------------------------------
 
 
-def check_shard(dataset: Dataset, entry: dict[str, Any]) -> str:
-    """What is wrong with one shard of the manifest; empty where nothing is."""
-    path = dataset.folder / entry["name"]
+def check_shard(path: Path, entry: dict[str, Any]) -> str:
+    """What is wrong with a file that should be the shard of this manifest's entry; empty where nothing is."""
     if not path.exists():
         return "missing"
     if path.stat().st_size != entry["bytes"]:
@@ -471,7 +470,7 @@ def verify(config: "VerifyConfig") -> int:
     dataset = find_dataset(config.dataset)
     bad = {}
     for entry in dataset.manifest["shards"]:
-        problem = check_shard(dataset, entry)
+        problem = check_shard(dataset.folder / entry["name"], entry)
         print(f"{entry['name']}  {entry['split']:<10}  {problem or 'ok'}", flush=True)
         if problem:
             bad[entry["name"]] = problem

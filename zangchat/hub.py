@@ -17,9 +17,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from zangchat.common import file_sha256
 from zangchat.configurator import UserError
-from zangchat.dataset import FORMAT, MANIFEST, Dataset, datasets_dir, folder_lock, load_dataset, write_manifest
+from zangchat.dataset import FORMAT, MANIFEST, Dataset, check_shard, datasets_dir, folder_lock, load_dataset, write_manifest
 from zangchat.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -193,7 +192,7 @@ def _fetch_shard(dataset: Dataset, entry: dict[str, Any]) -> None:
                     manifest["repo"], name, repo_type="dataset", revision=manifest["revision"], local_dir=incoming, endpoint=endpoint()
                 )
             )
-            problem = _difference(path, entry)
+            problem = check_shard(path, entry)
             if not problem:
                 os.replace(path, dataset.folder / name)
                 return
@@ -220,15 +219,6 @@ def _is_there(path: Path, entry: dict[str, Any]) -> bool:
         logger.warning("%s has the wrong size and is fetched again", path)
         path.unlink()
     return path.exists()
-
-
-def _difference(path: Path, entry: dict[str, Any]) -> str:
-    """How a file differs from its manifest entry; empty where it does not."""
-    if path.stat().st_size != entry["bytes"]:
-        return f"{path.stat().st_size:,} bytes arrived instead of {entry['bytes']:,}"
-    if file_sha256(path) != entry["sha256"]:
-        return "wrong bytes arrived: their sha256 is not the one that the hub lists"
-    return ""
 
 
 def _size_below(folder: Path) -> int:

@@ -6,9 +6,7 @@ with open_run("mid", config, source_tag("base", config.model_tag)) as run:
     run.start_from("base", config.model_step)          # not for base models
     model = run.new_model()                            # base: run.new_model(gpt_config)
     plan = run.plan(model.config)                      # base: schedule.plan_run(...)
-    optimizer = run.optimizer(model, plan)
-    run.restore(model, optimizer)
-    trainer = run.trainer(model, optimizer, stage, plan, tokenizer=run.tokenizer())
+    trainer = run.trainer(model, stage, plan, run.tokenizer())
     trainer.fit()
 """
 
@@ -141,7 +139,7 @@ class Run:
         return dataset
 
     def new_model(self, config: GPTConfig | None = None, head_init_scale: float = 0.0) -> "GPT":
-        """The model, on the device. A new base model (`config`) is initialised by --seed alone; any other still waits for `restore`."""
+        """The model, on the device. A new base model (`config`) is initialised by --seed alone; any other is filled in by `trainer`."""
         import torch
 
         from zangchat import attention, checkpoint_manager, fp8
@@ -238,7 +236,7 @@ class Run:
             world_size=self.world_size,
         )
 
-    def restore(self, model: "GPT", optimizer: "OptimizerGroup", keep_optimizer: bool = True) -> None:
+    def restore(self, model: "GPT", optimizer: "OptimizerGroup", keep_optimizer: bool) -> None:
         """Weights and optimizer state of the checkpoint that is gone on with; nothing for a new base model.
 
         A new run of a later stage takes over the optimizer's state of the earlier one if `keep_optimizer`, and if it is of the same kind.
@@ -255,18 +253,23 @@ class Run:
     def trainer(
         self,
         model: "GPT",
-        optimizer: "OptimizerGroup",
         stage: "Stage",
         plan: "TrainPlan",
-        *,
         tokenizer: "RustBPETokenizer",
+        *,
+        keep_optimizer: bool = True,
         compile: bool | None = None,
     ) -> "Trainer":
-        """The loop, ready to `fit` for the plan's number of steps; the plan is kept with the run. Compiles on CUDA by default."""
+        """The loop, ready to `fit` for the plan's number of steps; the plan is kept with the run. Compiles on CUDA by default.
+
+        Model and optimizer are those of the checkpoint that is gone on with (see `restore`).
+        """
         from zangchat.report import software
         from zangchat.trainer import Trainer
 
         config = self.config
+        optimizer = self.optimizer(model, plan)
+        self.restore(model, optimizer, keep_optimizer)
         if self.rank == 0:
             size = flops.checkpoint_bytes(model.config, config.optimizer, config.dtype)
             warn_if_disk_is_small(self.checkpoint_dir, size, config.keep_last)

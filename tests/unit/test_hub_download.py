@@ -202,7 +202,7 @@ def test_a_passing_fault_is_tried_again(server, fault):
 
 def test_wrong_bytes_never_reach_the_dataset(server, capsys):
     server.faults["shard_00001.parquet"] = ["wrong"] * 100
-    with pytest.raises(UserError, match=r"shard_00001\.parquet could not be fetched intact .*wrong bytes arrived: their sha256"):
+    with pytest.raises(UserError, match=r"shard_00001\.parquet could not be fetched intact .*its sha256 is not the manifest's"):
         download(2)
     folder = find_dataset("climbmix").folder
     assert not (folder / "shard_00001.parquet").exists()
