@@ -1,12 +1,15 @@
 """The few collective operations that the training loop and the checkpoints need; without a process group each is the identity.
 
-Small vectors only: gradients and parameters travel in optim.py.
+Small values only: gradients and parameters travel in optim.py.
 """
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 def is_active() -> bool:
@@ -26,19 +29,18 @@ def max_over_ranks(values: Sequence[float]) -> list[float]:
     return _reduced(values, dist.ReduceOp.MAX)
 
 
-def gather(values: Sequence[int]) -> list[list[int]]:
-    """Every rank's whole numbers (equally many on each), by rank."""
-    if not is_active():
-        return [list(values)]
-    mine = torch.tensor(list(values), dtype=torch.int64, device=_device())
-    rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(rows, mine)
-    return [row.tolist() for row in rows]
+def gather(value: T) -> list[T]:
+    """Every rank's value, by rank: anything that pickles, for it stays among the processes of one run."""
+    values = [value]
+    if is_active():
+        values *= dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
 
 
-def from_rank_0(value: int) -> int:
-    """Rank 0's whole number, on every rank."""
-    return gather([value])[0][0]
+def from_rank_0(value: T) -> T:
+    """Rank 0's value, on every rank."""
+    return gather(value)[0]
 
 
 def barrier() -> None:

@@ -96,8 +96,8 @@ def evaluate_task(
         else:
             sampling = {"max_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
             items = _generative(engine, task, mine, name, num_samples, sampling, batch_size, seed, progress)
-    gathered = [Item(**row) for row in gather_rows([asdict(item) for item in items])]
-    return TaskResult(name, 1 if categorical else num_samples, sorted(gathered, key=lambda item: item.index))
+    items = [item for part in collectives.gather(items) for item in part]
+    return TaskResult(name, 1 if categorical else num_samples, sorted(items, key=lambda item: item.index))
 
 
 # ---- categorical ----------------------------------------------------------------------------------------------------
@@ -233,19 +233,3 @@ def _item(index: int, conversation: dict[str, Any]) -> Item:
     return Item(
         index, "\n".join(message["content"] for message in messages[:-1] if isinstance(message["content"], str)), messages[-1]["content"]
     )
-
-
-# ---- over ranks -----------------------------------------------------------------------------------------------------
-
-
-def gather_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The JSON rows of all ranks, on every rank."""
-    if not collectives.is_active():
-        return rows
-    import numpy as np
-
-    data = json.dumps(rows).encode()
-    length = max(size for (size,) in collectives.gather([len(data)]))
-    padded = data.ljust(-(-length // 8) * 8)  # with spaces, which JSON ignores; eight bytes travel as one whole number
-    words = collectives.gather(np.frombuffer(padded, dtype=np.int64).tolist())
-    return [row for rank in words for row in json.loads(np.array(rank, dtype=np.int64).tobytes())]

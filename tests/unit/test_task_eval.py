@@ -11,7 +11,7 @@ from tasks.common import Task, chat, tool_used, visible_text
 from tests.util import ByteTokenizer, lively_model
 from zangchat import collectives, task_eval
 from zangchat.engine import Engine
-from zangchat.task_eval import Item, TaskResult, completion_parts, evaluate_task, gather_rows
+from zangchat.task_eval import Item, TaskResult, completion_parts, evaluate_task
 
 TOKENIZER = ByteTokenizer()
 CONTEXT = 128
@@ -105,31 +105,10 @@ def test_ranks_share_the_problems_and_agree_on_the_whole(engine, task, monkeypat
     shares = []
     for rank in range(3):
         monkeypatch.setattr(collectives, "world", lambda rank=rank: (rank, 3))
-        shares += verdicts(evaluate_task(engine, task, **settings))
-    assert sorted(shares) == verdicts(whole) and len(shares) == len(task)
-
-
-def test_rows_of_all_ranks_come_together(monkeypatch):
-    ranks = [[{"index": 1, "text": "ä 中"}], [], [{"index": 0, "text": "x" * 50}, {"index": 2, "text": ""}]]
-    sent: list[list[int]] = []
-
-    def exchange(values: list[int], replies: list[list[int]]) -> list[list[int]]:
-        sent.append(list(values))
-        return replies
-
-    monkeypatch.setattr(collectives, "is_active", lambda: True)
-    lengths = [[len(json.dumps(rows).encode())] for rows in ranks]
-    longest = max(lengths)[0]
-    words: list[list[int]] = []
-    for rows in ranks:  # what each rank sends once it knows the longest
-        replies = iter([lengths, []])
-        monkeypatch.setattr(collectives, "gather", lambda values, replies=replies: exchange(values, next(replies)))
-        assert gather_rows(rows) == []
-        words.append(sent[-1])
-    assert len({len(word) for word in words}) == 1 and len(words[0]) * 8 >= longest
-    replies = iter([lengths, words])
-    monkeypatch.setattr(collectives, "gather", lambda values: next(replies))
-    assert gather_rows(ranks[0]) == [row for rows in ranks for row in rows]
+        shares.append(evaluate_task(engine, task, **settings).items)
+    assert sum(map(len, shares)) == len(task)
+    monkeypatch.setattr(collectives, "gather", lambda mine: shares)
+    assert verdicts(evaluate_task(engine, task, **settings)) == verdicts(whole)
 
 
 def test_a_prompt_without_room_for_an_answer_is_not_solved_and_not_dropped(engine):
