@@ -232,16 +232,9 @@ class ColoredFormatter(logging.Formatter):
 class _StderrHandler(logging.StreamHandler):
     """Writes to whatever sys.stderr is when the message comes."""
 
-    def __init__(self) -> None:
-        logging.Handler.__init__(self)
-
-    @property
-    def stream(self) -> Any:
-        return sys.stderr
-
-    @stream.setter
-    def stream(self, value: Any) -> None:
-        raise AttributeError("this handler always writes to sys.stderr")
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 def setup_default_logging() -> None:
@@ -309,7 +302,9 @@ def compute_init(device_type: str = "", seed: int = 42, deterministic: bool = Fa
             torch.use_deterministic_algorithms(True, warn_only=True)  # names on stderr whatever has no such form
         torch.cuda.set_device(device)
         torch.cuda.manual_seed(seed)
-        _allow_tf32()
+        # fp32 products on tensor cores. By the older of torch's two settings: after the newer one (`fp32_precision`), torch.compile
+        # stops with "mix of the legacy and new APIs", since parts of it still read the older (seen in 2.9 to 2.13).
+        torch.set_float32_matmul_precision("high")
     if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it to 1 where the user did not
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
         if local_world_size > 1:  # ranks that each take every core slow each other down
@@ -347,14 +342,6 @@ def _check_device(device_type: str, local_rank: int, ddp: bool) -> None:
         raise UserError("--device_type=mps works with a single process: start the command with plain python, or use --device_type=cpu")
     if device_type == "cuda" and local_rank >= torch.cuda.device_count():
         raise UserError(f"process {local_rank + 1} of this machine finds {torch.cuda.device_count()} CUDA devices: lower --nproc_per_node")
-
-
-def _allow_tf32() -> None:
-    """fp32 products on tensor cores. By the older of torch's two settings: after the newer one (`fp32_precision`), torch.compile
-    stops with "mix of the legacy and new APIs", since parts of it still read the older (seen in 2.9 to 2.13)."""
-    import torch
-
-    torch.set_float32_matmul_precision("high")
 
 
 def _usable_cores() -> int:

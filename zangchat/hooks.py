@@ -75,11 +75,11 @@ def core_metric(n: int, max_per_task: int) -> list[Every]:
     return [Every(n, evaluate, name="CORE")]
 
 
-def samples(n: int, prompts: Sequence[str] = PROMPTS) -> Every:
-    """Greedy continuations of a few prompts, printed."""
+def samples(n: int) -> Every:
+    """Greedy continuations of PROMPTS, printed."""
 
     def show(trainer: Trainer) -> None:
-        for prompt, continuation in complete(trainer.model, trainer.tokenizer, prompts):
+        for prompt, continuation in complete(trainer.model, trainer.tokenizer, PROMPTS):
             common.print0(one_line(prompt, continuation))
 
     return Every(n, show, name="samples")

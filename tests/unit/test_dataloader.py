@@ -439,7 +439,7 @@ def test_a_shard_that_goes_bad_in_the_middle_of_a_run_is_named_not_skipped(tmp_p
 def test_token_ids_on_disk_give_the_batches_of_their_text(small, tmp_path, kind):
     """Over three epochs, and from a cursor of either."""
     if kind == "a lone file":
-        (tmp_path / "own.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in small.iter_documents()), encoding="utf-8")
+        (tmp_path / "own.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in small.iter_documents("train")), encoding="utf-8")
         small = find_dataset(data_path=str(tmp_path / "own.jsonl"))
     tokens = tokenize(small, TOKENIZER, tmp_path / "tokens", num_threads=1)
     assert tokens.manifest["dtype"] == "<u2" and load_dataset(tokens.folder).fingerprint == tokens.fingerprint
@@ -464,7 +464,7 @@ def test_token_ids_of_another_tokenizer_are_refused(small, tmp_path):
     with pytest.raises(UserError, match=r"another tokenizer .* tokenize --dataset=small --overwrite"):
         text_stream(tokens)
     with pytest.raises(UserError, match="holds token ids: for its text give --dataset=small"):
-        next(tokens.iter_documents())
+        next(tokens.iter_documents("train"))
 
 
 def test_tokenising_goes_on_where_it_was_interrupted(tmp_path):
