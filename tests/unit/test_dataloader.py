@@ -439,7 +439,8 @@ def test_a_shard_that_goes_bad_in_the_middle_of_a_run_is_named_not_skipped(tmp_p
 def test_token_ids_on_disk_give_the_batches_of_their_text(small, tmp_path, kind):
     """Over three epochs, and from a cursor of either."""
     if kind == "a lone file":
-        (tmp_path / "own.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in small.iter_documents("train")), encoding="utf-8")
+        lines = (json.dumps({"text": text}) + "\n" for text in small.iter_documents("train"))
+        (tmp_path / "own.jsonl").write_text("".join(lines), encoding="utf-8")
         small = find_dataset(data_path=str(tmp_path / "own.jsonl"))
     tokens = tokenize(small, TOKENIZER, tmp_path / "tokens", num_threads=1)
     assert tokens.manifest["dtype"] == "<u2" and load_dataset(tokens.folder).fingerprint == tokens.fingerprint
