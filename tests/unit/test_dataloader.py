@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.reference import packing as reference
-from tests.util import ByteTokenizer, ListTask, conversation, make_dataset
+from tests.util import ByteTokenizer, conversation, make_dataset
 from zangchat import dataloader
 from zangchat.configurator import UserError
 from zangchat.dataloader import (
@@ -62,7 +62,7 @@ def small(tmp_path):
     return make_dataset(tmp_path / "small", [f"{i}:" + "x" * (i * 5 % 41) for i in range(50)])
 
 
-TASK = ListTask([conversation(f"question {i}" + "?" * (i % 7), f"answer {i}" + "!" * (i * 3 % 5)) for i in range(11)])
+TASK = [conversation(f"question {i}" + "?" * (i % 7), f"answer {i}" + "!" * (i * 3 % 5)) for i in range(11)]
 WIDE = 48  # fits every conversation of TASK
 
 
@@ -299,13 +299,13 @@ def test_a_mixture_keeps_to_its_fractions_of_tokens(small):
 
 
 def test_conversations_learn_only_what_the_assistant_writes():
-    (batch,) = example_batches(ListTask([conversation("ab", "cd")]), TOKENIZER, examples_per_step=1, sequence_len=16, seed=0, num_epochs=1)
+    (batch,) = example_batches([conversation("ab", "cd")], TOKENIZER, examples_per_step=1, sequence_len=16, seed=0, num_epochs=1)
     learnt = batch.targets[batch.targets >= 0].tolist()
     assert learnt == [*b"cd", TOKENIZER.encode_special("<|assistant_end|>")]
 
 
 def test_what_is_cut_or_left_out_is_logged(caplog):
-    task = ListTask([conversation("q", "a" * 100), conversation("q" * 100, "a"), conversation("q", "a")])
+    task = [conversation("q", "a" * 100), conversation("q" * 100, "a"), conversation("q", "a")]
     stream = ConversationStream(task, TOKENIZER, seed=0, max_tokens=20, num_epochs=1)
     documents = stream.next_documents()
     assert sorted(len(document.ids) for document in documents) == [7, 20]
@@ -314,7 +314,7 @@ def test_what_is_cut_or_left_out_is_logged(caplog):
 
 
 def test_conversations_without_anything_to_learn_are_a_clear_error():
-    stream = ConversationStream(ListTask([conversation("q" * 100, "a")]), TOKENIZER, seed=0, max_tokens=20)
+    stream = ConversationStream([conversation("q" * 100, "a")], TOKENIZER, seed=0, max_tokens=20)
     with pytest.raises(UserError, match="no conversation has a token to learn from"):
         stream.next_documents()
 
