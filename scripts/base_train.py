@@ -71,6 +71,7 @@ def train(config: Config) -> int:
     if config.dry_run:
         return dry_run(config)
     check(config)
+    common.print_banner()
     with run_setup.open_run("base", config, config.model_tag or f"d{config.depth}") as run:
         if run.finished:
             return 0

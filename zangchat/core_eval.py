@@ -306,10 +306,8 @@ def _padded(sequences: Sequence[Sequence[int]], fill: int, device: "torch.device
     """(B, T) int64, padded on the right."""
     import torch
 
-    out = torch.full((len(sequences), max(map(len, sequences))), fill, dtype=torch.int64)
-    for i, tokens in enumerate(sequences):
-        out[i, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
-    return out.to(device)
+    rows = [torch.tensor(tokens, dtype=torch.int64) for tokens in sequences]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill).to(device)
 
 
 def row_scores(model: "GPT", kind: str, items: Sequence[Sequence[Row]]) -> list[float]:

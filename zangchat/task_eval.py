@@ -125,9 +125,7 @@ def letter_choices(engine: "Engine", prompts: Sequence[Sequence[int]], letters: 
     model, tokenizer = engine.model, engine.tokenizer
     context = model.config.sequence_len
     prompts = [list(prompt) if len(prompt) <= context else [prompt[0], *prompt[len(prompt) - context + 1 :]] for prompt in prompts]
-    idx = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        idx[row, : len(prompt)] = torch.tensor(prompt)
+    idx = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
     last = torch.tensor([len(prompt) - 1 for prompt in prompts])
     device = model.get_device()
     with torch.inference_mode():
