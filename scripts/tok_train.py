@@ -7,6 +7,8 @@ It goes to <base>/tokenizer. One that is there already is kept when it was made 
 --overwrite replaces it. Models that were trained keep a copy of theirs beside their checkpoints.
 """
 
+import contextlib
+import functools
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -39,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(config: Config) -> None:
     from zangchat.dataset import find_dataset
+    from zangchat.progress import Progress
     from zangchat.tokenizer import RustBPETokenizer, tokenizer_dir
 
     check(config)
@@ -50,14 +53,21 @@ def train(config: Config) -> None:
         return
 
     text = Text(config, dataset)
+
+    @functools.cache
+    def merging() -> Progress:  # from the first merge on: the text has been read by then, and its line is gone
+        return line.enter_context(Progress("tokenizer: tokens", config.vocab_size))
+
+    def merged(merges: int) -> None:
+        merging().update(min(256 + merges, config.vocab_size), "merging")
+
     try:
-        tokenizer = RustBPETokenizer.train_from_iterator(text.documents(), config.vocab_size, facts=facts, progress=text.merged)
+        with contextlib.ExitStack() as line:
+            tokenizer = RustBPETokenizer.train_from_iterator(text.documents(), config.vocab_size, facts=facts, progress=merged)
     except ValueError:
         if text.characters:
             raise
         raise UserError(f"{dataset.folder} has no text to train on: name other text with --dataset or --data_path") from None
-    finally:
-        text.close()
     tokenizer.save(tokenizer_dir())
     report(config, tokenizer, text)
 
@@ -104,32 +114,28 @@ def already_trained(facts: dict[str, Any]) -> bool:
 
 
 class Text:
-    """The documents to train on, what was read of them, and a progress line."""
+    """The documents to train on, and what was read of them."""
 
     def __init__(self, config: Config, dataset: "Dataset") -> None:
-        from zangchat.progress import Progress
-
         self.config, self.dataset = config, dataset
         self.num_documents = self.characters = 0
-        self.start = 0.0
-        self.reading = Progress("tokenizer: characters", self.expected_characters())
-        self.merging = Progress("tokenizer: tokens", config.vocab_size)
-        self.shown: Progress | None = None
+        self.start = time.monotonic()
 
     def documents(self) -> "Iterator[pyarrow.ChunkedArray]":
         """At most doc_cap characters of each document, at most max_chars in all: a group of documents at a time, as Arrow memory, so
         that text from parquet never becomes Python strings.
         """
-        self.start = time.monotonic()
-        self.show(self.reading)
-        for group in self.dataset.iter_arrow("train"):
-            texts = self.capped(group)
-            self.num_documents += len(texts)
-            yield texts
-            rate = self.characters / (time.monotonic() - self.start)
-            self.reading.update(min(self.characters, self.reading.total), f"{rate / 1e6:.1f} M characters/s")
-            if self.characters >= self.config.max_chars:
-                break
+        from zangchat.progress import Progress
+
+        with Progress("tokenizer: characters", self.expected_characters()) as reading:
+            for group in self.dataset.iter_arrow("train"):
+                texts = self.capped(group)
+                self.num_documents += len(texts)
+                yield texts
+                rate = self.characters / (time.monotonic() - self.start)
+                reading.update(min(self.characters, reading.total), f"{rate / 1e6:.1f} M characters/s")
+                if self.characters >= self.config.max_chars:
+                    break
 
     def capped(self, group: "pyarrow.ChunkedArray | list[str]") -> "pyarrow.ChunkedArray":
         """The documents of a group that are still wanted, cut to doc_cap characters and the last of them to max_chars in all."""
@@ -150,21 +156,6 @@ class Text:
             texts = pyarrow.chunked_array([*texts[:last].chunks, *rest.chunks], texts.type)
         self.characters = min(int(ends[-1]), self.config.max_chars) if len(ends) else self.characters
         return texts
-
-    def merged(self, merges: int) -> None:
-        self.show(self.merging)
-        self.merging.update(min(256 + merges, self.config.vocab_size), "merging")
-
-    def show(self, progress: Any) -> None:
-        if self.shown is not progress:
-            self.close()
-            self.shown = progress
-            progress.__enter__()
-
-    def close(self) -> None:
-        if self.shown is not None:
-            self.shown.__exit__(None, None, None)
-            self.shown = None
 
     def expected_characters(self) -> int:
         """An estimate, from the first group of documents and the sizes of the files."""
