@@ -170,7 +170,7 @@ def test_a_chat_is_saved_as_a_line_of_training_data(tmp_path: Path) -> None:
         chat_cli.obey(chat, f"/save {path}", notes.append)
     first, second = path.read_text(encoding="utf-8").splitlines()
     assert first == second
-    assert [message["content"] for message in json.loads(first)["messages"]] == ["be kind", "hi 你好", "Re: hi 你好"]
+    assert [message["content"] for message in json.loads(first)["messages"]] == ["be kind", "hi 你好", "Re: be kind\n\nhi 你好"]
     chat_cli.obey(chat, f"/save {tmp_path}", notes.append)
     assert "cannot be written" in notes[-1]
 
