@@ -7,6 +7,7 @@
 Only this machine can reach it unless --host says otherwise.
 """
 
+import gc
 import socket
 import sys
 from collections.abc import Sequence
@@ -47,16 +48,13 @@ def serve(config: Config) -> None:
     with listen(config) as listener:
         engines = load_engines(config)
 
-        import uvicorn
-
-        from zangchat.server import create_app
+        from zangchat.server import create_app, http_server
 
         host, port = listener.getsockname()[:2]
         print(f"chat at http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C stops it)", flush=True)
-        # no access log: the terminal of a chat server is no place for a record of who talked when
         app = create_app(engines, settings)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3))
-        server.run(sockets=[listener])
+        gc.freeze()  # looking again and again through all that torch consists of would stop the server for a tenth of a second
+        http_server(app).run(sockets=[listener])
 
 
 def make_settings(config: Config) -> "Settings":

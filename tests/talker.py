@@ -7,13 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import uvicorn
 
 from tests.util import ByteTokenizer
 from zangchat.config import GPTConfig
 from zangchat.engine import Engine
 from zangchat.protocol import Settings
-from zangchat.server import create_app
+from zangchat.server import create_app, http_server
 
 TOKENIZER = ByteTokenizer()
 VOCAB = TOKENIZER.get_vocab_size()
@@ -79,7 +78,7 @@ def engine(reply: Callable[[str], str], **kw: Any) -> Engine:
 def serving(*engines: Engine, **settings: Any) -> Iterator[tuple[str, Any]]:
     """A real server on a loopback port: (its address, its pool of workers)."""
     app = create_app(engines, Settings(**settings))
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=2))
+    server = http_server(app, grace=1, host="127.0.0.1", port=0)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -24,6 +24,7 @@ TAGS = {
     *("p", "br", "hr", "em", "strong", "s", "del", "a", "code", "pre", "blockquote", "ul", "ol", "li"),
     *("h1", "h2", "h3", "h4", "h5", "h6", "table", "thead", "tbody", "tr", "th", "td"),
 }
+_as_json = json.JSONEncoder(ensure_ascii=False).encode
 _markdown = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"]).disable("image")
 
 
@@ -45,7 +46,7 @@ def rendered_parts(parts: Sequence[dict[str, str]]) -> list[dict[str, str]]:
 
 def event(value: Any) -> bytes:
     """A server-sent event."""
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
+    return f"data: {_as_json(value)}\n\n".encode()
 
 
 def joined(pieces: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:

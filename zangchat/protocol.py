@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi.responses import JSONResponse
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
 
 from zangchat.replies import fit_conversation
 from zangchat.sampling import MAX_LOGPROBS
@@ -97,13 +97,15 @@ StopText = Annotated[str, AfterValidator(whole_characters), Field(min_length=1, 
 
 
 class Sampling(BaseModel):
-    temperature: float | None = Field(None, ge=0, le=10, allow_inf_nan=False)
-    top_k: int | None = Field(None, ge=0, le=1_000_000)
-    top_p: float | None = Field(None, gt=0, le=1)
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=100, allow_inf_nan=False)
-    max_tokens: int | None = Field(None, ge=1, le=1_000_000)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
+    """Strict: JSON's `true` and "1" are not the number 1."""
+
+    temperature: StrictFloat | None = Field(None, ge=0, le=10, allow_inf_nan=False)
+    top_k: StrictInt | None = Field(None, ge=0, le=1_000_000)
+    top_p: StrictFloat | None = Field(None, gt=0, le=1)
+    min_p: StrictFloat | None = Field(None, ge=0, le=1)
+    repetition_penalty: StrictFloat | None = Field(None, gt=0, le=100, allow_inf_nan=False)
+    max_tokens: StrictInt | None = Field(None, ge=1, le=1_000_000)
+    seed: StrictInt | None = Field(None, ge=-(2**63), lt=2**64)
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
 
     def requests(self, prompt: list[int], n: int, settings: Settings, **more: Any) -> list[Continuation]:
@@ -125,12 +127,12 @@ class PageChat(Sampling):
     """nanochat's chat request; `render` asks for HTML along the stream, `truncate` drops the oldest turns that do not fit."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
-    render: bool = False
-    truncate: bool = False
+    render: StrictBool = False
+    truncate: StrictBool = False
 
 
 class StreamOptions(BaseModel):
-    include_usage: bool = False
+    include_usage: StrictBool = False
 
 
 # Parameters of OpenAI's API that change nothing here: they are about OpenAI's accounts, caches and service.
@@ -158,8 +160,8 @@ class OpenAIRequest(Sampling):
     model_config = ConfigDict(extra="allow")
 
     model: str | None = None
-    n: int = Field(1, ge=1, le=MAX_CHOICES)
-    stream: bool = False
+    n: StrictInt = Field(1, ge=1, le=MAX_CHOICES)
+    stream: StrictBool = False
     stream_options: StreamOptions | None = None
 
     @property
@@ -180,10 +182,10 @@ class OpenAIRequest(Sampling):
 
 class OpenAIChat(OpenAIRequest):
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000)
-    logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    truncate: bool = False
+    max_completion_tokens: StrictInt | None = Field(None, ge=1, le=1_000_000)
+    logprobs: StrictBool = False
+    top_logprobs: StrictInt | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    truncate: StrictBool = False
 
     @property
     def limit(self) -> int | None:
@@ -196,10 +198,10 @@ class OpenAIChat(OpenAIRequest):
 
 
 class OpenAICompletion(OpenAIRequest):
-    prompt: Text | list[Text] | list[int] | list[list[int]]
-    max_tokens: int | None = Field(16, ge=0, le=1_000_000)
-    echo: bool = False
-    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    prompt: Text | list[Text] | list[StrictInt] | list[list[StrictInt]]
+    max_tokens: StrictInt | None = Field(16, ge=0, le=1_000_000)
+    echo: StrictBool = False
+    logprobs: StrictInt | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
     def prompts(self) -> list[str | list[int]]:
         if isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int):

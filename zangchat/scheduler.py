@@ -41,21 +41,27 @@ class Stream:
         self.generations: list[Generation] = []  # the worker's own
         self.before = max(0, worker.load - worker.max_rows + 1)  # continuations that must end before this one begins
         self.deadline = time.monotonic() + pool.settings.request_seconds
-        self.tokens: asyncio.Queue[list[Token]] = asyncio.Queue()  # filled on the event loop, by the worker's order
         self.loop = asyncio.get_running_loop()
+        self._arrived: list[Token] = []
+        self._news = asyncio.Event()
         self._open = len(requests)  # choices that have not ended
         self._closed = False
 
     async def __aiter__(self) -> AsyncIterator[list[Token]]:
         """What has arrived since: one step's tokens, or several steps' where the reader is slower than the engine."""
         while self._open:
-            tokens = await self.tokens.get()
-            while not self.tokens.empty():
-                tokens = tokens + self.tokens.get_nowait()
+            await self._news.wait()
+            self._news.clear()
+            tokens, self._arrived = self._arrived, []
             if any(token.stop_reason == "error" for token in tokens):
                 raise ApiError(500, "the engine failed on this request; the server's log has the reason", "engine_error")
             self._open -= sum(token.stop_reason is not None for token in tokens)
             yield tokens
+
+    def feed(self, tokens: list[Token]) -> None:
+        """On the event loop, by the worker's order."""
+        self._arrived += tokens
+        self._news.set()
 
     def close(self) -> None:
         if not self._closed:
@@ -165,7 +171,7 @@ class Worker(threading.Thread):
 
 def _hand_out(outgoing: list[tuple[Stream, list[Token]]]) -> None:
     for stream, tokens in outgoing:
-        stream.tokens.put_nowait(tokens)
+        stream.feed(tokens)
 
 
 @dataclass

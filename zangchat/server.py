@@ -17,13 +17,14 @@ from contextlib import asynccontextmanager
 from importlib import resources
 from typing import Any, TypeVar
 
+import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
-from sse_starlette import EventSourceResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from zangchat.answers import Answer, Choice, page_events
 from zangchat.engine import Engine
@@ -44,9 +45,12 @@ from zangchat.scheduler import Pool, Stream, Worker
 
 T = TypeVar("T")
 
-MAX_BODY = 256 * 1024  # bytes of a request
-BODY_SECONDS = 30.0  # the longest pause of a client within its request
+MAX_HEAD = 64 * 1024  # bytes of a request's line and headers
+MAX_BODY = 256 * 1024  # bytes of a request's body
+HEAD_SECONDS = 10.0  # until a request's headers must be there, counted from the connection or from the reply before
+BODY_SECONDS = 30.0  # until its body must be there, counted from its headers
 SEND_SECONDS = 30.0  # the longest that a client may take to accept a piece of a stream
+PING_SECONDS = 15.0  # between two comments in a stream, for proxies that close what seems dead
 OPEN_PATHS = {"/", "/logo.svg", "/health"}  # reachable without the API key
 
 
@@ -71,17 +75,27 @@ class Guard:
             await self.app(scope, receive, send)
             return
 
+        started = False
+
         async def send_guarded(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *self.headers]
+                started, message["headers"] = True, [*message["headers"], *self.headers]
             await send(message)
 
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         refusal = self._refusal(scope["path"], headers)
-        if refusal is not None:
-            await refusal.response()(scope, receive, send_guarded)
-        else:
-            await self.app(scope, self._bounded(receive), send_guarded)
+        try:
+            await (
+                self.app(scope, self._bounded(receive), send_guarded)
+                if refusal is None
+                else refusal.response()(scope, receive, send_guarded)
+            )
+        except asyncio.CancelledError:  # the server stops and this took too long
+            if started:
+                await send({"type": "http.response.body"})
+            else:
+                await ApiError(503, "the server is stopping").response()(scope, receive, send_guarded)
 
     def _refusal(self, path: str, headers: dict[str, str]) -> ApiError | None:
         host = headers.get("host", "")
@@ -101,14 +115,14 @@ class Guard:
         return None
 
     def _bounded(self, receive: Receive) -> Receive:
-        size, complete = 0, False
+        size, complete, end = 0, False, time.monotonic() + BODY_SECONDS
 
         async def bounded() -> Message:
             nonlocal size, complete
             if complete:
                 return await receive()  # waits for the client to leave
             try:
-                message = await asyncio.wait_for(receive(), BODY_SECONDS)
+                message = await asyncio.wait_for(receive(), end - time.monotonic())
             except asyncio.TimeoutError:
                 raise HTTPException(408, f"the request did not arrive within {BODY_SECONDS:.0f} seconds") from None
             size += len(message.get("body", b""))
@@ -120,17 +134,17 @@ class Guard:
         return bounded
 
 
-async def unless_disconnected(request: Request, work: Awaitable[T]) -> T | None:
-    """The result of `work`, or None, with the work cancelled, if the client leaves first."""
+async def unless_disconnected(receive: Receive, work: Awaitable[T], *beside: Awaitable[None]) -> T | None:
+    """The result of `work`, or None, with the work cancelled, if the client leaves first. What goes on `beside` it ends with it."""
 
     async def disconnected() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
+        while (await receive())["type"] != "http.disconnect":
             pass
 
-    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(disconnected())]
+    tasks = [asyncio.ensure_future(one) for one in (work, disconnected(), *beside)]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return tasks[0].result() if tasks[0].done() else None  # type: ignore[return-value]
+        return tasks[0].result() if tasks[0].done() and not tasks[0].cancelled() else None  # type: ignore[return-value]
     finally:
         for task in tasks:
             task.cancel()
@@ -150,8 +164,8 @@ def error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = ".".join(str(step) for step in first["loc"][1:]) or "the request"
+        first = max(error.errors(), key=lambda one: len(one["loc"]))  # of what was tried, what came furthest
+        where = ".".join(str(step) for step in first["loc"][1:] if "[" not in str(step)) or "the request"
         reason = first.get("ctx", {}).get("error") or first["msg"] if first["type"] == "json_invalid" else first["msg"]
         return ApiError(400, f"{where}: {reason}", "invalid_request").response()
 
@@ -163,16 +177,33 @@ def error_handlers(app: FastAPI) -> None:
 # ---- the application ------------------------------------------------------------------------------------------------
 
 
-class StreamResponse(EventSourceResponse):
-    """Server-sent events that close their stream even if the client left before the first one."""
+class StreamResponse(StreamingResponse):
+    """Server-sent events. Closes its stream however it ends, also if the client left before the first one."""
+
+    media_type = "text/event-stream"
 
     def __init__(self, stream: Stream, events: AsyncIterator[bytes]) -> None:
-        super().__init__(events, sep="\n", send_timeout=SEND_SECONDS)
+        super().__init__(events, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         self._source = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+
+        async def send_in_time(message: Message) -> None:
+            patience = loop.call_later(SEND_SECONDS, writing.cancel)
+            try:
+                await send(message)
+            finally:
+                patience.cancel()
+
+        async def keep_alive() -> None:
+            while True:
+                await asyncio.sleep(PING_SECONDS)
+                await send_in_time({"type": "http.response.body", "body": b": still here\n\n", "more_body": True})
+
+        writing = asyncio.ensure_future(self.stream_response(send_in_time))
         try:
-            await super().__call__(scope, receive, send)
+            await unless_disconnected(receive, writing, keep_alive())
         finally:
             self._source.close()
 
@@ -252,7 +283,7 @@ def create_app(engine_list: Sequence[Engine], settings: Settings | None = None) 
         if body.stream:
             return StreamResponse(stream, answer.chunks(stream, body.include_usage))
         try:
-            whole = await unless_disconnected(request, answer.whole(stream))
+            whole = await unless_disconnected(request.receive, answer.whole(stream))
         finally:
             stream.close()
         return Response(status_code=499) if whole is None else JSONResponse(whole)
@@ -317,3 +348,47 @@ def create_app(engine_list: Sequence[Engine], settings: Settings | None = None) 
         return await answer(body, request, Answer("text_completion", settings.model_name, choices, sum(map(len, prompts))), requests)
 
     return app
+
+
+# ---- below the application ------------------------------------------------------------------------------------------
+
+
+class PatientProtocol(HttpToolsProtocol):
+    """HTTP/1.1 as uvicorn speaks it, but for headers that never end or never come: uvicorn would wait and store them for ever."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._head_size += len(data)
+        if self._awaits_head and self._head_size > MAX_HEAD and not self.transport.is_closing():
+            self.send_400_response(f"the headers of a request are larger than {MAX_HEAD} bytes")
+
+    def on_headers_complete(self) -> None:
+        self._awaits_head = False
+        self._patience.cancel()
+        super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.response_complete:  # else another request came on its heels
+            self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._patience.cancel()
+        super().connection_lost(exc)
+
+    def _await_head(self) -> None:
+        self._awaits_head, self._head_size = True, 0
+        self._patience = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+
+def http_server(app: FastAPI, grace: int = 3, **address: Any) -> uvicorn.Server:
+    """A server for the application, which lets requests go on for `grace` seconds when it is stopped. There is no access log: who talked
+    when is nobody's business."""
+    config = uvicorn.Config(
+        app, http=PatientProtocol, ws="none", log_level="warning", access_log=False, timeout_graceful_shutdown=grace, **address
+    )
+    return uvicorn.Server(config)

@@ -6,8 +6,9 @@ import math
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import httpx
@@ -263,7 +264,7 @@ USER, ASSISTANT, SYSTEM = ({"role": role, "content": "x"} for role in ("user", "
         ({"messages": [{"role": "user"}]}, 400, "messages.0.content"),
         ({"messages": [{"role": "user", "content": 7}]}, 400, "messages.0.content"),
         ({"messages": [{"role": "user", "content": " \n"}]}, 400, "empty"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0.content.0.type: Input should be 'text'"),
         ({"messages": [USER, ASSISTANT]}, 400, "last message must be of role 'user'"),
         ({"messages": [SYSTEM]}, 400, "last message must be of role 'user'"),
         ({"messages": [USER, USER]}, 400, "message 2 is of role 'user' where 'assistant' was expected"),
@@ -273,6 +274,10 @@ USER, ASSISTANT, SYSTEM = ({"role": role, "content": "x"} for role in ("user", "
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "messages.0.content"),
         ({"messages": [USER], "temperature": -1}, 400, "temperature"),
         ({"messages": [USER], "temperature": "hot"}, 400, "temperature"),
+        ({"messages": [USER], "temperature": True}, 400, "temperature: Input should be a valid number"),
+        ({"messages": [USER], "max_tokens": True}, 400, "max_tokens: Input should be a valid integer"),
+        ({"messages": [USER], "top_k": "5"}, 400, "top_k: Input should be a valid integer"),
+        ({"messages": [USER], "seed": 1.5}, 400, "seed: Input should be a valid integer"),
         (b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', 400, "temperature"),
         ({"messages": [USER], "top_k": -1}, 400, "top_k"),
         ({"messages": [USER], "top_p": 0}, 400, "top_p"),
@@ -295,7 +300,11 @@ def test_bad_requests_are_told_what_is_wrong(server: tuple[str, Any], path: str,
     [
         ({"prompt": []}, 400, "at least one"),
         ({"prompt": [9999]}, 400, "between 0 and 264"),
-        ({"prompt": {"a": 1}}, 400, "prompt"),
+        ({"prompt": {"a": 1}}, 400, "prompt: Input should be a valid string"),
+        ({"prompt": [True]}, 400, "prompt.0: "),
+        ({"prompt": [[5, True]]}, 400, "prompt.0.1: Input should be a valid integer"),
+        ({"prompt": "x", "logprobs": True}, 400, "logprobs: Input should be a valid integer"),
+        ({"prompt": "x", "stream": "no"}, 400, "stream: Input should be a valid boolean"),
         ({"prompt": "\ud800", "echo": True}, 400, "prompt"),
         ({"prompt": [10**30]}, 400, "between 0 and 264"),
         ({"prompt": ["x"] * 40, "n": 2}, 400, "40 prompts x n=2"),
@@ -344,6 +353,10 @@ def test_a_long_chat_is_trimmed_where_that_was_asked_for(url: str) -> None:
 # ---- load -----------------------------------------------------------------------------------------------------------
 
 
+def connect(url: str) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=20)
+
+
 def post_head(path: str, body: bytes) -> bytes:
     head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     return head.encode()
@@ -390,7 +403,7 @@ def test_a_client_that_leaves_before_its_answer_frees_its_slot() -> None:
     with serving(slow, max_batch=2, queue=0) as (url, pool):
         for path, extra in (("/v1/chat/completions", {}), ("/v1/chat/completions", {"n": 2}), ("/chat/completions", {})):
             body = json.dumps({"messages": ask("hi"), **extra}).encode()
-            with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
+            with connect(url) as connection:
                 connection.sendall(post_head(path, body) + body)
                 assert eventually(lambda: pool.load > 0)
             assert eventually(lambda: idle(pool))
@@ -404,10 +417,67 @@ def test_half_open_connections_take_no_place(server: tuple[str, Any], sent: byte
         sent = post_head("/chat/completions", body) + body[:10]  # the rest never comes
     with ExitStack() as stack:
         for _ in range(20):
-            stack.enter_context(socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))).sendall(sent)
+            stack.enter_context(connect(url)).sendall(sent)
         assert pool.load == 0
         assert httpx.post(url + "/v1/chat/completions", json={"messages": ask("hi")}).status_code == 200
     assert eventually(lambda: idle(pool))
+
+
+def test_what_never_comes_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "HEAD_SECONDS", 0.5)
+    monkeypatch.setattr(server_module, "BODY_SECONDS", 0.5)
+    with serving(engine(reply)) as (url, pool):
+        for sent in (
+            b"",
+            b"POST /chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Le",
+            b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /",
+        ):
+            with connect(url) as connection:
+                connection.sendall(sent)
+                while connection.recv(4096):  # until the server closes it
+                    pass
+        body = json.dumps({"messages": ask("hi")}).encode()
+        with connect(url) as connection:
+            connection.sendall(post_head("/chat/completions", body) + body[:10])
+            answer = connection.recv(4096)
+            assert answer.startswith(b"HTTP/1.1 408") and b"did not arrive" in answer
+        with connect(url) as connection, pytest.raises(OSError):  # a drop now and then is no excuse either
+            connection.sendall(post_head("/chat/completions", body))
+            for i in range(len(body) - 1):
+                time.sleep(0.1)
+                connection.sendall(body[i : i + 1])
+            raise AssertionError("the server took it all")
+        assert pool.load == 0 and httpx.get(url + "/health").status_code == 200
+
+
+def test_headers_are_bounded(url: str) -> None:
+    with connect(url) as connection:
+        with suppress(ConnectionError):
+            for _ in range(40):
+                connection.sendall(b"GET / HTTP/1.1\r\nX: " + b"x" * 5000)
+        with suppress(ConnectionError):
+            assert b"400 Bad Request" in connection.recv(4096)
+    assert httpx.get(url + "/health").status_code == 200
+
+
+def test_stopping_ends_what_is_under_way_without_a_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    with ExitStack() as stack, caplog.at_level(logging.INFO):
+        with serving(engine(lambda question: "x" * 400, pause=0.05)) as (url, pool):
+            body = json.dumps({"messages": ask("hi")}).encode()
+            half, whole = (stack.enter_context(connect(url)) for _ in range(2))
+            half.sendall(post_head("/chat/completions", body) + body[:10])
+            whole.sendall(post_head("/chat/completions", body) + body)
+            assert eventually(lambda: pool.load == 1)
+        assert half.recv(4096).startswith(b"HTTP/1.1 503") and whole.recv(4096).startswith(b"HTTP/1.1 200")
+        assert pool.load == 0
+    assert "Traceback" not in caplog.text and "Exception" not in caplog.text
+
+
+def test_a_stream_that_has_nothing_to_say_shows_that_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "PING_SECONDS", 0.1)
+    with serving(engine(reply, pause=0.5)) as (url, _), httpx.Client(timeout=30) as client:
+        text = client.post(url + "/chat/completions", json={"messages": ask("hi"), "max_tokens": 2}).text
+        assert ": still here\n\n" in text and '"done": true' in text
 
 
 def test_a_client_that_stops_reading_loses_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
