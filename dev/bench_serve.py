@@ -10,7 +10,6 @@ some ask what is refused. All the while /health is asked. The clients take proce
 import asyncio
 import http.client
 import json
-import os
 import random
 import re
 import signal
@@ -24,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import tyro
 
 from dev.bench_common import machine
@@ -100,13 +100,16 @@ async def measure(config: Config, port: int, pid: int) -> dict[str, Any]:
     ]
     await ask(port, {**plan[0], "leaves_after": None}, Seen())  # the first pass of a process allocates
     alone_seen, alone = await phase(port, plan[: config.alone], 1)
-    memory = [resident_mib(pid)]
+    server = psutil.Process(pid)
+    memory, tokens, (loop, engine) = [resident_mib(server)], await generated(port), processor_seconds(server)
     seen, rate = Seen(), []
     third = -(-len(plan) // 3)
     for part in range(0, len(plan), third):
         _, found = await phase(port, plan[part : part + third], config.streams, seen)
         rate.append(found)
-        memory.append(resident_mib(pid))
+        memory.append(resident_mib(server))
+    tokens = await generated(port) - tokens
+    loop, engine = (round((now - before) / tokens * 1e3, 3) for now, before in zip(processor_seconds(server), (loop, engine), strict=True))
     stats = json.loads(await get(port, "/stats"))
     together = statistics.median(rate)
     return {
@@ -123,28 +126,29 @@ async def measure(config: Config, port: int, pid: int) -> dict[str, Any]:
         "errors": len(seen.errors),
         "error_examples": sorted(set(seen.errors))[:3],
         "left_in_hand": stats["in_hand"] + sum(worker["running"] + worker["waiting"] for worker in stats["workers"]),
+        "processor_ms_per_token": {"event_loop": loop, "other_threads": engine},
         "server_memory_mib": memory,  # before, and after each third of the requests
     }
 
 
 async def phase(port: int, plan: list[dict[str, Any]], streams: int, seen: Seen | None = None) -> tuple[Seen, float]:
-    """Carry out a plan over so many clients; (what they saw, tokens per second by the server's own count)."""
+    """Carry out a plan over so many clients; (what they saw, tokens per second by the server's own count while all of them were at it)."""
     seen, waiting = seen or Seen(), list(reversed(plan))
-    before, start = json.loads(await get(port, "/stats"))["tokens"], time.perf_counter()
+    before, start, rates = await generated(port), time.perf_counter(), []
 
     async def client() -> None:
         while waiting:
             await ask(port, waiting.pop(), seen)
+        rates.append((await generated(port) - before) / (time.perf_counter() - start))
 
     over = threading.Event()
     examining = asyncio.create_task(asyncio.to_thread(examine, port, seen, over))
     await asyncio.gather(*(client() for _ in range(streams)))
     over.set()
     await examining
-    seconds = time.perf_counter() - start
     while json.loads(await get(port, "/stats"))["in_hand"]:
         await asyncio.sleep(0.02)
-    return seen, (json.loads(await get(port, "/stats"))["tokens"] - before) / seconds
+    return seen, rates[0]
 
 
 def examine(port: int, seen: Seen, over: threading.Event) -> None:
@@ -195,6 +199,10 @@ async def ask(port: int, question: dict[str, Any], seen: Seen) -> None:
         seen.errors.append(f"{type(error).__name__} after {time.perf_counter() - start:.1f} s: {error}")
 
 
+async def generated(port: int) -> int:
+    return json.loads(await get(port, "/stats"))["tokens"]
+
+
 async def get(port: int, path: str) -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n".encode())
@@ -209,10 +217,15 @@ def quantiles(times: Sequence[float]) -> dict[str, float]:
     return {name: round(ordered[min(len(ordered) - 1, int(share * len(ordered)))] * 1e3, 2) for name, share in shares.items()}
 
 
-def resident_mib(pid: int) -> int:
-    """Memory of a process in use; 0 where the system does not tell."""
-    path = Path(f"/proc/{pid}/statm")
-    return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 2**20 if path.exists() else 0
+def resident_mib(process: psutil.Process) -> int:
+    return process.memory_info().rss // 2**20
+
+
+def processor_seconds(process: psutil.Process) -> tuple[float, float]:
+    """(of the main thread, where the event loop runs; of all others, the engine's among them). On Linux, threads are told apart."""
+    spent = {thread.id: thread.user_time + thread.system_time for thread in process.threads()}
+    loop = spent.get(process.pid, 0.0)
+    return loop, sum(spent.values()) - loop
 
 
 if __name__ == "__main__":

@@ -180,17 +180,16 @@ def converse(session: Chat) -> int:
     while True:
         try:
             line = input("\n> ").strip()
+            if line.startswith("/"):
+                if not obey(session, line, screen.note):
+                    return 0
+            elif line:
+                reply(session, line, screen)
         except EOFError:
             screen.console.print()
             return 0
         except KeyboardInterrupt:
             screen.note("(Ctrl-D or /quit leaves)")
-            continue
-        if line.startswith("/"):
-            if not obey(session, line, screen.note):
-                return 0
-        elif line:
-            reply(session, line, screen)
 
 
 def reply(session: Chat, question: str, screen: Screen) -> None:

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, S
 from zangchat.replies import fit_conversation
 from zangchat.sampling import MAX_LOGPROBS
 from zangchat.sampling import Request as Continuation
+from zangchat.tokenizer import turns
 
 MAX_MESSAGES = 500
 MAX_CHOICES = 64  # continuations that one request may ask for
@@ -220,10 +221,11 @@ class Prompter:
 
     def chat(self, messages: list[ChatMessage], max_tokens: int | None, truncate: bool) -> tuple[list[int], int]:
         """(prompt, messages left out). Raises ApiError for an impossible order of roles and for a chat that is too long."""
-        check_roles(messages)
+        given = [message.for_tokenizer() for message in messages]
+        check_roles(given)
         reply = min(max_tokens or self.settings.max_tokens, self.context // REPLY_SHARE)
         room = self.context - max(1, reply) if truncate else 1 << 62
-        prompt, left_out = fit_conversation(self.tokenizer, [message.for_tokenizer() for message in messages], room)
+        prompt, left_out = fit_conversation(self.tokenizer, given, room)
         self._check_length(prompt, "shorten it or start a new chat" if truncate else "shorten it, or set truncate to drop the oldest turns")
         return prompt, left_out
 
@@ -243,18 +245,14 @@ class Prompter:
             raise ApiError(400, message, "context_length_exceeded")
 
 
-def check_roles(messages: Sequence[ChatMessage]) -> None:
+def check_roles(messages: Sequence[dict[str, Any]]) -> None:
     """An optional system message, then user and assistant in turn, the user last. Raises ApiError saying which message is wrong."""
-    turns = list(messages)
-    if turns[0].role == "system":
-        turns = turns[1:]
-    offset = len(messages) - len(turns) + 1
-    for i, message in enumerate(turns):
-        expected = ("user", "assistant")[i % 2]
-        if message.role != expected:
-            where = f"message {i + offset} is of role {message.role!r} where {expected!r} was expected"
-            raise ApiError(400, f"{where}: after an optional system message, user and assistant take turns", "role_order")
-        if message.role == "user" and not message.plain().strip():
-            raise ApiError(400, f"message {i + offset} of the user is empty", "empty_message")
-    if len(turns) % 2 == 0:
+    for index, message in enumerate(messages):
+        if message["role"] == "user" and not message["content"].strip():
+            raise ApiError(400, f"message {index}, of the user, is empty", "empty_message")
+    try:
+        *_, (role, _) = turns({"messages": messages})
+    except ValueError as error:
+        raise ApiError(400, f"{error}: after an optional system message, user and assistant take turns", "role_order") from None
+    if role != "user":
         raise ApiError(400, "the last message must be of role 'user': it is what the model answers", "role_order")

@@ -50,6 +50,7 @@ MAX_BODY = 256 * 1024  # bytes of a request's body
 HEAD_SECONDS = 10.0  # until a request's headers must be there, counted from the connection or from the reply before
 BODY_SECONDS = 30.0  # until its body must be there, counted from its headers
 SEND_SECONDS = 30.0  # the longest that a client may take to accept a piece of a stream
+PREPARING = 4  # requests that are read, checked and tokenized at the same time
 PING_SECONDS = 15.0  # between two comments in a stream, for proxies that close what seems dead
 OPEN_PATHS = {"/", "/logo.svg", "/health"}  # reachable without the API key
 
@@ -62,6 +63,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, settings: Settings, page_policy: str) -> None:
         self.app, self.settings = app, settings
+        self.preparing = asyncio.Semaphore(PREPARING)
         self.headers = [
             (b"content-security-policy", page_policy.encode()),
             (b"x-content-type-options", b"nosniff"),
@@ -85,17 +87,17 @@ class Guard:
 
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         refusal = self._refusal(scope["path"], headers)
+        answer: ASGIApp = self.app if refusal is None else refusal.response()
+        body = Body(receive, self.preparing)
         try:
-            await (
-                self.app(scope, self._bounded(receive), send_guarded)
-                if refusal is None
-                else refusal.response()(scope, receive, send_guarded)
-            )
+            await answer(scope, body.receive, send_guarded)
         except asyncio.CancelledError:  # the server stops and this took too long
             if started:
                 await send({"type": "http.response.body"})
             else:
                 await ApiError(503, "the server is stopping").response()(scope, receive, send_guarded)
+        finally:
+            body.prepared()
 
     def _refusal(self, path: str, headers: dict[str, str]) -> ApiError | None:
         host = headers.get("host", "")
@@ -114,24 +116,37 @@ class Guard:
             return ApiError(413, f"the request is larger than {MAX_BODY} bytes", "too_large")
         return None
 
-    def _bounded(self, receive: Receive) -> Receive:
-        size, complete, end = 0, False, time.monotonic() + BODY_SECONDS
 
-        async def bounded() -> Message:
-            nonlocal size, complete
-            if complete:
-                return await receive()  # waits for the client to leave
-            try:
-                message = await asyncio.wait_for(receive(), end - time.monotonic())
-            except asyncio.TimeoutError:
-                raise HTTPException(408, f"the request did not arrive within {BODY_SECONDS:.0f} seconds") from None
-            size += len(message.get("body", b""))
-            complete = not message.get("more_body", False)
-            if size > MAX_BODY:
-                raise HTTPException(413, f"the request is larger than {MAX_BODY} bytes")
-            return message
+class Body:
+    """A request's body on its way in, bounded in bytes and in time. A burst of requests is let in a few at a time, so that what else the
+    event loop has to do comes between."""
 
-        return bounded
+    def __init__(self, receive: Receive, preparing: asyncio.Semaphore) -> None:
+        self._receive, self._preparing = receive, preparing
+        self._size, self._complete, self._inside = 0, False, False
+        self._end = time.monotonic() + BODY_SECONDS
+
+    async def receive(self) -> Message:
+        if self._complete:  # nothing is left to do but to wait for the engine, or for the client to leave
+            self.prepared()
+            return await self._receive()
+        try:
+            message = await asyncio.wait_for(self._receive(), self._end - time.monotonic())
+        except asyncio.TimeoutError:
+            raise HTTPException(408, f"the request did not arrive within {BODY_SECONDS:.0f} seconds") from None
+        self._size += len(message.get("body", b""))
+        if self._size > MAX_BODY:
+            raise HTTPException(413, f"the request is larger than {MAX_BODY} bytes")
+        self._complete = not message.get("more_body", False)
+        if self._complete:
+            await self._preparing.acquire()
+            self._inside = True
+        return message
+
+    def prepared(self) -> None:
+        if self._inside:
+            self._inside = False
+            self._preparing.release()
 
 
 async def unless_disconnected(receive: Receive, work: Awaitable[T], *beside: Awaitable[None]) -> T | None:

@@ -3,11 +3,15 @@
 import builtins
 import dataclasses
 import json
+import os
 import re
+import select
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +126,72 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said() -> None:
         pieces.throw(KeyboardInterrupt())
     assert chat.messages == [{"role": "user", "content": "go on"}, {"role": "assistant", "content": "Re: "}]
     assert "".join(text for _, text in chat.answer("next", print)) == "Re: next"
+
+
+TERMINAL = """
+import fcntl, sys, termios, time
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+from scripts import chat_cli
+from tests.talker import TOKENIZER, Talker
+from zangchat import engine
+
+def load(config, device):
+    print("loading", flush=True)
+    time.sleep(float(sys.argv[1]))
+    return Talker(lambda question: question + " word" * 90, pause=0.05), TOKENIZER, {}
+
+engine.load_for_chat = load
+sys.exit(chat_cli.main([]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+@pytest.mark.parametrize(
+    ("loading", "exchanges", "code"),
+    [
+        (600, [("loading", "\x03"), ("interrupted", "")], 130),
+        (
+            0,
+            [
+                ("> ", "typed\x03"),
+                ("leaves)", "one\n"),
+                ("one word", "\x03"),
+                ("(stopped)", "two\n"),
+                ("two word", "\x03"),
+                ("(stopped)", "/quit\n"),
+            ],
+            0,
+        ),
+    ],
+)
+def test_ctrl_c_in_a_terminal_leaves_no_traceback(loading: float, exchanges: list[tuple[str, str]], code: int) -> None:
+    """Each text is waited for, then the keys beside it are pressed."""
+    import pty
+
+    terminal, line = pty.openpty()
+    command = [sys.executable, "-c", TERMINAL, str(loading)]
+    with (
+        subprocess.Popen(command, stdin=line, stdout=line, stderr=line, start_new_session=True) as process,
+        open(terminal, "rb+", 0) as screen,
+    ):
+        os.close(line)
+        shown = seen = pressed = ""
+        for awaited, keys in exchanges:
+            end = time.monotonic() + 120
+            while awaited not in seen:
+                assert time.monotonic() < end, f"{awaited!r} did not come after {shown!r}"
+                if not select.select([screen], [], [], 3)[0]:
+                    screen.write(b"\x03" if pressed.endswith("\x03") else b"")  # input() overlooks one that comes before it listens
+                    continue
+                piece = screen.read(1000).decode(errors="replace")
+                shown, seen = shown + piece, seen + piece
+            seen = seen[seen.index(awaited) + len(awaited) :]
+            screen.write(keys.encode())
+            pressed = keys
+        with suppress(OSError):  # how Linux says that nobody writes to it any more
+            while piece := screen.read(1000):
+                shown += piece.decode(errors="replace")
+        assert process.wait(120) == code and "Traceback" not in shown
 
 
 def test_history_is_kept_with_its_tool_calls_and_trimmed_at_the_context() -> None:
