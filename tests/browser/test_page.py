@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ def reply(question: str) -> str:
         return HOSTILE
     if question.startswith("long"):
         return "word " * 150
+    if question.startswith("slow"):
+        time.sleep(0.5)
     return f"You said: {question.strip()}"
 
 
@@ -166,6 +169,38 @@ def test_enter_sends_and_shift_enter_breaks_the_line(page: Page) -> None:
     page.keyboard.press("Enter")
     expect(page.locator("article.user .said")).to_have_text(re.compile(r"one\s*two"))
     expect(last(page).get_by_role("button", name="Regenerate")).to_be_visible()
+
+
+def test_all_of_it_works_from_the_keyboard(page: Page) -> None:
+    def tab_to(name: str, *, back: bool = False) -> None:
+        for _ in range(30):
+            page.keyboard.press("Shift+Tab" if back else "Tab")
+            if page.evaluate("document.activeElement.ariaLabel || document.activeElement.textContent") == name:
+                return
+        raise AssertionError(f"{name} is not reached by Tab")
+
+    field = page.get_by_label("Message", exact=True)
+    expect(field).to_be_focused()
+    tab_to("Who are you?", back=True)
+    page.keyboard.press("Enter")
+    expect(last(page)).to_contain_text("You said: Who are you?")
+    expect(field).to_be_focused()  # not lost with the button that was pressed
+    tab_to("Regenerate", back=True)
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    page.keyboard.press("Enter")
+    expect(field).to_be_focused()
+    expect(last(page).get_by_role("button", name="Regenerate")).to_be_visible()
+    page.keyboard.type("long story")
+    page.keyboard.press("Enter")
+    expect(last(page)).to_contain_text("word")
+    tab_to("Stop")
+    page.keyboard.press("Enter")
+    expect(last(page).locator(".note")).to_have_text("Stopped.")
+    expect(field).to_be_focused()
+    tab_to("Delete Who are you?", back=True)
+    page.keyboard.press("Enter")
+    expect(page.locator("#chats li")).to_have_count(0)
+    expect(field).to_be_focused()
 
 
 def test_chats_are_kept_in_the_browser_until_they_are_deleted(page: Page) -> None:
@@ -321,6 +356,12 @@ def test_every_state_fits_the_screen(browser: Browser, server: tuple[str, Any], 
         shot(page, f"{device}-{scheme}-{name}", tmp_path)
 
     state("welcome")
+    send(page, "slow question")
+    expect(last(page).locator(".waiting")).to_be_visible()
+    state("waiting")
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_role("button", name="Chats").tap() if phone else None
+    page.get_by_role("button", name="New chat").click()
     send(page, "long story")
     expect(last(page)).to_contain_text("word word")
     state("streaming")
@@ -328,8 +369,15 @@ def test_every_state_fits_the_screen(browser: Browser, server: tuple[str, Any], 
     expect(last(page).locator(".note")).to_have_text("Stopped.")
     state("stopped")
     ask(page, "markdown, please")
+    state("markdown")
     ask(page, "calculate 12 * 34")
     state("tool-call")
+    page.get_by_role("button", name="Edit").last.click()
+    state("editing")
+    page.get_by_role("button", name="Cancel").click()
+    send(page, "/help")
+    state("help")
+    page.get_by_label("Message", exact=True).fill("")
     send(page, "Tell me everything. " * 60)
     expect(page.get_by_role("alert")).to_be_visible()
     state("error")
