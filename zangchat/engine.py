@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from zangchat.common import derive_seed
-from zangchat.config import GPTConfig
 from zangchat.configurator import UserError
+from zangchat.kv_cache import CACHE_BLOCK, KVCache, groups_by_length
 from zangchat.replies import ReplyDecoder, StopFinder, StreamDecoder, fit_conversation
 from zangchat.sampling import Logprob, LogprobTensors, Request, Sampler, to_device
 from zangchat.tools import use_calculator
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from zangchat.gpt import GPT
 
 __all__ = [
-    "CacheRows",
     "Engine",
     "Event",
     "Generation",
@@ -54,7 +53,6 @@ MAX_ROWS = 64  # rows of a running batch unless the caller says otherwise
 PREFILL_TOKENS = {"cuda": 4096}  # prompt positions, padding included, that a step reads at most beside the running rows
 PREFILL_TOKENS_ELSEWHERE = 512
 LOGIT_ELEMENTS = 2**27  # logits that exist at a time where those of a whole prompt are wanted
-CACHE_BLOCK = 64  # the cache is as long as a multiple of this
 
 
 # ---- requests on their way ------------------------------------------------------------------------------------------
@@ -111,132 +109,6 @@ class Event(NamedTuple):
     logprob: Logprob | None = None  # where asked for, also of the stop token of an event without a token
 
 
-# ---- key/value cache ------------------------------------------------------------------------------------------------
-
-
-class KVCache:
-    """Keys and values of many rows, preallocated and grown by doubling; every row has its own length.
-
-    `storage` (L, 2 x G, rows, S, D), first the heads of the keys, then those of the values: what a head reads of a row is one piece.
-    """
-
-    def __init__(self, config: GPTConfig, num_rows: int, capacity: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        self.max_capacity = _rounded(config.sequence_len)
-        self.lengths = [0] * num_rows  # tokens stored, per row
-        shape = (config.n_layer, 2 * config.n_kv_head, num_rows, _rounded(capacity), config.head_dim)
-        # zeros, not empty: a masked position still enters the sum as 0 x value, which is NaN where the memory held one
-        self._keep(torch.zeros(shape, dtype=dtype, device=device))
-
-    def _keep(self, storage: Tensor) -> None:
-        self.storage = storage
-        self.layers = storage.flatten(2, 3).unbind(0)  # (2 x G, rows x S, D) each
-
-    @property
-    def num_rows(self) -> int:
-        return self.storage.size(2)
-
-    @property
-    def capacity(self) -> int:
-        return self.storage.size(3)
-
-    def reserve(self, num_rows: int, capacity: int) -> None:
-        """Make room, keeping what is stored. Storage at least doubles, so that growing costs little over time."""
-        if num_rows > self.num_rows:
-            num_rows = max(num_rows, 2 * self.num_rows)
-            self.lengths += [0] * (num_rows - self.num_rows)
-        if capacity > self.capacity:
-            capacity = max(_rounded(capacity), min(2 * self.capacity, self.max_capacity))
-        rows, length, old = self.num_rows, self.capacity, self.storage
-        if num_rows > rows or capacity > length:
-            new = old.new_zeros(*old.shape[:2], max(num_rows, rows), max(capacity, length), old.size(4))
-            new[:, :, :rows, :length] = old
-            self._keep(new)
-
-    def copy_row(self, source: int, target: int) -> None:
-        length = self.lengths[source]
-        self.storage[:, :, target, :length] = self.storage[:, :, source, :length]
-        self.lengths[target] = length
-
-    def rows(self, start: int, stop: int) -> "CacheRows":
-        """The rows start..stop-1 as the model's forward takes them, for one call."""
-        return self.some_rows(range(start, stop))
-
-    def some_rows(self, rows: Sequence[int]) -> "CacheRows":
-        """Any rows for one call; unless nothing is stored in them yet they must be consecutive."""
-        if not (rows and all(0 <= row < self.num_rows for row in rows)):
-            raise ValueError(f"rows {list(rows)} of a cache that has {self.num_rows}")
-        lengths = [self.lengths[row] for row in rows]
-        positions = to_device(lengths, torch.int64, self.storage.device)
-        return CacheRows(self, rows, positions, max(lengths), min(lengths) == max(lengths))
-
-    def fixed_rows(self, positions: Tensor, end: int) -> "CacheRows":
-        """The rows 0..B-1 for a step of one token each, attending to the first `end` places, whose `positions` (B,) may change on the
-        device from call to call: what a CUDA graph needs. `lengths` is left to the caller."""
-        return CacheRows(self, range(positions.numel()), positions, end - 1, aligned=False, counts=False)
-
-
-class CacheRows:
-    """Some rows of a cache for one forward pass: gpt.KVCacheLike. Room for the new tokens must have been reserved."""
-
-    def __init__(
-        self, cache: KVCache, rows: Sequence[int], positions: Tensor, longest: int, aligned: bool = True, counts: bool = True
-    ) -> None:
-        self.cache, self.rows, self.positions, self.longest = cache, rows, positions, longest
-        self.aligned, self.counts = aligned, counts
-        self._where: Any = None  # (B*T,) places of the new tokens, in (rows, S) taken as one dimension
-        self._mask: Tensor | None = None
-        self._keys: Sequence[Tensor] = ()
-        self._values: Sequence[Tensor] = ()
-
-    def update(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store k, v (B, G, T, D) behind each row's tokens; returns keys and values (B, G, S, D) and a mask (B, 1, T, S) to be added.
-
-        The mask is None where plain causal attention is meant: to the T new tokens alone, or of one token to rows of one length.
-        """
-        new = torch.stack((k, v)).permute(1, 3, 0, 2, 4)  # (B, T, 2, G, D)
-        return self.store(layer_idx, new.reshape(new.size(0) * new.size(1), -1))
-
-    def store(self, layer_idx: int, new: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The same for keys and values side by side, (B*T, 2 x G x D)."""
-        layer = self.cache.layers[layer_idx]
-        new = new.view(new.size(0), -1, layer.size(2))
-        if self._where is None:
-            self._prepare(new)
-        layer.index_copy_(1, self._where, new.transpose(0, 1))
-        if self.longest == 0:
-            k, v = new.view(len(self.rows), -1, *new.shape[1:]).transpose(1, 2).chunk(2, dim=1)
-            return k, v, None
-        return self._keys[layer_idx], self._values[layer_idx], self._mask
-
-    def _prepare(self, new: Tensor) -> None:
-        """What all layers share."""
-        B, cache, device = len(self.rows), self.cache, new.device
-        T, first = new.size(0) // B, self.rows[0]
-        end = self.longest + T
-        if end > cache.capacity or new.size(0) != T * B or new.size(1) != cache.storage.size(1):
-            raise ValueError(f"no room for {tuple(new.shape)} behind {self.longest} tokens in {B} rows")
-        where = self.positions[:, None] + torch.arange(T, device=device)  # (B, T)
-        together = list(self.rows) == list(range(first, first + B))
-        rows = torch.arange(first, first + B, device=device) if together else to_device(self.rows, torch.int64, device)
-        self._where = (rows[:, None] * cache.capacity + where).flatten()
-        if self.longest == 0:
-            return
-        stored = cache.storage[:, :, first : first + B, :end].transpose(1, 2)  # (L, B, 2 x G, S, D)
-        self._keys, self._values = (part.unbind(0) for part in stored.chunk(2, dim=2))
-        if T > 1 or not self.aligned:
-            hidden = torch.arange(end, device=device) > where[:, :, None]
-            self._mask = torch.zeros(hidden.shape, dtype=new.dtype, device=device).masked_fill_(hidden, float("-inf"))[:, None]
-
-    def advance(self, num_tokens: int) -> None:
-        if self.counts:
-            for row in self.rows:
-                self.cache.lengths[row] += num_tokens
-
-
-def _rounded(length: int) -> int:
-    return -(-length // CACHE_BLOCK) * CACHE_BLOCK
-
-
 # ---- the running batch ----------------------------------------------------------------------------------------------
 
 
@@ -287,6 +159,7 @@ class RunningBatch:
         self.waiting: deque[Generation] = deque()
         self.reading: deque[_Prompt] = deque()  # in the order of their rows, all behind the running ones
         self.running: list[Generation] = []  # row i of the cache belongs to running[i]
+        self._groups: list[int] = []  # sizes of the groups of running rows that attend together, see _arrange
         self.cache = KVCache(model.config, 1, CACHE_BLOCK, model.compute_dtype, self.device)
         self.stop_tokens = frozenset(tokenizer.encode_special(name) for name in ("<|assistant_end|>", "<|bos|>"))
         self.python_start, self.python_end, self.output_start, self.output_end = (
@@ -334,7 +207,7 @@ class RunningBatch:
             return
         generation.stop_reason = "cancelled"
         if generation in self.running:
-            self._drop_ended()
+            self._arrange()
         elif generation in self.waiting:
             self.waiting.remove(generation)
         else:
@@ -346,6 +219,7 @@ class RunningBatch:
     def step(self) -> list[Event]:
         """One forward pass: the running requests get their next tokens, those whose prompt was read get their first one."""
         events: list[Event] = []
+        self._arrange()
         self._admit(events)
         if self.reading or any(g.drawn >= g.limit or (self._sampler is None and g.request.repetition_penalty != 1) for g in self.running):
             events += self._land()  # who runs is about to change, or a draw depends on all tokens: know first where everybody stands
@@ -378,7 +252,7 @@ class RunningBatch:
         if self._graphs is not None:
             return self._graphs(cache, idx)
         cache.reserve(rows, max(cache.lengths[:rows]) + 1)
-        return self.model(idx, kv_cache=cache.rows(0, rows))[:, 0]
+        return self.model(idx, kv_cache=cache.rows(0, rows, self._groups))[:, 0]
 
     def _admit(self, events: list[Event]) -> None:
         """Take waiting requests while rows are free; those with nothing to do end here. Equal prompts are read once."""
@@ -467,7 +341,7 @@ class RunningBatch:
             row = len(self.running)
             if row != source:
                 self.cache.reserve(row + 1, 0)
-                self.cache.copy_row(source, row)
+                self.cache.copy_rows({row: source})
             self.running.append(generation)
             joined += 1
         if joined:
@@ -518,7 +392,7 @@ class RunningBatch:
             for row, (generation, token) in enumerate(zip(draw.generations, draw.tokens.tolist(), strict=True))
             if generation.stop_reason is None  # else it ended while this was under way
         ]
-        self._drop_ended()
+        self._arrange()
         return events
 
     def _accept(self, generation: Generation, token: int, logprob: Logprob | None) -> Event:
@@ -562,18 +436,26 @@ class RunningBatch:
             if result is not None:
                 generation.forced.extend([self.output_start, *self.tokenizer.encode(result), self.output_end])
 
-    def _drop_ended(self) -> None:
-        """Free the rows of what has ended; the last row moves into the gap, so that the running rows stay together."""
-        rows = list(range(len(self.running)))  # where what is in each row now comes from
-        for row in reversed(rows):
-            if self.running[row].stop_reason is not None:
-                last, source = self.running.pop(), rows.pop()
-                if row < len(self.running):
-                    self.running[row], rows[row] = last, source
-                    self.cache.copy_row(len(self.running), row)
-        if self._newest is not None and len(rows) < len(self._newest):
-            self._newest = self._newest[to_device(rows, torch.int64, self.device)]
-            self._sampler = None
+    def _arrange(self) -> None:
+        """Free the rows of what has ended, and keep the others in groups of similar length, longest first: a group attends as far as its
+        longest row. Since all grow alike, rows only move when somebody joined or left: into the place of one that is no longer there,
+        or has to go to another group."""
+        live = [row for row, generation in enumerate(self.running) if generation.stop_reason is None]
+        if len(live) == len(self.running) == sum(self._groups):
+            return
+        lengths = self.cache.lengths
+        live.sort(key=lambda row: -lengths[row])
+        self._groups = groups_by_length([lengths[row] for row in live], self.cache.bytes_per_token)
+        sources: list[int] = []  # where what is in each row now comes from
+        for size in self._groups:
+            places, members = range(len(sources), len(sources) + size), live[len(sources) : len(sources) + size]
+            moving = [row for row in members if row not in places]
+            sources += [place if place in members else moving.pop() for place in places]
+        self.cache.copy_rows({row: source for row, source in enumerate(sources) if row != source})
+        self.running = [self.running[source] for source in sources]
+        if self._newest is not None:
+            self._newest = self._newest[to_device(sources, torch.int64, self.device)]
+        self._sampler = None
 
 
 class Engine:

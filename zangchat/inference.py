@@ -7,6 +7,7 @@ calls that cost time. The slow twin is gpt.GPT itself.
 Shapes: B rows, T tokens, N = B x T, C width, H query heads, G key/value heads, D head dimension, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -22,13 +23,13 @@ FEW_INT8_ROWS = 8  # up to here the int8 kernel for CPUs is faster than a produc
 
 
 class CacheForInference(Protocol):
-    """What the model asks of a key/value cache beside gpt.KVCacheLike: engine.CacheRows."""
+    """What the model asks of a key/value cache beside gpt.KVCacheLike: kv_cache.CacheRows."""
 
     positions: Tensor
     longest: int
 
-    def store(self, layer_idx: int, new: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store keys and values (N, 2 x G x D) of the new tokens; return what update() does."""
+    def store(self, layer_idx: int, new: Tensor) -> Sequence[tuple[Tensor, Tensor, Tensor | None]]:
+        """Store keys and values (N, 2 x G, D) of the new tokens; return what update() does, for each group of rows in turn."""
 
     def advance(self, num_tokens: int) -> None: ...
 
@@ -139,8 +140,11 @@ class InferenceGPT:
         cos, sin = rotary_tables(self.config, self.config.sequence_len + 64, self.device)  # a cache may be that much longer
         self._rotary = torch.complex(cos, -sin).unsqueeze(1)  # (positions, 1, D/2)
         self._plain_cpu = self.device.type == "cpu" and dtype == torch.float32
+        # as tensors: a Python number costs an operation more each time
+        self._cap = torch.tensor(self.config.logit_cap, device=self.device)
         self._floors = {
-            width: torch.tensor((width * self.config.rms_norm_eps) ** 0.5) for width in (self.config.n_embd, self.config.head_dim)
+            width: (torch.tensor((width * self.config.rms_norm_eps) ** 0.5), torch.tensor(width**-0.5))
+            for width in (self.config.n_embd, self.config.head_dim)
         }
 
     def _paired(self, projection: Any) -> Tensor:
@@ -160,31 +164,41 @@ class InferenceGPT:
         x = self._norm(F.embedding(idx.reshape(-1), self.embedding))
         for i, layer in enumerate(self.layers):
             qkv = layer.qkv(self._norm(x))
-            turned = qkv[:, : (H + G) * D].view(-1, H + G, D)
+            heads = qkv.view(B * T, -1, D)
+            turned = heads[:, : H + G]
             self._rotate(turned, angles)
             self._norm(turned, out=turned)
             if kv_cache is None:
-                k, v = (part.transpose(1, 2) for part in qkv[:, H * D :].view(B, T, 2, G, D).unbind(2))
-                mask = None
+                k, v = (part.transpose(1, 2) for part in heads[:, H:].view(B, T, 2, G, D).unbind(2))
+                groups: Sequence[tuple[Tensor, Tensor, Tensor | None]] = [(k, v, None)]
             else:
-                k, v, mask = kv_cache.store(i, qkv[:, H * D :])
-            y = attend(qkv[:, : H * D].view(B, T, H, D).transpose(1, 2), k, v, mask, self.attention_backend)
-            x = layer.out.added(x, y.transpose(1, 2).reshape(B * T, -1))
+                groups = kv_cache.store(i, heads[:, H:])
+            q = heads[:, :H].view(B, T, H, D).transpose(1, 2)
+            y = self._attend(q, groups).transpose(1, 2).reshape(B * T, -1)
+            if logits_at is not None and i == len(self.layers) - 1:  # what the last layer adds elsewhere is read by nobody
+                at = torch.arange(0, B * T, T, device=x.device) + logits_at
+                x, y = x[at], y[at]
+            x = layer.out.added(x, y)
             hidden = layer.up(self._norm(x)).relu_()
             x = layer.down.added(x, hidden.mul_(hidden))
         if kv_cache is not None:
             kv_cache.advance(T)
-        if logits_at is not None:
-            x = x.view(B, T, -1)[torch.arange(B, device=x.device), logits_at]
         logits = self.head(self._norm(x))[:, : config.vocab_size].float()
-        return logits.div_(config.logit_cap).tanh_().mul_(config.logit_cap).view(B, -1, config.vocab_size)
+        return logits.div_(self._cap).tanh_().mul_(self._cap).view(B, -1, config.vocab_size)
+
+    def _attend(self, q: Tensor, groups: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor:
+        """Attention of q (B, H, T, D), whose rows are those of the groups one after the other."""
+        if len(groups) == 1:
+            return attend(q, *groups[0], self.attention_backend)
+        parts = q.split([k.size(0) for k, _, _ in groups])
+        return torch.cat([attend(part, *group, self.attention_backend) for part, group in zip(parts, groups, strict=True)])
 
     def _norm(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """functional.rms_norm, in half its operations."""
         width = x.size(-1)
         if self._plain_cpu:
-            length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self._floors[width]).mul_(width**-0.5)
-            return torch.div(x, length, out=out)
+            floor, scale = self._floors[width]
+            return torch.div(x, torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(floor).mul_(scale), out=out)
         normed = F.rms_norm(x, (width,), eps=self.config.rms_norm_eps)
         return normed if out is None else out.copy_(normed)
 
@@ -199,7 +213,7 @@ class InferenceGPT:
     def _rotate(self, x: Tensor, angles: Tensor) -> None:
         """functional.rotate on x (N, heads, D), in place, with neighbouring channels as pairs; in fp32."""
         precise = x.float()
-        torch.view_as_complex(precise.unflatten(-1, (-1, 2))).mul_(angles)
+        precise.view(torch.complex64).mul_(angles)
         if precise is not x:
             x.copy_(precise)
 

@@ -1,6 +1,7 @@
 """The engine against the plain forward pass, and against itself in other company."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from dev import bench_infer
 from tests.util import ByteTokenizer
+from zangchat import kv_cache
 from zangchat.config import GPTConfig
 from zangchat.engine import Engine, KVCache, ReplyDecoder, Request, RunningBatch, StopFinder, StreamDecoder, fit_conversation
 from zangchat.gpt import GPT
@@ -74,8 +76,17 @@ def traffic(draw: Any) -> list[tuple[int, int, int, int | None]]:
     return draw(st.lists(request, min_size=1, max_size=9))
 
 
+@pytest.fixture(params=[0, kv_cache.WORTH_A_CALL], ids=["groups", "together"], scope="module")
+def worth_a_call(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With models this small a group of its own never pays: once as if it always did."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kv_cache, "WORTH_A_CALL", request.param)
+        yield
+
+
+@pytest.mark.usefixtures("worth_a_call")
 @given(traffic(), st.integers(1, 5), st.integers(0, 7), st.sampled_from([5, 64, 4096]), st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_greedy_tokens_equal_the_plain_forward_pass_in_any_company(
     model: GPT, plan: list[tuple[int, int, int, int | None]], max_rows: int, gap: int, prefill_tokens: int, ahead: bool
 ) -> None:
@@ -136,6 +147,30 @@ def test_rows_of_different_lengths_are_extended_by_several_tokens_at_once(model:
         got = model(chunk, kv_cache=cache.rows(0, 2))
         expected = [model(torch.cat([head, tail[None]], dim=1))[:, -5:] for head, tail in zip((first, second), chunk, strict=True)]
     torch.testing.assert_close(got, torch.cat(expected), atol=1e-4, rtol=1e-4)
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=30), st.integers(1, 2**18))
+def test_groups_are_cut_where_that_saves_more_than_a_call_costs(lengths: list[int], bytes_per_token: int) -> None:
+    lengths.sort(reverse=True)
+    sizes = kv_cache.groups_by_length(lengths, bytes_per_token)
+    assert sum(sizes) == len(lengths) and all(sizes)
+    places = [sum(sizes[:i]) for i in range(len(sizes))]
+    read = sum(size * lengths[place] for size, place in zip(sizes, places, strict=True)) * bytes_per_token
+    assert read + (len(sizes) - 1) * kv_cache.WORTH_A_CALL <= len(lengths) * lengths[0] * bytes_per_token
+    for size, place in zip(sizes, places, strict=True):  # no group that is left would gain by one more cut
+        most = max((size - i) * (lengths[place] - lengths[place + i]) for i in range(size))
+        assert most * bytes_per_token <= kv_cache.WORTH_A_CALL
+
+
+def test_rows_change_places_all_at_once(model: GPT) -> None:
+    cache = KVCache(model.config, 4, 64, torch.float32, "cpu")
+    for row, length in enumerate((9, 4, 30, 2)):
+        cache.lengths[row] = length
+        cache.storage[:, :, row, :length] = row + 1
+    cache.copy_rows({0: 1, 1: 2, 2: 0, 3: 2})
+    assert cache.lengths == [4, 30, 9, 30]
+    for row, (number, length) in enumerate(((2, 4), (3, 30), (1, 9), (3, 30))):
+        assert (cache.storage[:, :, row, :length] == number).all()
 
 
 def test_the_cache_refuses_rows_and_tokens_that_it_has_no_room_for(model: GPT) -> None:
@@ -439,6 +474,8 @@ def test_the_inference_model_computes_the_same_function(model: GPT, rows: int, l
     idx = torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(rows))
     with torch.inference_mode():
         torch.testing.assert_close(InferenceGPT(model)(idx), model(idx), atol=1e-4, rtol=1e-4)
+        at = torch.arange(rows) % length
+        torch.testing.assert_close(InferenceGPT(model)(idx, logits_at=at), model(idx, logits_at=at), atol=1e-4, rtol=1e-4)
     assert model.transformer["h"][0].attn.c_q.weight.requires_grad  # the original is as it was
     assert set(dict(model.named_parameters())) == set(dict(GPT(model.config).named_parameters()))
 
