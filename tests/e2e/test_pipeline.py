@@ -265,6 +265,6 @@ def test_a_damaged_shard_is_named(home: Home) -> None:
 
 def test_nothing_there_yet(mistake: Callable[..., str], tmp_path: Path) -> None:
     assert "zangchat.dataset" in mistake(tmp_path, "scripts.tok_train")
-    assert "zangchat.dataset" in mistake(tmp_path, "scripts.base_train", *DEVICE)
+    assert "scripts.tok_train" in mistake(tmp_path, "scripts.base_train", *DEVICE)
     assert "base_train" in mistake(tmp_path, "scripts.mid_train", *DEVICE)
     assert "scripts." in mistake(tmp_path, "scripts.chat_cli", "-p", "hi", *DEVICE)
