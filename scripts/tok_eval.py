@@ -91,8 +91,7 @@ def evaluate(config: Config) -> None:
     from zangchat.report import get_report
     from zangchat.tokenizer import get_tokenizer
 
-    if config.max_chars < 1:
-        raise configurator.UserError(f"--max_chars={config.max_chars} must be at least 1")
+    configurator.check_at_least_1(config, "max_chars")
     if common.get_dist_info()[1] != 0:
         return
     ours = get_tokenizer()

@@ -78,9 +78,7 @@ def check(config: Config) -> None:
     smallest = 256 + len(SPECIAL_TOKENS)
     if config.vocab_size < smallest:
         raise UserError(f"--vocab_size={config.vocab_size} is too small: the bytes and the special tokens alone are {smallest}")
-    for name in ("max_chars", "doc_cap"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name}={getattr(config, name)} must be at least 1")
+    configurator.check_at_least_1(config, "max_chars", "doc_cap")
 
 
 def settings(config: Config, dataset: "Dataset") -> dict[str, Any]:

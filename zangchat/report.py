@@ -274,16 +274,13 @@ def _svg(figure: Any) -> str:
 
 
 def _header(cards: Sequence[Card], started: float | None, dollars_per_hour: float) -> list[str]:
-    lines = ["# zangchat report", "", f"Generated {_clock(time.time())}.", "", "| | |", "|---|---|"]
     facts = {**hardware(), **software()}
     if started is not None and cards:
-        seconds = max(card.time for card in cards) - started
-        facts["wall-clock"] = (
-            f"{in_words(max(0.0, seconds))} (start {_clock(started)}, last card {_clock(max(card.time for card in cards))})"
-        )
+        last = max(card.time for card in cards)
+        facts["wall-clock"] = f"{in_words(max(0.0, last - started))} (start {_clock(started)}, last card {_clock(last)})"
         if dollars_per_hour > 0:
-            facts["cost"] = f"${seconds / 3600 * dollars_per_hour:.2f} at ${dollars_per_hour:g} an hour"
-    return lines + [f"| {_cell(name)} | {_cell(value)} |" for name, value in facts.items()] + [""]
+            facts["cost"] = f"${(last - started) / 3600 * dollars_per_hour:.2f} at ${dollars_per_hour:g} an hour"
+    return ["# zangchat report", "", f"Generated {_clock(time.time())}.", "", *_item_lines(facts), ""]
 
 
 def hardware() -> dict[str, str]:
@@ -392,9 +389,8 @@ def _summary(cards: Sequence[Card], curves: Sequence[Curve]) -> list[str]:
         return [*lines, "Nothing has run yet: there are no report cards and no training curves.", ""]
     table = summary_table(cards, curves)
     if table:
-        lines += ["| metric | " + " | ".join(STAGES) + " |", "|---" * (len(STAGES) + 1) + "|"]
-        for metric, values in table.items():
-            lines.append(f"| {_cell(metric)} | " + " | ".join(_cell(values.get(stage, MISSING)) for stage in STAGES) + " |")
+        lines += [_row(["metric", *STAGES]), "|---" * (len(STAGES) + 1) + "|"]
+        lines += [_row([metric, *(values.get(stage, MISSING) for stage in STAGES)]) for metric, values in table.items()]
         lines.append("")
     missing = [stage for stage in STAGES if stage not in {curve.stage for curve in curves} | {stage_of(card.section) for card in cards}]
     if missing:
