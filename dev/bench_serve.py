@@ -29,6 +29,11 @@ import tyro
 from dev.bench_common import machine
 from zangchat import configurator
 
+try:
+    from uvloop import run  # the clients share the machine with the server: what they take, it lacks
+except ImportError:  # on Windows
+    from asyncio import run
+
 QUESTIONS = ("Who are you?", "How many r are in strawberry?", "What is 12 * 34?", "What does json.dumps do?", "Tell me about words. " * 12)
 
 
@@ -79,7 +84,7 @@ def bench(config: Config) -> int:
             found = re.search(r"127\.0\.0\.1:(\d+)", server.stdout.readline())
             if not found:
                 raise configurator.UserError("the server did not start: its complaint stands above")
-            result = asyncio.run(measure(config, int(found[1]), server.pid))
+            result = run(measure(config, int(found[1]), server.pid))
         finally:
             server.send_signal(signal.SIGINT)
             server.wait(30)

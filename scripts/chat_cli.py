@@ -25,8 +25,6 @@ from zangchat.configurator import UserError
 if TYPE_CHECKING:
     from zangchat.engine import Engine
 
-REPLY_SHARE = 4  # the oldest turns are left out when less than 1/4 of the context, or max_tokens, would remain for the answer
-
 HELP = """\
 /clear               forget the conversation
 /system TEXT         instructions in front of the conversation (nothing: none)
@@ -74,7 +72,7 @@ class Chat:
 
         `note` is told what the user should know. Raises UserError for a question that the context has no room for.
         """
-        from zangchat.engine import ReplyDecoder, fit_conversation
+        from zangchat.replies import REPLY_SHARE, ReplyDecoder, fit_conversation
 
         tokenizer, context = self.engine.tokenizer, self.engine.model.config.sequence_len
         question_message = {"role": "user", "content": question}

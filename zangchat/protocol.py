@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
 
-from zangchat.replies import fit_conversation
+from zangchat.replies import REPLY_SHARE, fit_conversation
 from zangchat.sampling import MAX_LOGPROBS
 from zangchat.sampling import Request as Continuation
 from zangchat.tokenizer import turns
@@ -19,7 +19,6 @@ from zangchat.tokenizer import turns
 MAX_MESSAGES = 500
 MAX_CHOICES = 64  # continuations that one request may ask for
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
-REPLY_SHARE = 4  # a chat that is trimmed leaves at least 1/4 of the context to the reply, or max_tokens if that is less
 LOCAL_HOSTS = {"localhost", "127.0.0.1", "[::1]"}
 
 

@@ -4,6 +4,8 @@ import codecs
 from collections.abc import Sequence
 from typing import Any
 
+REPLY_SHARE = 4  # where a chat is trimmed, 1/4 of the context is left to the reply, or max_tokens if that is less
+
 
 class StreamDecoder:
     """Tokens -> text, piece by piece, never half a character: incomplete UTF-8 is held back until it is whole, or flushed as U+FFFD."""
