@@ -71,10 +71,10 @@ def train(config: Config) -> int:
     if config.dry_run:
         return dry_run(config)
     check(config)
-    common.print_banner()
     with run_setup.open_run("base", config, config.model_tag or f"d{config.depth}") as run:
         if run.finished:
             return 0
+        common.print_banner()
         config = run.config
         tokenizer, dataset = run.tokenizer(), run.dataset()
         gpt, plan = make_plan(config, tokenizer.get_vocab_size(), run.world_size, saved=run.fact("plan"))
