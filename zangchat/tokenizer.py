@@ -304,7 +304,7 @@ class RustBPETokenizer:
             encoded = self._encoder.batch_encode(text, num_threads)
         except UnicodeEncodeError:
             encoded = self._encoder.batch_encode([whole_characters(item) for item in text], num_threads)
-        return [before + ids + after for ids in encoded]
+        return [before + ids + after for ids in encoded] if before or after else encoded  # copies only where something is added
 
     __call__ = encode
 

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{Scope, ScopedJoinHandle};
 use std::time::Duration;
 
-use crate::split::Splitter;
+use crate::split::{Splitter, WINDOW};
 use crate::train::Words;
 use crate::{key_of, mix, prefetch, Error, KEY_BYTES};
 
@@ -18,8 +18,8 @@ use crate::{key_of, mix, prefetch, Error, KEY_BYTES};
 const SHARD_BITS: u32 = 6;
 /// A thread's own table: 3 MB, given to the shared ones when it is half full.
 const LOCAL_BITS: u32 = 17;
-/// Pieces whose slots are asked for at the same time.
-const AT_ONCE: usize = 64;
+/// So many pieces' slots are asked for before the first of them is looked at, and at most a window's more.
+const WAITING: usize = 64;
 
 /// A table of pieces and counts with open addressing. A slot follows from the hash's first bits, so that two tables
 /// have their pieces in nearly the same order, and emptying one into another walks through both from begin to end.
@@ -267,29 +267,33 @@ impl<'c> LocalCounter<'c> {
         let LocalCounter { counter, splitter, table } = self;
         let text = std::str::from_utf8(text).map_err(|e| Error::Text(e.to_string()))?;
         let bytes = text.as_bytes();
-        let mut waiting = [Waiting::default(); AT_ONCE];
+        let mut waiting = [Waiting::default(); WAITING + WINDOW];
         let mut number = 0;
-        splitter.try_for_each(text, |piece| {
-            if piece.len() > KEY_BYTES {
-                table.add_long(hash_long(piece.as_bytes()), piece.as_bytes(), 1);
+        splitter.for_each_batch(text, |borders| {
+            let mut start = borders[0];
+            for &end in &borders[1..] {
+                let (from, len) = (&bytes[start..], end - start);
+                start = end;
+                if len > KEY_BYTES {
+                    table.add_long(hash_long(&from[..len]), &from[..len], 1);
+                    continue;
+                }
+                let mut padded = [0; 16];
+                let around = from.first_chunk().unwrap_or_else(|| {
+                    padded[..len].copy_from_slice(&from[..len]);
+                    &padded
+                });
+                let key = key_of(around, len);
+                let hash = mix(key);
+                prefetch(&table.slots[table.place(hash)]);
+                waiting[number] = Waiting { hash, key };
+                number += 1;
+            }
+            if number < WAITING {
                 return counter.make_room(table);
             }
-            let start = piece.as_ptr() as usize - bytes.as_ptr() as usize;
-            let mut padded = [0; 16];
-            let around = bytes[start..].first_chunk::<16>().unwrap_or_else(|| {
-                padded[..piece.len()].copy_from_slice(piece.as_bytes());
-                &padded
-            });
-            let key = key_of(around, piece.len());
-            let hash = mix(key);
-            prefetch(&table.slots[table.place(hash)]);
-            waiting[number] = Waiting { hash, key };
-            number += 1;
-            if number < AT_ONCE {
-                return Ok(());
-            }
+            waiting[..number].iter().for_each(|piece| table.add_short(piece.hash, piece.key, 1));
             number = 0;
-            waiting.iter().for_each(|piece| table.add_short(piece.hash, piece.key, 1));
             counter.make_room(table)
         })?;
         waiting[..number].iter().for_each(|piece| table.add_short(piece.hash, piece.key, 1));

@@ -11,12 +11,13 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::hash::Hasher;
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Mutex;
 
 use rustc_hash::{FxHashMap, FxHasher};
 
-use crate::split::Splitter;
+use crate::split::{Splitter, WINDOW};
 use crate::{in_parallel, key_of, mix, prefetch, runs_of, Error, KEY_BYTES, RUN_BYTES};
 
 const NONE: u32 = u32::MAX;
@@ -31,8 +32,8 @@ const SET_BITS: u32 = 17;
 const SETS: usize = 1 << SET_BITS;
 /// Room for the ids (and the bytes) of pieces that do not fit in their entry; the cache starts anew when it is used up.
 const SPILLED: usize = 1 << 20;
-/// Pieces are cut off and then looked up in groups of this many.
-const PIECES: usize = 64;
+/// So many pieces are cut off before the first of them is looked up, and at most a window's more.
+const WAITING: usize = 64;
 /// Ids of a piece that fit in its entry.
 const INLINE_IDS: usize = 3;
 /// Parts for which memory is kept for the next piece.
@@ -54,14 +55,23 @@ pub struct Encoder {
 
 /// One thread's working memory.
 pub struct Scratch {
-    keys: [(Key, usize); PIECES],
+    waiting: [Waiting; WAITING + WINDOW],
     cache: Cache,
     parts: Parts,
 }
 
+/// A piece whose place in the cache is on its way from memory.
+#[derive(Clone, Copy, Default)]
+struct Waiting {
+    key: Key,
+    set: u32,
+    start: u32,
+    len: u32,
+}
+
 impl Default for Scratch {
     fn default() -> Self {
-        Scratch { keys: [(Key::NONE, 0); PIECES], cache: Cache::default(), parts: Parts::default() }
+        Scratch { waiting: [Waiting::default(); WAITING + WINDOW], cache: Cache::default(), parts: Parts::default() }
     }
 }
 
@@ -131,61 +141,64 @@ impl Encoder {
         if bytes.len() > u32::MAX as usize {
             return Err(Error::Split(format!("a text of {} bytes is too long: cut it into texts below 4 GiB", bytes.len())));
         }
-        scratch.cache.prepare();
-        let (mut pieces, mut count) = ([(0, 0); PIECES], 0);
-        let split = self.splitter.for_each(text, |piece| {
-            let start = piece.as_ptr() as usize - bytes.as_ptr() as usize;
-            pieces[count] = (start as u32, piece.len() as u32);
-            count += 1;
-            if count == PIECES {
-                self.encode_pieces(bytes, &pieces, out, scratch);
+        let Scratch { waiting, cache, parts } = scratch;
+        cache.prepare();
+        let mut count = 0;
+        let split = self.splitter.for_each_batch(text, |borders| {
+            let (sets, mut start) = (cache.sets(), borders[0]);
+            for (slot, &end) in waiting[count..].iter_mut().zip(&borders[1..]) {
+                let (from, len) = (&bytes[start..], end - start);
+                let key = match from.first_chunk() {
+                    Some(window) if len <= KEY_BYTES => Key::of_window(window, len),
+                    _ => Key::of(&from[..len]),
+                };
+                let set = key.set();
+                prefetch(&sets[set]);
+                *slot = Waiting { key, set: set as u32, start: start as u32, len: len as u32 };
+                start = end;
+            }
+            count += borders.len() - 1;
+            if count >= WAITING {
+                self.encode_pieces(bytes, &waiting[..count], out, cache, parts);
                 count = 0;
             }
+            Ok(())
         });
-        self.encode_pieces(bytes, &pieces[..count], out, scratch);
+        self.encode_pieces(bytes, &waiting[..count], out, cache, parts);
         split
     }
 
-    /// All keys first, so that their places in the cache are on the way from memory while the next keys are made.
+    /// Their places in the cache are on the way from memory while the next pieces are cut off.
     ///
     /// Performance notes, 20 MB of English, vocabulary 32,768, one core of a 2.5 GHz Xeon whose other core was not idle: a look-up for each
-    /// piece as it is cut off 90 to 130 MB/s; with the keys first 165; with a cache so large that 0.4 % of the pieces are merged
+    /// piece as it is cut off 90 to 130 MB/s; with the keys of 64 first 165; with a cache so large that 0.4 % of the pieces are merged
     /// again, not 2 %, 200; 0.05 %, 221; with all memory of the process in pages of 2 MiB 256 (the first time 112, 104, 120), for the cache
-    /// alone not timed. A piece that the cache does not know costs over a microsecond, most of it waiting for memory. By simulation: with one
-    /// place for a piece 4 % are merged again; moving what is found to the very front is no better.
+    /// alone not timed. A later machine load, in turns: 239 to 247 as it was; keys made window by window, both entries of a line compared
+    /// without a branch 238 to 245, which is noise; text asked for ahead as well (split.rs) 249 to 258. Keys in batches of 130 instead,
+    /// through `windows(2)`, 203. A piece that the cache does not know costs about 0.7 microseconds, most of it waiting for memory:
+    /// 110 MB/s the first time, 115 to 121 since the second half of a set is left alone and the other pair's slot asked for in `join`.
+    /// By simulation: with one place for a piece 4 % are merged again; moving what is found to the very front is no better.
     #[inline(never)]
-    fn encode_pieces(&self, bytes: &[u8], pieces: &[(u32, u32)], out: &mut Vec<u32>, scratch: &mut Scratch) {
-        let Scratch { keys, cache, parts } = scratch;
-        let sets = cache.sets();
-        for (slot, &(start, len)) in keys.iter_mut().zip(pieces) {
-            let (from, len) = (&bytes[start as usize..], len as usize);
-            let key = match from.first_chunk() {
-                Some(window) if len <= KEY_BYTES => Key::of_window(window, len),
-                _ => Key::of(&from[..len]),
-            };
-            *slot = (key, key.set());
-            prefetch(&sets[slot.1]);
-        }
-        let mut at = 0;
+    fn encode_pieces(&self, bytes: &[u8], pieces: &[Waiting], out: &mut Vec<u32>, cache: &mut Cache, parts: &mut Parts) {
+        let mut pieces = pieces.iter();
         loop {
-            out.reserve((INLINE_IDS + 1) * PIECES);
+            out.reserve((INLINE_IDS + 1) * (WAITING + WINDOW));
             let (sets, free, mut len) = (cache.sets(), out.spare_capacity_mut(), 0);
-            while at < pieces.len() {
-                let (key, set) = keys[at];
-                let entry = &sets[set].0[0];
-                if entry.key != key || entry.count() > INLINE_IDS {
-                    break;
+            let other = loop {
+                let Some(piece) = pieces.next() else { break None };
+                let [first, second, ..] = &sets[piece.set as usize].0;
+                let entry = [first, second][(second.key == piece.key) as usize];
+                if entry.key != piece.key || entry.count() > INLINE_IDS {
+                    break Some(piece);
                 }
                 // SAFETY: `free` begins with room for this many of every piece. Only the ids are kept.
                 unsafe { free.as_mut_ptr().add(len).cast::<[u32; INLINE_IDS + 1]>().write_unaligned(entry.value) };
                 len += entry.count();
-                at += 1;
-            }
+            };
             // SAFETY: so many have been written.
             unsafe { out.set_len(out.len() + len) };
-            let Some(&(start, len)) = pieces.get(at) else { break };
-            self.encode_piece(&bytes[start as usize..][..len as usize], keys[at].0, out, cache, parts);
-            at += 1;
+            let Some(piece) = other else { break };
+            self.encode_piece(&bytes[piece.start as usize..][..piece.len as usize], piece.key, out, cache, parts);
         }
     }
 
@@ -234,11 +247,15 @@ impl Encoder {
         let right = left + parts[left].length as usize;
         let length = (right - left) as u32 + parts[right].length;
         let after = left + length as usize;
+        let before = parts.get(left.wrapping_sub(1)).map(|last| left - last.length as usize);
+        if let Some(before) = before {
+            self.pairs.ask_for(parts[before].id, joined);
+        }
         let rank = parts.get(after).map_or(NONE, |next| self.pairs.get(joined, next.id));
         parts[right] = Part::INSIDE;
         parts[after - 1].length = length;
         parts[left] = Part { id: joined, rank, length };
-        let before = left - parts.get(left.wrapping_sub(1))?.length as usize;
+        let before = before?;
         parts[before].rank = self.pairs.get(parts[before].id, joined);
         Some(before)
     }
@@ -259,9 +276,10 @@ impl Encoder {
     /// O(n log n), and O(n) where positions come in order, as in a run of one letter. A queued pair is out of date when
     /// its rank is no longer what stands there.
     fn merge_long(&self, parts: &mut Parts) {
-        let mut queue = Queue::default();
-        for (at, part) in parts.iter().enumerate() {
-            queue.push(part.rank, at);
+        let (mut queue, mut start) = (Queue::default(), 0);
+        for same in parts.chunk_by(|a, b| a.rank == b.rank) {
+            queue.push_run(same[0].rank, start..start + same.len());
+            start += same.len();
         }
         while let Some((rank, left)) = queue.pop() {
             if parts[left].rank == rank {
@@ -305,11 +323,11 @@ impl Encoder {
     pub fn decode_into(&self, ids: &[u32], out: &mut Vec<u8>) -> Result<(), Error> {
         for &id in ids {
             let (window, token) = self.tokens.get(id).ok_or(Error::UnknownId(id))?;
-            if token.len() <= WINDOW {
-                out.reserve(WINDOW);
+            if token.len() <= COPIED {
+                out.reserve(COPIED);
                 // SAFETY: there is room for the window, which begins with the token.
                 unsafe {
-                    out.as_mut_ptr().add(out.len()).cast::<[u8; WINDOW]>().write(*window);
+                    out.as_mut_ptr().add(out.len()).cast::<[u8; COPIED]>().write(*window);
                     out.set_len(out.len() + token.len());
                 }
             } else {
@@ -443,6 +461,12 @@ impl PairTable {
         place
     }
 
+    #[inline]
+    fn ask_for(&self, left: u32, right: u32) {
+        let (_, hash) = Self::key(left, right);
+        prefetch(&self.slots[(hash >> self.shift) as usize]);
+    }
+
     /// NONE if there is nothing.
     #[inline]
     fn get(&self, left: u32, right: u32) -> u32 {
@@ -461,10 +485,18 @@ impl PairTable {
 // ---- the cache of pieces
 
 /// A piece of up to KEY_BYTES bytes and its length, or the hash of a longer piece and its length.
-#[derive(Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Default, Eq)]
 struct Key {
     low: u64,
     high: u64, // the highest byte is the length, 0xff for a hash; all 0 in an empty entry
+}
+
+impl PartialEq for Key {
+    /// One branch, not two.
+    #[inline]
+    fn eq(&self, other: &Self) -> bool {
+        (self.low ^ other.low) | (self.high ^ other.high) == 0
+    }
 }
 
 impl Key {
@@ -550,7 +582,11 @@ impl Cache {
     /// What is found moves up.
     fn find(&mut self, key: Key, piece: &[u8]) -> Option<&[u32]> {
         let set = self.set_mut(key.set());
-        let place = set.0.iter().position(|entry| entry.key == key)?;
+        // Behind a free entry there is nothing: for a new piece the second half need not come from memory.
+        let place = set.0.iter().position(|entry| entry.key == key || entry.key == Key::default())?;
+        if set.0[place].key != key {
+            return None;
+        }
         let better = place.min(2).saturating_sub(1);
         set.0.swap(place, better);
         let [start, count, bytes, here] = set.0[better].value;
@@ -632,24 +668,39 @@ struct Bucket {
 }
 
 impl Queue {
-    fn push(&mut self, rank: u32, position: usize) {
-        if rank == NONE {
-            return;
+    /// Positions of one rank, behind all that were pushed before.
+    fn push_run(&mut self, rank: u32, positions: Range<usize>) {
+        self.push(rank, positions.start);
+        if rank != NONE {
+            self.buckets[self.last].ascending.extend(positions.start as u32 + 1..positions.end as u32);
         }
-        if self.buckets.get(self.last).is_none_or(|bucket| bucket.rank != rank) {
-            self.last = *self.bucket_of.entry(rank).or_insert(self.buckets.len());
-            if self.last == self.buckets.len() {
-                let (ascending, late) = Default::default();
-                self.buckets.push(Bucket { rank, queued: false, ascending, taken: 0, late });
+    }
+
+    #[inline(always)]
+    fn push(&mut self, rank: u32, position: usize) {
+        let position = position as u32;
+        match self.buckets.get_mut(self.last) {
+            _ if rank == NONE => {}
+            Some(Bucket { rank: last, queued: true, ascending, .. }) if *last == rank && ascending.last() < Some(&position) => {
+                ascending.push(position)
             }
+            _ => self.push_elsewhere(rank, position),
+        }
+    }
+
+    fn push_elsewhere(&mut self, rank: u32, position: u32) {
+        self.last = *self.bucket_of.entry(rank).or_insert(self.buckets.len());
+        if self.last == self.buckets.len() {
+            let (ascending, late) = Default::default();
+            self.buckets.push(Bucket { rank, queued: false, ascending, taken: 0, late });
         }
         if !self.buckets[self.last].queued {
             self.buckets[self.last].queued = true;
             self.ranks.push(Reverse((rank, self.last)));
             self.find_lowest();
         }
-        let (bucket, position) = (&mut self.buckets[self.last], position as u32);
-        if bucket.ascending.last().is_none_or(|&last| last <= position) {
+        let bucket = &mut self.buckets[self.last];
+        if bucket.ascending.last() <= Some(&position) {
             bucket.ascending.push(position);
         } else {
             bucket.late.push(Reverse(position));
@@ -689,11 +740,11 @@ impl Queue {
 // ---- bytes of tokens
 
 /// The bytes of tokens that are at most this long are copied as if they were exactly this long: a copy of constant size.
-const WINDOW: usize = 16;
+const COPIED: usize = 16;
 
 /// The bytes of all tokens, end to end, and where to find a token by its bytes.
 struct TokenTable {
-    bytes: Vec<u8>, // and WINDOW more
+    bytes: Vec<u8>, // and COPIED more
     starts: Vec<u32>,
     /// Open addressing: half of a token's hash, and its id below. Most look-ups fail, and fail at the first empty slot.
     slots: Vec<u64>,
@@ -703,13 +754,13 @@ impl TokenTable {
     const EMPTY: u64 = u64::MAX;
 
     fn new(tokens: &[Box<[u8]>]) -> Result<Self, Error> {
-        let mut bytes = Vec::with_capacity(tokens.iter().map(|token| token.len()).sum::<usize>() + WINDOW);
+        let mut bytes = Vec::with_capacity(tokens.iter().map(|token| token.len()).sum::<usize>() + COPIED);
         let mut starts = vec![0];
         for token in tokens {
             bytes.extend_from_slice(token);
             starts.push(u32::try_from(bytes.len()).map_err(|_| Error::Ranks("the tokens have more than 4 GiB".to_owned()))?);
         }
-        bytes.extend([0; WINDOW]);
+        bytes.extend([0; COPIED]);
         let mut table = TokenTable { bytes, starts, slots: vec![Self::EMPTY; (4 * tokens.len()).next_power_of_two()] };
         for (id, token) in tokens.iter().enumerate() {
             if token.is_empty() {
@@ -745,7 +796,7 @@ impl TokenTable {
 
     /// A token, and as many bytes as a window has from its first on.
     #[inline]
-    fn get(&self, id: u32) -> Option<(&[u8; WINDOW], &[u8])> {
+    fn get(&self, id: u32) -> Option<(&[u8; COPIED], &[u8])> {
         let &[start, end] = self.starts.get(id as usize..)?.first_chunk()?;
         let from = &self.bytes[start as usize..];
         Some((from.first_chunk()?, &from[..(end - start) as usize]))

@@ -11,14 +11,15 @@
 //!
 //! Performance notes, English text on one core of a 2.5 GHz Xeon:
 //! a character at a time 155 MB/s, a mispredicted branch at the end of every word; with windows 700 MB/s; without the
-//! check that each piece begins and ends at a character 950 MB/s (Python source 1.3 GB/s). Text that is not ASCII goes a
+//! check that each piece begins and ends at a character 950 MB/s (Python source 1.3 GB/s). Asking for text 512 bytes ahead makes
+//! encoding 4 % faster; bits are spread in groups of eight, which alone gave nothing. Text that is not ASCII goes a
 //! character at a time, 300 to 600 MB/s; there a flat table of the first 65,536 code points is a third faster on Chinese than
 //! blocks found through an index.
 use std::sync::OnceLock;
 
 use fancy_regex::Regex;
 
-use crate::Error;
+use crate::{prefetch, Error};
 
 /// The pattern of the package `rustbpe` on PyPI: GPT-4's, with digits in groups of up to three.
 pub const DEFAULT_PATTERN: &str =
@@ -56,47 +57,74 @@ impl Splitter {
     /// Calls `f` with every non-empty piece. What the pattern does not match is dropped, as tiktoken does.
     #[inline]
     pub fn for_each<'t>(&self, text: &'t str, mut f: impl FnMut(&'t str)) -> Result<(), Error> {
-        self.try_for_each(text, |piece| {
-            f(piece);
+        self.for_each_batch(text, |borders| {
+            borders.windows(2).for_each(|ends| f(&text[ends[0]..ends[1]]));
             Ok(())
         })
     }
 
-    /// The same, until `f` returns an error.
+    /// Calls `f` with one to WINDOW pieces at a time, until it returns an error: they lie between neighbours of the positions it is given.
     #[inline]
-    pub fn try_for_each<'t>(&self, text: &'t str, mut f: impl FnMut(&'t str) -> Result<(), Error>) -> Result<(), Error> {
+    pub fn for_each_batch(&self, text: &str, mut f: impl FnMut(&[usize]) -> Result<(), Error>) -> Result<(), Error> {
+        let mut borders = [0; WINDOW + 1];
         match &self.0 {
             Kind::Gpt4 { max_digits } => {
                 let scanner = Scanner { bytes: text.as_bytes(), classes: classes(), max_digits: *max_digits };
-                let mut start = 0;
-                while start < text.len() {
-                    let (window, mut ends) = (start, scanner.piece_ends(start));
-                    if ends == 0 {
-                        let end = scanner.piece_end(start);
-                        // SAFETY: pieces begin and end where characters do, within the text.
-                        f(unsafe { text.get_unchecked(start..end) })?;
-                        start = end;
-                    }
-                    while ends != 0 {
-                        let end = window + ends.trailing_zeros() as usize;
-                        ends &= ends - 1;
-                        // SAFETY: the same; a window holds ASCII and no more bytes than the text.
-                        f(unsafe { text.get_unchecked(start..end) })?;
-                        start = end;
-                    }
+                while borders[0] < text.len() {
+                    let [start, rest @ ..] = &mut borders;
+                    let pieces = match scanner.piece_ends(*start) {
+                        0 => {
+                            rest[0] = scanner.piece_end(*start);
+                            1
+                        }
+                        ends => spread(ends, *start, rest),
+                    };
+                    f(&borders[..pieces + 1])?;
+                    borders[0] = borders[pieces];
                 }
             }
             Kind::Other(regex) => {
+                let mut pieces = 0;
                 for found in regex.find_iter(text) {
-                    let piece = found.map_err(|e| Error::Split(e.to_string()))?.as_str();
-                    if !piece.is_empty() {
-                        f(piece)?;
+                    let piece = found.map_err(|e| Error::Split(e.to_string()))?.range();
+                    if piece.is_empty() {
+                        continue;
                     }
+                    if piece.start != borders[pieces] || pieces == WINDOW {
+                        if pieces > 0 {
+                            f(&borders[..pieces + 1])?;
+                        }
+                        (borders[0], pieces) = (piece.start, 0);
+                    }
+                    pieces += 1;
+                    borders[pieces] = piece.end;
+                }
+                if pieces > 0 {
+                    f(&borders[..pieces + 1])?;
                 }
             }
         }
         Ok(())
     }
+}
+
+/// Bytes that are looked at, and pieces that are handed over, at a time.
+pub const WINDOW: usize = 64;
+/// Bytes between what is looked at and what is asked for.
+const AHEAD: usize = 512;
+
+/// Writes `start` plus the number of each bit that is set, in ascending order, and returns how many there are. Groups of eight are
+/// written whole: a loop that ends with the last bit would be mispredicted in nearly every window.
+#[inline]
+fn spread(mut bits: u64, start: usize, out: &mut [usize; WINDOW]) -> usize {
+    let count = bits.count_ones() as usize;
+    for group in out.chunks_exact_mut(8).take(count.div_ceil(8)) {
+        for place in group {
+            *place = start + (bits | 1 << 63).trailing_zeros() as usize;
+            bits &= bits.wrapping_sub(1);
+        }
+    }
+    count
 }
 
 impl Splitter {
@@ -133,7 +161,7 @@ impl Window {
     /// SSE2 belongs to every x86-64.
     #[cfg(target_arch = "x86_64")]
     #[inline]
-    fn read(bytes: &[u8; 64]) -> Self {
+    fn read(bytes: &[u8; WINDOW]) -> Self {
         use std::arch::x86_64::*;
         let mut masks = Window::default();
         for part in 0..4 {
@@ -162,13 +190,13 @@ impl Window {
 
     #[cfg(not(target_arch = "x86_64"))]
     #[inline]
-    fn read(bytes: &[u8; 64]) -> Self {
+    fn read(bytes: &[u8; WINDOW]) -> Self {
         Self::read_words(bytes)
     }
 
     /// Eight bytes at a time in a 64-bit register, for other machines.
     #[cfg(any(test, not(target_arch = "x86_64")))]
-    fn read_words(bytes: &[u8; 64]) -> Self {
+    fn read_words(bytes: &[u8; WINDOW]) -> Self {
         const ONES: u64 = u64::MAX / 255;
         const HIGH: u64 = 0x80 * ONES;
         let mut masks = Window::default();
@@ -194,7 +222,7 @@ impl Window {
     /// Where pieces start in the first `len` bytes (1 to 64, all ASCII) given that one starts at 0. What the bytes behind
     /// them decide is left out: together with the last start the bits are the ends of whole pieces.
     #[inline]
-    fn starts(&self, len: u32, max_digits: usize, bytes: &[u8; 64]) -> u64 {
+    fn starts(&self, len: u32, max_digits: usize, bytes: &[u8; WINDOW]) -> u64 {
         let valid = u64::MAX >> (64 - len);
         let (letters, digits, spaces) = (self.letters & valid, self.digits & valid, self.spaces & valid);
         let (newlines, blanks) = (self.newlines & valid, self.blanks & valid);
@@ -331,11 +359,12 @@ impl Scanner<'_> {
     #[inline]
     fn piece_ends(&self, start: usize) -> u64 {
         let rest = &self.bytes[start..];
+        prefetch(rest.get(AHEAD).unwrap_or(&0));
         if !rest.first_chunk::<8>().is_some_and(|bytes| bytes.is_ascii()) {
             return 0;
         }
-        let mut padded = [0; 64];
-        let bytes = rest.first_chunk::<64>().unwrap_or_else(|| {
+        let mut padded = [0; WINDOW];
+        let bytes = rest.first_chunk().unwrap_or_else(|| {
             padded[..rest.len()].copy_from_slice(rest);
             &padded
         });
@@ -384,7 +413,7 @@ impl Scanner<'_> {
         let (class, width) = self.look(start);
         let next = start + width;
         match class {
-            Class::Letter => self.run_end(Class::Letter, next),
+            Class::Letter => self.run_end(Class::Letter, self.skip_letters(next)),
             Class::Number => self.digits_end(next),
             Class::Other => {
                 if self.bytes[start] == b'\'' {
@@ -409,6 +438,14 @@ impl Scanner<'_> {
             }
             Class::End => unreachable!("pieces start inside the text"),
         }
+    }
+
+    /// Behind whole windows of ASCII letters: for words that are longer than any word.
+    fn skip_letters(&self, mut at: usize) -> usize {
+        while self.bytes[at..].first_chunk().is_some_and(|bytes| Window::read(bytes).letters == u64::MAX) {
+            at += WINDOW;
+        }
+        at
     }
 
     /// `\p{N}{1,n}` after the first.
