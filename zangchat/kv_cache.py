@@ -14,7 +14,7 @@ from zangchat.config import GPTConfig
 from zangchat.sampling import to_device
 
 CACHE_BLOCK = 64  # a cache is as long as a multiple of this
-WORTH_A_CALL = 2**20  # bytes of keys and values that are read in the time that one more call of the attention kernel costs
+WORTH_A_CALL = 2**21  # bytes of a layer's keys and values that are worth one more call of the attention kernel, and keeping rows in order
 
 
 class KVCache:
