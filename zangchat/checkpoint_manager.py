@@ -122,8 +122,7 @@ class Save:
             parts[model_name(step)] = _on_cpu(strip_prefix(model_data), copy=snapshot)
         if optimizer_data is not None:
             parts[optim_name(step, rank)] = _on_cpu(optimizer_data, copy=snapshot)
-        if not collectives.from_rank_0(obstacle is None):  # also: nobody writes before the old meta is gone
-            obstacle = obstacle or OSError(f"rank 0 could not delete the {meta_name(step)} that was there")
+        obstacle = collectives.from_rank_0(obstacle)  # also: nobody writes before the old meta is gone
         self._writer = threading.Thread(target=self._write, args=(parts, obstacle), name="zangchat-save", daemon=True)
         self._writer.start()
 
@@ -149,14 +148,12 @@ class Save:
         self._writer.join()
         if self._failure is not None and not isinstance(self._failure, OSError):
             raise self._failure
-        failure, files = self._failure, dict(self._files)
-        size, digest = files.get(optim_name(self.step, self.rank), (-1, "00" * 32))
-        rows = collectives.gather([failure is None, size, *bytes.fromhex(digest)])
-        for other, (fine, other_size, *other_digest) in enumerate(rows):
-            if not fine:
-                failure = failure or OSError(f"rank {other} could not write its part of step {self.step}")
-            elif other_size >= 0:
-                files[optim_name(self.step, other)] = (other_size, bytes(other_digest).hex())
+        failure: BaseException | None = self._failure
+        files: dict[str, tuple[int, str]] = {}
+        for rank, (problem, written) in enumerate(collectives.gather((self._failure, self._files))):
+            if problem is not None:
+                failure = failure or OSError(f"rank {rank} could not write its part: {problem}")
+            files |= written
         if failure is None and self.rank == 0:
             listed = {name: {"size": size, "sha256": digest} for name, (size, digest) in sorted(files.items())}
             meta = {**self.meta_data, "step": self.step, "files": listed, "format_version": FORMAT_VERSION}
@@ -164,11 +161,12 @@ class Save:
                 common.atomic_write(self.directory / meta_name(self.step), _json(meta))
             except OSError as error:
                 failure = error
-        if not collectives.from_rank_0(failure is None):
+        failure = collectives.from_rank_0(failure)
+        if failure is not None:
             for name in (model_name(self.step), optim_name(self.step, self.rank)):
                 with contextlib.suppress(OSError):  # best effort: the space is wanted back, and purging looks again
                     (self.directory / name).unlink(missing_ok=True)
-            raise failure or OSError(f"rank 0 could not write {meta_name(self.step)}")
+            raise failure
 
 
 def strip_prefix(model_data: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
