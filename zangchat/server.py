@@ -13,7 +13,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from importlib import resources
 from typing import Any, TypeVar
 
@@ -86,67 +86,64 @@ class Guard:
             await send(message)
 
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        refusal = self._refusal(scope["path"], headers)
-        answer: ASGIApp = self.app if refusal is None else refusal.response()
-        body = Body(receive, self.preparing)
         try:
-            await answer(scope, body.receive, send_guarded)
+            self._check(scope["path"], headers)
+            await (self._in_turn if scope["method"] == "POST" else self.app)(scope, receive, send_guarded)
+        except ApiError as refusal:
+            await refusal.response()(scope, receive, send_guarded)
         except asyncio.CancelledError:  # the server stops and this took too long
             if started:
                 await send({"type": "http.response.body"})
             else:
                 await ApiError(503, "the server is stopping").response()(scope, receive, send_guarded)
-        finally:
-            body.prepared()
 
-    def _refusal(self, path: str, headers: dict[str, str]) -> ApiError | None:
+    async def _in_turn(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A burst of requests is let in a few at a time once they are whole, so that what else the event loop has to do comes between."""
+        try:
+            body: bytes | None = await asyncio.wait_for(read_body(receive), BODY_SECONDS)
+        except asyncio.TimeoutError:
+            raise ApiError(408, f"the request did not arrive within {BODY_SECONDS:.0f} seconds") from None
+
+        async def receive_whole() -> Message:
+            nonlocal body
+            if body is None:  # nothing is left to do but to wait for the engine, or for the client to leave
+                turn.close()
+                return await receive()
+            whole, body = body, None
+            return {"type": "http.request", "body": whole}
+
+        await self.preparing.acquire()
+        with ExitStack() as turn:
+            turn.callback(self.preparing.release)
+            await self.app(scope, receive_whole, send)
+
+    def _check(self, path: str, headers: dict[str, str]) -> None:
         host = headers.get("host", "")
         if self.settings.hosts is not None and re.sub(r":\d*$", "", host).lower() not in self.settings.hosts:
-            return ApiError(400, "this server is not known under that host name", "bad_host")  # DNS rebinding
+            raise ApiError(400, "this server is not known under that host name", "bad_host")  # DNS rebinding
         origin = headers.get("origin")
         if origin is not None and re.sub(r"^https?://", "", origin) != host:
-            return ApiError(403, "requests from other sites' pages are not served", "bad_origin")
+            raise ApiError(403, "requests from other sites' pages are not served", "bad_origin")
         if self.settings.api_key is not None and path not in OPEN_PATHS:
             given = headers.get("authorization", "").removeprefix("Bearer ").encode()
             if not secrets.compare_digest(given, self.settings.api_key.encode()):
-                return ApiError(
+                raise ApiError(
                     401, "send the server's API key as `Authorization: Bearer KEY`", "invalid_api_key", {"WWW-Authenticate": "Bearer"}
                 )
         if headers.get("content-length", "0").isdigit() and int(headers.get("content-length", "0")) > MAX_BODY:
-            return ApiError(413, f"the request is larger than {MAX_BODY} bytes", "too_large")
-        return None
+            raise ApiError(413, f"the request is larger than {MAX_BODY} bytes", "too_large")
 
 
-class Body:
-    """A request's body on its way in, bounded in bytes and in time. A burst of requests is let in a few at a time, so that what else the
-    event loop has to do comes between."""
-
-    def __init__(self, receive: Receive, preparing: asyncio.Semaphore) -> None:
-        self._receive, self._preparing = receive, preparing
-        self._size, self._complete, self._inside = 0, False, False
-        self._end = time.monotonic() + BODY_SECONDS
-
-    async def receive(self) -> Message:
-        if self._complete:  # nothing is left to do but to wait for the engine, or for the client to leave
-            self.prepared()
-            return await self._receive()
-        try:
-            message = await asyncio.wait_for(self._receive(), self._end - time.monotonic())
-        except asyncio.TimeoutError:
-            raise HTTPException(408, f"the request did not arrive within {BODY_SECONDS:.0f} seconds") from None
-        self._size += len(message.get("body", b""))
-        if self._size > MAX_BODY:
-            raise HTTPException(413, f"the request is larger than {MAX_BODY} bytes")
-        self._complete = not message.get("more_body", False)
-        if self._complete:
-            await self._preparing.acquire()
-            self._inside = True
-        return message
-
-    def prepared(self) -> None:
-        if self._inside:
-            self._inside = False
-            self._preparing.release()
+async def read_body(receive: Receive) -> bytes:
+    """Raises ApiError for one that is too large. What a client that left did not send is missing."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+        if len(body) > MAX_BODY:
+            raise ApiError(413, f"the request is larger than {MAX_BODY} bytes", "too_large")
+    return body
 
 
 async def unless_disconnected(receive: Receive, work: Awaitable[T], *beside: Awaitable[None]) -> T | None:
