@@ -445,7 +445,8 @@ class RunningBatch:
             return
         lengths = self.cache.lengths
         live.sort(key=lambda row: -lengths[row])
-        self._groups = groups_by_length([lengths[row] for row in live], self.cache.bytes_per_token)
+        worth = self.cache.bytes_per_token if self._graphs is None else 0  # in a CUDA graph all attend alike
+        self._groups = groups_by_length([lengths[row] for row in live], worth)
         sources: list[int] = []  # where what is in each row now comes from
         for size in self._groups:
             places, members = range(len(sources), len(sources) + size), live[len(sources) : len(sources) + size]
