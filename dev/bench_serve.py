@@ -21,13 +21,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import psutil
-import tyro
 
 from dev.bench_common import machine
 from zangchat import configurator
+from zangchat.config import CheckpointConfig
 
 try:
     from uvloop import run  # the clients share the machine with the server: what they take, it lacks
@@ -38,9 +38,7 @@ QUESTIONS = ("Who are you?", "How many r are in strawberry?", "What is 12 * 34?"
 
 
 @dataclass
-class Config:
-    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"  # base | mid | sft | rl
-    model_tag: Annotated[str | None, tyro.conf.arg(aliases=["-g"])] = None
+class Config(CheckpointConfig):
     streams: int = 64  # clients at the same time
     requests: int = 512  # in all, by these clients
     alone: int = 24  # of the same mixture, one after the other
@@ -48,8 +46,6 @@ class Config:
     refused: float = 0.05  # share of requests that are refused: roles out of order
     longest: int = 96  # tokens of the longest reply that is asked for
     quantize: str = ""
-    device_type: str = ""
-    dtype: str = ""
     busy: bool = False  # measure although the machine is busy; the output says so
 
 
@@ -75,7 +71,9 @@ def bench(config: Config) -> int:
         raise configurator.UserError("--streams, --requests and --alone must be at least 1")
     where = machine(config.busy)
     flags = [
-        f"--{name}={value}" for name in ("source", "model_tag", "quantize", "device_type", "dtype") if (value := getattr(config, name))
+        f"--{name}={value}"
+        for name in ("source", "model_tag", "step", "quantize", "device_type", "dtype")
+        if (value := getattr(config, name))
     ]
     command = [sys.executable, "-m", "scripts.chat_web", "--port=0", f"--queue={config.streams}", *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as server:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from zangchat import configurator
+from zangchat.config import CheckpointConfig
 from zangchat.configurator import UserError
 
 if TYPE_CHECKING:
@@ -36,18 +37,13 @@ HELP = """\
 
 
 @dataclass
-class Config:
-    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"  # base | mid | sft | rl
-    model_tag: Annotated[str | None, tyro.conf.arg(aliases=["-g"])] = None  # checkpoint folder; default: the largest model
-    step: Annotated[int | None, tyro.conf.arg(aliases=["-s"])] = None  # default: the newest
+class Config(CheckpointConfig):
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None  # answer this on stdout and leave; "-" reads it from stdin
     temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.6  # 0 always takes the likeliest token
     top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50  # 0 = off
     top_p: float = 1.0  # draw among the likeliest tokens that reach this probability together
     seed: int | None = None  # default: another one for every answer
     max_tokens: int = 512  # longest answer
-    device_type: str = ""  # cuda | mps | cpu; empty = the best one present
-    dtype: str = ""  # bfloat16 | float16 | float32; empty = what the device is really fast with
     quantize: str = ""  # int8: weights in a quarter of fp32's bytes; fp16: half of them, for x86 CPUs; empty = as they are
 
 

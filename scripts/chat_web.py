@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from zangchat import configurator
+from zangchat.config import CheckpointConfig
 from zangchat.configurator import UserError
 
 if TYPE_CHECKING:
@@ -25,10 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Config:
-    source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"  # base | mid | sft | rl
-    model_tag: Annotated[str | None, tyro.conf.arg(aliases=["-g"])] = None  # checkpoint folder; default: the largest model
-    step: Annotated[int | None, tyro.conf.arg(aliases=["-s"])] = None  # default: the newest
+class Config(CheckpointConfig):
     host: str = "127.0.0.1"  # 0.0.0.0 lets other machines in; then set --api_key
     port: Annotated[int, tyro.conf.arg(aliases=["-p"])] = 8000  # 0 = any free one
     temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.8  # where a request names none, as the next two
@@ -38,8 +36,6 @@ class Config:
     max_batch: int = 64  # replies written at the same time, per device
     queue: int = 64  # requests that may wait; more are answered 429
     api_key: str | None = None  # asked of every client, as a bearer token
-    device_type: str = ""  # cuda | mps | cpu; empty = the best one present
-    dtype: str = ""  # bfloat16 | float16 | float32; empty = what the device is really fast with
     quantize: str = ""  # int8: weights in a quarter of fp32's bytes; fp16: half of them, for x86 CPUs; empty = as they are
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from zangchat.common import derive_seed
+from zangchat.config import CheckpointConfig
 from zangchat.configurator import UserError
 from zangchat.kv_cache import CACHE_BLOCK, KVCache, groups_by_length
 from zangchat.replies import ReplyDecoder, StopFinder, StreamDecoder, fit_conversation
@@ -531,8 +532,8 @@ class Engine:
 # ---- loading --------------------------------------------------------------------------------------------------------
 
 
-def load_for_chat(config: Any, device: torch.device | str | None = None) -> tuple["GPT", Any, dict[str, Any]]:
-    """(model, tokenizer, meta) for a command with the flags source, model_tag, step, device_type, dtype; weights in the compute dtype."""
+def load_for_chat(config: CheckpointConfig, device: torch.device | str | None = None) -> tuple["GPT", Any, dict[str, Any]]:
+    """(model, tokenizer, meta) as a command's flags say; weights in the compute dtype."""
     from zangchat import checkpoint_manager, common
 
     if device is None:
