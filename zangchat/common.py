@@ -92,24 +92,26 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def download_file_with_lock(url: str, filename: str, postprocess_fn: Callable[[Path], None] | None = None) -> Path:
+def download_file_with_lock(
+    url: str, filename: str, postprocess_fn: Callable[[Path], None] | None = None, sha256: str | None = None
+) -> Path:
     """Fetch `url` to <base>/filename once, however many processes ask for it; returns the path.
 
     `postprocess_fn(path)` sees the complete download before it gets its name, so that a file which is present was also processed.
-    Raises UserError when the server refuses, or when DOWNLOAD_TRIES attempts gave no complete file.
+    Raises UserError when the server refuses, or when DOWNLOAD_TRIES attempts gave no complete file with that sha256.
     """
     from filelock import FileLock
 
     path = get_base_dir() / filename
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
+    if _is_intact(path, sha256):
         return path
     with FileLock(f"{path}.lock"):
-        if path.exists():  # another process fetched it while this one waited
+        if _is_intact(path, sha256):  # another process fetched it while this one waited
             return path
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
         try:
-            _download(url, temporary, path)
+            _download(url, temporary, path, sha256)
             if postprocess_fn is not None:
                 postprocess_fn(temporary)
             os.replace(temporary, path)
@@ -117,6 +119,15 @@ def download_file_with_lock(url: str, filename: str, postprocess_fn: Callable[[P
         finally:
             temporary.unlink(missing_ok=True)
     return path
+
+
+def _is_intact(path: Path, sha256: str | None) -> bool:
+    if not path.exists():
+        return False
+    if sha256 is None or file_sha256(path) == sha256.lower():
+        return True
+    logger.warning("%s is not the expected file (its sha256 differs): fetching it again", path)
+    return False
 
 
 def file_sha256(path: str | Path) -> str:
@@ -128,7 +139,7 @@ def file_sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _download(url: str, temporary: Path, path: Path) -> None:
+def _download(url: str, temporary: Path, path: Path, sha256: str | None) -> None:
     problem = ""
     for attempt in range(DOWNLOAD_TRIES):
         if attempt:
@@ -136,7 +147,7 @@ def _download(url: str, temporary: Path, path: Path) -> None:
             logger.warning("%s: %s; trying again in %.0f s", url, problem, pause)
             time.sleep(pause)
         try:
-            problem = _download_once(url, temporary)
+            problem = _download_once(url, temporary, sha256)
         except urllib.error.HTTPError as error:
             problem = f"the server answered {error.code} {error.reason}"
             if error.code < 500 and error.code not in (408, 429):
@@ -148,19 +159,22 @@ def _download(url: str, temporary: Path, path: Path) -> None:
     raise UserError(f"could not download {url}: {problem}; check the network and run this again, or put the file at {path} yourself")
 
 
-def _download_once(url: str, temporary: Path) -> str:
+def _download_once(url: str, temporary: Path, sha256: str | None) -> str:
     """One attempt; returns what is wrong with the bytes that came, or "" when they are whole."""
-    length = 0
+    digest, length = hashlib.sha256(), 0
     request = urllib.request.Request(url, headers={"User-Agent": "zangchat"})
     with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response, open(temporary, "wb") as file:
         announced = response.headers.get("Content-Length")
         while block := response.read(CHUNK):
             file.write(block)
+            digest.update(block)
             length += len(block)
         file.flush()
         os.fsync(file.fileno())
     if announced is not None and length != int(announced):
         return f"{length} bytes came of {announced}"
+    if sha256 is not None and digest.hexdigest() != sha256.lower():
+        return f"the sha256 of what came is {digest.hexdigest()}, not {sha256.lower()}"
     return ""
 
 

@@ -1,5 +1,6 @@
 """The common ground: where files go, how they get there, logs, seeds, devices, processes."""
 
+import hashlib
 import http.server
 import logging
 import os
@@ -68,6 +69,7 @@ def test_atomic_files_have_ordinary_permissions(tmp_path):
 # -- downloads ---------------------------------------------------------------------------------------------------------
 
 CONTENT = bytes(range(256)) * 40
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -94,10 +96,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if answer.isdigit():
             self.send_error(int(answer))
             return
+        body = {"file": CONTENT, "truncated": CONTENT, "wrong": CONTENT[::-1]}[answer]
         self.send_response(200)
-        self.send_header("Content-Length", str(len(CONTENT)))
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(CONTENT[: len(CONTENT) // 2] if answer == "truncated" else CONTENT)
+        self.wfile.write(body[: len(body) // 2] if answer == "truncated" else body)
 
     def log_message(self, *args: object) -> None:
         pass
@@ -120,17 +123,17 @@ def rubbish(base: Path) -> list[str]:
 
 def test_a_download_lands_whole_and_happens_once(server, base_dir):
     for _ in range(2):
-        path = common.download_file_with_lock(server.url, "sub/file.bin")
+        path = common.download_file_with_lock(server.url, "sub/file.bin", sha256=DIGEST)
         assert path == base_dir / "sub" / "file.bin"
         assert path.read_bytes() == CONTENT
     assert server.requests == 1
     assert rubbish(base_dir) == []
 
 
-@pytest.mark.parametrize("answers", [["500"], ["503", "429"], ["truncated"], ["truncated", "500", "408"]])
+@pytest.mark.parametrize("answers", [["500"], ["503", "429"], ["truncated"], ["wrong", "truncated", "500", "408"]])
 def test_passing_trouble_is_tried_again(server, base_dir, answers):
     server.answers = list(answers)
-    path = common.download_file_with_lock(server.url, "file.bin")
+    path = common.download_file_with_lock(server.url, "file.bin", sha256=DIGEST)
     assert path.read_bytes() == CONTENT
     assert server.requests == len(answers) + 1
 
@@ -140,13 +143,14 @@ def test_passing_trouble_is_tried_again(server, base_dir, answers):
     [
         (["404"] * 9, "answered 404", 1),
         (["503"] * 9, "answered 503", common.DOWNLOAD_TRIES),
+        (["wrong"] * 9, "sha256", common.DOWNLOAD_TRIES),
         (["truncated"] * 9, "bytes", common.DOWNLOAD_TRIES),
     ],
 )
 def test_lasting_trouble_is_told_and_leaves_nothing(server, base_dir, answers, problem, requests):
     server.answers = answers
     with pytest.raises(UserError, match=problem) as caught:
-        common.download_file_with_lock(server.url, "file.bin")
+        common.download_file_with_lock(server.url, "file.bin", sha256=DIGEST)
     assert server.url in str(caught.value) and str(base_dir / "file.bin") in str(caught.value)
     assert server.requests == requests
     assert not (base_dir / "file.bin").exists()
@@ -159,6 +163,11 @@ def test_no_server_at_all(monkeypatch):
         taken.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
         with pytest.raises(UserError, match="could not download"):
             common.download_file_with_lock(f"http://127.0.0.1:{taken.getsockname()[1]}/x", "file.bin")
+
+
+def test_a_file_that_changed_on_disk_is_fetched_again(server, base_dir):
+    (base_dir / "file.bin").write_bytes(b"damaged")
+    assert common.download_file_with_lock(server.url, "file.bin", sha256=DIGEST).read_bytes() == CONTENT
 
 
 def test_postprocessing_comes_before_the_name(server, base_dir):
