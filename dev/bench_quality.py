@@ -3,10 +3,11 @@
     python -m dev.bench_quality --data=FOLDER --seeds=3 --peer=PATH,PATH      FOLDER holds parquet shards, each PATH a nanochat checkout
 
 Ours and each peer are trained by their own scripts.base_train, in turns, with their own settings; what is the same is the text, the
-tokenizer (a peer trains it with its script, ours takes it over; that all peers got the same is checked), depth, width, context and
-tokens, and, unless --our_batch says otherwise, tokens per step. Every `--every` steps a checkpoint is kept. One evaluator scores them
-all, on the same validation rows. Seconds run from the launch of a command to the moment that a checkpoint's weights lie on disk, so
-compiling and saving count. (An older nanochat also writes a few samples before its last checkpoint: some seconds.)
+tokenizer (a peer trains it with its script, ours takes it over; that all peers got the same is checked), depth, width and context, and,
+unless --our_batch and --our_steps say otherwise, tokens per step and steps. Every `--every` steps a checkpoint is kept; of ours there are
+as many. One evaluator scores them all, on the same validation rows. Seconds run from the launch of a command to the moment that a
+checkpoint's weights lie on disk, so compiling and saving count. (An older nanochat also writes a few samples before its last
+checkpoint: some seconds.)
 
 What is there already is not trained again: the command goes on where it was stopped.
 """
@@ -54,7 +55,8 @@ class Config:
     steps: int = 150
     every: int = 50  # steps between checkpoints
     eval_tokens: int = 131072  # targets that the score is of
-    our_batch: int = 0  # tokens per step of ours, after the same tokens in all; 0 = as the peers
+    our_batch: int = 0  # tokens per step of ours; 0 = as the peers
+    our_steps: int = 0  # steps of ours; 0 = as many as give the same tokens in all
     flags: str = ""  # further flags for our training, "--matrix_lr=0.01 --seed=3"
     busy: bool = False  # measure although the machine is busy: bits per byte count, seconds do not
     score: str = ""  # internal: the folder of checkpoints to score, as JSON
@@ -93,6 +95,8 @@ def check(config: Config) -> None:
         raise configurator.UserError(f"--steps={config.steps} is not a multiple of --every={config.every}: change one of them")
     if config.our_batch < 0 or config.our_batch and config.total_batch_size % config.our_batch:
         raise configurator.UserError(f"--our_batch={config.our_batch} does not divide --total_batch_size={config.total_batch_size}")
+    if config.our_steps < 0 or config.our_steps % (config.steps // config.every):
+        raise configurator.UserError(f"--our_steps={config.our_steps} does not divide into {config.steps // config.every} checkpoints")
 
 
 def summary(runs: dict[str, list[list[dict[str, Any]]]]) -> dict[str, Any]:
@@ -155,16 +159,18 @@ def curve(config: Config, base: Path, code: str, seed: int) -> list[dict[str, An
     """Steps, tokens, seconds and bits per byte of the checkpoints of one run, which is made where it is missing."""
     tag = f"seed{seed}"
     folder, done = base / "base_checkpoints" / tag, base / f"{tag}.json"
-    batch = config.total_batch_size if code else config.our_batch or config.total_batch_size
-    more = config.total_batch_size // batch  # so many steps for one of the peers'
+    batch, steps = config.total_batch_size, config.steps
+    if not code:
+        batch = config.our_batch or batch
+        steps = config.our_steps or steps * config.total_batch_size // batch
     if not done.is_file():
         settings = {
             "depth": config.depth,
             "max_seq_len": config.max_seq_len,
             "device_batch_size": config.device_batch_size,
             "total_batch_size": batch,
-            "num_iterations": config.steps * more,
-            "save_every": config.every * more,
+            "num_iterations": steps,
+            "save_every": steps * config.every // config.steps,
             "model_tag": tag,
             "core_metric_every": -1,
         }
