@@ -188,6 +188,8 @@ def dry_run(config: Config) -> int:
         "world_size": world_size,
         "device_type": config.device_type or "cuda",
         "optimizer": config.optimizer,
+        "grad_comm_dtype": config.grad_comm_dtype,
+        "fsdp": config.fsdp,
     }
     common.print0(f"memory         per rank, in {settings['dtype']} on {settings['device_type']}:")
     if config.device_batch_size != "auto":

@@ -86,15 +86,16 @@ def memory_estimate(
     device_type: str = "cuda",
     optimizer: str = "muon",
     grad_checkpoint: bool = False,
+    grad_comm_dtype: str = "float32",
     fsdp: bool = False,
 ) -> dict[str, int]:
-    """Bytes one rank needs to train with `device_batch_size` rows: weights, gradients, optimizer, activations, recomputed, logits, update,
-    total.
+    """Bytes one rank needs to train with `device_batch_size` rows: weights, gradients, optimizer, activations, recomputed, logits, sent,
+    update, total.
 
-    What is not there at the same time counts once in the total: the update of the optimizer comes when the activations are gone, and a
-    block is recomputed (with `grad_checkpoint`) when the logits are. For the uncompiled model; the optimizer's state is sharded over
-    ranks, with `fsdp` weights and gradients as well. An estimate: the allocator's waste and the libraries' workspaces come on top (see
-    `USABLE`). `dtype` is that of the products.
+    What is not there at the same time counts once in the total: what is sent of gradients in 16 bits comes while the activations go, the
+    update of the optimizer after them, and a block is recomputed (with `grad_checkpoint`) when the logits are gone. For the uncompiled
+    model; the optimizer's state is sharded over ranks, with `fsdp` weights and gradients as well. An estimate: the allocator's waste and
+    the libraries' workspaces come on top (see `USABLE`). `dtype` is that of the products.
     """
     size = BYTES[str(dtype).removeprefix("torch.")]
     weights = weight_bytes(config, dtype)
@@ -111,11 +112,12 @@ def memory_estimate(
         "activations": tokens * activation_bytes_per_token(config, size, device_type, grad_checkpoint),
         "recomputed": tokens * block_bytes_per_token(config, size, device_type) if grad_checkpoint else 0,
         "logits": logits_bytes(config, tokens, size, device_type),
+        "sent": 2 * scaling_params(config) if grad_comm_dtype == "bfloat16" and world_size > 1 and not fsdp else 0,
         "update": update_bytes(config, optimizer, world_size),
     }
     passing = parts["activations"] + max(parts["recomputed"], parts["logits"])
     lasting = parts["weights"] + parts["gradients"] + parts["optimizer"]
-    return {**parts, "total": lasting + max(passing, parts["update"])}
+    return {**parts, "total": lasting + max(passing, parts["sent"], parts["update"])}
 
 
 def update_bytes(config: GPTConfig, kind: str = "muon", world_size: int = 1) -> int:

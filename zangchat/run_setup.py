@@ -356,6 +356,7 @@ class Run:
             "device_type": self.device.type,
             "optimizer": config.optimizer,
             "grad_checkpoint": getattr(config, "grad_checkpoint", False),
+            "grad_comm_dtype": config.grad_comm_dtype,
             "fsdp": self.fsdp,
         }
         gpt, share = dataclasses.replace(model_config, sequence_len=length), max(rows // self.world_size, 1)

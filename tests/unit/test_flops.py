@@ -1,5 +1,6 @@
 """Costs computed from a configuration against the model itself and against numbers worked out by hand."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -121,6 +122,11 @@ def test_memory_of_a_training_step():
     assert halved["weights"] == estimate["weights"]
     sharded = memory_estimate(D20, 32, world_size=8)
     assert sharded["optimizer"] == estimate["optimizer"] // 8
+    d32 = dataclasses.replace(D20, n_layer=32, n_head=16, n_kv_head=16, n_embd=2048)
+    plain, short = (memory_estimate(d32, 1, world_size=8, grad_checkpoint=True, grad_comm_dtype=name) for name in ("float32", "bfloat16"))
+    assert (plain["sent"], short["sent"]) == (0, 2 * scaling_params(d32))
+    passing = plain["activations"] + max(plain["recomputed"], plain["logits"])
+    assert short["total"] - plain["total"] == short["sent"] - passing > 0
 
 
 @pytest.mark.parametrize("gigabytes", CARDS)
