@@ -33,8 +33,8 @@ def evaluate(config: Config) -> int:
     if config.max_per_task < 1 and config.max_per_task != -1:
         raise configurator.UserError(f"--max_per_task={config.max_per_task} is not possible: give at least 1, or -1 for all")
     try:
-        bundle = find_bundle()
         model, tokenizer, meta = load_for_chat(config)
+        bundle = find_bundle()
         start = time.monotonic()
 
         def told(label: str, accuracy: float, centred: float) -> None:

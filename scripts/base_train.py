@@ -74,10 +74,10 @@ def train(config: Config) -> int:
     with run_setup.open_run("base", config, config.model_tag or f"d{config.depth}") as run:
         if run.finished:
             return 0
-        common.print_banner()
         config = run.config
         tokenizer, dataset = run.tokenizer(), run.dataset()
         gpt, plan = make_plan(config, tokenizer.get_vocab_size(), run.world_size, saved=run.fact("plan"))
+        common.print_banner()
         config = run.choose_batch(gpt, plan.total_batch_size // gpt.sequence_len)
         print_plan(config, gpt, plan, run.world_size)
         model = run.new_model(gpt, config.head_init_scale)
@@ -96,6 +96,7 @@ def check(config: Config) -> None:
             f"--mixture={config.mixture!r} does not go with --mixture_ratio={config.mixture_ratio:g}: give both, with a ratio between "
             "0 and 1, or neither"
         )
+    configurator.check_at_least(1, config, "eval_tokens")
     model_config(config, vocab_size=2**16)
     if config.total_batch_size != -1:
         run_setup.check_batch(config.total_batch_size, config.max_seq_len, config.device_batch_size, common.get_dist_info()[3])

@@ -249,12 +249,12 @@ def save(session: Chat, name: str, note: Callable[[str], None]) -> None:
         raise UserError("name a file, as in /save chat.jsonl")
     if not session.messages:
         raise UserError("there is nothing to save yet")
-    path = Path(name).expanduser()
     try:
+        path = Path(name).expanduser()
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"messages": session.conversation()}, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+    except (OSError, RuntimeError, ValueError) as error:  # nobody's home, a name that cannot be one
+        raise UserError(f"{name} cannot be written: {getattr(error, 'strerror', None) or error}") from None
     note(f"{len(session.messages)} messages added to {path}")
 
 

@@ -88,7 +88,7 @@ def chosen_tasks(config: Config) -> list[str]:
 
 
 def check(config: Config) -> None:
-    configurator.check_at_least_1(config, "max_new_tokens", "num_samples", "batch_size", "max_problems")
+    configurator.check_at_least(1, config, "max_new_tokens", "num_samples", "batch_size", "max_problems")
     if config.temperature < 0 or config.top_k < 0:
         raise configurator.UserError(f"--temperature={config.temperature:g} and --top_k={config.top_k} must not be negative")
     if config.num_samples > 1 and config.temperature == 0:

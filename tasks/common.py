@@ -25,6 +25,7 @@ Content = str | list[dict[str, str]]
 
 SPLITS = ("train", "val", "test")
 DEFAULT_SIZE = 1000  # examples of a generated task when nobody says how many
+MAX_AMOUNT = 10_000_000  # of a task in a mixture: their order alone takes a hundred bytes a conversation
 MAX_HELDOUT = 1000  # generated examples per task in a held-out mixture
 
 
@@ -397,8 +398,11 @@ def parse_mixture(spec: str) -> list[tuple[str, float]]:
             number = float(amount)
         except ValueError:
             number = -1.0
-        if not 0 < number < float("inf"):
-            raise UserError(f"--mixture: {item!r} is not NAME:NUMBER with a number above 0 (epochs; examples for generated tasks)")
+        if not 0 < number <= MAX_AMOUNT:
+            raise UserError(
+                f"--mixture: {item!r} is not NAME:NUMBER with a number above 0 and up to {MAX_AMOUNT:,} (epochs; examples for "
+                "generated tasks)"
+            )
         pairs.append((name.strip(), number))
     return pairs
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from tasks.common import TaskMixture, build_mixture, parse_mixture
+from zangchat.configurator import UserError
 
 
 def training_conversations(spec: str, own_file: str | None = None, own_epochs: int = 1, *, tokenizer: Any, seed: int) -> TaskMixture:
     """What `--mixture` and `--identity_data` describe. Raises UserError for an unknown task, or one whose data is missing."""
+    if own_file and not own_file.endswith(".jsonl"):
+        raise UserError(f"--identity_data={own_file} is no .jsonl file of conversations")
     own = [(own_file, float(own_epochs))] if own_file else []
     return build_mixture([*parse_mixture(spec), *own], "train", tokenizer=tokenizer, seed=seed)
 

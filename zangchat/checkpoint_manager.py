@@ -310,17 +310,27 @@ def verify_checkpoint(checkpoint_dir: str | Path, step: int, hashes: bool = Fals
 def valid_steps(checkpoint_dir: str | Path) -> list[int]:
     """The steps whose meta can be read and whose files have the right sizes, ascending."""
     steps = []
-    for step in sorted(int(match[1]) for path in _listing(checkpoint_dir) if (match := META.match(path.name))):
+    for step in _begun_steps(checkpoint_dir):
         with contextlib.suppress(CheckpointError):
             verify_checkpoint(checkpoint_dir, step)
             steps.append(step)
     return steps
 
 
+def _begun_steps(checkpoint_dir: str | Path) -> list[int]:
+    """The steps that have a meta, whole or not, ascending."""
+    return sorted(int(match[1]) for path in _listing(checkpoint_dir) if (match := META.match(path.name)))
+
+
 def find_last_step(checkpoint_dir: str | Path) -> int:
-    """The newest step that is whole (by size); raises UserError if there is none."""
+    """The newest step that is whole (by size); raises UserError if there is none, naming what is damaged."""
     steps = valid_steps(checkpoint_dir)
     if not steps:
+        for step in reversed(_begun_steps(checkpoint_dir)):
+            try:
+                verify_checkpoint(checkpoint_dir, step)
+            except CheckpointError as error:
+                raise CheckpointError(f"{error}; no step there is whole: copy it anew, or take another --model_tag") from None
         raise UserError(f"no checkpoint in {checkpoint_dir}: {_next_command(checkpoint_dir)}")
     return steps[-1]
 
@@ -335,7 +345,7 @@ def find_verified_step(checkpoint_dir: str | Path, step: int | None = None) -> i
         return step
     found = -1
     if collectives.world()[0] == 0:
-        for candidate in sorted((int(match[1]) for path in _listing(checkpoint_dir) if (match := META.match(path.name))), reverse=True):
+        for candidate in reversed(_begun_steps(checkpoint_dir)):
             try:
                 verify_checkpoint(checkpoint_dir, candidate, hashes=True)
                 found = candidate

@@ -49,11 +49,13 @@ BANNER = r"""
 
 def get_base_dir() -> Path:
     """Where everything a run makes is kept: $ZANGCHAT_BASE_DIR, else ~/.cache/zangchat. Created when missing; UserError if it cannot be."""
-    base = Path(os.environ.get("ZANGCHAT_BASE_DIR") or Path.home() / ".cache" / "zangchat").expanduser()
+    base = Path(os.environ.get("ZANGCHAT_BASE_DIR") or "~/.cache/zangchat")
     try:
+        base = base.expanduser()
         base.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"the folder {base} cannot be made ({error.strerror}): set ZANGCHAT_BASE_DIR to one you can write to") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: nobody's home, as in a container without HOME
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"the folder {base} cannot be made ({reason}): set ZANGCHAT_BASE_DIR to one you can write to") from error
     return base
 
 

@@ -18,7 +18,9 @@ so that every mistake gets one sentence instead of a panel.
 import contextlib
 import dataclasses
 import difflib
+import errno
 import io
+import math
 import os
 import sys
 import types
@@ -30,6 +32,7 @@ import tyro
 
 C = TypeVar("C")
 
+DISK_REFUSES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
 USER_ERROR = 2  # exit codes
 INTERRUPTED = 130
 BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
@@ -42,11 +45,12 @@ class UserError(Exception):
 def run(config_cls: type[C], command: Callable[[C], int | None], argv: Sequence[str] | None = None) -> int:
     """The entry point of every script: parse `argv` (default: the process's), call `command(config)`, return the exit code.
 
-    A UserError becomes one line on stderr and code 2, Ctrl-C code 130; every other exception keeps its traceback.
+    A UserError, or a disk that is full or forbidden, becomes one line on stderr and code 2, Ctrl-C code 130; every other exception keeps
+    its traceback.
     """
     from zangchat import common
 
-    _write_utf8()
+    _settle_streams()
     try:
         try:
             config = parse(config_cls, argv)
@@ -60,17 +64,25 @@ def run(config_cls: type[C], command: Callable[[C], int | None], argv: Sequence[
     except UserError as error:
         _complain(f"error: {error}")
         return USER_ERROR
+    except OSError as error:
+        if error.errno not in DISK_REFUSES:
+            raise
+        _complain(f"error: {error}: make room, or set ZANGCHAT_BASE_DIR to a folder on a disk that takes it")
+        return USER_ERROR
     except KeyboardInterrupt:
         _complain("interrupted")
         return INTERRUPTED
 
 
-def _write_utf8() -> None:
-    """So that no character stops a command: Windows gives files and pipes an encoding that lacks most of them. A terminal keeps its own."""
+def _settle_streams() -> None:
+    """So that no character stops a command: Windows gives files and pipes an encoding that lacks most of them (a terminal keeps its own),
+    and half of a character may be typed or piped."""
     chosen = "PYTHONIOENCODING" in os.environ
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding=None if chosen or stream.isatty() else "utf-8", errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
 
 
 def _complain(message: str) -> None:
@@ -93,9 +105,13 @@ def parse(config_cls: type[C], argv: Sequence[str] | None = None) -> C:
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return _tyro(config_cls, [*positionals, *tokens])
+            config = _tyro(config_cls, [*positionals, *tokens])
     except SystemExit as stop:
         raise UserError(_diagnose(config_cls, flags, given, positionals, stop, errors.getvalue())) from None
+    for name, value in given.items():
+        if isinstance(number := getattr(config, name), float) and not math.isfinite(number):
+            raise UserError(f"--{name}={value} is not possible: give a finite number")
+    return config
 
 
 def list_flags(config_cls: type) -> list[str]:
@@ -103,12 +119,12 @@ def list_flags(config_cls: type) -> list[str]:
     return [" ".join((flag.name if flag.positional else f"--{flag.name}", *flag.aliases)) for flag in _flags(config_cls)]
 
 
-def check_at_least_1(config: Any, *names: str) -> None:
-    """Raises UserError for the first of these flags that is below 1; None passes."""
+def check_at_least(least: int, config: Any, *names: str) -> None:
+    """Raises UserError for the first of these flags that is below `least`; None passes."""
     for name in names:
         value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name}={value} is not possible: give at least 1")
+        if value is not None and value < least:
+            raise UserError(f"--{name}={value} is not possible: give at least {least}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -17,6 +17,8 @@ import random
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -56,11 +58,13 @@ SETTINGS = {"do_sample": True, "temperature": 0.6, "top_k": 50, "max_new_tokens"
 
 
 def require_libraries() -> None:
-    """Raises UserError where what the `hf` extra installs is not there."""
+    """Raises UserError where what the `hf` extra installs is not there. Of transformers, which is slow to import, the version is read."""
     try:
         import safetensors.torch  # noqa: F401
         import tokenizers  # noqa: F401
-        from transformers import NanoChatForCausalLM  # noqa: F401
+
+        if find_spec("transformers") is None or int(version("transformers").partition(".")[0]) < 5:
+            raise ImportError("there is no transformers 5")
     except ImportError as error:
         remedy = 'run `pip install "transformers>=5" safetensors`'
         raise UserError(f"transformers 5 or newer and safetensors are needed to exchange models ({error}): {remedy}") from None
@@ -85,8 +89,8 @@ def export(model: "GPT", tokenizer: "RustBPETokenizer", meta: Mapping[str, Any],
         parameter.data = parameter.data.to(DTYPES[dtype]).float()
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         write_weights(model, partial, DTYPES[dtype])
         base = meta["stage"] == "base"
         for name, data in {
@@ -104,6 +108,8 @@ def export(model: "GPT", tokenizer: "RustBPETokenizer", meta: Mapping[str, Any],
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
+    except OSError as error:
+        raise UserError(f"--output={folder} cannot be written ({error}): choose another folder") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return manifest

@@ -1,6 +1,7 @@
 """What training looks at from time to time: validation loss, CORE, samples of text. Each function makes one `Every` for a Stage."""
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,7 @@ def validation_loss(n: int, batches: Callable[[], Iterable["Batch"]]) -> Every:
         from zangchat.loss_eval import evaluate_loss
 
         loss = evaluate_loss(trainer.model, batches())
-        trainer.state.extra["val_loss"] = loss
+        trainer.state.extra["val_loss"] = loss if math.isfinite(loss) else None  # a meta holds numbers alone
         trainer.log({"val_loss": loss, "tokens": trainer.state.tokens})
         common.print0(f"{trainer.stage.name} step {trainer.state.step}: validation loss {loss:.4f}")
 

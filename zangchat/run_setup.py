@@ -44,6 +44,10 @@ FREE_FLAGS = set(
     eval_every eval_tokens eval_steps eval_examples eval_samples sample_every core_metric_every core_metric_max_per_task
     """.split()
 )
+NOT_NEGATIVE = (
+    *("embedding_lr", "unembedding_lr", "matrix_lr", "init_lr_frac", "warmup_ratio", "warmdown_ratio", "final_lr_frac"),
+    *("weight_decay", "grad_clip"),
+)
 LOCK_WAIT = 2.0  # seconds: a process that was just killed may take that long to let go of its tag
 # For a model whose own training is not known (an imported one); base_train spells the same out.
 DEFAULTS = {
@@ -450,6 +454,7 @@ def open_run(stage: str, config: C, tag: str) -> Iterator[Run]:
     """
     from zangchat import checkpoint_manager
 
+    configurator.check_at_least(0, config, *(name for name in NOT_NEGATIVE if hasattr(config, name)))
     directory = checkpoint_manager.tag_folder(stage, tag)
     refuse_existing(stage, config, directory)
     _, rank, _, world_size, device = common.compute_init(config.device_type, deterministic=config.deterministic)

@@ -88,6 +88,8 @@ class Guard:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         try:
             self._check(scope["path"], headers)
+            if scope["method"] == "HEAD":  # whoever asks whether the server lives; uvicorn leaves out the body
+                scope = {**scope, "method": "GET"}
             await (self._in_turn if scope["method"] == "POST" else self.app)(scope, receive, send_guarded)
         except ApiError as refusal:
             await refusal.response()(scope, receive, send_guarded)
@@ -177,8 +179,11 @@ def error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = max(error.errors(), key=lambda one: len(one["loc"]))  # of what was tried, what came furthest
-        where = ".".join(str(step) for step in first["loc"][1:] if "[" not in str(step)) or "the request"
-        reason = first.get("ctx", {}).get("error") or first["msg"] if first["type"] == "json_invalid" else first["msg"]
+        where, reason = ".".join(str(step) for step in first["loc"][1:] if "[" not in str(step)) or "the request", first["msg"]
+        if first["type"] == "json_invalid":
+            where, reason = "the body is not JSON", f"{first['ctx']['error']} at character {where}"
+        elif "json" not in request.headers.get("content-type", ""):
+            where, reason = "the body is not read as JSON", "send the header `Content-Type: application/json`"
         return ApiError(400, f"{where}: {reason}", "invalid_request").response()
 
     @app.exception_handler(Exception)

@@ -320,8 +320,12 @@ class Trainer:
         self.wandb.log({key: value for key, value in line.items() if value is not None}, step=self.state.step)
 
     def record_validation(self, bpb: float) -> None:
-        """For hooks: keep a validation result in the state, and log it."""
+        """For hooks: keep a validation result in the state, and log it; one that is no number is only logged."""
         state = self.state
+        if not math.isfinite(bpb):
+            logger.warning(f"step {state.step}: validation gave {bpb}: the text may be empty, or the weights are no numbers any more")
+            self.log({"val_bpb": bpb, "tokens": state.tokens})
+            return
         state.last_val_bpb = bpb
         state.min_val_bpb = bpb if state.min_val_bpb is None else min(bpb, state.min_val_bpb)
         self.log({"val_bpb": bpb, "tokens": state.tokens})

@@ -178,6 +178,14 @@ def test_truncation_is_seen_without_reading_the_file(tmp_path, caplog, name):
     assert cm.find_verified_step(tmp_path) == 1 and name in caplog.text
 
 
+def test_where_no_step_is_whole_the_damage_of_the_newest_is_named(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+        (tmp_path / f"model_{step:06d}.pt").write_bytes(b"cut")
+    with pytest.raises(UserError, match=r"model_000002.pt is damaged: 3 bytes.*another --model_tag"):
+        cm.find_last_step(tmp_path)
+
+
 def test_a_step_without_meta_does_not_exist(tmp_path):
     save(tmp_path, 1)
     save(tmp_path, 2)

@@ -41,6 +41,12 @@ def test_a_base_folder_that_cannot_be_made_is_told(tmp_path, monkeypatch):
         common.get_base_dir()
 
 
+def test_a_home_that_nobody_has_is_told(monkeypatch):
+    monkeypatch.setenv("ZANGCHAT_BASE_DIR", "~nobody-of-that-name/base")
+    with pytest.raises(UserError, match="~nobody-of-that-name/base cannot be made .*: set ZANGCHAT_BASE_DIR"):
+        common.get_base_dir()
+
+
 def test_atomic_write_makes_and_replaces_files(tmp_path):
     path = tmp_path / "new" / "file.txt"
     common.atomic_write(path, "línea\n")

@@ -150,6 +150,8 @@ def test_no_abbreviations():
         (["--depth=three"], ["--depth=three", "a whole number"]),
         (["--depth", "1.5"], ["--depth=1.5", "a whole number"]),
         (["--matrix_lr=fast"], ["--matrix_lr=fast", "a number"]),
+        (["--matrix_lr=nan"], ["--matrix_lr=nan", "finite"]),
+        (["--matrix_lr", "1e999"], ["--matrix_lr=1e999", "finite"]),
         (["--kind=sgd"], ["--kind=sgd", "one of muon, adamw"]),
         (["--top_k=many"], ["--top_k=many", "a whole number or None"]),
         (["--dry_run=maybe"], ["--dry_run=maybe", "--dry_run=0"]),
@@ -217,6 +219,18 @@ def test_other_exceptions_pass():
         configurator.run(Config, lambda config: 1 // 0, [])
 
 
+def test_a_disk_that_is_full_or_forbidden_is_one_line_and_code_2(tmp_path, capsys):
+    def command(config: Config) -> None:
+        with open("/dev/full", "w", buffering=1) as file:
+            file.write("a line\n")
+
+    assert configurator.run(Config, command, []) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "No space left" in error and "ZANGCHAT_BASE_DIR" in error
+    with pytest.raises(FileNotFoundError):  # a missing file is a command's own business
+        configurator.run(Config, lambda config: open(tmp_path / "nothing").close(), [])
+
+
 def test_help_shows_flags_defaults_and_comments(capsys):
     assert configurator.run(Config, lambda config: 1, ["--help"]) == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
@@ -265,6 +279,16 @@ def test_no_character_stops_a_command():
     assert done.stdout.decode("utf-8").strip() == "you said 你好", done.stderr
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env={**env, "PYTHONIOENCODING": "cp1252"})
     assert done.stdout.decode("cp1252").strip() == r"you said \u4f60\u597d", done.stderr
+
+
+def test_half_a_character_on_stdin_stops_nothing():
+    code = (
+        "from zangchat import configurator\nfrom zangchat.config import RunConfig\n"
+        "configurator.run(RunConfig, lambda config: print(ascii(input())), [])"
+    )
+    for encoding in ({"PYTHONIOENCODING": "utf-8:strict"}, {"LC_ALL": "C", "PYTHONIOENCODING": ""}):
+        done = subprocess.run([sys.executable, "-c", code], input=b"caf\xc3\n", capture_output=True, env={**os.environ, **encoding})
+        assert done.stdout.strip() == b"'caf\\ufffd'", done.stderr
 
 
 def test_list_flags():

@@ -263,6 +263,8 @@ def test_what_the_format_cannot_carry_is_refused(model, tokenizer, tmp_path):
     (tmp_path / "full" / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="--output"):
         hf.export(make_model(tokenizer), tokenizer, META, tmp_path / "full", "float32")
+    with pytest.raises(UserError, match="--output=.*cannot be written"):
+        hf.export(make_model(tokenizer), tokenizer, META, tmp_path / "full" / "thesis.txt" / "x", "float32")
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "thesis.txt"]
 
 

@@ -341,6 +341,20 @@ def test_unknown_paths_and_methods_have_the_same_error_format(url: str) -> None:
     assert httpx.get(url + "/chat/completions").status_code == 405
 
 
+def test_whoever_asks_for_the_head_gets_it(url: str) -> None:
+    for path in ("/", "/health"):
+        response = httpx.head(url + path)
+        assert response.status_code == 200 and not response.content
+
+
+def test_a_body_that_is_not_sent_or_not_written_as_json_is_told_so(url: str) -> None:
+    def complaint(content: str, **headers: str) -> str:
+        return httpx.post(url + "/v1/chat/completions", content=content, headers=headers).json()["error"]["message"]
+
+    assert "`Content-Type: application/json`" in complaint("{}")  # as `curl -d` sends it: called a form
+    assert complaint('{"a": }', **{"Content-Type": "application/json"}) == "the body is not JSON: Expecting value at character 6"
+
+
 def test_a_long_chat_is_trimmed_where_that_was_asked_for(url: str) -> None:
     long = [*ask("a" * 300), {"role": "assistant", "content": "b" * 300}, *ask("short")]
     refused = httpx.post(url + "/chat/completions", json={"messages": long})

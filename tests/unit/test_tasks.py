@@ -210,7 +210,7 @@ def test_a_mixture_is_written_as_names_and_numbers():
     assert parse_mixture("pydocs:1, identity:4,spellingbee:4000") == [("pydocs", 1.0), ("identity", 4.0), ("spellingbee", 4000.0)]
     assert parse_mixture("identity") == [("identity", 1.0)]
     assert parse_mixture("C:\\chats.jsonl:2") == [("C:\\chats.jsonl", 2.0)]
-    for wrong in ("identity:x", "identity:0", "identity:-1", "identity:inf", "identity:nan", "a.jsonl:"):
+    for wrong in ("identity:x", "identity:0", "identity:-1", "identity:inf", "identity:nan", "spellingbee:1e15", "a.jsonl:"):
         with pytest.raises(UserError, match="--mixture"):
             parse_mixture(wrong)
     with pytest.raises(UserError, match="empty"):

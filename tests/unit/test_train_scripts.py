@@ -294,6 +294,8 @@ def test_a_run_does_not_go_on_with_another_text(base, before, capsys):
     ("flags", "names"),
     [
         (["--total_batch_size=100"], ["--total_batch_size=100", "--max_seq_len=32"]),
+        (["--eval_tokens=0"], ["--eval_tokens=0"]),
+        (["--matrix_lr=-0.1"], ["--matrix_lr=-0.1"]),
         (["--device_batch_size=3"], ["--total_batch_size=256", "--device_batch_size=3"]),
         (["--n_embd=40"], ["--n_embd=40", "--head_dim=16"]),
         (["--n_kv_head=3"], ["--n_kv_head"]),
@@ -331,6 +333,8 @@ def test_unknown_tags_steps_and_tasks_are_named(base, capsys):
     assert "no step 3" in refused(mid_train.main, mid_flags(base, "--model_step=3", "--overwrite"), capsys)
     assert "no step 3" in refused(base_train.main, base_flags(base, "--resume=3"), capsys)
     assert "unknown task 'nope'" in refused(chat_sft.main, sft_flags(base, "--overwrite", "--mixture=nope:1"), capsys)
+    assert "--eval_steps=0" in refused(chat_sft.main, sft_flags(base, "--overwrite", "--eval_steps=0"), capsys)
+    assert "--identity_data=me.txt" in refused(chat_sft.main, sft_flags(base, "--overwrite", "--identity_data=me.txt"), capsys)
     assert "max_seq_len=64" in refused(chat_sft.main, sft_flags(base, "--overwrite", "--max_seq_len=64"), capsys)
     assert checkpoint_manager.find_last_step(folder(base, "mid")) == 10  # --overwrite lost nothing
 

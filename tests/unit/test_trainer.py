@@ -266,6 +266,13 @@ def test_what_the_last_hooks_measure_is_in_the_last_checkpoint(tmp_path):
     assert meta["val_bpb"] == 1.25 and RunState.from_dict(meta["run_state"]) == state
 
 
+def test_a_validation_that_gives_no_number_does_not_lose_the_training(tmp_path, caplog):
+    hooks = [Every(1, lambda trainer: trainer.record_validation(math.inf if trainer.state.step else 1.5), at_start=True)]
+    state = make_trainer(tmp_path, num_iterations=2, stage=Stage("base", batches, schedule, hooks)).fit()
+    assert checkpoint_manager.find_verified_step(tmp_path) == 2 and state.last_val_bpb == 1.5
+    assert "validation gave inf" in caplog.text
+
+
 def test_a_crash_in_the_last_evaluation_does_not_lose_the_training(tmp_path):
     def crash(trainer: Trainer) -> None:
         raise MemoryError
