@@ -80,7 +80,8 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
 def atomic_write(path: str | Path, data: bytes | str) -> None:
     """Replace a file whole or not at all, whenever the process or the machine stops."""
     with atomic_file(path) as file:
-        file.write(data.encode("utf-8") if isinstance(data, str) else data)
+        # half a character, as a path may hold, becomes what JSON writes for it
+        file.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -35,6 +35,7 @@ C = TypeVar("C")
 DISK_REFUSES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
 USER_ERROR = 2  # exit codes
 INTERRUPTED = 130
+READER_LEFT = 141  # as a shell names the end of what wrote into a closed pipe
 BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
@@ -56,15 +57,14 @@ def run(config_cls: type[C], command: Callable[[C], int | None], argv: Sequence[
             config = parse(config_cls, argv)
         except SystemExit as stop:  # --help was answered
             return int(stop.code or 0)
-        except BrokenPipeError:  # as `--help | head` leaves it; what is still buffered goes nowhere, not into another such error
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
         common.setup_default_logging()
         return command(config) or 0
     except UserError as error:
         _complain(f"error: {error}")
         return USER_ERROR
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            return READER_LEFT
         if error.errno not in DISK_REFUSES:
             raise
         _complain(f"error: {error}: make room, or set ZANGCHAT_BASE_DIR to a folder on a disk that takes it")
@@ -74,9 +74,21 @@ def run(config_cls: type[C], command: Callable[[C], int | None], argv: Sequence[
         return INTERRUPTED
 
 
+def _reader_left() -> bool:
+    """Whether stdout is a pipe that nobody reads any more, as `| head` leaves it. What is still buffered goes nowhere, then."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
 def _settle_streams() -> None:
     """So that no character stops a command: Windows gives files and pipes an encoding that lacks most of them (a terminal keeps its own),
     and half of a character may be typed or piped."""
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115 (what was closed, as by `<&-`)
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     chosen = "PYTHONIOENCODING" in os.environ
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

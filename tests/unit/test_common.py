@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import json
 import logging
 import os
 import socket
@@ -54,6 +55,11 @@ def test_atomic_write_makes_and_replaces_files(tmp_path):
     common.atomic_write(path, b"\x00\xff")
     assert path.read_bytes() == b"\x00\xff"
     assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_half_a_character_is_written_as_json_writes_it(tmp_path):
+    common.atomic_write(tmp_path / "path.json", json.dumps({"path": "n\udcff"}, ensure_ascii=False))
+    assert json.loads((tmp_path / "path.json").read_text(encoding="utf-8")) == {"path": "n\udcff"}
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):

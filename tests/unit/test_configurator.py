@@ -255,17 +255,27 @@ def test_help_does_not_load_torch():
     assert "--keep_last" in done.stdout
 
 
-def test_help_whose_reader_left_is_no_error():
+@pytest.mark.parametrize("flags", [["--help"], []])
+def test_a_reader_who_left_is_no_error(flags):
     code = (
         "import sys\nfrom zangchat import configurator\nfrom zangchat.config import RunConfig\n"
-        "sys.stdin.read()\nsys.exit(configurator.run(RunConfig, lambda config: 1, ['--help']))"
+        f"sys.stdin.read()\nsys.exit(configurator.run(RunConfig, lambda config: print('an answer'), {flags}))"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", code], text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}, **pipes) as process:
         process.stdout.close()
         process.stdin.close()  # only now it goes on to write
         assert process.stderr.read() == ""
-    assert process.returncode == 0
+    assert process.returncode == 141
+
+
+def test_streams_that_are_closed_stop_nothing():
+    code = (
+        "import sys\nfrom zangchat import configurator\nfrom zangchat.config import RunConfig\n"
+        "sys.exit(configurator.run(RunConfig, lambda config: print('?') or 7 if sys.stdin.read() == '' else 8, []))"
+    )
+    done = subprocess.run(f"exec {sys.executable} -c '{code.replace(chr(39), chr(34))}' <&- >&- 2>&-", shell=True)
+    assert done.returncode == 7
 
 
 def test_no_character_stops_a_command():
