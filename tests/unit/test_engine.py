@@ -1,6 +1,8 @@
 """The engine against the plain forward pass, and against itself in other company."""
 
 import json
+import math
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -251,6 +253,48 @@ def test_the_repetition_penalty_holds_for_what_stands_in_the_row(model: GPT) -> 
             assert float(row.max() - row[token]) < MARGIN
             tokens.append(token)
         assert len(generation.tokens) > 3
+
+
+def drawn_by_definition(logits: torch.Tensor, request: Request, uniform: float) -> int:
+    """The slow twin of Sampler for one row (V,): the likely tokens one by one, then the inverse of their distribution."""
+    if request.temperature == 0:
+        return int(logits.argmax())
+    scores = (logits / request.temperature).double()
+    order = scores.argsort(descending=True).tolist()[: request.top_k or None]
+    weights = {token: math.exp(float(scores[token] - scores.max())) for token in order}
+    total, reached, kept = sum(weights.values()), 0.0, []
+    for token in order:
+        if reached < (request.top_p or 1) * total:
+            kept.append(token)
+        reached += weights[token]
+    kept = sorted(token for token in kept if weights[token] >= (request.min_p or 0))
+    target = uniform * sum(weights[token] for token in kept)
+    for token in kept:
+        target -= weights[token]
+        if target < 0:
+            break
+    return token
+
+
+def test_draws_are_those_of_the_definition_alone_and_in_company() -> None:
+    number = random.Random(7)
+    generator = torch.Generator().manual_seed(7)
+    for size in (3, 50, 1000):
+        settings = [
+            {
+                "temperature": number.choice([0, 0.5, 1, 3]),
+                "top_k": number.choice([None, 1, size // 2, size + 1]),
+                "top_p": number.choice([None, 0.2, 0.9, 0.999]),
+                "min_p": number.choice([None, None, 0.01]),
+            }
+            for _ in range(100)
+        ]
+        logits = torch.randn(len(settings), size, generator=generator) * 2
+        requests, uniforms = requests_of(*settings), [number.random() for _ in settings]
+        expected = [drawn_by_definition(*row) for row in zip(logits, requests, uniforms, strict=True)]
+        assert sample(logits, requests, uniforms).tolist() == expected
+        for i, request in enumerate(requests):
+            assert sample(logits[i : i + 1], [request], [uniforms[i]]).tolist() == [expected[i]]
 
 
 def test_extreme_draws_and_temperatures_stay_within_the_vocabulary() -> None:
