@@ -94,7 +94,7 @@ impl Table {
     }
 
     fn add_long(&mut self, hash: u64, piece: &[u8], count: u64) {
-        let at = self.find(hash, |key| key[0] == hash && key[1] >= LONG && self.long_piece(key) == piece);
+        let at = self.find(hash, |key| key[0] == hash && key[1] >= LONG && long_piece(&self.long, key[1]) == piece);
         let slot = &mut self.slots[at];
         if slot.count == 0 {
             slot.key = [hash, LONG | self.long.len() as u64];
@@ -103,11 +103,6 @@ impl Table {
             self.long.extend(piece);
         }
         slot.count += count;
-    }
-
-    fn long_piece(&self, key: Key) -> &[u8] {
-        let at = (key[1] & !LONG) as usize;
-        &self.long[at + 8..][..word_at(&self.long, at) as usize]
     }
 
     fn grow(&mut self) {
@@ -119,15 +114,20 @@ impl Table {
             self.slots[at] = slot;
         }
     }
+}
 
-    /// The piece of a slot that is not free; a short one is put into `buffer`.
-    fn piece<'a>(&'a self, slot: &Slot, buffer: &'a mut [u8; 16]) -> &'a [u8] {
-        if slot.key[1] >= LONG {
-            return self.long_piece(slot.key);
-        }
-        *buffer = ((slot.key[1] as u128) << 64 | slot.key[0] as u128).to_le_bytes();
-        &buffer[..buffer[15] as usize]
+fn long_piece(long: &[u8], place: u64) -> &[u8] {
+    let at = (place & !LONG) as usize;
+    &long[at + 8..][..word_at(long, at) as usize]
+}
+
+/// The piece of a key; a short one is put into `buffer`.
+fn piece_of<'a>(key: Key, long: &'a [u8], buffer: &'a mut [u8; 16]) -> &'a [u8] {
+    if key[1] >= LONG {
+        return long_piece(long, key[1]);
     }
+    *buffer = ((key[1] as u128) << 64 | key[0] as u128).to_le_bytes();
+    &buffer[..buffer[15] as usize]
 }
 
 #[inline]
@@ -165,23 +165,27 @@ impl Counter {
     pub fn into_words(self) -> Result<Words, Error> {
         let tables = self.shards.into_iter().map(|shard| shard.into_inner().expect("no thread panics while it holds a shard"));
         let tables: Vec<Table> = tables.collect();
-        let (mut order, mut bytes) = (Vec::with_capacity(tables.iter().map(|table| table.used).sum()), 0);
-        for (table, number) in tables.iter().zip(0u32..) {
-            for (slot, at) in table.slots.iter().zip(0u32..).filter(|(slot, _)| slot.count > 0) {
-                let mut buffer = [0; 16];
-                let piece = table.piece(slot, &mut buffer);
-                let beginning =
-                    piece.first_chunk::<8>().copied().unwrap_or_else(|| std::array::from_fn(|i| piece.get(i).copied().unwrap_or(0)));
-                order.push((u64::from_be_bytes(beginning), number, at));
-                bytes += piece.len();
+        let mut pieces = Vec::with_capacity(tables.iter().map(|table| table.used).sum());
+        // What is sorted is all that is known of a piece, so that the tables are walked through once.
+        let (mut long, mut bytes) = (Vec::new(), 0);
+        for table in tables {
+            for slot in table.slots.iter().filter(|slot| slot.count > 0) {
+                let (beginning, length, rest) = match slot.key {
+                    [_, place] if place >= LONG => {
+                        let piece = long_piece(&table.long, place);
+                        (word_at(piece, 0), piece.len(), place + long.len() as u64)
+                    }
+                    [low, high] => (low, (high >> 56) as usize, high),
+                };
+                pieces.push((beginning.swap_bytes(), rest, slot.count));
+                bytes += length;
             }
+            long.extend(table.long);
         }
-        order.sort_unstable();
-        let mut words = Words::with_capacity(order.len(), bytes);
-        for (_, table, slot) in order {
-            let table = &tables[table as usize];
-            let slot = &table.slots[slot as usize];
-            words.push(table.piece(slot, &mut [0; 16]), slot.count)?;
+        pieces.sort_unstable();
+        let mut words = Words::with_capacity(pieces.len(), bytes);
+        for (beginning, rest, count) in pieces {
+            words.push(piece_of([beginning.swap_bytes(), rest], &long, &mut [0; 16]), count)?;
         }
         Ok(words)
     }
@@ -324,7 +328,7 @@ impl Counter {
             }
             let (_, table) = open.as_mut().expect("just locked");
             if slot.key[1] >= LONG {
-                table.add_long(hash, local.long_piece(slot.key), slot.count);
+                table.add_long(hash, long_piece(&local.long, slot.key[1]), slot.count);
             } else {
                 table.add_short(hash, slot.key, slot.count);
             }
@@ -362,7 +366,7 @@ mod tests {
         for shard in &counter.shards {
             let table = shard.lock().unwrap();
             for slot in table.slots.iter().filter(|slot| slot.count > 0) {
-                let piece = table.piece(slot, &mut [0; 16]).to_vec();
+                let piece = piece_of(slot.key, &table.long, &mut [0; 16]).to_vec();
                 assert_eq!(counts.insert(piece.clone(), slot.count), None, "{piece:?} is there twice");
             }
         }

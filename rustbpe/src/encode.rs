@@ -43,7 +43,6 @@ const KEPT_SCRATCHES: usize = 64;
 
 /// A vocabulary and its pattern, ready to encode. Immutable but for its caches: any number of threads may share it.
 pub struct Encoder {
-    pattern: String,
     splitter: Splitter,
     tokens: TokenTable,
     byte_ids: [u32; 256],
@@ -83,11 +82,11 @@ pub struct Documents<T> {
 
 impl Encoder {
     /// `tokens[id]` are the bytes of a token, and its id is its rank. All 256 single bytes must be there.
-    pub fn new(tokens: Vec<Box<[u8]>>, pattern: &str) -> Result<Self, Error> {
+    pub fn new(tokens: &[Box<[u8]>], pattern: &str) -> Result<Self, Error> {
         if tokens.len() > MAX_TOKENS {
             return Err(Error::Ranks(format!("{} tokens are too many, {MAX_TOKENS} are possible", tokens.len())));
         }
-        let tokens = TokenTable::new(&tokens)?;
+        let tokens = TokenTable::new(tokens)?;
         let mut byte_ids = [0; 256];
         for (byte, slot) in byte_ids.iter_mut().enumerate() {
             *slot = tokens.id(&[byte as u8]).ok_or_else(|| Error::Ranks(format!("the single byte {byte} is no token")))?;
@@ -99,27 +98,12 @@ impl Encoder {
                 byte_pairs[(left as usize) << 8 | right as usize] = id as u32;
             }
             for cut in 1..token.len() {
-                if let (Some(left), Some(right)) = (tokens.id(&token[..cut]), tokens.id(&token[cut..])) {
-                    pairs.push((left, right, id as u32));
-                }
+                let Some(left) = tokens.id(&token[..cut]) else { continue };
+                pairs.extend(tokens.id(&token[cut..]).map(|right| (left, right, id as u32)));
             }
         }
-        let (pattern, splitter, pairs) = (pattern.to_owned(), Splitter::new(pattern)?, PairTable::new(&pairs));
-        Ok(Encoder { pattern, splitter, tokens, byte_ids, byte_pairs, pairs, scratches: Mutex::default() })
-    }
-
-    /// The vocabulary before any merge: the 256 bytes.
-    pub fn bytes_only(pattern: &str) -> Result<Self, Error> {
-        Self::new((0..=255u8).map(|byte| Box::from([byte])).collect(), pattern)
-    }
-
-    pub fn pattern(&self) -> &str {
-        &self.pattern
-    }
-
-    /// The bytes of every token, in the order of the ids.
-    pub fn tokens(&self) -> impl ExactSizeIterator<Item = &[u8]> {
-        self.tokens.iter()
+        let (splitter, pairs) = (Splitter::new(pattern)?, PairTable::new(&pairs));
+        Ok(Encoder { splitter, tokens, byte_ids, byte_pairs, pairs, scratches: Mutex::default() })
     }
 
     pub fn split<'t>(&self, text: &'t str) -> Result<Vec<&'t str>, Error> {
@@ -820,12 +804,12 @@ mod tests {
 
     fn encoder(merged: &[&str]) -> Encoder {
         let bytes = (0..=255u8).map(|byte| Box::from([byte]));
-        Encoder::new(bytes.chain(merged.iter().map(|token| token.as_bytes().into())).collect(), DEFAULT_PATTERN).unwrap()
+        Encoder::new(&bytes.chain(merged.iter().map(|token| token.as_bytes().into())).collect::<Vec<_>>(), DEFAULT_PATTERN).unwrap()
     }
 
     /// The rule, word for word, on bytes.
     fn by_the_rule(encoder: &Encoder, piece: &[u8]) -> Vec<u32> {
-        let rank = |bytes: &[u8]| encoder.tokens().position(|token| token == bytes);
+        let rank = |bytes: &[u8]| encoder.tokens.iter().position(|token| token == bytes);
         if let Some(id) = rank(piece) {
             return vec![id as u32];
         }
@@ -899,10 +883,10 @@ mod tests {
     #[test]
     fn ranks_that_make_no_tokenizer_are_errors() {
         let bytes: Vec<Box<[u8]>> = (0..=255u8).map(|byte| Box::from([byte])).collect();
-        let with = |extra: &[u8]| Encoder::new([bytes.clone(), vec![extra.into()]].concat(), DEFAULT_PATTERN);
+        let with = |extra: &[u8]| Encoder::new(&[bytes.clone(), vec![extra.into()]].concat(), DEFAULT_PATTERN);
         assert!(matches!(with(b""), Err(Error::Ranks(_))));
         assert!(matches!(with(b"a"), Err(Error::Ranks(_))));
-        assert!(matches!(Encoder::new(bytes[1..].to_vec(), DEFAULT_PATTERN), Err(Error::Ranks(_))));
+        assert!(matches!(Encoder::new(&bytes[1..], DEFAULT_PATTERN), Err(Error::Ranks(_))));
         assert_eq!(with(b"ab").unwrap().decode(&[300]), Err(Error::UnknownId(300)));
     }
 }

@@ -29,7 +29,10 @@ impl From<Error> for PyErr {
 /// `from_ranks`.
 #[pyclass(module = "rustbpe")]
 struct Tokenizer {
-    encoder: Encoder,
+    tokens: Vec<Box<[u8]>>, // by id
+    pattern: String,
+    /// Made when first needed, since who trains may want no more than the tokens; with the GIL held, so that no forked child finds it half made.
+    encoder: PyOnceLock<Encoder>,
     /// The ids as Python's ints, made when first needed: a list of ids then costs a reference for each, not an object.
     ints: PyOnceLock<Vec<Py<PyAny>>>,
 }
@@ -37,8 +40,8 @@ struct Tokenizer {
 #[pymethods]
 impl Tokenizer {
     #[new]
-    fn new() -> PyResult<Self> {
-        Ok(Tokenizer::of(Encoder::bytes_only(DEFAULT_PATTERN)?))
+    fn new() -> Self {
+        Tokenizer::of((0..=255u8).map(|byte| Box::from([byte])).collect(), DEFAULT_PATTERN.to_owned())
     }
 
     /// A tokenizer from (token bytes, rank) pairs and a split pattern. Ranks are 0, 1, 2, ... without gaps, and every
@@ -46,7 +49,8 @@ impl Tokenizer {
     #[staticmethod]
     #[pyo3(signature = (ranks, pattern=None))]
     fn from_ranks(py: Python<'_>, ranks: Vec<(PyBackedBytes, u32)>, pattern: Option<String>) -> PyResult<Self> {
-        let encoder = py.detach(|| {
+        let pattern = pattern.unwrap_or_else(|| DEFAULT_PATTERN.to_owned());
+        let (tokens, encoder) = py.detach(|| {
             let mut tokens: Vec<Box<[u8]>> = vec![Box::default(); ranks.len()];
             for (token, rank) in &ranks {
                 let slot = tokens.get_mut(*rank as usize);
@@ -55,9 +59,12 @@ impl Tokenizer {
                 };
                 *slot = token[..].into();
             }
-            Encoder::new(tokens, pattern.as_deref().unwrap_or(DEFAULT_PATTERN))
+            let encoder = Encoder::new(&tokens, &pattern)?;
+            Ok((tokens, encoder))
         })?;
-        Ok(Tokenizer::of(encoder))
+        let tokenizer = Tokenizer::of(tokens, pattern);
+        let _ = tokenizer.encoder.set(py, encoder); // nobody else has done it
+        Ok(tokenizer)
     }
 
     /// Trains on the strings of an iterator; an item may also be an Arrow array of strings (anything with __arrow_c_array__ or
@@ -96,11 +103,10 @@ impl Tokenizer {
                 merges.store(number, Relaxed);
                 !stopped.load(Relaxed)
             };
-            let tokens = counter.into_words().and_then(|words| train(words, vocab_size, keep_going));
-            let _ = send.send(tokens.and_then(|tokens| Encoder::new(tokens, &pattern)));
+            let _ = send.send(counter.into_words().and_then(|words| train(words, vocab_size, keep_going)));
             // nobody may be there any more
         });
-        let encoder = loop {
+        let tokens = loop {
             let told = progress.as_ref().map_or(Ok(()), |call| call.call1(py, (progressed.load(Relaxed),)).map(drop));
             if let Err(error) = told.and_then(|()| py.check_signals()) {
                 stop.store(true, Relaxed);
@@ -110,16 +116,17 @@ impl Tokenizer {
             match py.detach(move || done.recv_timeout(CALL_EVERY)) {
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => panic!("the merging thread has panicked"),
-                Ok(encoder) => break encoder?,
+                Ok(tokens) => break tokens?,
             }
         };
-        *self = Tokenizer::of(encoder);
+        *self = Tokenizer::of(tokens, pattern);
         Ok(())
     }
 
     /// The ids of a text.
     fn encode<'py>(&self, py: Python<'py>, text: &str) -> PyResult<Bound<'py, PyList>> {
-        let ids = py.detach(|| self.encoder.encode(text))?;
+        let encoder = self.encoder(py)?;
+        let ids = py.detach(|| encoder.encode(text))?;
         self.list(py, &ids)
     }
 
@@ -164,7 +171,8 @@ impl Tokenizer {
         let offsets = converted(offsets, "int64")?;
         // SAFETY: of these types; that no other thread writes to them meanwhile is up to the caller, as everywhere in numpy.
         let (bytes, offsets) = unsafe { (&*memory_of::<u8>(&bytes)?, &*memory_of::<i64>(&offsets)?) };
-        let runs = py.detach(|| self.encode_utf8(cut(bytes, offsets)?, num_threads))?;
+        let encoder = self.encoder(py)?;
+        let runs = py.detach(|| encode_utf8(encoder, cut(bytes, offsets)?, num_threads))?;
         arrays_of(py, runs, "uint32")
     }
 
@@ -181,7 +189,8 @@ impl Tokenizer {
         let (ids, offsets) = (converted(ids, "uint32")?, converted(offsets, "int64")?);
         // SAFETY: as in encode_documents.
         let (ids, offsets) = unsafe { (&*memory_of::<u32>(&ids)?, &*memory_of::<i64>(&offsets)?) };
-        let runs = py.detach(|| self.encoder.decode_documents(&cut(ids, offsets)?, worker_threads(num_threads)))?;
+        let encoder = self.encoder(py)?;
+        let runs = py.detach(|| encoder.decode_documents(&cut(ids, offsets)?, worker_threads(num_threads)))?;
         arrays_of(py, runs, "uint8")
     }
 
@@ -192,44 +201,49 @@ impl Tokenizer {
 
     /// The bytes of some ids: a sequence of int or an array of integers.
     fn decode_bytes<'py>(&self, py: Python<'py>, ids: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
+        let encoder = self.encoder(py)?;
         let bytes = if ids.hasattr("__array_interface__")? {
             let ids = converted(ids, "uint32")?;
             // SAFETY: as in encode_documents.
             let ids = unsafe { &*memory_of::<u32>(&ids)? };
-            py.detach(|| self.encoder.decode(ids))
+            py.detach(|| encoder.decode(ids))
         } else {
-            self.encoder.decode(&ids.extract::<Vec<u32>>()?)
+            encoder.decode(&ids.extract::<Vec<u32>>()?)
         };
         Ok(PyBytes::new(py, &bytes?))
     }
 
     /// The pieces that the pattern cuts a text into; merges never cross their borders.
-    fn split<'t>(&self, text: &'t str) -> PyResult<Vec<&'t str>> {
-        Ok(self.encoder.split(text)?)
+    fn split<'t>(&self, py: Python<'_>, text: &'t str) -> PyResult<Vec<&'t str>> {
+        Ok(self.encoder(py)?.split(text)?)
     }
 
     #[getter]
     fn vocab_size(&self) -> usize {
-        self.encoder.tokens().len()
+        self.tokens.len()
     }
 
     fn get_pattern(&self) -> &str {
-        self.encoder.pattern()
+        &self.pattern
     }
 
     /// (token bytes, id) of every token, in the order of the ids.
     fn get_mergeable_ranks<'py>(&self, py: Python<'py>) -> Vec<(Bound<'py, PyBytes>, u32)> {
-        self.encoder.tokens().zip(0..).map(|(token, id)| (PyBytes::new(py, token), id)).collect()
+        self.tokens.iter().zip(0..).map(|(token, id)| (PyBytes::new(py, token), id)).collect()
     }
 }
 
 impl Tokenizer {
-    fn of(encoder: Encoder) -> Self {
-        Tokenizer { encoder, ints: PyOnceLock::new() }
+    fn of(tokens: Vec<Box<[u8]>>, pattern: String) -> Self {
+        Tokenizer { tokens, pattern, encoder: PyOnceLock::new(), ints: PyOnceLock::new() }
+    }
+
+    fn encoder(&self, py: Python<'_>) -> PyResult<&Encoder> {
+        self.encoder.get_or_try_init(py, || Ok(Encoder::new(&self.tokens, &self.pattern)?))
     }
 
     fn list<'py>(&self, py: Python<'py>, ids: &[u32]) -> PyResult<Bound<'py, PyList>> {
-        let make = || (0..self.encoder.tokens().len()).map(|id| Ok(id.into_pyobject(py)?.into_any().unbind())).collect::<PyResult<_>>();
+        let make = || (0..self.tokens.len()).map(|id| Ok(id.into_pyobject(py)?.into_any().unbind())).collect::<PyResult<_>>();
         let ints = self.ints.get_or_try_init(py, make)?;
         PyList::new(py, ids.iter().map(|&id| ints[id as usize].bind(py)))
     }
@@ -238,23 +252,24 @@ impl Tokenizer {
         if texts.is_instance_of::<PyString>() {
             return Err(PyTypeError::new_err("texts must be a list of str, not one str"));
         }
+        let encoder = self.encoder(py)?;
         if let Some(arrays) = Strings::import(texts)? {
             if arrays.iter().any(|strings| strings.nulls() > 0) {
                 return Err(PyValueError::new_err("the Arrow array has nulls, which are no texts: leave them out (drop_null)"));
             }
             let texts = arrays.iter().flat_map(|strings| strings.rows.iter().map(|row| &strings.data()[row.clone()]));
-            return Ok(py.detach(|| self.encode_utf8(texts.collect(), num_threads))?);
+            return Ok(py.detach(|| encode_utf8(encoder, texts.collect(), num_threads))?);
         }
         let texts = texts.try_iter()?.enumerate().map(|(index, text)| borrow(index, &text?)).collect::<PyResult<Vec<_>>>()?;
         let texts: Vec<&str> = texts.iter().map(|text| &text[..]).collect();
-        Ok(py.detach(|| self.encoder.encode_documents(&texts, worker_threads(num_threads)))?)
+        Ok(py.detach(|| encoder.encode_documents(&texts, worker_threads(num_threads)))?)
     }
+}
 
-    fn encode_utf8(&self, texts: Vec<&[u8]>, num_threads: Option<usize>) -> Result<Documents<u32>, Error> {
-        let checked = texts.into_iter().map(std::str::from_utf8).enumerate();
-        let texts: Result<Vec<_>, _> = checked.map(|(i, text)| text.map_err(|e| Error::Text(format!("text {i}, {e}")))).collect();
-        self.encoder.encode_documents(&texts?, worker_threads(num_threads))
-    }
+fn encode_utf8(encoder: &Encoder, texts: Vec<&[u8]>, num_threads: Option<usize>) -> Result<Documents<u32>, Error> {
+    let checked = texts.into_iter().map(std::str::from_utf8).enumerate();
+    let texts: Result<Vec<_>, _> = checked.map(|(i, text)| text.map_err(|e| Error::Text(format!("text {i}, {e}")))).collect();
+    encoder.encode_documents(&texts?, worker_threads(num_threads))
 }
 
 type Arrays<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>);
