@@ -67,8 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def bench(config: Config) -> int:
-    if config.streams < 1 or config.requests < 1 or config.alone < 1:
-        raise configurator.UserError("--streams, --requests and --alone must be at least 1")
+    configurator.check_at_least(1, config, "streams", "requests", "alone")
     where = machine(config.busy)
     flags = [
         f"--{name}={value}"

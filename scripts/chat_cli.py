@@ -104,14 +104,11 @@ def chat(config: Config) -> int:
 
 
 def check(config: Config) -> None:
-    if not 0 <= config.temperature <= 100:
-        raise UserError(f"--temperature={config.temperature} makes no sense: choose 0 (the likeliest token) or more, 0.6 for example")
-    if config.top_k < 0:
-        raise UserError(f"--top_k={config.top_k} makes no sense: choose 0 (off) or more, 50 for example")
+    configurator.check_at_least(0, config, "temperature", most=100)
+    configurator.check_at_least(0, config, "top_k")
+    configurator.check_at_least(1, config, "max_tokens")
     if not 0 < config.top_p <= 1:
-        raise UserError(f"--top_p={config.top_p} makes no sense: choose above 0 and at most 1 (off), 0.9 for example")
-    if config.max_tokens < 1:
-        raise UserError(f"--max_tokens={config.max_tokens} makes no sense: choose at least 1, 512 for example")
+        raise UserError(f"--top_p={config.top_p} is not possible: choose above 0 and at most 1 (off), 0.9 for example")
 
 
 def answer_once(session: Chat, question: str) -> int:

@@ -89,8 +89,7 @@ def chosen_tasks(config: Config) -> list[str]:
 
 def check(config: Config) -> None:
     configurator.check_at_least(1, config, "max_new_tokens", "num_samples", "batch_size", "max_problems")
-    if config.temperature < 0 or config.top_k < 0:
-        raise configurator.UserError(f"--temperature={config.temperature:g} and --top_k={config.top_k} must not be negative")
+    configurator.check_at_least(0, config, "temperature", "top_k")
     if config.num_samples > 1 and config.temperature == 0:
         raise configurator.UserError(
             f"--num_samples={config.num_samples} at --temperature=0 gives the same answer each time: add --temperature=1"

@@ -54,18 +54,10 @@ def serve(config: Config) -> None:
 
 
 def make_settings(config: Config) -> "Settings":
-    checks = {
-        "temperature": (0 <= config.temperature <= 10, "between 0 and 10"),
-        "top_k": (config.top_k >= 0, "0 (off) or more"),
-        "max_tokens": (config.max_tokens >= 1, "at least 1"),
-        "num_gpus": (config.num_gpus >= 1, "at least 1"),
-        "max_batch": (config.max_batch >= 1, "at least 1"),
-        "queue": (config.queue >= 0, "0 or more"),
-        "port": (0 <= config.port <= 65535, "between 0 and 65535"),
-    }
-    for name, (valid, allowed) in checks.items():
-        if not valid:
-            raise UserError(f"--{name}={getattr(config, name)} makes no sense here: it must be {allowed}")
+    configurator.check_at_least(0, config, "temperature", most=10)
+    configurator.check_at_least(0, config, "top_k", "queue")
+    configurator.check_at_least(1, config, "max_tokens", "num_gpus", "max_batch")
+    configurator.check_at_least(0, config, "port", most=65535)
 
     from zangchat.protocol import LOCAL_HOSTS, Settings
 

@@ -131,12 +131,13 @@ def list_flags(config_cls: type) -> list[str]:
     return [" ".join((flag.name if flag.positional else f"--{flag.name}", *flag.aliases)) for flag in _flags(config_cls)]
 
 
-def check_at_least(least: int, config: Any, *names: str) -> None:
-    """Raises UserError for the first of these flags that is below `least`; None passes."""
+def check_at_least(least: int, config: Any, *names: str, most: float = math.inf) -> None:
+    """Raises UserError for the first of these flags that is below `least` or above `most`; None passes."""
     for name in names:
         value = getattr(config, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name}={value} is not possible: give at least {least}")
+        if value is not None and not least <= value <= most:
+            bound = f" and at most {most}" if most < math.inf else ""
+            raise UserError(f"--{name}={value} is not possible: give at least {least}{bound}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
