@@ -94,7 +94,8 @@ def _settle_streams() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding=None if chosen or stream.isatty() else "utf-8", errors="backslashreplace")
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")
+        with contextlib.suppress(io.UnsupportedOperation):  # the program that calls this has read of it already
+            sys.stdin.reconfigure(errors="replace")
 
 
 def _complain(message: str) -> None:

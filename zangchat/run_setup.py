@@ -347,8 +347,7 @@ class Run:
         """
         config, size = self.config, self.config.device_batch_size
         if size != "auto":
-            if size < 1:
-                raise UserError(f"--device_batch_size={size} is not possible: a pass holds at least one row")
+            configurator.check_at_least(1, config, "device_batch_size")
             return config
         from zangchat import collectives
 

@@ -299,6 +299,9 @@ def test_half_a_character_on_stdin_stops_nothing():
     for encoding in ({"PYTHONIOENCODING": "utf-8:strict"}, {"LC_ALL": "C", "PYTHONIOENCODING": ""}):
         done = subprocess.run([sys.executable, "-c", code], input=b"caf\xc3\n", capture_output=True, env={**os.environ, **encoding})
         assert done.stdout.strip() == b"'caf\\ufffd'", done.stderr
+    code = f"import sys\nsys.stdin.readline()\n{code}"
+    done = subprocess.run([sys.executable, "-c", code], input=b"read before\ncaf\n", capture_output=True)
+    assert done.stdout.strip() == b"'caf'", done.stderr
 
 
 def test_list_flags():
