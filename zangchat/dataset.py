@@ -166,7 +166,7 @@ class Dataset:
 
 
 def find_dataset(name: str | None = None, data_path: str | None = None) -> Dataset:
-    """The dataset that `--dataset` or `--data_path` means, or the only one present. Raises UserError."""
+    """The dataset that `--dataset` or `--data_path` means, or the only one of text that is present. Raises UserError."""
     if data_path:
         if name:
             raise UserError(f"--dataset={name} and --data_path={data_path} exclude each other: give one of them")
@@ -181,6 +181,9 @@ def find_dataset(name: str | None = None, data_path: str | None = None) -> Datas
         return load_dataset(datasets_dir() / name)
     if not present:
         raise UserError(f"no dataset in {datasets_dir()}: build the one that needs no download with `{BUILD_PYDOCS}`")
+    if len(present) > 1:  # token ids are taken where they are named: not every command can use them
+        texts = [name for name in present if load_dataset(datasets_dir() / name).tokenizer is None]
+        present = texts if len(texts) == 1 else present
     if len(present) > 1:
         raise UserError(f"several datasets in {datasets_dir()}: choose one with --dataset={'|'.join(present)}")
     return load_dataset(datasets_dir() / present[0])

@@ -669,10 +669,8 @@ def save(imported: Imported, source: str, model_tag: str, overwrite: bool = Fals
             "belong together"
         )
     folder = checkpoint_manager.tag_folder(source, model_tag)
-    if any(folder.glob("meta_*.json")):
-        if not overwrite:
-            raise UserError(f"{folder} has checkpoints already: choose another --model_tag, or give --overwrite")
-        checkpoint_manager.discard_after(folder, -1)
+    if any(folder.glob("meta_*.json")) and not overwrite:
+        raise UserError(f"{folder} has checkpoints already: choose another --model_tag, or give --overwrite")
     meta = {
         "stage": source,
         "val_bpb": imported.val_bpb,
@@ -681,6 +679,15 @@ def save(imported: Imported, source: str, model_tag: str, overwrite: bool = Fals
         "run_state": RunState(step=imported.step).to_dict(),
         "imported_from": imported.origin,
     }
-    imported.tokenizer.save(folder)
-    checkpoint_manager.save_checkpoint(folder, imported.step, imported.weights, None, meta)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        imported.tokenizer.save(partial)
+        checkpoint_manager.save_checkpoint(partial, imported.step, imported.weights, None, meta)
+        folder.mkdir(exist_ok=True)
+        checkpoint_manager.discard_after(folder, -1)  # what was there goes when the new lies on disk as a whole
+        for path in sorted(partial.iterdir(), key=lambda path: path.name.startswith("meta_")):
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return folder

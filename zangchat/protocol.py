@@ -19,6 +19,7 @@ from zangchat.tokenizer import turns
 MAX_MESSAGES = 500
 MAX_CHOICES = 64  # continuations that one request may ask for
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
+ROLES = {"developer": "system"}  # by the name that newer clients give it
 LOCAL_HOSTS = {"localhost", "127.0.0.1", "[::1]"}
 
 
@@ -35,6 +36,11 @@ class Settings:
     request_seconds: float = 300.0  # wall-clock limit of one request, waiting included
     api_key: str | None = None
     hosts: frozenset[str] | None = frozenset(LOCAL_HOSTS)  # names under which the server may be addressed; None: any
+
+    def check_model(self, name: str) -> None:
+        """Raises ApiError for the name of another model."""
+        if name not in ("zangchat", self.model_name):
+            raise ApiError(404, f"there is no model {name!r} here; this server has {self.model_name!r}", "model_not_found", param="model")
 
 
 class ApiError(Exception):
@@ -82,7 +88,7 @@ class Part(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    role: Literal["system", "user", "assistant"]
+    role: Annotated[Literal["system", "developer", "user", "assistant"], AfterValidator(lambda role: ROLES.get(role, role))]
     content: Text | list[Part]
 
     def plain(self) -> str:
@@ -170,9 +176,8 @@ class OpenAIRequest(Sampling):
 
     def check(self, settings: Settings) -> None:
         """Raises ApiError for another model, and for parameters that would silently change nothing."""
-        if self.model not in (None, "zangchat", settings.model_name):
-            message = f"there is no model {self.model!r} here; this server has {settings.model_name!r}"
-            raise ApiError(404, message, "model_not_found", param="model")
+        if self.model is not None:
+            settings.check_model(self.model)
         more = {name: value for name, value in (self.model_extra or {}).items() if name not in IGNORED and value is not None}
         unsupported = [name for name, value in more.items() if value not in OFF.get(name, ())]
         if unsupported:

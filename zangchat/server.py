@@ -336,8 +336,13 @@ def create_app(engine_list: Sequence[Engine], settings: Settings | None = None) 
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        model = {"id": settings.model_name, "object": "model", "created": int(started), "owned_by": "zangchat"}
-        return {"object": "list", "data": [{**model, "context_length": config.sequence_len}]}
+        return {"object": "list", "data": [await one_model(settings.model_name)]}
+
+    @app.get("/v1/models/{name}", responses={404: {"model": ErrorBody}})
+    async def one_model(name: str) -> dict[str, Any]:
+        settings.check_model(name)
+        facts = {"created": int(started), "owned_by": "zangchat", "context_length": config.sequence_len}
+        return {"id": settings.model_name, "object": "model", **facts}
 
     @app.post("/v1/chat/completions", responses=either)
     async def openai_chat(body: OpenAIChat, request: Request) -> Response:

@@ -239,6 +239,7 @@ def test_a_dataset_is_tokenised_and_verified(base_data, capsys):
     RustBPETokenizer.train_from_iterator(iter(["some text"]), 270).save(tokenizer_dir())
     assert main(["tokenize"]) == 0
     assert "train on them with --dataset=mine-tokens" in capsys.readouterr().out
+    assert find_dataset().name == "mine", "the ids of a text are taken only by their name"
     assert main(["tokenize", "--dataset=mine"]) == 2 and "--overwrite" in capsys.readouterr().err
     assert main(["tokenize", "--dataset=mine-tokens"]) == 2 and "give --dataset=mine" in capsys.readouterr().err
     assert main(["verify", "--dataset=mine-tokens"]) == 0

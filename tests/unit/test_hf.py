@@ -1,6 +1,8 @@
 """Export to Hugging Face format, checked with the real library, and import of what others wrote."""
 
+import errno
 import json
+import os
 import pickle
 import shutil
 import sys
@@ -500,12 +502,22 @@ def test_mistakes_of_an_import_get_one_sentence(nanochat, flags, complaint, caps
     assert error.count("\n") == 1 and hf.re.search(complaint, error)
 
 
-def test_checkpoints_are_not_overwritten_unasked(nanochat, capsys):
+def test_checkpoints_are_not_overwritten_unasked(nanochat, monkeypatch, capsys):
     flags = [f"--path={nanochat[0]}", "--source=base", "--from_tag=d2", "--model_tag=x"]
     run(import_model.main, *flags)
     assert import_model.main([*flags, "--step=9"]) == 2 and "--overwrite" in capsys.readouterr().err
+    folder = checkpoint_manager.checkpoints_dir("base") / "x"
+    before = checkpoint_manager.valid_steps(folder)
+    with monkeypatch.context() as full:
+
+        def save(*_):
+            raise OSError(errno.ENOSPC, "no space left")
+
+        full.setattr(checkpoint_manager, "save_checkpoint", save)
+        assert import_model.main([*flags, "--step=9", "--overwrite"]) == 2 and "no space left" in capsys.readouterr().err
+    assert checkpoint_manager.valid_steps(folder) == before and os.listdir(folder.parent) == ["x"]
     run(import_model.main, *flags, "--step=9", "--overwrite")
-    assert checkpoint_manager.valid_steps(checkpoint_manager.checkpoints_dir("base") / "x") == [9]
+    assert checkpoint_manager.valid_steps(folder) == [9]
 
 
 @pytest.mark.parametrize("kind", ["nanochat", "export"])

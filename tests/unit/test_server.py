@@ -108,6 +108,19 @@ def test_special_tokens_in_a_message_are_plain_text(url: str) -> None:
 
 def test_openai_lists_the_model(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["zangchat-test"]
+    assert client.models.retrieve("zangchat-test") == client.models.retrieve("zangchat") == next(iter(client.models.list()))
+    with pytest.raises(openai.NotFoundError, match="zangchat-test"):
+        client.models.retrieve("gpt-2")
+
+
+def test_a_developer_speaks_as_the_system(client: openai.OpenAI) -> None:
+    first, second = (
+        client.chat.completions.create(
+            model="zangchat", messages=[{"role": role, "content": "be brief"}, {"role": "user", "content": "one"}], temperature=0
+        )
+        for role in ("system", "developer")
+    )
+    assert first.usage == second.usage and first.choices[0].message == second.choices[0].message
 
 
 def test_openai_chat(client: openai.OpenAI) -> None:
