@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def bench(config: Config) -> int:
-    configurator.check_at_least(1, config, "streams", "requests", "alone")
+    configurator.check_range(1, config, "streams", "requests", "alone")
     where = machine(config.busy)
     flags = [
         f"--{name}={value}"

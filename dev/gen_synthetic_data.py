@@ -133,7 +133,7 @@ def generate(config: Config) -> int:
 
 
 def check(config: Config) -> None:
-    configurator.check_at_least(1, config, "num", "max_turns", "max_tokens", "at_once")
+    configurator.check_range(1, config, "num", "max_turns", "max_tokens", "at_once")
     if not 0 < config.max_similarity <= 1 or config.temperature < 0:
         raise UserError(f"--max_similarity={config.max_similarity:g} must lie in (0, 1], --temperature={config.temperature:g} not below 0")
     if config.facts and not Path(config.facts).is_file():

@@ -37,7 +37,7 @@ def evaluate(config: Config) -> None:
     from zangchat.loss_eval import evaluate_bpb
     from zangchat.report import get_report
 
-    configurator.check_at_least(1, config, "split_tokens", "device_batch_size")
+    configurator.check_range(1, config, "split_tokens", "device_batch_size")
     _, rank, _, world_size, device = common.compute_init(config.device_type)
     try:
         model, tokenizer, meta = checkpoint_manager.load_model(config.source, device, "eval", config.model_tag, config.step, config.dtype)

@@ -96,7 +96,8 @@ def check(config: Config) -> None:
             f"--mixture={config.mixture!r} does not go with --mixture_ratio={config.mixture_ratio:g}: give both, with a ratio between "
             "0 and 1, or neither"
         )
-    configurator.check_at_least(1, config, "eval_tokens")
+    configurator.check_range(1, config, "eval_tokens")
+    run_setup.check_rates(config)
     model_config(config, vocab_size=2**16)
     if config.total_batch_size != -1:
         run_setup.check_batch(config.total_batch_size, config.max_seq_len, config.device_batch_size, common.get_dist_info()[3])

@@ -14,12 +14,12 @@ import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from zangchat import configurator
+from zangchat.common import expand_home
 from zangchat.config import CheckpointConfig
 from zangchat.configurator import UserError
 
@@ -104,9 +104,9 @@ def chat(config: Config) -> int:
 
 
 def check(config: Config) -> None:
-    configurator.check_at_least(0, config, "temperature", most=100)
-    configurator.check_at_least(0, config, "top_k")
-    configurator.check_at_least(1, config, "max_tokens")
+    configurator.check_range(0, config, "temperature", most=100)
+    configurator.check_range(0, config, "top_k")
+    configurator.check_range(1, config, "max_tokens")
     if not 0 < config.top_p <= 1:
         raise UserError(f"--top_p={config.top_p} is not possible: choose above 0 and at most 1 (off), 0.9 for example")
 
@@ -246,11 +246,11 @@ def save(session: Chat, name: str, note: Callable[[str], None]) -> None:
         raise UserError("name a file, as in /save chat.jsonl")
     if not session.messages:
         raise UserError("there is nothing to save yet")
+    path = expand_home(name)
     try:
-        path = Path(name).expanduser()
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"messages": session.conversation()}, ensure_ascii=False) + "\n")
-    except (OSError, RuntimeError, ValueError) as error:  # nobody's home, a name that cannot be one
+    except (OSError, ValueError) as error:  # a name that cannot be one
         raise UserError(f"{name} cannot be written: {getattr(error, 'strerror', None) or error}") from None
     note(f"{len(session.messages)} messages added to {path}")
 

@@ -88,8 +88,8 @@ def chosen_tasks(config: Config) -> list[str]:
 
 
 def check(config: Config) -> None:
-    configurator.check_at_least(1, config, "max_new_tokens", "num_samples", "batch_size", "max_problems")
-    configurator.check_at_least(0, config, "temperature", "top_k")
+    configurator.check_range(1, config, "max_new_tokens", "num_samples", "batch_size", "max_problems")
+    configurator.check_range(0, config, "temperature", "top_k")
     if config.num_samples > 1 and config.temperature == 0:
         raise configurator.UserError(
             f"--num_samples={config.num_samples} at --temperature=0 gives the same answer each time: add --temperature=1"

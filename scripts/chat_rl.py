@@ -77,9 +77,7 @@ def check(config: Config) -> None:
     """What can be seen to be wrong before anything is loaded."""
     if config.source not in ("sft", "mid"):
         raise configurator.UserError(f"--source={config.source} is no stage for RL to start from: choose sft or mid")
-    configurator.check_at_least(
-        1, config, "num_epochs", "examples_per_step", "max_new_tokens", "task_size", "eval_examples", "eval_samples"
-    )
+    configurator.check_range(1, config, "num_epochs", "examples_per_step", "max_new_tokens", "task_size", "eval_examples", "eval_samples")
     if config.num_samples < 2:
         raise configurator.UserError(
             f"--num_samples={config.num_samples} teaches nothing: a sample is compared with others of its prompt, give 2 or more"

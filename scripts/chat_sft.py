@@ -79,7 +79,7 @@ def train(config: Config) -> int:
 def check(config: Config) -> None:
     if config.source not in ("mid", "base"):
         raise configurator.UserError(f"--source={config.source} is no stage to finetune: choose mid or base")
-    configurator.check_at_least(1, config, "num_epochs", "target_examples_per_step", "eval_steps")
+    configurator.check_range(1, config, "num_epochs", "target_examples_per_step", "eval_steps")
 
 
 def make_stage(run: run_setup.Run, steps: int, task: "Task", tokenizer: Any) -> "Stage":

@@ -54,10 +54,10 @@ def serve(config: Config) -> None:
 
 
 def make_settings(config: Config) -> "Settings":
-    configurator.check_at_least(0, config, "temperature", most=10)
-    configurator.check_at_least(0, config, "top_k", "queue")
-    configurator.check_at_least(1, config, "max_tokens", "num_gpus", "max_batch")
-    configurator.check_at_least(0, config, "port", most=65535)
+    configurator.check_range(0, config, "temperature", most=10)
+    configurator.check_range(0, config, "top_k", "queue")
+    configurator.check_range(1, config, "max_tokens", "num_gpus", "max_batch")
+    configurator.check_range(0, config, "port", most=65535)
 
     from zangchat.protocol import LOCAL_HOSTS, Settings
 

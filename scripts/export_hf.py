@@ -33,9 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def export(config: Config) -> int:
     from zangchat import checkpoint_manager, hf
 
+    output = common.expand_home(config.output)
     hf.require_libraries()
     model, tokenizer, meta = checkpoint_manager.load_model(config.source, "cpu", "eval", config.model_tag, config.step, dtype="float32")
-    output = config.output.expanduser()
     manifest = hf.export(model, tokenizer, meta, output, config.dtype)
     for what, value in manifest["checks"].items():
         common.print0(f"{what}: {value:.2g}" if isinstance(value, float) else f"{what}: {value}")

@@ -32,7 +32,7 @@ def import_model(config: Config) -> int:
     from zangchat import checkpoint_manager, hf, nanochat
 
     checkpoint_manager.tag_folder(config.source, config.model_tag)  # a mistake in these shows before anything large is read
-    path = config.path.expanduser()
+    path = common.expand_home(config.path)
     if not path.is_dir():
         raise configurator.UserError(f"--path={path} is no folder: give the one that holds the model")
     is_hf = (path / "config.json").is_file()

@@ -91,7 +91,7 @@ def evaluate(config: Config) -> None:
     from zangchat.report import get_report
     from zangchat.tokenizer import get_tokenizer
 
-    configurator.check_at_least(1, config, "max_chars")
+    configurator.check_range(1, config, "max_chars")
     if common.get_dist_info()[1] != 0:
         return
     ours = get_tokenizer()

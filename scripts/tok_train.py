@@ -78,7 +78,7 @@ def check(config: Config) -> None:
     smallest = 256 + len(SPECIAL_TOKENS)
     if config.vocab_size < smallest:
         raise UserError(f"--vocab_size={config.vocab_size} is too small: the bytes and the special tokens alone are {smallest}")
-    configurator.check_at_least(1, config, "max_chars", "doc_cap")
+    configurator.check_range(1, config, "max_chars", "doc_cap")
 
 
 def settings(config: Config, dataset: "Dataset") -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.common import Conversation, Task, check_conversation
-from zangchat.common import read_jsonl
+from zangchat.common import expand_home, read_jsonl
 from zangchat.configurator import UserError
 
 SHAREGPT_ROLES = {
@@ -31,7 +31,7 @@ class CustomJSON(Task):
 
     def __init__(self, filepath: str | Path, split: str = "train", **view: int) -> None:
         super().__init__(**view)
-        self.path = Path(filepath).expanduser()
+        self.path = expand_home(filepath)
         self.split = split  # a file is what it is: the caller decides what it is for
 
     @cached_property

@@ -59,6 +59,14 @@ def get_base_dir() -> Path:
     return base
 
 
+def expand_home(path: str | Path) -> Path:
+    """`~/x` as the x of one's home. Raises UserError for a home that nobody has."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path} leads nowhere ({error}): write the path without ~") from error
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a file that appears under its name only when the block ends without an exception: whole, and on the disk."""

@@ -132,7 +132,7 @@ def list_flags(config_cls: type) -> list[str]:
     return [" ".join((flag.name if flag.positional else f"--{flag.name}", *flag.aliases)) for flag in _flags(config_cls)]
 
 
-def check_at_least(least: int, config: Any, *names: str, most: float = math.inf) -> None:
+def check_range(least: int, config: Any, *names: str, most: float = math.inf) -> None:
     """Raises UserError for the first of these flags that is below `least` or above `most`; None passes."""
     for name in names:
         value = getattr(config, name)

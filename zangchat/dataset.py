@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from zangchat import configurator
-from zangchat.common import atomic_write, file_sha256, get_base_dir
+from zangchat.common import atomic_write, expand_home, file_sha256, get_base_dir
 from zangchat.configurator import UserError
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def find_dataset(name: str | None = None, data_path: str | None = None) -> Datas
     if data_path:
         if name:
             raise UserError(f"--dataset={name} and --data_path={data_path} exclude each other: give one of them")
-        return _local_dataset(Path(data_path).expanduser())
+        return _local_dataset(expand_home(data_path))
     present = present_datasets()
     if name:
         if name not in present:

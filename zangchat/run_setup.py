@@ -347,7 +347,7 @@ class Run:
         """
         config, size = self.config, self.config.device_batch_size
         if size != "auto":
-            configurator.check_at_least(1, config, "device_batch_size")
+            configurator.check_range(1, config, "device_batch_size")
             return config
         from zangchat import collectives
 
@@ -444,6 +444,11 @@ def check_batch(total_batch_size: int, sequence_len: int, device_batch_size: Bat
         )
 
 
+def check_rates(config: Any) -> None:
+    """Raises UserError for a rate or a share below zero."""
+    configurator.check_range(0, config, *(name for name in NOT_NEGATIVE if hasattr(config, name)))
+
+
 @contextlib.contextmanager
 def open_run(stage: str, config: C, tag: str) -> Iterator[Run]:
     """Set up devices and processes, and decide from --resume and --overwrite where the run begins; cleans up afterwards.
@@ -453,7 +458,7 @@ def open_run(stage: str, config: C, tag: str) -> Iterator[Run]:
     """
     from zangchat import checkpoint_manager
 
-    configurator.check_at_least(0, config, *(name for name in NOT_NEGATIVE if hasattr(config, name)))
+    check_rates(config)
     directory = checkpoint_manager.tag_folder(stage, tag)
     refuse_existing(stage, config, directory)
     _, rank, _, world_size, device = common.compute_init(config.device_type, deterministic=config.deterministic)

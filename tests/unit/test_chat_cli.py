@@ -241,9 +241,11 @@ def test_a_chat_is_saved_as_a_line_of_training_data(tmp_path: Path) -> None:
     first, second = path.read_text(encoding="utf-8").splitlines()
     assert first == second
     assert [message["content"] for message in json.loads(first)["messages"]] == ["be kind", "hi 你好", "Re: be kind\n\nhi 你好"]
-    for impossible in (tmp_path, "~nobody-of-that-name/chat.jsonl", "a\0b", "/dev/full"):
+    for impossible in (tmp_path, "a\0b", "/dev/full"):
         chat_cli.obey(chat, f"/save {impossible}", notes.append)
         assert "cannot be written" in notes[-1]
+    chat_cli.obey(chat, "/save ~nobody-of-that-name/chat.jsonl", notes.append)
+    assert "without ~" in notes[-1]
 
 
 def test_the_same_seed_gives_the_same_answer() -> None:

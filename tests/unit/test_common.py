@@ -46,6 +46,8 @@ def test_a_home_that_nobody_has_is_told(monkeypatch):
     monkeypatch.setenv("ZANGCHAT_BASE_DIR", "~nobody-of-that-name/base")
     with pytest.raises(UserError, match="~nobody-of-that-name/base cannot be made .*: set ZANGCHAT_BASE_DIR"):
         common.get_base_dir()
+    with pytest.raises(UserError, match="~nobody-of-that-name/text leads nowhere .*: write the path without ~"):
+        common.expand_home("~nobody-of-that-name/text")
 
 
 def test_atomic_write_makes_and_replaces_files(tmp_path):

@@ -296,6 +296,7 @@ def test_a_run_does_not_go_on_with_another_text(base, before, capsys):
         (["--total_batch_size=100"], ["--total_batch_size=100", "--max_seq_len=32"]),
         (["--eval_tokens=0"], ["--eval_tokens=0"]),
         (["--matrix_lr=-0.1"], ["--matrix_lr=-0.1"]),
+        (["--matrix_lr=-0.1", "--dry_run"], ["--matrix_lr=-0.1"]),
         (["--device_batch_size=3"], ["--total_batch_size=256", "--device_batch_size=3"]),
         (["--n_embd=40"], ["--n_embd=40", "--head_dim=16"]),
         (["--n_kv_head=3"], ["--n_kv_head"]),
