@@ -12,12 +12,14 @@ use std::time::Duration;
 
 use crate::split::{Splitter, WINDOW};
 use crate::train::Words;
-use crate::{key_of, mix, prefetch, Error, KEY_BYTES};
+use crate::{in_parallel, key_of, mix, prefetch, Error, KEY_BYTES};
 
 /// Tables that all threads share are cut in this many parts by the first bits of the hash, each under a lock of its own.
 const SHARD_BITS: u32 = 6;
 /// A thread's own table: 3 MB, given to the shared ones when it is half full.
 const LOCAL_BITS: u32 = 17;
+/// So many pieces are worth a thread that sorts them.
+const WORTH_A_THREAD: usize = 1 << 14;
 /// So many pieces' slots are asked for before the first of them is looked at, and at most a window's more.
 const WAITING: usize = 64;
 
@@ -161,33 +163,42 @@ impl Counter {
         self.stop.store(true, Ordering::Relaxed);
     }
 
-    /// The counts, for training, in the order of the pieces' bytes as far as their first 8 tell.
-    pub fn into_words(self) -> Result<Words, Error> {
+    /// The counts, for training: a part for each thread, in the order of the pieces' bytes as far as their first 8 tell.
+    pub fn into_words(self, threads: usize) -> Result<Vec<Words>, Error> {
         let tables = self.shards.into_iter().map(|shard| shard.into_inner().expect("no thread panics while it holds a shard"));
         let tables: Vec<Table> = tables.collect();
-        let mut pieces = Vec::with_capacity(tables.iter().map(|table| table.used).sum());
-        // What is sorted is all that is known of a piece, so that the tables are walked through once.
-        let (mut long, mut bytes) = (Vec::new(), 0);
-        for table in tables {
-            for slot in table.slots.iter().filter(|slot| slot.count > 0) {
-                let (beginning, length, rest) = match slot.key {
-                    [_, place] if place >= LONG => {
-                        let piece = long_piece(&table.long, place);
-                        (word_at(piece, 0), piece.len(), place + long.len() as u64)
-                    }
-                    [low, high] => (low, (high >> 56) as usize, high),
+        let mut long = Vec::new();
+        let long_at = tables.iter().map(|table| {
+            long.extend_from_slice(&table.long);
+            (long.len() - table.long.len()) as u64
+        });
+        let long_at: Vec<u64> = long_at.collect();
+        // What is sorted is all that is known of a piece, so that the tables are not asked again.
+        let pieces_of = |number: usize| {
+            let (table, long_at) = (&tables[number], long_at[number]);
+            table.slots.iter().filter(|slot| slot.count > 0).map(move |slot| {
+                let (beginning, rest) = match slot.key {
+                    [_, place] if place >= LONG => (word_at(long_piece(&table.long, place), 0), place + long_at),
+                    [low, high] => (low, high),
                 };
-                pieces.push((beginning.swap_bytes(), rest, slot.count));
-                bytes += length;
+                (beginning.swap_bytes(), rest, slot.count)
+            })
+        };
+        let threads = threads.min(1 + tables.iter().map(|table| table.used).sum::<usize>() / WORTH_A_THREAD);
+        // One table has pieces of all kinds, and tells how to share them.
+        let mut sample: Vec<u64> = pieces_of(0).map(|(beginning, ..)| beginning).collect();
+        sample.sort_unstable();
+        let cuts: Vec<u64> = (1..threads).filter_map(|number| sample.get(sample.len() * number / threads).copied()).collect();
+        in_parallel(0..threads, |number| {
+            let all = (0..tables.len()).flat_map(pieces_of);
+            let mut pieces: Vec<_> = all.filter(|piece| cuts.partition_point(|&cut| cut <= piece.0) == number).collect();
+            pieces.sort_unstable();
+            let mut words = Words::default();
+            for (beginning, rest, count) in pieces {
+                words.push(piece_of([beginning.swap_bytes(), rest], &long, &mut [0; 16]), count);
             }
-            long.extend(table.long);
-        }
-        pieces.sort_unstable();
-        let mut words = Words::with_capacity(pieces.len(), bytes);
-        for (beginning, rest, count) in pieces {
-            words.push(piece_of([beginning.swap_bytes(), rest], &long, &mut [0; 16]), count)?;
-        }
-        Ok(words)
+            Ok(words)
+        })
     }
 
     /// Starts the threads that count.
@@ -347,9 +358,10 @@ impl Counter {
 mod tests {
     use super::*;
     use crate::split::DEFAULT_PATTERN;
+    use crate::train::train;
     use std::collections::BTreeMap;
 
-    fn count<T: AsRef<[u8]> + Send + Clone>(texts: &[T], threads: usize, batch: usize) -> Result<BTreeMap<Vec<u8>, u64>, Error> {
+    fn count<T: AsRef<[u8]> + Send + Clone>(texts: &[T], threads: usize, batch: usize) -> Result<Counter, Error> {
         let counter = Counter::new(Splitter::new(DEFAULT_PATTERN)?);
         std::thread::scope(|scope| {
             let mut pool = counter.start(scope, threads);
@@ -362,6 +374,10 @@ mod tests {
             }
             result
         })?;
+        Ok(counter)
+    }
+
+    fn counts_of(counter: &Counter) -> BTreeMap<Vec<u8>, u64> {
         let mut counts = BTreeMap::new();
         for shard in &counter.shards {
             let table = shard.lock().unwrap();
@@ -370,7 +386,7 @@ mod tests {
                 assert_eq!(counts.insert(piece.clone(), slot.count), None, "{piece:?} is there twice");
             }
         }
-        Ok(counts)
+        counts
     }
 
     #[test]
@@ -387,15 +403,21 @@ mod tests {
             pieces.for_each(text, |piece| *expected.entry(piece.as_bytes().to_vec()).or_insert(0) += 1).unwrap();
         }
         assert!(expected.len() > 1 << (LOCAL_BITS - 1));
+        let mut trained = None;
         for (threads, batch) in [(1, texts.len()), (2, 100), (5, 3)] {
-            assert!(count(&texts, threads, batch).unwrap() == expected, "{threads} threads, batches of {batch}");
+            let counter = count(&texts, threads, batch).unwrap();
+            assert!(counts_of(&counter) == expected, "{threads} threads, batches of {batch}");
+            let words = counter.into_words(threads).unwrap();
+            assert_eq!(words.len(), threads);
+            let tokens = train(words, 400, |_| true).unwrap();
+            assert!(tokens == *trained.get_or_insert(tokens.clone()), "{threads} threads, batches of {batch}");
         }
     }
 
     #[test]
     fn pieces_of_all_lengths_are_told_apart() {
         let texts: Vec<String> = (1..200).flat_map(|n| ["a".repeat(n), "a".repeat(n) + "\0", "!".repeat(n), "\0".repeat(n)]).collect();
-        let counts = count(&texts, 1, 7).unwrap();
+        let counts = counts_of(&count(&texts, 1, 7).unwrap());
         for n in 1..200 {
             assert_eq!(counts[&b"a".repeat(n)], 2, "{n}");
             assert_eq!(counts[&b"!".repeat(n)], 1, "{n}");

@@ -18,7 +18,7 @@ use std::sync::Mutex;
 use rustc_hash::{FxHashMap, FxHasher};
 
 use crate::split::{Splitter, WINDOW};
-use crate::{in_parallel, key_of, mix, prefetch, runs_of, Error, KEY_BYTES, RUN_BYTES};
+use crate::{ask_for_huge_pages, in_parallel, key_of, mix, prefetch, runs_of, Error, KEY_BYTES, RUN_BYTES};
 
 const NONE: u32 = u32::MAX;
 /// Three ids fit in 64 bits, and all bits set are no ids.
@@ -338,7 +338,7 @@ impl Encoder {
         let threads = threads.min(runs.len());
         let scratches = Mutex::new(self.take_scratches(threads));
         let next = AtomicUsize::new(0);
-        let done = in_parallel(threads, || {
+        let done = in_parallel(0..threads, |_| {
             let mut scratch = scratches.lock().expect("held for a moment only").pop().unwrap_or_default();
             let mut done = Vec::new();
             loop {
@@ -358,7 +358,7 @@ impl Encoder {
             Ok(done)
         });
         self.keep_scratches(scratches.into_inner().expect("held for a moment only"));
-        let mut done = done?;
+        let mut done: Vec<_> = done?.into_iter().flatten().collect();
         done.sort_unstable_by_key(|(index, ..)| *index);
         let lengths = done.iter().flat_map(|(_, _, lengths)| lengths).copied().collect();
         Ok(Documents { runs: done.into_iter().map(|(_, items, _)| items).collect(), lengths })
@@ -607,27 +607,6 @@ impl Cache {
         }
         set[place] = Entry { key, value };
     }
-}
-
-/// Memory that is read here and there is found faster in pages of 2 MiB. A system that has none to give ignores the advice.
-fn ask_for_huge_pages(memory: &mut [u64]) {
-    #[cfg(target_os = "linux")]
-    {
-        use std::ffi::{c_int, c_void};
-        extern "C" {
-            fn madvise(address: *mut c_void, length: usize, advice: c_int) -> c_int;
-        }
-        const PAGE: usize = 2 << 20;
-        const MADV_HUGEPAGE: c_int = 14;
-        let range = memory.as_mut_ptr_range();
-        let first = (range.start as usize).next_multiple_of(PAGE);
-        if let Some(length) = (range.end as usize).checked_sub(first) {
-            // SAFETY: whole pages of this slice; the advice does not change what they hold.
-            unsafe { madvise(first as *mut c_void, length / PAGE * PAGE, MADV_HUGEPAGE) };
-        }
-    }
-    #[cfg(not(target_os = "linux"))]
-    let _ = memory;
 }
 
 // ---- the queue of long pieces

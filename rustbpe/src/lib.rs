@@ -100,6 +100,27 @@ fn prefetch<T>(place: &T) {
     let _ = place;
 }
 
+/// Memory that is read here and there is found faster in pages of 2 MiB. A system that has none to give ignores the advice.
+fn ask_for_huge_pages<T>(memory: &mut [T]) {
+    #[cfg(target_os = "linux")]
+    {
+        use std::ffi::{c_int, c_void};
+        extern "C" {
+            fn madvise(address: *mut c_void, length: usize, advice: c_int) -> c_int;
+        }
+        const PAGE: usize = 2 << 20;
+        const MADV_HUGEPAGE: c_int = 14;
+        let range = memory.as_mut_ptr_range();
+        let first = (range.start as usize).next_multiple_of(PAGE);
+        if let Some(length) = (range.end as usize).checked_sub(first) {
+            // SAFETY: whole pages of this slice; the advice does not change what they hold.
+            unsafe { madvise(first as *mut c_void, length / PAGE * PAGE, MADV_HUGEPAGE) };
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = memory;
+}
+
 /// Documents are handed to threads in runs of about this many bytes.
 const RUN_BYTES: usize = 1 << 18;
 
@@ -121,19 +142,16 @@ fn runs_of(lengths: impl ExactSizeIterator<Item = usize>) -> Vec<(usize, usize)>
     runs
 }
 
-/// Runs `work` on `threads` threads and collects what they return. The threads end with the call: a pool that lives
-/// on would deadlock in a forked child, and starting a thread costs microseconds.
-fn in_parallel<T: Send>(threads: usize, work: impl Fn() -> Result<Vec<T>, Error> + Sync) -> Result<Vec<T>, Error> {
-    if threads <= 1 {
-        return work();
-    }
+/// Does the work for each item on a thread of its own, for the first on this one, and returns what it returned, in this order. The threads
+/// end with the call: a pool that lives on would deadlock in a forked child, and starting a thread costs microseconds.
+fn in_parallel<I: Send, T: Send>(items: impl IntoIterator<Item = I>, work: impl Fn(I) -> Result<T, Error> + Sync) -> Result<Vec<T>, Error> {
+    let (work, mut items) = (&work, items.into_iter());
+    let Some(first) = items.next() else { return Ok(Vec::new()) };
     std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(&work)).collect();
-        let mut all = Vec::new();
-        for worker in workers {
-            all.extend(worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
-        }
-        Ok(all)
+        let others: Vec<_> = items.map(|item| scope.spawn(move || work(item))).collect();
+        let first = work(first);
+        let others = others.into_iter().map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        std::iter::once(first).chain(others).collect()
     })
 }
 

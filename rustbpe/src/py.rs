@@ -92,7 +92,8 @@ impl Tokenizer {
         check_vocab_size(vocab_size)?;
         let pattern = pattern.unwrap_or_else(|| DEFAULT_PATTERN.to_owned());
         let counter = Counter::new(Splitter::new(&pattern)?);
-        count_all(py, &counter, iterator.try_iter()?, buffer_size, worker_threads(num_threads))?;
+        let threads = worker_threads(num_threads);
+        count_all(py, &counter, iterator.try_iter()?, buffer_size, threads)?;
 
         // A thread of its own merges, so that Ctrl-C is answered wherever it is; what nobody waits for ends soon and drops its memory itself.
         let (progressed, stop) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
@@ -103,7 +104,7 @@ impl Tokenizer {
                 merges.store(number, Relaxed);
                 !stopped.load(Relaxed)
             };
-            let _ = send.send(counter.into_words().and_then(|words| train(words, vocab_size, keep_going)));
+            let _ = send.send(counter.into_words(threads).and_then(|words| train(words, vocab_size, keep_going)));
             // nobody may be there any more
         });
         let tokens = loop {

@@ -16,27 +16,32 @@
 //! many slots are on their way at once; words with the same beginning lie together, since they share pairs.
 //! CPU time of the merging, vocabulary 32,768, of 20 MB of English (65,536 of 286 MB) on a busy core of a 2.5 GHz Xeon, best of 15 (of 1), in turns:
 //! slots of 8 bytes with weights, a vector for each pair's positions, one heap, all pairs in one hash table 0.254 s (1.89 s); as it
-//! is 0.127 s (1.17 s), with slots of 4 bytes (1.43 s). Pages of 2 MiB (madvise) gave nothing that could be told from noise,
-//! nor did a table of pairs whose slots are asked for before `book` needs them (0.134 to 0.142 s, 0.135 to 0.150 s without).
+//! is 0.127 s (1.17 s), with slots of 4 bytes (1.43 s). With words sorted, pairs counted and places
+//! noted on two threads, and slots and places in pages of 2 MiB, the longer thread takes 208 ms from the end of counting, 240 before
+//! (20 MB, a slow and busy machine, medians of 30 in turns); the pages alone make 187 of 204 ms of merging (medians of 12). No gain: a
+//! table of pairs whose slots are asked for before `book` needs them (0.134 to 0.142 s, 0.135 to 0.150 s without).
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
+use std::slice::IterMut;
 
 use rustc_hash::FxHashMap;
 
-use crate::Error;
+use crate::{ask_for_huge_pages, in_parallel, Error};
 
 /// Words of no more slots than this have all their pairs tracked.
 const SMALL: usize = 1 << 20;
 /// What of the words' bytes, shared out among the tokens, is expected to be rarer than the last merge.
 const FLOOR_DIVISOR: u64 = 64;
+/// So many words are counted without asking whether to go on, since threads would wait for each other's answer.
+const CHECK_EVERY: usize = 256;
 /// Positions whose memory is asked for at the same time.
 const AT_ONCE: usize = 256;
 
 /// Distinct words with their counts.
 #[derive(Default)]
 pub struct Words {
-    bytes: Vec<u8>, // of all words, end to end
+    bytes: Vec<u8>, // of all words, each behind a byte for the border
     words: Vec<Word>,
 }
 
@@ -46,39 +51,31 @@ struct Word {
 }
 
 impl Words {
-    /// With room for so many words of so many bytes in all.
-    pub fn with_capacity(words: usize, bytes: usize) -> Self {
-        Words { bytes: Vec::with_capacity(bytes), words: Vec::with_capacity(words) }
-    }
-
-    pub fn push(&mut self, word: &[u8], mut count: u64) -> Result<(), Error> {
+    pub fn push(&mut self, word: &[u8], mut count: u64) {
         // A count beyond 32 bits becomes several copies of the word: the sums are the same.
         while word.len() > 1 && count > 0 {
             let weight = count.min(u32::MAX as u64) as u32;
+            self.bytes.push(0);
             self.bytes.extend_from_slice(word);
             self.words.push(Word { length: word.len() as u32, weight });
-            if self.slots() > u32::MAX as usize {
-                return Err(Error::Setting("the distinct pieces exceed 4 GiB: train on less text".into()));
-            }
             count -= weight as u64;
         }
-        Ok(())
-    }
-
-    /// One for each byte, one around every word.
-    fn slots(&self) -> usize {
-        self.bytes.len() + self.words.len() + 1
     }
 }
 
 /// The tokens of a vocabulary of at most `vocab_size`, bytes first, then in the order of their merges: fewer where no
-/// pair is left. `keep_going(merges done)` is asked again and again; false ends with `Error::Interrupted`.
-pub fn train(words: Words, vocab_size: usize, keep_going: impl FnMut(usize) -> bool) -> Result<Vec<Box<[u8]>>, Error> {
+/// pair is left. Each part of the words has a thread of its own where pairs are counted. `keep_going(merges done)` is asked again
+/// and again; false ends with `Error::Interrupted`.
+pub fn train(words: Vec<Words>, vocab_size: usize, keep_going: impl Fn(usize) -> bool + Sync) -> Result<Vec<Box<[u8]>>, Error> {
     check_vocab_size(vocab_size)?;
-    let floor = match words.slots() {
+    let slots = words.iter().map(|part| part.bytes.len()).sum::<usize>() + 1;
+    if slots > u32::MAX as usize {
+        return Err(Error::Setting("the distinct pieces exceed 4 GiB: train on less text".into()));
+    }
+    let floor = match slots {
         0..=SMALL => 1,
         _ => {
-            let text: u64 = words.words.iter().map(|word| word.length as u64 * word.weight as u64).sum();
+            let text: u64 = words.iter().flat_map(|part| &part.words).map(|word| word.length as u64 * word.weight as u64).sum();
             1 + text / (FLOOR_DIVISOR * vocab_size as u64)
         }
     };
@@ -91,9 +88,9 @@ pub fn train(words: Words, vocab_size: usize, keep_going: impl FnMut(usize) -> b
 /// `floor` decides what is tracked at first, and nothing else.
 fn train_above<S: Slot>(
     floor: u64,
-    words: Words,
+    words: Vec<Words>,
     vocab_size: usize,
-    keep_going: impl FnMut(usize) -> bool,
+    keep_going: impl Fn(usize) -> bool + Sync,
 ) -> Result<Vec<Box<[u8]>>, Error> {
     let mut tokens: Vec<Box<[u8]>> = (0..=255u8).map(|byte| Box::from([byte])).collect();
     let mut merger = Merger::<S, _>::new(words, floor, keep_going)?;
@@ -118,7 +115,7 @@ pub fn check_vocab_size(vocab_size: usize) -> Result<(), Error> {
 }
 
 /// A token's id in its first and its last slot; BORDER between them and between words, so that no pair spans two.
-trait Slot: Copy + PartialEq {
+trait Slot: Copy + PartialEq + Send + Sync {
     const BORDER: Self;
     fn of(token: u32) -> Self;
     fn token(self) -> u32;
@@ -171,7 +168,8 @@ struct Place {
 
 struct Merger<S, F> {
     slots: Vec<S>,
-    words: Vec<Word>,
+    /// Of each part, the slot before its first word, and its words.
+    parts: Vec<(usize, Vec<Word>)>,
     lengths: Vec<u32>, // of each token, in slots
     /// Pairs that were this frequent when they were last counted or created. What is rarer is not tracked.
     floor: u64,
@@ -184,20 +182,24 @@ struct Merger<S, F> {
     keep_going: F,
 }
 
-impl<S: Slot, F: FnMut(usize) -> bool> Merger<S, F> {
-    fn new(Words { bytes, words }: Words, floor: u64, keep_going: F) -> Result<Self, Error> {
-        let mut slots = Vec::with_capacity(bytes.len() + words.len() + 1);
-        let mut rest = &bytes[..];
-        for word in &words {
-            let (word, others) = rest.split_at(word.length as usize);
-            slots.push(S::BORDER);
-            slots.extend(word.iter().map(|&byte| S::of(byte as u32)));
-            rest = others;
+impl<S: Slot, F: Fn(usize) -> bool + Sync> Merger<S, F> {
+    fn new(words: Vec<Words>, floor: u64, keep_going: F) -> Result<Self, Error> {
+        let mut slots = Vec::with_capacity(words.iter().map(|part| part.bytes.len()).sum::<usize>() + 1);
+        ask_for_huge_pages(slots.spare_capacity_mut());
+        let mut parts = Vec::with_capacity(words.len());
+        for Words { bytes, words } in words {
+            let mut at = slots.len();
+            slots.extend(bytes.into_iter().map(|byte| S::of(byte as u32)));
+            parts.push((at, words));
+            for word in &parts.last().expect("just pushed").1 {
+                slots[at] = S::BORDER;
+                at += word.length as usize + 1;
+            }
         }
         slots.push(S::BORDER);
         let mut merger = Merger {
             slots,
-            words,
+            parts,
             lengths: vec![1; 256],
             floor,
             pairs: Vec::new(),
@@ -212,19 +214,20 @@ impl<S: Slot, F: FnMut(usize) -> bool> Merger<S, F> {
         Ok(merger)
     }
 
-    fn check(&mut self) -> Result<(), Error> {
+    fn check(&self) -> Result<(), Error> {
         match (self.keep_going)(self.lengths.len() - 256) {
             true => Ok(()),
             false => Err(Error::Interrupted),
         }
     }
 
-    /// Calls `f` for all pairs of neighbours with their places.
-    fn for_each_pair(&mut self, mut f: impl FnMut(Key, Place)) -> Result<(), Error> {
-        let mut start = 1;
-        for number in 0..self.words.len() {
-            self.check()?;
-            let Word { length, weight } = self.words[number];
+    /// Calls `f` for all pairs of neighbours in a part of the words, with their places.
+    fn for_each_pair(&self, (border, words): &(usize, Vec<Word>), mut f: impl FnMut(Key, Place)) -> Result<(), Error> {
+        let mut start = border + 1;
+        for (number, &Word { length, weight }) in words.iter().enumerate() {
+            if number % CHECK_EVERY == 0 {
+                self.check()?;
+            }
             let (mut at, mut token) = (start, self.slots[start].token());
             loop {
                 let next = at + self.lengths[token as usize] as usize;
@@ -242,17 +245,18 @@ impl<S: Slot, F: FnMut(usize) -> bool> Merger<S, F> {
 
     /// Counts all pairs and notes the places of those that reach the floor.
     fn track(&mut self) -> Result<(), Error> {
-        let (mut index, mut pairs) = (Index::default(), Vec::new());
-        self.for_each_pair(|key, place| {
-            let number = index.find_or_add(key, pairs.len());
-            if number == pairs.len() {
-                pairs.push(Pair { key, count: 0, start: 0, places: 0 });
-            }
-            pairs[number].count += place.weight as u64;
-            pairs[number].places += 1;
+        (self.index, self.pairs, self.places, self.queue) = Default::default();
+        let counted = in_parallel(&self.parts, |part| {
+            let mut counted = Counted::default();
+            self.for_each_pair(part, |key, place| counted.add(key, place.weight as u64, 1))?;
+            Ok(counted.pairs)
         })?;
+        let together = |mut all: Counted, pair: &Pair| {
+            all.add(pair.key, pair.count, pair.places);
+            all
+        };
+        let (mut index, mut pairs) = (Index::default(), counted.iter().flatten().fold(Counted::default(), together).pairs);
         pairs.retain(|pair| pair.count >= self.floor);
-        (index, self.queue) = (Index::default(), Queue::default());
         let mut end = 0;
         for (number, pair) in pairs.iter_mut().enumerate() {
             index.find_or_add(pair.key, number);
@@ -260,14 +264,30 @@ impl<S: Slot, F: FnMut(usize) -> bool> Merger<S, F> {
             pair.start = end;
             end += pair.places as usize;
         }
-        let mut places = vec![Place::default(); end];
-        self.for_each_pair(|key, place| {
-            if let Some(number) = index.find(key) {
-                places[pairs[number].start] = place;
-                pairs[number].start += 1;
+        let mut places = Vec::with_capacity(2 * end);
+        ask_for_huge_pages(places.spare_capacity_mut());
+        places.resize(end, Place::default());
+        // Of a pair's places, each part fills a stretch, in the order of the parts.
+        let mut lengths = vec![vec![0; pairs.len()]; counted.len()];
+        for (lengths, counted) in lengths.iter_mut().zip(counted) {
+            counted.iter().for_each(|pair| index.find(pair.key).into_iter().for_each(|number| lengths[number] = pair.places as usize));
+        }
+        let mut stretches: Vec<Vec<IterMut<Place>>> = lengths.iter().map(|lengths| Vec::with_capacity(lengths.len())).collect();
+        let mut rest = &mut places[..];
+        for number in 0..pairs.len() {
+            for (stretches, lengths) in stretches.iter_mut().zip(&lengths) {
+                let stretch;
+                (stretch, rest) = rest.split_at_mut(lengths[number]);
+                stretches.push(stretch.iter_mut());
             }
+        }
+        in_parallel(self.parts.iter().zip(stretches), |(part, mut stretches)| {
+            self.for_each_pair(part, |key, place| {
+                if let Some(number) = index.find(key) {
+                    *stretches[number].next().expect("as many as were counted") = place;
+                }
+            })
         })?;
-        pairs.iter_mut().for_each(|pair| pair.start -= pair.places as usize);
         (self.index, self.pairs, self.places) = (index, pairs, places);
         Ok(())
     }
@@ -376,6 +396,25 @@ impl<S: Slot, F: FnMut(usize) -> bool> Merger<S, F> {
             side.notes.clear();
             side.places.clear();
         }
+    }
+}
+
+/// Pairs in the order in which they were met.
+#[derive(Default)]
+struct Counted {
+    index: Index,
+    pairs: Vec<Pair>,
+}
+
+impl Counted {
+    #[inline]
+    fn add(&mut self, key: Key, count: u64, places: u32) {
+        let number = self.index.find_or_add(key, self.pairs.len());
+        if number == self.pairs.len() {
+            self.pairs.push(Pair { key, count: 0, start: 0, places: 0 });
+        }
+        self.pairs[number].count += count;
+        self.pairs[number].places += places;
     }
 }
 
@@ -531,14 +570,15 @@ impl Neighbours {
 mod tests {
     use super::*;
 
-    fn words_of(words: &[(&str, u64)]) -> Words {
-        let mut all = Words::default();
-        words.iter().for_each(|(word, count)| all.push(word.as_bytes(), *count).unwrap());
+    /// In some parts, of which there may be fewer words.
+    fn words_of(words: &[(&str, u64)], parts: usize) -> Vec<Words> {
+        let mut all: Vec<Words> = (0..parts).map(|_| Words::default()).collect();
+        words.iter().enumerate().for_each(|(number, (word, count))| all[number % parts].push(word.as_bytes(), *count));
         all
     }
 
     fn tokens(words: &[(&str, u64)], vocab_size: usize) -> Vec<Box<[u8]>> {
-        train(words_of(words), vocab_size, |_| true).unwrap()
+        train(words_of(words, 2), vocab_size, |_| true).unwrap()
     }
 
     /// Count all pairs afresh for every merge.
@@ -583,8 +623,10 @@ mod tests {
             let words: Vec<(&str, u64)> = words.iter().map(|(word, count)| (word.as_str(), *count)).collect();
             let floor = [1, 2, 1 + draw(40) as u64][case % 3];
             let expected = by_recounting(&words, 300);
-            assert_eq!(train_above::<u16>(floor, words_of(&words), 300, |_| true).unwrap(), expected, "above {floor}: {words:?}");
-            assert_eq!(train_above::<u32>(floor, words_of(&words), 300, |_| true).unwrap(), expected, "above {floor}: {words:?}");
+            let parts = 1 + draw(4);
+            let why = format!("above {floor}, {parts} parts: {words:?}");
+            assert_eq!(train_above::<u16>(floor, words_of(&words, parts), 300, |_| true).unwrap(), expected, "{why}");
+            assert_eq!(train_above::<u32>(floor, words_of(&words, parts), 300, |_| true).unwrap(), expected, "{why}");
         }
     }
 
@@ -603,11 +645,11 @@ mod tests {
         assert_eq!(tokens(&[], 300).len(), 256);
         assert_eq!(tokens(&[("a", 5)], 300).len(), 256);
         assert_eq!(tokens(&[("ab", 5)], 300).len(), 257);
-        assert!(matches!(train(words_of(&[]), 255, |_| true), Err(Error::Setting(_))));
+        assert!(matches!(train(words_of(&[], 1), 255, |_| true), Err(Error::Setting(_))));
     }
 
     #[test]
     fn training_can_be_interrupted() {
-        assert_eq!(train(words_of(&[("abcdefgh", 1)]), 300, |_| false), Err(Error::Interrupted));
+        assert_eq!(train(words_of(&[("abcdefgh", 1)], 1), 300, |_| false), Err(Error::Interrupted));
     }
 }
