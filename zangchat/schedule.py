@@ -21,7 +21,7 @@ BATCH_EXPONENT = 0.383  # the best batch grows with the tokens D as D^0.383
 DECAY_FACTOR_RANGE = (0.1, 4.0)  # of D_ref / D in the weight decay: beyond what was tuned, runs far from the reference stay near it
 
 MOMENTUM_START, MOMENTUM_PEAK, MOMENTUM_END = 0.85, 0.97, 0.90
-MOMENTUM_STEPS, MOMENTUM_RATIO = 400, 0.15  # the ramp takes the smaller of these steps and this share of the run
+MOMENTUM_STEPS = 400  # of the rise: also in a run that ends before it, since high momentum slows the first steps (dev/LOG.md)
 WARMUP_STEPS = 40
 
 
@@ -139,8 +139,7 @@ def base_multipliers(
     lr = (1 - down) + final_lr_frac * down
     if step < warmup:
         lr = min(lr, (step + 1) / warmup)
-    ramp = int(min(MOMENTUM_STEPS, MOMENTUM_RATIO * num_iterations))
-    momentum = MOMENTUM_START + (MOMENTUM_PEAK - MOMENTUM_START) * min(1.0, step / max(1, ramp))
+    momentum = MOMENTUM_START + (MOMENTUM_PEAK - MOMENTUM_START) * min(1.0, step / MOMENTUM_STEPS)
     momentum = min(momentum, MOMENTUM_PEAK - (MOMENTUM_PEAK - MOMENTUM_END) * down)
     return StepMultipliers(lr=lr, momentum=momentum, weight_decay=max(0.0, 1 - step / num_iterations))
 

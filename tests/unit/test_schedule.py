@@ -154,6 +154,9 @@ def test_momentum_rises_and_then_falls_with_the_rate():
     assert momentum[400] == momentum[2000] == 0.97
     assert momentum[-1] == pytest.approx(0.90)
     assert max(momentum) == 0.97
+    short = [base_multipliers(step, 150).momentum for step in range(150)]
+    assert short == sorted(short)  # which ends while it still rises
+    assert short[-1] == pytest.approx(0.85 + 0.12 * 149 / 400)
 
 
 def test_weight_decay_falls_over_the_run():
