@@ -18,8 +18,8 @@
 //! slots of 8 bytes with weights, a vector for each pair's positions, one heap, all pairs in one hash table 0.254 s (1.89 s); as it
 //! is 0.127 s (1.17 s), with slots of 4 bytes (1.43 s). With words sorted, pairs counted and places
 //! noted on two threads, and slots and places in pages of 2 MiB, the longer thread takes 208 ms from the end of counting, 240 before
-//! (20 MB, a slow and busy machine, medians of 30 in turns); the pages alone make 187 of 204 ms of merging (medians of 12). No gain: a
-//! table of pairs whose slots are asked for before `book` needs them (0.134 to 0.142 s, 0.135 to 0.150 s without).
+//! (20 MB, a slow and busy machine, medians of 30 in turns). No gain: a table of pairs whose slots are asked for before `book` needs them
+//! (0.134 to 0.142 s, 0.135 to 0.150 s without).
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
