@@ -58,7 +58,7 @@ head -n 1 "$plan"
 # shellcheck disable=SC2086
 train "Pretraining" scripts.base_train $MODEL --head_init_scale=0.05 \
     --dataset=pydocs --mixture="spellingbee:30000,arithmetic:20000,identity:4,pydocs:1" --mixture_ratio=0.3 \
-    --num_iterations="$BASE_STEPS" --embedding_lr=0.05 --unembedding_lr=0.00375 \
+    --num_iterations="$BASE_STEPS" --matrix_lr=0.01 --embedding_lr=0.05 --unembedding_lr=0.00375 \
     --eval_every=250 --eval_tokens=100000 --sample_every=-1 --core_metric_every=-1
 train "Midtraining" scripts.mid_train --mixture="spellingbee:12000,arithmetic:8000,identity:3,pydocs:2" --mixture_ratio=0.9 \
     --dataset=pydocs --num_iterations="$MID_STEPS" --eval_every=250 --eval_tokens=50000

@@ -16,7 +16,8 @@ REFERENCE_DEPTH = 12
 REFERENCE_WIDTH = 768
 REFERENCE_BATCH = 2**19  # tokens per step
 REFERENCE_RATIO = 12.0  # tokens per (matrix + lm_head) parameter
-SMALLEST_LR_SCALE = 0.5  # short runs of small batches want more than the root of the batch would give them (dev/LOG.md)
+# Short runs of small batches want more than the root of the batch would give them (dev/LOG.md).
+SMALLEST_LR_SCALE, SMALLEST_ADAMW_LR_SCALE = 1.0, 0.5
 BATCH_EXPONENT = 0.383  # the best batch grows with the tokens D as D^0.383
 DECAY_FACTOR_RANGE = (0.1, 4.0)  # of D_ref / D in the weight decay: beyond what was tuned, runs far from the reference stay near it
 
@@ -75,8 +76,9 @@ def plan_run(
 
     The length is num_iterations, else target_flops, else target_param_data_ratio x (matrix + lm_head parameters) tokens. The batch is
     the power of two (times one row) nearest to 2^19 (D / D_ref)^0.383. D_ref is what the same ratio gives the 12-layer model at the
-    same vocabulary. Rates grow with the root of the batch, and do not fall below a half; weight decay grows with the root of the batch
-    and shrinks with the length of the run, so that what it has forgotten at the end is the same share.
+    same vocabulary. Rates grow with the root of the batch, but those of the matrices do not fall with it, and the others not below a
+    half; weight decay grows with the root of the batch and shrinks with the length of the run, so that what it has forgotten at the end
+    is the same share.
     """
     for name, value in (("total_batch_size", total_batch_size), ("num_iterations", num_iterations), ("target_flops", target_flops)):
         if value != -1 and value <= 0:
@@ -94,14 +96,13 @@ def plan_run(
     tokens = num_iterations * total_batch_size
 
     batch_factor = math.sqrt(total_batch_size / REFERENCE_BATCH)
-    lr_factor = max(batch_factor, SMALLEST_LR_SCALE)
     low, high = DECAY_FACTOR_RANGE
     return TrainPlan(
         tokens=tokens,
         total_batch_size=total_batch_size,
         num_iterations=num_iterations,
-        lr_scale=lr_factor,
-        adamw_lr_scale=lr_factor * (config.n_embd / REFERENCE_WIDTH) ** -0.5,
+        lr_scale=max(batch_factor, SMALLEST_LR_SCALE),
+        adamw_lr_scale=max(batch_factor, SMALLEST_ADAMW_LR_SCALE) * (config.n_embd / REFERENCE_WIDTH) ** -0.5,
         weight_decay_scale=batch_factor * min(max(reference_tokens / tokens, low), high),
     )
 

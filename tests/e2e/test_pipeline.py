@@ -20,7 +20,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 DEVICE = ["--device_type=cpu"]
 BASE = """scripts.base_train --depth=2 --n_embd=64 --head_dim=32 --max_seq_len=64 --device_batch_size=4 --total_batch_size=1024
-    --num_iterations=40 --embedding_lr=0.27 --matrix_lr=0.044 --unembedding_lr=0.0088 --dtype=float32 --head_init_scale=0.05
+    --num_iterations=40 --embedding_lr=0.27 --matrix_lr=0.022 --unembedding_lr=0.0088 --dtype=float32 --head_init_scale=0.05
     --mixture=identity:1,arithmetic:500 --mixture_ratio=0.3 --eval_every=20 --eval_tokens=4000 --sample_every=-1
     --core_metric_every=-1 --device_type=cpu""".split()
 MID = """scripts.mid_train --mixture=identity:1,arithmetic:500,spellingbee:300 --num_iterations=30 --eval_every=15 --eval_tokens=4000

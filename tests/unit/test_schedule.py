@@ -83,8 +83,11 @@ def test_weight_decay_stays_near_what_was_tuned():
 def test_what_is_given_is_kept():
     plan = plan_run(model(20), total_batch_size=2**18, num_iterations=100)
     assert (plan.total_batch_size, plan.num_iterations, plan.tokens) == (2**18, 100, 100 * 2**18)
-    assert plan.lr_scale == pytest.approx(math.sqrt(0.5))
-    assert [plan_run(model(4), total_batch_size=batch, num_iterations=150).lr_scale for batch in (2**17, 2**14, 512)] == [0.5] * 3
+    assert plan.lr_scale == 1.0
+    assert plan.adamw_lr_scale == pytest.approx(math.sqrt(0.5 * 768 / 1280))
+    for batch in (2**17, 2**14, 512):
+        plan = plan_run(model(4), total_batch_size=batch, num_iterations=150)
+        assert (plan.lr_scale, plan.adamw_lr_scale) == (1.0, pytest.approx(0.5 * math.sqrt(768 / 256)))
 
 
 def test_iterations_come_before_flops_before_the_ratio():
