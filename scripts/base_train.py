@@ -97,7 +97,6 @@ def check(config: Config) -> None:
             "0 and 1, or neither"
         )
     configurator.check_range(1, config, "eval_tokens")
-    run_setup.check_rates(config)
     model_config(config, vocab_size=2**16)
     if config.total_batch_size != -1:
         run_setup.check_batch(config.total_batch_size, config.max_seq_len, config.device_batch_size, common.get_dist_info()[3])
@@ -177,6 +176,7 @@ def dry_run(config: Config) -> int:
 
     world_size = common.get_dist_info()[3]
     check(config)
+    run_setup.check_rates(config)  # which open_run does elsewhere
     try:
         vocab_size = get_tokenizer().get_vocab_size()
     except configurator.UserError:
