@@ -309,7 +309,7 @@ class Run:
     def plan(self, model_config: GPTConfig) -> "TrainPlan":
         """The numbers of a run that starts from another, or is resumed: the batch and the scales of the rates as they were there.
 
-        Another --total_batch_size moves the rates by the root of the ratio. The length is left to the caller.
+        Another --total_batch_size brings the rates of its own. The length is left to the caller.
         """
         from zangchat import schedule
 
@@ -322,8 +322,8 @@ class Run:
         batch = getattr(self.config, "total_batch_size", None)  # stages whose steps are counted in conversations have none
         if not batch or batch == -1 or batch == plan.total_batch_size:
             return plan
-        factor = (batch / plan.total_batch_size) ** 0.5
-        return plan._replace(total_batch_size=batch, lr_scale=plan.lr_scale * factor, adamw_lr_scale=plan.adamw_lr_scale * factor)
+        lr_scale, adamw_lr_scale = schedule.rate_scales(model_config, batch)
+        return plan._replace(total_batch_size=batch, lr_scale=lr_scale, adamw_lr_scale=adamw_lr_scale)
 
     def settle(self, model_config: GPTConfig, **defaults: Any) -> Any:
         """The configuration with what is still open filled in: rows as long as the model's context, `defaults`, then DEFAULTS.

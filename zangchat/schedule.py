@@ -77,8 +77,8 @@ def plan_run(
     The length is num_iterations, else target_flops, else target_param_data_ratio x (matrix + lm_head parameters) tokens. The batch is
     the power of two (times one row) nearest to 2^19 (D / D_ref)^0.383. D_ref is what the same ratio gives the 12-layer model at the
     same vocabulary. Rates grow with the root of the batch, but those of the matrices do not fall with it, and the others not below a
-    half; weight decay grows with the root of the batch and shrinks with the length of the run, so that what it has forgotten at the end
-    is the same share.
+    half (`rate_scales`); weight decay grows with the root of the batch and shrinks with the length of the run, so that what it has
+    forgotten at the end is the same share.
     """
     for name, value in (("total_batch_size", total_batch_size), ("num_iterations", num_iterations), ("target_flops", target_flops)):
         if value != -1 and value <= 0:
@@ -95,16 +95,26 @@ def plan_run(
         num_iterations = max(1, round(tokens / total_batch_size))
     tokens = num_iterations * total_batch_size
 
-    batch_factor = math.sqrt(total_batch_size / REFERENCE_BATCH)
+    lr_scale, adamw_lr_scale = rate_scales(config, total_batch_size)
     low, high = DECAY_FACTOR_RANGE
     return TrainPlan(
         tokens=tokens,
         total_batch_size=total_batch_size,
         num_iterations=num_iterations,
-        lr_scale=max(batch_factor, SMALLEST_LR_SCALE),
-        adamw_lr_scale=max(batch_factor, SMALLEST_ADAMW_LR_SCALE) * (config.n_embd / REFERENCE_WIDTH) ** -0.5,
-        weight_decay_scale=batch_factor * min(max(reference_tokens / tokens, low), high),
+        lr_scale=lr_scale,
+        adamw_lr_scale=adamw_lr_scale,
+        weight_decay_scale=_batch_factor(total_batch_size) * min(max(reference_tokens / tokens, low), high),
     )
+
+
+def rate_scales(config: GPTConfig, total_batch_size: int) -> tuple[float, float]:
+    """What a batch of so many tokens multiplies the tuned rates with: (of the matrices, of embedding and head)."""
+    factor = _batch_factor(total_batch_size)
+    return max(factor, SMALLEST_LR_SCALE), max(factor, SMALLEST_ADAMW_LR_SCALE) * (config.n_embd / REFERENCE_WIDTH) ** -0.5
+
+
+def _batch_factor(total_batch_size: int) -> float:
+    return math.sqrt(total_batch_size / REFERENCE_BATCH)
 
 
 def _reference(config: GPTConfig) -> GPTConfig:

@@ -20,7 +20,7 @@ import torch
 
 from scripts import base_loss, base_train, chat_sft, mid_train
 from tasks.common import find_name, parse_mixture
-from zangchat import checkpoint_manager, common, flops, run_setup, trainer
+from zangchat import checkpoint_manager, common, flops, run_setup, schedule, trainer
 from zangchat.configurator import UserError
 from zangchat.dataset import folder_lock
 from zangchat.flops import checkpoint_bytes
@@ -152,6 +152,19 @@ def test_later_stages_inherit_the_settings_of_the_model(base):
         for name in ("max_seq_len", "device_batch_size", "matrix_lr", "embedding_lr", "grad_clip", "optimizer"):
             assert after[name] == before[name], name
     assert checkpoint_manager.read_meta(folder(base, "sft"), 10)["run_state"]["extra"]["facts"]["source"] == "mid d1 step 10"
+
+
+def test_another_batch_brings_the_rates_that_pretraining_would_give_it(base, before, monkeypatch):
+    config = checkpoint_manager.model_config(checkpoint_manager.read_meta(folder(base, "base"), 10), "base")
+    more = ["--num_iterations=1", "--eval_every=-1", "--overwrite"]
+    for floor, batch in ((None, 512), (0.0, 512), (0.0, 2048)):
+        if floor is not None:
+            monkeypatch.setattr(schedule, "SMALLEST_LR_SCALE", floor)
+            monkeypatch.setattr(schedule, "SMALLEST_ADAMW_LR_SCALE", floor)
+        assert mid_train.main(mid_flags(base, *more, f"--total_batch_size={batch}")) == 0
+        plan = checkpoint_manager.read_meta(folder(before, "mid"), 1)["run_state"]["extra"]["facts"]["plan"]
+        wanted = schedule.plan_run(config, total_batch_size=batch)
+        assert (plan["lr_scale"], plan["adamw_lr_scale"]) == (wanted.lr_scale, wanted.adamw_lr_scale)
 
 
 def test_each_stage_reports(base):
