@@ -171,6 +171,8 @@ class _Flag:
         """What tyro is to read: one unambiguous spelling, so that a value may begin with a dash."""
         if self.is_bool:
             return f"--{self.name}" if BOOLEANS[value.lower()] else f"--no_{self.name}"
+        if bool in _options(self.hint):  # or None; tyro knows True and False alone
+            value = str(BOOLEANS.get(value.lower(), value))
         return f"--{self.name}={value}"
 
     def expectation(self) -> str:

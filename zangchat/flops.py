@@ -136,8 +136,7 @@ def activation_bytes_per_token(config: GPTConfig, size: int = 2, device_type: st
     With `grad_checkpoint` each block keeps its input alone.
     """
     kept = size * config.n_embd if grad_checkpoint else block_bytes_per_token(config, size, device_type)
-    norm_size = 4 if device_type == "cpu" else size
-    ends = norm_size * 2 * config.n_embd + size * config.n_embd + 8  # of the first and the last norm; the loss's gradient
+    ends = size * 3 * config.n_embd + 8  # the first norm, the last one and what it hands on; the loss's gradient
     return config.n_layer * kept + ends
 
 
@@ -145,14 +144,19 @@ def block_bytes_per_token(config: GPTConfig, size: int = 2, device_type: str = "
     """Bytes that one block's forward pass keeps for its backward pass, per token.
 
     In widths: inputs of its norms (x twice, q; and k), x normed twice, q normed, attention's output as computed and in rows,
-    relu and its square (4 each), k normed and v. On a CPU the norm of functional.py keeps its output alone, that of 16-bit numbers fp32
-    copies of its input. Row statistics are fp32: one number for each norm of x, and per head those of q, k and softmax.
+    relu and its square (4 each), k normed and v. On a CPU the norm of functional.py keeps its output alone, and in 16 bits attention
+    keeps its probabilities (attention.py, `blocks`) in the place of its output as computed. Row statistics are fp32: one number for
+    each norm of x, and per head those of q, k and softmax.
     """
     width, kv_width = config.n_embd, config.n_kv_head * config.head_dim
-    norm_size = 4 if device_type == "cpu" else size
-    inputs = 0 if device_type == "cpu" and size == 4 else norm_size * (3 * width + kv_width)
+    cpu = device_type == "cpu"
+    inputs = 0 if cpu else size * (3 * width + kv_width)
     statistics = 4 * (2 + 2 * config.n_head + config.n_kv_head)
-    return inputs + size * (13 * width + 2 * kv_width) + statistics
+    kept = size * (13 * width + 2 * kv_width) + statistics
+    if cpu and size == 2:
+        block = min(config.sequence_len, 128)  # as attention.py cuts a row
+        kept += size * (config.n_head * (config.sequence_len + block) // 2 - width)
+    return inputs + kept
 
 
 def logits_bytes(config: GPTConfig, tokens: int, size: int = 2, device_type: str = "cuda") -> int:

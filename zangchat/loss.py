@@ -111,20 +111,23 @@ def _chunked(
     losses = torch.empty(x.size(0), dtype=torch.float32, device=x.device)
     dx = None if grads is None else torch.empty_like(x)
     dweight = None if grads is None else torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
-    bound = torch.full((), -cap, device=x.device)
+    buffers = [torch.empty(min(chunk, x.size(0)), vocab_size, dtype=torch.float32, device=x.device) for _ in range(2)]
+    bound, nothing = torch.full((), -2 * cap, device=x.device), x.new_empty(())
     for start in range(0, x.size(0), chunk):
         rows = slice(start, start + chunk)
         target = targets[rows, None]
-        t = (x[rows] @ w.T).float().mul_(1 / cap).tanh_()  # u / cap, in [-1, 1]
+        s, e = (buffer[: target.size(0)] for buffer in buffers)
+        # u = cap * (2 s - 1): a sigmoid takes a CPU a seventh of a tanh's time
+        s.copy_(torch.addmm(nothing, x[rows], w.T, beta=0, alpha=2 / cap)).sigmoid_()
         # u is bounded by cap, so cap can take the place of the row maximum in a stable logsumexp
-        e = torch.add(bound, t, alpha=cap).exp_()
+        torch.add(bound, s, alpha=2 * cap, out=e).exp_()
         total = e.sum(-1, keepdim=True)
-        losses[rows] = (total.log() + cap * (1 - t.gather(1, target))).squeeze(1)
+        losses[rows] = (total.log() + 2 * cap * (1 - s.gather(1, target))).squeeze(1)
         if grads is None or dx is None or dweight is None:
             continue
-        g = grads[rows, None]
-        dz = e.mul_(g / total).scatter_add_(1, target, -g)  # (softmax - onehot) * g
-        dz = dz.addcmul_(dz, t.square_(), value=-1).to(x.dtype)  # d tanh = 1 - t^2
+        g = 4 * grads[rows, None]
+        e.mul_(g / total).scatter_add_(1, target, -g)  # 4 (softmax - onehot) * g
+        dz = e.mul_(s.addcmul_(s, s, value=-1)).to(x.dtype)  # du/dz = 1 - (2 s - 1)^2 = 4 (s - s^2)
         torch.mm(dz, w, out=dx[rows])
         if x.dtype == torch.float32:
             dweight[:vocab_size].addmm_(dz.T, x[rows])

@@ -183,7 +183,8 @@ def build_optimizer(
 ) -> OptimizerGroup:
     """Embedding and head to AdamW with their learning rates, the matrices of the blocks to `kind`: muon, adamw or sgd (all by SGD).
 
-    Learning rates are used as given (scaling by batch and width is the caller's); weight_decay acts on the matrices only.
+    Learning rates are used as given (scaling by batch and width is the caller's); weight_decay acts on the matrices only. `ortho_dtype`
+    None means bf16 where the model computes in it, and what Muon takes by itself elsewhere.
     """
     if kind not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer kind {kind!r}; there are {', '.join(OPTIMIZERS)}")
@@ -198,6 +199,8 @@ def build_optimizer(
     ranks = {"rank": rank, "world_size": world_size}
     optimizers: list[ShardedOptimizer]
     if kind == "muon":
+        if ortho_dtype is None and getattr(model, "compute_dtype", None) == torch.bfloat16:
+            ortho_dtype = torch.bfloat16
         optimizers = [AdamW(tables, betas=betas, eps=1e-10, **ranks), Muon([blocks], ortho_dtype=ortho_dtype, **ranks)]
     elif kind == "adamw":
         optimizers = [AdamW([*tables, blocks], betas=betas, eps=1e-10, **ranks)]

@@ -57,9 +57,36 @@ def test_flex_computes_the_same() -> None:
     torch.testing.assert_close(attend(q, k, v, backend="flex"), attend(q, k, v), atol=1e-5, rtol=1e-5)
 
 
-def test_a_cpu_uses_sdpa_and_the_reason_is_given() -> None:
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("T", [2, 5, 6, 20])  # less than a block, one and a bit, a whole number of them
+def test_blocks_compute_the_same_with_gradients(T: int, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "BLOCK", 5)
+    inputs = [t.requires_grad_() for t in qkv(T, T, heads)]
+    upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
+    results = []
+    for function in (lambda q, k, v: attend(q, k, v, backend="blocks"), lambda q, k, v: explicit(q, k, v, torch.ones(T, T).bool().tril())):
+        out = function(*inputs)
+        results.append([out.detach(), *torch.autograd.grad(out, inputs, upstream)])
+    torch.testing.assert_close(*results)
+
+
+def test_blocks_of_bf16_are_as_exact_as_sdpa() -> None:
+    inputs = [t.bfloat16().requires_grad_() for t in qkv(300, 300, D=32)]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+
+    def errors(tensors: list[torch.Tensor], backend: str) -> list[float]:
+        results = [attention._forward_backward(name, *parts) for name, parts in ((backend, tensors), ("sdpa", exact))]
+        return [float((mine - right).norm() / right.norm()) for mine, right in zip(*results, strict=True)]
+
+    for blocks, sdpa in zip(errors(inputs, "blocks"), errors(inputs, "sdpa"), strict=True):
+        assert blocks < max(2 * sdpa, 0.01)
+
+
+def test_a_cpu_does_not_race_and_the_reason_is_given() -> None:
     name, reason = choose_backend("cpu", torch.float32, 64)
     assert name == "sdpa" and "cpu" in reason
+    name, reason = choose_backend("cpu", torch.bfloat16, 64)
+    assert name == "blocks" and "cpu" in reason
 
 
 def test_a_backend_that_fails_or_computes_nonsense_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

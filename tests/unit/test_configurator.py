@@ -27,6 +27,7 @@ class Config(RunConfig):
     dry_run: bool = False  # print the plan and leave
     tools: bool = True
     folder: Path | None = None
+    compile: bool | None = None
 
     def __post_init__(self) -> None:
         if self.depth == 13:
@@ -90,6 +91,12 @@ def test_spellings_of_a_value(argv):
 )
 def test_spellings_of_a_boolean(argv, expected):
     assert parse(Config, argv).dry_run is expected
+
+
+@pytest.mark.parametrize(("value", "expected"), [("1", True), ("true", True), ("False", False), ("no", False), ("None", None)])
+def test_a_boolean_that_may_be_left_open(value, expected):
+    assert parse(Config, [f"--compile={value}"]).compile is expected
+    assert "true or false" in error_of("--compile=perhaps")
 
 
 def test_a_boolean_that_is_on_by_default_can_be_switched_off():

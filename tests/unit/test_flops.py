@@ -91,10 +91,12 @@ def test_decoding_limits_of_d20():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_are_what_autograd_keeps(dtype, kv_heads):
     """Bytes of the distinct tensors saved for the backward pass, weights and their casts aside, plus the loss's own gradient."""
+    from zangchat.attention import choose_backend
     from zangchat.gpt import GPT
 
-    config = GPTConfig(sequence_len=64, vocab_size=256, n_layer=3, n_head=4, n_kv_head=kv_heads, n_embd=128)
+    config = GPTConfig(sequence_len=256, vocab_size=256, n_layer=3, n_head=4, n_kv_head=kv_heads, n_embd=128)
     model = GPT(config, compute_dtype=dtype)
+    model.attention_backend, _ = choose_backend("cpu", dtype, config.head_dim)
     model.init_weights()
     weight_shapes = {p.shape for p in model.parameters()} | {p.shape[::-1] for p in model.parameters()}
     saved: dict[int, int] = {}
@@ -104,7 +106,7 @@ def test_activations_are_what_autograd_keeps(dtype, kv_heads):
             saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    tokens = torch.randint(256, (3, 64))
+    tokens = torch.randint(256, (3, 256))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = model(tokens, tokens)
     assert torch.isfinite(loss)

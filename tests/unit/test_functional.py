@@ -27,8 +27,8 @@ def plain_rotate(x: Tensor) -> Tensor:
 
 
 def angles(x: Tensor) -> tuple[Tensor, Tensor]:
-    angle = torch.arange(x.size(-2), dtype=x.dtype)[:, None] * torch.linspace(0.1, 1.0, x.size(-1) // 2, dtype=x.dtype)
-    return angle.cos(), angle.sin()
+    angle = torch.arange(x.size(-2))[:, None] * torch.linspace(0.1, 1.0, x.size(-1) // 2, dtype=torch.float64)
+    return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
 
 
 PAIRS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
@@ -68,3 +68,18 @@ def test_without_gradients_the_values_are_the_same(name: str) -> None:
     x = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(4))
     with_graph = PAIRS[name][0](x.clone().requires_grad_()).detach()
     torch.testing.assert_close(PAIRS[name][0](x), with_graph, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_in_bf16_the_error_is_a_rounding_error(name: str) -> None:
+    x = torch.randn(2, 4, 50, 64, generator=torch.Generator().manual_seed(5))
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(6))
+    results = []
+    for function, dtype in zip(PAIRS[name], (torch.bfloat16, torch.float64), strict=True):
+        leaf = x.bfloat16().to(dtype).requires_grad_()
+        y = function(leaf)
+        y.backward(upstream.bfloat16().to(dtype))
+        assert y.dtype == dtype and leaf.grad is not None
+        results.append((y.detach(), leaf.grad))
+    for mine, exact in zip(*results, strict=True):
+        assert float((mine - exact).norm() / exact.norm()) < 2**-7

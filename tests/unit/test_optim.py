@@ -249,6 +249,16 @@ def test_parameters_go_where_they_belong() -> None:
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.0, 0.2]
 
 
+def test_matrices_are_orthogonalised_in_the_dtype_the_model_computes_in() -> None:
+    for dtype, asked, expected in (
+        (torch.float32, None, None),
+        (torch.bfloat16, None, torch.bfloat16),
+        (torch.bfloat16, torch.float32, torch.float32),
+    ):
+        optimizer = build_optimizer(build_model(dtype), ortho_dtype=asked, **RATES)
+        assert [part.ortho_dtype for part in optimizer.optimizers if hasattr(part, "ortho_dtype")] == [expected]
+
+
 def test_multipliers_apply_to_the_base_values_each_step() -> None:
     optimizer = build_optimizer(build_model(), **RATES)
     for _ in range(2):
