@@ -166,7 +166,8 @@ def zangchat(config: Config, device: Any) -> tuple[Callable[[], Any], Any]:
     model = checkpoint_manager.empty_model(gpt, device, str(dtype).removeprefix("torch."))
     model.init_weights(0.0, torch.Generator(device).manual_seed(1))
     model.attention_backend, reason = choose_backend(device, dtype, gpt.head_dim)
-    print(f"attention: {reason}", file=sys.stderr)
+    if device.type != "cpu":  # which has no choice
+        print(f"attention: {reason}", file=sys.stderr)
     optimizer = build_optimizer(
         model, embedding_lr=1e-3, unembedding_lr=1e-3, matrix_lr=1e-3, weight_decay=config.weight_decay, kind=config.optimizer
     )

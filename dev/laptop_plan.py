@@ -12,9 +12,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scripts import base_train
+from dev import bench_train
 from zangchat import common, configurator
-from zangchat.config import GPTConfig, StepMultipliers
 from zangchat.tokenizer import get_tokenizer
 
 OVERHEAD_MINUTES = 7.5  # setup, corpus, tokenizer, evaluations, report, starting ten processes
@@ -24,7 +23,7 @@ LEAST = {"BASE_STEPS": 50, "MID_STEPS": 50, "SFT_STEPS": 20, "RL_STEPS": 5}  # b
 
 
 @dataclass
-class Config(base_train.Config):
+class Config(bench_train.Config):
     minutes: float = 25.0  # for all of runcpu.sh; the other flags are those of its pretraining
 
 
@@ -33,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def plan(config: Config) -> int:
-    model = base_train.model_config(config, get_tokenizer().get_vocab_size())
-    pace = seconds_per_step(model, config.total_batch_size)
+    config.vocab_size = get_tokenizer().get_vocab_size()
+    pace = seconds_per_step(config)
     tokens = config.total_batch_size
     print(f"# {pace:.3f} s per step of {tokens} tokens ({tokens / pace:,.0f} tok/s), planned for {config.minutes:g} minutes")
     for name, steps in steps_that_fit(config.minutes, pace).items():
@@ -49,24 +48,13 @@ def steps_that_fit(minutes: float, pace: float) -> dict[str, int]:
     return {name: max(LEAST[name], int(seconds * share / cost[name])) for name, share in SHARES.items()}
 
 
-def seconds_per_step(config: GPTConfig, tokens_per_step: int, steps: int = 12) -> float:
-    """The median step of the model, the first few left out."""
-    import torch
-
-    from zangchat.gpt import GPT
-
-    device = common.compute_init("")[-1]
-    model = GPT(config, common.resolve_dtype("", device)).to(device)
-    model.init_weights()
-    optimizer = model.setup_optimizers(embedding_lr=0.0, unembedding_lr=0.0, matrix_lr=0.0, weight_decay=0.0)
-    tokens = torch.randint(config.vocab_size, (tokens_per_step // config.sequence_len, config.sequence_len), device=device)
+def seconds_per_step(config: Config, steps: int = 12) -> float:
+    """The median step of the real training loop on random tokens, the first few left out."""
+    step, _ = bench_train.zangchat(config, common.compute_init("")[-1])
     times = []
     for _ in range(steps):
         start = time.perf_counter()
-        model(tokens, tokens).backward()
-        optimizer.step(StepMultipliers())
-        optimizer.zero_grad()
-        common.device_synchronize(device)
+        step()
         times.append(time.perf_counter() - start)
     return statistics.median(times[steps // 4 :])
 
