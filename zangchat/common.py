@@ -345,10 +345,9 @@ def compute_init(device_type: str = "", seed: int = 42, deterministic: bool = Fa
 
 
 def compute_cleanup() -> None:
-    """Leave the process group, where there is one."""
-    import torch
-
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    """Leave the process group, where there is one. Whoever stopped the import of torch gets no second one, which would fail."""
+    torch = sys.modules.get("torch")
+    if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 

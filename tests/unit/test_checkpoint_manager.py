@@ -314,7 +314,7 @@ def trained(tmp_path, monkeypatch) -> Path:
 
 
 def test_a_model_is_loaded_with_the_tokenizer_beside_it(trained):
-    model, tokenizer, meta = cm.load_model("sft", "cpu", "eval")
+    model, tokenizer, meta = cm.load_model("sft", "cpu", "eval", dtype="float32")
     assert not model.training and meta["step"] == 3
     assert tokenizer.get_vocab_size() == model.config.vocab_size == 270
     assert torch.equal(model(torch.arange(8)[None]), torch.load(trained / "logits.pt", weights_only=True))

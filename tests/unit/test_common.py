@@ -322,6 +322,12 @@ def test_compute_init_on_a_cpu_seeds_and_cleans_up():
     common.compute_cleanup()
 
 
+def test_cleaning_up_after_an_interrupted_import_does_not_import_again(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch")  # as Python leaves it
+    common.compute_cleanup()
+    assert "torch" not in sys.modules
+
+
 @pytest.mark.parametrize("device_type", ["gpu", "cuda:0", "tpu"])
 def test_an_unknown_device_names_the_choices(device_type):
     with pytest.raises(UserError, match=f"--device_type={device_type} is not known: choose cuda, mps or cpu"):
