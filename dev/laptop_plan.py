@@ -50,11 +50,13 @@ def steps_that_fit(minutes: float, pace: float) -> dict[str, int]:
 
 def seconds_per_step(config: Config, steps: int = 12) -> float:
     """The median step of the real training loop on random tokens, the first few left out."""
-    step, _ = bench_train.zangchat(config, common.compute_init("")[-1])
+    device = common.compute_init("")[-1]
+    step, _ = bench_train.zangchat(config, device)
     times = []
     for _ in range(steps):
         start = time.perf_counter()
         step()
+        common.device_synchronize(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times[steps // 4 :])
 
