@@ -125,15 +125,21 @@ def work(config: Config) -> int:
     return 0
 
 
-def timed_steps(config: Config, step: Callable[[], Any], device: Any, dtype: Any, rate: float) -> dict[str, Any]:
-    import torch
-
+def step_times(step: Callable[[], Any], device: Any, steps: int) -> list[float]:
+    """Seconds of each of so many steps."""
     times = []
-    for _ in range(config.steps):
+    for _ in range(steps):
         start = time.perf_counter()
         step()
         common.device_synchronize(device)
         times.append(time.perf_counter() - start)
+    return times
+
+
+def timed_steps(config: Config, step: Callable[[], Any], device: Any, dtype: Any, rate: float) -> dict[str, Any]:
+    import torch
+
+    times = step_times(step, device, config.steps)
     pace = tokens_per_step(config) / statistics.median(times)
     gpt = base_train.model_config(config, config.vocab_size)
     return {

@@ -8,7 +8,6 @@ before the first stage, and the plan is kept (runcpu.sh writes it to <base>/runc
 
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,12 +51,7 @@ def seconds_per_step(config: Config, steps: int = 12) -> float:
     """The median step of the real training loop on random tokens, the first few left out."""
     device = common.compute_init("")[-1]
     step, _ = bench_train.zangchat(config, device)
-    times = []
-    for _ in range(steps):
-        start = time.perf_counter()
-        step()
-        common.device_synchronize(device)
-        times.append(time.perf_counter() - start)
+    times = bench_train.step_times(step, device, steps)
     return statistics.median(times[steps // 4 :])
 
 
