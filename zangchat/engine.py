@@ -53,6 +53,7 @@ __all__ = [
 MAX_ROWS = 64  # rows of a running batch unless the caller says otherwise
 PREFILL_TOKENS = {"cuda": 4096}  # prompt positions, padding included, that a step reads at most beside the running rows
 PREFILL_TOKENS_ELSEWHERE = 512
+PROMPT_MULTIPLE = 16  # to which prompts are padded where torch keeps the product that it generates for each shape: bf16 on a CPU
 LOGIT_ELEMENTS = 2**27  # logits that exist at a time where those of a whole prompt are wanted
 
 
@@ -157,6 +158,7 @@ class RunningBatch:
         self.device = model.get_device()
         self.prefill_tokens = prefill_tokens or PREFILL_TOKENS.get(self.device.type, PREFILL_TOKENS_ELSEWHERE)
         self.ahead = self.device.type == "cuda" if ahead is None else ahead
+        self.prompt_multiple = PROMPT_MULTIPLE if self.device.type == "cpu" and model.compute_dtype == torch.bfloat16 else 1
         self.waiting: deque[Generation] = deque()
         self.reading: deque[_Prompt] = deque()  # in the order of their rows, all behind the running ones
         self.running: list[Generation] = []  # row i of the cache belongs to running[i]
@@ -300,9 +302,13 @@ class RunningBatch:
         return logits
 
     def _read_pass(self, prompts: list[_Prompt], size: int) -> Tensor:
-        """`size` more tokens of each prompt in one forward pass -> logits (len(prompts), V) behind the last token of each."""
+        """`size` more tokens of each prompt in one forward pass -> logits (len(prompts), V) behind the last token of each.
+
+        A size of its own for every prompt would grow a bf16 server on a CPU by several MB each, hence `prompt_multiple`.
+        """
         chunks = [prompt.tokens[prompt.read : prompt.read + size] for prompt in prompts]
         rows = [prompt.row for prompt in prompts]
+        size = min(-(-size // self.prompt_multiple) * self.prompt_multiple, self.model.config.sequence_len - prompts[0].read)
         self.cache.reserve(max(rows) + 1, prompts[0].read + size)
         for row, prompt in zip(rows, prompts, strict=True):
             self.cache.lengths[row] = prompt.read

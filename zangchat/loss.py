@@ -43,13 +43,13 @@ def softcapped_cross_entropy(
     supervised = targets != IGNORE
     count = supervised.sum().clamp(min=1)
     factors = supervised.float() if weights is None else supervised * weights.detach().float()
-    if reduction != "none" and x.device.type == "cpu":
-        # most targets of a conversation are ignored: skip their products (on a GPU finding them would wait for the device)
-        kept = supervised.nonzero().squeeze(1)
-        if kept.numel() < targets.numel():
-            x, targets, factors = x[kept], targets[kept], factors[kept]
     if chunk_tokens is None:
         chunk_tokens = _default_chunk(vocab_size, x.device)
+    if reduction != "none" and x.device.type == "cpu":
+        # most targets of a conversation are ignored: skip their products (on a GPU finding them would wait for the device)
+        kept = _kept_tokens(supervised, min(chunk_tokens, 128))
+        if kept.numel() < targets.numel():
+            x, targets, factors = x[kept], targets[kept], factors[kept]
     # within the Function gradients look switched off, so whether they are wanted is found out here
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     mode = "none" if reduction == "none" else "sum with gradients" if wanted else "sum"
@@ -61,6 +61,16 @@ def softcapped_cross_entropy(
 def softcap(logits: Tensor, cap: float) -> Tensor:
     """cap * tanh(logits / cap), in fp32."""
     return cap * torch.tanh(logits.float() / cap)
+
+
+def _kept_tokens(supervised: Tensor, multiple: int) -> Tensor:
+    """Indices of the True ones in their order, then of as many others as make a multiple (or all there are).
+
+    The others have a factor of 0 and change nothing. They are there because torch keeps the bf16 product that it generates for each
+    shape: with a count of its own in every step a small model's process grew to several times its size.
+    """
+    count = -(-int(supervised.sum()) // multiple) * multiple
+    return supervised.byte().argsort(descending=True, stable=True)[:count]
 
 
 def _default_chunk(vocab_size: int, device: torch.device) -> int:

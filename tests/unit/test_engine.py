@@ -15,7 +15,7 @@ from dev import bench_infer
 from tests.util import ByteTokenizer
 from zangchat import kv_cache
 from zangchat.config import GPTConfig
-from zangchat.engine import Engine, KVCache, ReplyDecoder, Request, RunningBatch, StopFinder, StreamDecoder, fit_conversation
+from zangchat.engine import PROMPT_MULTIPLE, Engine, KVCache, ReplyDecoder, Request, RunningBatch, StopFinder, StreamDecoder, fit_conversation
 from zangchat.gpt import GPT
 from zangchat.inference import InferenceGPT
 from zangchat.sampling import Sampler
@@ -87,12 +87,13 @@ def worth_a_call(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("worth_a_call")
-@given(traffic(), st.integers(1, 5), st.integers(0, 7), st.sampled_from([5, 64, 4096]), st.booleans())
+@given(traffic(), st.integers(1, 5), st.integers(0, 7), st.sampled_from([5, 64, 4096]), st.booleans(), st.sampled_from([1, PROMPT_MULTIPLE]))
 @settings(max_examples=30, deadline=None)
 def test_greedy_tokens_equal_the_plain_forward_pass_in_any_company(
-    model: GPT, plan: list[tuple[int, int, int, int | None]], max_rows: int, gap: int, prefill_tokens: int, ahead: bool
+    model: GPT, plan: list[tuple[int, int, int, int | None]], max_rows: int, gap: int, prefill_tokens: int, ahead: bool, multiple: int
 ) -> None:
     batch = RunningBatch(InferenceGPT(model), TOKENIZER, max_rows, prefill_tokens, ahead)
+    batch.prompt_multiple = multiple
     live, joined, step = [], 0, 0
     while joined < len(plan) or batch.busy:
         if joined < len(plan) and step >= joined * gap:
@@ -412,6 +413,20 @@ def test_samples_of_one_prompt_share_its_prefill() -> None:
     results = engine.generate_many([Request(start, temperature=0)] * 5)
     assert [TOKENIZER.decode(result.tokens) for result in results] == ["answer"] * 5
     assert engine.model.read.count(start) == 1  # type: ignore[attr-defined]
+
+
+def test_prompts_are_read_in_few_shapes_where_each_shape_costs_memory(model: GPT) -> None:
+    """bf16 on a CPU: torch keeps a generated product for every number of positions it has seen."""
+    in_bf16 = GPT(model.config, torch.bfloat16)
+    in_bf16.load_state_dict(model.state_dict())
+    widths: list[int] = []
+    in_bf16.register_forward_pre_hook(lambda _, args: widths.append(args[0].size(1)))
+    batch = RunningBatch(in_bf16.eval(), TOKENIZER, max_rows=1)
+    for n in (1, 9, 30, 33, 47, 80, 155):
+        batch.submit(Request(prompt(n, n), 1, temperature=0))
+    while batch.busy:
+        batch.step()
+    assert widths == [16, 16, 32, 48, 48, 80, 160]
 
 
 def test_more_requests_than_rows_come_back_in_order() -> None:

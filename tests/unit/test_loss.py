@@ -109,6 +109,19 @@ def test_the_result_does_not_depend_on_the_chunks() -> None:
         torch.testing.assert_close(other, results[0], atol=1e-5, rtol=1e-5)
 
 
+def test_tokens_without_a_loss_are_left_out_up_to_a_multiple(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few shapes: torch keeps a generated bf16 product for every number of tokens it has seen."""
+    sizes = []
+    original = loss_module._chunked
+    monkeypatch.setattr(loss_module, "_chunked", lambda *a: sizes.append(a[0].size(0)) or original(*a))
+    for supervised in (0, 1, 128, 129, 200, 299, 300):
+        x, weight, targets = problem(300, 4, 9, 9)
+        targets = targets.clamp(min=0)
+        targets[torch.randperm(300)[supervised:]] = -1
+        softcapped_cross_entropy(x, weight, targets, 9, CAP)
+    assert sizes == [0, 128, 128, 256, 256, 300, 300]
+
+
 def test_gradients_are_made_only_where_somebody_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     original = loss_module._chunked
