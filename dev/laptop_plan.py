@@ -16,9 +16,10 @@ from zangchat import common, configurator
 from zangchat.tokenizer import get_tokenizer
 
 OVERHEAD_MINUTES = 7.5  # setup, corpus, tokenizer, evaluations, report, starting ten processes
-SHARES = {"BASE_STEPS": 0.48, "MID_STEPS": 0.34, "SFT_STEPS": 0.13, "RL_STEPS": 0.05}
-RL_STEP = 2.2  # in units of a training step: 64 answers are sampled, then learned from
+SHARES = {"MID_STEPS": 0.34, "SFT_STEPS": 0.13, "RL_STEPS": 0.05}
+COST = {"MID_STEPS": 1.0, "SFT_STEPS": 1.0, "RL_STEPS": 2.2}  # of a step, in steps of pretraining: RL samples 64 answers first
 LEAST = {"BASE_STEPS": 50, "MID_STEPS": 50, "SFT_STEPS": 20, "RL_STEPS": 5}  # below this a stage means nothing
+MOST = {"MID_STEPS": 1500, "SFT_STEPS": 400, "RL_STEPS": 80}  # beyond this it learns nothing more; pretraining does
 
 
 @dataclass
@@ -41,10 +42,11 @@ def plan(config: Config) -> int:
 
 
 def steps_that_fit(minutes: float, pace: float) -> dict[str, int]:
-    """Steps per stage for a pace in seconds per training step."""
-    seconds = 60 * max(minutes - OVERHEAD_MINUTES, 0)
-    cost = {name: pace * (RL_STEP if name == "RL_STEPS" else 1) for name in SHARES}
-    return {name: max(LEAST[name], int(seconds * share / cost[name])) for name, share in SHARES.items()}
+    """Steps per stage for a pace in seconds per training step; pretraining gets what the others leave."""
+    left = 60 * max(minutes - OVERHEAD_MINUTES, 0) / pace  # in units of a training step
+    later = {name: min(MOST[name], int(left * SHARES[name] / COST[name])) for name in SHARES}
+    base = int(left - sum(steps * COST[name] for name, steps in later.items()))
+    return {name: max(LEAST[name], steps) for name, steps in {"BASE_STEPS": base, **later}.items()}
 
 
 def seconds_per_step(config: Config, steps: int = 12) -> float:
