@@ -89,13 +89,13 @@ def memory_estimate(
     grad_comm_dtype: str = "float32",
     fsdp: bool = False,
 ) -> dict[str, int]:
-    """Bytes one rank needs to train with `device_batch_size` rows: weights, gradients, optimizer, activations, recomputed, logits, sent,
-    update, total.
+    """Bytes one rank needs to train with `device_batch_size` rows: weights, gradients, optimizer, casts, activations, recomputed, logits,
+    sent, update, total.
 
     What is not there at the same time counts once in the total: what is sent of gradients in 16 bits comes while the activations go, the
-    update of the optimizer after them, and a block is recomputed (with `grad_checkpoint`) when the logits are gone. For the uncompiled
-    model; the optimizer's state is sharded over ranks, with `fsdp` weights and gradients as well. An estimate: the allocator's waste and
-    the libraries' workspaces come on top (see `USABLE`). `dtype` is that of the products.
+    update of the optimizer after them and the casts, and a block is recomputed (with `grad_checkpoint`) when the logits are gone. For the
+    uncompiled model; the optimizer's state is sharded over ranks, with `fsdp` weights and gradients as well. An estimate: the allocator's
+    waste and the libraries' workspaces come on top (see `USABLE`). `dtype` is that of the products.
     """
     size = BYTES[str(dtype).removeprefix("torch.")]
     weights = weight_bytes(config, dtype)
@@ -106,28 +106,30 @@ def memory_estimate(
         weights = weights // world_size
         casts += gathered
     parts = {
-        "weights": weights + casts,
+        "weights": weights,
         "gradients": weights,
         "optimizer": optimizer_bytes(config, optimizer, dtype) // world_size,
+        "casts": casts,
         "activations": tokens * activation_bytes_per_token(config, size, device_type, grad_checkpoint),
         "recomputed": tokens * block_bytes_per_token(config, size, device_type) if grad_checkpoint else 0,
         "logits": logits_bytes(config, tokens, size, device_type),
         "sent": 2 * scaling_params(config) if grad_comm_dtype == "bfloat16" and world_size > 1 and not fsdp else 0,
-        "update": update_bytes(config, optimizer, world_size),
+        "update": update_bytes(config, optimizer, world_size, 2 if device_type == "cuda" else size),
     }
     passing = parts["activations"] + max(parts["recomputed"], parts["logits"])
     lasting = parts["weights"] + parts["gradients"] + parts["optimizer"]
-    return {**parts, "total": lasting + max(passing, parts["sent"], parts["update"])}
+    return {**parts, "total": lasting + max(parts["casts"] + max(passing, parts["sent"]), parts["update"])}
 
 
-def update_bytes(config: GPTConfig, kind: str = "muon", world_size: int = 1) -> int:
-    """Scratch memory of the optimizer. Muon stacks all matrices of a shape and needs about five fp32 copies of them; AdamW takes one
-    parameter at a time and needs three."""
+def update_bytes(config: GPTConfig, kind: str = "muon", world_size: int = 1, ortho_size: int = 2) -> int:
+    """Scratch memory of the optimizer. Muon stacks all matrices of a shape: two fp32 copies of them, and four in the dtype of the
+    orthogonalisation (`ortho_size` bytes). AdamW takes one parameter at a time and needs an fp32 copy of its gradient."""
     params = count_params(config)
+    largest = 4 * params["wte"]
     if kind == "muon":
         layers = -(-config.n_layer // world_size)
-        return 5 * 4 * layers * 4 * config.n_embd**2
-    return 3 * 4 * max(params["wte"], 4 * config.n_embd**2)
+        return max(largest, (2 * 4 + 4 * ortho_size) * layers * 4 * config.n_embd**2)
+    return largest
 
 
 def activation_bytes_per_token(config: GPTConfig, size: int = 2, device_type: str = "cuda", grad_checkpoint: bool = False) -> int:
@@ -160,11 +162,12 @@ def block_bytes_per_token(config: GPTConfig, size: int = 2, device_type: str = "
 
 
 def logits_bytes(config: GPTConfig, tokens: int, size: int = 2, device_type: str = "cuda") -> int:
-    """Bytes of the loss: two fp32 copies of one chunk of logits, their gradient in a 16-bit dtype, and of the head cast and gradient."""
+    """Bytes of the loss: two fp32 copies of one chunk of logits, in 16 bits one more, and the head's gradient, in 16 bits as a product too."""
     elements = 2**27 if device_type == "cuda" else 2**22  # as loss.py chooses its chunks
     chunk = min(tokens, max(elements // config.vocab_size, 64), 8192)
     head = config.padded_vocab_size * config.n_embd
-    return chunk * config.vocab_size * (2 * 4 + (size if size < 4 else 0)) + head * (4 + size)
+    half = size if size < 4 else 0
+    return chunk * config.vocab_size * (2 * 4 + half) + head * (4 + half)
 
 
 # ---- what fits ------------------------------------------------------------------------------------------------------

@@ -141,7 +141,7 @@ class InferenceGPT:
         self._rotary = torch.complex(cos, -sin).unsqueeze(1)  # (positions, 1, D/2)
         self._plain_cpu = self.device.type == "cpu" and dtype == torch.float32
         # as tensors: a Python number costs an operation more each time
-        self._cap = torch.tensor(self.config.logit_cap, device=self.device)
+        self._cap = torch.full((), self.config.logit_cap, device=self.device)
         self._floors = {
             width: (torch.tensor((width * self.config.rms_norm_eps) ** 0.5), torch.tensor(width**-0.5))
             for width in (self.config.n_embd, self.config.head_dim)

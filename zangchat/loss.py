@@ -128,7 +128,11 @@ def _chunked(
         target = targets[rows, None]
         s, e = (buffer[: target.size(0)] for buffer in buffers)
         # u = cap * (2 s - 1): a sigmoid takes a CPU a seventh of a tanh's time
-        s.copy_(torch.addmm(nothing, x[rows], w.T, beta=0, alpha=2 / cap)).sigmoid_()
+        if x.dtype == torch.float32:
+            torch.addmm(nothing, x[rows], w.T, beta=0, alpha=2 / cap, out=s)
+        else:
+            s.copy_(torch.addmm(nothing, x[rows], w.T, beta=0, alpha=2 / cap))
+        s.sigmoid_()
         # u is bounded by cap, so cap can take the place of the row maximum in a stable logsumexp
         torch.add(bound, s, alpha=2 * cap, out=e).exp_()
         total = e.sum(-1, keepdim=True)
@@ -143,4 +147,5 @@ def _chunked(
             dweight[:vocab_size].addmm_(dz.T, x[rows])
         else:
             dweight[:vocab_size] += dz.T @ x[rows]
+        del dz  # a chunk's logits less while the next ones are made
     return losses, dx, dweight

@@ -90,12 +90,12 @@ class Sampler:
         if self.greedy:
             return
         greedy = [request.greedy for request in requests]
-        self.is_greedy = torch.tensor(greedy, device=self.device)[:, None] if any(greedy) else None
+        self.is_greedy = self._column(greedy, torch.bool) if any(greedy) else None
         self.temperature = self._column([1.0 if request.greedy else request.temperature for request in requests])
         top_k = [vocab_size if request.greedy else min(request.top_k or vocab_size, vocab_size) for request in requests]
         top_p = [1.0 if request.greedy else request.top_p or 1.0 for request in requests]
         limited = [k < vocab_size for k in top_k]
-        self.limited = torch.tensor(limited, device=self.device)[:, None] if any(limited) else None
+        self.limited = self._column(limited, torch.bool) if any(limited) else None
         self.candidates = max((k for k in top_k if k < vocab_size), default=0)
         self.unlimited = not all(a or b for a, b in zip(limited, greedy, strict=True))  # some row draws from its whole vocabulary,
         self.nucleus = any(p < 1 and k == vocab_size for k, p in zip(top_k, top_p, strict=True))  # or from what top_p leaves of it
@@ -105,7 +105,7 @@ class Sampler:
         self.min_p = self._column([request.min_p or 0.0 for request in requests])
 
     def _column(self, values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self.device)[:, None]
+        return to_device(values, dtype, self.device)[:, None]
 
     def saw(self, tokens: Tensor) -> None:
         """Tokens (B, 1) that were put behind the rows since."""

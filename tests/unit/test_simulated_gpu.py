@@ -1,0 +1,137 @@
+"""What a GPU would be given to do, on one that is simulated: no waiting for it, its memory, fp8 products, the step that a graph records."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from tests.simulated_gpu import DEVICE, Usage, backward, simulated_gpu
+from zangchat import fp8, schedule
+from zangchat.config import GPTConfig
+from zangchat.flops import memory_estimate
+from zangchat.gpt import GPT
+from zangchat.inference import InferenceGPT
+from zangchat.kv_cache import KVCache
+from zangchat.optim import build_optimizer
+from zangchat.sampling import Request, Sampler
+
+
+def gpt_config(depth: int) -> GPTConfig:
+    return schedule.model_config_for_depth(depth, 128, 0, vocab_size=65536, sequence_len=2048)
+
+
+def make_model(depth: int, dtype: torch.dtype = torch.bfloat16) -> GPT:
+    with DEVICE:
+        model = GPT(gpt_config(depth), dtype)
+    model.init_weights()
+    return model
+
+
+def train(usage: Usage, model: GPT, rows: int, **settings: Any) -> int:
+    """Two steps of two passes each, as the trainer takes them; returns the most bytes that were in use in the second."""
+    optimizer = build_optimizer(model, embedding_lr=0.3, unembedding_lr=0.01, matrix_lr=0.02, **settings)
+    for _ in range(2):  # in the second step the optimizer's state is there already, in its second pass the gradients are
+        usage.peak = usage.now
+        with model.cast_once():
+            for last in (False, True):
+                tokens = torch.zeros(rows, model.config.sequence_len, dtype=torch.int64, device=DEVICE)
+                losses = [model(tokens, tokens)]
+                if last:
+                    optimizer.last_pass()
+                backward(losses)
+        optimizer.sum_gradients()
+        optimizer.step()
+        optimizer.zero_grad()
+    return usage.peak
+
+
+def test_the_simulation_knows_no_values_and_one_device() -> None:
+    with simulated_gpu() as usage:
+        x = torch.zeros(1000, device=DEVICE)
+        assert usage.now == 4096
+        with pytest.raises(DataDependentOutputException):
+            x.sum().item()
+        with pytest.raises(RuntimeError, match="device"):
+            x + torch.zeros(1000)
+        del x
+        assert usage.now == 0 and usage.peak >= 4096
+
+
+@pytest.mark.parametrize(
+    ("depth", "rows", "dtype", "grad_checkpoint"),
+    [
+        (4, 4, torch.bfloat16, False),
+        (12, 8, torch.bfloat16, False),
+        (12, 8, torch.float32, True),
+        (20, 32, torch.bfloat16, False),
+        pytest.param(20, 32, torch.bfloat16, True, marks=pytest.mark.slow),
+        pytest.param(12, 8, torch.float32, False, marks=pytest.mark.slow),
+        pytest.param(32, 8, torch.bfloat16, False, marks=pytest.mark.slow),
+        pytest.param(32, 2, torch.bfloat16, True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_training_step_never_waits_for_the_gpu_and_takes_the_memory_foreseen(
+    depth: int, rows: int, dtype: torch.dtype, grad_checkpoint: bool
+) -> None:
+    with simulated_gpu() as usage:
+        model = make_model(depth, dtype)
+        model.grad_checkpoint = grad_checkpoint
+        taken = train(usage, model, rows)
+    foreseen = memory_estimate(gpt_config(depth), rows, dtype=str(dtype), grad_checkpoint=grad_checkpoint)
+    assert foreseen["total"] == pytest.approx(taken, rel=0.03), foreseen
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_the_other_optimizers_take_the_memory_foreseen(optimizer: str) -> None:
+    with simulated_gpu() as usage:
+        taken = train(usage, make_model(12), 2, kind=optimizer)
+    assert memory_estimate(gpt_config(12), 2, optimizer=optimizer)["total"] == pytest.approx(taken, rel=0.03)
+
+
+@pytest.fixture
+def eight_ranks() -> Iterator[None]:
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("eight_ranks")
+@pytest.mark.parametrize("comm_dtype", [torch.float32, torch.bfloat16])
+def test_one_of_eight_ranks_takes_the_memory_foreseen(comm_dtype: torch.dtype) -> None:
+    with simulated_gpu() as usage:
+        taken = train(usage, make_model(12), 8, world_size=8, comm_dtype=comm_dtype)
+    foreseen = memory_estimate(gpt_config(12), 8, world_size=8, grad_comm_dtype=str(comm_dtype).removeprefix("torch."))
+    assert foreseen["total"] == pytest.approx(taken, rel=0.03), foreseen
+
+
+def test_fp8_products_take_the_operands_they_are_given() -> None:
+    """_scaled_mm wants fp8, one side column-major, sizes in sixteens: torch checks that without a GPU, too."""
+    with simulated_gpu() as usage:
+        model = make_model(12)
+        layers = fp8.convert_to_fp8(model, min_size=0)
+        train(usage, model, 1)
+    assert layers == 6 * 12
+    assert usage.calls["_scaled_mm"] == 2 * 2 * 3 * layers  # steps, passes, products
+
+
+def test_answering_never_waits_for_the_gpu() -> None:
+    """A pass over prompts, the decoding step that CUDA graphs record (in a capture waiting is an error), and the draw behind it."""
+    requests = [Request([1], temperature=0), Request([1], top_k=50, top_p=0.9), Request([1], top_k=None, top_p=0.9, min_p=0.1)]
+    requests.append(Request([1], top_k=None, repetition_penalty=1.2))
+    with simulated_gpu(), torch.inference_mode():
+        model = InferenceGPT(make_model(12))
+        cache = KVCache(model.config, 8, 512, torch.bfloat16, DEVICE)
+        prompts = torch.zeros(4, 300, dtype=torch.int64, device=DEVICE)
+        logits = model(prompts, kv_cache=cache.rows(0, 4), logits_at=prompts[:, 0])
+        assert logits.shape == (4, 1, 65536)
+        sampler = Sampler(requests, model.config.vocab_size, DEVICE, [[1]] * 4)
+        tokens = sampler(logits[:, 0], [0.5] * 4)
+        assert tokens.shape == (4,) and tokens.device == DEVICE
+        sampler.saw(tokens[:, None])
+        for rows in (cache.fixed_rows(prompts[:, 0], 512), cache.rows(0, 4), cache.rows(0, 4, [2, 2])):
+            logits = model(tokens[:, None], kv_cache=rows)
+            assert logits.shape == (4, 1, 65536) and logits.device == DEVICE
