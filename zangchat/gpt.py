@@ -128,6 +128,7 @@ class GPT(nn.Module):
         self.grad_checkpoint = False  # True: keep only each block's input for the backward pass and compute the rest again
         self.document_start: int | None = None  # a token (<|bos|>) at which a row's next document begins, which does not see those before
         self.run_block = run_block  # in passes that record gradients, see compile_blocks
+        self.compile_backend: Any = None
         rows = config.padded_vocab_size
         self.transformer = nn.ModuleDict(
             {
@@ -172,8 +173,9 @@ class GPT(nn.Module):
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Training passes run compiled from now on, block by block: all blocks share one compilation, which torch keeps on disk for the
-        next launch. Evaluation and sampling, whose shapes change from call to call, stay as they are."""
+        next launch; and the loss between its products. Evaluation and sampling, whose shapes change from call to call, stay as they are."""
         self.run_block = torch.compile(run_block, backend=backend, dynamic=False)
+        self.compile_backend = backend
 
     @torch.no_grad()
     def init_weights(self, head_init_scale: float = 0.0, generator: torch.Generator | None = None) -> None:
@@ -285,5 +287,6 @@ class GPT(nn.Module):
             loss_reduction,
             None if loss_weights is None else loss_weights.reshape(-1),
             cast=self.lm_head.cast,
+            compile_backend=self.compile_backend if torch.is_grad_enabled() else None,
         )
         return loss.view(B, T) if loss_reduction == "none" else loss

@@ -4,11 +4,15 @@ loss_i = logsumexp(u_i) - u_i[target_i]  with  u = cap * tanh(z / cap),  z = x W
 
 The (tokens, vocabulary) matrix is the biggest tensor of a training step by far, so it never exists whole: each chunk of tokens gets
 its logits, its loss and, in training, at once the gradient with respect to its logits, from which dx and dW follow. The products run
-in the dtype of x; cap, exponentials, sums and dW are fp32. The slow twin is tests/reference/loss.py.
+in the dtype of x; cap, exponentials, sums and dW are fp32. Between the products a chunk is read and written by passes in place, or,
+compiled, read once for the loss and once for the gradient: on a GPU that is the difference between waiting for memory and for the
+products. The slow twin is tests/reference/loss.py.
 
 Shapes: N tokens, D width, V vocabulary (padding rows of W cut).
 """
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -28,13 +32,14 @@ def softcapped_cross_entropy(
     weights: Tensor | None = None,
     chunk_tokens: int | None = None,
     cast: Tensor | None = None,
+    compile_backend: Any = None,
 ) -> Tensor:
     """Cross-entropy of softcapped logits; fp32, differentiable in x and weight.
 
     x (N, D) in the compute dtype; weight (rows >= vocab_size, D), of which the first vocab_size rows are used; targets (N,) with -1
     for ignored; weights (N,), optional factors on each token's loss (not differentiated). `reduction` is "sum", "mean" (the
     sum divided by the number of targets that are not ignored; 0 where all are) or "none" ((N,), 0 where ignored). `cast` is the weight in
-    the dtype of x, where the caller has it.
+    the dtype of x, where the caller has it. `compile_backend`: what torch.compile is to fuse the passes between the products by; none without.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be mean, sum or none, not {reduction!r}")
@@ -44,7 +49,7 @@ def softcapped_cross_entropy(
     count = supervised.sum().clamp(min=1)
     factors = supervised.float() if weights is None else supervised * weights.detach().float()
     if chunk_tokens is None:
-        chunk_tokens = _default_chunk(vocab_size, x.device)
+        chunk_tokens = _default_chunk(vocab_size, x.device, compile_backend is not None)
     if reduction != "none" and x.device.type == "cpu":
         # most targets of a conversation are ignored: skip their products (on a GPU finding them would wait for the device)
         kept = _kept_tokens(supervised, min(chunk_tokens, 128))
@@ -54,7 +59,7 @@ def softcapped_cross_entropy(
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     mode = "none" if reduction == "none" else "sum with gradients" if wanted else "sum"
     w = (weight if cast is None else cast).detach().to(x.dtype)
-    loss = _CrossEntropy.apply(x, weight, w, targets, factors, vocab_size, cap, mode, chunk_tokens)
+    loss = _CrossEntropy.apply(x, weight, w, targets, factors, mode, (vocab_size, cap, chunk_tokens, compile_backend))
     return loss / count if reduction == "mean" else loss
 
 
@@ -73,9 +78,10 @@ def _kept_tokens(supervised: Tensor, multiple: int) -> Tensor:
     return supervised.byte().argsort(descending=True, stable=True)[:count]
 
 
-def _default_chunk(vocab_size: int, device: torch.device) -> int:
-    """Tokens per chunk: on a GPU large enough for full-rate GEMMs (2,048 at V = 65,536), on a CPU small enough for its caches."""
-    elements = 2**27 if device.type == "cuda" else 2**22
+def _default_chunk(vocab_size: int, device: torch.device, compiled: bool) -> int:
+    """Tokens per chunk: on a GPU large enough for full-rate GEMMs (2,048 at V = 65,536; compiled, with fewer bytes each, twice as many),
+    on a CPU small enough for its caches."""
+    elements = 2 ** (28 if compiled else 27) if device.type == "cuda" else 2**22
     return min(max(elements // vocab_size, 64), 8192)
 
 
@@ -84,11 +90,11 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, w: Tensor, targets: Tensor, factors: Tensor, vocab_size: int, cap: float, mode: str, chunk: int
+        ctx: Any, x: Tensor, weight: Tensor, w: Tensor, targets: Tensor, factors: Tensor, mode: str, settings: tuple[Any, ...]
     ) -> Tensor:
-        ctx.mode, ctx.settings, ctx.weight_dtype = mode, (vocab_size, cap, chunk), weight.dtype
+        ctx.mode, ctx.settings, ctx.weight_dtype = mode, settings, weight.dtype
         grads = factors if mode == "sum with gradients" else None
-        losses, *ctx.grads = _chunked(x, w, targets, grads, vocab_size, cap, chunk)
+        losses, *ctx.grads = _chunked(x, w, targets, grads, *settings)
         losses = losses * factors
         if mode != "none":
             return losses.sum()
@@ -106,42 +112,27 @@ class _CrossEntropy(torch.autograd.Function):
         else:
             x, w, targets, factors = ctx.saved_tensors
             _, dx, dweight = _chunked(x, w, targets, factors * grad, *ctx.settings)
-        return dx, dweight.to(ctx.weight_dtype), None, None, None, None, None, None, None
+        return dx, dweight.to(ctx.weight_dtype), None, None, None, None, None
 
 
 def _chunked(
-    x: Tensor, weight: Tensor, targets: Tensor, grads: Tensor | None, vocab_size: int, cap: float, chunk: int
+    x: Tensor, weight: Tensor, targets: Tensor, grads: Tensor | None, vocab_size: int, cap: float, chunk: int, compile_backend: Any
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Per-token losses (N,) and, given the loss gradient of each token, dx like x and dW like weight, but fp32.
-
-    On a CPU each line of the loop is a pass over a chunk's logits and costs about as much as a tenth of its products.
-    """
+    """Per-token losses (N,) and, given the loss gradient of each token, dx like x and dW like weight, but fp32."""
     w = weight[:vocab_size]
     targets = targets.clamp(min=0)  # ignored tokens: any valid index, their factor is 0
     losses = torch.empty(x.size(0), dtype=torch.float32, device=x.device)
     dx = None if grads is None else torch.empty_like(x)
     dweight = None if grads is None else torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
-    buffers = [torch.empty(min(chunk, x.size(0)), vocab_size, dtype=torch.float32, device=x.device) for _ in range(2)]
-    bound, nothing = torch.full((), -2 * cap, device=x.device), x.new_empty(())
+    if compile_backend is None:
+        between: _InPlace | _Fused = _InPlace(cap, min(chunk, x.size(0)), vocab_size, x.device)
+    else:
+        between = _Fused(cap, compile_backend)
     for start in range(0, x.size(0), chunk):
         rows = slice(start, start + chunk)
-        target = targets[rows, None]
-        s, e = (buffer[: target.size(0)] for buffer in buffers)
-        # u = cap * (2 s - 1): a sigmoid takes a CPU a seventh of a tanh's time
-        if x.dtype == torch.float32:
-            torch.addmm(nothing, x[rows], w.T, beta=0, alpha=2 / cap, out=s)
-        else:
-            s.copy_(torch.addmm(nothing, x[rows], w.T, beta=0, alpha=2 / cap))
-        s.sigmoid_()
-        # u is bounded by cap, so cap can take the place of the row maximum in a stable logsumexp
-        torch.add(bound, s, alpha=2 * cap, out=e).exp_()
-        total = e.sum(-1, keepdim=True)
-        losses[rows] = (total.log() + 2 * cap * (1 - s.gather(1, target))).squeeze(1)
-        if grads is None or dx is None or dweight is None:
+        losses[rows], dz = between(x[rows], w, targets[rows, None], None if grads is None else grads[rows, None])
+        if dz is None or dx is None or dweight is None:
             continue
-        g = 4 * grads[rows, None]
-        e.mul_(g / total).scatter_add_(1, target, -g)  # 4 (softmax - onehot) * g
-        dz = e.mul_(s.addcmul_(s, s, value=-1)).to(x.dtype)  # du/dz = 1 - (2 s - 1)^2 = 4 (s - s^2)
         torch.mm(dz, w, out=dx[rows])
         if x.dtype == torch.float32:
             dweight[:vocab_size].addmm_(dz.T, x[rows])
@@ -149,3 +140,68 @@ def _chunked(
             dweight[:vocab_size] += dz.T @ x[rows]
         del dz  # a chunk's logits less while the next ones are made
     return losses, dx, dweight
+
+
+# ---- between the products: from x (n, D) and W to losses (n,) and dz (n, V), z = x W^T ----------------------------------------------
+#
+# With s = sigmoid(2 z / cap) is u = cap * (2 s - 1): a sigmoid takes a CPU a seventh of a tanh's time. And u is bounded by cap, so cap
+# can take the place of the row maximum in a stable logsumexp. targets and g, the gradient of each loss, are (n, 1).
+
+
+class _InPlace:
+    """Each line is a pass over the chunk's logits; on a CPU it costs about as much as a tenth of the products."""
+
+    def __init__(self, cap: float, chunk: int, vocab_size: int, device: torch.device) -> None:
+        self.cap, self.bound = cap, torch.full((), -2 * cap, device=device)
+        self.buffers = [torch.empty(chunk, vocab_size, dtype=torch.float32, device=device) for _ in range(2)]
+
+    def __call__(self, x: Tensor, w: Tensor, targets: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        cap = self.cap
+        s, e = (buffer[: targets.size(0)] for buffer in self.buffers)
+        if x.dtype == torch.float32:
+            _product(x, w, 2 / cap, out=s)
+        else:
+            s.copy_(_product(x, w, 2 / cap))
+        torch.add(self.bound, s.sigmoid_(), alpha=2 * cap, out=e).exp_()
+        total = e.sum(-1, keepdim=True)
+        losses = (total.log() + 2 * cap * (1 - s.gather(1, targets))).squeeze(1)
+        if g is None:
+            return losses, None
+        g = 4 * g
+        e.mul_(g / total).scatter_add_(1, targets, -g)  # 4 (softmax - onehot) * g
+        return losses, e.mul_(s.addcmul_(s, s, value=-1)).to(x.dtype)  # du/dz = 1 - (2 s - 1)^2 = 4 (s - s^2)
+
+
+class _Fused:
+    """The same as two functions that torch.compile makes a kernel or two of: 6 bytes of traffic for a bf16 logit, not about 70."""
+
+    def __init__(self, cap: float, backend: Any) -> None:
+        self.cap, self.backend = cap, backend
+
+    def __call__(self, x: Tensor, w: Tensor, targets: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        z = _product(x, w, 2 / self.cap)
+        total, losses = _compiled(_totals_and_losses, self.backend)(z, targets, self.cap)
+        return losses, None if g is None else _compiled(_logits_to_gradient, self.backend)(z, total, targets, g, self.cap)
+
+
+def _totals_and_losses(z: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """Sums of exponentials (n, 1) and losses (n,) from z = 2 x W^T / cap."""
+    total = torch.exp(2 * cap * (z.float().sigmoid() - 1)).sum(-1, keepdim=True)
+    return total, (total.log() + 2 * cap * (1 - z.gather(1, targets).float().sigmoid())).squeeze(1)
+
+
+def _logits_to_gradient(z: Tensor, total: Tensor, targets: Tensor, g: Tensor, cap: float) -> Tensor:
+    """dz in the place of z."""
+    s = z.float().sigmoid()
+    onehot = torch.arange(z.size(1), device=z.device) == targets
+    return z.copy_((torch.exp(2 * cap * (s - 1)) / total - onehot.float()) * (4 * g) * (s - s * s))
+
+
+@lru_cache
+def _compiled(function: Callable[..., Any], backend: Any) -> Callable[..., Any]:
+    return torch.compile(function, backend=backend)
+
+
+def _product(x: Tensor, w: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:
+    """alpha * x W^T"""
+    return torch.addmm(x.new_empty(()), x, w.T, beta=0, alpha=alpha, out=out)

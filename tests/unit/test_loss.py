@@ -1,5 +1,7 @@
 """The chunked loss against its eager twin: values, gradients, chunking, ignored tokens, weights."""
 
+import shutil
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,20 +34,23 @@ def in_fp64(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.
     chunk=st.integers(1, 50),
     reduction=st.sampled_from(["mean", "sum", "none"]),
     weighted=st.booleans(),
+    fused=st.booleans(),
     seed=st.integers(0, 100),
 )
-def test_equal_to_the_twin(N: int, V: int, padding: int, chunk: int, reduction: str, weighted: bool, seed: int) -> None:
+def test_equal_to_the_twin(N: int, V: int, padding: int, chunk: int, reduction: str, weighted: bool, fused: bool, seed: int) -> None:
     x, weight, targets = problem(N, 8, V, V + padding, seed)
     weights = torch.randn(N, generator=torch.Generator().manual_seed(seed)) if weighted else None  # advantages may be negative
-    got = softcapped_cross_entropy(x, weight, targets, V, CAP, reduction, weights, chunk_tokens=chunk)
     x64, weight64 = in_fp64(x, weight)
     expected = reference.softcapped_cross_entropy(x64, weight64, targets, V, CAP, reduction, weights)
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed + 1))
+    expected.backward(upstream.double())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_module, "_compiled", lambda function, backend: function)  # what is compiled, as it stands there
+        backend = "any" if fused else None
+        got = softcapped_cross_entropy(x, weight, targets, V, CAP, reduction, weights, chunk_tokens=chunk, compile_backend=backend)
+        got.backward(upstream)
     assert got.dtype == torch.float32 and got.shape == expected.shape
     torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)
-
-    upstream = torch.randn(got.shape, generator=torch.Generator().manual_seed(seed + 1))
-    got.backward(upstream)
-    expected.backward(upstream.double())
     for ours, theirs in ((x, x64), (weight, weight64)):
         torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-5, rtol=1e-4)
     assert not weight.grad[V:].any()  # padding rows of the vocabulary
@@ -84,13 +89,17 @@ def test_a_batch_without_supervised_tokens_is_zero_and_teaches_nothing(reduction
     assert loss.item() == 0 and not x.grad.any() and not weight.grad.any()
 
 
-def test_bfloat16_products_stay_close_and_sums_are_fp32() -> None:
+COMPILED = pytest.param("inductor", marks=pytest.mark.skipif(not shutil.which("g++"), reason="torch compiles for a CPU by g++"))
+
+
+@pytest.mark.parametrize("backend", [None, COMPILED])
+def test_bfloat16_products_stay_close_and_sums_are_fp32(backend: str | None) -> None:
     x, weight, targets = problem(300, 32, 100, 128, scale=0.2)
     x64, weight64 = in_fp64(x, weight)
     expected = reference.softcapped_cross_entropy(x64, weight64, targets, 100, CAP)
     expected.backward()
     x16 = x.detach().bfloat16().requires_grad_()
-    loss = softcapped_cross_entropy(x16, weight, targets, 100, CAP, chunk_tokens=64)
+    loss = softcapped_cross_entropy(x16, weight, targets, 100, CAP, chunk_tokens=64, compile_backend=backend)
     loss.backward()
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=0.01)
     assert x16.grad.dtype == torch.bfloat16 and weight.grad.dtype == torch.float32
