@@ -94,6 +94,8 @@ def rounded(value: Any) -> Any:
 def work(config: Config) -> dict[str, Any]:
     import torch
 
+    from zangchat import kv_cache
+
     device = common.compute_init(config.device_type)[-1]
     dtype = common.resolve_dtype(config.dtype, device)
     bandwidth, source = memory_bandwidth(device)
@@ -101,9 +103,10 @@ def work(config: Config) -> dict[str, Any]:
     found = {**known, "quantize": config.quantize, "bandwidth_gb_per_sec": bandwidth / 1e9, "bandwidth": source}
     parts = nanochat(config, device, dtype) if config.worker == "nanochat" else zangchat(config, device, dtype)
     weights = {"": dtype.itemsize, "fp16": 2, "int8": 1}[config.quantize]
+    stored = dtype if config.worker == "nanochat" else kv_cache.storage_dtype(dtype, device)
     for point in parts["decode"]:
         middle_context = point["context"] + config.steps // 2
-        size = flops.decode_bytes(config.model(), middle_context, point["batch"], weight_bytes=weights, kv_bytes=dtype.itemsize)
+        size = flops.decode_bytes(config.model(), middle_context, point["batch"], weight_bytes=weights, kv_bytes=stored.itemsize)
         point["bytes_per_step"] = size
         point["share_of_bandwidth"] = size / (point["p50_ms"] / 1e3) / bandwidth
     return {**found, **parts, "peak_memory_mib": common.peak_memory_bytes(device) / 2**20}

@@ -35,8 +35,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, backend:
     """Softmax attention of q (B, H, T, D) over k, v (B, G, S, D) -> (B, H, T, D); query head h reads key/value head h // (H/G).
 
     `mask` is boolean, broadcastable to (B, H, T, S), True where attention is allowed. Without a mask attention is causal and the
-    T queries are the last T of the S positions.
+    T queries are the last T of the S positions. Keys and values of another dtype than q decide in which one it is computed.
     """
+    if q.dtype != k.dtype:
+        return attend(q.to(k.dtype), k, v, mask, backend).to(q.dtype)
     T, S = q.size(-2), k.size(-2)
     if T > S:
         raise ValueError(f"{T} queries cannot be the last of {S} positions")

@@ -24,7 +24,7 @@ from torch import Tensor
 from zangchat.common import derive_seed
 from zangchat.config import CheckpointConfig
 from zangchat.configurator import UserError
-from zangchat.kv_cache import CACHE_BLOCK, KVCache, groups_by_length
+from zangchat.kv_cache import CACHE_BLOCK, KVCache, groups_by_length, storage_dtype
 from zangchat.replies import ReplyDecoder, StopFinder, StreamDecoder, fit_conversation
 from zangchat.sampling import Logprob, LogprobTensors, Request, Sampler, to_device
 from zangchat.tools import use_calculator
@@ -163,7 +163,7 @@ class RunningBatch:
         self.reading: deque[_Prompt] = deque()  # in the order of their rows, all behind the running ones
         self.running: list[Generation] = []  # row i of the cache belongs to running[i]
         self._groups: list[int] = []  # sizes of the groups of running rows that attend together, see _arrange
-        self.cache = KVCache(model.config, 1, CACHE_BLOCK, model.compute_dtype, self.device)
+        self.cache = KVCache(model.config, 1, CACHE_BLOCK, storage_dtype(model.compute_dtype, self.device), self.device)
         self.stop_tokens = frozenset(tokenizer.encode_special(name) for name in ("<|assistant_end|>", "<|bos|>"))
         self.python_start, self.python_end, self.output_start, self.output_end = (
             tokenizer.encode_special(f"<|{name}|>") for name in ("python_start", "python_end", "output_start", "output_end")
@@ -260,7 +260,7 @@ class RunningBatch:
     def _admit(self, events: list[Event]) -> None:
         """Take waiting requests while rows are free; those with nothing to do end here. Equal prompts are read once."""
         prompts: dict[tuple[int, ...], list[Generation]] = {}
-        row = self.reading[-1].row + len(self.reading[-1].generations) if self.reading else len(self.running)
+        row = self._first_free_row()
         free = self.max_rows - row
         while self.waiting and free > 0:
             generation = self.waiting.popleft()
@@ -273,6 +273,9 @@ class RunningBatch:
         for tokens in sorted(prompts, key=len):  # similar lengths will share a pass
             self.reading.append(_Prompt(tokens, prompts[tokens], row))
             row += len(prompts[tokens])
+
+    def _first_free_row(self) -> int:
+        return self.reading[-1].row + len(self.reading[-1].generations) if self.reading else len(self.running)
 
     def _read(self, events: list[Event]) -> list[Tensor]:
         """Read what the budget allows of the prompts; those read to the end join the running rows, their logits (B, V) are returned.
@@ -309,7 +312,7 @@ class RunningBatch:
         chunks = [prompt.tokens[prompt.read : prompt.read + size] for prompt in prompts]
         rows = [prompt.row for prompt in prompts]
         size = min(-(-size // self.prompt_multiple) * self.prompt_multiple, self.model.config.sequence_len - prompts[0].read)
-        self.cache.reserve(max(rows) + 1, prompts[0].read + size)
+        self.cache.reserve(self._first_free_row(), prompts[0].read + size)  # for all that are being read: growing copies
         for row, prompt in zip(rows, prompts, strict=True):
             self.cache.lengths[row] = prompt.read
         idx = to_device([token for chunk in chunks for token in [*chunk, *[0] * (size - len(chunk))]], torch.int64, self.device)

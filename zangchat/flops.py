@@ -162,7 +162,7 @@ def block_bytes_per_token(config: GPTConfig, size: int = 2, device_type: str = "
 
 
 def logits_bytes(config: GPTConfig, tokens: int, size: int = 2, device_type: str = "cuda") -> int:
-    """Bytes of the loss: two fp32 copies of one chunk of logits, in 16 bits one more, and the head's gradient, in 16 bits as a product too."""
+    """Bytes of the loss: two fp32 copies of a chunk of logits and the head's gradient; in 16 bits one more of each."""
     elements = 2**27 if device_type == "cuda" else 2**22  # as loss.py chooses its chunks
     chunk = min(tokens, max(elements // config.vocab_size, 64), 8192)
     head = config.padded_vocab_size * config.n_embd

@@ -39,7 +39,7 @@ def softcapped_cross_entropy(
     x (N, D) in the compute dtype; weight (rows >= vocab_size, D), of which the first vocab_size rows are used; targets (N,) with -1
     for ignored; weights (N,), optional factors on each token's loss (not differentiated). `reduction` is "sum", "mean" (the
     sum divided by the number of targets that are not ignored; 0 where all are) or "none" ((N,), 0 where ignored). `cast` is the weight in
-    the dtype of x, where the caller has it. `compile_backend`: what torch.compile is to fuse the passes between the products by; none without.
+    the dtype of x, where the caller has it. `compile_backend`: what torch.compile is to fuse the passes between the products by.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be mean, sum or none, not {reduction!r}")

@@ -15,7 +15,17 @@ from dev import bench_infer
 from tests.util import ByteTokenizer
 from zangchat import kv_cache
 from zangchat.config import GPTConfig
-from zangchat.engine import PROMPT_MULTIPLE, Engine, KVCache, ReplyDecoder, Request, RunningBatch, StopFinder, StreamDecoder, fit_conversation
+from zangchat.engine import (
+    PROMPT_MULTIPLE,
+    Engine,
+    KVCache,
+    ReplyDecoder,
+    Request,
+    RunningBatch,
+    StopFinder,
+    StreamDecoder,
+    fit_conversation,
+)
 from zangchat.gpt import GPT
 from zangchat.inference import InferenceGPT
 from zangchat.sampling import Sampler
@@ -87,7 +97,9 @@ def worth_a_call(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("worth_a_call")
-@given(traffic(), st.integers(1, 5), st.integers(0, 7), st.sampled_from([5, 64, 4096]), st.booleans(), st.sampled_from([1, PROMPT_MULTIPLE]))
+@given(
+    traffic(), st.integers(1, 5), st.integers(0, 7), st.sampled_from([5, 64, 4096]), st.booleans(), st.sampled_from([1, PROMPT_MULTIPLE])
+)
 @settings(max_examples=30, deadline=None)
 def test_greedy_tokens_equal_the_plain_forward_pass_in_any_company(
     model: GPT, plan: list[tuple[int, int, int, int | None]], max_rows: int, gap: int, prefill_tokens: int, ahead: bool, multiple: int
@@ -125,6 +137,23 @@ def test_cached_logits_equal_the_plain_forward_pass_at_every_position(model: GPT
         got.append(model(tokens[:, 7:30], kv_cache=cache.rows(0, 2)))  # a chunk behind stored tokens
         got += [model(tokens[:, i : i + 1], kv_cache=cache.rows(0, 2)) for i in range(30, 100)]
     torch.testing.assert_close(torch.cat(got, dim=1), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [lambda model: model, InferenceGPT], ids=["plain", "inference"])
+def test_a_16_bit_model_on_a_cpu_keeps_its_keys_and_values_in_fp32(model: GPT, kind: Any) -> None:
+    in_bf16 = GPT(model.config, torch.bfloat16)
+    in_bf16.load_state_dict(model.state_dict())
+    batch = RunningBatch(kind(in_bf16.eval()), TOKENIZER)
+    assert batch.cache.storage.dtype == torch.float32
+    generations = [batch.submit(Request(prompt(i, 20 + 7 * i), 12, temperature=0, logprobs=0)) for i in range(3)]
+    while batch.busy:
+        batch.step()
+    for generation in generations:  # what the fp32 model thinks of the same tokens
+        tokens = [*generation.request.tokens, *generation.tokens]
+        logprobs = model(torch.tensor([tokens]))[0].log_softmax(-1)
+        start = len(generation.request.tokens) - 1
+        expected = [logprobs[start + i, token].item() for i, token in enumerate(generation.tokens)]
+        assert [lp.value for lp in generation.logprobs][: len(expected)] == pytest.approx(expected, abs=0.15)
 
 
 def test_growing_the_cache_changes_no_logit(model: GPT) -> None:
