@@ -50,10 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(config: Config) -> int:
     check(config)
-    with run_setup.open_run("rl", config, run_setup.source_tag(config.source, config.model_tag)) as run:
+    with run_setup.open_run("rl", config, source=config.source) as run:
         if run.finished:
             return 0
-        run.start_from(config.source, config.model_step)
+        run.start_from_source()
         tokenizer, model = run.tokenizer(), run.new_model()
         run.settle(model.config)
         config = run.choose_batch(model.config, run.config.examples_per_step * run.config.num_samples, even=False)

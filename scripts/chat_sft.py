@@ -33,7 +33,7 @@ class Config(FinetuneConfig):
     source: str = "mid"  # mid | base: the stage to start from
     # the data
     mixture: str | None = None  # NAME:EPOCHS, or NAME:EXAMPLES for generated tasks, separated by commas; default: see chat_sft.py
-    identity_data: str | None = None  # a .jsonl file of conversations of your own, seen once per epoch
+    identity_data: str | None = None  # a .jsonl file of conversations of your own, added to the mixture: seen once per epoch
     # how long, and in what batches
     num_epochs: int = 1  # times through the mixture
     num_iterations: int = -1  # optimizer steps; -1 = from --num_epochs
@@ -56,10 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(config: Config) -> int:
     check(config)
-    with run_setup.open_run("sft", config, run_setup.source_tag(config.source, config.model_tag)) as run:
+    with run_setup.open_run("sft", config, source=config.source) as run:
         if run.finished:
             return 0
-        run.start_from(config.source, config.model_step)
+        run.start_from_source()
         tokenizer, model = run.tokenizer(), run.new_model()
         run.settle(model.config, mixture=MIXTURE)
         settled = run.choose_batch(model.config, run.config.target_examples_per_step, even=False)

@@ -2,7 +2,8 @@
 
     python -m scripts.mid_train
     python -m scripts.mid_train --mixture="pydocs:1,identity:4,spellingbee:4000" --mixture_ratio=0.9
-    python -m scripts.mid_train --identity_data=me.jsonl      conversations of your own about who the model is, twice
+    python -m scripts.mid_train --identity_data=me.jsonl      the default mixture, and twice the conversations of your own
+    python -m scripts.mid_train --from_tag=d4 --model_tag=me --identity_data=me.jsonl     a second model beside the first
 
 Starts from <base>/base_checkpoints/<model_tag> with its settings and writes <base>/mid_checkpoints/<model_tag>; --resume=latest goes on.
 """
@@ -31,7 +32,7 @@ MIXTURE = "smoltalk:1,mmlu:1,gsm8k:1,identity:2,simplespelling:200000,spellingbe
 class Config(FinetuneConfig):
     # the data
     mixture: str | None = None  # NAME:EPOCHS, or NAME:EXAMPLES for generated tasks, separated by commas; default: see mid_train.py
-    identity_data: str | None = None  # a .jsonl file of conversations of your own, seen twice
+    identity_data: str | None = None  # a .jsonl file of conversations of your own, added to the mixture and seen twice
     mixture_ratio: float = 1.0  # share of the tokens that come from the mixture, above 0; the rest is pretraining text
     dataset: str | None = None  # the pretraining text (also for validation where mixture_ratio < 1); default: as the base model
     data_path: str | None = None
@@ -58,10 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(config: Config) -> int:
     check(config)
-    with run_setup.open_run("mid", config, run_setup.source_tag("base", config.model_tag)) as run:
+    with run_setup.open_run("mid", config, source="base") as run:
         if run.finished:
             return 0
-        run.start_from("base", config.model_step)
+        run.start_from_source()
         tokenizer, model = run.tokenizer(), run.new_model()
         settled = run.settle(model.config, mixture=MIXTURE)
         model.document_start = tokenizer.get_bos_token_id() if settled.block_diagonal else None

@@ -53,10 +53,10 @@ def checkpoints_dir(source: str) -> Path:
     return Path(common.get_base_dir()) / SOURCES[source]
 
 
-def tag_folder(source: str, model_tag: str) -> Path:
-    """The folder of a stage's model, which need not be there; raises UserError for a tag that cannot name one."""
+def tag_folder(source: str, model_tag: str, flag: str = "--model_tag") -> Path:
+    """The folder of a stage's model, which need not be there; raises UserError, naming the flag, for a tag that cannot name one."""
     if not re.fullmatch(r"[\w.+-]+", model_tag) or model_tag in (".", ".."):
-        raise UserError(f"--model_tag={model_tag!r} cannot name a folder: use letters, digits and . _ + -")
+        raise UserError(f"{flag}={model_tag!r} cannot name a folder: use letters, digits and . _ + -")
     return checkpoints_dir(source) / model_tag
 
 
@@ -495,15 +495,15 @@ def load_model_from_dir(
     return build_model(directory, step, device, phase, dtype)
 
 
-def resolve_tag(checkpoints_dir: str | Path, model_tag: str | None) -> Path:
-    """The folder of a tag; raises UserError listing those present if it is not there."""
+def resolve_tag(checkpoints_dir: str | Path, model_tag: str | None, flag: str = "--model_tag", hint: str = "") -> Path:
+    """The folder of a tag; if it is not there, raises UserError that names the flag, lists those present and ends with `hint`."""
     tag = model_tag or find_largest_model(checkpoints_dir)
     directory = Path(checkpoints_dir) / tag
     if not directory.is_dir():
         tags = model_tags(checkpoints_dir)
         if not tags:
             raise UserError(f"no checkpoint in {checkpoints_dir}: {_next_command(checkpoints_dir)}")
-        raise UserError(f"--model_tag={tag} is not in {checkpoints_dir}: choose one of {', '.join(tags)}")
+        raise UserError(f"{flag}={tag} is not in {checkpoints_dir}: choose one of {', '.join(tags)}{hint}")
     return directory
 
 

@@ -121,6 +121,7 @@ class RunConfig:
 class FinetuneConfig(RunConfig):
     """Flags of the stages that go on from a trained model; None: as that model was trained."""
 
+    from_tag: str | None = None  # tag of the model to start from; default: --model_tag, so that a model keeps its tag from stage to stage
     model_step: int | None = None  # of the model to start from; default: its last
     max_seq_len: int | None = None  # tokens in a row; None here and below: as the model it starts from
     optimizer: Optimizer | None = None

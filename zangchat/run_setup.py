@@ -1,9 +1,9 @@
 """What the training commands share before and around the loop: where a run lives, whether it starts, goes on or is finished.
 
-with open_run("mid", config, source_tag("base", config.model_tag)) as run:
+with open_run("mid", config, source="base") as run:    # base models start from nothing: no source
     if run.finished:
         return 0
-    run.start_from("base", config.model_step)          # not for base models
+    run.start_from_source()                            # not for base models
     model = run.new_model()                            # base: run.new_model(gpt_config)
     plan = run.plan(model.config)                      # base: schedule.plan_run(...)
     trainer = run.trainer(model, stage, plan, run.tokenizer())
@@ -44,6 +44,13 @@ FREE_FLAGS = set(
     eval_every eval_tokens eval_steps eval_examples eval_samples sample_every core_metric_every core_metric_max_per_task
     """.split()
 )
+# What a later stage takes over from the model it starts from, where the user left it open. Its mixture, its own files, its length and the
+# step to start from are never taken over: they are what the stage is about. The pretraining text (TEXT) is one choice made by two flags.
+TAKEN_OVER = (
+    *("max_seq_len", "total_batch_size", "device_batch_size"),
+    *("optimizer", "embedding_lr", "unembedding_lr", "matrix_lr", "grad_clip"),
+)
+TEXT = ("dataset", "data_path")
 NOT_NEGATIVE = (
     *("embedding_lr", "unembedding_lr", "matrix_lr", "init_lr_frac", "warmup_ratio", "warmdown_ratio", "final_lr_frac"),
     *("weight_decay", "grad_clip"),
@@ -70,6 +77,15 @@ class Source:
     step: int
     meta: dict[str, Any]
 
+    def describe(self, stage: str) -> str:
+        return f"{stage} {self.directory.name} step {self.step}"
+
+    @property
+    def sha256(self) -> str:
+        from zangchat import checkpoint_manager
+
+        return self.meta["files"][checkpoint_manager.model_name(self.step)]["sha256"]
+
 
 @dataclass
 class Run:
@@ -83,7 +99,8 @@ class Run:
     world_size: int
     state: RunState
     meta: dict[str, Any] | None = None
-    source: "Source | None" = None  # the model of an earlier stage that a new run starts from, see start_from
+    source_stage: str = ""  # the stage whose model this one starts from; empty: base models
+    source: "Source | None" = None  # the model that a new run starts from, see start_from_source
 
     @property
     def fsdp(self) -> bool:
@@ -97,25 +114,57 @@ class Run:
         planned = self.config.num_iterations if self.config.num_iterations > 0 else self.state.num_iterations
         if self.state.step < planned or self.state.extra.get("hooks_done") != self.state.step:
             return False
-        common.print0(f"{self.stage}: {self.checkpoint_dir.name} is finished at step {self.state.step} of {planned}; nothing to do")
+        tag, moved = self.checkpoint_dir.name, self.moved_source()
+        if moved:
+            common.print0(f"{self.stage}: {tag} is at step {self.state.step} of {planned}, but {moved}")
+        else:
+            common.print0(f"{self.stage}: {tag} is finished at step {self.state.step} of {planned}; nothing to do")
         return True
 
-    def start_from(self, source: str, step: int | None = None) -> None:
-        """A new run takes the model of stage `source` with the same tag, and its settings for what the user left open (None).
-
-        A run that is resumed has all this already. Raises UserError if there is no such model.
-        """
-        if self.meta is not None:
-            return
+    def moved_source(self) -> str:
+        """What became of this run's source since the run began, and the command that starts again from there; empty if it is unchanged."""
         from zangchat import checkpoint_manager
 
-        directory = checkpoint_manager.resolve_tag(checkpoint_manager.checkpoints_dir(source), self.checkpoint_dir.name)
-        step = checkpoint_manager.find_last_step(directory) if step is None else step
+        directory = checkpoint_manager.checkpoints_dir(self.source_stage) / self.source_tag if self.source_stage else None
+        began = self.fact("source")
+        steps = checkpoint_manager.valid_steps(directory) if directory and directory.is_dir() and began else []
+        step = self.config.model_step if steps and self.config.model_step is not None else max(steps, default=None)
+        if directory is None or step not in steps:
+            return ""  # no source, or it was deleted: what came from it stands by itself
+        now, sha256 = Source(directory, step, checkpoint_manager.read_meta(directory, step)), self.fact("source_sha256")
+        if now.describe(self.source_stage) != began:
+            change = f"that model is at step {step} now"
+        elif sha256 is not None and sha256 != now.sha256:
+            change = "that model has been trained anew"
+        else:
+            return ""
+        again = command(self.stage, self.config, resume="", overwrite=True)
+        return f"it was started from {began}, and {change}: to start over from there, run `{again}`"
+
+    @property
+    def source_tag(self) -> str:
+        return getattr(self.config, "from_tag", None) or self.checkpoint_dir.name
+
+    def start_from_source(self) -> None:
+        """A new run takes the model that it starts from, and TAKEN_OVER and TEXT of its settings if the user left them open.
+
+        A run that is resumed has all this already; it says if the model that it started from has changed. Raises UserError if there is
+        no such model.
+        """
+        from zangchat import checkpoint_manager
+
+        if self.meta is not None:
+            if moved := self.moved_source():
+                logger.warning(f"{self.stage}: {self.checkpoint_dir.name} is resumed, but {moved}")
+            return
+        config = self.config
+        folder = checkpoint_manager.checkpoints_dir(self.source_stage)
+        flag, hint = ("--from_tag", "") if config.from_tag else ("--model_tag", ", or name the model to start from with --from_tag")
+        directory = checkpoint_manager.resolve_tag(folder, self.source_tag, flag, hint)
+        step = checkpoint_manager.find_last_step(directory) if config.model_step is None else config.model_step
         self.source = Source(directory, step, checkpoint_manager.verify_checkpoint(directory, step))
-        settings = self.source.meta["user_config"]
-        left_open = [name for name, value in configurator.to_dict(self.config).items() if value is None and name in settings]
-        self.config = dataclasses.replace(self.config, **{name: settings[name] for name in left_open})
-        self.state.extra["facts"] = {"source": f"{source} {directory.name} step {step}"}
+        self.config = take_over(config, self.source.meta["user_config"])
+        self.state.extra["facts"] = {"source": self.source.describe(self.source_stage), "source_sha256": self.source.sha256}
         common.print0(f"{self.stage}: starting from step {step} of {directory}")
 
     def tokenizer(self) -> "RustBPETokenizer":
@@ -410,11 +459,26 @@ class Run:
         get_report().log(section, [table, *map(dict, more), f"```bash\n{again}\n```"])
 
 
-def source_tag(source: str, model_tag: str | None) -> str:
-    """The tag of the model to start from, which is also that of the run: --model_tag, else the largest model of stage `source`."""
+def choose_tags(config: Any, source: str) -> Any:
+    """The configuration with the tags of a stage that starts from a model of stage `source`.
+
+    The model to start from is --from_tag, else the one of the same tag, else the largest; --model_tag is the same tag unless given.
+    --from_tag stays None if both are the same. Raises UserError for what cannot be a tag.
+    """
     from zangchat import checkpoint_manager
 
-    return model_tag or checkpoint_manager.find_largest_model(checkpoint_manager.checkpoints_dir(source))
+    if config.from_tag is not None:
+        checkpoint_manager.tag_folder(source, config.from_tag, "--from_tag")
+    start = config.from_tag or config.model_tag or checkpoint_manager.find_largest_model(checkpoint_manager.checkpoints_dir(source))
+    tag = config.model_tag or start
+    return dataclasses.replace(config, model_tag=tag, from_tag=config.from_tag if config.from_tag != tag else None)
+
+
+def take_over(config: C, settings: Mapping[str, Any]) -> C:
+    """The configuration of a later stage with what is left open (None) filled in from `settings`, those of the model it starts from."""
+    values = configurator.to_dict(config)
+    names = [*TAKEN_OVER, *(TEXT if all(values.get(name) is None for name in TEXT) else ())]
+    return dataclasses.replace(config, **{name: settings[name] for name in names if values.get(name, 0) is None and name in settings})
 
 
 def check_batch(total_batch_size: int, sequence_len: int, device_batch_size: BatchSize, world_size: int) -> None:
@@ -450,15 +514,19 @@ def check_rates(config: Any) -> None:
 
 
 @contextlib.contextmanager
-def open_run(stage: str, config: C, tag: str) -> Iterator[Run]:
+def open_run(stage: str, config: C, tag: str = "", source: str = "") -> Iterator[Run]:
     """Set up devices and processes, and decide from --resume and --overwrite where the run begins; cleans up afterwards.
 
+    A base model has a `tag`, any other stage a `source`, the stage that it starts from, and chooses its tag itself (see choose_tags).
     Raises UserError for an existing tag without either flag, a step that is not there, a changed flag that alters the maths, another
     process that trains the same tag, and for memory that does not suffice.
     """
     from zangchat import checkpoint_manager
 
     check_rates(config)
+    if source:
+        config = choose_tags(config, source)
+        tag = config.model_tag or ""
     directory = checkpoint_manager.tag_folder(stage, tag)
     refuse_existing(stage, config, directory)
     _, rank, _, world_size, device = common.compute_init(config.device_type, deterministic=config.deterministic)
@@ -479,7 +547,7 @@ def open_run(stage: str, config: C, tag: str) -> Iterator[Run]:
             dtype = str(common.resolve_dtype(config.dtype, device)).removeprefix("torch.")
             config = dataclasses.replace(config, model_tag=tag, dtype=dtype)
             state = RunState.from_dict(meta["run_state"]) if meta else RunState()
-            run = Run(stage, config, directory, device, rank, world_size, state, meta)
+            run = Run(stage, config, directory, device, rank, world_size, state, meta, source)
             with _memory_in_words(run):
                 yield run
     finally:
@@ -551,9 +619,13 @@ def refuse_existing(stage: str, config: RunConfig, directory: Path) -> None:
     if config.resume and config.resume != "latest" and not config.resume.isdigit():
         raise UserError(f"--resume={config.resume} is not understood: write --resume=latest or --resume=STEP")
     if not config.resume and not config.overwrite and any(directory.glob("meta_*.json")):
+        another = "choose another --model_tag"
+        if stage != "base":
+            start = getattr(config, "from_tag", None) or directory.name
+            another = f"keep it and give the new model another name: --from_tag={start} --model_tag=NAME"
         raise UserError(
             f"{directory} has checkpoints already: go on with `{command(stage, config, resume='latest')}`, "
-            "or put --overwrite=1 in place of --resume=latest to start over, or choose another --model_tag"
+            f"or put --overwrite=1 in place of --resume=latest to start over, or {another}"
         )
 
 
@@ -591,10 +663,12 @@ def inherit(config: C, saved: Mapping[str, Any]) -> C:
         elif value != before:
             changed.append((name, value, before))
     if changed:
-        names = ", ".join(f"--{name}={value} (was {before})" for name, value, before in changed)
-        restored = " ".join(f"--{name}={before}" for name, _, before in changed)
+        names = ", ".join(f"--{name}={value} (was {'not given' if before is None else before})" for name, value, before in changed)
+        given = " ".join(f"--{name}={before}" for name, _, before in changed if before is not None)
+        left_out = " and ".join(f"--{name}" for name, _, before in changed if before is None)
+        restored = " and ".join(part for part in (given and f"give {given}", left_out and f"leave out {left_out}") if part)
         raise UserError(
-            f"a resumed run cannot change {names}: its result would be that of neither run; give {restored}, or --overwrite to start over"
+            f"a resumed run cannot change {names}: its result would be that of neither run; {restored}, or start over with --overwrite"
         )
     return dataclasses.replace(config, **filled)
 

@@ -60,6 +60,8 @@ def small(line: str, number: int) -> list[str]:
     """[module, flag...] of `python -m module flag...`, made small. Each pretraining run gets a tag of its own."""
     module, *flags = shlex.split(line, comments=True)[2:]
     more = [] if "--dry_run" in flags else SMALL.get(module, "").split()
+    if any(flag.startswith("--model_tag=") for flag in flags):  # a model of its own
+        more = [word for word in more if word not in ("--model_tag=d4", "-g", "d4")]
     if module == "scripts.base_train" and "--dry_run" not in flags:
         more.append(f"--model_tag=doc{number}")
     return [module, *flags, *more]

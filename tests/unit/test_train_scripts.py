@@ -18,11 +18,12 @@ from typing import Any
 import pytest
 import torch
 
-from scripts import base_loss, base_train, chat_sft, mid_train
-from tasks.common import find_name, parse_mixture
-from zangchat import checkpoint_manager, common, flops, run_setup, schedule, trainer
+from scripts import base_loss, base_train, chat_rl, chat_sft, mid_train
+from tasks.training import training_conversations
+from tests import task_rows
+from zangchat import checkpoint_manager, common, configurator, flops, run_setup, schedule, trainer
 from zangchat.configurator import UserError
-from zangchat.dataset import folder_lock
+from zangchat.dataset import folder_lock, write_dataset
 from zangchat.flops import checkpoint_bytes
 from zangchat.tokenizer import RustBPETokenizer
 
@@ -152,6 +153,156 @@ def test_later_stages_inherit_the_settings_of_the_model(base):
         for name in ("max_seq_len", "device_batch_size", "matrix_lr", "embedding_lr", "grad_clip", "optimizer"):
             assert after[name] == before[name], name
     assert checkpoint_manager.read_meta(folder(base, "sft"), 10)["run_state"]["extra"]["facts"]["source"] == "mid d1 step 10"
+
+
+# ---- the defaults: a later stage has its own mixture, files and step, whatever the stage before it had ---------------
+
+SHORT = ["--num_iterations=1", "--eval_every=-1", "--device_type=cpu", "--overwrite"]
+
+
+def user_config(root: Path, stage: str, tag: str = "d1") -> dict[str, Any]:
+    directory = folder(root, stage, tag)
+    return checkpoint_manager.read_meta(directory, checkpoint_manager.find_last_step(directory))["user_config"]
+
+
+def trained_on(root: Path, stage: str, tag: str = "d1") -> int:
+    """The conversations of the report's card."""
+    section = {"mid": "Midtraining", "sft": "Chat SFT"}[stage]
+    cards = (json.loads(path.read_text(encoding="utf-8")) for path in (root / "report").glob("*.card.json"))
+    return next(int(table["conversations"]) for card in cards if card["section"] == section for table in tables(card))
+
+
+def tables(card: dict[str, Any]) -> list[dict[str, Any]]:
+    return [entry for entry in card["data"] if isinstance(entry, dict) and "conversations" in entry]
+
+
+def test_each_later_stage_trains_on_its_own_default_mixture(base, before):
+    task_rows.write_local_copies(before, 100)
+    assert mid_train.main(SHORT) == 0
+    assert chat_sft.main(SHORT) == 0
+    assert user_config(before, "mid")["mixture"] == mid_train.MIXTURE
+    assert user_config(before, "sft")["mixture"] == chat_sft.MIXTURE
+    assert trained_on(before, "mid") > 280_000 > 10_000 > trained_on(before, "sft") > 600
+
+
+@pytest.mark.parametrize("script", [mid_train, chat_sft])
+def test_every_entry_of_a_default_mixture_brings_examples_that_can_be_rendered(base, before, script):
+    task_rows.write_local_copies(before, 500)
+    tokenizer = RustBPETokenizer.from_directory(before / "tokenizer")
+    for entry in script.MIXTURE.split(","):
+        task = training_conversations(entry, tokenizer=tokenizer, seed=42)
+        ids, mask = tokenizer.render_conversation(task[0], max_tokens=4096)
+        assert len(task) > 0 and len(ids) == len(mask) and any(mask), entry
+
+
+def test_conversations_of_ones_own_are_added_to_the_default_mixture(base, before):
+    task_rows.write_local_copies(before, 100)
+    sizes = {}
+    for script, stage in ((mid_train, "mid"), (chat_sft, "sft")):
+        for more in ([], [f"--identity_data={base / 'chats.jsonl'}"]):
+            assert script.main([*SHORT, *more]) == 0
+            sizes[stage, bool(more)] = trained_on(before, stage)
+            assert user_config(before, stage)["mixture"] == script.MIXTURE
+        assert user_config(before, stage)["identity_data"] == str(base / "chats.jsonl")
+    assert sizes["mid", True] == sizes["mid", False] + 2 * 60 and sizes["sft", True] == sizes["sft", False] + 60
+    assert chat_sft.main(SHORT) == 0  # the file was midtraining's and finetuning's own: it does not travel
+    assert user_config(before, "sft")["identity_data"] is None and trained_on(before, "sft") == sizes["sft", False]
+
+
+def test_what_a_later_stage_takes_over_is_written_down(base, before):
+    """A flag of the later stages that is left open (None) is taken over, or belongs to the stage: a new one has to be put on a side."""
+    own = {"model_tag", "from_tag", "model_step", "mixture", "identity_data"}
+    for script in (mid_train, chat_sft, chat_rl):
+        left_open = {name for name, value in configurator.to_dict(script.Config()).items() if value is None}
+        assert left_open <= own | {*run_setup.TAKEN_OVER, *run_setup.TEXT}, script.__name__
+    settings = dict.fromkeys(configurator.to_dict(mid_train.Config()), "from the model")
+    after = configurator.to_dict(run_setup.take_over(mid_train.Config(), settings))
+    assert {name for name, value in after.items() if value == "from the model"} == {*run_setup.TAKEN_OVER, *run_setup.TEXT}
+
+
+def test_the_step_to_start_from_is_not_that_of_the_stage_before(base, before):
+    assert mid_train.main([*mid_flags(base), *SHORT, "--model_step=10"]) == 0
+    assert chat_sft.main([*sft_flags(base), *SHORT]) == 0
+    assert (user_config(before, "mid")["model_step"], user_config(before, "sft")["model_step"]) == (10, None)
+
+
+def test_another_text_for_the_later_stage_replaces_the_one_of_the_base_model(base, before):
+    documents = [text(index) for index in range(300)]
+    write_dataset(before / "base_data" / "words", "words", documents[:-20], documents[-20:])
+    assert mid_train.main([*mid_flags(base), *SHORT, "--dataset=words"]) == 0  # the base model had --data_path
+    assert (user_config(before, "mid")["dataset"], user_config(before, "mid")["data_path"]) == ("words", None)
+    assert base_train.main([*MODEL, *BATCH, *QUIET, "--num_iterations=1", "--dataset=words", "--model_tag=words"]) == 0
+    path = base / "text.jsonl"
+    assert mid_train.main([*mid_flags(base), *SHORT, f"--data_path={path}", "--model_tag=words"]) == 0
+    assert (user_config(before, "mid", "words")["dataset"], user_config(before, "mid", "words")["data_path"]) == (None, str(path))
+
+
+def test_a_second_personality_beside_the_first_from_one_base_model(base, before, capsys):
+    weights = {path: path.read_bytes() for stage in ("base", "mid", "sft") for path in folder(before, stage).glob("model_*.pt")}
+    me = [f"--mixture={base / 'chats.jsonl'}", "--num_iterations=1", "--eval_every=-1", "--device_type=cpu", "--model_tag=me"]
+    assert "--from_tag" in refused(mid_train.main, me, capsys)  # the base model has another name
+    assert mid_train.main([*me, "--from_tag=d1"]) == 0
+    assert chat_sft.main([*me]) == 0
+    assert chat_sft.main([*me[:-1], "--source=base", "--from_tag=d1", "--model_tag=you"]) == 0
+    rl = ["--task=arithmetic", "--max_new_tokens=4", "--num_samples=2", "--examples_per_step=1", *SHORT]
+    assert chat_rl.main([*rl, "--from_tag=me", "--model_tag=mine"]) == 0
+    for stage, tag, source in (
+        ("mid", "me", "base d1 step 10"),
+        ("sft", "me", "mid me step 1"),
+        ("sft", "you", "base d1 step 10"),
+        ("rl", "mine", "sft me step 1"),
+    ):
+        directory = folder(before, stage, tag)
+        assert checkpoint_manager.read_meta(directory, 1)["run_state"]["extra"]["facts"]["source"] == source
+    assert all(path.read_bytes() == content for path, content in weights.items())
+    capsys.readouterr()
+    assert mid_train.main([*me, "--resume=latest"]) == 0  # a resumed run knows where it started
+    assert "me is finished at step 1 of 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"), [(["--from_tag=d9", "--model_tag=me"], "--from_tag=d9 is not in"), (["--from_tag=../base"], "--from_tag='../base'")]
+)
+def test_a_tag_to_start_from_that_is_not_there_is_named(base, flags, named, capsys):
+    assert named in refused(mid_train.main, mid_flags(base, *flags), capsys)
+
+
+def test_a_refused_stage_leads_to_a_second_model(base, before, capsys):
+    message = refused(mid_train.main, mid_flags(base), capsys)
+    flags = shlex.split(message[message.index("--from_tag") :])
+    assert mid_train.main(mid_flags(base, *flags, "--num_iterations=1")) == 0
+    assert folder(before, "mid", "NAME").is_dir()
+
+
+def test_a_source_that_has_moved_on_is_said(base, before, capsys):
+    """The base model is trained further, then anew; a model that was started from an earlier state says so, and how to start over."""
+    assert base_train.main([*base_flags(base, "--resume=latest"), "--num_iterations=12"]) == 0
+    capsys.readouterr()
+    assert mid_train.main(mid_flags(base, "--resume=latest")) == 0
+    out = capsys.readouterr().out
+    assert "finished" not in out and "started from base d1 step 10, and that model is at step 12 now" in out
+    command = shlex.split(out[out.index("`python") + 1 : out.rindex("`")])
+    assert command[:3] == ["python", "-m", "scripts.mid_train"] and mid_train.main(command[3:]) == 0
+    capsys.readouterr()
+    assert mid_train.main(mid_flags(base, "--resume=latest")) == 0
+    assert "d1 is finished at step 10 of 10; nothing to do" in capsys.readouterr().out
+    assert base_train.main([*base_flags(base, "--overwrite", "--seed=7"), "--num_iterations=12"]) == 0
+    capsys.readouterr()
+    assert mid_train.main(mid_flags(base, "--resume=latest")) == 0
+    assert "started from base d1 step 12, and that model has been trained anew" in capsys.readouterr().out
+    shutil.rmtree(folder(before, "base"))
+    assert mid_train.main(mid_flags(base, "--resume=latest", "--model_tag=d1")) == 0
+    assert "nothing to do" in capsys.readouterr().out  # nothing to compare with: the model stands by itself
+
+
+def test_a_run_under_way_whose_source_has_moved_on_says_so_and_is_resumed(base, before, caplog):
+    shutil.rmtree(folder(before, "sft"))
+    with ctrl_c_in_step(5):
+        assert chat_sft.main(sft_flags(base)) == 130
+    assert mid_train.main([*mid_flags(base, "--resume=latest"), "--num_iterations=11"]) == 0
+    assert chat_sft.main(sft_flags(base, "--resume=latest")) == 0
+    assert "d1 is resumed, but it was started from mid d1 step 10, and that model is at step 11 now" in caplog.text
+    assert losses(before, "sft") == losses(base, "sft")
 
 
 def test_another_batch_brings_the_rates_that_pretraining_would_give_it(base, before, monkeypatch):
@@ -454,9 +605,3 @@ def test_a_batch_is_cut_into_whole_rows_equal_shares_and_equal_passes():
     for arguments, flag in (((100, 32, 4, 1), "--max_seq_len=32"), ((96, 32, 4, 2), "2 ranks"), ((192, 32, 4, 1), "--device_batch_size=4")):
         with pytest.raises(UserError, match=flag):
             run_setup.check_batch(*arguments)
-
-
-def test_the_default_mixtures_name_known_tasks():
-    for script in (mid_train, chat_sft):
-        for name, amount in parse_mixture(script.MIXTURE):
-            assert find_name(name) and amount > 0

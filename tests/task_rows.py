@@ -1,0 +1,81 @@
+"""Rows of the downloaded datasets that the defaults name, generated in the datasets' own formats: as many as a test wants."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Row = dict[str, Any]
+
+
+def smoltalk(index: int) -> Row:
+    question, answer = f"What comes after {index}?", f"After {index} comes {index + 1}."
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    if index % 3 == 0:
+        messages.insert(0, {"role": "system", "content": "You are a patient teacher."})
+    if index % 4 == 0:
+        messages += [{"role": "user", "content": "And then?"}, {"role": "assistant", "content": f"{index + 2}."}]
+    return {"messages": messages, "source": "smol-magpie-ultra-short"}
+
+
+def mmlu(index: int) -> Row:
+    return {
+        "question": f"What is {index} + 1?",
+        "subject": "" if index % 2 else "elementary_mathematics",  # auxiliary_train has no subjects
+        "choices": [str(index + k) for k in range(4)],
+        "answer": 1,
+    }
+
+
+def gsm8k(index: int) -> Row:
+    total = 2 * (index + 1)
+    return {
+        "question": f"Ann has {index + 1} apples and buys as many again. How many has she?",
+        "answer": f"She has {index + 1}+{index + 1}=<<{index + 1}+{index + 1}={total}>>{total} apples.\n#### {total}",
+    }
+
+
+def arc(index: int) -> Row:
+    labels = ["1", "2", "3", "4"] if index % 7 == 0 else ["A", "B", "C", "D"]
+    texts = ["the sun", "a lamp", f"lantern {index}", "the moon"]
+    return {
+        "id": f"Mercury_{index}",
+        "question": f"Which of these is the largest source of light on day {index}?",
+        "choices": {"text": texts, "label": labels},
+        "answerKey": labels[0],
+    }
+
+
+class Table(NamedTuple):
+    """One split of one dataset, as `tasks.common.load_rows` looks for it and as the hub names it."""
+
+    folder: str  # below <base>/tasks
+    config: str
+    split: str
+    row: Callable[[int], Row]
+
+
+TABLES = [
+    Table("smoltalk", "", "train", smoltalk),
+    Table("smoltalk", "", "test", smoltalk),
+    Table("mmlu", "all", "auxiliary_train", mmlu),
+    Table("mmlu", "all", "test", mmlu),
+    *(Table("gsm8k", "main", split, gsm8k) for split in ("train", "test")),
+    *(Table("ai2_arc", subset, split, arc) for subset in ("ARC-Easy", "ARC-Challenge") for split in ("train", "test")),
+]
+
+
+def words(count: int) -> list[str]:
+    """Different words of five letters, a consonant and a vowel in turns."""
+    pieces = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
+    return [f"{first}{second}{last}" for first in pieces for second in pieces for last in "nt"][:count]
+
+
+def write_local_copies(base: Path, count: int) -> None:
+    """`count` rows of every table as <base>/tasks/<folder>/<config>/<split>.jsonl, and a list of words."""
+    (base / "tasks" / "words").mkdir(parents=True, exist_ok=True)
+    (base / "tasks" / "words" / "words.txt").write_text("\n".join(words(2000)), encoding="utf-8")
+    for table in TABLES:
+        path = base / "tasks" / table.folder / table.config / f"{table.split}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(table.row(index)) + "\n" for index in range(count)), encoding="utf-8")
