@@ -1,9 +1,12 @@
 """Rows of the downloaded datasets that the defaults name, generated in the datasets' own formats: as many as a test wants."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import pyarrow
+import pyarrow.parquet
 
 Row = dict[str, Any]
 
@@ -71,11 +74,19 @@ def words(count: int) -> list[str]:
     return [f"{first}{second}{last}" for first in pieces for second in pieces for last in "nt"][:count]
 
 
+def write_rows(path: Path, rows: Iterable[Row]) -> Path:
+    """A .parquet or .jsonl file, with the folders it lies in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
+    else:
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
 def write_local_copies(base: Path, count: int) -> None:
     """`count` rows of every table as <base>/tasks/<folder>/<config>/<split>.jsonl, and a list of words."""
     (base / "tasks" / "words").mkdir(parents=True, exist_ok=True)
     (base / "tasks" / "words" / "words.txt").write_text("\n".join(words(2000)), encoding="utf-8")
     for table in TABLES:
-        path = base / "tasks" / table.folder / table.config / f"{table.split}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(table.row(index)) + "\n" for index in range(count)), encoding="utf-8")
+        write_rows(base / "tasks" / table.folder / table.config / f"{table.split}.jsonl", map(table.row, range(count)))

@@ -125,25 +125,23 @@ class Run:
         """What became of this run's source since the run began, and the command that starts again from there; empty if it is unchanged."""
         from zangchat import checkpoint_manager
 
-        directory = checkpoint_manager.checkpoints_dir(self.source_stage) / self.source_tag if self.source_stage else None
         began = self.fact("source")
-        steps = checkpoint_manager.valid_steps(directory) if directory and directory.is_dir() and began else []
-        step = self.config.model_step if steps and self.config.model_step is not None else max(steps, default=None)
-        if directory is None or step not in steps:
-            return ""  # no source, or it was deleted: what came from it stands by itself
-        now, sha256 = Source(directory, step, checkpoint_manager.read_meta(directory, step)), self.fact("source_sha256")
+        if not self.source_stage or began is None:
+            return ""
+        directory = checkpoint_manager.checkpoints_dir(self.source_stage) / source_tag(self.config)
+        steps = checkpoint_manager.valid_steps(directory)
+        step = self.config.model_step if self.config.model_step is not None else max(steps, default=None)
+        if step not in steps:
+            return ""  # it was deleted: what came from it stands by itself
+        now = Source(directory, step, checkpoint_manager.read_meta(directory, step))
         if now.describe(self.source_stage) != began:
             change = f"that model is at step {step} now"
-        elif sha256 is not None and sha256 != now.sha256:
+        elif self.fact("source_sha256") not in (None, now.sha256):
             change = "that model has been trained anew"
         else:
             return ""
         again = command(self.stage, self.config, resume="", overwrite=True)
         return f"it was started from {began}, and {change}: to start over from there, run `{again}`"
-
-    @property
-    def source_tag(self) -> str:
-        return getattr(self.config, "from_tag", None) or self.checkpoint_dir.name
 
     def start_from_source(self) -> None:
         """A new run takes the model that it starts from, and TAKEN_OVER and TEXT of its settings if the user left them open.
@@ -160,7 +158,7 @@ class Run:
         config = self.config
         folder = checkpoint_manager.checkpoints_dir(self.source_stage)
         flag, hint = ("--from_tag", "") if config.from_tag else ("--model_tag", ", or name the model to start from with --from_tag")
-        directory = checkpoint_manager.resolve_tag(folder, self.source_tag, flag, hint)
+        directory = checkpoint_manager.resolve_tag(folder, source_tag(config), flag, hint)
         step = checkpoint_manager.find_last_step(directory) if config.model_step is None else config.model_step
         self.source = Source(directory, step, checkpoint_manager.verify_checkpoint(directory, step))
         self.config = take_over(config, self.source.meta["user_config"])
@@ -474,6 +472,11 @@ def choose_tags(config: Any, source: str) -> Any:
     return dataclasses.replace(config, model_tag=tag, from_tag=config.from_tag if config.from_tag != tag else None)
 
 
+def source_tag(config: Any) -> str:
+    """The tag of the model that a configuration with chosen tags starts from."""
+    return config.from_tag or config.model_tag
+
+
 def take_over(config: C, settings: Mapping[str, Any]) -> C:
     """The configuration of a later stage with what is left open (None) filled in from `settings`, those of the model it starts from."""
     values = configurator.to_dict(config)
@@ -621,8 +624,7 @@ def refuse_existing(stage: str, config: RunConfig, directory: Path) -> None:
     if not config.resume and not config.overwrite and any(directory.glob("meta_*.json")):
         another = "choose another --model_tag"
         if stage != "base":
-            start = getattr(config, "from_tag", None) or directory.name
-            another = f"keep it and give the new model another name: --from_tag={start} --model_tag=NAME"
+            another = f"keep it and give the new model another name: --from_tag={source_tag(config)} --model_tag=NAME"
         raise UserError(
             f"{directory} has checkpoints already: go on with `{command(stage, config, resume='latest')}`, "
             f"or put --overwrite=1 in place of --resume=latest to start over, or {another}"

@@ -1,6 +1,5 @@
 """Tasks over downloaded data and files, mixtures, the registry."""
 
-import json
 import sys
 import types
 from collections import Counter
@@ -9,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from tasks import common
@@ -37,6 +34,7 @@ from tasks.humaneval import HumanEval, extract_code
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
 from tasks.training import held_out_conversations, training_conversations
+from tests.task_rows import write_rows
 from zangchat.configurator import UserError
 from zangchat.execution import SandboxLevel, find_sandbox
 
@@ -62,13 +60,7 @@ def questions(task: Any) -> list[str]:
 
 
 def put(base: Path, name: str, rows: list[dict[str, Any]]) -> Path:
-    path = base / "tasks" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    else:
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
+    return write_rows(base / "tasks" / name, rows)
 
 
 @pytest.fixture(autouse=True)
