@@ -15,6 +15,7 @@ The bundle (<base>/eval_bundle): core.yaml names tasks, files, shots, delimiters
 
 import csv
 import itertools
+import os
 import random
 import shutil
 import stat
@@ -59,7 +60,7 @@ CORE_TASKS = (
     "boolq",
     "bigbench_language_identification",
 )
-BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
+BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # ZANGCHAT_EVAL_BUNDLE_URL names a mirror
 MAX_BUNDLE_BYTES = 2 * 2**30  # unpacked; a zip that claims more is not the bundle
 EXAMPLE_DELIMITER = "\n"
 FEWSHOT_SEED = 1234
@@ -99,7 +100,8 @@ def find_bundle(download: bool = True) -> Path:
             raise UserError(f"no CORE data in {folder}: run `python -m scripts.base_eval`, which downloads it, or put the bundle there")
         from filelock import FileLock
 
-        archive = download_file_with_lock(BUNDLE_URL, "eval_bundle.zip", postprocess_fn=lambda path: unpack(path, folder))
+        url = os.environ.get("ZANGCHAT_EVAL_BUNDLE_URL") or BUNDLE_URL
+        archive = download_file_with_lock(url, "eval_bundle.zip", postprocess_fn=lambda path: unpack(path, folder))
         with FileLock(f"{archive}.lock"):  # several ranks may find a zip that somebody put there
             if not (folder / "core.yaml").is_file():
                 unpack(archive, folder)

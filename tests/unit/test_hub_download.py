@@ -2,120 +2,25 @@
 
 import base64
 import hashlib
-import http.server
 import json
 import os
 import random
 import re
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 
+from tests.hub.server import Hub, Repo
 from zangchat import hub
 from zangchat.configurator import UserError
 from zangchat.dataset import find_dataset, folder_lock, main, write_shard
 
 ROOT = Path(__file__).parents[2]
 REPO = hub.HUB_REPOS["climbmix"]
-REVISION = "0123456789abcdef0123456789abcdef01234567"
+SHARD0, SHARD1, LAST = (f"{REPO}/shard_{number:05d}.parquet" for number in (0, 1, 4))
 NUM_SHARDS = 5
-
-
-class Hub(http.server.ThreadingHTTPServer):
-    """One dataset repository. `faults[name]` lists what goes wrong at the next requests for that file's content: an HTTP status,
-    ("drop", n): the connection breaks after n bytes, ("truncated", n): a shorter file, "wrong": other bytes of the same length."""
-
-    daemon_threads = True
-
-    def __init__(self, files):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files = files
-        self.faults = {}
-        self.requests = []  # (method, what, Range)
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-    def fetched(self, name):
-        """The Range headers (or None) of the requests for a file's content."""
-        return [ranges for method, what, ranges in self.requests if method == "GET" and what == name]
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Hub
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        path = self.path.partition("?")[0]
-        if path == f"/api/datasets/{REPO}":
-            self.note("info")
-            self.json({"id": REPO, "sha": REVISION, "siblings": [], "tags": [], "private": False, "downloads": 0, "likes": 0})
-        elif path.startswith(f"/api/datasets/{REPO}/tree/{REVISION}"):
-            self.note("tree")
-            self.json([self.entry(name, content) for name, content in self.server.files.items()])
-        elif path.startswith(f"/datasets/{REPO}/resolve/{REVISION}/"):
-            self.file(path.rpartition("/")[2])
-        else:
-            self.note(path)
-            self.json({"error": "Repository not found"}, status=404, headers={"X-Error-Code": "RepoNotFound"})
-
-    def note(self, what):
-        self.server.requests.append((self.command, what, self.headers.get("Range")))
-
-    def entry(self, name, content):
-        lfs = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
-        return {"type": "file", "path": name, "oid": hashlib.sha1(content).hexdigest(), "size": len(content), "lfs": lfs}
-
-    def json(self, value, status=200, headers=None):
-        body = json.dumps(value).encode()
-        self.send_response(status)
-        for key, header in {"Content-Type": "application/json", "Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(key, header)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def file(self, name):
-        self.note(name)
-        if name not in self.server.files:
-            return self.json({"error": "Entry not found"}, status=404, headers={"X-Error-Code": "EntryNotFound"})
-        content = self.server.files[name]
-        digest = hashlib.sha256(content).hexdigest()
-        fault = None
-        if self.command == "GET" and self.server.faults.get(name):
-            fault = self.server.faults[name].pop(0)
-        if isinstance(fault, int):
-            return self.json({"error": "a bad day"}, status=fault)
-        if fault == "wrong":
-            content = bytes(byte ^ 255 for byte in content)
-        start = 0
-        if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):
-            start = int(match[1])
-        body = content[start:]
-        sent = body[: fault[1]] if isinstance(fault, tuple) else body
-        length = len(sent) if isinstance(fault, tuple) and fault[0] == "truncated" else len(body)
-        self.send_response(206 if start else 200)
-        headers = {"ETag": f'"{digest}"', "X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(content)), "X-Repo-Commit": REVISION}
-        headers |= {"Accept-Ranges": "bytes", "Content-Length": str(length)}
-        if start:
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        for key, value in headers.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(sent)
-            if isinstance(fault, tuple):
-                self.wfile.flush()
-                self.close_connection = True
-
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -131,16 +36,12 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def server(files, monkeypatch, tmp_path):
-    server = Hub(dict(files))
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(hub, "RETRY_WAIT", 0.01)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    yield server
-    server.shutdown()
-    server.server_close()
+    with Hub([Repo(REPO, dict(files))]) as server:
+        for name, value in server.environment(tmp_path / "hf").items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(hub, "RETRY_WAIT", 0.01)
+        yield server
+        assert not server.unknown
 
 
 def download(num_shards=2, source="climbmix"):
@@ -148,7 +49,9 @@ def download(num_shards=2, source="climbmix"):
 
 
 def same_files(dataset, server):
-    return all((dataset.folder / entry["name"]).read_bytes() == server.files[entry["name"]] for entry in dataset.manifest["shards"])
+    return all(
+        (dataset.folder / entry["name"]).read_bytes() == server.repos[REPO].files[entry["name"]] for entry in dataset.manifest["shards"]
+    )
 
 
 def leftovers(folder):
@@ -160,9 +63,9 @@ def test_the_first_shards_and_the_last_for_validation(server):
     assert dataset.shards("train") == ["shard_00000.parquet", "shard_00001.parquet"]
     assert dataset.shards("validation") == ["shard_00004.parquet"]
     assert same_files(dataset, server) and not leftovers(dataset.folder)
-    assert dataset.manifest["revision"] == REVISION and dataset.arrives_in_order
+    assert dataset.manifest["revision"] == server.repos[REPO].revision and dataset.arrives_in_order
     assert [entry["sha256"] for entry in dataset.manifest["shards"]] == [
-        hashlib.sha256(server.files[entry["name"]]).hexdigest() for entry in dataset.manifest["shards"]
+        hashlib.sha256(server.repos[REPO].files[entry["name"]]).hexdigest() for entry in dataset.manifest["shards"]
     ]
     assert next(dataset.iter_documents("validation")).startswith("shard 4 document 0")
     assert main(["verify"]) == 0
@@ -175,7 +78,7 @@ def test_again_fetches_nothing_and_more_fetches_only_more(server, capsys):
     assert server.requests == [] and "already" in capsys.readouterr().out
     more = download(3)
     assert more.shards("train") == [f"shard_{i:05d}.parquet" for i in range(3)] and same_files(more, server)
-    assert not server.fetched("shard_00000.parquet") and not server.fetched("shard_00004.parquet")
+    assert not server.fetched(SHARD0) and not server.fetched(LAST)
     assert download(-1).shards("train") == [f"shard_{i:05d}.parquet" for i in range(4)]
     server.requests.clear()
     assert len(download(2).shards("train")) == 4, "what is there is never forgotten"
@@ -185,23 +88,23 @@ def test_again_fetches_nothing_and_more_fetches_only_more(server, capsys):
 def test_a_broken_connection_goes_on_where_it_broke(server, tmp_path):
     big = tmp_path / "big.parquet"  # the client keeps what has come in pieces of 10 MiB
     write_shard(big, [base64.b64encode(random.Random(i).randbytes(1 << 20)).decode() for i in range(13)])
-    server.files["shard_00000.parquet"] = big.read_bytes()
-    server.faults["shard_00000.parquet"] = [("drop", 12_000_000)]
+    server.repos[REPO].files["shard_00000.parquet"] = big.read_bytes()
+    server.faults[SHARD0] = [("drop", 12_000_000)]
     assert same_files(download(1), server)
-    first, second = server.fetched("shard_00000.parquet")
+    first, second = server.fetched(SHARD0)
     assert first is None and int(second.removeprefix("bytes=").removesuffix("-")) >= 10_000_000
 
 
 @pytest.mark.parametrize("fault", [503, 500, ("truncated", 1000), "wrong"])
 def test_a_passing_fault_is_tried_again(server, fault):
-    server.faults["shard_00001.parquet"] = [fault]
+    server.faults[SHARD1] = [fault]
     dataset = download(2)
     assert same_files(dataset, server) and not leftovers(dataset.folder)
-    assert len(server.fetched("shard_00001.parquet")) >= 2
+    assert len(server.fetched(SHARD1)) >= 2
 
 
 def test_wrong_bytes_never_reach_the_dataset(server, capsys):
-    server.faults["shard_00001.parquet"] = ["wrong"] * 100
+    server.faults[SHARD1] = ["wrong"] * 100
     with pytest.raises(UserError, match=r"shard_00001\.parquet could not be fetched intact .*its sha256 is not the manifest's"):
         download(2)
     folder = find_dataset("climbmix").folder
@@ -210,15 +113,15 @@ def test_wrong_bytes_never_reach_the_dataset(server, capsys):
     server.requests.clear()
     dataset = download(2)
     assert same_files(dataset, server) and not leftovers(folder)
-    assert len(server.fetched("shard_00001.parquet")) == 1
-    assert not server.fetched("shard_00004.parquet"), "the whole shards stay"
+    assert len(server.fetched(SHARD1)) == 1
+    assert not server.fetched(LAST), "the whole shards stay"
 
 
 def test_a_server_that_always_fails_is_given_up(server):
-    server.faults["shard_00000.parquet"] = [503] * 100
+    server.faults[SHARD0] = [503] * 100
     with pytest.raises(UserError, match=r"shard_00000\.parquet could not be fetched intact .*in 5 tries .*run the same command again"):
         download(1)
-    assert len(server.fetched("shard_00000.parquet")) == hub.TRIES
+    assert len(server.fetched(SHARD0)) == hub.TRIES
 
 
 def test_a_damaged_shard_is_named_by_verify_and_fetched_by_repair(server, capsys):
@@ -253,7 +156,7 @@ def test_a_repository_that_the_mirror_lacks_is_named(server):
 
 def test_a_file_that_the_mirror_lacks_is_named(server):
     download(1)
-    del server.files["shard_00002.parquet"]
+    del server.repos[REPO].files["shard_00002.parquet"]
     manifest = find_dataset("climbmix").folder / "manifest.json"
     entries = json.loads(manifest.read_text())
     entries["shards"].insert(1, {"name": "shard_00002.parquet", "split": "train", "bytes": 5, "sha256": "0" * 64})

@@ -34,7 +34,7 @@ from tasks.humaneval import HumanEval, extract_code
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
 from tasks.training import held_out_conversations, training_conversations
-from tests.task_rows import write_rows
+from tests.hub.rows import write_rows
 from zangchat.configurator import UserError
 from zangchat.execution import SandboxLevel, find_sandbox
 

@@ -20,7 +20,7 @@ import torch
 
 from scripts import base_loss, base_train, chat_rl, chat_sft, mid_train
 from tasks.training import training_conversations
-from tests import task_rows
+from tests.hub import rows
 from zangchat import checkpoint_manager, common, configurator, flops, run_setup, schedule, trainer
 from zangchat.configurator import UserError
 from zangchat.dataset import folder_lock, write_dataset
@@ -172,7 +172,7 @@ def trained_on(root: Path, stage: str) -> int:
 
 
 def test_each_later_stage_trains_on_its_own_default_mixture(base, before):
-    task_rows.write_local_copies(before, 100)
+    rows.write_local_copies(before, 100)
     assert mid_train.main(SHORT) == 0
     assert chat_sft.main(SHORT) == 0
     assert user_config(before, "mid")["mixture"] == mid_train.MIXTURE
@@ -182,7 +182,7 @@ def test_each_later_stage_trains_on_its_own_default_mixture(base, before):
 
 @pytest.mark.parametrize("script", [mid_train, chat_sft])
 def test_every_entry_of_a_default_mixture_brings_examples_that_can_be_rendered(base, before, script):
-    task_rows.write_local_copies(before, 500)
+    rows.write_local_copies(before, 500)
     tokenizer = RustBPETokenizer.from_directory(before / "tokenizer")
     for entry in script.MIXTURE.split(","):
         task = training_conversations(entry, tokenizer=tokenizer, seed=42)
@@ -191,7 +191,7 @@ def test_every_entry_of_a_default_mixture_brings_examples_that_can_be_rendered(b
 
 
 def test_conversations_of_ones_own_are_added_to_the_default_mixture(base, before):
-    task_rows.write_local_copies(before, 100)
+    rows.write_local_copies(before, 100)
     sizes = {}
     for script, stage in ((mid_train, "mid"), (chat_sft, "sft")):
         for more in ([], [f"--identity_data={base / 'chats.jsonl'}"]):

@@ -49,22 +49,44 @@ def arc(index: int) -> Row:
     }
 
 
+def humaneval(index: int) -> Row:
+    name = f"add_{index}"
+    doc = f'"""Add {index} to the number.\n    >>> {name}(1)\n    {index + 1}\n    """'
+    tests = f"    assert candidate(1) == {index + 1}\n    assert candidate(-1) == {index - 1}\n"
+    return {
+        "task_id": f"HumanEval/{index}",
+        "prompt": f"def {name}(number: int) -> int:\n    {doc}\n",
+        "canonical_solution": f"    return number + {index}\n",
+        "test": f"\n\nMETADATA = {{}}\n\n\ndef check(candidate):\n{tests}",
+        "entry_point": name,
+    }
+
+
 class Table(NamedTuple):
-    """One split of one dataset, as `tasks.common.load_rows` looks for it and as the hub names it."""
+    """One split of one dataset, as `tasks.common.load_rows` looks for it and as the hub has it."""
 
     folder: str  # below <base>/tasks
-    config: str
+    config: str  # there, and on the hub where `hub_config` does not say otherwise
     split: str
     row: Callable[[int], Row]
+    hub: str
+    hub_config: str = ""
+
+    @property
+    def hub_path(self) -> str:
+        """Of the file in its repository."""
+        folder = self.hub_config or self.config or "data"
+        return f"{folder}/{self.split}-00000-of-00001.parquet"
 
 
+SMOLTALK, MMLU, GSM8K = "HuggingFaceTB/smol-smoltalk", "cais/mmlu", "openai/gsm8k"
+ARC, HUMANEVAL = "allenai/ai2_arc", "openai/openai_humaneval"
 TABLES = [
-    Table("smoltalk", "", "train", smoltalk),
-    Table("smoltalk", "", "test", smoltalk),
-    Table("mmlu", "all", "auxiliary_train", mmlu),
-    Table("mmlu", "all", "test", mmlu),
-    *(Table("gsm8k", "main", split, gsm8k) for split in ("train", "test")),
-    *(Table("ai2_arc", subset, split, arc) for subset in ("ARC-Easy", "ARC-Challenge") for split in ("train", "test")),
+    *(Table("smoltalk", "", split, smoltalk, SMOLTALK) for split in ("train", "test")),
+    *(Table("mmlu", "all", split, mmlu, MMLU) for split in ("auxiliary_train", "test", "validation", "dev")),
+    *(Table("gsm8k", "main", split, gsm8k, GSM8K) for split in ("train", "test")),
+    *(Table("ai2_arc", subset, split, arc, ARC) for subset in ("ARC-Easy", "ARC-Challenge") for split in ("train", "test", "validation")),
+    Table("openai_humaneval", "", "test", humaneval, HUMANEVAL, "openai_humaneval"),
 ]
 
 
