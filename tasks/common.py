@@ -237,37 +237,22 @@ def load_rows(folder: str, config: str, split: str, *, hub: str, fields: Iterabl
     return rows
 
 
-def _from_hub(hub: str, config: str, split: str, home: Path) -> Any:
+def _from_hub(repo: str, config: str, split: str, home: Path) -> Any:
     import datasets
-    from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    wanted = f"{hub} ({f'{config}, ' if config else ''}split {split})"
+    from zangchat import hub
+
+    wanted = f"{repo} ({f'{config}, ' if config else ''}split {split})"
     try:
-        if not HF_HUB_OFFLINE and not hub_is_reachable():  # else the client tries for half a minute, dataset by dataset
+        if not datasets.config.HF_HUB_OFFLINE and not hub.is_reachable(hub.endpoint()):
             raise ConnectionError("it cannot be reached (HF_HUB_OFFLINE=1 uses what is in its cache)")
-        return datasets.load_dataset(hub, config or None, split=split)
+        return hub.fetch_table(repo, config, split)
     except (OSError, ValueError, RuntimeError) as error:  # offline, refused, no such split
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MissingData(
-            f"no {home}/{split}.parquet or .jsonl, and the hub did not give {wanted}: {cause}; download it to that path"
+            f"no {home}/{split}.parquet or .jsonl, and the hub did not give {wanted}: {cause}; run this again later, or download it "
+            "to that path"
         ) from error
-
-
-@functools.lru_cache(maxsize=1)
-def hub_is_reachable() -> bool:
-    """Whether the hub (HF_ENDPOINT) answers anything within seconds; asked once per process."""
-    import urllib.error
-    import urllib.request
-
-    from huggingface_hub.constants import ENDPOINT
-
-    try:
-        urllib.request.urlopen(urllib.request.Request(ENDPOINT, method="HEAD"), timeout=5.0).close()
-    except urllib.error.HTTPError:  # an answer, if a refusal
-        return True
-    except OSError:
-        return False
-    return True
 
 
 class RowsTask(Task):

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # the longest a rank may wait for another: rank 0 alone saves, samples and compiles
+MAX_RETRY_AFTER = 300.0  # seconds that a server may ask us to stay away
 DOWNLOAD_TRIES = 5
 DOWNLOAD_TIMEOUT = 60.0  # seconds without a byte
 CHUNK = 1 << 20
@@ -151,16 +152,18 @@ def file_sha256(path: str | Path) -> str:
 
 
 def _download(url: str, temporary: Path, path: Path, sha256: str | None) -> None:
-    problem = ""
+    problem, asked_pause = "", 0.0
     for attempt in range(DOWNLOAD_TRIES):
         if attempt:
-            pause = 2.0 ** (attempt - 1)
+            pause = max(2.0 ** (attempt - 1), asked_pause)
             logger.warning("%s: %s; trying again in %.0f s", url, problem, pause)
             time.sleep(pause)
         try:
             problem = _download_once(url, temporary, sha256)
         except urllib.error.HTTPError as error:
             problem = f"the server answered {error.code} {error.reason}"
+            after = error.headers.get("Retry-After", "")
+            asked_pause = min(float(after), MAX_RETRY_AFTER) if after.isdecimal() else 0.0
             if error.code < 500 and error.code not in (408, 429):
                 break
         except (OSError, HTTPException) as error:  # URLError, timeouts and broken connections are OSErrors

@@ -1,11 +1,12 @@
-"""Pretraining shards from the Hugging Face hub: planned at a pinned revision, fetched in order, checked against the hub's own sha256.
+"""What comes from the Hugging Face hub: pretraining shards, and the tables of the tasks; all checked against the hub's own sha256.
 
-The transfer itself (mirrors by HF_ENDPOINT, tokens, Xet, going on after a broken connection) is huggingface_hub's. Here each shard is
-fetched into a folder of its own, compared with the manifest, and renamed into place: a shard that is there is whole. What is missing
-is fetched by running the same command again.
+The transfer itself (mirrors by HF_ENDPOINT, tokens, Xet, going on after a broken connection) is huggingface_hub's. Shards are planned at
+a pinned revision and fetched in order, each into a folder of its own, compared with the manifest, and renamed into place: a shard that is
+there is whole. What is missing is fetched by running the same command again.
 """
 
 import contextlib
+import functools
 import logging
 import os
 import queue
@@ -13,15 +14,23 @@ import re
 import shutil
 import threading
 import time
+import urllib.error
+import urllib.request
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from zangchat.common import MAX_RETRY_AFTER, file_sha256, get_base_dir
 from zangchat.configurator import UserError
 from zangchat.dataset import FORMAT, MANIFEST, Dataset, check_shard, datasets_dir, folder_lock, load_dataset, write_manifest
 from zangchat.progress import Progress
 
+if TYPE_CHECKING:
+    import datasets
+
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 HUB_REPOS = {"climbmix": "karpathy/climbmix-400b-shuffle", "fineweb-edu": "karpathy/fineweb-edu-100b-shuffle"}
 DEFAULT = "climbmix"
@@ -51,11 +60,95 @@ def fetch_missing(dataset: Dataset) -> None:
         _fetch(dataset, num_workers=4)
 
 
+def fetch_table(repo: str, config: str, split: str) -> "datasets.Dataset":
+    """One split of a dataset, from the cache of the hub's client or from the hub. An empty `config` means the only one.
+
+    Processes that want the same dataset fetch it one after the other: the first does the work. Raises OSError, ValueError or RuntimeError.
+    """
+    import datasets
+    import filelock
+
+    def attempt() -> "datasets.Dataset":
+        builder = datasets.load_dataset_builder(repo, config or None)
+        if not os.path.exists(builder.cache_dir):
+            _fetch_table_files(builder)
+            builder.download_and_prepare()
+        return builder.as_dataset(split=split)
+
+    lock = get_base_dir() / "tasks" / f".{repo.replace('/', '--')}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(lock):
+        return with_retries(repo, attempt)
+
+
+def _fetch_table_files(builder: "datasets.DatasetBuilder") -> None:
+    """Bring the files of a dataset into the client's cache. Raises OSError for one that is not what the hub lists; it does not stay."""
+    from huggingface_hub import HfApi, HfFileSystem
+
+    api, files = HfApi(endpoint=endpoint()), HfFileSystem(endpoint=endpoint())
+    for url in (url for urls in (builder.config.data_files or {}).values() for url in urls):
+        place: Any = files.resolve_path(url)
+        where: dict[str, Any] = {"repo_id": place.repo_id, "repo_type": "dataset", "revision": place.revision}
+        listed: Any = api.get_paths_info(paths=[place.path_in_repo], **where)[0]
+        path = Path(api.hf_hub_download(filename=place.path_in_repo, **where))
+        if listed.lfs is not None and file_sha256(path) != listed.lfs.sha256:
+            path.resolve().unlink()
+            path.unlink(missing_ok=True)  # the link to it
+            raise OSError(f"the sha256 of {place.path_in_repo} is not the one that {endpoint()} lists")
+
+
 def endpoint() -> str:
     """The hub or its mirror, read when used and not when huggingface_hub was imported."""
     from huggingface_hub import constants
 
     return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+
+
+@functools.lru_cache(maxsize=8)
+def is_reachable(url: str) -> bool:
+    """Whether a hub answers anything within seconds; asked once per process. Its client would try for half a minute."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5.0).close()
+    except urllib.error.HTTPError:  # an answer, if a refusal
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def with_retries(what: str, attempt: Callable[[], T]) -> T:
+    """attempt(), again after a failure that may pass: a busy hub costs a wait, not the run. Raises what the last of TRIES raised."""
+    for number in range(1, TRIES):
+        try:
+            return attempt()
+        except Exception as error:  # the client's errors differ between its versions; what cannot pass is known
+            if _is_final(error):
+                raise
+            wait = max(RETRY_WAIT * 2 ** (number - 1), min(_retry_after(error), MAX_RETRY_AFTER))
+            logger.warning("%s: %s; trying again in %.0f s (%d of %d)", what, _short(error), wait, number + 1, TRIES)
+            time.sleep(wait)
+    return attempt()
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether the hub has said, or we have, that there is no such thing."""
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, LocalEntryNotFoundError):  # which the client raises when it could not connect
+        return False
+    final = (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, DatasetNotFoundError, ValueError, UserError)
+    return isinstance(error, final)
+
+
+def _retry_after(error: BaseException | None) -> float:
+    """The seconds that the hub asked us to wait, in this error or in one behind it; 0 if it did not."""
+    while error is not None:
+        value = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
+        if value.isdecimal():
+            return float(value)
+        error = error.__cause__ or error.__context__
+    return 0.0
 
 
 def _exclusive(folder: Path) -> Any:
@@ -99,9 +192,15 @@ def _list_shards(repo: str, revision: str | None) -> tuple[str, list[dict[str, A
     from huggingface_hub import HfApi
 
     api = HfApi(endpoint=endpoint())
-    try:
+
+    def attempt() -> tuple[str | None, list[Any]]:
         commit = revision or api.dataset_info(repo).sha
-        tree = list(api.list_repo_tree(repo, repo_type="dataset", revision=commit))
+        return commit, list(api.list_repo_tree(repo, repo_type="dataset", revision=commit))
+
+    try:
+        if not is_reachable(endpoint()):
+            raise ConnectionError("it cannot be reached")
+        commit, tree = with_retries(repo, attempt)
     except Exception as error:  # whatever the client of the day raises for no network, no repository, no permission
         raise UserError(
             f"{endpoint()} does not list {repo} ({_short(error)}): check the network or set HF_ENDPOINT to a mirror, "
@@ -180,38 +279,29 @@ def _fetch_shard(dataset: Dataset, entry: dict[str, Any]) -> None:
 
     disable_progress_bars()  # one bar for all shards is shown instead
     manifest, name = dataset.manifest, entry["name"]
-    problem = ""
-    for attempt in range(TRIES):
-        if attempt:
-            logger.warning("%s: %s; trying again (%d of %d)", name, problem, attempt + 1, TRIES)
-            time.sleep(RETRY_WAIT * 2 ** (attempt - 1))
+
+    def attempt() -> None:
         incoming = dataset.folder / INCOMING / uuid.uuid4().hex
+        where: dict[str, Any] = {"repo_type": "dataset", "revision": manifest["revision"], "endpoint": endpoint()}
         try:
-            path = Path(
-                hf_hub_download(
-                    manifest["repo"], name, repo_type="dataset", revision=manifest["revision"], local_dir=incoming, endpoint=endpoint()
-                )
-            )
-            problem = check_shard(path, entry)
-            if not problem:
-                os.replace(path, dataset.folder / name)
-                return
-        except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-            raise UserError(
-                f"{name}: {endpoint()} no longer serves {manifest['repo']} at {manifest['revision']} ({_short(error)})"
-            ) from error
-        except EntryNotFoundError as error:
-            problem = _short(error)
-            if not isinstance(error, LocalEntryNotFoundError):  # which the client raises when it could not connect
-                raise UserError(f"{name} is not in {manifest['repo']} at {endpoint()}: is the mirror complete?") from error
-        except Exception as error:  # the client's errors differ between its versions; all are worth another try, and the last one is told
-            problem = _short(error)
+            path = Path(hf_hub_download(manifest["repo"], name, local_dir=incoming, **where))
+            if problem := check_shard(path, entry):
+                raise OSError(problem)
+            os.replace(path, dataset.folder / name)
         finally:
             shutil.rmtree(incoming, ignore_errors=True)
-    raise UserError(
-        f"{name} could not be fetched intact from {endpoint()} in {TRIES} tries ({problem}): run the same command again later, "
-        "or with HF_ENDPOINT set to another mirror; shards that are there stay"
-    )
+
+    try:
+        with_retries(name, attempt)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise UserError(f"{name}: {endpoint()} no longer serves {manifest['repo']} at {manifest['revision']} ({_short(error)})") from error
+    except Exception as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise UserError(f"{name} is not in {manifest['repo']} at {endpoint()}: is the mirror complete?") from error
+        raise UserError(
+            f"{name} could not be fetched intact from {endpoint()} in {TRIES} tries ({_short(error)}): run the same command again later, "
+            "or with HF_ENDPOINT set to another mirror; shards that are there stay"
+        ) from error
 
 
 def _is_there(path: Path, entry: dict[str, Any]) -> bool:

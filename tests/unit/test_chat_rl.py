@@ -19,7 +19,7 @@ from tasks import common, spellingbee
 from tasks.common import REGISTRY, Entry, GeneratedTask, chat, visible_text
 from tests.unit.test_core_eval import make_bundle
 from tests.util import lively_model
-from zangchat import checkpoint_manager, collectives, execution, trainer
+from zangchat import checkpoint_manager, collectives, execution, hub, trainer
 from zangchat.config import RunState
 from zangchat.execution import ExecutionResult, Jail, Sandbox, SandboxLevel
 from zangchat.report import get_report
@@ -96,7 +96,7 @@ def vowels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     module.Vowels = Vowels  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "tasks.vowels", module)
     monkeypatch.setitem(REGISTRY, "Vowels", Entry("tasks.vowels", "Vowels"))
-    monkeypatch.setattr(common, "hub_is_reachable", lambda: False)
+    monkeypatch.setattr(hub, "is_reachable", lambda url: False)
     yield
 
 

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 
 from tasks import common
@@ -35,6 +34,7 @@ from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
 from tasks.training import held_out_conversations, training_conversations
 from tests.hub.rows import write_rows
+from zangchat import hub
 from zangchat.configurator import UserError
 from zangchat.execution import SandboxLevel, find_sandbox
 
@@ -68,12 +68,12 @@ def no_hub(monkeypatch):
     """The hub is out of reach; what the tests ask of it is kept."""
     asked: list[tuple[Any, ...]] = []
 
-    def load_dataset(*args: Any, **settings: Any) -> Any:
-        asked.append((*args, settings))
+    def fetch_table(*args: str) -> Any:
+        asked.append(args)
         raise ConnectionError("offline")
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(common, "hub_is_reachable", lambda: True)
+    monkeypatch.setattr(hub, "fetch_table", fetch_table)
+    monkeypatch.setattr(hub, "is_reachable", lambda url: True)
     return asked
 
 
@@ -263,12 +263,12 @@ def test_local_files_are_read_before_the_hub_is_asked(base_dir, no_hub):
 @pytest.mark.parametrize(
     ("task", "asked", "path"),
     [
-        (GSM8K(split="train"), ("openai/gsm8k", "main", {"split": "train"}), "gsm8k/main/train.parquet"),
-        (MMLU(split="train"), ("cais/mmlu", "all", {"split": "auxiliary_train"}), "mmlu/all/auxiliary_train.parquet"),
-        (MMLU(split="test"), ("cais/mmlu", "all", {"split": "test"}), "mmlu/all/test.parquet"),
-        (ARC("ARC-Easy", "train"), ("allenai/ai2_arc", "ARC-Easy", {"split": "train"}), "ai2_arc/ARC-Easy/train.parquet"),
-        (HumanEval(), ("openai/openai_humaneval", None, {"split": "test"}), "openai_humaneval/test.parquet"),
-        (SmolTalk(), ("HuggingFaceTB/smol-smoltalk", None, {"split": "train"}), "smoltalk/train.parquet"),
+        (GSM8K(split="train"), ("openai/gsm8k", "main", "train"), "gsm8k/main/train.parquet"),
+        (MMLU(split="train"), ("cais/mmlu", "all", "auxiliary_train"), "mmlu/all/auxiliary_train.parquet"),
+        (MMLU(split="test"), ("cais/mmlu", "all", "test"), "mmlu/all/test.parquet"),
+        (ARC("ARC-Easy", "train"), ("allenai/ai2_arc", "ARC-Easy", "train"), "ai2_arc/ARC-Easy/train.parquet"),
+        (HumanEval(), ("openai/openai_humaneval", "", "test"), "openai_humaneval/test.parquet"),
+        (SmolTalk(), ("HuggingFaceTB/smol-smoltalk", "", "train"), "smoltalk/train.parquet"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -280,7 +280,7 @@ def test_without_a_file_the_hub_is_asked_and_without_the_hub_it_is_said_what_to_
 
 
 def test_a_hub_that_cannot_be_reached_is_not_asked_for_each_dataset(base_dir, no_hub, monkeypatch):
-    monkeypatch.setattr(common, "hub_is_reachable", lambda: False)
+    monkeypatch.setattr(hub, "is_reachable", lambda url: False)
     with pytest.raises(MissingData, match="cannot be reached"):
         len(GSM8K(split="train"))
     assert no_hub == []

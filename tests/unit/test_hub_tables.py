@@ -1,0 +1,93 @@
+"""The datasets of the tasks, and CORE's bundle, from a hub on which much goes wrong: the real clients, in a process of their own.
+
+(They read HF_ENDPOINT when they are imported.)
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.hub.contents import BUNDLE_PATH, stand_in
+from tests.hub.rows import ARC, GSM8K, HUMANEVAL, MMLU, SMOLTALK, TABLES
+from tests.hub.server import Hub
+
+ROOT = Path(__file__).parents[2]
+CHILD = """
+import json, sys
+from tasks.common import load_task
+from zangchat import core_eval, hub
+
+hub.RETRY_WAIT = 0.01
+found = {}
+for name, split in json.loads(sys.argv[1]):
+    try:
+        task = load_task(name, split)
+        found[name] = [len(task), task[0]["messages"][0]["content"]] if name != "CORE" else 0
+    except Exception as error:
+        found[name] = f"{type(error).__name__}: {error}"
+if len(sys.argv) > 2:
+    found["CORE"] = len(core_eval.read_tasks(core_eval.find_bundle())[0])
+print("FOUND", json.dumps(found))
+"""
+
+
+def first_file(repo: str) -> str:
+    return f"{repo}/{next(table.hub_path for table in TABLES if table.hub == repo)}"
+
+
+@pytest.fixture(scope="module")
+def hub() -> Any:
+    with stand_in() as hub:
+        yield hub
+
+
+def load(hub: Hub, home: Path, *names: str, core: bool = False, **variables: str) -> tuple[dict[str, Any], str]:
+    """What became of each task ([rows, first question], or the error) and the log of a process that loads them."""
+    wanted = json.dumps([(name, "test" if name == "HumanEval" else "train") for name in names])
+    env = {**os.environ, **hub.environment(home), **variables}
+    command = [sys.executable, "-c", CHILD, wanted, *(["core"] if core else [])]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.rpartition("FOUND ")[2]), done.stderr
+
+
+def test_what_goes_wrong_for_a_moment_costs_no_run(hub: Hub, tmp_path: Path) -> None:
+    hub.faults = {
+        SMOLTALK: [503],  # the API itself
+        MMLU: [None, ("busy", 1)],
+        first_file(MMLU): [503, ("busy", 1)],
+        first_file(GSM8K): ["wrong", ("slow", 0.5)],
+        first_file(ARC): [("truncated", 100), ("changed", b"other bytes altogether")],
+        first_file(HUMANEVAL): [("drop", 1000)],
+        BUNDLE_PATH: [("busy", 1), ("drop", 1000), 503],
+    }
+    names = ["SmolTalk", "MMLU", "GSM8K", "ARC-Easy", "HumanEval"]
+    found, log = load(hub, tmp_path / "hf", *names, core=True)
+    assert {name: found[name][0] if name in names else found[name] for name in found} == {
+        **{"SmolTalk": 600, "MMLU": 60, "GSM8K": 60, "ARC-Easy": 60, "HumanEval": 12},
+        "CORE": 22,
+    }
+    assert not any(hub.faults.values()), "each of them was met"
+    assert not hub.unknown
+    assert "is not the one that http://127.0.0.1" in log and log.count("trying again") >= 7
+    # what was fetched stays: without a hub it is read from the cache, by whichever of its client's variables says so
+    for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        hub.requests.clear()
+        again, _ = load(hub, tmp_path / "hf", *names, **{variable: "1"})
+        assert again == {name: found[name] for name in names} and not hub.requests
+
+
+def test_what_stays_wrong_is_told_and_does_not_stay(hub: Hub, tmp_path: Path) -> None:
+    hub.faults = {first_file(GSM8K): ["wrong"] * 100, ARC: [503] * 100, first_file(MMLU): [404] * 100}
+    found, _ = load(hub, tmp_path / "hf", "GSM8K", "ARC-Easy", "MMLU")
+    assert all(text.startswith("MissingData: no ") and "run this again later, or download it" in text for text in found.values())
+    assert "the sha256 of main/train-00000-of-00001.parquet is not the one that" in found["GSM8K"]
+    assert "503" in found["ARC-Easy"] and "404" in found["MMLU"]
+    hub.faults = {}
+    found, _ = load(hub, tmp_path / "hf", "GSM8K", "ARC-Easy", "MMLU")
+    assert [rows for rows, _ in found.values()] == [60, 60, 60]
