@@ -14,7 +14,7 @@
 #   NUM_ITERATIONS=20 MID_MIXTURE="identity:1,arithmetic:200" SFT_MIXTURE="identity:1,arithmetic:200" RL_TASK=arithmetic CORE=0 \
 #   BASE_FLAGS="--eval_tokens=4096" MID_FLAGS="--num_iterations=10 --eval_tokens=4096" SFT_FLAGS="--num_iterations=10 --eval_steps=2 --init_lr_frac=1" \
 #   RL_FLAGS="--num_iterations=2 --examples_per_step=2 --num_samples=4 --eval_examples=4" LOSS_FLAGS="--split_tokens=4096" \
-#   EVAL_FLAGS="-a Identity|Arithmetic -x 10 -m 32" bash speedrun.sh
+#   EVAL_TASKS="Identity|Arithmetic" EVAL_FLAGS="-x 10 -m 32" bash speedrun.sh
 #
 # ---- The numbers, and the arithmetic behind them -----------------------------------------------------------------------------
 # DEPTH=20       width 20 x 64 = 1280, 10 heads of 128. Per layer 12 x 1280^2 matrix parameters: 20 layers 393M; embedding and
@@ -51,11 +51,12 @@ IDENTITY_DATA=${IDENTITY_DATA:-} # a .jsonl file of conversations of your own
 RL=${RL:-1}                  # 0: stop after finetuning
 RL_TASK=${RL_TASK:-GSM8K}
 CORE=${CORE:-1}              # 0: no CORE evaluation (it downloads its bundle)
+EVAL_TASKS=${EVAL_TASKS:-}   # of the chat evaluations, separated by |; empty: every task that can be scored
 DOLLARS_PER_HOUR=${DOLLARS_PER_HOUR:-24} # of the whole machine, for the sum at the end
 MODEL_TAG=${MODEL_TAG:-d$DEPTH}
 # More flags for single stages, separated by spaces.
 TOK_FLAGS=${TOK_FLAGS:-} BASE_FLAGS=${BASE_FLAGS:-} LOSS_FLAGS=${LOSS_FLAGS:-} CORE_FLAGS=${CORE_FLAGS:-} MID_FLAGS=${MID_FLAGS:-}
-SFT_FLAGS=${SFT_FLAGS:-} RL_FLAGS=${RL_FLAGS:-} EVAL_FLAGS=${EVAL_FLAGS:---all_tasks}
+SFT_FLAGS=${SFT_FLAGS:-} RL_FLAGS=${RL_FLAGS:-} EVAL_FLAGS=${EVAL_FLAGS:-}
 
 if [ -z "${NPROC_PER_NODE:-}" ]; then
     NPROC_PER_NODE=$( (command -v nvidia-smi > /dev/null && nvidia-smi -L || true) | wc -l)
@@ -129,7 +130,9 @@ on_all() {
 
 # evaluate SOURCE FOLDER TITLE: the chat tasks on the model of a stage, whose checkpoints lie in FOLDER_checkpoints.
 evaluate() {
-    on_all scripts.chat_eval --source="$1" --model_tag="$MODEL_TAG" $EVAL_FLAGS
+    local tasks=--all_tasks
+    [ -z "$EVAL_TASKS" ] || tasks=--task_name=$EVAL_TASKS
+    on_all scripts.chat_eval --source="$1" --model_tag="$MODEL_TAG" "$tasks" $EVAL_FLAGS
     once "eval_$1" "$ZANGCHAT_BASE_DIR/$2_checkpoints/$MODEL_TAG" "$3" "${command[@]}"
 }
 
@@ -157,6 +160,15 @@ else
         sleep 0.2
     done
 fi
+
+# What later stages train on and are scored on: better missed now than after hours of pretraining.
+fetch=(python -m scripts.fetch --core="$CORE" --rl_task="$RL_TASK")
+[ "$RL" = 1 ] || fetch+=(--rl_task=)
+[ -z "$MID_MIXTURE" ] || fetch+=(--mid_mixture="$MID_MIXTURE")
+[ -z "$SFT_MIXTURE" ] || fetch+=(--sft_mixture="$SFT_MIXTURE")
+[ -z "$IDENTITY_DATA" ] || fetch+=(--identity_data="$IDENTITY_DATA")
+[ -z "$EVAL_TASKS" ] || fetch+=(--eval_tasks="$EVAL_TASKS")
+once fetch "$nothing" "Conversations, questions and CORE" "${fetch[@]}"
 
 [ -e "$ZANGCHAT_BASE_DIR/tokenizer/tokenizer.json" ] || rm -f "$ZANGCHAT_BASE_DIR"/speedrun/tok*
 once ../tokenizer "$nothing" "Tokenizer" python -m scripts.tok_train --dataset="$DATASET" --vocab_size="$VOCAB_SIZE" --max_chars="$MAX_CHARS" $TOK_FLAGS

@@ -67,7 +67,9 @@ def write(config: Config, meta: dict[str, Any], result: dict[str, Any], minutes:
         "tasks missing": ", ".join(result["missing"]) or "none",
         "minutes": round(minutes, 2),
     }
-    report.log(f"{meta['stage']} model evaluation", [facts, {result["name"]: result["core_metric"], **result["centered_results"]}])
+    report.log(
+        f"{meta['stage'].capitalize()} model evaluation", [facts, {result["name"]: result["core_metric"], **result["centered_results"]}]
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from tasks.common import REGISTRY, MissingData, find_name, load_task
+from tasks.common import REGISTRY, MissingData, load_task, scored_tasks
 from zangchat import common, configurator
 from zangchat.config import CheckpointConfig
 
@@ -42,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(config: Config) -> int:
-    names = chosen_tasks(config)
     check(config)
+    names = scored_tasks(config.task_name, every=config.all_tasks)
     try:
         from zangchat.engine import Engine, load_for_chat
         from zangchat.execution import SandboxRefused
@@ -73,21 +73,9 @@ def evaluate(config: Config) -> int:
     return 0
 
 
-def chosen_tasks(config: Config) -> list[str]:
-    """The registry's names of the tasks to score. Raises UserError for one that it does not know, or that has nothing to score."""
+def check(config: Config) -> None:
     if config.task_name and config.all_tasks:
         raise configurator.UserError("--task_name and --all_tasks exclude each other: give one of them")
-    if not config.task_name:
-        return [name for name, entry in REGISTRY.items() if entry.test and (config.all_tasks or entry.baseline is not None)]
-    names = list(dict.fromkeys(find_name(name.strip()) for name in config.task_name.split("|") if name.strip()))
-    for name in names:
-        if not REGISTRY[name].test:
-            able = ", ".join(known for known, entry in REGISTRY.items() if entry.test)
-            raise configurator.UserError(f"--task_name: {name} is training data without right answers; tasks that can be scored: {able}")
-    return names
-
-
-def check(config: Config) -> None:
     configurator.check_range(1, config, "max_new_tokens", "num_samples", "batch_size", "max_problems")
     configurator.check_range(0, config, "temperature", "top_k")
     if config.num_samples > 1 and config.temperature == 0:

@@ -14,7 +14,7 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from tasks.training import held_out_conversations, training_conversations
+from tasks.training import SFT_MIXTURE, held_out_conversations, training_conversations
 from zangchat import common, configurator, run_setup, schedule
 from zangchat.config import BatchSize, FinetuneConfig
 
@@ -23,16 +23,14 @@ if TYPE_CHECKING:
     from zangchat.dataloader import Batch
     from zangchat.trainer import Every, Stage
 
-# Few but good: 3.4k questions of multiple choice, 8k sums with the calculator, 10k of the 460k general conversations, who the model is, and
-# a reminder of spelling and counting. About 23k conversations.
-MIXTURE = "arc-easy:1,arc-challenge:1,gsm8k:1,smoltalk:0.0217,identity:1,simplespelling:300,spellingbee:300"
-
 
 @dataclass
 class Config(FinetuneConfig):
     source: str = "mid"  # mid | base: the stage to start from
     # the data
-    mixture: str | None = None  # NAME:EPOCHS, or NAME:EXAMPLES for generated tasks, separated by commas; default: see chat_sft.py
+    mixture: str | None = (
+        None  # NAME:EPOCHS, or NAME:EXAMPLES for generated tasks, separated by commas; default: SFT_MIXTURE in tasks/training.py
+    )
     identity_data: str | None = None  # a .jsonl file of conversations of your own, added to the mixture: seen once per epoch
     # how long, and in what batches
     num_epochs: int = 1  # times through the mixture
@@ -61,7 +59,7 @@ def train(config: Config) -> int:
             return 0
         run.start_from_source()
         tokenizer, model = run.tokenizer(), run.new_model()
-        run.settle(model.config, mixture=MIXTURE)
+        run.settle(model.config, mixture=SFT_MIXTURE)
         settled = run.choose_batch(model.config, run.config.target_examples_per_step, even=False)
         model.document_start = tokenizer.get_bos_token_id() if settled.block_diagonal else None
         task = training_conversations(settled.mixture, settled.identity_data, tokenizer=tokenizer, seed=settled.seed)

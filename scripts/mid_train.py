@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tasks.training import held_out_conversations, training_conversations
+from tasks.training import MID_MIXTURE, held_out_conversations, training_conversations
 from zangchat import common, configurator, run_setup, schedule
 from zangchat.config import BatchSize, FinetuneConfig, GPTConfig
 
@@ -23,15 +23,13 @@ if TYPE_CHECKING:
     from zangchat.dataloader import Batch
     from zangchat.trainer import Every, Stage
 
-# 460k general conversations, 100k questions of multiple choice, 8k sums with the calculator (each once); who the model is (twice);
-# 280k generated exercises in spelling and counting letters. About 850k conversations.
-MIXTURE = "smoltalk:1,mmlu:1,gsm8k:1,identity:2,simplespelling:200000,spellingbee:80000"
-
 
 @dataclass
 class Config(FinetuneConfig):
     # the data
-    mixture: str | None = None  # NAME:EPOCHS, or NAME:EXAMPLES for generated tasks, separated by commas; default: see mid_train.py
+    mixture: str | None = (
+        None  # NAME:EPOCHS, or NAME:EXAMPLES for generated tasks, separated by commas; default: MID_MIXTURE in tasks/training.py
+    )
     identity_data: str | None = None  # a .jsonl file of conversations of your own, added to the mixture and seen twice
     mixture_ratio: float = 1.0  # share of the tokens that come from the mixture, above 0; the rest is pretraining text
     dataset: str | None = None  # the pretraining text (also for validation where mixture_ratio < 1); default: as the base model
@@ -64,7 +62,7 @@ def train(config: Config) -> int:
             return 0
         run.start_from_source()
         tokenizer, model = run.tokenizer(), run.new_model()
-        settled = run.settle(model.config, mixture=MIXTURE)
+        settled = run.settle(model.config, mixture=MID_MIXTURE)
         model.document_start = tokenizer.get_bos_token_id() if settled.block_diagonal else None
         task = training_conversations(settled.mixture, settled.identity_data, 2, tokenizer=tokenizer, seed=settled.seed)
         plan = make_plan(run, model.config, task, tokenizer)

@@ -356,6 +356,21 @@ def find_name(name: str) -> str:
     raise UserError(f"unknown task {name!r}: known are {', '.join(REGISTRY)} (and the path of a .jsonl file of conversations)")
 
 
+def scored_tasks(names: str | None = None, *, every: bool = False) -> list[str]:
+    """The registry's names of the tasks to score: those in `names`, separated by |; else all of ChatCORE's, or `every` one there is.
+
+    Raises UserError for a name that it does not know, or a task that has nothing to score.
+    """
+    if not names:
+        return [name for name, entry in REGISTRY.items() if entry.test and (every or entry.baseline is not None)]
+    chosen = list(dict.fromkeys(find_name(name.strip()) for name in names.split("|") if name.strip()))
+    for name in chosen:
+        if not REGISTRY[name].test:
+            able = ", ".join(known for known, entry in REGISTRY.items() if entry.test)
+            raise UserError(f"{name} is training data without right answers; tasks that can be scored: {able}")
+    return chosen
+
+
 def load_task(name: str, split: str = "train", **options: Any) -> Task:
     """The task of that name, or CustomJSON for the path of a .jsonl file. `options` go to the task's constructor (size=, stop=, ...)."""
     if name.endswith(".jsonl"):

@@ -97,7 +97,7 @@ def find_bundle(download: bool = True) -> Path:
     folder = get_base_dir() / "eval_bundle"
     if not (folder / "core.yaml").is_file():
         if not download:
-            raise UserError(f"no CORE data in {folder}: run `python -m scripts.base_eval`, which downloads it, or put the bundle there")
+            raise UserError(f"no CORE data in {folder}: run `python -m scripts.fetch`, which downloads it, or put the bundle there")
         from filelock import FileLock
 
         url = os.environ.get("ZANGCHAT_EVAL_BUNDLE_URL") or BUNDLE_URL

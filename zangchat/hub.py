@@ -138,17 +138,23 @@ def _is_final(error: Exception) -> bool:
     if isinstance(error, LocalEntryNotFoundError):  # which the client raises when it could not connect
         return False
     final = (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, DatasetNotFoundError, ValueError, UserError)
-    return isinstance(error, final)
+    response = _response(error)
+    refused = response is not None and 400 <= response.status_code < 500 and response.status_code not in (408, 429)
+    return refused or isinstance(error, final)
 
 
-def _retry_after(error: BaseException | None) -> float:
-    """The seconds that the hub asked us to wait, in this error or in one behind it; 0 if it did not."""
-    while error is not None:
-        value = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
-        if value.isdecimal():
-            return float(value)
+def _response(error: BaseException | None) -> Any:
+    """The hub's answer that is behind an error, if there was one."""
+    while error is not None and getattr(error, "response", None) is None:
         error = error.__cause__ or error.__context__
-    return 0.0
+    return getattr(error, "response", None)
+
+
+def _retry_after(error: BaseException) -> float:
+    """The seconds that the hub asked us to wait; 0 if it did not."""
+    response = _response(error)
+    value = response.headers.get("Retry-After", "") if response is not None else ""
+    return float(value) if value.isdecimal() else 0.0
 
 
 def _exclusive(folder: Path) -> Any:

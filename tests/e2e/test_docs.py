@@ -30,7 +30,7 @@ MARKED = {
     "gpu": """bash dev/rungpu.sh | bash dev/rungpu.sh 24 | bash speedrun.sh | WANDB_RUN=first bash speedrun.sh | bash run1000.sh
         | sbatch dev/slurm.sbatch | sky launch dev/skypilot.yaml --env BUCKET=s3://my-bucket/zangchat | torchrun ...
         | python -m zangchat.dataset -n 115 | python -m scripts.tok_train --vocab_size=65536 --max_chars=2000000000
-        | python -m scripts.tok_eval | python -m zangchat.report generate""",
+        | python -m scripts.fetch | python -m scripts.tok_eval | python -m zangchat.report generate""",
     "network": """python -m zangchat.dataset --source=climbmix -n 8 | python -m zangchat.dataset --source=fineweb-edu -n 8
         | python -m zangchat.dataset verify --dataset=fineweb-edu --repair | python -m zangchat.dataset --source=pydocs
         | python -m scripts.base_eval | python -m scripts.chat_eval -i sft --all_tasks | lm_eval ...""",

@@ -260,7 +260,7 @@ def test_base_eval_writes_a_table_and_a_report_card(base, capsys):
     lines = (base / "base_eval" / "base_a_000003.csv").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "task,accuracy,centered" and lines[1].startswith("jeopardy,") and "coqa,," in lines
     assert lines[-1].startswith('"CORE (3/22, no ')
-    (card,) = [card for card in get_report().cards() if card.section == "base model evaluation"]
+    (card,) = [card for card in get_report().cards() if card.section == "Base model evaluation"]
     name = next(name for name in card.data[1] if name.startswith("CORE"))
     assert name.startswith("CORE (3/22") and f"{card.data[1][name]:.6f}" == lines[-1].rsplit(",", 1)[1]
     assert base_eval.main(["--max_per_task=0", *CPU]) == 2

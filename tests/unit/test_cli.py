@@ -35,6 +35,7 @@ PROMISED = {
     " --data_path",
     "scripts.base_loss": "--model_tag",
     "scripts.base_eval": "--max_per_task",
+    "scripts.fetch": "--mid_mixture --sft_mixture --rl_task --core",
     "scripts.mid_train": TRAINING + " --identity_data --mixture",
     "scripts.chat_sft": TRAINING + " --source --num_epochs --target_examples_per_step --eval_steps --init_lr_frac --mixture",
     "scripts.chat_rl": TRAINING + " --task --examples_per_step --num_samples --eval_examples",

@@ -206,7 +206,7 @@ def test_a_model_in_training_stays_in_training(model, tmp_path):
 
 
 def test_what_is_wrong_with_a_bundle_is_said(model, tmp_path, base_dir):
-    with pytest.raises(UserError, match="base_eval"):
+    with pytest.raises(UserError, match="scripts.fetch"):
         core_eval.find_bundle(download=False)
     bundle = make_bundle(tmp_path / "a")
     (bundle / "eval_data" / "some" / "copa.jsonl").write_text('{"query": "q"}\n', encoding="utf-8")

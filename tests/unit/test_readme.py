@@ -240,7 +240,15 @@ def modules(calls: list[list[str]]) -> list[str]:
     return [call[call.index("-m") + 1] for call in calls if "zangchat.dataset" not in call]
 
 
-CHAIN = ["zangchat.report", "scripts.tok_train", "scripts.tok_eval", "scripts.base_train", "scripts.base_loss", "scripts.base_eval"]
+CHAIN = [
+    "zangchat.report",
+    "scripts.fetch",
+    "scripts.tok_train",
+    "scripts.tok_eval",
+    "scripts.base_train",
+    "scripts.base_loss",
+    "scripts.base_eval",
+]
 CHAIN += [
     "scripts.mid_train",
     "scripts.chat_eval",

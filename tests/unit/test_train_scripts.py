@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from scripts import base_loss, base_train, chat_rl, chat_sft, mid_train
-from tasks.training import training_conversations
+from tasks.training import MID_MIXTURE, SFT_MIXTURE, training_conversations
 from tests.hub import rows
 from zangchat import checkpoint_manager, common, configurator, flops, run_setup, schedule, trainer
 from zangchat.configurator import UserError
@@ -175,16 +175,16 @@ def test_each_later_stage_trains_on_its_own_default_mixture(base, before):
     rows.write_local_copies(before, 100)
     assert mid_train.main(SHORT) == 0
     assert chat_sft.main(SHORT) == 0
-    assert user_config(before, "mid")["mixture"] == mid_train.MIXTURE
-    assert user_config(before, "sft")["mixture"] == chat_sft.MIXTURE
+    assert user_config(before, "mid")["mixture"] == MID_MIXTURE
+    assert user_config(before, "sft")["mixture"] == SFT_MIXTURE
     assert trained_on(before, "mid") > 280_000 > 10_000 > trained_on(before, "sft") > 600
 
 
-@pytest.mark.parametrize("script", [mid_train, chat_sft])
-def test_every_entry_of_a_default_mixture_brings_examples_that_can_be_rendered(base, before, script):
+@pytest.mark.parametrize("mixture", [MID_MIXTURE, SFT_MIXTURE])
+def test_every_entry_of_a_default_mixture_brings_examples_that_can_be_rendered(base, before, mixture):
     rows.write_local_copies(before, 500)
     tokenizer = RustBPETokenizer.from_directory(before / "tokenizer")
-    for entry in script.MIXTURE.split(","):
+    for entry in mixture.split(","):
         task = training_conversations(entry, tokenizer=tokenizer, seed=42)
         ids, mask = tokenizer.render_conversation(task[0], max_tokens=4096)
         assert len(task) > 0 and len(ids) == len(mask) and any(mask), entry
@@ -193,11 +193,11 @@ def test_every_entry_of_a_default_mixture_brings_examples_that_can_be_rendered(b
 def test_conversations_of_ones_own_are_added_to_the_default_mixture(base, before):
     rows.write_local_copies(before, 100)
     sizes = {}
-    for script, stage in ((mid_train, "mid"), (chat_sft, "sft")):
+    for script, stage, mixture in ((mid_train, "mid", MID_MIXTURE), (chat_sft, "sft", SFT_MIXTURE)):
         for more in ([], [f"--identity_data={base / 'chats.jsonl'}"]):
             assert script.main([*SHORT, *more]) == 0
             sizes[stage, bool(more)] = trained_on(before, stage)
-            assert user_config(before, stage)["mixture"] == script.MIXTURE
+            assert user_config(before, stage)["mixture"] == mixture
         assert user_config(before, stage)["identity_data"] == str(base / "chats.jsonl")
     assert sizes["mid", True] == sizes["mid", False] + 2 * 60 and sizes["sft", True] == sizes["sft", False] + 60
     assert chat_sft.main(SHORT) == 0  # the file was midtraining's and finetuning's own: it does not travel

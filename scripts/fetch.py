@@ -1,0 +1,66 @@
+"""Fetch what the stages after pretraining need, so that no trained model waits for a download that fails.
+
+    python -m scripts.fetch                                            what the defaults of all stages need
+    python -m scripts.fetch --mid_mixture="smoltalk:1,me.jsonl:2" --rl_task=spellingbee --core=0
+
+Datasets go to the cache of the hub's client, CORE's bundle to <base>/eval_bundle. What is there already is only looked at.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tasks.common import MissingData, load_task, parse_mixture, scored_tasks
+from tasks.training import MID_MIXTURE, SFT_MIXTURE
+from zangchat import configurator
+
+
+@dataclass
+class Config:
+    mid_mixture: str = MID_MIXTURE
+    sft_mixture: str = SFT_MIXTURE
+    identity_data: str | None = None  # a .jsonl file of conversations of your own: read, so that a mistake in it is found now
+    rl_task: str = "gsm8k"  # empty: none
+    eval_tasks: str | None = None  # of the chat evaluations, separated by |; default: every task that can be scored
+    core: bool = True  # CORE's bundle as well
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return configurator.run(Config, fetch, argv)
+
+
+def fetch(config: Config) -> int:
+    from zangchat.core_eval import find_bundle, read_tasks
+
+    scored = scored_tasks(config.eval_tasks, every=True)
+    trained = [name for spec in (config.mid_mixture, config.sft_mixture) for name, _ in parse_mixture(spec)]
+    trained += [name for name in (config.identity_data, config.rl_task) if name]
+    looked_at: set[str] = set()
+    for name in trained:
+        look_at(name, "train", looked_at)
+        if not name.endswith(".jsonl"):
+            look_at(name, "val", looked_at)
+    for name in scored:
+        try:
+            look_at(name, "test", looked_at)
+        except MissingData as error:  # the evaluation goes without it, too
+            print(f"{name} will not be scored: {error}")
+    if config.core:
+        tasks, missing = read_tasks(find_bundle())
+        print(f"CORE: {len(tasks)} tasks{', without ' + ', '.join(missing) if missing else ''}")
+    return 0
+
+
+def look_at(name: str, split: str, before: set[str]) -> None:
+    """Load a task, which fetches its data, unless it was `before`; say what there is. Generated tasks need nothing."""
+    task = load_task(name, split)
+    label = f"{task.name}, {getattr(task, 'file_split', split)}"
+    if task.generated or label in before:
+        return
+    before.add(label)
+    task[0]
+    print(f"{label}: {len(task):,} conversations")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
