@@ -9,12 +9,12 @@
 # Run it again after an interruption: every stage goes on where it stopped, and what is finished is skipped.
 # In `screen` or `tmux` it survives a lost connection; to keep a log: bash speedrun.sh 2>&1 | tee speedrun.log
 #
-# The same script at depth 2 on two CPU processes, nothing downloaded but packages (a rehearsal of minutes, no good model):
-#   DEPTH=2 NPROC_PER_NODE=2 DATASET=pydocs VOCAB_SIZE=512 MAX_CHARS=1000000 MAX_SEQ_LEN=128 DEVICE_BATCH_SIZE=4 TOTAL_BATCH_SIZE=2048 \
-#   NUM_ITERATIONS=20 MID_MIXTURE="identity:1,arithmetic:200" SFT_MIXTURE="identity:1,arithmetic:200" RL_TASK=arithmetic CORE=0 \
-#   BASE_FLAGS="--eval_tokens=4096" MID_FLAGS="--num_iterations=10 --eval_tokens=4096" SFT_FLAGS="--num_iterations=10 --eval_steps=2 --init_lr_frac=1" \
-#   RL_FLAGS="--num_iterations=2 --examples_per_step=2 --num_samples=4 --eval_examples=4" LOSS_FLAGS="--split_tokens=4096" \
-#   EVAL_TASKS="Identity|Arithmetic" EVAL_FLAGS="-x 10 -m 32" bash speedrun.sh
+# The same chain at depth 2 on two CPU processes: sizes are set, and nothing else (minutes, 2 GB of downloads, no good model):
+#   DEPTH=2 NPROC_PER_NODE=2 NUM_SHARDS=2 VOCAB_SIZE=1024 MAX_CHARS=1000000 MAX_SEQ_LEN=128 DEVICE_BATCH_SIZE=4 TOTAL_BATCH_SIZE=2048 \
+#   NUM_ITERATIONS=20 BASE_FLAGS="--eval_tokens=4096 --core_metric_max_per_task=4" LOSS_FLAGS="--split_tokens=4096" \
+#   CORE_FLAGS="--max_per_task=4" MID_FLAGS="--num_iterations=10 --eval_tokens=4096" SFT_FLAGS="--num_iterations=10 --eval_steps=2" \
+#   RL_FLAGS="--num_iterations=2 --examples_per_step=2 --num_samples=4 --eval_examples=4 --max_new_tokens=16" \
+#   EVAL_FLAGS="--max_problems=4 --max_new_tokens=8" bash speedrun.sh
 #
 # ---- The numbers, and the arithmetic behind them -----------------------------------------------------------------------------
 # DEPTH=20       width 20 x 64 = 1280, 10 heads of 128. Per layer 12 x 1280^2 matrix parameters: 20 layers 393M; embedding and

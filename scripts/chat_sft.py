@@ -64,13 +64,14 @@ def train(config: Config) -> int:
         model.document_start = tokenizer.get_bos_token_id() if settled.block_diagonal else None
         task = training_conversations(settled.mixture, settled.identity_data, tokenizer=tokenizer, seed=settled.seed)
         steps = run.steps(lambda: math.ceil(len(task) * settled.num_epochs / settled.target_examples_per_step))
-        common.print0(f"sft: {len(task):,} conversations; {steps:,} steps of {settled.target_examples_per_step}")
+        common.print0(f"sft: {len(task):,} conversations ({task}); {steps:,} steps of {settled.target_examples_per_step}")
         plan = run.plan(model.config)._replace(num_iterations=steps)
         stage = make_stage(run, steps, task, tokenizer)
         trainer = run.trainer(model, stage, plan, tokenizer, keep_optimizer=settled.load_optimizer)
         trainer.fit()
         if not trainer.exit_code:
-            run.report("Chat SFT", trainer, conversations=len(task), **{"validation loss": trainer.state.extra.get("val_loss")})
+            loss = trainer.state.extra.get("val_loss")
+            run.report("Chat SFT", trainer, conversations=len(task), mixture=str(task), **{"validation loss": loss})
         return trainer.exit_code
 
 

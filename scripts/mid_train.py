@@ -70,7 +70,7 @@ def train(config: Config) -> int:
         trainer = run.trainer(model, stage, plan, tokenizer, keep_optimizer=settled.load_optimizer)
         trainer.fit()
         if not trainer.exit_code:
-            run.report("Midtraining", trainer, conversations=len(task))
+            run.report("Midtraining", trainer, conversations=len(task), mixture=str(task))
         return trainer.exit_code
 
 
@@ -86,7 +86,7 @@ def make_plan(run: run_setup.Run, model_config: GPTConfig, task: "Task", tokeniz
     config = run.choose_batch(model_config, plan.total_batch_size // run.config.max_seq_len)
     run_setup.check_batch(plan.total_batch_size, config.max_seq_len, config.device_batch_size, run.world_size)
     steps = run.steps(lambda: tokens_in(task, tokenizer, config.max_seq_len) / config.mixture_ratio / plan.total_batch_size)
-    common.print0(f"mid: {len(task):,} conversations; {steps:,} steps of {plan.total_batch_size:,} tokens")
+    common.print0(f"mid: {len(task):,} conversations ({task}); {steps:,} steps of {plan.total_batch_size:,} tokens")
     return plan._replace(num_iterations=steps, tokens=steps * plan.total_batch_size)
 
 

@@ -95,6 +95,14 @@ class TaskMixture(Task):
         self._order = [(t, i) for t, task in enumerate(self.tasks) for i in range(len(task))]
         random.Random(derive_seed(seed, "mixture")).shuffle(self._order)
 
+    def __str__(self) -> str:
+        """How many examples there are of what: "SmolTalk 460,341, GSM8K 7,473"."""
+        counts: dict[str, int] = {}
+        for task in self.tasks:
+            name = task.name or type(task).__name__
+            counts[name] = counts.get(name, 0) + len(task)
+        return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+
     def num_examples(self) -> int:
         return len(self._order)
 

@@ -55,6 +55,7 @@ NOT_NEGATIVE = (
     *("embedding_lr", "unembedding_lr", "matrix_lr", "init_lr_frac", "warmup_ratio", "warmdown_ratio", "final_lr_frac"),
     *("weight_decay", "grad_clip"),
 )
+REPORTED = "reported"  # in the folder of a run: the step whose card is in the report
 LOCK_WAIT = 2.0  # seconds: a process that was just killed may take that long to let go of its tag
 # For a model whose own training is not known (an imported one); base_train spells the same out.
 DEFAULTS = {
@@ -108,11 +109,11 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether a resumed run has nothing left to do, its last evaluation included; says so."""
+        """Whether a resumed run has nothing left to do, its last evaluation and its card in the report included; says so."""
         if self.meta is None:
             return False
         planned = self.config.num_iterations if self.config.num_iterations > 0 else self.state.num_iterations
-        if self.state.step < planned or self.state.extra.get("hooks_done") != self.state.step:
+        if self.state.step < planned or self.state.extra.get("hooks_done") != self.state.step or not self._is_reported():
             return False
         tag, moved = self.checkpoint_dir.name, self.moved_source()
         if moved:
@@ -455,6 +456,13 @@ class Run:
         table = {name: value for name, value in {**common_results, **results}.items() if value is not None}
         again = command(self.stage, self.config, resume="", overwrite=False)
         get_report().log(section, [table, *map(dict, more), f"```bash\n{again}\n```"])
+        if self.rank == 0:
+            common.atomic_write(self.checkpoint_dir / REPORTED, str(state.step))
+
+    def _is_reported(self) -> bool:
+        """Whether `report` has written the card of the step that the run is at: a process may be killed before it comes to that."""
+        mark = self.checkpoint_dir / REPORTED
+        return mark.exists() and mark.read_text(encoding="utf-8") == str(self.state.step)
 
 
 def choose_tags(config: Any, source: str) -> Any:

@@ -1,62 +1,260 @@
-"""speedrun.sh and run1000.sh, the very scripts, at depth 2 on two CPU processes with a corpus that every machine can make."""
+"""The chains, the very scripts, on their defaults: at depth 2, on two CPU processes, against a stand-in for the hub. Sizes alone are set.
 
+Once in the ordinary suite; interrupted, and as run1000.sh and rungpu.sh, among the slow tests.
+"""
+
+import hashlib
 import json
 import os
+import random
 import re
 import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import psutil
 import pytest
+import yaml
 
-from zangchat import pydocs
+from tasks.common import scored_tasks
+from tasks.training import MID_MIXTURE, SFT_MIXTURE
+from tests import sizes
+from tests.documents import ROOT
+from tests.hub.contents import stand_in
+from tests.hub.server import Hub
+from zangchat.core_eval import CORE_TASKS
+from zangchat.hub import HUB_REPOS
 
-ROOT = Path(__file__).parents[2]
-
-
-def rehearsal() -> dict[str, str]:
-    """The variables that the head of speedrun.sh gives for a rehearsal, so that what it promises is what is tested."""
-    lines = (ROOT / "speedrun.sh").read_text(encoding="utf-8").splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("#   DEPTH=2"))
-    command = ""
-    for line in lines[start:]:
-        command += line.removeprefix("#").strip().removesuffix("\\")
-        if not line.endswith("\\"):
-            break
-    done = subprocess.run(
-        ["bash", "-c", f"{command.replace('bash speedrun.sh', 'env -0')}"],
-        env={"PATH": os.environ["PATH"]},
-        capture_output=True,
-        check=True,
-    )
-    pairs = (pair.partition("=") for pair in done.stdout.decode().split("\0") if pair)
-    return {name: value for name, _, value in pairs if name not in ("PATH", "PWD", "SHLVL", "_", "OLDPWD")}
+STAGES = {"base": "base", "mid": "mid", "sft": "chatsft", "rl": "chatrl"}  # stage -> its folder's first word
+CARDS = [  # of the report, in the order of a chain
+    *("Tokenizer training", "Tokenizer evaluation", "Base model training", "Base model loss", "Base model evaluation", "Midtraining"),
+    *("Chat evaluation mid", "Chat SFT", "Chat evaluation sft", "Chat RL", "Chat evaluation rl"),
+]
+pytestmark = pytest.mark.timeout(1800)
 
 
-@pytest.mark.timeout(900)
-def test_the_whole_chain_on_two_ranks_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    variables = rehearsal()
-    assert variables["NPROC_PER_NODE"] == "2" and variables["DATASET"] == "pydocs"
-    roots = pydocs.library_roots()[:1]  # the standard library alone; test_runcpu.py makes the corpus of all packages, which takes longer
-    monkeypatch.setattr(pydocs, "library_roots", lambda: roots)
-    assert pydocs.build(tmp_path / "base_data" / "pydocs", workers=1) == 0
-    env = {**os.environ, **variables, "ZANGCHAT_BASE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+class Chain(NamedTuple):
+    """A base folder that a chain works in, and what the chain sees."""
 
-    def run(script: str, **more: str) -> str:
-        done = subprocess.run(["bash", script], cwd=ROOT, env={**env, **more}, capture_output=True, text=True)
-        assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-        assert "$ at" not in done.stdout and re.search(r"d2: 0 h \d\d min this time, \$\d+\.\d\d at \$24 an hour", done.stdout)
-        return done.stdout
+    base: Path
+    hub: Hub
+    home: Path  # with the cache of the hub's client
 
-    run("run1000.sh")
-    for stage in ("base", "mid", "chatsft"):
-        lines = (tmp_path / f"{stage}_checkpoints" / "d2" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        losses = [values["loss"] for values in map(json.loads, lines) if "loss" in values]
+    def start(self, script: str, *arguments: str, log: Path, **more: str) -> "subprocess.Popen[bytes]":
+        given = {**sizes.rehearsal(), **more}
+        assert not sizes.others(given), "a rehearsal sets sizes alone"
+        foreign = {*sizes.VARIABLES, "ZANGCHAT_EVAL_BUNDLE_URL", "OMP_NUM_THREADS"}  # a test process has its own
+        env = {name: value for name, value in os.environ.items() if name not in foreign}
+        env |= {**given, **self.hub.environment(self.home), "ZANGCHAT_BASE_DIR": str(self.base)}
+        with log.open("wb") as out:
+            command = ["bash", script, *arguments]
+            return subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT)
+
+    def run(self, script: str, *arguments: str, **more: str) -> str:
+        """What a chain that must succeed has printed."""
+        log = self.base.with_suffix(".log")
+        process = self.start(script, *arguments, log=log, **more)
+        code, said = process.wait(), log.read_text(encoding="utf-8")
+        assert code == 0, said[-5000:]
+        assert not self.hub.unknown
+        return said
+
+    def checkpoints(self, stage: str) -> Path:
+        (tag,) = (self.base / f"{STAGES[stage]}_checkpoints").iterdir()
+        return tag
+
+    def meta(self, stage: str) -> dict[str, Any]:
+        return json.loads(max(self.checkpoints(stage).glob("meta_*.json")).read_text(encoding="utf-8"))
+
+    def metrics(self, stage: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.checkpoints(stage) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+    def weights(self) -> dict[str, str]:
+        return {stage: hashlib.sha256(max(self.checkpoints(stage).glob("model_*.pt")).read_bytes()).hexdigest() for stage in STAGES}
+
+    def report(self) -> str:
+        return (self.base / "report" / "report.md").read_text(encoding="utf-8")
+
+    def results(self) -> list[str]:
+        """The report's summary and cards, without what no two runs share: times, memory, paths."""
+        drop = re.compile(r"Logged |Generated |\| (?:.*(?:minutes|seconds|memory|wall-clock|cost|git|source).*) \|")
+        return [line for line in self.report().splitlines() if not drop.match(line)]
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    with stand_in() as hub:
+        yield hub
+
+
+@pytest.fixture
+def empty(hub: Hub, tmp_path: Path) -> Chain:
+    """An empty base folder, and a hub on which nothing goes wrong."""
+    hub.faults = {}
+    return Chain(tmp_path / "base", hub, tmp_path / "hf")
+
+
+@pytest.fixture(scope="module")
+def whole(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> tuple[Chain, str]:
+    """A chain that ran through without a disturbance, and what it printed."""
+    folder = tmp_path_factory.mktemp("whole")
+    chain = Chain(folder / "base", hub, folder / "hf")
+    return chain, chain.run("speedrun.sh")
+
+
+# ---- what must have come of it -------------------------------------------------------------------------------------------------------
+
+
+def check_result(chain: Chain, said: str, tag: str = "d2") -> None:
+    assert "$ at" not in said and re.search(rf"\n{tag}: 0 h \d\d min this time, \$\d+\.\d\d at \$\d+ an hour", said)
+    assert {stage: chain.checkpoints(stage).name for stage in STAGES} == dict.fromkeys(STAGES, tag)
+    # each stage trained on its own mixture, with something of every entry
+    for stage, mixture in (("mid", MID_MIXTURE), ("sft", SFT_MIXTURE)):
+        config = chain.meta(stage)["user_config"]
+        assert (config["mixture"], config["identity_data"]) == (mixture, None)
+        (told,) = re.findall(rf"^{stage}: [\d,]+ conversations \((.*)\);", said, re.MULTILINE)
+        counts = {name.lower(): int(count.replace(",", "")) for name, count in re.findall(r"([\w-]+) ([\d,]+)(?:, |$)", told)}
+        assert set(counts) == {entry.partition(":")[0] for entry in mixture.split(",")} and min(counts.values()) > 0, told
+    assert chain.meta("rl")["user_config"]["task"].lower() == "gsm8k"
+    for stage in ("base", "mid"):  # finetuning at its small rate needs more than ten steps to show
+        losses = [values["loss"] for values in chain.metrics(stage) if "loss" in values]
         assert sum(losses[-5:]) < sum(losses[:5]), stage
-    assert (tmp_path / "chatrl_checkpoints" / "d2" / "metrics.jsonl").exists()
-    report = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
-    assert "SFT" in report and "RL" in report
+    # every evaluation took place
+    assert any("CORE" in values for values in chain.metrics("base")), "CORE is looked at while pretraining"
+    (table,) = (chain.base / "base_eval").glob("*.csv")
+    assert [line.partition(",")[0] for line in table.read_text(encoding="utf-8").splitlines()] == ["task", *CORE_TASKS, '"CORE"']
+    for stage in ("mid", "sft", "rl"):
+        for name in scored_tasks(every=True):
+            (answers,) = (chain.base / "chat_eval").glob(f"{stage}_{tag}_*_{name}.jsonl")
+            assert len(answers.read_text(encoding="utf-8").splitlines()) == 4
+    assert "not scored" not in said and "will not be scored" not in said
+    # and all of it is in the report
+    report = chain.report()
+    assert re.findall(r"^## (.*)$", report, re.MULTILINE) == ["Summary", "Curves", *CARDS] and "Not scored" not in report
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in report.partition("## Curves")[0].splitlines() if line.startswith("|")}
+    assert all(rows[name].count(" - ") <= 1 for name in (*scored_tasks(every=True), "ChatCORE")), report[:2000]
+    assert rows["CORE"].count(" - ") == 3
 
-    weights = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model_*.pt")}
-    again = run("speedrun.sh", RATIO="20")  # run1000.sh is speedrun.sh with other numbers
-    assert weights and again.count("nothing to do") >= 4, "a second run has no stage left"
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model_*.pt")} == weights
+
+RENDER = """
+import json, sys
+from tasks.training import training_conversations
+from zangchat.dataloader import ConversationStream, example_batches, packed_batches
+from zangchat.tokenizer import get_tokenizer
+
+tokenizer, seen = get_tokenizer(), {}
+for entry in sys.argv[1:]:
+    task = training_conversations(entry, tokenizer=tokenizer, seed=42)
+    stream = ConversationStream(task, tokenizer, 42, max_tokens=2049)
+    midtraining = packed_batches(stream, rows_per_step=2, sequence_len=2048, bos=tokenizer.get_bos_token_id())
+    finetuning = example_batches(task, tokenizer, examples_per_step=4, sequence_len=2048, seed=42)
+    seen[entry] = [int((next(batches).targets >= 0).sum()) for batches in (midtraining, finetuning)]
+print(json.dumps(seen))
+"""
+
+
+def test_speedrun_on_its_defaults(whole: tuple[Chain, str]) -> None:
+    check_result(*whole)
+
+
+def test_a_second_call_has_nothing_to_do(whole: tuple[Chain, str]) -> None:
+    chain, _ = whole
+    before, asked = {path: path.stat().st_mtime_ns for path in chain.base.rglob("model_*.pt")}, len(chain.hub.requests)
+    again = chain.run("speedrun.sh")
+    assert len(re.findall(r"^(?:base|mid|sft|rl): d2 is finished at step \d+ of \d+; nothing to do$", again, re.MULTILINE)) == 4
+    assert again.count("=== ") == 15 and again.count(": done before") == 8
+    assert {path: path.stat().st_mtime_ns for path in chain.base.rglob("model_*.pt")} == before
+    assert chain.hub.requests[asked:] == []
+
+
+def test_every_entry_of_the_default_mixtures_is_learned_from(whole: tuple[Chain, str]) -> None:
+    """A few steps over 280,000 generated conversations meet none of the small tasks: so each goes through the loaders by itself."""
+    chain, _ = whole
+    entries = [*MID_MIXTURE.split(","), *SFT_MIXTURE.split(",")]
+    env = {**os.environ, **chain.hub.environment(chain.home), "ZANGCHAT_BASE_DIR": str(chain.base)}
+    done = subprocess.run([sys.executable, "-c", RENDER, *entries], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert set(seen) == set(entries) and all(min(supervised) > 0 for supervised in seen.values()), seen
+
+
+# ---- interrupted ----------------------------------------------------------------------------------------------------------------------
+
+
+def kill(process: "subprocess.Popen[bytes]") -> None:
+    """The script and all that it has started, at once, as a power cut would."""
+    script = psutil.Process(process.pid)
+    script.suspend()  # else it could start another meanwhile
+    for child in script.children(recursive=True):
+        child.kill()
+    script.kill()
+    process.wait()
+
+
+def in_a_download(chain: Chain, rng: random.Random) -> Callable[[], bool]:
+    """While a shard or a dataset is on its way."""
+    corpus = HUB_REPOS["climbmix"]
+    files = [f"{corpus}/shard_00000.parquet", f"{corpus}/shard_00006.parquet", "cais/mmlu/all/auxiliary_train-00000-of-00001.parquet"]
+    what = rng.choice(files)
+    chain.hub.faults = {what: [("slow", 3)]}
+    return lambda: bool(chain.hub.fetched(what))
+
+
+def between_a_save_and_its_card(chain: Chain, rng: random.Random) -> Callable[[], bool]:
+    stage = rng.choice(list(STAGES))
+    card = {"base": "base-model-training", "mid": "midtraining", "sft": "chat-sft", "rl": "chat-rl"}[stage]
+    last = {"base": 20, "mid": 10, "sft": 10, "rl": 2}[stage]
+
+    def due() -> bool:
+        saved = list((chain.base / f"{STAGES[stage]}_checkpoints").glob(f"*/meta_{last:06d}.json"))
+        assert not (chain.base / "report" / f"{card}.card.json").exists(), "the moment went by"
+        return bool(saved) and rng.random() < 0.02  # somewhere in what comes after the first save: evaluation, second save
+
+    return due
+
+
+def in_an_evaluation(chain: Chain, rng: random.Random) -> Callable[[], bool]:
+    stage, task = rng.choice(["mid", "sft", "rl"]), rng.choice(scored_tasks(every=True)[:-1])
+    return lambda: any((chain.base / "chat_eval").glob(f"{stage}_*_{task}.jsonl"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("event", [in_a_download, between_a_save_and_its_card, in_an_evaluation])
+def test_a_killed_chain_goes_on_and_ends_as_if_nothing_had_been(
+    whole: tuple[Chain, str], empty: Chain, event: Callable[[Chain, random.Random], Callable[[], bool]], seed: int
+) -> None:
+    empty.hub.requests.clear()
+    due = event(empty, random.Random(seed))
+    process = empty.start("speedrun.sh", log=empty.base.with_suffix(".log"))
+    while not due():
+        assert process.poll() is None, empty.base.with_suffix(".log").read_text(encoding="utf-8")[-5000:]
+        time.sleep(0.005)
+    kill(process)
+    empty.hub.faults = {}
+    empty.run("speedrun.sh")
+    assert empty.weights() == whole[0].weights()
+    assert empty.results() == whole[0].results()
+
+
+# ---- the other chains -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_run1000_on_its_defaults(empty: Chain) -> None:
+    check_result(empty, empty.run("run1000.sh"))
+    assert empty.meta("base")["user_config"]["target_param_data_ratio"] == 20
+
+
+@pytest.mark.slow
+def test_rungpu_on_its_defaults(empty: Chain) -> None:
+    check_result(empty, empty.run("dev/rungpu.sh", "8"))
+
+
+def test_the_workflow_is_told_of_no_setting_that_a_user_has_not() -> None:
+    """What the ordinary tests set for all their processes is no setting of the product's."""
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))["jobs"]
+    assert not [name for job in jobs.values() for name in job.get("env", {}) if name.startswith("ZANGCHAT_")]
