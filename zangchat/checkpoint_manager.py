@@ -26,6 +26,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import torch
 
 from zangchat import collectives, common
+from zangchat.common import log0
 from zangchat.config import SOURCES, GPTConfig
 from zangchat.configurator import UserError
 from zangchat.optim import merge_shards
@@ -351,7 +352,7 @@ def find_verified_step(checkpoint_dir: str | Path, step: int | None = None) -> i
                 found = candidate
                 break
             except CheckpointError as error:
-                logger.warning(f"skipping step {candidate}: {error}")
+                log0(f"skipping step {candidate}: {error}", logging.WARNING)
     found = collectives.from_rank_0(found)
     return found if found >= 0 else None
 
@@ -364,7 +365,7 @@ def find_largest_model(checkpoints_dir: str | Path) -> str:
     depths = [(int(match[1]), tag) for tag in tags if (match := re.fullmatch(r"d(\d+)", tag))]
     chosen = max(depths)[1] if depths else max(tags, key=lambda tag: (_newest_meta(Path(checkpoints_dir) / tag), tag))
     if len(tags) > 1:
-        logger.info(f"model_tag {chosen}, out of {', '.join(tags)} (choose with --model_tag)")
+        log0(f"model_tag {chosen}, out of {', '.join(tags)} (choose with --model_tag)")
     return chosen
 
 
@@ -491,7 +492,7 @@ def load_model_from_dir(
     """build_model on `model_tag` (default: find_largest_model) and `step` (default: the newest that is whole)."""
     directory = resolve_tag(checkpoints_dir, model_tag)
     step = find_last_step(directory) if step is None else step
-    logger.info(f"loading {directory.parent.name}/{directory.name}, step {step}")
+    log0(f"loading {directory.parent.name}/{directory.name}, step {step}")
     return build_model(directory, step, device, phase, dtype)
 
 
@@ -512,6 +513,6 @@ def load_model(
 ) -> tuple["GPT", "RustBPETokenizer", dict[str, Any]]:
     """(model, tokenizer, meta) of a stage: base, mid, sft or rl. A `model_tag` that is no tag but names a stage is taken as the source."""
     if model_tag in SOURCES and not (checkpoints_dir(source) / model_tag).is_dir():
-        logger.warning(f"--model_tag={model_tag} names a stage: loading --source={model_tag}")
+        log0(f"--model_tag={model_tag} names a stage: loading --source={model_tag}", logging.WARNING)
         source, model_tag = model_tag, None
     return load_model_from_dir(checkpoints_dir(source), device, phase, model_tag, step, dtype)
