@@ -160,6 +160,14 @@ def check_range(least: int, config: Any, *names: str, most: float = math.inf) ->
             raise UserError(f"--{name}={value} is not possible: give at least {least}{bound}")
 
 
+def check_fraction(config: Any, *names: str) -> None:
+    """Raises UserError for the first of these flags that is not above 0 and at most 1."""
+    for name in names:
+        value = getattr(config, name)
+        if not 0 < value <= 1:
+            raise UserError(f"--{name}={value:g} is not possible: give a number above 0 and at most 1")
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The flags and their values as JSON knows them: paths are strings."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(config).items()}
