@@ -2,7 +2,8 @@
 
     <base>/<stage>_checkpoints/<model_tag>/
         model_NNNNNN.pt           {parameter name: tensor}
-        optim_NNNNNN_rank<r>.pt   {parameter name: {"shape", "slice", "tensors"}}: what rank r keeps of the optimizer's state
+        optim_NNNNNN_rank<r>.pt   {parameter name: {"shape", "slice", "tensors"}}: what rank r keeps of the optimizer's state;
+                                  from a loop of your own whatever it gives save_checkpoint, such as state dicts
         meta_NNNNNN.json          step val_bpb model_config user_config run_state files format_version; written last
         metrics.jsonl  tokenizer.json  token_bytes.pt
 
@@ -29,7 +30,7 @@ from zangchat import collectives, common
 from zangchat.common import log0
 from zangchat.config import SOURCES, GPTConfig
 from zangchat.configurator import UserError
-from zangchat.optim import merge_shards
+from zangchat.optim import is_shards, merge_shards
 
 if TYPE_CHECKING:
     from zangchat.gpt import GPT
@@ -80,11 +81,13 @@ def save_checkpoint(
     checkpoint_dir: str | Path,
     step: int,
     model_data: Mapping[str, torch.Tensor] | None,
-    optimizer_data: Mapping[str, Any] | None,
+    optimizer_data: Any,
     meta_data: Mapping[str, Any],
     rank: int = 0,
 ) -> None:
-    """Write one step; every rank calls it. `model_data` and `meta_data` count on rank 0; `optimizer_data` is each rank's own (or None).
+    """Write one step; every rank calls it. `model_data` and `meta_data` count on rank 0; `optimizer_data` is each rank's own.
+
+    It is the group's state_shards(), or tensors in other plain containers, as [opt.state_dict() for opt in optimizers], or None.
 
     Raises OSError on every rank if any of them could not write (a full disk, say): then the step does not exist; older ones are untouched.
     """
@@ -104,7 +107,7 @@ class Save:
         checkpoint_dir: str | Path,
         step: int,
         model_data: Mapping[str, torch.Tensor] | None,
-        optimizer_data: Mapping[str, Any] | None,
+        optimizer_data: Any,
         meta_data: Mapping[str, Any],
         rank: int = 0,
         snapshot: bool = False,
@@ -218,6 +221,8 @@ def _on_cpu(value: Any, copy: bool = False) -> Any:
         return here.clone() if part or (copy and here.data_ptr() == value.data_ptr()) else here
     if isinstance(value, Mapping):
         return {key: _on_cpu(item, copy) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on_cpu(item, copy) for item in value)
     return value
 
 
@@ -391,11 +396,11 @@ def _next_command(folder: str | Path) -> str:
 
 def load_checkpoint(
     checkpoint_dir: str | Path, step: int, device: torch.device | str, load_optimizer: bool = False, rank: int = 0
-) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None, dict[str, Any]]:
+) -> tuple[dict[str, torch.Tensor], Any, dict[str, Any]]:
     """(model tensors on `device`, the optimizer's state merged over the ranks that saved it, meta); sizes are checked, hashes are not.
 
     The merged state is what one rank alone would have saved (see optim.py), on the CPU: each rank cuts its own part out of it, whatever
-    their number, which is why `rank` makes no difference here.
+    their number. State of another form, such as torch's state dicts, comes back as `rank` saved it.
     """
     meta = verify_checkpoint(checkpoint_dir, step)
     model_data = strip_prefix(read_tensors(Path(checkpoint_dir) / model_name(step), device))
@@ -405,6 +410,12 @@ def load_checkpoint(
     if not names:
         raise CheckpointError(f"step {step} in {checkpoint_dir} holds no optimizer state: it can be used, but not gone on from")
     shards = [read_tensors(Path(checkpoint_dir) / name, "cpu") for name in names]
+    if not all(map(is_shards, shards)):
+        own = optim_name(step, rank)
+        if own not in names:
+            saved_by = f"the optimizer state of step {step} was saved by {len(names)} ranks, each for itself"
+            raise CheckpointError(f"{Path(checkpoint_dir) / own} is missing: {saved_by}")
+        return model_data, shards[names.index(own)], meta
     try:
         return model_data, merge_shards(shards), meta
     except (ValueError, KeyError) as error:

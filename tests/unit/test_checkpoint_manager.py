@@ -74,6 +74,21 @@ def _add_rank(directory: Path, step: int, rank: int, data: dict[str, Any]) -> No
     cm.update_meta(directory, step, {"files": files})
 
 
+def test_the_state_of_a_torch_optimizer_comes_back_as_it_was_saved(tmp_path):
+    weight = torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    weight.grad = torch.full_like(weight, 0.5)
+    optimizer.step()
+    cm.save_checkpoint(tmp_path, 1, MODEL, optimizer.state_dict(), META)
+    state = cm.load_checkpoint(tmp_path, 1, "cpu", load_optimizer=True)[1]
+    assert state["param_groups"] == optimizer.state_dict()["param_groups"]
+    assert torch.equal(state["state"][0]["exp_avg"], optimizer.state[weight]["exp_avg"])
+    _add_rank(tmp_path, 1, rank=1, data=[{"state": {}, "param_groups": []}])  # type: ignore[arg-type]
+    assert cm.load_checkpoint(tmp_path, 1, "cpu", load_optimizer=True, rank=1)[1] == [{"state": {}, "param_groups": []}]
+    with pytest.raises(UserError, match=r"optim_000001_rank2\.pt is missing: the optimizer state of step 1 was saved by 2 ranks"):
+        cm.load_checkpoint(tmp_path, 1, "cpu", load_optimizer=True, rank=2)
+
+
 def test_a_missing_shard_is_named(tmp_path):
     cm.save_checkpoint(tmp_path, 1, MODEL, shard(0, 2), META)
     with pytest.raises(UserError, match=r"lm_head.weight: rows from 2 are missing"):
