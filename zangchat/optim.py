@@ -206,7 +206,10 @@ def build_optimizer(
     matrices = [p for p in named.values() if p is not embedding and p is not head]
     wrong = [name for name, p in named.items() if p.dim() != 2]
     if wrong:
-        raise ValueError(f"no optimizer is planned for parameters that are not matrices: {', '.join(wrong)}")
+        raise ValueError(
+            f"no optimizer is planned for parameters that are not matrices: {', '.join(wrong)}: leave them out (bias=False), or give "
+            "them to one in zangchat/optim.py:build_optimizer"
+        )
     tables = [{"params": [embedding], "lr": embedding_lr}, {"params": [head], "lr": unembedding_lr}]
     blocks: dict[str, Any] = {"params": matrices, "lr": matrix_lr, "weight_decay": weight_decay}
     ranks = {"rank": rank, "world_size": world_size}

@@ -318,6 +318,18 @@ def test_shards_that_do_not_fit_are_named() -> None:
         optimizer.load_shards({"other": shards[name]})
 
 
+def test_a_parameter_that_no_optimizer_takes_leads_on() -> None:
+    class GPTCustom(GPT):
+        def __init__(self, bias: bool) -> None:
+            super().__init__(CONFIG)
+            self.custom_layer = torch.nn.Linear(CONFIG.n_embd, CONFIG.n_embd, bias=bias)
+
+    with pytest.raises(ValueError, match=r"not matrices: custom_layer\.bias: leave them out \(bias=False\), .*build_optimizer"):
+        build_optimizer(GPTCustom(bias=True), **RATES)
+    optimizer = build_optimizer(GPTCustom(bias=False), **RATES)
+    assert "custom_layer.weight" in optimizer.names.values()
+
+
 def test_an_unknown_kind_is_named() -> None:
     with pytest.raises(ValueError, match="lion"):
         build_optimizer(build_model(), kind="lion", **RATES)
