@@ -142,7 +142,7 @@ def score(config: Config, name: str, engine: Any, model_name: str) -> "TaskResul
 
 
 def nothing_scored(config: Config, missing: list[str]) -> str:
-    """What to say when no task has what it needs (each has been named already): which tasks do have it here."""
+    """The error when no task has its data (the reasons are printed already), with the tasks that do."""
     able = []
     for name, entry in REGISTRY.items():
         if entry.test and name not in missing:

@@ -5,8 +5,9 @@
 {"instruction": "...", "input": "...", "output": "...", "system": "...", "history": [["q", "a"]]}  Alpaca
 {"prompt": "...", "completion": "..."}                                                             a question and its answer
 
-Of Alpaca's keys all but instruction and output are optional; a ShareGPT line may have a system key. A prompt may also be a list of
-messages, and so may a completion, as in TRL. Texts are taken as they are: a space at their beginning stays.
+Of Alpaca's keys all but instruction and output are optional; a ShareGPT line may have a system key.
+A prompt may also be a list of messages, and so may a completion, as in TRL. Texts are taken as they
+are: a space at their beginning stays.
 """
 
 from functools import cached_property

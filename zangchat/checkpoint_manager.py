@@ -2,8 +2,8 @@
 
     <base>/<stage>_checkpoints/<model_tag>/
         model_NNNNNN.pt           {parameter name: tensor}
-        optim_NNNNNN_rank<r>.pt   {parameter name: {"shape", "slice", "tensors"}}: what rank r keeps of the optimizer's state;
-                                  from a loop of your own whatever it gives save_checkpoint, such as state dicts
+        optim_NNNNNN_rank<r>.pt   {parameter name: {"shape", "slice", "tensors"}}: what rank r keeps
+                                  of the optimizer's state; a loop of your own may save another form
         meta_NNNNNN.json          step val_bpb model_config user_config run_state files format_version; written last
         metrics.jsonl  tokenizer.json  token_bytes.pt
 
@@ -85,9 +85,10 @@ def save_checkpoint(
     meta_data: Mapping[str, Any],
     rank: int = 0,
 ) -> None:
-    """Write one step; every rank calls it. `model_data` and `meta_data` count on rank 0; `optimizer_data` is each rank's own.
+    """Write one step; every rank calls it. `model_data` and `meta_data` count on rank 0.
 
-    It is the group's state_shards(), or tensors in other plain containers, as [opt.state_dict() for opt in optimizers], or None.
+    `optimizer_data` is each rank's own: the group's state_shards(), tensors in other plain containers,
+    as [opt.state_dict() for opt in optimizers], or None.
 
     Raises OSError on every rank if any of them could not write (a full disk, say): then the step does not exist; older ones are untouched.
     """
@@ -399,8 +400,9 @@ def load_checkpoint(
 ) -> tuple[dict[str, torch.Tensor], Any, dict[str, Any]]:
     """(model tensors on `device`, the optimizer's state merged over the ranks that saved it, meta); sizes are checked, hashes are not.
 
-    The merged state is what one rank alone would have saved (see optim.py), on the CPU: each rank cuts its own part out of it, whatever
-    their number. State of another form, such as torch's state dicts, comes back as `rank` saved it.
+    The merged state is what one rank alone would have saved (see optim.py), on the CPU: each rank cuts
+    its own part out of it, whatever their number. State of another form, such as torch's state dicts,
+    comes back as `rank` saved it.
     """
     meta = verify_checkpoint(checkpoint_dir, step)
     model_data = strip_prefix(read_tensors(Path(checkpoint_dir) / model_name(step), device))

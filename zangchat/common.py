@@ -281,7 +281,10 @@ def print0(*values: Any, **kwargs: Any) -> None:
 
 
 def log0(message: str, level: int = logging.INFO) -> None:
-    """Log on rank 0 only, under the name `zangchat`. In a program of your own, setup_default_logging() first makes INFO visible."""
+    """Log on rank 0 only, under the name `zangchat`.
+
+    In a program of your own, call setup_default_logging() first: without it INFO is not shown.
+    """
     if get_dist_info()[1] == 0:
         logging.getLogger("zangchat").log(level, message, stacklevel=2)
 

@@ -46,9 +46,9 @@ class SGD(ShardedOptimizer):
 class OptimizerGroup:
     """Several optimizers stepped as one. Base learning rates and weight decays are fixed here; each step multiplies them.
 
-    A loop over the group gives its optimizers, each a torch optimizer: [opt.state_dict() for opt in group] is the state of this rank, to
-    be loaded on as many ranks as saved it; state_shards() can be loaded on any number. `names` in the order of the forward pass.
-    Gradients are summed over ranks in `comm_dtype`.
+    A loop over the group gives its optimizers, each a torch optimizer: [opt.state_dict() for opt in group]
+    is the state of this rank, to be loaded on as many ranks as saved it; state_shards() can be loaded on
+    any number. `names` in the order of the forward pass. Gradients are summed over ranks in `comm_dtype`.
     """
 
     def __init__(

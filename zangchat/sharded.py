@@ -46,7 +46,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, on as many ranks as saved it. State keeps its dtype: torch rounds that of a bf16 parameter to bf16."""
+        """As torch's, on as many ranks as saved it; but state keeps its dtype.
+
+        torch would round the fp32 state of a bf16 parameter to bf16.
+        """
         super().load_state_dict(state_dict)
         numbers = (number for group in state_dict["param_groups"] for number in group["params"])
         params = (p for group in self.param_groups for p in group["params"])
