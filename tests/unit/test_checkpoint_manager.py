@@ -74,15 +74,11 @@ def _add_rank(directory: Path, step: int, rank: int, data: dict[str, Any]) -> No
     cm.update_meta(directory, step, {"files": files})
 
 
-def test_the_state_of_a_torch_optimizer_comes_back_as_it_was_saved(tmp_path):
-    weight = torch.nn.Parameter(torch.ones(3, 2))
-    optimizer = torch.optim.AdamW([weight], lr=0.1)
-    weight.grad = torch.full_like(weight, 0.5)
-    optimizer.step()
-    cm.save_checkpoint(tmp_path, 1, MODEL, optimizer.state_dict(), META)
+def test_a_state_dict_comes_back_as_it_was_saved(tmp_path):
+    group = {"lr": 0.1, "betas": (0.9, 0.95), "fused": None, "params": [0]}
+    cm.save_checkpoint(tmp_path, 1, MODEL, {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [group]}, META)
     state = cm.load_checkpoint(tmp_path, 1, "cpu", load_optimizer=True)[1]
-    assert state["param_groups"] == optimizer.state_dict()["param_groups"]
-    assert torch.equal(state["state"][0]["exp_avg"], optimizer.state[weight]["exp_avg"])
+    assert state["param_groups"] == [group] and torch.equal(state["state"][0]["exp_avg"], torch.ones(3))
     _add_rank(tmp_path, 1, rank=1, data=[{"state": {}, "param_groups": []}])  # type: ignore[arg-type]
     assert cm.load_checkpoint(tmp_path, 1, "cpu", load_optimizer=True, rank=1)[1] == [{"state": {}, "param_groups": []}]
     with pytest.raises(UserError, match=r"optim_000001_rank2\.pt is missing: the optimizer state of step 1 was saved by 2 ranks"):
