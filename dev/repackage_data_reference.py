@@ -89,7 +89,8 @@ def source(config: Config) -> Iterator[str]:
     if config.data_path:
         dataset = find_dataset(data_path=config.data_path)
         yield from dataset.iter_documents("train")
-        yield from dataset.iter_documents("validation")
+        if not dataset.holds_one_document:
+            yield from dataset.iter_documents("validation")
         return
     import datasets
 

@@ -41,7 +41,7 @@ class Config(CheckpointConfig):
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None  # answer this on stdout and leave; "-" reads it from stdin
     temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.6  # 0 always takes the likeliest token
     top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50  # 0 = off
-    top_p: float = 1.0  # draw among the likeliest tokens that reach this probability together
+    top_p: float = 1.0  # draw among the likeliest tokens that reach this probability together; 1 = off
     seed: int | None = None  # default: another one for every answer
     max_tokens: int = 512  # longest answer
     quantize: str = ""  # int8: weights in a quarter of fp32's bytes; fp16: half of them, for x86 CPUs; empty = as they are
@@ -107,8 +107,7 @@ def check(config: Config) -> None:
     configurator.check_range(0, config, "temperature", most=100)
     configurator.check_range(0, config, "top_k")
     configurator.check_range(1, config, "max_tokens")
-    if not 0 < config.top_p <= 1:
-        raise UserError(f"--top_p={config.top_p} is not possible: choose above 0 and at most 1 (off), 0.9 for example")
+    configurator.check_fraction(config, "top_p")
 
 
 def answer_once(session: Chat, question: str) -> int:

@@ -7,6 +7,7 @@
 Each task leaves a file of prompts, completions and verdicts in <base>/chat_eval/, one JSON object per problem.
 """
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def evaluate(config: Config) -> int:
                 missing[name] = str(error)
                 common.print0(f"{name}: not scored, {error}")
         if not results:
-            raise configurator.UserError(f"nothing was scored: {' | '.join(missing.values())}")
+            raise configurator.UserError(nothing_scored(config, list(missing)))
         summary = scores(results, missing)
         for name, value in summary.items():
             common.print0(f"{name:<34} {value:.4f}")
@@ -126,6 +127,18 @@ def score(config: Config, name: str, engine: Any, model_name: str) -> "TaskResul
     result.write(path)
     common.print0(f"{name}: {result.accuracy:.4f} ({sum(item.passed for item in result.items)} of {len(result.items)}), see {path}")
     return result
+
+
+def nothing_scored(config: Config, missing: list[str]) -> str:
+    """The error when no task has its data (the reasons are printed already), with the tasks that do."""
+    able = []
+    for name, entry in REGISTRY.items():
+        if entry.test and name not in missing:
+            with contextlib.suppress(configurator.UserError):
+                ready(config, name)
+                able.append(name)
+    hint = f'; these have their data here: -a "{"|".join(able)}"' if able else ""
+    return f"nothing was scored: {', '.join(missing)} lack what the lines above name{hint}"
 
 
 def scores(results: dict[str, "TaskResult"], missing: dict[str, str]) -> dict[str, float]:

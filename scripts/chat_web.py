@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 class Config(CheckpointConfig):
     host: str = "127.0.0.1"  # 0.0.0.0 lets other machines in; then set --api_key
     port: Annotated[int, tyro.conf.arg(aliases=["-p"])] = 8000  # 0 = any free one
-    temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.8  # where a request names none, as the next two
+    temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.8  # where a request names none, as the next three
     top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50  # 0 = off
+    top_p: float = 1.0  # draw among the likeliest tokens that reach this probability together; 1 = off
     max_tokens: Annotated[int, tyro.conf.arg(aliases=["-m"])] = 512  # longest reply
     num_gpus: int = 1  # one engine on each
     max_batch: int = 64  # replies written at the same time, per device
@@ -56,6 +57,7 @@ def serve(config: Config) -> None:
 def make_settings(config: Config) -> "Settings":
     configurator.check_range(0, config, "temperature", most=10)
     configurator.check_range(0, config, "top_k", "queue")
+    configurator.check_fraction(config, "top_p")
     configurator.check_range(1, config, "max_tokens", "num_gpus", "max_batch")
     configurator.check_range(0, config, "port", most=65535)
 
@@ -66,6 +68,7 @@ def make_settings(config: Config) -> "Settings":
         model_name=f"zangchat-{config.source}",
         temperature=config.temperature,
         top_k=config.top_k,
+        top_p=config.top_p,
         max_tokens=config.max_tokens,
         max_batch=config.max_batch,
         queue=config.queue,

@@ -75,8 +75,7 @@ def train(config: Config) -> int:
 
 
 def check(config: Config) -> None:
-    if not 0 < config.mixture_ratio <= 1:
-        raise configurator.UserError(f"--mixture_ratio={config.mixture_ratio:g} is not possible: a share above 0 and at most 1")
+    configurator.check_fraction(config, "mixture_ratio")
     configurator.check_range(1, config, "eval_tokens")
 
 

@@ -27,6 +27,7 @@ SPLITS = ("train", "val", "test")
 DEFAULT_SIZE = 1000  # examples of a generated task when nobody says how many
 MAX_AMOUNT = 10_000_000  # of a task in a mixture: their order alone takes a hundred bytes a conversation
 MAX_HELDOUT = 1000  # generated examples per task in a held-out mixture
+DEFINE = "must define num_examples and get_example (see README.md, Adding a task)"
 
 
 class MissingData(UserError):
@@ -44,20 +45,21 @@ class Task:
     rewarded: ClassVar[bool] = False  # has a reward, for RL
     needs_tool: ClassVar[bool] = False  # which is for answers that came from a tool alone
     name: str = ""  # how the registry spells it
+    _view: slice = slice(None)  # all, for a subclass that does not call __init__
+    _indices: range | None = None
 
     def __init__(self, start: int = 0, stop: int | None = None, step: int = 1) -> None:
         if start < 0 or (stop is not None and stop < start) or step < 1:
             raise ValueError(f"not a range of examples: start={start} stop={stop} step={step}")
         self._view = slice(start, stop, step)
-        self._indices: range | None = None
 
     def num_examples(self) -> int:
         """How many there are before slicing."""
-        raise NotImplementedError(f"{type(self).__name__} must define num_examples")
+        raise NotImplementedError(f"{type(self).__name__} {DEFINE}")
 
     def get_example(self, index: int) -> Conversation:
         """Example `index` of num_examples(); the same on every call and every machine."""
-        raise NotImplementedError(f"{type(self).__name__} must define get_example")
+        raise NotImplementedError(f"{type(self).__name__} {DEFINE}")
 
     def evaluate(self, conversation: Conversation, completion: Content) -> bool:
         """Whether the completion answers the conversation's last user message: of a categorical task, is the letter of its answer."""

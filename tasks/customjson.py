@@ -1,10 +1,13 @@
-"""CustomJSON: conversations of one's own from a JSONL file, in any of four common shapes, one to a line:
+"""CustomJSON: your own conversations from a JSONL file, one per line, each in one of these shapes:
 
 {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}        OpenAI (and a bare list of messages)
 {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}            ShareGPT
 {"instruction": "...", "input": "...", "output": "...", "system": "...", "history": [["q", "a"]]}  Alpaca
+{"prompt": "...", "completion": "..."}                                                             a question and its answer
 
 Of Alpaca's keys all but instruction and output are optional; a ShareGPT line may have a system key.
+A prompt may also be a list of messages, and so may a completion, as in TRL. Texts are taken as they
+are: a space at their beginning stays.
 """
 
 from functools import cached_property
@@ -15,6 +18,7 @@ from tasks.common import Conversation, Task, check_conversation
 from zangchat.common import expand_home, read_jsonl
 from zangchat.configurator import UserError
 
+SHAPES = "messages, conversations, instruction and output, or prompt and completion"
 SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -63,9 +67,11 @@ def conversation_of(row: dict[str, Any] | list[Any], where: str) -> Conversation
         messages = _sharegpt(row, where)
     elif "instruction" in row and "output" in row:
         messages = _alpaca(row, where)
+    elif "prompt" in row and "completion" in row:
+        messages = [*_as_messages(row["prompt"], "user"), *_as_messages(row["completion"], "assistant")]
     else:
         keys = ", ".join(row) or "nothing"
-        raise UserError(f"{where} has {keys}: expected messages, conversations, or instruction and output")
+        raise UserError(f"{where} has {keys}: expected {SHAPES}")
     check_conversation(messages, where)
     return {"messages": [{"role": message["role"], "content": message["content"]} for message in messages]}
 
@@ -92,3 +98,10 @@ def _alpaca(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
     for asked, answered in [*history, [question, row["output"]]]:
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
     return messages
+
+
+def _as_messages(value: Any, role: str) -> list[Any]:
+    """A list of messages as it is; anything else is the content of one message."""
+    if isinstance(value, list) and all(isinstance(item, dict) and "role" in item for item in value):
+        return value
+    return [{"role": role, "content": value}]

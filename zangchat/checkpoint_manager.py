@@ -2,7 +2,8 @@
 
     <base>/<stage>_checkpoints/<model_tag>/
         model_NNNNNN.pt           {parameter name: tensor}
-        optim_NNNNNN_rank<r>.pt   {parameter name: {"shape", "slice", "tensors"}}: what rank r keeps of the optimizer's state
+        optim_NNNNNN_rank<r>.pt   {parameter name: {"shape", "slice", "tensors"}}: what rank r keeps
+                                  of the optimizer's state; a loop of your own may save another form
         meta_NNNNNN.json          step val_bpb model_config user_config run_state files format_version; written last
         metrics.jsonl  tokenizer.json  token_bytes.pt
 
@@ -26,9 +27,10 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import torch
 
 from zangchat import collectives, common
+from zangchat.common import log0
 from zangchat.config import SOURCES, GPTConfig
 from zangchat.configurator import UserError
-from zangchat.optim import merge_shards
+from zangchat.optim import is_shards, merge_shards
 
 if TYPE_CHECKING:
     from zangchat.gpt import GPT
@@ -79,11 +81,14 @@ def save_checkpoint(
     checkpoint_dir: str | Path,
     step: int,
     model_data: Mapping[str, torch.Tensor] | None,
-    optimizer_data: Mapping[str, Any] | None,
+    optimizer_data: Any,
     meta_data: Mapping[str, Any],
     rank: int = 0,
 ) -> None:
-    """Write one step; every rank calls it. `model_data` and `meta_data` count on rank 0; `optimizer_data` is each rank's own (or None).
+    """Write one step; every rank calls it. `model_data` and `meta_data` count on rank 0.
+
+    `optimizer_data` is each rank's own: the group's state_shards(), tensors in other plain containers,
+    as [opt.state_dict() for opt in optimizers], or None.
 
     Raises OSError on every rank if any of them could not write (a full disk, say): then the step does not exist; older ones are untouched.
     """
@@ -103,7 +108,7 @@ class Save:
         checkpoint_dir: str | Path,
         step: int,
         model_data: Mapping[str, torch.Tensor] | None,
-        optimizer_data: Mapping[str, Any] | None,
+        optimizer_data: Any,
         meta_data: Mapping[str, Any],
         rank: int = 0,
         snapshot: bool = False,
@@ -217,6 +222,8 @@ def _on_cpu(value: Any, copy: bool = False) -> Any:
         return here.clone() if part or (copy and here.data_ptr() == value.data_ptr()) else here
     if isinstance(value, Mapping):
         return {key: _on_cpu(item, copy) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on_cpu(item, copy) for item in value)
     return value
 
 
@@ -351,7 +358,7 @@ def find_verified_step(checkpoint_dir: str | Path, step: int | None = None) -> i
                 found = candidate
                 break
             except CheckpointError as error:
-                logger.warning(f"skipping step {candidate}: {error}")
+                log0(f"skipping step {candidate}: {error}", logging.WARNING)
     found = collectives.from_rank_0(found)
     return found if found >= 0 else None
 
@@ -364,7 +371,7 @@ def find_largest_model(checkpoints_dir: str | Path) -> str:
     depths = [(int(match[1]), tag) for tag in tags if (match := re.fullmatch(r"d(\d+)", tag))]
     chosen = max(depths)[1] if depths else max(tags, key=lambda tag: (_newest_meta(Path(checkpoints_dir) / tag), tag))
     if len(tags) > 1:
-        logger.info(f"model_tag {chosen}, out of {', '.join(tags)} (choose with --model_tag)")
+        log0(f"model_tag {chosen}, out of {', '.join(tags)} (choose with --model_tag)")
     return chosen
 
 
@@ -390,11 +397,12 @@ def _next_command(folder: str | Path) -> str:
 
 def load_checkpoint(
     checkpoint_dir: str | Path, step: int, device: torch.device | str, load_optimizer: bool = False, rank: int = 0
-) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None, dict[str, Any]]:
+) -> tuple[dict[str, torch.Tensor], Any, dict[str, Any]]:
     """(model tensors on `device`, the optimizer's state merged over the ranks that saved it, meta); sizes are checked, hashes are not.
 
-    The merged state is what one rank alone would have saved (see optim.py), on the CPU: each rank cuts its own part out of it, whatever
-    their number, which is why `rank` makes no difference here.
+    The merged state is what one rank alone would have saved (see optim.py), on the CPU: each rank cuts
+    its own part out of it, whatever their number. State of another form, such as torch's state dicts,
+    comes back as `rank` saved it.
     """
     meta = verify_checkpoint(checkpoint_dir, step)
     model_data = strip_prefix(read_tensors(Path(checkpoint_dir) / model_name(step), device))
@@ -404,6 +412,12 @@ def load_checkpoint(
     if not names:
         raise CheckpointError(f"step {step} in {checkpoint_dir} holds no optimizer state: it can be used, but not gone on from")
     shards = [read_tensors(Path(checkpoint_dir) / name, "cpu") for name in names]
+    if not all(map(is_shards, shards)):
+        own = optim_name(step, rank)
+        if own not in names:
+            saved_by = f"the optimizer state of step {step} was saved by {len(names)} ranks, each for itself"
+            raise CheckpointError(f"{Path(checkpoint_dir) / own} is missing: {saved_by}")
+        return model_data, shards[names.index(own)], meta
     try:
         return model_data, merge_shards(shards), meta
     except (ValueError, KeyError) as error:
@@ -491,7 +505,7 @@ def load_model_from_dir(
     """build_model on `model_tag` (default: find_largest_model) and `step` (default: the newest that is whole)."""
     directory = resolve_tag(checkpoints_dir, model_tag)
     step = find_last_step(directory) if step is None else step
-    logger.info(f"loading {directory.parent.name}/{directory.name}, step {step}")
+    log0(f"loading {directory.parent.name}/{directory.name}, step {step}")
     return build_model(directory, step, device, phase, dtype)
 
 
@@ -512,6 +526,6 @@ def load_model(
 ) -> tuple["GPT", "RustBPETokenizer", dict[str, Any]]:
     """(model, tokenizer, meta) of a stage: base, mid, sft or rl. A `model_tag` that is no tag but names a stage is taken as the source."""
     if model_tag in SOURCES and not (checkpoints_dir(source) / model_tag).is_dir():
-        logger.warning(f"--model_tag={model_tag} names a stage: loading --source={model_tag}")
+        log0(f"--model_tag={model_tag} names a stage: loading --source={model_tag}", logging.WARNING)
         source, model_tag = model_tag, None
     return load_model_from_dir(checkpoints_dir(source), device, phase, model_tag, step, dtype)

@@ -278,9 +278,18 @@ def setup_default_logging() -> None:
 
 
 def print0(*values: Any, **kwargs: Any) -> None:
-    """print() on rank 0 alone."""
+    """print() on rank 0 only."""
     if get_dist_info()[1] == 0:
         print(*values, **{"flush": True, **kwargs})
+
+
+def log0(message: str, level: int = logging.INFO) -> None:
+    """Log on rank 0 only, under the name `zangchat`.
+
+    In a program of your own, call setup_default_logging() first: without it INFO is not shown.
+    """
+    if get_dist_info()[1] == 0:
+        logging.getLogger("zangchat").log(level, message, stacklevel=2)
 
 
 def print_banner() -> None:

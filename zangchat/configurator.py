@@ -38,6 +38,25 @@ INTERRUPTED = 130
 READER_LEFT = 141  # as a shell names the end of what wrote into a closed pipe
 BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
+# What other trainers call our flags. A command suggests those of them that it has.
+RATES = ("matrix_lr", "embedding_lr", "unembedding_lr")
+OTHER_NAMES = {
+    "learning_rate": RATES,
+    "lr": RATES,
+    "batch_size": ("device_batch_size", "total_batch_size"),
+    "max_steps": ("num_iterations",),
+    "max_iters": ("num_iterations",),
+    "n_layer": ("depth",),
+    "block_size": ("max_seq_len",),
+    "resume_step": ("resume",),
+}
+# Flags of other trainers that have no counterpart in a training command, and why.
+ABSENT = {
+    "num_workers": "one thread reads and packs text ahead of training, and there is nothing to set",
+    "dropout": "there is no dropout, since text is read about once",
+    "eval_metrics_max_problems": "tasks are scored after training, by `python -m scripts.chat_eval -x PROBLEMS`",
+}
+
 
 class UserError(Exception):
     """A mistake of the user's: one sentence that names the flag or file, what is wrong, and the next command."""
@@ -139,6 +158,14 @@ def check_range(least: int, config: Any, *names: str, most: float = math.inf) ->
         if value is not None and not least <= value <= most:
             bound = f" and at most {most}" if most < math.inf else ""
             raise UserError(f"--{name}={value} is not possible: give at least {least}{bound}")
+
+
+def check_fraction(config: Any, *names: str) -> None:
+    """Raises UserError for the first of these flags that is not above 0 and at most 1."""
+    for name in names:
+        value = getattr(config, name)
+        if not 0 < value <= 1:
+            raise UserError(f"--{name}={value:g} is not possible: give a number above 0 and at most 1")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -271,8 +298,17 @@ def _is_number(argument: str) -> bool:
 
 
 def _unknown(flag: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(_spelling(flag), known, n=1, cutoff=0.6)
-    return f"unknown flag {flag}" + (f", did you mean {close[0]}?" if close else "") + f" ({_help_hint()})"
+    spelling = _spelling(flag)
+    name = spelling.removeprefix("--")
+    meant = [f"--{ours}" for ours in OTHER_NAMES.get(name, ()) if f"--{ours}" in known]
+    meant = meant or difflib.get_close_matches(spelling, known, n=1, cutoff=0.6)
+    if name in ABSENT and "--num_iterations" in known:
+        advice = f": {ABSENT[name]}"
+    elif len(meant) > 1:
+        advice = f", there are {('two', 'three')[len(meant) - 2]}: {', '.join(meant)}"
+    else:
+        advice = f", did you mean {meant[0]}?" if meant else ""
+    return f"unknown flag {flag}{advice} ({_help_hint()})"
 
 
 def _diagnose(

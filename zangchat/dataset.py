@@ -13,7 +13,8 @@ each with its split, size and sha256:
      "shards": [{"name": "shard_00000.parquet", "split": "train", "bytes": 123, "sha256": "..."}, ...]}
 
 A shard is a parquet file with a column `text`, zstd, row groups of 1,024 documents. A file or folder of one's own (`--data_path`)
-gets a manifest in memory; there .jsonl and .txt are read as well. Whatever the format, a shard consists of numbered groups of
+gets a manifest in memory; there .jsonl and .txt are read as well. The last part of it is for validation; a single document is both
+trained on and validated on, with a warning. Whatever the format, a shard consists of numbered groups of
 documents, the unit of reading: the data loader needs no more than (shard, group, row) to find its place again.
 """
 
@@ -32,7 +33,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from zangchat import configurator
-from zangchat.common import atomic_write, expand_home, file_sha256, get_base_dir
+from zangchat.common import atomic_write, expand_home, file_sha256, get_base_dir, log0
 from zangchat.configurator import UserError
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ FORMAT = 1
 GROUP_DOCUMENTS = 1024  # documents in a parquet row group
 SHARD_DOCUMENTS = 8 * GROUP_DOCUMENTS
 TEXT_GROUP_BYTES = 4 << 20  # .jsonl and .txt files are read in ranges of about this size
+SCAN_BYTES = 1 << 16  # read at a time in search of the beginning of a file's last line
 TXT_DOCUMENT_CHARS = 8192  # .txt files without <|endoftext|> marks are cut into documents of at most this length
 LONE_FILE_HOLDOUT = 20  # of a lone file too small for two groups, the last 1/20 of the documents are for validation
 FORMATS = (".parquet", ".jsonl", ".txt")
@@ -60,6 +62,7 @@ class Dataset:
         self.manifest = manifest
         self.name: str = manifest["name"]
         self._entries: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in manifest["shards"]}
+        self._warned = False
         self._checked: dict[str, tuple[int, int]] = {}  # size and time of change of the shards that were found intact
 
     @property
@@ -105,10 +108,23 @@ class Dataset:
         if total >= 2:
             return file.read_group(group if split == "train" else total - 1)
         texts = _as_list(file.read_group(0))
-        if len(texts) < 2:
-            raise UserError(f"--data_path={file.path} holds {len(texts)} document(s): at least 2 are needed, one of them for validation")
+        if not texts:
+            raise UserError(f"--data_path={file.path} holds no text: give a file with at least one document that is not empty")
+        if len(texts) == 1:
+            if split == "validation" and not self._warned:
+                log0(f"{file.path} holds one document: training and validation both read it", logging.WARNING)
+                self._warned = True
+            return texts
         held_out = max(1, len(texts) // LONE_FILE_HOLDOUT)
         return texts[:-held_out] if split == "train" else texts[-held_out:]
+
+    @property
+    def holds_one_document(self) -> bool:
+        """Whether this is a lone file of a single document, which both splits then consist of."""
+        if [entry["split"] for entry in self.manifest["shards"]] != ["both"]:
+            return False
+        file = self._file(self.manifest["shards"][0]["name"])
+        return file.num_groups() == 1 and len(_as_list(file.read_group(0))) == 1
 
     def iter_documents(self, split: str) -> Iterator[str]:
         """All documents of the split once, in manifest order. Raises UserError where they are token ids."""
@@ -297,10 +313,14 @@ class _ParquetFile(_File):
 
 
 class _LineFile(_File):
-    """.jsonl or .txt, in byte ranges that begin and end at line ends: random access without an index."""
+    """.jsonl or .txt, in byte ranges that begin and end at line ends: random access without an index.
+
+    The last range is the one in which the last line begins, so that it never is empty.
+    """
 
     def num_groups(self) -> int:
-        return max(1, -(-self.path.stat().st_size // TEXT_GROUP_BYTES))
+        with self.path.open("rb") as file:
+            return _last_line_start(file) // TEXT_GROUP_BYTES + 1
 
     def read_group(self, group: int) -> list[str]:
         with self.path.open("rb") as file:
@@ -334,6 +354,22 @@ def _line_start(file: Any, position: int) -> int:
     file.seek(position - 1)
     file.readline()
     return file.tell()
+
+
+def _last_line_start(file: Any) -> int:
+    """Where the last line that is not blank begins; 0 if there is none."""
+    end, found = file.seek(0, os.SEEK_END), False
+    while end > 0:
+        start = max(0, end - SCAN_BYTES)
+        file.seek(start)
+        block = file.read(end - start)
+        if not found:
+            block = block.rstrip()  # blank lines at the end of the file
+            found = bool(block)
+        if (newline := block.rfind(b"\n")) >= 0:
+            return start + newline + 1
+        end = start
+    return 0
 
 
 def cut_text(text: str, limit: int = TXT_DOCUMENT_CHARS) -> list[str]:

@@ -252,7 +252,7 @@ class GPT(nn.Module):
         loss_weights: Tensor | None = None,
         logits_at: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, T, vocab_size), fp32, capped; or, given targets (B, T; -1 = ignored), the loss, fp32.
+        """Logits (B, T, vocab_size), fp32, capped; or, given targets (B, T; -1 = ignored), the loss, fp32: one tensor, never a pair.
 
         loss_reduction: "mean" over supervised tokens, "sum", or "none" -> (B, T) with 0 where ignored; loss_weights (B, T) are
         factors on each token's loss. logits_at (B,) asks for the logits of one position of each row only -> (B, 1, vocab_size): a

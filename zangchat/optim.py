@@ -8,7 +8,7 @@ A tensor of one shard either covers those rows or, where one shard covers the wh
 equal in all shards. `merge_shards` puts the shards of all ranks together into one such dict in which every slice is complete.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +46,9 @@ class SGD(ShardedOptimizer):
 class OptimizerGroup:
     """Several optimizers stepped as one. Base learning rates and weight decays are fixed here; each step multiplies them.
 
-    `names` in the order of the forward pass. Gradients are summed over ranks in `comm_dtype`.
+    A loop over the group gives its optimizers, each a torch optimizer: [opt.state_dict() for opt in group]
+    is the state of this rank, to be loaded on as many ranks as saved it; state_shards() can be loaded on
+    any number. `names` in the order of the forward pass. Gradients are summed over ranks in `comm_dtype`.
     """
 
     def __init__(
@@ -62,6 +64,9 @@ class OptimizerGroup:
         for group in self.param_groups:
             group["initial_lr"] = group["lr"]
             group["initial_weight_decay"] = group["weight_decay"]
+
+    def __iter__(self) -> Iterator[ShardedOptimizer]:
+        return iter(self.optimizers)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -121,8 +126,10 @@ class OptimizerGroup:
         """Take this rank's part out of a complete state (see merge_shards; on one rank state_shards() is complete).
 
         A parameter without an entry starts without state, as one that has not been stepped yet. Raises ValueError for an unknown
-        name, another shape or an incomplete slice.
+        name, another shape, an incomplete slice, or a state that is not of this form.
         """
+        if not is_shards(merged):
+            raise ValueError("this is not what state_shards() gives: load state dicts with each optimizer's load_state_dict")
         unknown = set(merged) - set(self.names.values())
         if unknown:
             raise ValueError(f"optimizer state of unknown parameters: {', '.join(sorted(unknown))}")
@@ -141,6 +148,12 @@ class OptimizerGroup:
                 part = slice(None) if piece[:2] == (0, whole) else slice(*piece[:2])  # a tensor for the whole may have other rows
                 for key, tensor in entry["tensors"].items():
                     optimizer.state[p][key] = (tensor[part] if tensor.dim() else tensor).to(p.device, copy=True)
+
+
+def is_shards(data: Any) -> bool:
+    """Whether this has the form that state_shards() gives."""
+    keys = {"shape", "slice", "tensors"}
+    return isinstance(data, Mapping) and all(isinstance(entry, Mapping) and keys <= entry.keys() for entry in data.values())
 
 
 def merge_shards(shards: Iterable[Mapping[str, Mapping[str, Any]]]) -> Shards:
@@ -193,7 +206,10 @@ def build_optimizer(
     matrices = [p for p in named.values() if p is not embedding and p is not head]
     wrong = [name for name, p in named.items() if p.dim() != 2]
     if wrong:
-        raise ValueError(f"no optimizer is planned for parameters that are not matrices: {', '.join(wrong)}")
+        raise ValueError(
+            f"no optimizer is planned for parameters that are not matrices: {', '.join(wrong)}: leave them out (bias=False), or give "
+            "them to one in zangchat/optim.py:build_optimizer"
+        )
     tables = [{"params": [embedding], "lr": embedding_lr}, {"params": [head], "lr": unembedding_lr}]
     blocks: dict[str, Any] = {"params": matrices, "lr": matrix_lr, "weight_decay": weight_decay}
     ranks = {"rank": rank, "world_size": world_size}

@@ -30,6 +30,7 @@ class Settings:
     model_name: str = "zangchat"
     temperature: float = 0.8
     top_k: int = 50
+    top_p: float = 1.0
     max_tokens: int = 512
     max_batch: int = 64  # rows of each running batch
     queue: int = 64  # requests that may wait, all devices together
@@ -120,7 +121,7 @@ class Sampling(BaseModel):
             "max_tokens": settings.max_tokens if self.max_tokens is None else self.max_tokens,
             "temperature": settings.temperature if self.temperature is None else self.temperature,
             "top_k": settings.top_k if self.top_k is None else self.top_k,
-            "top_p": self.top_p,
+            "top_p": settings.top_p if self.top_p is None else self.top_p,
             "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty or 1.0,
             "seed": secrets.randbits(32) if self.seed is None else self.seed,

@@ -172,7 +172,10 @@ class Run:
 
         if self.meta is not None:
             return checkpoint_manager.load_tokenizer(self.checkpoint_dir, self.meta)
-        return checkpoint_manager.load_tokenizer(self.source.directory, self.source.meta) if self.source else tokenizer.get_tokenizer()
+        if self.source is not None:
+            return checkpoint_manager.load_tokenizer(self.source.directory, self.source.meta)
+        chosen = {name: getattr(self.config, name) for name in TEXT}
+        return tokenizer.get_tokenizer(*(f"--{name}={value}" for name, value in chosen.items() if value))
 
     def dataset(self) -> "Dataset":
         """The pretraining text that --dataset or --data_path means. Raises UserError where it is not the one that the run began with."""

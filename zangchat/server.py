@@ -241,6 +241,7 @@ def load_page(settings: Settings, context: int) -> tuple[str, str]:
         "model": settings.model_name,
         "temperature": settings.temperature,
         "top_k": settings.top_k,
+        "top_p": settings.top_p,
         "max_tokens": settings.max_tokens,
         "context": context,
         "needs_key": settings.api_key is not None,

@@ -45,6 +45,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.rank, self.world_size = rank, world_size
         super().__init__(params, defaults)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, on as many ranks as saved it; but state keeps its dtype.
+
+        torch would round the fp32 state of a bf16 parameter to bf16.
+        """
+        super().load_state_dict(state_dict)
+        numbers = (number for group in state_dict["param_groups"] for number in group["params"])
+        params = (p for group in self.param_groups for p in group["params"])
+        for number, p in zip(numbers, params, strict=True):
+            for key, tensor in state_dict["state"].get(number, {}).items():
+                self.state[p][key] = tensor.to(p.device, copy=True)
+
     @cached_property
     def pieces(self) -> dict[Tensor, list[Piece]]:
         """How each parameter is dealt. Here: a large one whose rows divide evenly is cut, the others go round robin."""

@@ -20,6 +20,7 @@ import hashlib
 import io
 import json
 import logging
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -52,7 +53,7 @@ FORMAT = "zangchat-tokenizer"
 VERSION = 1
 TOKENIZER_FILE = "tokenizer.json"
 TOKEN_BYTES_FILE = "token_bytes.pt"
-HOW_TO_TRAIN = "run `python -m scripts.tok_train`"
+TRAIN = ("python", "-m", "scripts.tok_train")
 
 logger = logging.getLogger(__name__)
 
@@ -204,16 +205,19 @@ class RustBPETokenizer:
         return cls(by_rank(encoding._mergeable_ranks), encoding._pat_str, facts={"tiktoken": tiktoken_name})
 
     @classmethod
-    def from_directory(cls, tokenizer_dir: str | Path) -> "RustBPETokenizer":
-        """Load what `save` wrote. Raises UserError naming the file that is missing or damaged."""
+    def from_directory(cls, tokenizer_dir: str | Path, *flags: str) -> "RustBPETokenizer":
+        """Load what `save` wrote.
+
+        Raises UserError naming the file that is missing or damaged, and the command that makes it: scripts.tok_train with `flags`.
+        """
         path = Path(tokenizer_dir) / TOKENIZER_FILE
         if not path.is_file():
-            raise UserError(f"no tokenizer at {path}: {HOW_TO_TRAIN}")
+            raise UserError(f"no tokenizer at {path}: run `{shlex.join([*TRAIN, *flags])}`")
         try:
             return cls._from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, KeyError, TypeError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
-            remedy = f"put an intact copy there, or {HOW_TO_TRAIN.removesuffix('`')} --overwrite`"
+            remedy = f"put an intact copy there, or run `{shlex.join([*TRAIN, *flags, '--overwrite'])}`"
             raise UserError(f"{path} is no usable tokenizer ({reason}): {remedy}") from error
 
     @classmethod
@@ -439,9 +443,9 @@ def tokenizer_dir() -> Path:
     return get_base_dir() / "tokenizer"
 
 
-def get_tokenizer() -> RustBPETokenizer:
-    """The tokenizer that new base models use. Raises UserError where there is none."""
-    return RustBPETokenizer.from_directory(tokenizer_dir())
+def get_tokenizer(*flags: str) -> RustBPETokenizer:
+    """The tokenizer that new base models use. Raises UserError if there is none, with the command that trains one with `flags`."""
+    return RustBPETokenizer.from_directory(tokenizer_dir(), *flags)
 
 
 def get_token_bytes(device: str = "cpu") -> "torch.Tensor":

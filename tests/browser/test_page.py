@@ -50,7 +50,9 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[tuple[str, Any]]:
-    with serving(engine(reply, sequence_len=1024, pause=0.003), max_tokens=800, model_name="zangchat-test", temperature=0.0) as served:
+    with serving(
+        engine(reply, sequence_len=1024, pause=0.003), max_tokens=800, model_name="zangchat-test", temperature=0.0, top_p=0.9
+    ) as served:
         yield served
 
 
@@ -229,7 +231,7 @@ def test_settings_are_sent_and_kept(page: Page) -> None:
     with page.expect_request("**/chat/completions") as sent:
         ask(page, "hello there")
     body = json.loads(sent.value.post_data or "")
-    assert (body["max_tokens"], body["top_k"], body["messages"][0]) == (9, 3, {"role": "system", "content": "be brief"})
+    assert (body["max_tokens"], body["top_k"], body["top_p"], body["messages"][0]) == (9, 3, 0.9, {"role": "system", "content": "be brief"})
     expect(last(page).locator(".said")).to_have_text("You said:")
     expect(last(page).locator(".note")).to_contain_text("longest allowed length")
     page.reload()

@@ -310,7 +310,8 @@ def test_a_missing_model_is_one_sentence(checkpoint: GPT, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize(
-    "flag", ["--temperature=-1", "--top_k=-1", "--max_tokens=0", "--max_batch=0", "--queue=-1", "--port=70000", "--num_gpus=0"]
+    "flag",
+    "--temperature=-1 --top_k=-1 --top_p=0 --top_p=1.5 --max_tokens=0 --max_batch=0 --queue=-1 --port=70000 --num_gpus=0".split(),
 )
 def test_chat_web_names_a_senseless_flag(capsys: pytest.CaptureFixture[str], flag: str) -> None:
     assert chat_web.main([flag]) == 2
@@ -321,7 +322,7 @@ def test_the_web_scripts_defaults_are_the_servers() -> None:
     shared = {f.name: f.default for f in dataclasses.fields(Settings)}
     mine = {f.name: f.default for f in dataclasses.fields(chat_web.Config)}
     assert {name: mine[name] for name in shared.keys() & mine.keys()} == {name: shared[name] for name in shared.keys() & mine.keys()}
-    assert {"temperature", "top_k", "max_tokens", "max_batch", "queue"} <= shared.keys() & mine.keys()
+    assert {"temperature", "top_k", "top_p", "max_tokens", "max_batch", "queue"} <= shared.keys() & mine.keys()
 
 
 def test_chat_web_says_that_a_port_is_taken_before_it_loads_a_model(capsys: pytest.CaptureFixture[str]) -> None:

@@ -193,7 +193,13 @@ def test_chat_eval_of_everything_names_what_it_could_not_score(base, capsys):
 def test_chat_eval_that_scored_nothing_is_a_failure(base, capsys):
     shutil.rmtree(base / "tasks")
     assert chat_eval.main(["-g", "a", "-x", "2", "-m", "2", *CPU]) == 2
-    assert "nothing was scored" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    names = ["ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee"]
+    assert [line.partition(":")[0] for line in out.splitlines() if "not scored" in line] == names
+    error = err.strip().splitlines()[-1]
+    assert error.startswith(f"error: nothing was scored: {', '.join(names)} lack what the lines above name; ")
+    assert error.endswith('; these have their data here: -a "Arithmetic|PyDocs|Identity|Vowels"'), error
+    assert chat_eval.main(["-g", "a", "-x", "2", "-m", "2", "-a", "Arithmetic|Identity", *CPU]) == 0
 
 
 def test_what_one_rank_lacks_no_rank_scores(base, capsys, monkeypatch):

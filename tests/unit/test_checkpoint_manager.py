@@ -74,6 +74,17 @@ def _add_rank(directory: Path, step: int, rank: int, data: dict[str, Any]) -> No
     cm.update_meta(directory, step, {"files": files})
 
 
+def test_a_state_dict_comes_back_as_it_was_saved(tmp_path):
+    group = {"lr": 0.1, "betas": (0.9, 0.95), "fused": None, "params": [0]}
+    cm.save_checkpoint(tmp_path, 1, MODEL, {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [group]}, META)
+    state = cm.load_checkpoint(tmp_path, 1, "cpu", load_optimizer=True)[1]
+    assert state["param_groups"] == [group] and torch.equal(state["state"][0]["exp_avg"], torch.ones(3))
+    _add_rank(tmp_path, 1, rank=1, data=[{"state": {}, "param_groups": []}])  # type: ignore[arg-type]
+    assert cm.load_checkpoint(tmp_path, 1, "cpu", load_optimizer=True, rank=1)[1] == [{"state": {}, "param_groups": []}]
+    with pytest.raises(UserError, match=r"optim_000001_rank2\.pt is missing: the optimizer state of step 1 was saved by 2 ranks"):
+        cm.load_checkpoint(tmp_path, 1, "cpu", load_optimizer=True, rank=2)
+
+
 def test_a_missing_shard_is_named(tmp_path):
     cm.save_checkpoint(tmp_path, 1, MODEL, shard(0, 2), META)
     with pytest.raises(UserError, match=r"lm_head.weight: rows from 2 are missing"):

@@ -43,7 +43,7 @@ PROMISED = {
     "scripts.chat_cli": "-i --source -g --model_tag -s --step -p --prompt -t --temperature -k --top_k --top_p --seed",
     "scripts.export_hf": "-i --source -g --model_tag -o --dtype",
     "scripts.import_model": "--path --source --model_tag --from_tag --step",
-    "scripts.chat_web": "-i --source -g --model_tag -s --step --host -p --port -t --temperature -k --top_k -m --num_gpus",
+    "scripts.chat_web": "-i --source -g --model_tag -s --step --host -p --port -t --temperature -k --top_k --top_p -m --num_gpus",
 }
 
 

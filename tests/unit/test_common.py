@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from zangchat import common
+from zangchat import checkpoint_manager, common
 from zangchat.config import RunConfig
 from zangchat.configurator import UserError
 
@@ -293,6 +293,20 @@ def test_other_ranks_are_quiet(fresh_logging, capsys, monkeypatch):
     common.print_banner()
     captured = capsys.readouterr()
     assert captured.out == "" and "trouble" in captured.err and "progress" not in captured.err
+
+
+def test_log0_logs_on_rank_0_only(fresh_logging, capsys, monkeypatch):
+    common.setup_default_logging()
+    common.log0("saving")
+    common.log0("slow disk", logging.WARNING)
+    err = capsys.readouterr().err
+    assert "INFO zangchat: saving" in err and "WARNING zangchat: slow disk" in err
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    common.log0("saving")
+    common.log0("slow disk", logging.WARNING)
+    assert capsys.readouterr().err == ""
+    assert checkpoint_manager.log0 is common.log0  # where nanochat has it
 
 
 def test_the_banner_fits_any_terminal(capsys):

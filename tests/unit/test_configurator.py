@@ -1,5 +1,6 @@
 """Command lines: every spelling a user may try, and one sentence for every mistake."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from typing import Annotated, Literal
 import pytest
 import tyro
 
+from scripts import base_train, chat_eval, chat_web
 from zangchat import configurator
 from zangchat.config import RunConfig
 from zangchat.configurator import UserError, as_flags, list_flags, parse, to_dict
@@ -145,6 +147,43 @@ def test_an_unknown_flag_names_the_closest_one():
 def test_an_unknown_flag_without_a_close_one():
     assert "did you mean" not in error_of("--zzz")
     assert "unknown flag -q" in error_of("-q")
+
+
+@pytest.mark.parametrize("command", ["base_train", "mid_train", "chat_sft", "chat_rl"])
+@pytest.mark.parametrize("flag", ["--learning_rate=1e-4", "--learning-rate=1e-4", "--lr=1e-4"])
+def test_the_learning_rate_of_other_trainers_names_the_three_there_are(command, flag):
+    message = error_of(flag, cls=importlib.import_module(f"scripts.{command}").Config)
+    assert message.startswith(f"unknown flag {flag[:-5]}, there are three: --matrix_lr, --embedding_lr, --unembedding_lr (see ")
+
+
+@pytest.mark.parametrize(
+    ("flag", "answer"),
+    [
+        ("--batch_size=8", ", there are two: --device_batch_size, --total_batch_size ("),
+        ("--max_steps=8", ", did you mean --num_iterations? ("),
+        ("--n_layer=8", ", did you mean --depth? ("),
+        ("--block_size=8", ", did you mean --max_seq_len? ("),
+        ("--resume_step=10000", ", did you mean --resume? ("),
+        ("--num_workers=4", ": one thread reads and packs text ahead of training, and there is nothing to set ("),
+        ("--dropout=0.1", ": there is no dropout, since text is read about once ("),
+    ],
+)
+def test_names_of_other_trainers_lead_on(flag, answer):
+    assert error_of(flag, cls=base_train.Config).startswith(f"unknown flag {flag.partition('=')[0]}{answer}")
+
+
+def test_names_of_other_trainers_are_suggested_only_where_their_flags_exist():
+    for flag in ("--learning_rate=1", "--num_workers=4", "--dropout=0"):
+        message = error_of(flag, cls=chat_web.Config)
+        assert "_lr" not in message and "training" not in message and "text is" not in message
+    assert "--batch_size" not in error_of("--learning_rate=1", cls=chat_eval.Config)
+    assert "did you mean --batch_size?" in error_of("--batchsize=1", cls=chat_eval.Config)
+
+
+def test_every_other_name_stands_for_flags_of_some_command():
+    there = {flag.name for command in (base_train, chat_eval) for flag in configurator._flags(command.Config)}
+    assert {name for names in configurator.OTHER_NAMES.values() for name in names} <= there
+    assert not there & {*configurator.OTHER_NAMES, *configurator.ABSENT} - {"batch_size"}  # chat_eval has that one
 
 
 def test_no_abbreviations():

@@ -237,6 +237,21 @@ def test_the_rows_of_a_step_do_not_depend_on_the_number_of_ranks(small, world_si
             assert all(part.cursor == alone.cursor for part in parts)
 
 
+def test_ranks_share_the_rows_of_a_single_document(tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"prompt": "Hello", "completion": " world"}\n', encoding="utf-8")
+    dataset = find_dataset(data_path=str(tmp_path / "one.jsonl"))
+
+    def inputs(rank, world_size):
+        batches = packed_batches(text_stream(dataset), rows_per_step=4, sequence_len=T, rank=rank, world_size=world_size, bos=BOS)
+        return take(batches, 2)[-1].inputs
+
+    everything = inputs(0, 1)
+    assert torch.equal(torch.cat([inputs(rank, 4) for rank in range(4)]), everything)
+    assert TOKENIZER.decode(everything[0].tolist()).count("Hello world") >= 1
+    rows = [batch.targets.tolist() for rank in range(4) for batch in validation(dataset, rank, 4, rows=1)]
+    assert [sum(token >= 0 for token in row[0]) for row in rows] == [len("Hello world"), 0, 0, 0]
+
+
 def test_rows_that_do_not_divide_by_the_ranks_are_refused(small):
     with pytest.raises(ValueError, match="multiple of world_size"):
         next(packed_batches(text_stream(small), rows_per_step=3, sequence_len=8, rank=0, world_size=2, bos=BOS))

@@ -120,6 +120,46 @@ def test_of_a_lone_file_the_end_is_held_out(tmp_path, documents):
     assert len(validation) == (3000 - 2048 if documents == 3000 else 1)
 
 
+@pytest.mark.parametrize("name", ["lone.jsonl", "lone.txt", "lone.parquet"])
+def test_a_lone_document_is_both_trained_on_and_validated_on(tmp_path, caplog, monkeypatch, name):
+    path = tmp_path / name
+    if path.suffix == ".parquet":
+        write_shard(path, ["Hello world"])
+    else:
+        line = '{"prompt": "Hello", "completion": " world"}' if path.suffix == ".jsonl" else "Hello world"
+        path.write_text(line + "\n", encoding="utf-8")
+    dataset = find_dataset(data_path=str(path))
+    assert list(dataset.iter_documents("train")) == ["Hello world"] and not caplog.text
+    for _ in range(2):
+        assert list(dataset.iter_documents("validation")) == ["Hello world"]
+    assert caplog.messages == [f"{path} holds one document: training and validation both read it"]
+    caplog.clear()
+    for variable, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(variable, value)
+    assert list(find_dataset(data_path=str(path)).iter_documents("validation")) == ["Hello world"] and not caplog.messages
+
+
+def test_two_documents_are_one_for_each_split(tmp_path, caplog):
+    dataset = find_dataset(data_path=str(write_lines(tmp_path / "two.jsonl", [{"text": "a"}, {"text": "b"}])))
+    assert [list(dataset.iter_documents(split)) for split in ("train", "validation")] == [["a"], ["b"]] and not caplog.messages
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n\n \r\n" * 9])
+def test_a_last_line_longer_than_a_range_is_held_out_all_the_same(tmp_path, monkeypatch, end):
+    monkeypatch.setattr(data, "TEXT_GROUP_BYTES", 16)
+    monkeypatch.setattr(data, "SCAN_BYTES", 5)
+    path = tmp_path / "words.txt"  # one line, as text8 is
+    path.write_text("many words " * 2000 + end, encoding="utf-8", newline="")
+    dataset = find_dataset(data_path=str(path))
+    train, validation = list(dataset.iter_documents("train")), list(dataset.iter_documents("validation"))
+    assert (len(train), len(validation)) == (2, 1)
+    assert "".join(train + validation).replace(" ", "") == "manywords" * 2000
+    lines = write_lines(tmp_path / "long.jsonl", [{"text": "short"}, {"text": "long " * 50}])
+    lines.write_text(lines.read_text(encoding="utf-8") + end, encoding="utf-8", newline="")
+    dataset = find_dataset(data_path=str(lines))
+    assert [list(dataset.iter_documents(split)) for split in ("train", "validation")] == [["short"], ["long " * 50]]
+
+
 def test_jsonl_records_of_each_kind_become_text(tmp_path):
     messages = [
         {"role": "user", "content": "Hi"},
@@ -153,7 +193,8 @@ def test_byte_ranges_lose_and_double_no_line(tmp_path_factory, texts, group_byte
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "TEXT_GROUP_BYTES", group_bytes)
         dataset = find_dataset(data_path=str(path))
-        assert list(dataset.iter_documents("train")) + list(dataset.iter_documents("validation")) == texts
+        train, validation = list(dataset.iter_documents("train")), list(dataset.iter_documents("validation"))
+        assert train + validation == texts and train and validation
 
 
 def test_text_files_are_documents(tmp_path):
@@ -178,7 +219,8 @@ def test_wrong_input_is_named(tmp_path):
         "broken.jsonl": ('{"text": "a"}\n{"text": \n', r"broken\.jsonl, line 2.* is not JSON"),
         "fields.jsonl": ('{"body": "a"}\n', r"fields\.jsonl, line 1 has no text: a record needs `text`"),
         "roles.jsonl": ('{"messages": [{"content": "a"}]}\n', r"roles\.jsonl, line 1 has a message without role or text"),
-        "lone.jsonl": ('{"text": "a"}\n', r"lone\.jsonl holds 1 document\(s\): at least 2 are needed"),
+        "blank.jsonl": ("\n \n", r"blank\.jsonl holds no text"),
+        "none.jsonl": ('{"text": ""}\n', r"none\.jsonl holds no text"),
         "binary.txt": (b"ab\xff\xfe", r"binary\.txt is damaged \(byte 2 is not UTF-8\)"),
     }
     for name, (content, message) in cases.items():

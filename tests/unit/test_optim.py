@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from zangchat import collectives
+from zangchat.checkpoint_manager import load_checkpoint, save_checkpoint
 from zangchat.config import GPTConfig, StepMultipliers
 from zangchat.gpt import GPT
 from zangchat.optim import OptimizerGroup, build_optimizer, global_norm, merge_shards
@@ -223,6 +224,30 @@ def test_going_on_from_saved_state_is_exact(kind: str, dtype: torch.dtype) -> No
     assert_same(resumed.state_dict(), model.state_dict(), atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["muon", "adamw", "sgd"])
+def test_a_loop_over_the_optimizers_saves_and_loads_them_exactly(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    """As nanochat's loop does it: a list of torch's state dicts, through a checkpoint. torch itself rounds fp32 state to bf16."""
+    model = build_model(dtype)
+    optimizers = build_optimizer(model, kind=kind, **RATES)
+    assert list(optimizers) == optimizers.optimizers
+    train(model, optimizers, 0, 2)
+    states = [opt.state_dict() for opt in optimizers]
+    save_checkpoint(tmp_path, 2, model.state_dict(), states, {"model_config": CONFIG.to_dict()})
+    train(model, optimizers, 2, 4)
+
+    resumed = build_model(dtype)
+    weights, states, _ = load_checkpoint(tmp_path, 2, "cpu", load_optimizer=True)
+    resumed.load_state_dict(weights)
+    optimizers = build_optimizer(resumed, kind=kind, **RATES)
+    for opt, state in zip(optimizers, states, strict=True):
+        opt.load_state_dict(state)
+    train(resumed, optimizers, 2, 4)
+    assert_same(resumed.state_dict(), model.state_dict(), atol=0)
+    with pytest.raises(ValueError, match="load_state_dict"):
+        optimizers.load_shards(states)
+
+
 @pytest.mark.parametrize("kind", ["muon", "adamw", "sgd"])
 def test_each_kind_learns(kind: str) -> None:
     model = build_model()
@@ -291,6 +316,18 @@ def test_shards_that_do_not_fit_are_named() -> None:
         optimizer.load_shards({name: {**shards[name], "shape": [1024, 32]}})
     with pytest.raises(ValueError, match="unknown parameters: other"):
         optimizer.load_shards({"other": shards[name]})
+
+
+def test_a_parameter_that_no_optimizer_takes_leads_on() -> None:
+    class GPTCustom(GPT):
+        def __init__(self, bias: bool) -> None:
+            super().__init__(CONFIG)
+            self.custom_layer = torch.nn.Linear(CONFIG.n_embd, CONFIG.n_embd, bias=bias)
+
+    with pytest.raises(ValueError, match=r"not matrices: custom_layer\.bias: leave them out \(bias=False\), .*build_optimizer"):
+        build_optimizer(GPTCustom(bias=True), **RATES)
+    optimizer = build_optimizer(GPTCustom(bias=False), **RATES)
+    assert "custom_layer.weight" in optimizer.names.values()
 
 
 def test_an_unknown_kind_is_named() -> None:

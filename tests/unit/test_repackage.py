@@ -103,6 +103,9 @@ def test_mistakes_get_one_sentence(corpus, tmp_path, capsys):
     assert repackage.main([]) == 2 and "--hub=OWNER/NAME or --data_path" in capsys.readouterr().err
     assert repackage.main([f"--data_path={corpus}", "--name=mine", "--max_documents=1"]) == 2
     assert "at least 2 are needed" in capsys.readouterr().err and not (datasets_dir() / "mine").exists()
+    (tmp_path / "lone.jsonl").write_text('{"text": "one"}\n', encoding="utf-8")
+    assert repackage.main([f"--data_path={tmp_path / 'lone.jsonl'}", "--name=mine"]) == 2
+    assert "holds 1 document(s): at least 2 are needed" in capsys.readouterr().err
     assert repackage.main([f"--data_path={corpus}", "--name=mine", "--max_documents=40"]) == 0
     assert repackage.main([f"--data_path={corpus}", "--name=mine"]) == 2 and "--overwrite" in capsys.readouterr().err
 

@@ -1,5 +1,6 @@
 """The web server as its clients see it: a real uvicorn on a loopback port, httpx and OpenAI's own client."""
 
+import html
 import json
 import logging
 import math
@@ -22,6 +23,8 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from tests.talker import VOCAB, engine, eventually, serving
 from zangchat import server as server_module
 from zangchat.answers import render_markdown, rendered_parts
+from zangchat.protocol import PageChat, Settings
+from zangchat.server import load_page
 
 
 def reply(question: str) -> str:
@@ -549,6 +552,19 @@ def test_several_engines_share_the_load() -> None:
             assert '"gpu": 0' in next(lines)
             assert '"gpu": 1' in client.post(url + "/chat/completions", json={"messages": ask("hi")}).text
         assert client.get(url + "/stats").json()["served"] == 2
+
+
+def test_what_a_request_does_not_name_is_the_operators_choice() -> None:
+    settings = Settings(temperature=0.3, top_k=7, top_p=0.9, max_tokens=5)
+    sampling = ("temperature", "top_k", "top_p", "max_tokens")
+    (plain,) = PageChat(messages=ask("hi")).requests([1], 1, settings)
+    assert [getattr(plain, name) for name in sampling] == [0.3, 7, 0.9, 5]
+    named = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_tokens": 9}
+    (own,) = PageChat(messages=ask("hi"), **named).requests([1], 1, settings)
+    assert {name: getattr(own, name) for name in sampling} == named
+    page, _ = load_page(settings, 64)
+    facts = json.loads(html.unescape(re.search(r'<meta name="zangchat" content="(.*?)">', page)[1]))  # type: ignore[index]
+    assert [facts[name] for name in sampling] == [0.3, 7, 0.9, 5] and "top_p: facts.top_p" in page
 
 
 # ---- access ---------------------------------------------------------------------------------------------------------

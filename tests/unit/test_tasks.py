@@ -103,6 +103,32 @@ def test_slices_compose_like_those_of_a_list():
             Numbers(5, **wrong)
 
 
+def test_a_task_needs_no_call_of_its_base_class():
+    class Facts(Task):
+        def __init__(self) -> None:
+            self.answers = ["4", "6", "8"]
+
+        def num_examples(self) -> int:
+            return len(self.answers)
+
+        def get_example(self, index: int) -> Any:
+            return chat("what?", self.answers[index])
+
+    task = Facts()
+    assert [row["messages"][-1]["content"] for row in task] == ["4", "6", "8"]
+    assert len(task[1:]) == 2 and len(TaskMixture([task])) == 3
+
+
+def test_a_task_that_lacks_a_method_says_which():
+    class MyTask(Task):
+        def __init__(self) -> None:
+            self.data: list[Any] = []
+
+    for use in (len, lambda task: task[0]):
+        with pytest.raises(NotImplementedError, match="MyTask must define num_examples.*get_example"):
+            use(MyTask())
+
+
 def test_a_mixture_holds_everything_once_in_one_fixed_shuffled_order():
     parts = [Numbers(40), Numbers(25, start=5)]
     mixture = TaskMixture(parts)
@@ -423,9 +449,11 @@ def test_customjson_reads_the_common_shapes(base_dir):
         {"conversations": [{"from": "human", "value": "你好"}, {"from": "gpt", "value": "hello"}]},
         {"instruction": "你好", "output": "hello"},
         {"instruction": "你好", "input": "", "output": "hello", "history": []},
+        {"prompt": "你好", "completion": "hello"},
+        {"prompt": turns[:1], "completion": turns[1:]},
     ]
     task = CustomJSON(put(base_dir, "own.jsonl", rows))
-    assert [task[i] for i in range(5)] == [{"messages": turns}] * 5
+    assert [task[i] for i in range(len(rows))] == [{"messages": turns}] * len(rows)
     rows = [
         {"instruction": "Add.", "input": "1 2", "output": "3", "system": "Be short.", "history": [["Hi", "Hello"]]},
         {"conversations": [{"from": "system", "value": "s"}, {"from": "user", "value": "u"}, {"from": "assistant", "value": "a"}]},
@@ -443,7 +471,11 @@ def test_customjson_reads_the_common_shapes(base_dir):
     [
         ("{", "is not JSON"),
         ("3", "is a JSON int"),
-        ('{"text": "x"}', "has text: expected messages, conversations, or instruction and output"),
+        ('{"text": "x"}', "has text: expected messages, conversations, instruction and output, or prompt"),
+        ('{"prompt": "x"}', "has prompt: expected"),
+        ('{"prompt": "x", "completion": 3}', "message 1 (assistant) needs a string"),
+        ('{"prompt": ["x"], "completion": "y"}', "message 0 (user) needs a string"),
+        ('{"prompt": [{"role": "user", "content": "x"}], "completion": []}', "the last message must be"),
         ('{"messages": []}', "no message of a user"),
         ('{"messages": "x"}', 'a conversation is {"messages"'),
         ('{"messages": [{"role": "user", "content": "x"}]}', "the last message must be the assistant's"),

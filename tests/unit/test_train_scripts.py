@@ -481,7 +481,8 @@ def test_what_does_not_fit_is_named_before_anything_is_made(base, flags, names, 
 
 def test_what_is_missing_names_the_command_that_makes_it(base, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ZANGCHAT_BASE_DIR", str(tmp_path))
-    assert "python -m scripts.tok_train" in refused(base_train.main, base_flags(base), capsys)
+    message = refused(base_train.main, base_flags(base), capsys)
+    assert f"run `python -m scripts.tok_train --data_path={base / 'text.jsonl'}`" in message
     assert "python -m scripts.base_train" in refused(mid_train.main, mid_flags(base), capsys)
     assert "python -m scripts.mid_train" in refused(chat_sft.main, sft_flags(base), capsys)
     assert "python -m scripts.base_train" in refused(base_loss.main, ["--device_type=cpu"], capsys)
@@ -548,6 +549,23 @@ def test_the_size_of_a_checkpoint_is_foreseen(base):
     foreseen = checkpoint_bytes(checkpoint_manager.model_config(meta, "base"), "muon", "float32")
     assert foreseen == pytest.approx(written, rel=0.2) and foreseen < written  # so small a file is in part headers
     assert {"Python", "torch", "numpy"} <= meta["software"].keys()
+
+
+# ---- the smallest data there is ------------------------------------------------------------------------------------
+
+
+def test_one_line_of_prompt_and_completion_trains_a_base_model_and_a_chat_model(before, caplog, capsys):
+    line = before / "data.jsonl"
+    line.write_text('{"prompt": "the cat sat", "completion": " on a mat"}\n', encoding="utf-8")
+    assert base_train.main(base_flags(before, f"--data_path={line}", "--model_tag=lone", "--num_iterations=2")) == 0
+    assert caplog.messages.count(f"{line} holds one document: training and validation both read it") == 1
+    assert "base step 2: validation" in capsys.readouterr().out
+    caplog.clear()
+    flags = [f"--mixture={line}:1", "--mixture_ratio=0.5", "--from_tag=lone", "--model_tag=lone", "--device_type=cpu"]
+    assert mid_train.main(flags) == 0  # its text is the base model's
+    assert chat_sft.main([f"--mixture={line}:2", "--model_tag=lone", "--device_type=cpu", "--target_examples_per_step=1"]) == 0
+    out = capsys.readouterr().out
+    assert "mid: 1 conversations" in out and "sft: 2 conversations" in out
 
 
 # ---- looking on -----------------------------------------------------------------------------------------------------
