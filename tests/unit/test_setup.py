@@ -38,6 +38,10 @@ case "$*" in
     *torch==*) [ -z "${SLOW:-}" ] || { echo "error: the download broke off" >&2; exit 2; }; touch .venv/torch ;;
 esac"""
 
+SCRIPTS = sorted(
+    {"speedrun.sh", "run1000.sh", ".ci/run", "dev/slurm.sbatch", *(str(path.relative_to(ROOT)) for path in (ROOT / "dev").glob("*.sh"))}
+)
+
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
@@ -323,11 +327,86 @@ def test_no_gpu_has_a_reason(tmp_path):
     assert count(machine)[::3] == ["0", "nvidia-smi lists none"]
 
 
+# -- macOS -------------------------------------------------------------------------------------------------------------
+
+FAKE = """#!/bin/bash
+echo "${0##*/} $* cuda=${CUDA_VISIBLE_DEVICES-}" >> "$RECORD"
+case "$*" in
+    "-m dev.gpus") echo "error: torch cannot use it" >&2; exit 2 ;;
+    *zangchat.dataset*-n*)
+        folder=$ZANGCHAT_BASE_DIR/base_data/climbmix; mkdir -p "$folder"
+        for ((i = 0; i <= ${!#}; i++)); do printf '{"name": "shard_%05d.parquet"}\\n' "$i"; done > "$folder/manifest.json" ;;
+esac
+"""
+
+
+@pytest.fixture
+def mac(tmp_path):
+    """`mac(script, *arguments, **variables) -> (CompletedProcess, calls)`: the very scripts with stand-ins for all that they call."""
+    folder = tmp_path / "checkout"
+    for name in (*SCRIPTS, "pyproject.toml", "rustbpe/Cargo.toml"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    (folder / "dev/setup.sh").write_text(f"TORCH_VERSION={TORCH}\n")
+    machine = Machine(tmp_path / "machine", "Darwin")
+    for name in ("python", "torchrun", "ruff", "mypy", "uv"):
+        program = folder / ".venv/bin" / name
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.write_text(FAKE)
+        program.chmod(0o755)
+
+    def run(script: str, *arguments: str, **variables: str):
+        record = tmp_path / "record"
+        record.write_text("")
+        variables = {"RECORD": str(record), "ZANGCHAT_BASE_DIR": str(tmp_path / "base"), **variables}
+        done = machine.run("bash", script, *arguments, cwd=folder, **variables)
+        return done, record.read_text().splitlines()
+
+    run.machine, run.folder, run.base = machine, folder, tmp_path / "base"
+    return run
+
+
+@pytest.mark.parametrize(
+    "script, variables, last",
+    [
+        ("speedrun.sh", {"NPROC_PER_NODE": "2"}, "zangchat.report generate"),
+        ("run1000.sh", {"NPROC_PER_NODE": "1"}, "zangchat.report generate"),
+        ("dev/rungpu.sh 24", {}, "zangchat.report generate"),
+        ("dev/runcpu.sh", {}, "scripts.chat_cli"),
+        ("dev/test.sh", {}, "-m pytest -m not slow"),
+        (".ci/run", {}, "-m pytest -m not slow"),
+        ("dev/lock.sh", {"PATH": "uv"}, "pip compile"),
+    ],
+)
+def test_every_script_runs_with_the_tools_of_macos(mac, script, variables, last):
+    mac.base.mkdir()
+    (mac.base / "runcpu.plan").write_text("# a plan\nBASE_STEPS=1\nMID_STEPS=1\nSFT_STEPS=1\nRL_STEPS=1\n")
+    if "PATH" in variables:
+        variables = {"PATH": f"{mac.folder}/.venv/bin:{mac.machine.bin}"}
+    done, calls = mac(*script.split(), **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert last in calls[-1] and "illegal option" not in done.stderr and "command not found" not in done.stderr
+
+
+def test_without_a_gpu_macos_is_sent_to_the_laptop_run(mac):
+    for script in ("speedrun.sh", "run1000.sh", "dev/rungpu.sh"):
+        done, calls = mac(script)
+        assert done.returncode == 2 and "No GPU found (nvidia-smi is not installed)" in done.stderr and not calls
+    done, _ = mac("speedrun.sh", DRY_RUN="1")
+    assert done.returncode == 0 and "python -m scripts.tok_eval\n" in done.stdout
+
+
+def test_the_laptop_run_takes_the_cpu_if_torch_cannot_use_the_gpu(mac):
+    mac.base.mkdir()
+    (mac.base / "runcpu.plan").write_text("# a plan\nBASE_STEPS=1\nMID_STEPS=1\nSFT_STEPS=1\nRL_STEPS=1\n")
+    mac.machine.install("nvidia-smi", nvidia_smi(gpus(0), driver="470.82.01"))
+    done, calls = mac("dev/runcpu.sh")
+    assert done.returncode == 0 and "error: torch cannot use it\nThis run computes on the CPU.\n" in done.stderr
+    assert {call.rpartition("cuda=")[2] for call in calls[1:]} == {"-1"}
+
+
 # -- bash 3.2 ----------------------------------------------------------------------------------------------------------
 
-SCRIPTS = sorted(
-    {"speedrun.sh", "run1000.sh", ".ci/run", "dev/slurm.sbatch", *(str(path.relative_to(ROOT)) for path in (ROOT / "dev").glob("*.sh"))}
-)
 LATER = {  # what macOS's bash, 3.2, does not know, and what its tools do not
     r"\$\{\w+(\[[^]]*\])?(,,|\^\^|,|\^|@[A-Z])\}": "case modification",
     r"\b(mapfile|readarray|coproc)\b": "mapfile, coproc",
