@@ -53,39 +53,39 @@ up_to_date() { # what the tests need includes what a run needs, and a build for 
 if up_to_date; then exit 0; fi
 
 # --- a Python that runs and is recent enough, of those on the PATH --------------------------------
-python="" # suitable for the environment
-others=() # not, but they can run pip
+candidates=$(type -ap "python$PYTHON_VERSION" python3 python || true)
+python="" # the one for the environment
 found=""
-for name in "python$PYTHON_VERSION" python3 python; do
-    path=$(command -v "$name") || continue
+while read -r path; do
+    [ -n "$path" ] || continue
     if ! version=$("$path" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null); then
-        say "$name does not run here ($path; if that is pyenv's: \`pyenv global ${name#python}\`, or \`pyenv install\` first)"
+        name=$(basename "$path")
+        say "$path does not run (if it is pyenv's: \`pyenv global ${name#python}\`, or \`pyenv install\` first)"
     elif at_least 3.10 "$version" && ! at_least 3.15 "$version"; then
         python=$path found="Python $version"
         break
     else
         found="${found:-Python $version}"
-        if at_least 3.8 "$version"; then others+=("$path"); fi
     fi
-done
+done <<< "$candidates"
 
 # --- uv: the one on the PATH, else from PyPI, beside the project, where pip may not install into the system ------
 uv_works() { at_least 0.8 "$("$1" --version 2>/dev/null)"; }
 install_uv() {
-    local each pip=""
-    for each in ${python:+"$python"} ${others[@]+"${others[@]}"} "$(command -v python3 || true)"; do
-        if "$each" -m pip --version > /dev/null 2>&1; then
-            pip=$each
+    local path pip=""
+    while read -r path; do # any that can install a program
+        if [ -n "$path" ] && "$path" -c 'import sys, pip; sys.exit(sys.version_info < (3, 8))' > /dev/null 2>&1; then
+            pip=$path
             break
         fi
-    done
+    done <<< "$(printf '%s\n' "$python" "$candidates")"
     if [ -z "$found" ]; then
         die "no Python runs here: install Python 3.11 (\`sudo apt install python3 python3-pip\` on Debian, Ubuntu), or uv, then run this again"
     elif [ -z "$pip" ]; then
         die "this Python has no pip: \`sudo apt install python3-pip\` (Debian, Ubuntu), or install uv, then run this again"
     fi
     say "installing uv beside the project"
-    "$pip" -m pip install --quiet --upgrade --target .uv uv ||
+    PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 "$pip" -m pip install --quiet --upgrade --target .uv uv ||
         die "pip could not install uv: check the network (PIP_INDEX_URL names a mirror), then run this again"
     uv_works .uv/bin/uv || die "the uv that pip installed does not run: install uv (https://docs.astral.sh/uv), then run this again"
 }
@@ -141,7 +141,7 @@ on_index() { # whether PyTorch's index answers and has this build: looked up fir
         "torch==$TORCH_VERSION" > .venv/torch.log 2>&1
 }
 install_torch() {
-    local options=(--reinstall-package torch)
+    local options=("torch==$TORCH_VERSION")
     if [ "$backend" != pypi ] && ! on_index; then
         if grep -q "No solution found" .venv/torch.log; then
             die "PyTorch's index has no torch $TORCH_VERSION for '$backend' on this machine" \
@@ -153,7 +153,8 @@ install_torch() {
     [ "$backend" = pypi ] || options+=(--torch-backend="$backend")
     if [ "$backend" = cpu ] || [ "$(uname -s)" != Linux ]; then need_room 3; else need_room 6; fi
     say "installing torch $TORCH_VERSION (the largest download)"
-    uv pip install "${options[@]}" "torch==$TORCH_VERSION" ||
+    uv pip uninstall --quiet torch 2>/dev/null || true # to uv, another build of the version is good enough
+    uv pip install "${options[@]}" ||
         die "torch could not be installed: check the network and the disk, then run this again" \
             "(TORCH_BACKEND=pypi takes the ordinary build, UV_DEFAULT_INDEX names a mirror)"
 }

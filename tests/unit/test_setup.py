@@ -15,7 +15,7 @@ from tests.machines import Machine, gpus, no_path, nvidia_smi
 TORCH = "2.13.0"
 PIP_MISSING = "this Python has no pip: `sudo apt install python3-pip` (Debian, Ubuntu), or install uv, then run this again"
 PYTHON = """case "$*" in
-    "-m pip --version") {pip} ;;
+    *"import sys, pip"*) {pip} ;;
     "-m pip install "*) echo "pip $*" >> "$RECORD"; mkdir -p .uv/bin; cp "$UV" .uv/bin/uv ;;
     *version_info*) echo {version} ;;
 esac"""
@@ -108,7 +108,7 @@ def test_no_pip(setup):
 
 
 def test_pip_that_cannot_reach_its_index(linux):
-    linux.machine.install("python3", '[[ "$*" != *"pip install"* ]] || exit 1; echo 3.11')
+    linux.machine.install("python3", PYTHON.format(version="3.11", pip="true").replace('echo "pip', 'exit 1; echo "pip'))
     code, errors, _ = linux.run()
     assert code == 1 and "pip could not install uv: check the network (PIP_INDEX_URL names a mirror)" in errors
 
@@ -137,13 +137,26 @@ def test_no_python_at_all(setup):
 def test_a_dead_shim_of_pyenv_is_passed_over(setup):
     setup.machine.install("python3.12", no_path("python3.12"))
     code, errors, calls = setup.run(PYTHON_VERSION="3.12")
-    assert code == 0 and "python3.12 does not run here" in errors and "`pyenv global 3.12`" in errors
+    assert code == 0 and "/bin/python3.12 does not run (if it is pyenv's: `pyenv global 3.12`" in errors
     assert any(re.search(r"venv .*--python \S*/python3 ", call) for call in calls)
     for name in ("python3", "python"):
         setup.machine.install(name, no_path(name))
     shutil.rmtree(setup.checkout / ".uv")
     shutil.rmtree(setup.checkout / ".venv")
     assert "no Python runs here" in setup.run(PYTHON_VERSION="3.12")[1]
+
+
+def test_the_pythons_further_down_the_path_are_tried(linux, tmp_path):
+    """A shim before the system's Python, or an environment without pip that is active."""
+    first = tmp_path / "first"
+    first.mkdir()
+    for text in (no_path("python3"), PYTHON.format(version="3.11", pip="exit 1")):
+        shutil.rmtree(linux.checkout / ".uv", ignore_errors=True)
+        shutil.rmtree(linux.checkout / ".venv", ignore_errors=True)
+        (first / "python3").write_text(f"#!/bin/bash\n{text}\n")
+        (first / "python3").chmod(0o755)
+        code, errors, _ = linux.run(PATH=f"{first}:{linux.machine.bin}")
+        assert code == 0, errors
 
 
 def test_a_dead_environment_is_made_anew(linux):
@@ -189,7 +202,9 @@ def test_the_build_follows_from_the_machine(linux, tmp_path):
     linux.machine.install("nvidia-smi", nvidia_smi(gpus(0)))
     (linux.checkout / ".venv/torch").unlink()
     _, _, calls = linux.run()
-    assert "--torch-backend=auto" in torch_installs(calls)[0] and "--reinstall-package torch" in torch_installs(calls)[0]
+    assert "--torch-backend=auto" in torch_installs(calls)[0]
+    assert any("pip uninstall" in call for call in calls), "uv takes another build of the version for good enough"
+    assert not any("--reinstall" in call for call in calls), "which downloads what uv has in its cache"
     assert linux.run()[2] == []
     (linux.machine.bin / "nvidia-smi").unlink()
     assert linux.run()[2] == [], "a build for GPUs runs on a CPU"
