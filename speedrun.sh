@@ -89,7 +89,12 @@ fi
 export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv" PYTHONUNBUFFERED=1
 if [ "$gpus" != 0 ] && [ -z "$dry" ]; then # before any data is downloaded: can torch use them, and how many?
     usable=$(python -m dev.gpus) || exit 2
-    [ -z "$counted" ] || [ "$usable" = 0 ] || NPROC_PER_NODE=$usable
+    if [ "$usable" = 0 ]; then
+        echo "nvidia-smi lists a GPU, but torch finds none (the reason is above): CUDA_VISIBLE_DEVICES=-1 and" \
+            "NPROC_PER_NODE=2 rehearse on the CPU." >&2
+        exit 2
+    fi
+    [ -z "$counted" ] || NPROC_PER_NODE=$usable
 fi
 
 # ---- running stages -------------------------------------------------------------------------------------------------------------

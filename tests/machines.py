@@ -3,7 +3,6 @@
 The stand-ins of macOS refuse what its own tools lack, and its `wc` pads.
 """
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -89,7 +88,3 @@ def gpus(*migs: int) -> str:
 def no_path(name: str) -> str:
     """`name` is a shim of pyenv that leads nowhere."""
     return f'echo "pyenv: {name}: command not found" >&2\nexit 127'
-
-
-def inherited(*names: str) -> dict[str, str]:
-    return {name: os.environ[name] for name in names if name in os.environ}

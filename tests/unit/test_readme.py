@@ -372,6 +372,8 @@ def test_a_gpu_that_torch_cannot_use_ends_the_chain_before_the_data(chain, scrip
     for number in ("", "8"):
         code, output, calls = chain(script, smi(0), NPROC_PER_NODE=number, TORCH_GPUS="")
         assert code == 2 and output.endswith("error: torch cannot use it\n") and not calls
+        code, output, calls = chain(script, smi(0), NPROC_PER_NODE=number, TORCH_GPUS="0")
+        assert code == 2 and "nvidia-smi lists a GPU, but torch finds none" in output and not calls
 
 
 # -- DRY_RUN=1 ---------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """dev/setup.sh and dev/machine.sh, the very scripts, on machines that lack something: stand-ins on a PATH without anything else."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -8,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from tests.documents import ROOT, text_of
+from tests.documents import READMES, ROOT, text_of
 from tests.machines import Machine, gpus, no_path, nvidia_smi
 
 TORCH = "2.13.0"
@@ -481,5 +481,14 @@ def test_uv_sync_gets_the_same_torch_and_the_crate():
     assert "uv.lock" in text_of(".gitignore").split()
 
 
+@pytest.mark.parametrize("name", READMES)
+def test_the_readmes_name_the_mirrors_and_what_is_untested(name):
+    text = text_of(name)
+    assert any(all(word in line for word in ("UV_DEFAULT_INDEX", "PIP_INDEX_URL", "HF_ENDPOINT")) for line in text.splitlines())
+    assert "`uv sync --extra gpu`" in text
+    assert any("MPS" in line or "macOS" in line for line in text.split("\n\n") if "**untested on real hardware**" in line or "真机" in line)
+
+
 def test_ci_has_a_job_on_macos():
-    assert os.path.exists(ROOT / ".github/workflows/ci.yml") and "os: macos-" in text_of(".github/workflows/ci.yml")
+    jobs = yaml.safe_load(text_of(".github/workflows/ci.yml"))["jobs"]
+    assert any(str(job["os"]).startswith("macos-") for job in jobs["test"]["strategy"]["matrix"]["include"])
