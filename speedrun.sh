@@ -70,7 +70,8 @@ if [ -z "${NPROC_PER_NODE:-}" ]; then
     counted=1
     if [ "$gpus" = 0 ] && [ -n "$dry" ]; then
         NPROC_PER_NODE=8
-        echo "No GPU found ($gpu_problem): this is the plan for 8; NPROC_PER_NODE sets another number." >&2
+        echo "No GPU found ($gpu_problem): this is the plan for 8;" \
+            "NPROC_PER_NODE sets another number." >&2
     elif [ "$gpus" = 0 ]; then
         echo "No GPU found ($gpu_problem). On a laptop use dev/runcpu.sh; to rehearse this script on CPU" \
             "set NPROC_PER_NODE=2 and small sizes (see its first lines)." >&2
@@ -87,11 +88,11 @@ if [ -z "$dry" ]; then
     bash dev/setup.sh
 fi
 export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv" PYTHONUNBUFFERED=1
-if [ "$gpus" != 0 ] && [ -z "$dry" ]; then # before any data is downloaded: can torch use them, and how many?
+if [ "$gpus" != 0 ] && [ -z "$dry" ]; then # before any data is downloaded: how many can torch use?
     usable=$(python -m dev.gpus) || exit 2
     if [ "$usable" = 0 ]; then
-        echo "nvidia-smi lists a GPU, but torch finds none (the reason is above): CUDA_VISIBLE_DEVICES=-1 and" \
-            "NPROC_PER_NODE=2 rehearse on the CPU." >&2
+        echo "nvidia-smi lists a GPU, but torch finds none (the reason is above):" \
+            "CUDA_VISIBLE_DEVICES=-1 and NPROC_PER_NODE=2 rehearse on the CPU." >&2
         exit 2
     fi
     [ -z "$counted" ] || NPROC_PER_NODE=$usable
@@ -119,7 +120,8 @@ in_words() {
     printf '%s\n' "${line# }"
 }
 
-# stage TITLE COMMAND...: run it; where it fails, end the chain with the command to repeat. A dry run prints the command.
+# stage TITLE COMMAND...: run it; if it fails, end the chain with the command to repeat.
+# A dry run prints the command.
 stage() {
     local title=$1 code=0
     shift
@@ -142,7 +144,8 @@ stage() {
 once() {
     local mark="$finished_stages/$1" checkpoints=$2 title=$3
     shift 3
-    if [ -z "$again" ] && [ "$(cat "$mark" 2> /dev/null)" = "$*" ] && [ -z "$(find "$checkpoints" -name 'meta_*.json' -newer "$mark" 2> /dev/null)" ]; then
+    if [ -z "$again" ] && [ "$(cat "$mark" 2> /dev/null)" = "$*" ] &&
+        [ -z "$(find "$checkpoints" -name 'meta_*.json' -newer "$mark" 2> /dev/null)" ]; then
         [ -n "$dry" ] || printf '\n=== %s: done before\n' "$title"
         return
     fi
@@ -170,7 +173,8 @@ evaluate() {
 }
 
 # ---- the report's clock starts with the first attempt ------------------------------------------------------------------------------
-[ -e "$ZANGCHAT_BASE_DIR/report/started.json" ] || stage "Report: its clock starts" python -m zangchat.report reset
+[ -e "$ZANGCHAT_BASE_DIR/report/started.json" ] ||
+    stage "Report: its clock starts" python -m zangchat.report reset
 
 # ---- data and tokenizer --------------------------------------------------------------------------------------------------------------
 # The rest of the shards comes while the tokenizer trains; pretraining waits for the shard that it needs next.
@@ -258,8 +262,8 @@ if [ -n "$dry" ]; then
     [ "${flags[0]}" != -- ] || flags=("${flags[@]:1}")
     processes=$NPROC_PER_NODE
     [ -z "${LAUNCH:-}" ] || processes=$((NPROC_PER_NODE * ${SLURM_JOB_NUM_NODES:-1}))
-    PYTHONDONTWRITEBYTECODE=1 exec python -m dev.plan --vocab_size="$VOCAB_SIZE" --world_size="$processes" \
-        ${MEMORY_GB:+--memory_gb="$MEMORY_GB"} "${flags[@]}"
+    PYTHONDONTWRITEBYTECODE=1 exec python -m dev.plan \
+        --vocab_size="$VOCAB_SIZE" --world_size="$processes" ${MEMORY_GB:+--memory_gb="$MEMORY_GB"} "${flags[@]}"
 fi
 
 seconds=$((SECONDS - started))

@@ -1,4 +1,4 @@
-"""The number of GPUs that torch can use; exit code 2 and one sentence if nvidia-smi finds a GPU that torch cannot use.
+"""The number of GPUs that torch can use. If nvidia-smi finds one that torch cannot use: an error.
 
     python -m dev.gpus
 

@@ -1,8 +1,8 @@
 # shellcheck shell=bash disable=SC2034  # the variables are for those who source it
-# Questions about the machine, for setup.sh, speedrun.sh, rungpu.sh, runcpu.sh and test.sh to source.
+# Questions about the machine, for setup.sh, speedrun.sh, rungpu.sh and test.sh to source.
 # Bash 3.2 and the tools of macOS are enough.
 
-# at_least MAJOR.MINOR TEXT: whether the first version in TEXT ("cargo 1.84.0 (...)") is that or newer.
+# at_least MAJOR.MINOR TEXT: whether the first version in TEXT ("cargo 1.84.0") is that or newer.
 at_least() {
     local found
     found=$(printf '%s\n' "$2" | sed -n '1s/^[^0-9]*\([0-9][0-9]*\)\.\([0-9][0-9]*\).*/\1 \2/p')
@@ -55,7 +55,9 @@ find_gpus() {
     if [ "$gpus" = 0 ]; then
         gpu_problem="nvidia-smi lists none"
         case $listing in
-            *"GPU "[0-9]*:*) gpu_problem="CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-} hides them" ;;
+            *"GPU "[0-9]*:*)
+                gpu_problem="CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-} hides them"
+                ;;
         esac
     fi
 }
@@ -68,13 +70,22 @@ GPU_COUNT='
 BEGIN { n = m = count = 0 }
 function uuid(line) { sub(/.*UUID: /, "", line); sub(/\).*/, "", line); return line }
 /^GPU [0-9]+:/ { ids[n++] = uuid($0) }
-/^ +MIG / { mig[m] = uuid($0); size[m] = $2; sub(/.*\./, "", size[m]); sub(/gb.*/, "", size[m]); parent[m++] = n - 1 }
+/^ +MIG / {
+    mig[m] = uuid($0)
+    size[m] = $2
+    sub(/.*\./, "", size[m])
+    sub(/gb.*/, "", size[m])
+    parent[m++] = n - 1
+}
 function find(entry, i, found) {  # the index of a GPU or, for MIG-..., of an instance; -1: none
     if (kind == "number") return entry ~ /^\+?[0-9]/ && entry + 0 < n ? entry + 0 : -1
     if (substr(entry, 1, 4) != kind) return -1
     found = -1
     for (i = 0; i < (kind == "MIG-" ? m : n); i++)
-        if (index(kind == "MIG-" ? mig[i] : ids[i], entry) == 1) { if (found >= 0) return -1; found = i }
+        if (index(kind == "MIG-" ? mig[i] : ids[i], entry) == 1) {
+            if (found >= 0) return -1
+            found = i
+        }
     return found
 }
 END {
@@ -90,7 +101,8 @@ END {
     }
     instance = -1
     if (count && kind == "MIG-") instance = used[0]
-    else for (j = m - 1; j >= 0; j--) for (k = 0; k < count; k++) if (parent[j] == used[k]) instance = j
+    else for (j = m - 1; j >= 0; j--)
+        for (k = 0; k < count; k++) if (parent[j] == used[k]) instance = j
     if (instance >= 0) print 1, parent[instance], size[instance]
     else print count, count ? used[0] : ""
 }'
@@ -98,6 +110,7 @@ END {
 # nvidia_driver: "driver 550.54.14", or that there is none.
 nvidia_driver() {
     local version
-    version=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2> /dev/null | sed -n 1p) || version=""
+    version=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2> /dev/null |
+        sed -n 1p) || version=""
     echo "${version:+driver }${version:-no NVIDIA driver}"
 }

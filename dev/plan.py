@@ -1,8 +1,9 @@
 """The plan of a pretraining run, its memory and its hours, computed without touching anything.
 
-    python -m dev.plan --vocab_size=32768 --world_size=1 --memory_gb=24 --depth=14 --device_batch_size=auto
+    python -m dev.plan --vocab_size=32768 --memory_gb=24 --depth=14 --device_batch_size=auto
 
-The other flags are those of scripts.base_train. `DRY_RUN=1 bash speedrun.sh` passes the very flags that it would train with.
+The other flags are those of scripts.base_train: `DRY_RUN=1 bash speedrun.sh` passes the very ones
+that it would train with.
 """
 
 import dataclasses
@@ -45,7 +46,8 @@ def show(config: Config) -> int:
     work = flops.flops_per_token(gpt) * plan.tokens
     for name in CARDS:
         hours = work / (config.world_size * UTILISATION * 1e12 * flops.DEVICES[name].half) / 3600
-        print(f"{f'{config.world_size} x {name}':<14} {hours:.1f} h of pretraining, predicted: {UTILISATION:.0%} of its peak")
+        card = f"{config.world_size} x {name}"
+        print(f"{card:<14} {hours:.1f} h of pretraining, predicted: {UTILISATION:.0%} of its peak")
     return 0
 
 

@@ -21,17 +21,20 @@ source dev/machine.sh
 if [ -z "$card" ]; then
     find_gpus
     if [ "$gpus" = 0 ]; then
-        echo "No GPU found ($gpu_problem): say how much memory it has, e.g. bash dev/rungpu.sh 24, or use dev/runcpu.sh." >&2
+        echo "No GPU found ($gpu_problem): say how much memory it has, e.g. bash dev/rungpu.sh 24," \
+            "or use dev/runcpu.sh." >&2
         exit 2
     fi
     if [ -n "$gpu_mig" ]; then
         mebibytes=$((gpu_mig * 1000))
     else
-        mebibytes=$(nvidia-smi -i "$gpu_first" --query-gpu=memory.total --format=csv,noheader,nounits 2>&1 | sed -n 1p)
+        mebibytes=$(nvidia-smi -i "$gpu_first" --query-gpu=memory.total \
+            --format=csv,noheader,nounits 2>&1 | sed -n 1p)
     fi
     case $mebibytes in
         "" | *[!0-9]*)
-            echo "nvidia-smi does not know this GPU's memory ($mebibytes): say how much it has, e.g. bash dev/rungpu.sh 24." >&2
+            echo "nvidia-smi does not know this GPU's memory ($mebibytes): say how much it has," \
+                "e.g. bash dev/rungpu.sh 24." >&2
             exit 2
             ;;
     esac
@@ -39,7 +42,8 @@ if [ -z "$card" ]; then
         if [ "$mebibytes" -ge $((size * 970)) ]; then card=$size; fi # a "24 GB" card reports a little less than 24 x 1024
     done
     if [ -z "$card" ]; then
-        echo "This GPU has $mebibytes MiB, the smallest preset is for 8 GB: set the sizes by hand (first lines of speedrun.sh)." >&2
+        echo "This GPU has $mebibytes MiB, the smallest preset is for 8 GB:" \
+            "set the sizes by hand (first lines of speedrun.sh)." >&2
         exit 2
     fi
     echo "GPU with $mebibytes MiB: the preset for $card GB"

@@ -26,15 +26,16 @@ die() { say "$*"; exit 1; }
 # shellcheck source=dev/machine.sh
 source dev/machine.sh
 
-# --- has anything changed since the last time? ---------------------------------------------------
+# --- has anything changed since the last time? ----------------------------------------------------
 fingerprint() {
-    cat dev/setup.sh dev/machine.sh pyproject.toml requirements.lock rustbpe/Cargo.* rustbpe/pyproject.toml 2>/dev/null | cksum
+    cat dev/setup.sh dev/machine.sh pyproject.toml requirements.lock \
+        rustbpe/Cargo.* rustbpe/pyproject.toml 2>/dev/null | cksum
     find rustbpe/src -name "*.rs" -exec cat {} + | cksum
     pwd
     command -v cargo || true
     cargo --version 2>&1 || true
     # shellcheck disable=SC2012
-    ls -d .venv/lib/python*/site-packages/*.dist-info 2>/dev/null | cksum # uv sync, for one, removes packages
+    ls -d .venv/lib/python*/site-packages/*.dist-info 2>/dev/null | cksum # uv sync removes packages
 }
 stamp=.venv/setup-stamp
 up_to_date() { # what the tests need includes what a run needs, and a build for GPUs runs on a CPU
@@ -43,7 +44,7 @@ up_to_date() { # what the tests need includes what a run needs, and a build for 
     wanted=$(fingerprint)
     for done_kind in "$kind" dev; do
         for done_gpu in gpu cpu; do
-            [ "$(cat "$stamp")" = "$(printf '%s\n%s\n%s' "$wanted" "$done_kind" "$done_gpu")" ] || continue
+            [ "$(cat "$stamp")" = "$wanted"$'\n'"$done_kind"$'\n'"$done_gpu" ] || continue
             [ "$done_gpu" = gpu ] || { find_gpus && [ "$gpus" = 0 ]; }
             return
         done
@@ -60,7 +61,8 @@ while read -r path; do
     [ -n "$path" ] || continue
     if ! version=$("$path" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null); then
         name=$(basename "$path")
-        say "$path does not run (if it is pyenv's: \`pyenv global ${name#python}\`, or \`pyenv install\` first)"
+        say "$path does not run" \
+            "(if it is pyenv's: \`pyenv global ${name#python}\`, or \`pyenv install\` first)"
     elif at_least 3.10 "$version" && ! at_least 3.15 "$version"; then
         python=$path found="Python $version"
         break
@@ -69,32 +71,37 @@ while read -r path; do
     fi
 done <<< "$candidates"
 
-# --- uv: the one on the PATH, else from PyPI, beside the project, where pip may not install into the system ------
+# --- uv: the one on the PATH, else from PyPI, beside the project ----------------------------------
 uv_works() { at_least 0.8 "$("$1" --version 2>/dev/null)"; }
 install_uv() {
     local path pip=""
     while read -r path; do # any that can install a program
-        if [ -n "$path" ] && "$path" -c 'import sys, pip; sys.exit(sys.version_info < (3, 8))' > /dev/null 2>&1; then
-            pip=$path
-            break
-        fi
+        [ -n "$path" ] || continue
+        "$path" -c 'import sys, pip; sys.exit(sys.version_info < (3, 8))' > /dev/null 2>&1 || continue
+        pip=$path
+        break
     done <<< "$(printf '%s\n' "$python" "$candidates")"
     if [ -z "$found" ]; then
-        die "no Python runs here: install Python 3.11 (\`sudo apt install python3 python3-pip\` on Debian, Ubuntu), or uv, then run this again"
+        die "no Python runs here: install Python 3.11 (\`sudo apt install python3 python3-pip\` on" \
+            "Debian, Ubuntu), or uv, then run this again"
     elif [ -z "$pip" ]; then
-        die "this Python has no pip: \`sudo apt install python3-pip\` (Debian, Ubuntu), or install uv, then run this again"
+        die "this Python has no pip: \`sudo apt install python3-pip\` (Debian, Ubuntu)," \
+            "or install uv, then run this again"
     fi
     say "installing uv beside the project"
-    PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 "$pip" -m pip install --quiet --upgrade --target .uv uv ||
-        die "pip could not install uv: check the network (PIP_INDEX_URL names a mirror), then run this again"
-    uv_works .uv/bin/uv || die "the uv that pip installed does not run: install uv (https://docs.astral.sh/uv), then run this again"
+    PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 \
+        "$pip" -m pip install --quiet --upgrade --target .uv uv ||
+        die "pip could not install uv: check the network (PIP_INDEX_URL names a mirror)," \
+            "then run this again"
+    uv_works .uv/bin/uv || die "the uv that pip installed does not run:" \
+        "install uv (https://docs.astral.sh/uv), then run this again"
 }
 if ! uv_works uv; then
     uv_works .uv/bin/uv || install_uv
     export PATH="$PWD/.uv/bin:$PATH"
 fi
 
-# --- the environment --------------------------------------------------------------------------------
+# --- the environment ------------------------------------------------------------------------------
 need_room() { # need_room GB: there, and in uv's cache
     local folder free
     for folder in .venv "$(uv cache dir)"; do
@@ -110,15 +117,16 @@ if ! .venv/bin/python -c "" 2>/dev/null; then
     if [ -n "$python" ]; then
         uv venv --quiet --clear --python "$python" .venv
     else
-        say "${found:-no Python} here, and zangchat needs 3.10 to 3.14: uv fetches Python $PYTHON_VERSION"
+        say "${found:-no Python} here, and zangchat needs 3.10 to 3.14:" \
+            "uv fetches Python $PYTHON_VERSION"
         uv venv --quiet --clear --python "$PYTHON_VERSION" .venv ||
-            die "uv could not fetch Python $PYTHON_VERSION: check the network (UV_PYTHON_INSTALL_MIRROR names a mirror)," \
-                "or install Python 3.10 to 3.14, then run this again"
+            die "uv could not fetch Python $PYTHON_VERSION: check the network" \
+                "(UV_PYTHON_INSTALL_MIRROR names a mirror), or install Python 3.10 to 3.14, then run this again"
     fi
 fi
 export VIRTUAL_ENV="$PWD/.venv"
 
-# --- torch first, in the build that suits the machine -------------------------------------------------
+# --- torch first, in the build that suits the machine ---------------------------------------------
 find_gpus
 case $gpu_problem in "nvidia-smi failed"*) say "no GPU: $gpu_problem" ;; esac
 backend=${TORCH_BACKEND:-}
@@ -136,7 +144,7 @@ version, backend = sys.argv[1:]
 sys.exit(torch.__version__.split("+")[0] != version or backend == "auto" and not torch.version.cuda)
 PYTHON
 }
-on_index() { # whether PyTorch's index answers and has this build: looked up first, without a limit for the download itself
+on_index() { # whether PyTorch's index answers and has this build; the download then has no limit
     UV_HTTP_TIMEOUT=15 UV_HTTP_RETRIES=1 uv pip install --dry-run --torch-backend="$backend" \
         "torch==$TORCH_VERSION" > .venv/torch.log 2>&1
 }
@@ -145,7 +153,8 @@ install_torch() {
     if [ "$backend" != pypi ] && ! on_index; then
         if grep -q "No solution found" .venv/torch.log; then
             die "PyTorch's index has no torch $TORCH_VERSION for '$backend' on this machine" \
-                "($(nvidia_driver)): update the driver, or TORCH_BACKEND=cpu bash dev/setup.sh (.venv/torch.log has the details)"
+                "($(nvidia_driver)): update the driver, or TORCH_BACKEND=cpu bash dev/setup.sh" \
+                "(.venv/torch.log has the details)"
         fi
         say "PyTorch's index does not answer: taking the ordinary build from PyPI"
         backend=pypi
@@ -153,21 +162,22 @@ install_torch() {
     [ "$backend" = pypi ] || options+=(--torch-backend="$backend")
     if [ "$backend" = cpu ] || [ "$(uname -s)" != Linux ]; then need_room 3; else need_room 6; fi
     say "installing torch $TORCH_VERSION (the largest download)"
-    uv pip uninstall --quiet torch 2>/dev/null || true # to uv, another build of the version is good enough
+    uv pip uninstall --quiet torch 2>/dev/null || true # else uv keeps another build of the version
     uv pip install "${options[@]}" ||
         die "torch could not be installed: check the network and the disk, then run this again" \
             "(TORCH_BACKEND=pypi takes the ordinary build, UV_DEFAULT_INDEX names a mirror)"
 }
 torch_is_right || install_torch
 
-# --- everything else at the versions and hashes of the lock -------------------------------------------
+# --- everything else at the versions and hashes of the lock ---------------------------------------
 install() { uv pip install --quiet --no-sources --constraint requirements.lock "$@"; }
 say "installing the pinned dependencies"
 install -r pyproject.toml --extra hf ${dev:+--extra dev --extra examples} ||
-    die "the dependencies could not be installed: check the network (UV_DEFAULT_INDEX names a mirror), then run this again"
+    die "the dependencies could not be installed: check the network" \
+        "(UV_DEFAULT_INDEX names a mirror), then run this again"
 install --no-deps --editable . || die "the project itself could not be installed"
 
-# --- the tokenizer: our crate if cargo can build it, else its PyPI namesake for training and tiktoken for encoding ----
+# --- the tokenizer: our crate if cargo can build it, else its PyPI namesake, and tiktoken to encode
 build_crate() {
     local problem
     problem=$(cargo_problem)
@@ -184,7 +194,7 @@ if ! build_crate; then
     install -r pyproject.toml --extra norust || die "the PyPI package rustbpe could not be installed either"
 fi
 
-# --- does what we installed really work? ----------------------------------------------------------------
+# --- does what we installed really work? ----------------------------------------------------------
 .venv/bin/python - "$TORCH_VERSION" <<'PYTHON' || die "the environment is broken: remove .venv and run this again"
 import importlib, sys
 for name in "torch numpy tyro rich filelock pyarrow huggingface_hub datasets tiktoken fastapi uvicorn pydantic nh3 rustbpe zangchat".split():

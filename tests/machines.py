@@ -7,9 +7,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
-# What a bare Linux or macOS has. No python3, pip, uv, cargo or nvidia-smi; what only GNU has comes apart.
-TOOLS = """awk basename bash cat chmod cksum cp cut date df dirname env find grep head hostname id ls mkdir mktemp mv
-printf ps pwd readlink rm sed seq sh sleep sort tail tee touch tr uname wc which""".split()
+# What a bare Linux or macOS has: no python3, pip, uv, cargo or nvidia-smi.
+TOOLS = """awk basename bash cat chmod cksum cp cut date df dirname env find grep head hostname id
+ls mkdir mktemp mv printf ps pwd readlink rm sed seq sh sleep sort tail tee touch tr uname wc
+which""".split()
 GNU = "timeout flock nproc tac setsid sha256sum".split()
 # tool -> what an argument must not look like on macOS (a pattern of bash's `case`)
 REFUSED = {
@@ -46,8 +47,9 @@ class Machine:
         self.install("uname", f'[ "$*" = -m ] && echo {"arm64" if system == "Darwin" else "x86_64"} || echo {system}')
         if system == "Darwin":
             for tool, pattern in REFUSED.items():
-                refuse = f'for word; do case $word in {pattern}) echo "{tool}: illegal option $word" >&2; exit 64 ;; esac; done\n'
-                self.install(tool, f'{refuse}exec {shutil.which(tool)} "$@"')
+                complain = f'echo "{tool}: illegal option $word" >&2; exit 64'
+                refuse = f"for word; do case $word in {pattern}) {complain} ;; esac; done"
+                self.install(tool, f'{refuse}\nexec {shutil.which(tool)} "$@"')
             self.install("wc", f'{shutil.which("wc")} "$@" | {shutil.which("sed")} "s/^/       /"')
 
     def install(self, name: str, text: str) -> None:

@@ -37,7 +37,8 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # the longest a rank may wait for an
 DOWNLOAD_TRIES = 5
 DOWNLOAD_TIMEOUT = 60.0  # seconds without a byte
 CHUNK = 1 << 20
-FIRST_DRIVER = {"11": 450, "12": 525, "13": 580}  # for a CUDA release: docs.nvidia.com/cuda/cuda-toolkit-release-notes
+# The first driver for each CUDA: https://docs.nvidia.com/cuda/cuda-toolkit-release-notes
+FIRST_DRIVER = {"11": 450, "12": 525, "13": 580}
 
 BANNER = r"""
  #####   ###   #   #   ####   ####  #   #   ###   #####
@@ -304,7 +305,10 @@ def get_dist_info() -> tuple[bool, int, int, int]:
 
 
 def autodetect_device_type() -> str:
-    """cuda, else mps (for a single process), else cpu. Raises UserError if nvidia-smi finds a GPU that torch cannot use."""
+    """cuda, else mps (for a single process), else cpu.
+
+    Raises UserError if nvidia-smi finds a GPU that torch cannot use.
+    """
     import torch
 
     if torch.cuda.is_available():
@@ -317,7 +321,10 @@ def autodetect_device_type() -> str:
 
 
 def _check_driver() -> None:
-    """Raise UserError if nvidia-smi finds a GPU that this torch cannot use: a model for GPUs would take months on the CPU."""
+    """Raise UserError if nvidia-smi finds a GPU that this torch cannot use.
+
+    Otherwise a model for GPUs would train on the CPU, for months.
+    """
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -346,8 +353,8 @@ def _check_driver() -> None:
         problem = f"torch {torch.__version__}, built for CUDA {cuda}, cannot use it"
         remedy = 'see `python -c "import torch; torch.cuda.init()"` for the reason'
     raise UserError(
-        f"nvidia-smi finds a GPU (driver {driver}), but {problem}: {remedy}, or compute on the CPU with --device_type=cpu "
-        "(in front of a script: CUDA_VISIBLE_DEVICES=-1)"
+        f"nvidia-smi finds a GPU (driver {driver}), but {problem}: {remedy}, "
+        "or compute on the CPU with --device_type=cpu (in front of a script: CUDA_VISIBLE_DEVICES=-1)"
     )
 
 

@@ -1,4 +1,4 @@
-"""dev/setup.sh and dev/machine.sh, the very scripts, on machines that lack something: stand-ins on a PATH without anything else."""
+"""The very scripts on machines that lack something: with stand-ins, and nothing else on the PATH."""
 
 import re
 import shutil
@@ -35,7 +35,9 @@ case "$*" in
         old) echo "  x No solution found when resolving dependencies" >&2; exit 1 ;;
         *) echo "error: Failed to fetch: dns" >&2; exit 2 ;;
     esac ;;
-    *torch==*) [ -z "${SLOW:-}" ] || { echo "error: the download broke off" >&2; exit 2; }; touch .venv/torch ;;
+    *torch==*)
+        [ -z "${SLOW:-}" ] || { echo "error: the download broke off" >&2; exit 2; }
+        touch .venv/torch ;;
 esac"""
 
 SCRIPTS = sorted(
@@ -192,7 +194,7 @@ def test_too_little_disk_is_an_error_before_the_download(tmp_path, checkout, sys
     assert code == 1 and not torch_installs(calls)
 
 
-# -- which build of torch ----------------------------------------------------------------------------------------------
+# -- which build of torch --------------------------------------------------------------------------
 
 
 def test_the_build_follows_from_the_machine(linux, tmp_path):
@@ -252,7 +254,7 @@ def test_the_build_can_be_chosen(linux, backend):
     assert ("--torch-backend=cu128" in torch_installs(calls)[0]) == (backend == "cu128")
 
 
-# -- the crate ---------------------------------------------------------------------------------------------------------
+# -- the crate -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -283,18 +285,19 @@ def test_packages_that_another_tool_removed_come_back(linux):
     assert linux.run()[2] and linux.run()[2] == []
 
 
-# -- GPUs --------------------------------------------------------------------------------------------------------------
+# -- GPUs ------------------------------------------------------------------------------------------
 
 
 def count(machine: Machine, **variables: str) -> list[str]:
-    script = 'set -euo pipefail; source dev/machine.sh; find_gpus; printf "%s\\n" "$gpus" "$gpu_first" "$gpu_mig" "$gpu_problem"'
+    values = '"$gpus" "$gpu_first" "$gpu_mig" "$gpu_problem"'
+    script = f"set -euo pipefail; source dev/machine.sh; find_gpus; printf '%s\\n' {values}"
     done = machine.run("bash", "-c", script, cwd=ROOT, **variables)
     assert done.returncode == 0, done.stderr
     return done.stdout.split("\n")[:4]
 
 
-VISIBLE = [None, "", "-1", "0", "1,0", "0,1,2", "7", "0,7,1", "0,-1,1", "0,0", " 1 , 0", "1gpu2", "nonsense", "GPU-0a5", "GPU-1,GPU-0"]
-VISIBLE += ["GPU-", "GPU-7", "GPU-1,0", "GPU-1a,GPU-1a5", "0,GPU-1"]
+VISIBLE = [None, "", "-1", "0", "1,0", "0,1,2", "7", "0,7,1", "0,-1,1", "0,0", " 1 , 0", "1gpu2", "x"]
+VISIBLE += ["GPU-0a5", "GPU-1,GPU-0", "GPU-", "GPU-7", "GPU-1,0", "GPU-1a,GPU-1a5", "0,GPU-1"]
 
 
 @pytest.mark.parametrize("visible", VISIBLE)
@@ -342,7 +345,7 @@ def test_no_gpu_has_a_reason(tmp_path):
     assert count(machine)[::3] == ["0", "nvidia-smi lists none"]
 
 
-# -- macOS -------------------------------------------------------------------------------------------------------------
+# -- macOS -----------------------------------------------------------------------------------------
 
 FAKE = """#!/bin/bash
 echo "${0##*/} $* cuda=${CUDA_VISIBLE_DEVICES-}" >> "$RECORD"
@@ -350,14 +353,16 @@ case "$*" in
     "-m dev.gpus") echo "error: torch cannot use it" >&2; exit 2 ;;
     *zangchat.dataset*-n*)
         folder=$ZANGCHAT_BASE_DIR/base_data/climbmix; mkdir -p "$folder"
-        for ((i = 0; i <= ${!#}; i++)); do printf '{"name": "shard_%05d.parquet"}\\n' "$i"; done > "$folder/manifest.json" ;;
+        for ((i = 0; i <= ${!#}; i++)); do
+            printf '{"name": "shard_%05d.parquet"}\\n' "$i"
+        done > "$folder/manifest.json" ;;
 esac
 """
 
 
 @pytest.fixture
 def mac(tmp_path):
-    """`mac(script, *arguments, **variables) -> (CompletedProcess, calls)`: the very scripts with stand-ins for all that they call."""
+    """`mac(script, **variables) -> (CompletedProcess, calls)`, with stand-ins for what it calls."""
     folder = tmp_path / "checkout"
     for name in (*SCRIPTS, "pyproject.toml", "rustbpe/Cargo.toml"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -420,7 +425,7 @@ def test_the_laptop_run_takes_the_cpu_if_torch_cannot_use_the_gpu(mac):
     assert {call.rpartition("cuda=")[2] for call in calls[1:]} == {"-1"}
 
 
-# -- bash 3.2 ----------------------------------------------------------------------------------------------------------
+# -- bash 3.2 --------------------------------------------------------------------------------------
 
 LATER = {  # what macOS's bash, 3.2, does not know, and what its tools do not
     r"\$\{\w+(\[[^]]*\])?(,,|\^\^|,|\^|@[A-Z])\}": "case modification",
@@ -466,7 +471,7 @@ def test_shellcheck_finds_nothing():
     assert done.returncode == 0, done.stdout
 
 
-# -- uv sync -----------------------------------------------------------------------------------------------------------
+# -- uv sync ---------------------------------------------------------------------------------------
 
 
 def test_uv_sync_gets_the_same_torch_and_the_crate():
