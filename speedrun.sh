@@ -4,6 +4,7 @@
 #   bash speedrun.sh                                  d20, 561M parameters, 5.7B tokens
 #   WANDB_RUN=first bash speedrun.sh                  with curves at wandb
 #   NPROC_PER_NODE=1 DEVICE_BATCH_SIZE=8 DEPTH=12 bash speedrun.sh      one GPU
+#   DRY_RUN=1 bash speedrun.sh                        prints its commands, the plan and the memory; touches nothing
 #
 # One GPU: dev/rungpu.sh has sizes for 8 to 80 GB. Many nodes: dev/slurm.sbatch, dev/skypilot.yaml.
 # Run it again after an interruption: every stage goes on where it stopped, and what is finished is skipped.
@@ -58,10 +59,23 @@ MODEL_TAG=${MODEL_TAG:-d$DEPTH}
 TOK_FLAGS=${TOK_FLAGS:-} BASE_FLAGS=${BASE_FLAGS:-} LOSS_FLAGS=${LOSS_FLAGS:-} CORE_FLAGS=${CORE_FLAGS:-} MID_FLAGS=${MID_FLAGS:-}
 SFT_FLAGS=${SFT_FLAGS:-} RL_FLAGS=${RL_FLAGS:-} EVAL_FLAGS=${EVAL_FLAGS:-}
 
+dry=""
+[ "${DRY_RUN:-0}" = 0 ] || dry=1
+
+# shellcheck source=dev/machine.sh
+source dev/machine.sh
+find_gpus
+counted=""
 if [ -z "${NPROC_PER_NODE:-}" ]; then
-    NPROC_PER_NODE=$( (command -v nvidia-smi > /dev/null && nvidia-smi -L || true) | wc -l)
-    if [ "$NPROC_PER_NODE" = 0 ]; then
-        echo "No GPU found. On a laptop use dev/runcpu.sh; to rehearse this script on CPU set NPROC_PER_NODE=2 and small sizes (see its first lines)." >&2
+    NPROC_PER_NODE=$gpus
+    counted=1
+    if [ "$gpus" = 0 ] && [ -n "$dry" ]; then
+        NPROC_PER_NODE=8
+        echo "No GPU found ($gpu_problem): this is the plan for 8;" \
+            "NPROC_PER_NODE sets another number." >&2
+    elif [ "$gpus" = 0 ]; then
+        echo "No GPU found ($gpu_problem). On a laptop use dev/runcpu.sh; to rehearse this script on CPU" \
+            "set NPROC_PER_NODE=2 and small sizes (see its first lines)." >&2
         exit 2
     fi
 fi
@@ -69,16 +83,28 @@ fi
 export ZANGCHAT_BASE_DIR=${ZANGCHAT_BASE_DIR:-$HOME/.cache/zangchat}
 export WANDB_RUN=${WANDB_RUN:-dummy}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun's default, set here so that it is silent about it
-mkdir -p "$ZANGCHAT_BASE_DIR"
 
-bash dev/setup.sh
+if [ -z "$dry" ]; then
+    mkdir -p "$ZANGCHAT_BASE_DIR"
+    bash dev/setup.sh
+fi
 export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv" PYTHONUNBUFFERED=1
+if [ "$gpus" != 0 ] && [ -z "$dry" ]; then # before any data is downloaded: how many can torch use?
+    usable=$(python -m dev.gpus) || exit 2
+    if [ "$usable" = 0 ]; then
+        echo "nvidia-smi lists a GPU, but torch finds none (the reason is above):" \
+            "CUDA_VISIBLE_DEVICES=-1 and NPROC_PER_NODE=2 rehearse on the CPU." >&2
+        exit 2
+    fi
+    [ -z "$counted" ] || NPROC_PER_NODE=$usable
+fi
 
 # ---- running stages -------------------------------------------------------------------------------------------------------------
 started=$SECONDS
 finished_stages="$ZANGCHAT_BASE_DIR/speedrun/$MODEL_TAG"
-mkdir -p "$finished_stages"
+[ -n "$dry" ] || mkdir -p "$finished_stages"
 downloading=
+again="" # 1: what succeeded before counts for nothing
 nothing=/nonexistent # of the two stages before the first checkpoint
 
 clock() { printf '%d h %02d min' $((SECONDS / 3600)) $((SECONDS / 60 % 60)); }
@@ -88,16 +114,28 @@ stop_download() {
 }
 trap stop_download EXIT
 
-# stage TITLE COMMAND...: run it; where it fails, end the chain with the command to repeat.
+# in_words COMMAND...: one line that bash reads as that command.
+in_words() {
+    local line
+    line=$(printf ' %q' "$@")
+    printf '%s\n' "${line# }"
+}
+
+# stage TITLE COMMAND...: run it; if it fails, end the chain with the command to repeat.
+# A dry run prints the command.
 stage() {
     local title=$1 code=0
     shift
+    if [ -n "$dry" ]; then
+        in_words "$@"
+        return
+    fi
     printf '\n\033[1;34m=== %s  (%s so far)\033[0m\n' "$title" "$(clock)"
     "$@" || code=$?
     if [ "$code" != 0 ]; then
         printf '\n%s stopped with exit code %d. That command alone:\n  ' "$title" "$code" >&2
-        printf '%q ' "$@" >&2
-        printf '\nThe whole chain, from here on (with the same variables):\n  bash %s\n' "${CHAIN:-speedrun.sh}" >&2
+        in_words "$@" >&2
+        printf 'The whole chain, from here on (with the same variables):\n  bash %s\n' "${CHAIN:-speedrun.sh}" >&2
         exit "$code"
     fi
 }
@@ -107,12 +145,13 @@ stage() {
 once() {
     local mark="$finished_stages/$1" checkpoints=$2 title=$3
     shift 3
-    if [ "$(cat "$mark" 2> /dev/null)" = "$*" ] && [ -z "$(find "$checkpoints" -name 'meta_*.json' -newer "$mark" 2> /dev/null)" ]; then
-        printf '\n=== %s: done before\n' "$title"
+    if [ -z "$again" ] && [ "$(cat "$mark" 2> /dev/null)" = "$*" ] &&
+        [ -z "$(find "$checkpoints" -name 'meta_*.json' -newer "$mark" 2> /dev/null)" ]; then
+        [ -n "$dry" ] || printf '\n=== %s: done before\n' "$title"
         return
     fi
     stage "$title" "$@"
-    printf '%s' "$*" > "$mark"
+    [ -n "$dry" ] || printf '%s' "$*" > "$mark"
 }
 
 # on_all SCRIPT FLAGS...: the command line that runs a script on every GPU, in the array `command`. The `--` keeps torchrun
@@ -137,17 +176,18 @@ evaluate() {
 }
 
 # ---- the report's clock starts with the first attempt ------------------------------------------------------------------------------
-[ -e "$ZANGCHAT_BASE_DIR/report/started.json" ] || python -m zangchat.report reset
+[ -e "$ZANGCHAT_BASE_DIR/report/started.json" ] ||
+    stage "Report: its clock starts" python -m zangchat.report reset
 
 # ---- data and tokenizer --------------------------------------------------------------------------------------------------------------
-if [ "$DATASET" = pydocs ]; then
-    stage "Corpus pydocs" python -m zangchat.dataset --source=pydocs
-else
-    first=$(((MAX_CHARS + 249999999) / 250000000)) # shards that the tokenizer reads
-    first=$((first < NUM_SHARDS ? first : NUM_SHARDS))
-    stage "The first $first shards of $DATASET" python -m zangchat.dataset --source="$DATASET" -n "$first"
-    # The rest comes while the tokenizer trains; pretraining waits for the shard that it needs next.
-    python -m zangchat.dataset --source="$DATASET" -n "$NUM_SHARDS" > "$ZANGCHAT_BASE_DIR/download.log" 2>&1 &
+# The rest of the shards comes while the tokenizer trains; pretraining waits for the shard that it needs next.
+download_all() {
+    local all=(python -m zangchat.dataset --source="$DATASET" -n "$NUM_SHARDS")
+    if [ -n "$dry" ]; then
+        stage "All $NUM_SHARDS shards of $DATASET" "${all[@]}"
+        return
+    fi
+    "${all[@]}" > "$ZANGCHAT_BASE_DIR/download.log" 2>&1 &
     downloading=$!
     echo "all $NUM_SHARDS shards are being downloaded, see $ZANGCHAT_BASE_DIR/download.log"
     manifest="$ZANGCHAT_BASE_DIR/base_data/$DATASET/manifest.json"
@@ -159,20 +199,30 @@ else
         fi
         sleep 0.2
     done
+}
+if [ "$DATASET" = pydocs ]; then
+    stage "Corpus pydocs" python -m zangchat.dataset --source=pydocs
+else
+    first=$(((MAX_CHARS + 249999999) / 250000000)) # shards that the tokenizer reads
+    first=$((first < NUM_SHARDS ? first : NUM_SHARDS))
+    stage "The first $first shards of $DATASET" python -m zangchat.dataset --source="$DATASET" -n "$first"
+    download_all
 fi
 
 # What later stages train on and are scored on: better missed now than after hours of pretraining.
-fetch=(python -m scripts.fetch --core="$CORE" --rl_task="$RL_TASK")
-[ "$RL" = 1 ] || fetch+=(--rl_task=)
-[ -z "$MID_MIXTURE" ] || fetch+=(--mid_mixture="$MID_MIXTURE")
-[ -z "$SFT_MIXTURE" ] || fetch+=(--sft_mixture="$SFT_MIXTURE")
-[ -z "$IDENTITY_DATA" ] || fetch+=(--identity_data="$IDENTITY_DATA")
-[ -z "$EVAL_TASKS" ] || fetch+=(--eval_tasks="$EVAL_TASKS")
-once fetch "$nothing" "Conversations, questions and CORE" "${fetch[@]}"
+rl_task=$RL_TASK
+[ "$RL" = 1 ] || rl_task=
+once fetch "$nothing" "Conversations, questions and CORE" python -m scripts.fetch --core="$CORE" --rl_task="$rl_task" \
+    ${MID_MIXTURE:+--mid_mixture="$MID_MIXTURE"} ${SFT_MIXTURE:+--sft_mixture="$SFT_MIXTURE"} \
+    ${IDENTITY_DATA:+--identity_data="$IDENTITY_DATA"} ${EVAL_TASKS:+--eval_tasks="$EVAL_TASKS"}
 
-[ -e "$ZANGCHAT_BASE_DIR/tokenizer/tokenizer.json" ] || rm -f "$ZANGCHAT_BASE_DIR"/speedrun/tok*
+if [ ! -e "$ZANGCHAT_BASE_DIR/tokenizer/tokenizer.json" ]; then
+    again=1
+    [ -n "$dry" ] || rm -f "$ZANGCHAT_BASE_DIR"/speedrun/tok*
+fi
 once ../tokenizer "$nothing" "Tokenizer" python -m scripts.tok_train --dataset="$DATASET" --vocab_size="$VOCAB_SIZE" --max_chars="$MAX_CHARS" $TOK_FLAGS
 once ../tok_eval "$nothing" "Tokenizer: evaluation" python -m scripts.tok_eval
+again=""
 
 # ---- pretraining -----------------------------------------------------------------------------------------------------------------------
 common=(--model_tag="$MODEL_TAG" --device_batch_size="$DEVICE_BATCH_SIZE" --seed="$SEED" --run="$WANDB_RUN" --resume=latest)
@@ -181,6 +231,7 @@ checkpoints="$ZANGCHAT_BASE_DIR/base_checkpoints/$MODEL_TAG"
 on_all scripts.base_train --depth="$DEPTH" --dataset="$DATASET" --max_seq_len="$MAX_SEQ_LEN" --target_param_data_ratio="$RATIO" \
     --total_batch_size="$TOTAL_BATCH_SIZE" --num_iterations="$NUM_ITERATIONS" "${common[@]}" $BASE_FLAGS
 stage "Pretraining" "${command[@]}"
+pretraining=("${command[@]}")
 
 [ "$DEVICE_BATCH_SIZE" = auto ] || LOSS_FLAGS="--device_batch_size=$DEVICE_BATCH_SIZE $LOSS_FLAGS"
 on_all scripts.base_loss --model_tag="$MODEL_TAG" $LOSS_FLAGS
@@ -209,6 +260,21 @@ fi
 
 # ---- the report ------------------------------------------------------------------------------------------------------------------------------
 stage "Report" python -m zangchat.report generate --dollars_per_hour="$DOLLARS_PER_HOUR"
+
+if [ -n "$dry" ]; then
+    echo
+    if [ ! -x .venv/bin/python ]; then
+        echo "The plan and its memory need the environment: run \`bash dev/setup.sh\`, then this again."
+        exit
+    fi
+    until [ "${pretraining[0]}" = scripts.base_train ]; do pretraining=("${pretraining[@]:1}"); done
+    flags=("${pretraining[@]:1}")
+    [ "${flags[0]}" != -- ] || flags=("${flags[@]:1}")
+    processes=$NPROC_PER_NODE
+    [ -z "${LAUNCH:-}" ] || processes=$((NPROC_PER_NODE * ${SLURM_JOB_NUM_NODES:-1}))
+    PYTHONDONTWRITEBYTECODE=1 exec python -m dev.plan \
+        --vocab_size="$VOCAB_SIZE" --world_size="$processes" ${MEMORY_GB:+--memory_gb="$MEMORY_GB"} "${flags[@]}"
+fi
 
 seconds=$((SECONDS - started))
 dollars=$(awk -v s="$seconds" -v d="$DOLLARS_PER_HOUR" 'BEGIN { printf "%.2f", s / 3600 * d }')

@@ -16,6 +16,10 @@ bash dev/setup.sh
 export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv" PYTHONUNBUFFERED=1
 export ZANGCHAT_BASE_DIR="${ZANGCHAT_BASE_DIR:-$HOME/.cache/zangchat}"
 export WANDB_RUN="${WANDB_RUN:-dummy}"
+if command -v nvidia-smi > /dev/null && ! problem=$(python -m dev.gpus 2>&1 > /dev/null); then
+    printf '%s\nThis run computes on the CPU.\n' "$problem" >&2
+    export CUDA_VISIBLE_DEVICES=-1
+fi
 MINUTES=${MINUTES:-25}
 SEED=${SEED:-42}
 

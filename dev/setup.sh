@@ -4,10 +4,16 @@
 #   bash dev/setup.sh          what runcpu.sh, speedrun.sh and the scripts need
 #   bash dev/setup.sh --dev    also what the tests need
 #
-# Run it as often as you like: it takes a second when nothing has changed. It reaches nothing but package registries.
+# Run it as often as you like: it takes a second if nothing has changed. It reaches package registries and
+# PyTorch's index, and, if no Python here is recent enough, the downloads that uv takes Python from.
+#
+#   PYTHON_VERSION=3.12    the Python of a new .venv, 3.10 to 3.14
+#   TORCH_BACKEND=pypi     the ordinary build of torch, from PyPI or its mirror
+#   TORCH_BACKEND=cpu      or cu128, auto, ...: that build from PyTorch's index (uv's --torch-backend).
+#                          By default auto if nvidia-smi finds a GPU, cpu on Linux without one, else pypi
 set -euo pipefail
 TORCH_VERSION=2.13.0
-PYTHON_VERSION=${PYTHON_VERSION:-3.11} # any from 3.10 on works; used only when .venv does not exist yet
+PYTHON_VERSION=${PYTHON_VERSION:-3.11}
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case "${1:-}" in
@@ -17,57 +23,168 @@ case "${1:-}" in
 esac
 say() { printf '\033[1m[setup]\033[0m %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
+# shellcheck source=dev/machine.sh
+source dev/machine.sh
 
-# --- has anything changed since the last time? -------------------------------------------------------------------------
+# --- has anything changed since the last time? ----------------------------------------------------
 fingerprint() {
-    cat dev/setup.sh pyproject.toml requirements.lock rustbpe/Cargo.* rustbpe/pyproject.toml rustbpe/src/*.rs 2>/dev/null | cksum
+    cat dev/setup.sh dev/machine.sh pyproject.toml requirements.lock \
+        rustbpe/Cargo.* rustbpe/pyproject.toml 2>/dev/null | cksum
+    find rustbpe/src -name "*.rs" -exec cat {} + | cksum
     pwd
     command -v cargo || true
+    cargo --version 2>&1 || true
+    # shellcheck disable=SC2012
+    ls -d .venv/lib/python*/site-packages/*.dist-info 2>/dev/null | cksum # uv sync removes packages
 }
 stamp=.venv/setup-stamp
-wanted="$(fingerprint)"
-for done in "$kind" dev; do # what the tests need includes what a run needs
-    if [ -x .venv/bin/python ] && [ "$(cat "$stamp" 2>/dev/null)" = "$(printf '%s\n%s' "$wanted" "$done")" ]; then
-        exit 0
-    fi
-done
+up_to_date() { # what the tests need includes what a run needs, and a build for GPUs runs on a CPU
+    local wanted done_kind done_gpu
+    [ -x .venv/bin/python ] && [ -s "$stamp" ] || return 1
+    wanted=$(fingerprint)
+    for done_kind in "$kind" dev; do
+        for done_gpu in gpu cpu; do
+            [ "$(cat "$stamp")" = "$wanted"$'\n'"$done_kind"$'\n'"$done_gpu" ] || continue
+            [ "$done_gpu" = gpu ] || { find_gpus && [ "$gpus" = 0 ]; }
+            return
+        done
+    done
+    return 1
+}
+if up_to_date; then exit 0; fi
 
-# --- uv: the one on the PATH, else from PyPI, beside the project where pip may not install into the system ---------------
-python=$(command -v "python$PYTHON_VERSION" || command -v python3 || command -v python) || die "no Python found: install Python 3.10 or newer first"
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || die "$("$python" --version) is too old: install Python 3.10 or newer first"
-if ! command -v uv >/dev/null; then
-    if [ ! -x .uv/bin/uv ]; then
-        say "installing uv beside the project"
-        "$python" -m pip install --quiet --upgrade --target .uv uv || die "pip could not install uv: check the network, then run this again"
+# --- a Python that runs and is recent enough, of those on the PATH --------------------------------
+candidates=$(type -ap "python$PYTHON_VERSION" python3 python || true)
+python="" # the one for the environment
+found=""
+while read -r path; do
+    [ -n "$path" ] || continue
+    if ! version=$("$path" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null); then
+        name=$(basename "$path")
+        say "$path does not run" \
+            "(if it is pyenv's: \`pyenv global ${name#python}\`, or \`pyenv install\` first)"
+    elif at_least 3.10 "$version" && ! at_least 3.15 "$version"; then
+        python=$path found="Python $version"
+        break
+    else
+        found="${found:-Python $version}"
     fi
+done <<< "$candidates"
+
+# --- uv: the one on the PATH, else from PyPI, beside the project ----------------------------------
+uv_works() { at_least 0.8 "$("$1" --version 2>/dev/null)"; }
+install_uv() {
+    local path pip=""
+    while read -r path; do # any that can install a program
+        [ -n "$path" ] || continue
+        "$path" -c 'import sys, pip; sys.exit(sys.version_info < (3, 8))' > /dev/null 2>&1 || continue
+        pip=$path
+        break
+    done <<< "$(printf '%s\n' "$python" "$candidates")"
+    if [ -z "$found" ]; then
+        die "no Python runs here: install Python 3.11 (\`sudo apt install python3 python3-pip\` on" \
+            "Debian, Ubuntu), or uv, then run this again"
+    elif [ -z "$pip" ]; then
+        die "this Python has no pip: \`sudo apt install python3-pip\` (Debian, Ubuntu)," \
+            "or install uv, then run this again"
+    fi
+    say "installing uv beside the project"
+    PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 \
+        "$pip" -m pip install --quiet --upgrade --target .uv uv ||
+        die "pip could not install uv: check the network (PIP_INDEX_URL names a mirror)," \
+            "then run this again"
+    uv_works .uv/bin/uv || die "the uv that pip installed does not run:" \
+        "install uv (https://docs.astral.sh/uv), then run this again"
+}
+if ! uv_works uv; then
+    uv_works .uv/bin/uv || install_uv
     export PATH="$PWD/.uv/bin:$PATH"
 fi
 
-[ -x .venv/bin/python ] || uv venv --quiet --python "$python" .venv
+# --- the environment ------------------------------------------------------------------------------
+need_room() { # need_room GB: there, and in uv's cache
+    local folder free
+    for folder in .venv "$(uv cache dir)"; do
+        free=$(free_gb "$folder")
+        if [ "${free:-$1}" -lt "$1" ]; then
+            die "the environment needs $1 GB of disk, and $folder has $free GB free: make room" \
+                "(UV_CACHE_DIR moves uv's cache), then run this again"
+        fi
+    done
+}
+if ! .venv/bin/python -c "" 2>/dev/null; then
+    need_room 3
+    if [ -n "$python" ]; then
+        uv venv --quiet --clear --python "$python" .venv
+    else
+        say "${found:-no Python} here, and zangchat needs 3.10 to 3.14:" \
+            "uv fetches Python $PYTHON_VERSION"
+        uv venv --quiet --clear --python "$PYTHON_VERSION" .venv ||
+            die "uv could not fetch Python $PYTHON_VERSION: check the network" \
+                "(UV_PYTHON_INSTALL_MIRROR names a mirror), or install Python 3.10 to 3.14, then run this again"
+    fi
+fi
 export VIRTUAL_ENV="$PWD/.venv"
 
-# --- torch first, in the build that suits the machine ---------------------------------------------------------------------
-torch_is_right() { .venv/bin/python -c "import sys, torch; sys.exit(torch.__version__.split('+')[0] != '$TORCH_VERSION')" 2>/dev/null; }
-if ! torch_is_right; then
-    say "installing torch $TORCH_VERSION (the largest download)"
-    installed=
-    if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; then
-        # Without a GPU the CPU build saves gigabytes, where PyTorch's own index can be reached.
-        UV_HTTP_TIMEOUT=5 UV_HTTP_RETRIES=0 timeout 300 uv pip install --quiet --torch-backend=cpu "torch==$TORCH_VERSION" 2>/dev/null && installed=1 ||
-            say "PyTorch's index of CPU builds did not answer: taking the ordinary build"
+# --- torch first, in the build that suits the machine ---------------------------------------------
+find_gpus
+case $gpu_problem in "nvidia-smi failed"*) say "no GPU: $gpu_problem" ;; esac
+backend=${TORCH_BACKEND:-}
+if [ -z "$backend" ]; then
+    backend=pypi
+    if [ "$(uname -s)" = Linux ]; then
+        backend=cpu
+        [ "$gpus" = 0 ] || backend=auto
     fi
-    [ -n "$installed" ] || uv pip install --quiet "torch==$TORCH_VERSION" || die "torch could not be installed: check the network and the disk, then run this again"
 fi
+torch_is_right() { # the version; and not a CPU build if there is a GPU
+    .venv/bin/python - "$TORCH_VERSION" "$backend" << 'PYTHON' 2>/dev/null
+import sys, torch
+version, backend = sys.argv[1:]
+sys.exit(torch.__version__.split("+")[0] != version or backend == "auto" and not torch.version.cuda)
+PYTHON
+}
+on_index() { # whether PyTorch's index answers and has this build; the download then has no limit
+    UV_HTTP_TIMEOUT=15 UV_HTTP_RETRIES=1 uv pip install --dry-run --torch-backend="$backend" \
+        "torch==$TORCH_VERSION" > .venv/torch.log 2>&1
+}
+install_torch() {
+    local options=("torch==$TORCH_VERSION")
+    if [ "$backend" != pypi ] && ! on_index; then
+        if grep -q "No solution found" .venv/torch.log; then
+            die "PyTorch's index has no torch $TORCH_VERSION for '$backend' on this machine" \
+                "($(nvidia_driver)): update the driver, or TORCH_BACKEND=cpu bash dev/setup.sh" \
+                "(.venv/torch.log has the details)"
+        fi
+        say "PyTorch's index does not answer: taking the ordinary build from PyPI"
+        backend=pypi
+    fi
+    [ "$backend" = pypi ] || options+=(--torch-backend="$backend")
+    if [ "$backend" = cpu ] || [ "$(uname -s)" != Linux ]; then need_room 3; else need_room 6; fi
+    say "installing torch $TORCH_VERSION (the largest download)"
+    uv pip uninstall --quiet torch 2>/dev/null || true # else uv keeps another build of the version
+    uv pip install "${options[@]}" ||
+        die "torch could not be installed: check the network and the disk, then run this again" \
+            "(TORCH_BACKEND=pypi takes the ordinary build, UV_DEFAULT_INDEX names a mirror)"
+}
+torch_is_right || install_torch
 
-# --- everything else at the versions and hashes of the lock -----------------------------------------------------------------
-install() { uv pip install --quiet --constraint requirements.lock "$@"; }
+# --- everything else at the versions and hashes of the lock ---------------------------------------
+install() { uv pip install --quiet --no-sources --constraint requirements.lock "$@"; }
 say "installing the pinned dependencies"
-install -r pyproject.toml --extra hf ${dev:+--extra dev --extra examples} || die "the dependencies could not be installed: check the network, then run this again"
+install -r pyproject.toml --extra hf ${dev:+--extra dev --extra examples} ||
+    die "the dependencies could not be installed: check the network" \
+        "(UV_DEFAULT_INDEX names a mirror), then run this again"
 install --no-deps --editable . || die "the project itself could not be installed"
 
-# --- the tokenizer: our crate where cargo can build it, else its PyPI namesake for training and tiktoken for encoding --------
+# --- the tokenizer: our crate if cargo can build it, else its PyPI namesake, and tiktoken to encode
 build_crate() {
-    command -v cargo >/dev/null || { echo "no cargo on the PATH" > .venv/crate.log; return 1; }
+    local problem
+    problem=$(cargo_problem)
+    if [ -n "$problem" ]; then
+        echo "$problem" > .venv/crate.log
+        return 1
+    fi
     { install -r pyproject.toml --extra rust && (cd rustbpe && ../.venv/bin/maturin develop --release --locked --uv); } > .venv/crate.log 2>&1
 }
 say "building the Rust tokenizer"
@@ -77,7 +194,7 @@ if ! build_crate; then
     install -r pyproject.toml --extra norust || die "the PyPI package rustbpe could not be installed either"
 fi
 
-# --- does what we installed really work? ------------------------------------------------------------------------------------
+# --- does what we installed really work? ----------------------------------------------------------
 .venv/bin/python - "$TORCH_VERSION" <<'PYTHON' || die "the environment is broken: remove .venv and run this again"
 import importlib, sys
 for name in "torch numpy tyro rich filelock pyarrow huggingface_hub datasets tiktoken fastapi uvicorn pydantic nh3 rustbpe zangchat".split():
@@ -87,5 +204,7 @@ version = torch.__version__.split("+")[0]
 assert version == sys.argv[1], f"torch is {version}, wanted {sys.argv[1]}"
 PYTHON
 
-printf '%s\n%s\n' "$wanted" "$kind" > "$stamp"
+built=cpu
+[ "$gpus" = 0 ] || built=gpu
+printf '%s\n%s\n%s\n' "$(fingerprint)" "$kind" "$built" > "$stamp"
 say "ready: source .venv/bin/activate"

@@ -16,7 +16,10 @@ case "${1:-}" in
 esac
 say() { printf '\n\033[1m[test]\033[0m %s\n' "$*"; }
 
-if command -v cargo >/dev/null; then
+# shellcheck source=dev/machine.sh
+source dev/machine.sh
+problem=$(cargo_problem)
+if [ -z "$problem" ]; then
     say "Rust: tests, clippy, formatting"
     (
         cd rustbpe
@@ -25,7 +28,7 @@ if command -v cargo >/dev/null; then
         cargo fmt --check
     )
 else
-    say "Rust: no cargo here, the crate's own tests are skipped"
+    say "Rust: the crate's own tests are skipped: $problem"
 fi
 say "lint and types"
 ruff check .

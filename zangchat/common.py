@@ -12,6 +12,9 @@ import logging
 import operator
 import os
 import platform
+import re
+import shutil
+import subprocess
 import sys
 import time
 import urllib.error
@@ -35,6 +38,8 @@ MAX_RETRY_AFTER = 300.0  # seconds that a server may ask us to stay away
 DOWNLOAD_TRIES = 5
 DOWNLOAD_TIMEOUT = 60.0  # seconds without a byte
 CHUNK = 1 << 20
+# The first driver for each CUDA: https://docs.nvidia.com/cuda/cuda-toolkit-release-notes
+FIRST_DRIVER = {"11": 450, "12": 525, "13": 580}
 
 BANNER = r"""
  #####   ###   #   #   ####   ####  #   #   ###   #####
@@ -312,12 +317,57 @@ def get_dist_info() -> tuple[bool, int, int, int]:
 
 
 def autodetect_device_type() -> str:
-    """cuda, else mps, else cpu."""
+    """cuda, else mps (for a single process), else cpu.
+
+    Raises UserError if nvidia-smi finds a GPU that torch cannot use.
+    """
     import torch
 
     if torch.cuda.is_available():
         return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    if torch.backends.mps.is_available() and not is_ddp():
+        logger.warning("computing on Apple's GPU (MPS), untested on real hardware; --device_type=cpu computes on the CPU")
+        return "mps"
+    _check_driver()
+    return "cpu"
+
+
+def _check_driver() -> None:
+    """Raise UserError if nvidia-smi finds a GPU that this torch cannot use.
+
+    Otherwise a model for GPUs would train on the CPU, for months.
+    """
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = visible is not None and (not visible.strip() or visible.strip().startswith("-"))
+    if hidden or not (program := shutil.which("nvidia-smi")):
+        return
+    query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        logger.warning("computing on the CPU: nvidia-smi did not answer (%s)", error)
+        return
+    answer = " ".join((done.stdout + done.stderr).split())
+    if done.returncode or not re.match(r"\d+\.\d+", answer):
+        logger.warning("computing on the CPU: nvidia-smi says: %s", answer)
+        return
+    driver, cuda = answer.split()[0], torch.version.cuda
+    if not cuda:
+        problem, remedy = f"torch {torch.__version__} is a build without CUDA", "run `bash dev/setup.sh`"
+    elif int(driver.split(".")[0]) < (first := FIRST_DRIVER.get(cuda.split(".")[0], 0)):
+        problem = f"torch {torch.__version__} is built for CUDA {cuda}, which needs driver {first} or newer"
+        remedy = "update the driver"
+    elif visible:
+        problem, remedy = f"CUDA_VISIBLE_DEVICES={visible} leaves torch {torch.__version__} none", "correct or unset it"
+    else:
+        problem = f"torch {torch.__version__}, built for CUDA {cuda}, cannot use it"
+        remedy = 'see `python -c "import torch; torch.cuda.init()"` for the reason'
+    raise UserError(
+        f"nvidia-smi finds a GPU (driver {driver}), but {problem}: {remedy}, "
+        "or compute on the CPU with --device_type=cpu (in front of a script: CUDA_VISIBLE_DEVICES=-1)"
+    )
 
 
 def compute_init(device_type: str = "", seed: int = 42, deterministic: bool = False) -> tuple[bool, int, int, int, torch.device]:

@@ -389,10 +389,13 @@ def find_sandbox() -> Sandbox:
     """The strongest jail that works here, and what it holds: each layer is attacked by itself, then all of them together."""
     if os.name != "posix":
         return Sandbox(Jail(), SandboxLevel.NONE)
-    world = next((world for world in ("namespaces", "bubblewrap") if _holds(Jail(world), world)), "none")
-    landlock, seccomp = _holds(Jail(landlock=True), "landlock"), _holds(Jail(seccomp=True), "seccomp")
-    jail = Jail(world, landlock, seccomp, drop=world != "none" or landlock or _interpreter_is_public())
-    for chosen in (jail, replace(jail, drop=False), Jail()):
+    candidates = [Jail()]
+    if sys.platform == "linux":  # elsewhere the system calls of the layers have other numbers
+        world = next((world for world in ("namespaces", "bubblewrap") if _holds(Jail(world), world)), "none")
+        landlock, seccomp = _holds(Jail(landlock=True), "landlock"), _holds(Jail(seccomp=True), "seccomp")
+        jail = Jail(world, landlock, seccomp, drop=world != "none" or landlock or _interpreter_is_public())
+        candidates = [jail, replace(jail, drop=False), Jail()]
+    for chosen in candidates:
         try:
             return Sandbox(chosen, _level(attack(chosen)))
         except (SandboxError, OSError):  # the layers do not go together; or nothing can be run at all

@@ -1,5 +1,6 @@
 """The commands that reward and evaluate (chat_rl, chat_eval, base_eval), and what measures them, at a tiny size, as a user starts them."""
 
+import functools
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from dev import agreement, bench_core, bench_sandbox
 from scripts import base_eval, chat_eval, chat_rl
 from tasks import common, spellingbee
 from tasks.common import REGISTRY, Entry, GeneratedTask, chat, visible_text
+from tests import task_rows
 from tests.unit.test_core_eval import make_bundle
 from tests.util import lively_model
 from zangchat import checkpoint_manager, collectives, execution, hub, trainer
@@ -200,6 +202,31 @@ def test_chat_eval_that_scored_nothing_is_a_failure(base, capsys):
     assert error.startswith(f"error: nothing was scored: {', '.join(names)} lack what the lines above name; ")
     assert error.endswith('; these have their data here: -a "Arithmetic|PyDocs|Identity|Vowels"'), error
     assert chat_eval.main(["-g", "a", "-x", "2", "-m", "2", "-a", "Arithmetic|Identity", *CPU]) == 0
+
+
+def test_on_macos_humaneval_is_not_scored_and_its_answers_are_not_run(base, capsys, monkeypatch):
+    """The real search for a sandbox, on a system that has none."""
+    programs = []
+    run = execution.run_in_jail
+    monkeypatch.setattr(execution, "sys", types.SimpleNamespace(**{**vars(sys), "platform": "darwin"}))
+    monkeypatch.setattr(execution, "find_sandbox", functools.cache(execution.find_sandbox.__wrapped__))
+    monkeypatch.setattr(execution, "run_in_jail", lambda code, *rest, **more: programs.append(code) or run(code, *rest, **more))
+    row = {
+        "task_id": "0",
+        "prompt": "def one():\n",
+        "canonical_solution": "    return 1",
+        "test": "def check(f): ...",
+        "entry_point": "one",
+    }
+    task_rows.write_rows(base / "tasks" / "openai_humaneval" / "test.jsonl", [row])
+    assert chat_eval.main(["-g", "a", "--all_tasks", "-x", "2", "-m", "4", *CPU]) == 0
+    assert "HumanEval: not scored, model-written code is not run here: the sandbox of this machine" in capsys.readouterr().out
+    assert len(programs) == 1 and "succeeds(" in programs[0], "the probe alone"
+    (card,) = [card for card in get_report().cards() if card.section == "Chat evaluation sft"]
+    assert any("Not scored: HumanEval. model-written code is not run here" in item for item in card.data if isinstance(item, str))
+    assert chat_eval.main(["-g", "a", "-a", "HumanEval", "-x", "2", "-m", "4", *CPU]) == 2
+    assert "darwin has no such sandbox: run this on Linux" in capsys.readouterr().err
+    assert len(programs) == 1
 
 
 def test_what_one_rank_lacks_no_rank_scores(base, capsys, monkeypatch):

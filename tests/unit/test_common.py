@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.machines import gpus, nvidia_smi
 from zangchat import checkpoint_manager, common
 from zangchat.config import RunConfig
 from zangchat.configurator import UserError
@@ -457,3 +458,74 @@ def test_wandb_offline_keeps_what_is_logged(tmp_path, monkeypatch):
         time.sleep(0.1)
     told = record.read_bytes()
     assert b"loss_of_a_step" in told and b"first" in told and b"seed" in told
+
+
+# -- a GPU that torch cannot use ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu_machine(tmp_path, monkeypatch):
+    """`gpu_machine(text)` puts a stand-in for nvidia-smi on the PATH, for a torch without a usable GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+    def install(text: str) -> None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/bash\n{text}\n", encoding="utf-8")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    "cuda, driver, visible, problem",
+    [
+        ("13.0", "550.54.14", None, r"torch \S+ is built for CUDA 13.0, which needs driver 580 or newer: update the driver, or"),
+        (None, "580.65.06", None, r"torch \S+ is a build without CUDA: run `bash dev/setup.sh`, or"),
+        ("13.0", "580.65.06", None, r"torch \S+, built for CUDA 13.0, cannot use it: see `python -c"),
+        ("13.0", "580.65.06", "7", r"CUDA_VISIBLE_DEVICES=7 leaves torch \S+ none: correct or unset it, or"),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_is_no_reason_for_the_cpu(gpu_machine, monkeypatch, cuda, driver, visible, problem):
+    gpu_machine(nvidia_smi(gpus(0), driver=driver))
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    way_out = r"compute on the CPU with --device_type=cpu \(in front of a script: CUDA_VISIBLE_DEVICES=-1\)$"
+    with pytest.raises(UserError, match=rf"^nvidia-smi finds a GPU \(driver {driver}\), but {problem}.* {way_out}"):
+        common.compute_init("")
+    assert common.compute_init("cpu")[-1].type == "cpu"
+
+
+@pytest.mark.parametrize("visible", ["", "-1", " "])
+def test_a_hidden_gpu_is_not_asked_for(gpu_machine, monkeypatch, visible):
+    gpu_machine("exit 1; touch asked")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert common.autodetect_device_type() == "cpu"
+
+
+def test_a_driver_that_does_not_answer_is_named(gpu_machine, caplog):
+    gpu_machine("echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18")
+    assert common.autodetect_device_type() == "cpu"
+    assert "computing on the CPU: nvidia-smi says: Failed to initialize NVML: Driver/library version mismatch" in caplog.text
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU")
+def test_base_train_stops_at_an_old_driver(gpu_machine, tmp_path):
+    """The very command, with nvidia-smi at hand and a torch that finds no GPU."""
+    gpu_machine(nvidia_smi(gpus(0), driver="470.82.01"))
+    command = [sys.executable, "-m", "scripts.base_train", "--depth=20", "--dataset=none"]
+    done = subprocess.run(command, env={**os.environ, "ZANGCHAT_BASE_DIR": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 2 and "nvidia-smi finds a GPU (driver 470.82.01), but torch" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_mps_is_chosen_for_one_process_and_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert common.autodetect_device_type() == "mps"
+    assert "computing on Apple's GPU (MPS), untested on real hardware; --device_type=cpu computes on the CPU" in caplog.text
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "0")
+    assert common.autodetect_device_type() == "cpu", "several processes cannot share it"

@@ -17,6 +17,8 @@ import pytest
 import yaml
 
 from tests.documents import LANGUAGES, NOT_RUN, PAGES, READMES, ROOT, blocks, check_command, commands, fenced, text_of
+from tests.machines import gpus, nvidia_smi
+from tests.sizes import rehearsal
 from zangchat import configurator, flops, schedule
 from zangchat.config import GPTConfig
 
@@ -187,11 +189,15 @@ def chain(tmp_path):
     `programs` are stand-ins for programs of the system, name -> text; `smi` is the memory that nvidia-smi tells of, "" for no such program.
     """
     (tmp_path / "dev").mkdir()
-    for name in ("speedrun.sh", "run1000.sh", "dev/rungpu.sh", "dev/slurm.sbatch"):
+    for name in ("speedrun.sh", "run1000.sh", "dev/rungpu.sh", "dev/machine.sh", "dev/slurm.sbatch"):
         shutil.copy(ROOT / name, tmp_path / name)
     for path, body in {
         "dev/setup.sh": "exit 0\n",
         ".venv/bin/python": """#!/usr/bin/env bash
+case "$*" in
+    "-m dev.gpus") [ -n "${TORCH_GPUS:-}" ] || { echo "error: torch cannot use it" >&2; exit 2; }; echo "$TORCH_GPUS"; exit ;;
+    "-m dev.plan"*) PATH=${PATH#*:}; cd "$ROOT"; exec "$PYTHON" "$@" ;;
+esac
 if [[ "$*" == *zangchat.dataset* && "$*" == *-n* ]]; then
     folder=$ZANGCHAT_BASE_DIR/base_data/climbmix; mkdir -p "$folder"
     for i in $(seq 0 "${!#}"); do printf '{"name": "shard_%05d.parquet"}\\n' "$i"; done > "$folder/manifest.json"
@@ -215,9 +221,9 @@ esac
         (tmp_path / path).chmod(0o755)
 
     def run(script: str, programs: dict[str, str] | None = None, smi: str = "", **variables: str) -> tuple[int, str, list[list[str]]]:
-        programs = {**(programs or {}), **({"nvidia-smi": f"#!/bin/sh\necho {smi}\n"} if smi else {})}
+        memory = {"nvidia-smi": f"#!/bin/bash\n{nvidia_smi(gpus(0), memory=smi)}\n"} if smi else {}
         folder = Path(tempfile.mkdtemp(dir=tmp_path))
-        for name, body in programs.items():
+        for name, body in {**memory, **(programs or {})}.items():
             (folder / name).write_text(body, encoding="utf-8")
             (folder / name).chmod(0o755)
         record = tmp_path / "record"
@@ -227,6 +233,9 @@ esac
             "HOME": str(tmp_path),
             "RECORD": str(record),
             "NPROC_PER_NODE": "8",
+            "TORCH_GPUS": "1",
+            "ROOT": str(ROOT),
+            "PYTHON": sys.executable,
             **variables,
         }
         done = subprocess.run(["bash", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
@@ -258,7 +267,6 @@ CHAIN += [
     "scripts.chat_eval",
     "zangchat.report",
 ]
-REHEARSAL = next(re.finditer(r"^#   (DEPTH=2 .*?) bash speedrun\.sh$", text_of("speedrun.sh").replace(" \\\n#  ", ""), re.MULTILINE))[1]
 
 
 @pytest.mark.parametrize("script", ["speedrun.sh", "run1000.sh"])
@@ -272,15 +280,39 @@ def test_the_chain_calls_every_command_with_flags_that_exist(chain, script):
 
 
 def test_the_rehearsal_in_the_comment_has_flags_that_exist(chain):
-    variables = dict(word.split("=", 1) for word in shlex.split(REHEARSAL))
+    variables = rehearsal()
     script = text_of("speedrun.sh").split("set -euo pipefail", 1)[1]
     assert all(f"${{{name}:-" in script for name in variables)
     code, output, calls = chain("speedrun.sh", **variables)
     assert code == 0, output
-    assert modules(calls) == [name for name in CHAIN if name != "scripts.base_eval"]
+    assert modules(calls) == CHAIN
     assert all(call[0] == "python" or "--nproc_per_node=2" in call for call in calls)
     for call in calls:
         check_command(shlex.join(call), "the rehearsal")
+
+
+@pytest.mark.parametrize(
+    ("script", "own"),
+    [
+        ("run1000.sh", {"--device_batch_size": "8", "--target_param_data_ratio": "20"}),
+        ("dev/rungpu.sh", {"--device_batch_size": "auto", "--dollars_per_hour": "1"}),
+    ],
+)
+def test_the_other_chains_issue_the_commands_of_speedrun(chain, tmp_path, script, own):
+    """With the same sizes; so what speedrun.sh does in tests/e2e/test_speedrun.py, they do. `own` are the numbers of their own."""
+    variables = {name: value for name, value in rehearsal().items() if name != "DEVICE_BATCH_SIZE"}
+    found = {}
+    for name in ("speedrun.sh", script):
+        code, output, found[name] = chain(name, smi(0, memory="8192"), ZANGCHAT_BASE_DIR=str(tmp_path / Path(name).stem), **variables)
+        assert code == 0, output
+
+    def without(calls, flags):
+        return [[word for word in call if word.partition("=")[0] not in flags] for call in calls if "zangchat.dataset" not in call]
+
+    assert without(found[script], own) == without(found["speedrun.sh"], own) and modules(found[script]) == CHAIN
+    for flag, value in own.items():
+        values = {word.partition("=")[2] for call in found[script] for word in call if word.startswith(f"{flag}=")}
+        assert values == {value}
 
 
 def test_the_tokenizer_trains_while_shards_arrive(chain):
@@ -327,6 +359,101 @@ def test_a_second_run_skips_what_is_evaluated_and_resumes_the_rest(chain, tmp_pa
 def test_one_process_needs_no_torchrun(chain):
     _, _, calls = chain("speedrun.sh", NPROC_PER_NODE="1")
     assert {call[0] for call in calls} == {"python"}
+
+
+# -- before anything is downloaded: how many GPUs, and does torch use them? --------------------------------------------------------------
+
+
+def smi(*migs: int, **options) -> dict[str, str]:
+    return {"nvidia-smi": f"#!/bin/bash\n{nvidia_smi(gpus(*migs), **options)}\n"}
+
+
+def processes(calls: list[list[str]]) -> set[str]:
+    found = {word.partition("=")[2] for call in calls for word in call if word.startswith("--nproc_per_node")}
+    return found or {"1"}
+
+
+@pytest.mark.parametrize(
+    "migs, visible, usable, expected", [((0, 0, 0), None, "3", "3"), ((0, 0, 0), "2,0", "2", "2"), ((2,), None, "1", "1")]
+)
+def test_every_gpu_that_may_be_used_gets_a_process(chain, migs, visible, usable, expected):
+    variables = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    code, output, calls = chain("speedrun.sh", smi(*migs), NPROC_PER_NODE="", TORCH_GPUS=usable, **variables)
+    assert code == 0 and processes(calls) == {expected}, output
+    assert processes(dry_commands(chain("speedrun.sh", smi(*migs), NPROC_PER_NODE="", DRY_RUN="1", **variables)[1])) == {expected}
+
+
+@pytest.mark.parametrize("script", ["speedrun.sh", "run1000.sh", "dev/rungpu.sh"])
+def test_no_gpu_is_said_before_anything_is_downloaded(chain, tmp_path, script):
+    (tmp_path / "dev/setup.sh").write_text('echo setup >> "$RECORD"\n')
+    failed = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver."
+    for programs, variables, reason in (
+        (None, {}, "No GPU found (nvidia-smi is not installed)"),
+        ({"nvidia-smi": f"#!/bin/bash\n{nvidia_smi(failed, code=9)}\n"}, {}, f"No GPU found (nvidia-smi failed: {failed})"),
+        (smi(0), {"CUDA_VISIBLE_DEVICES": ""}, "No GPU found (CUDA_VISIBLE_DEVICES= hides them)"),
+        (smi(0), {"CUDA_VISIBLE_DEVICES": "-1"}, "No GPU found (CUDA_VISIBLE_DEVICES=-1 hides them)"),
+    ):
+        code, output, calls = chain(script, programs, NPROC_PER_NODE="", **variables)
+        assert code == 2 and reason in output and not calls, output
+        assert "dev/runcpu.sh" in output
+    assert not (tmp_path / ".cache").exists()
+
+
+@pytest.mark.parametrize("script", ["speedrun.sh", "run1000.sh", "dev/rungpu.sh"])
+def test_a_gpu_that_torch_cannot_use_ends_the_chain_before_the_data(chain, script):
+    for number in ("", "8"):
+        code, output, calls = chain(script, smi(0), NPROC_PER_NODE=number, TORCH_GPUS="")
+        assert code == 2 and output.endswith("error: torch cannot use it\n") and not calls
+        code, output, calls = chain(script, smi(0), NPROC_PER_NODE=number, TORCH_GPUS="0")
+        assert code == 2 and "nvidia-smi lists a GPU, but torch finds none" in output and not calls
+
+
+# -- DRY_RUN=1 ---------------------------------------------------------------------------------------------------------
+
+
+def dry_commands(output: str) -> list[list[str]]:
+    return [shlex.split(line) for line in output.splitlines() if line.startswith(("python ", "torchrun ", "srun "))]
+
+
+@pytest.mark.parametrize("variables", [{}, {"NPROC_PER_NODE": "1", "DEVICE_BATCH_SIZE": "auto", "RL": "0", "CORE": "0"}, "rehearsal"])
+def test_a_dry_run_lists_the_commands_of_the_run(chain, tmp_path, variables):
+    if variables == "rehearsal":
+        variables = rehearsal()
+    for script in ("speedrun.sh", "run1000.sh", "dev/rungpu.sh"):
+        shutil.rmtree(tmp_path / ".cache", ignore_errors=True)
+        code, output, calls = chain(script, smi(0), DRY_RUN="1", **variables)
+        assert code == 0 and not calls, output
+        assert not (tmp_path / ".cache").exists()
+        code, ran, calls = chain(script, smi(0), **variables)
+        assert code == 0, ran
+        assert sorted(dry_commands(output)) == sorted(calls), "the download of all shards may come before or after its neighbours"
+        assert [call for call in dry_commands(output) if "zangchat.dataset" not in call] == [
+            call for call in calls if "zangchat.dataset" not in call
+        ]
+    code, output, _ = chain(script, smi(0), DRY_RUN="1", **variables)
+    assert not any("_eval" in name for name in modules(dry_commands(output))), "what is finished is not issued again"
+
+
+def test_a_dry_run_prints_the_plan(chain):
+    code, output, _ = chain("speedrun.sh", NPROC_PER_NODE="", DRY_RUN="1")
+    assert code == 0 and "No GPU found (nvidia-smi is not installed): this is the plan for 8" in output
+    assert processes(dry_commands(output)) == {"8"}
+    assert "20 layers, width 1280" in output and "64 on each of 8 ranks in 2 passes" in output and "8 x H100       1.8 h" in output
+    code, output, _ = chain("dev/rungpu.sh", smi(0, memory="24564"), NPROC_PER_NODE="1", DRY_RUN="1")
+    assert code == 0 and "the preset for 24 GB" in output and "18.9 GiB on each GPU with 16 rows in a pass" in output
+    code, output, _ = chain("speedrun.sh", DRY_RUN="1", BASE_FLAGS="--num_iterations=7")
+    assert code == 0 and "\nsteps          7 of" in output
+    code, output, _ = chain("dev/rungpu.sh", smi(0, memory="8192"), NPROC_PER_NODE="1", DEPTH="40", DRY_RUN="1")
+    assert code == 2 and "not even one row of this model fits into 8 GB" in output
+
+
+def test_a_dry_run_answers_in_a_fresh_checkout(chain, tmp_path):
+    shutil.rmtree(tmp_path / ".venv")
+    for script in ("speedrun.sh", "run1000.sh"):
+        code, output, _ = chain(script, DRY_RUN="1")
+        assert code == 0 and modules(dry_commands(output)) == CHAIN
+        assert output.endswith("The plan and its memory need the environment: run `bash dev/setup.sh`, then this again.\n")
+    assert not (tmp_path / ".cache").exists()
 
 
 # -- other ways to start the chain: one GPU, Slurm, SkyPilot --------------------------------------------------------------------
@@ -393,9 +520,11 @@ def test_one_gpu_gets_sizes_for_its_memory(chain):
     assert any("--vocab_size=32768" in call for call in calls)
     _, _, calls = chain("dev/rungpu.sh", smi="24564", NPROC_PER_NODE="1", DEPTH="2")
     assert any("--depth=2" in call for call in calls), "what is set in front counts"
-    for smi, complaint in (("", "No GPU found"), ("4096", "smallest preset is for 8 GB")):
-        code, output, calls = chain("dev/rungpu.sh", smi=smi)
+    for memory, complaint in (("", "No GPU found"), ("4096", "smallest preset is for 8 GB"), ("[N/A]", "memory ([N/A]): say how much")):
+        code, output, calls = chain("dev/rungpu.sh", smi=memory)
         assert code == 2 and complaint in output and not calls
+    code, output, _ = chain("dev/rungpu.sh", smi(7), NPROC_PER_NODE="1", DRY_RUN="1")
+    assert code == 0 and "the preset for 24 GB" in output, "the memory of an instance, not of the card"
 
 
 SCONTROL = """#!/usr/bin/env bash

@@ -1,0 +1,32 @@
+"""The number of GPUs that torch can use. If nvidia-smi finds one that torch cannot use: an error.
+
+    python -m dev.gpus
+
+speedrun.sh asks before it downloads any data.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from zangchat import common, configurator
+
+
+@dataclass
+class Config:
+    pass
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return configurator.run(Config, count, argv)
+
+
+def count(config: Config) -> int:
+    import torch
+
+    print(torch.cuda.device_count() if common.autodetect_device_type() == "cuda" else 0)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""The plan of a pretraining run, its memory and its hours, computed without touching anything.
+
+    python -m dev.plan --vocab_size=32768 --memory_gb=24 --depth=14 --device_batch_size=auto
+
+The other flags are those of scripts.base_train: `DRY_RUN=1 bash speedrun.sh` passes the very ones
+that it would train with.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scripts import base_train
+from zangchat import configurator, flops
+
+CARDS = ("RTX 3090", "RTX 4090", "L40S", "A100", "H100")
+UTILISATION = 0.4
+
+
+@dataclass
+class Config(base_train.Config):
+    vocab_size: int = 65536
+    world_size: int = 1  # GPUs
+    memory_gb: int = 80  # of each GPU
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return configurator.run(Config, show, argv)
+
+
+def show(config: Config) -> int:
+    base_train.check(config)
+    gpt, plan = base_train.make_plan(config, config.vocab_size, config.world_size)
+    rows = plan.total_batch_size // (gpt.sequence_len * config.world_size)
+    settings = {"world_size": config.world_size, "grad_checkpoint": config.grad_checkpoint, "fsdp": config.fsdp}
+    if config.device_batch_size == "auto":
+        fitting = flops.fitting_batch(gpt, rows, config.memory_gb * 2**30, **settings)
+        if not fitting:
+            raise configurator.UserError(f"not even one row of this model fits into {config.memory_gb} GB: choose a smaller DEPTH")
+    else:
+        fitting = min(config.device_batch_size, rows)
+    base_train.print_plan(dataclasses.replace(config, device_batch_size=fitting), gpt, plan, config.world_size)
+    memory = flops.memory_estimate(gpt, fitting, **settings)["total"] / 2**30
+    print(f"memory         {memory:.1f} GiB on each GPU with {fitting} rows in a pass, estimated")
+    work = flops.flops_per_token(gpt) * plan.tokens
+    for name in CARDS:
+        hours = work / (config.world_size * UTILISATION * 1e12 * flops.DEVICES[name].half) / 3600
+        card = f"{config.world_size} x {name}"
+        print(f"{card:<14} {hours:.1f} h of pretraining, predicted: {UTILISATION:.0%} of its peak")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

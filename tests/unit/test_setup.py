@@ -1,0 +1,499 @@
+"""The very scripts on machines that lack something: with stand-ins, and nothing else on the PATH."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.documents import READMES, ROOT, text_of
+from tests.machines import Machine, gpus, no_path, nvidia_smi
+
+TORCH = "2.13.0"
+PIP_MISSING = "this Python has no pip: `sudo apt install python3-pip` (Debian, Ubuntu), or install uv, then run this again"
+PYTHON = """case "$*" in
+    *"import sys, pip"*) {pip} ;;
+    "-m pip install "*) echo "pip $*" >> "$RECORD"; mkdir -p .uv/bin; cp "$UV" .uv/bin/uv ;;
+    *version_info*) echo {version} ;;
+esac"""
+UV = """echo "uv $* timeout=${UV_HTTP_TIMEOUT:-default}" >> "$RECORD"
+case "$*" in
+    --version) echo "uv 0.13.9" ;;
+    "cache dir") echo "$HOME/.cache/uv" ;;
+    venv*)
+        [[ "$*" != *"--python 3."* || -z "${NO_PYTHON:-}" ]] || { echo "error: dns" >&2; exit 2; }
+        rm -rf .venv
+        mkdir -p .venv/bin
+        printf '#!/bin/bash\\n[ -e .venv/torch ] || [ "$1" != - ]\\n' > .venv/bin/python
+        printf '#!/bin/bash\\necho maturin >> "$RECORD"\\n' > .venv/bin/maturin
+        chmod +x .venv/bin/* ;;
+    *--dry-run*) case "${INDEX:-there}" in
+        there) ;;
+        old) echo "  x No solution found when resolving dependencies" >&2; exit 1 ;;
+        *) echo "error: Failed to fetch: dns" >&2; exit 2 ;;
+    esac ;;
+    *torch==*)
+        [ -z "${SLOW:-}" ] || { echo "error: the download broke off" >&2; exit 2; }
+        touch .venv/torch ;;
+esac"""
+
+SCRIPTS = sorted(
+    {"speedrun.sh", "run1000.sh", ".ci/run", "dev/slurm.sbatch", *(str(path.relative_to(ROOT)) for path in (ROOT / "dev").glob("*.sh"))}
+)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """What setup.sh reads of the repository."""
+    folder = tmp_path / "checkout"
+    for name in ("dev/setup.sh", "dev/machine.sh", "pyproject.toml", "requirements.lock", "rustbpe/Cargo.toml", "rustbpe/pyproject.toml"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    (folder / "rustbpe" / "src").mkdir()
+    return folder
+
+
+class Setup:
+    """A machine with Python 3.11 with pip and without uv; `run` gives (exit code, stderr, calls)."""
+
+    def __init__(self, folder: Path, checkout: Path, system: str = "Linux") -> None:
+        self.machine, self.checkout = Machine(folder / "machine", system), checkout
+        self.record, self.uv = folder / "record", folder / "uv"
+        self.uv.write_text(f"#!/bin/bash\n{UV}\n", encoding="utf-8")
+        self.uv.chmod(0o755)
+        self.python("python3")
+
+    def python(self, name: str, version: str = "3.11", pip: bool = True) -> None:
+        self.machine.install(name, PYTHON.format(version=version, pip="true" if pip else "exit 1"))
+
+    def with_uv(self) -> None:
+        self.machine.install("uv", UV)
+
+    def run(self, *flags: str, **variables: str) -> tuple[int, str, list[str]]:
+        self.record.write_text("", encoding="utf-8")
+        done = self.machine.run("bash", "dev/setup.sh", *flags, cwd=self.checkout, RECORD=str(self.record), UV=str(self.uv), **variables)
+        return done.returncode, done.stderr.replace("\x1b[1m[setup]\x1b[0m ", ""), self.record.read_text(encoding="utf-8").splitlines()
+
+
+@pytest.fixture(params=["Linux", "Darwin"])
+def setup(request, tmp_path, checkout):
+    return Setup(tmp_path, checkout, request.param)
+
+
+@pytest.fixture
+def linux(tmp_path, checkout):
+    return Setup(tmp_path, checkout)
+
+
+def torch_installs(calls: list[str]) -> list[str]:
+    return [call for call in calls if f"torch=={TORCH}" in call and "--dry-run" not in call]
+
+
+def test_a_bare_machine_is_set_up_and_the_second_time_nothing_is_done(setup):
+    code, errors, calls = setup.run()
+    assert code == 0 and "ready: source .venv/bin/activate" in errors, errors
+    assert any(call.startswith("pip") and "--target .uv uv" in call for call in calls)
+    assert len(torch_installs(calls)) == 1
+    assert any("--extra norust" in call and "--no-sources" in call for call in calls) and "no cargo on the PATH" in errors
+    assert setup.run()[::2] == (0, [])
+
+
+def test_no_pip(setup):
+    setup.python("python3", pip=False)
+    code, errors, calls = setup.run()
+    assert (code, errors.strip(), calls) == (1, PIP_MISSING, [])
+    setup.with_uv()
+    assert setup.run()[0] == 0
+
+
+def test_pip_that_cannot_reach_its_index(linux):
+    linux.machine.install("python3", PYTHON.format(version="3.11", pip="true").replace('echo "pip', 'exit 1; echo "pip'))
+    code, errors, _ = linux.run()
+    assert code == 1 and "pip could not install uv: check the network (PIP_INDEX_URL names a mirror)" in errors
+
+
+@pytest.mark.parametrize("version", ["3.8", "3.15"])
+def test_a_python_that_is_too_old_or_too_new_has_uv_fetch_one(setup, version):
+    setup.python("python3", version)
+    code, errors, calls = setup.run()
+    assert code == 0 and f"Python {version} here, and zangchat needs 3.10 to 3.14: uv fetches Python 3.11" in errors
+    assert any("venv" in call and "--python 3.11 .venv" in call for call in calls)
+    shutil.rmtree(setup.checkout / ".venv")
+    code, errors, _ = setup.run(NO_PYTHON="1")
+    assert code == 1 and "uv could not fetch Python 3.11: check the network (UV_PYTHON_INSTALL_MIRROR names a mirror)" in errors
+    assert "or install Python 3.10 to 3.14, then run this again" in errors
+
+
+def test_no_python_at_all(setup):
+    (setup.machine.bin / "python3").unlink()
+    code, errors, calls = setup.run()
+    assert code == 1 and "no Python runs here: install Python 3.11" in errors and not calls
+    setup.with_uv()
+    code, errors, calls = setup.run()
+    assert code == 0 and "no Python here, and zangchat needs" in errors
+
+
+def test_a_dead_shim_of_pyenv_is_passed_over(setup):
+    setup.machine.install("python3.12", no_path("python3.12"))
+    code, errors, calls = setup.run(PYTHON_VERSION="3.12")
+    assert code == 0 and "/bin/python3.12 does not run (if it is pyenv's: `pyenv global 3.12`" in errors
+    assert any(re.search(r"venv .*--python \S*/python3 ", call) for call in calls)
+    for name in ("python3", "python"):
+        setup.machine.install(name, no_path(name))
+    shutil.rmtree(setup.checkout / ".uv")
+    shutil.rmtree(setup.checkout / ".venv")
+    assert "no Python runs here" in setup.run(PYTHON_VERSION="3.12")[1]
+
+
+def test_the_pythons_further_down_the_path_are_tried(linux, tmp_path):
+    """A shim before the system's Python, or an environment without pip that is active."""
+    first = tmp_path / "first"
+    first.mkdir()
+    for text in (no_path("python3"), PYTHON.format(version="3.11", pip="exit 1")):
+        shutil.rmtree(linux.checkout / ".uv", ignore_errors=True)
+        shutil.rmtree(linux.checkout / ".venv", ignore_errors=True)
+        (first / "python3").write_text(f"#!/bin/bash\n{text}\n")
+        (first / "python3").chmod(0o755)
+        code, errors, _ = linux.run(PATH=f"{first}:{linux.machine.bin}")
+        assert code == 0, errors
+
+
+def test_a_dead_environment_is_made_anew(linux):
+    assert linux.run()[0] == 0
+    (linux.checkout / ".venv/bin/python").unlink()
+    (linux.checkout / ".venv/bin/python").symlink_to("/nonexistent/python3.11")  # the Python it was made with is gone
+    code, errors, calls = linux.run()
+    assert code == 0 and any("venv --quiet --clear" in call for call in calls), errors
+
+
+def test_an_old_or_dead_uv_is_not_used(linux):
+    for text in ('[ "$1" != --version ] || echo "uv 0.4.30"; exit 0', no_path("uv")):
+        shutil.rmtree(linux.checkout / ".uv", ignore_errors=True)
+        shutil.rmtree(linux.checkout / ".venv", ignore_errors=True)
+        linux.machine.install("uv", text)
+        assert linux.run()[0] == 0
+        assert (linux.checkout / ".uv/bin/uv").exists()
+
+
+@pytest.mark.parametrize("system, free, enough", [("Linux", 2, False), ("Darwin", 2, False), ("Linux", 5, True)])
+def test_too_little_disk_is_an_error_before_the_download(tmp_path, checkout, system, free, enough):
+    setup = Setup(tmp_path, checkout, system)
+    line = f"/dev/disk 3 s1 100000000 1 {free * 10**9 // 1024} 99% /Volumes/My Disk"
+    setup.machine.install("df", f"echo Filesystem 1024-blocks Used Available Capacity Mounted on; echo '{line}'")
+    code, errors, calls = setup.run()
+    if enough:  # for a CPU build
+        assert code == 0
+        shutil.rmtree(checkout / ".venv")
+        code, errors, calls = setup.run(INDEX="silent")
+        assert "needs 6 GB of disk" in errors
+    else:
+        assert re.search(r"needs 3 GB of disk, and \.venv has \d GB free: make room \(UV_CACHE_DIR moves", errors)
+    assert code == 1 and not torch_installs(calls)
+
+
+# -- which build of torch --------------------------------------------------------------------------
+
+
+def test_the_build_follows_from_the_machine(linux, tmp_path):
+    _, _, calls = linux.run()
+    assert "--torch-backend=cpu" in torch_installs(calls)[0]
+    # a GPU has appeared: a CPU build will not do
+    linux.machine.install("nvidia-smi", nvidia_smi(gpus(0)))
+    (linux.checkout / ".venv/torch").unlink()
+    _, _, calls = linux.run()
+    assert "--torch-backend=auto" in torch_installs(calls)[0]
+    assert any("pip uninstall" in call for call in calls), "uv takes another build of the version for good enough"
+    assert not any("--reinstall" in call for call in calls), "which downloads what uv has in its cache"
+    assert linux.run()[2] == []
+    (linux.machine.bin / "nvidia-smi").unlink()
+    assert linux.run()[2] == [], "a build for GPUs runs on a CPU"
+
+
+def test_macos_takes_the_ordinary_build(tmp_path, checkout):
+    _, _, calls = Setup(tmp_path, checkout, "Darwin").run()
+    assert "--torch-backend" not in " ".join(calls)
+
+
+def test_a_broken_driver_is_named(linux):
+    failed = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. Make sure that it is running."
+    linux.machine.install("nvidia-smi", nvidia_smi(failed, code=9))
+    code, errors, calls = linux.run()
+    assert code == 0 and f"no GPU: nvidia-smi failed: {failed}" in errors
+    assert "--torch-backend=cpu" in torch_installs(calls)[0]
+
+
+def test_an_index_that_is_silent_leads_to_the_ordinary_build_and_says_so(linux):
+    code, errors, calls = linux.run(INDEX="silent")
+    assert code == 0 and "PyTorch's index does not answer: taking the ordinary build from PyPI" in errors
+    assert "--torch-backend" not in torch_installs(calls)[0]
+
+
+def test_a_slow_link_does_not_lead_to_a_larger_download(linux):
+    code, errors, calls = linux.run(SLOW="1")
+    assert code == 1 and "torch could not be installed: check the network" in errors
+    assert len(torch_installs(calls)) == 1 and torch_installs(calls)[0].endswith("timeout=default")
+    assert "--quiet" not in torch_installs(calls)[0], "uv shows how far it is"
+    assert "the download broke off" in errors
+    assert "timeout" not in re.sub(r"#.*", "", text_of("dev/setup.sh")).replace("UV_HTTP_TIMEOUT", "")
+
+
+def test_a_driver_too_old_for_every_build_is_named(linux):
+    linux.machine.install("nvidia-smi", nvidia_smi(gpus(0), driver="470.82.01"))
+    code, errors, calls = linux.run(INDEX="old")
+    assert code == 1 and not torch_installs(calls)
+    assert f"no torch {TORCH} for 'auto' on this machine (driver 470.82.01): update the driver, or TORCH_BACKEND=cpu" in errors
+
+
+@pytest.mark.parametrize("backend", ["pypi", "cu128"])
+def test_the_build_can_be_chosen(linux, backend):
+    linux.machine.install("nvidia-smi", nvidia_smi(gpus(0)))
+    _, _, calls = linux.run(TORCH_BACKEND=backend)
+    assert ("--torch-backend=cu128" in torch_installs(calls)[0]) == (backend == "cu128")
+
+
+# -- the crate -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "cargo, reason",
+    [
+        ("echo 'cargo 1.84.1 (66221abde 2024-11-19)'", "cargo 1.84.1 (66221abde 2024-11-19) is older than 1.85, which the crate needs:"),
+        ("echo 'error: no default toolchain'; exit 1", "cargo does not run: error: no default toolchain"),
+        ("echo 'cargo 1.85.0 (d73d2caf9 2024-12-31)'", ""),
+        ("echo 'cargo 2.1.0'", ""),
+    ],
+)
+def test_cargo_that_cannot_build_the_crate_is_named(setup, cargo, reason):
+    setup.machine.install("cargo", cargo)
+    code, errors, calls = setup.run()
+    assert code == 0
+    if reason:
+        assert reason in errors and any("--extra norust" in call for call in calls) and "maturin" not in calls
+    else:
+        assert "maturin" in calls and "could not be built" not in errors
+    setup.machine.install("cargo", "echo 'cargo 1.99.0'")  # rustup update
+    assert bool(setup.run()[2]), "a newer cargo builds the crate"
+
+
+def test_packages_that_another_tool_removed_come_back(linux):
+    packages = linux.checkout / ".venv/lib/python3.11/site-packages"
+    assert linux.run()[0] == 0 and linux.run()[2] == []
+    (packages / "transformers-5.0.dist-info").mkdir(parents=True)
+    assert linux.run()[2] and linux.run()[2] == []
+
+
+# -- GPUs ------------------------------------------------------------------------------------------
+
+
+def count(machine: Machine, **variables: str) -> list[str]:
+    values = '"$gpus" "$gpu_first" "$gpu_mig" "$gpu_problem"'
+    script = f"set -euo pipefail; source dev/machine.sh; find_gpus; printf '%s\\n' {values}"
+    done = machine.run("bash", "-c", script, cwd=ROOT, **variables)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split("\n")[:4]
+
+
+VISIBLE = [None, "", "-1", "0", "1,0", "0,1,2", "7", "0,7,1", "0,-1,1", "0,0", " 1 , 0", "1gpu2", "x"]
+VISIBLE += ["GPU-0a5", "GPU-1,GPU-0", "GPU-", "GPU-7", "GPU-1,0", "GPU-1a,GPU-1a5", "0,GPU-1"]
+
+
+@pytest.mark.parametrize("visible", VISIBLE)
+def test_gpus_are_counted_as_torch_counts_them(tmp_path, monkeypatch, visible):
+    machine = Machine(tmp_path, "Darwin")  # the plainer tools
+    machine.install("nvidia-smi", nvidia_smi(gpus(0, 0, 0)))
+    uuids = re.findall(r"UUID: (\S+)\)", gpus(0, 0, 0))
+    monkeypatch.setattr(torch.cuda, "_raw_device_count_nvml", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "_raw_device_uuid_nvml", lambda: uuids)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    number, _, _, problem = count(machine, **({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}))
+    assert int(number) == torch.cuda._device_count_nvml()
+    assert problem == ("" if int(number) else f"CUDA_VISIBLE_DEVICES={visible} hides them")
+
+
+@pytest.mark.parametrize(
+    "migs, visible, expected",
+    [
+        ((2,), None, ["1", "0", "40"]),  # a process sees one instance, however many there are
+        ((0, 2), None, ["1", "1", "40"]),
+        ((0, 2), "0", ["1", "0", ""]),
+        ((0, 2), "1", ["1", "1", "40"]),
+        ((2,), "MIG-01c0ffee", ["1", "0", "40"]),
+        ((2,), "MIG-00c0ffee,MIG-01c0ffee", ["1", "0", "40"]),
+        ((2,), "MIG-77", ["0", "", ""]),
+        ((2,), "GPU-0a5", ["1", "0", "40"]),
+        ((0,) * 8, None, ["8", "0", ""]),
+        ((0,) * 8, "6,7", ["2", "6", ""]),
+    ],
+)
+def test_lines_of_mig_are_no_gpus(tmp_path, migs, visible, expected):
+    machine = Machine(tmp_path)
+    machine.install("nvidia-smi", nvidia_smi(gpus(*migs)))
+    assert count(machine, **({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}))[:3] == expected
+
+
+def test_no_gpu_has_a_reason(tmp_path):
+    machine = Machine(tmp_path)
+    assert count(machine)[::3] == ["0", "nvidia-smi is not installed"]
+    machine.install("nvidia-smi", nvidia_smi("No devices were found", code=6))
+    assert count(machine)[::3] == ["0", "nvidia-smi failed: No devices were found"]
+    machine.install("nvidia-smi", nvidia_smi(""))
+    assert count(machine)[::3] == ["0", "nvidia-smi lists none"]
+
+
+# -- macOS -----------------------------------------------------------------------------------------
+
+FAKE = """#!/bin/bash
+echo "${0##*/} $* cuda=${CUDA_VISIBLE_DEVICES-}" >> "$RECORD"
+case "$*" in
+    "-m dev.gpus") echo "error: torch cannot use it" >&2; exit 2 ;;
+    *zangchat.dataset*-n*)
+        folder=$ZANGCHAT_BASE_DIR/base_data/climbmix; mkdir -p "$folder"
+        for ((i = 0; i <= ${!#}; i++)); do
+            printf '{"name": "shard_%05d.parquet"}\\n' "$i"
+        done > "$folder/manifest.json" ;;
+esac
+"""
+
+
+@pytest.fixture
+def mac(tmp_path):
+    """`mac(script, **variables) -> (CompletedProcess, calls)`, with stand-ins for what it calls."""
+    folder = tmp_path / "checkout"
+    for name in (*SCRIPTS, "pyproject.toml", "rustbpe/Cargo.toml"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    (folder / "dev/setup.sh").write_text(f"TORCH_VERSION={TORCH}\n")
+    machine = Machine(tmp_path / "machine", "Darwin")
+    for name in ("python", "torchrun", "ruff", "mypy", "uv"):
+        program = folder / ".venv/bin" / name
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.write_text(FAKE)
+        program.chmod(0o755)
+
+    def run(script: str, *arguments: str, **variables: str):
+        record = tmp_path / "record"
+        record.write_text("")
+        variables = {"RECORD": str(record), "ZANGCHAT_BASE_DIR": str(tmp_path / "base"), **variables}
+        done = machine.run("bash", script, *arguments, cwd=folder, **variables)
+        return done, record.read_text().splitlines()
+
+    run.machine, run.folder, run.base = machine, folder, tmp_path / "base"
+    return run
+
+
+@pytest.mark.parametrize(
+    "script, variables, last",
+    [
+        ("speedrun.sh", {"NPROC_PER_NODE": "2"}, "zangchat.report generate"),
+        ("run1000.sh", {"NPROC_PER_NODE": "1"}, "zangchat.report generate"),
+        ("dev/rungpu.sh 24", {}, "zangchat.report generate"),
+        ("dev/runcpu.sh", {}, "scripts.chat_cli"),
+        ("dev/test.sh", {}, "-m pytest -m not slow"),
+        (".ci/run", {}, "-m pytest -m not slow"),
+        ("dev/lock.sh", {"PATH": "uv"}, "pip compile"),
+    ],
+)
+def test_every_script_runs_with_the_tools_of_macos(mac, script, variables, last):
+    mac.base.mkdir()
+    (mac.base / "runcpu.plan").write_text("# a plan\nBASE_STEPS=1\nMID_STEPS=1\nSFT_STEPS=1\nRL_STEPS=1\n")
+    if "PATH" in variables:
+        variables = {"PATH": f"{mac.folder}/.venv/bin:{mac.machine.bin}"}
+    done, calls = mac(*script.split(), **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert last in calls[-1] and "illegal option" not in done.stderr and "command not found" not in done.stderr
+
+
+def test_without_a_gpu_macos_is_sent_to_the_laptop_run(mac):
+    for script in ("speedrun.sh", "run1000.sh", "dev/rungpu.sh"):
+        done, calls = mac(script)
+        assert done.returncode == 2 and "No GPU found (nvidia-smi is not installed)" in done.stderr and not calls
+    done, _ = mac("speedrun.sh", DRY_RUN="1")
+    assert done.returncode == 0 and "python -m scripts.tok_eval\n" in done.stdout
+
+
+def test_the_laptop_run_takes_the_cpu_if_torch_cannot_use_the_gpu(mac):
+    mac.base.mkdir()
+    (mac.base / "runcpu.plan").write_text("# a plan\nBASE_STEPS=1\nMID_STEPS=1\nSFT_STEPS=1\nRL_STEPS=1\n")
+    mac.machine.install("nvidia-smi", nvidia_smi(gpus(0), driver="470.82.01"))
+    done, calls = mac("dev/runcpu.sh")
+    assert done.returncode == 0 and "error: torch cannot use it\nThis run computes on the CPU.\n" in done.stderr
+    assert {call.rpartition("cuda=")[2] for call in calls[1:]} == {"-1"}
+
+
+# -- bash 3.2 --------------------------------------------------------------------------------------
+
+LATER = {  # what macOS's bash, 3.2, does not know, and what its tools do not
+    r"\$\{\w+(\[[^]]*\])?(,,|\^\^|,|\^|@[A-Z])\}": "case modification",
+    r"\b(mapfile|readarray|coproc)\b": "mapfile, coproc",
+    r"\b(declare|local|typeset) -[A-Za-z]*[Ang]": "declare -A, -n, -g",
+    r"\bwait -n\b": "wait -n",
+    r"&>>|\|&|;;&|;&": "&>>, |&, ;;&",
+    r"printf [^#]*%\([^)]*\)T": "printf %()T",
+    r"\$\{\w+: -\d|\[-\d+\]": "negative indexes",
+    r"\$\{?(EPOCHSECONDS|EPOCHREALTIME|SRANDOM|BASHPID)\b": "newer variables",
+    r"\[\[? -v ": "test -v",
+    r"\bshopt -s (globstar|lastpipe|inherit_errexit)": "newer options",
+    r"\$\{\w+@": "parameter transformation",
+    r"(?<![\w-])(timeout|flock|nproc|setsid|tac|stdbuf|realpath|sha256sum|readlink -f) ": "GNU tools",
+    r"\bsed -i|\bgrep -\w*P|\bsort -V|\bdate -d|\bxargs -r|\bfind [^|]*-printf": "GNU options",
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_keep_to_bash_3_2(name):
+    for number, line in enumerate(text_of(name).splitlines(), 1):
+        code = re.sub(r"(^|\s)#.*", "", line)
+        for pattern, what in LATER.items():
+            assert not re.search(pattern, code), f"{name}:{number} uses {what}: {line}"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_arrays_that_may_be_empty_are_guarded(name):
+    """Under `set -u` bash 3.2 takes an empty array for an unset variable."""
+    text = text_of(name)
+    empty = set(re.findall(r"\b(\w+)=\(\)", text))
+    for array in empty:
+        for line in text.splitlines():
+            bare = re.sub(rf'\$\{{{array}\[@\]\+"\$\{{{array}\[@\]\}}"\}}', "", line)
+            guarded = f'"${{#{array}[@]}}" -gt 0' in text  # tested once, before the only use
+            assert guarded or f"${{{array}[@]}}" not in bare, f"{name}: {line}"
+
+
+def test_shellcheck_finds_nothing():
+    if not shutil.which("shellcheck"):
+        pytest.skip("no shellcheck here")
+    done = subprocess.run(["shellcheck", "-x", *SCRIPTS], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+# -- uv sync ---------------------------------------------------------------------------------------
+
+
+def test_uv_sync_gets_the_same_torch_and_the_crate():
+    tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
+    project = tomllib.loads(text_of("pyproject.toml"))
+    assert f"\nTORCH_VERSION={TORCH}\n" in text_of("dev/setup.sh")
+    for extra in ("gpu", "cpu"):
+        assert f"torch=={TORCH}" in project["project"]["optional-dependencies"][extra]
+    uv = project["tool"]["uv"]
+    assert project["dependency-groups"][uv["default-groups"][0]] == ["rustbpe"]
+    assert tomllib.loads(text_of(f"{uv['sources']['rustbpe']['path']}/pyproject.toml"))["project"]["name"] == "rustbpe"
+    assert "uv.lock" in text_of(".gitignore").split()
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_readmes_name_the_mirrors_and_what_is_untested(name):
+    text = text_of(name)
+    assert any(all(word in line for word in ("UV_DEFAULT_INDEX", "PIP_INDEX_URL", "HF_ENDPOINT")) for line in text.splitlines())
+    assert "`uv sync --extra gpu`" in text
+    assert any("MPS" in line or "macOS" in line for line in text.split("\n\n") if "**untested on real hardware**" in line or "真机" in line)
+
+
+def test_ci_has_a_job_on_macos():
+    jobs = yaml.safe_load(text_of(".github/workflows/ci.yml"))["jobs"]
+    assert any(str(job["os"]).startswith("macos-") for job in jobs["test"]["strategy"]["matrix"]["include"])
