@@ -326,6 +326,7 @@ class Run:
         optimizer = self.optimizer(model, plan)
         self.restore(model, optimizer, keep_optimizer)
         if self.rank == 0:
+            (self.checkpoint_dir / REPORTED).unlink(missing_ok=True)
             size = flops.checkpoint_bytes(model.config, config.optimizer, config.dtype)
             warn_if_disk_is_small(self.checkpoint_dir, size, config.keep_last)
         self.state.num_iterations = plan.num_iterations

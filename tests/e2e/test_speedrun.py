@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import psutil
 import pytest
-import yaml
 
 from tasks.common import scored_tasks
 from tasks.training import MID_MIXTURE, SFT_MIXTURE
@@ -252,9 +251,3 @@ def test_run1000_on_its_defaults(empty: Chain) -> None:
 @pytest.mark.slow
 def test_rungpu_on_its_defaults(empty: Chain) -> None:
     check_result(empty, empty.run("dev/rungpu.sh", "8"))
-
-
-def test_the_workflow_is_told_of_no_setting_that_a_user_has_not() -> None:
-    """What the ordinary tests set for all their processes is no setting of the product's."""
-    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))["jobs"]
-    assert not [name for job in jobs.values() for name in job.get("env", {}) if name.startswith("ZANGCHAT_")]

@@ -366,6 +366,28 @@ def test_the_command_that_is_printed_goes_on_with_the_run(base, before, capsys):
     assert checkpoint_manager.find_last_step(folder(before, "base")) == 10
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_that_was_killed_before_it_wrote_its_card_writes_it_when_it_is_resumed(base, before, stage, capsys):
+    """What is left then: the last checkpoint, after its evaluation."""
+    main, flags = STAGES[stage][0], STAGES[stage][1](base, "--resume=latest")
+    name = {"base": "base-model-training", "mid": "midtraining", "sft": "chat-sft"}[stage]
+    card = before / "report" / f"{name}.card.json"
+    written = json.loads(card.read_text(encoding="utf-8"))["data"]
+    card.unlink()
+    (folder(before, stage) / run_setup.REPORTED).unlink()
+    model = folder(before, stage) / checkpoint_manager.model_name(10)
+    age = model.stat().st_mtime_ns
+    assert main(flags) == 0 and "nothing to do" not in capsys.readouterr().out
+    again = json.loads(card.read_text(encoding="utf-8"))["data"]
+    for data in (again, written):
+        data[0] = {name: value for name, value in data[0].items() if name not in ("training minutes", "peak memory MiB")}
+    assert again[0] == written[0]
+    assert model.stat().st_mtime_ns == age and main(flags) == 0 and "nothing to do" in capsys.readouterr().out
+    with ctrl_c_in_step(3):
+        assert main([*STAGES[stage][1](base), "--overwrite"]) == 130
+    assert not (folder(before, stage) / run_setup.REPORTED).exists(), "the card of the run before is not this one's"
+
+
 def test_a_finished_run_can_be_made_longer(base, before):
     assert base_train.main([*base_flags(base, "--resume=latest"), "--num_iterations=12"]) == 0
     assert checkpoint_manager.find_last_step(folder(before, "base")) == 12
