@@ -30,8 +30,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def fetch(config: Config) -> int:
-    from zangchat.core_eval import find_bundle, read_tasks
-
     scored = scored_tasks(config.eval_tasks, every=True)
     trained = [name for spec in (config.mid_mixture, config.sft_mixture) for name, _ in parse_mixture(spec)]
     trained += [name for name in (config.identity_data, config.rl_task) if name]
@@ -46,6 +44,8 @@ def fetch(config: Config) -> int:
         except MissingData as error:  # the evaluation goes without it, too
             print(f"{name} will not be scored: {error}")
     if config.core:
+        from zangchat.core_eval import find_bundle, read_tasks
+
         tasks, missing = read_tasks(find_bundle())
         print(f"CORE: {len(tasks)} tasks{', without ' + ', '.join(missing) if missing else ''}")
     return 0

@@ -63,22 +63,24 @@ def fetch_missing(dataset: Dataset) -> None:
 def fetch_table(repo: str, config: str, split: str) -> "datasets.Dataset":
     """One split of a dataset, from the cache of the hub's client or from the hub. An empty `config` means the only one.
 
-    Processes that want the same dataset fetch it one after the other: the first does the work. Raises OSError, ValueError or RuntimeError.
+    Of several processes that want the same dataset the first fetches it. Raises OSError, ValueError or RuntimeError.
     """
     import datasets
     import filelock
 
+    lock = get_base_dir() / "tasks" / f".{repo.replace('/', '--')}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+
     def attempt() -> "datasets.Dataset":
         builder = datasets.load_dataset_builder(repo, config or None)
         if not os.path.exists(builder.cache_dir):
-            _fetch_table_files(builder)
-            builder.download_and_prepare()
+            with filelock.FileLock(lock):
+                if not os.path.exists(builder.cache_dir):
+                    _fetch_table_files(builder)
+                    builder.download_and_prepare()
         return builder.as_dataset(split=split)
 
-    lock = get_base_dir() / "tasks" / f".{repo.replace('/', '--')}.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(lock):
-        return with_retries(repo, attempt)
+    return with_retries(repo, attempt)
 
 
 def _fetch_table_files(builder: "datasets.DatasetBuilder") -> None:

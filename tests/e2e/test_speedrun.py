@@ -110,6 +110,11 @@ def whole(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> tuple[Chain, st
 def check_result(chain: Chain, said: str, tag: str = "d2") -> None:
     assert "$ at" not in said and re.search(rf"\n{tag}: 0 h \d\d min this time, \$\d+\.\d\d at \$\d+ an hour", said)
     assert {stage: chain.checkpoints(stage).name for stage in STAGES} == dict.fromkeys(STAGES, tag)
+    fetched = {"SmolTalk, train": 600, "SmolTalk, test": 600, "HumanEval, test": 12}
+    for name in ("MMLU, auxiliary_train", "MMLU, test", "GSM8K, train", "GSM8K, test", "ARC-Easy, train", "ARC-Challenge, test"):
+        fetched[name] = 60
+    before = said.partition("Pretraining")[0]
+    assert all(f"{name}: {count} conversations\n" in before for name, count in fetched.items()) and "CORE: 22 tasks\n" in before
     # each stage trained on its own mixture, with something of every entry
     for stage, mixture in (("mid", MID_MIXTURE), ("sft", SFT_MIXTURE)):
         config = chain.meta(stage)["user_config"]
