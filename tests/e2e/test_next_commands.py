@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ import pytest
 import torch
 
 from tests.commands import ROOT, find
+from tests.hub.contents import stand_in
+from tests.hub.server import Hub
 from tests.talker import engine, serving
 from tests.unit.test_train_scripts import base as trained  # noqa: F401 (a fixture)
 from tests.unit.test_train_scripts import (
@@ -33,6 +35,7 @@ from tests.unit.test_train_scripts import (
     sft_flags,
 )
 from zangchat import checkpoint_manager, configurator, run_setup
+from zangchat.hub import HUB_REPOS
 
 Say = Callable[..., str]
 Flags = dict[str, list[str]]
@@ -427,3 +430,91 @@ def test_jobs_that_were_submitted_say_how_to_finish(base_dir: Path, tmp_path: Pa
 def test_a_flag_that_does_not_exist_names_the_help(base_dir: Path) -> None:
     said = shell("python -m scripts.base_train --dpeth=4", code=2)
     assert "--depth" in shell(the_command(said))
+
+
+# ---- with a hub ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """All of the network."""
+    with stand_in(count=10) as hub:
+        for name, value in hub.environment(tmp_path / "cache").items():
+            monkeypatch.setenv(name, value)
+        yield hub
+
+
+def test_without_a_source_both_ways_are_named(hub: Hub, base_dir: Path, run: Say, typed: Say) -> None:
+    fetch = the_command(run("zangchat.dataset", code=2), "-n 8")
+    typed(fetch)
+    assert (base_dir / "base_data" / "climbmix" / "manifest.json").exists()
+
+
+def test_a_text_of_the_hub_is_fetched_checked_and_repaired(hub: Hub, base_dir: Path, run: Say, typed: Say) -> None:
+    fetch = the_command(run("scripts.tok_train", *TOKENIZER, "--dataset=fineweb-edu", code=2))
+    typed(fetch)
+    check = the_command(typed(fetch))
+    assert "are what the manifest says" in typed(check)
+    next((base_dir / "base_data" / "fineweb-edu").glob("*0.parquet")).unlink()
+    repair = the_command(run("scripts.tok_train", *TOKENIZER, "--dataset=fineweb-edu", code=2))
+    assert the_command(typed(check, code=2)) == repair
+    typed(repair)
+    run("scripts.tok_train", *TOKENIZER, "--dataset=fineweb-edu")
+
+
+def test_a_hub_that_fails_says_what_needs_none(hub: Hub, base_dir: Path, run: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    said = run("zangchat.dataset", "-n", "8", code=2)
+    assert "set HF_ENDPOINT to a mirror" in said
+    assert the_command(said) == "python -m zangchat.dataset --source=pydocs"
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    run("zangchat.dataset", "-n", "8")
+
+
+def test_a_shard_that_does_not_come_whole_comes_by_the_same_command(
+    hub: Hub, base_dir: Path, run: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zangchat.hub.RETRY_WAIT", 0.01)
+    hub.faults[f"{HUB_REPOS['climbmix']}/shard_00001.parquet"] = ["wrong"] * 5
+    said = run("zangchat.dataset", "-n", "8", code=2)
+    assert "run the same command again later" in said
+    assert "8 training shards" in run("zangchat.dataset", "-n", "8")
+
+
+@pytest.mark.slow
+def test_core_that_training_goes_without_is_fetched(hub: Hub, root: Path, flags_of: Flags) -> None:
+    line = shlex.join(["python", "-m", "scripts.base_train", *flags_of["base"], "--overwrite", "--core_metric_every=10"])
+    said = shell(f"{line} --core_metric_max_per_task=1")
+    assert "training goes without CORE evaluations" in said
+    assert "CORE: 22 tasks" in shell(the_command(said, "fetch"))
+    assert "base step 10: CORE" in shell(f"{line} --core_metric_max_per_task=1")
+
+
+@pytest.mark.slow
+def test_a_download_that_failed_is_made_by_the_same_command(hub: Hub, root: Path) -> None:
+    line = "python -m scripts.base_eval --max_per_task=1 --device_type=cpu"
+    said = shell(line, code=2, ZANGCHAT_EVAL_BUNDLE_URL="http://127.0.0.1:9/bundle.zip")
+    assert "eval_bundle" in said and "run this again" in said
+    assert "CORE" in shell(line)
+
+
+# ---- a chain ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_stage_that_fails_names_its_command_and_the_chain(hub: Hub, base_dir: Path, tmp_path: Path) -> None:
+    """Two stages fail: one whose file is missing, and, when that is there, one whose vocabulary is too small."""
+    mine = tmp_path / "about me.jsonl"
+    variables = {"NPROC_PER_NODE": "2", "NUM_SHARDS": "4", "MAX_CHARS": "500000", "VOCAB_SIZE": "100", "IDENTITY_DATA": str(mine)}
+    said = shell("bash speedrun.sh", code=2, **variables)
+    assert "stopped with exit code 2" in said and str(mine) in said
+    alone, chain = the_command(said, "scripts."), the_command(said, "bash ")
+    shell(alone, code=2)
+    row = {"messages": [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "Ada."}]}
+    mine.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    shell(alone)
+    said = shell(chain, code=2, **variables)
+    alone = the_command(said, "scripts.tok_train")
+    assert the_command(said, "bash ") == chain and "--vocab_size=100" in said
+    shell(f"{alone} --vocab_size=512")
+    assert (base_dir / "tokenizer" / "tokenizer.json").exists()
