@@ -110,7 +110,8 @@ class Machine(NamedTuple):
         }
         done = subprocess.run(["bash", "-c", line], cwd=self.work, env=env, capture_output=True, text=True, timeout=580)
         assert done.returncode == code, f"{line}\nleft with {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-        assert not self.hub.unknown
+        unknown = [asked for asked in self.hub.unknown if "/api/models/d20" not in asked]  # lm_eval asks for every model
+        assert not unknown, unknown
         return done.stdout + done.stderr
 
 
