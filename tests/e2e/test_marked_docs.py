@@ -16,6 +16,7 @@ from typing import NamedTuple
 import httpx
 import pytest
 
+from tests import sizes
 from tests.documents import NOT_RUN, PAGES, READMES, ROOT, commands, text_of
 from tests.hub.contents import parquet, stand_in
 from tests.hub.server import Hub, Repo
@@ -35,7 +36,7 @@ ELSEWHERE = {  # the test file -> what it types, which it names
 }
 THIS_SUITE = "bash dev/test.sh"
 SHARDS = 117  # 115 of them are asked for
-MODEL = "--depth=2 --n_embd=32 --head_dim=16 --max_seq_len=256 --total_batch_size=2048 --device_batch_size=4 --num_iterations=4"
+MODEL = "--depth=2 --max_seq_len=256 --total_batch_size=2048 --device_batch_size=4 --num_iterations=4"
 SIZES = {
     "scripts.tok_train": "--vocab_size=512 --max_chars=500000",
     "scripts.base_train": f"{MODEL} --eval_tokens=2048 --core_metric_max_per_task=1",
@@ -44,8 +45,8 @@ SIZES = {
     "scripts.mid_train": "--num_iterations=2 --eval_tokens=2048 --device_batch_size=4",
     "scripts.chat_sft": "--num_iterations=2 --eval_steps=1 --device_batch_size=4",
     "scripts.chat_rl": """--num_iterations=1 --examples_per_step=2 --num_samples=2 --max_new_tokens=8 --eval_examples=2
-        --eval_samples=2 --device_batch_size=4""",
-    "scripts.chat_eval": "-x 4 -m 8",
+        --device_batch_size=4""",
+    "scripts.chat_eval": "--max_problems=4 --max_new_tokens=8",
 }
 
 
@@ -74,6 +75,11 @@ def test_every_marked_command_is_typed_somewhere() -> None:
     here = {*HOME, *RACE, *TEXT, *SCORES, *HARNESS, *PYDOCS}
     everything = {line for reason in NOT_RUN for line in marked(reason)}
     assert here.isdisjoint(elsewhere) and everything == here | elsewhere | {THIS_SUITE}
+
+
+def test_what_follows_a_command_is_sizes() -> None:
+    given = {word.partition("=")[0].lstrip("-") for words in SIZES.values() for word in words.split()}
+    assert given <= sizes.FLAGS
 
 
 @pytest.mark.parametrize("file", ELSEWHERE)
@@ -119,11 +125,11 @@ def small(line: str) -> str:
     """A command with its sizes behind it, on two ranks where it is for eight."""
     module = re.search(r"-m (\S+)", line)
     assert module
-    sizes = " ".join(SIZES.get(module[1], "").split())
+    more = " ".join(SIZES.get(module[1], "").split())
     if not line.startswith("torchrun"):
-        return f"{line} {sizes}".strip()
+        return f"{line} {more}".strip()
     line = line.replace(" -m ", " --nproc_per_node=2 -m ")
-    return f"{line} {'' if ' -- ' in line else '-- '}{sizes}" if sizes else line
+    return f"{line} {'' if ' -- ' in line else '-- '}{more}" if more else line
 
 
 @pytest.fixture(scope="module")
