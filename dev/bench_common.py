@@ -50,7 +50,7 @@ def machine(allowed: bool) -> dict[str, Any]:
 
 
 def repetition(module: str, config: Any) -> Any:
-    """What `python -m module`, with the flags that make `config` of its defaults, prints in its last line: JSON."""
+    """What `python -m MODULE`, with the flags that make `config` of its defaults, prints in its last line: JSON."""
     command = [sys.executable, "-m", module, *as_flags(config)]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=Path(__file__).parents[1])
     if done.returncode:

@@ -13,6 +13,7 @@ import json
 import os
 import random
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -128,7 +129,8 @@ def generate(config: Config) -> int:
             f"{output} has {have} conversations: after {last} requests nothing new comes; raise --temperature or --max_similarity"
         )
         return 1
-    common.print0(f"{output} has {have} conversations; next: python -m scripts.mid_train --identity_data={output}")
+    following = shlex.join(["python", "-m", "scripts.mid_train", f"--identity_data={output}"])
+    common.print0(f"{output} has {have} conversations; next: {following}")
     return 0
 
 

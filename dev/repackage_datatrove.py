@@ -9,7 +9,9 @@ characters). The last step writes the manifest. A task that was finished is not 
 failure. On Slurm the folder must be one that all nodes see, and the command is for the head node; the Slurm executor is untried.
 """
 
+import dataclasses
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
@@ -96,7 +98,9 @@ def repackage(config: Config) -> int:
     )
     second.run()
     if config.slurm_partition:
-        print("submitted; when both jobs are done: python -m dev.repackage_datatrove with the same flags, without --slurm_partition")
+        here = configurator.as_flags(dataclasses.replace(config, slurm_partition=""))
+        last = shlex.join(["python", "-m", "dev.repackage_datatrove", *here])
+        print(f"submitted; when both jobs are done: {last}")
         return 0
     parts = sorted(building.glob("[0-9]*.json"))
     shards = [entry for part in parts for entry in json.loads(part.read_text(encoding="utf-8"))]

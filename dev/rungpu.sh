@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The chain of speedrun.sh on one GPU, with sizes for its memory.
 #
-#   bash dev/rungpu.sh              asks nvidia-smi how much there is
-#   bash dev/rungpu.sh 24           8 | 12 | 16 | 24 | 48 | 80 GB
-#   DRY_RUN=1 bash dev/rungpu.sh 24 prints its commands, the plan and the memory; touches nothing
+#   bash dev/rungpu.sh               asks nvidia-smi how much there is
+#   bash dev/rungpu.sh 24            8 | 12 | 16 | 24 | 48 | 80 GB
+#   DRY_RUN=1 bash dev/rungpu.sh 24  prints its commands, the plan and the memory; touches nothing
 #
 # Every number is speedrun.sh's environment variable and can be set in front, e.g. DEPTH=12 bash dev/rungpu.sh 24. Run it again after an
-# interruption. Out of memory all the same: DEVICE_BATCH_SIZE=4 bash dev/rungpu.sh 24 gives the same model.
+# interruption. Out of memory all the same: `DEVICE_BATCH_SIZE=4 bash dev/rungpu.sh 24` gives the same model.
 #
 # How the sizes were chosen: of the depths whose pretraining takes about a day or less on a usual card of that memory, the largest; the
 # rows of a pass are what the memory planner (zangchat/flops.py, fitting_batch) finds to fit the card as it is when a stage starts; up to

@@ -1,7 +1,7 @@
 """Pretrain a base model from nothing. One dial, --depth, sets its size; everything else follows, and can be set by hand.
 
     python -m scripts.base_train --depth=20
-    torchrun --standalone --nproc_per_node=8 -m scripts.base_train --depth=20
+    torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=20
     python -m scripts.base_train --depth=20 --dry_run        what that would mean: parameters, tokens, steps, FLOPs, memory
 
 Checkpoints go to <base>/base_checkpoints/<model_tag>; --resume=latest goes on with them.

@@ -2,7 +2,7 @@
 
     python -m scripts.chat_eval                                  all tasks of the finetuned model
     python -m scripts.chat_eval -i mid -a "GSM8K|ARC-Easy" -x 100
-    torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -i rl -a gsm8k -n 8 -t 0.8
+    torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -- -i rl -a gsm8k -n 8 -t 0.8
 
 Each task leaves a file of prompts, completions and verdicts in <base>/chat_eval/, one JSON object per problem.
 """

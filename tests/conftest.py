@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["tests.listener"]
 FOREIGN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "WANDB_RUN", "NO_COLOR")
 
 
 @pytest.fixture(autouse=True)
 def base_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The base folder of this test, which child processes see as well."""
-    base = tmp_path_factory.mktemp("base")
+    base = tmp_path_factory.mktemp("base folder")  # with a space: what is printed must be quoted
     monkeypatch.setenv("ZANGCHAT_BASE_DIR", str(base))
     monkeypatch.setenv("WANDB_MODE", "offline")
     for name in FOREIGN:

@@ -22,6 +22,7 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -51,6 +52,7 @@ TXT_DOCUMENT_CHARS = 8192  # .txt files without <|endoftext|> marks are cut into
 LONE_FILE_HOLDOUT = 20  # of a lone file too small for two groups, the last 1/20 of the documents are for validation
 FORMATS = (".parquet", ".jsonl", ".txt")
 TOKENS = ".tokens"  # ends the name of a shard of token ids
+TOKENS_SUFFIX = "-tokens"  # ends the name of a dataset of them
 BUILD_PYDOCS = "python -m zangchat.dataset --source=pydocs"
 
 
@@ -134,18 +136,30 @@ class Dataset:
     def iter_arrow(self, split: str) -> "Iterator[pyarrow.ChunkedArray | list[str]]":
         """The same, a group at a time as `read_arrow` gives it."""
         if split == "train" and self.tokenizer is not None:
-            raise UserError(f"dataset {self.name} holds token ids: for its text give --dataset={self.manifest['text']['name']}")
+            raise UserError(f"dataset {self.name} holds token ids: for its text give {self.text_flag}")
         for shard in self.shards(split):
             for group in range(self.num_groups(shard, split)):
                 yield self.read_arrow(shard, group, split)
 
+    @property
+    def flag(self) -> str:
+        """What names this dataset on a command line, as a shell reads it."""
+        path = self.manifest.get("path")  # of files of one's own
+        return shlex.quote(f"--data_path={path}" if path else f"--dataset={self.name}")
+
+    @property
+    def text_flag(self) -> str:
+        """The same of the text that token ids were made from."""
+        text = self.manifest["text"]
+        return str(text.get("flag") or shlex.quote(f"--dataset={text['name']}"))
+
     def repair_hint(self) -> str:
         if self.tokenizer is not None:
-            return f"make it again with `python -m zangchat.dataset tokenize --dataset={self.manifest['text']['name']} --overwrite`"
+            return f"make it again with `python -m zangchat.dataset tokenize {self.text_flag} --overwrite`"
         if self.manifest["source"] == "pydocs":
             return f"build it again with `{BUILD_PYDOCS} --overwrite`"
         if "repo" in self.manifest:
-            return f"fetch it again with `python -m zangchat.dataset verify --dataset={self.name} --repair`"
+            return f"fetch it again with `python -m zangchat.dataset verify {self.flag} --repair`"
         return "put an intact copy in its place"
 
     def _file(self, shard: str) -> Any:
@@ -191,9 +205,7 @@ def find_dataset(name: str | None = None, data_path: str | None = None) -> Datas
     if name:
         if name not in present:
             have = f"present: {', '.join(present)}" if present else "there is none yet"
-            raise UserError(
-                f"--dataset={name} is not in {datasets_dir()} ({have}): get it with `python -m zangchat.dataset {_how_to_get(name)}`"
-            )
+            raise UserError(f"--dataset={name} is not in {datasets_dir()} ({have}): {_how_to_get(name, present)}")
         return load_dataset(datasets_dir() / name)
     if not present:
         raise UserError(f"no dataset in {datasets_dir()}: build the one that needs no download with `{BUILD_PYDOCS}`")
@@ -229,10 +241,17 @@ def load_dataset(folder: Path) -> Dataset:
     return Dataset(folder, manifest)
 
 
-def _how_to_get(name: str) -> str:
+def _how_to_get(name: str, present: Sequence[str]) -> str:
     from zangchat.hub import HUB_REPOS
 
-    return f"--source={name} -n 8" if name in HUB_REPOS else "--source=pydocs"
+    text = name.removesuffix(TOKENS_SUFFIX)
+    if text != name and text in (*present, *HUB_REPOS, "pydocs"):
+        return f"make it with `python -m zangchat.dataset tokenize {shlex.quote(f'--dataset={text}')}`"
+    if name in HUB_REPOS:
+        return f"get it with `python -m zangchat.dataset --source={name} -n 8`"
+    if name == "pydocs":
+        return f"build it with `{BUILD_PYDOCS}`"
+    return f"give --data_path=PATH for files of your own, or build the dataset that needs no download with `{BUILD_PYDOCS}`"
 
 
 # ---- files of one's own -------------------------------------------------------------------------------------------------
@@ -254,7 +273,7 @@ def _local_dataset(path: Path) -> Dataset:
     held_out = max(1, len(shards) // LONE_FILE_HOLDOUT) if all(file.suffix == ".txt" for file in files) else 1
     for shard in shards[1:][-held_out:]:
         shard["split"] = "validation"
-    return Dataset(folder, {"format": FORMAT, "name": path.stem, "source": "local", "shards": shards})
+    return Dataset(folder, {"format": FORMAT, "name": path.stem, "source": "local", "path": str(path.absolute()), "shards": shards})
 
 
 def _hash_edges(path: Path) -> str:
@@ -494,14 +513,15 @@ def tokenize(config: "TokenizeConfig") -> int:
 
     dataset = find_dataset(config.dataset, config.data_path)
     if dataset.tokenizer is not None:
-        raise UserError(f"--dataset={dataset.name} holds token ids already: give --dataset={dataset.manifest['text']['name']}")
-    folder = datasets_dir() / f"{dataset.name}-tokens"
+        raise UserError(f"--dataset={dataset.name} holds token ids already: give {dataset.text_flag}")
+    folder = datasets_dir() / f"{dataset.name}{TOKENS_SUFFIX}"
+    train = shlex.quote(f"--dataset={folder.name}")
     with folder_lock(folder):
         if (folder / MANIFEST).exists() and not config.overwrite:
-            raise UserError(f"{folder} is there already: train with --dataset={folder.name}, or give --overwrite to make it again")
+            raise UserError(f"{folder} is there already: train with {train}, or give --overwrite to make it again")
         made = tokenize(dataset, get_tokenizer(), folder, config.num_threads or os.cpu_count() or 1)
     tokens = sum(entry.get("tokens", 0) for entry in made.manifest["shards"])
-    print(f"{folder}: {tokens:,} tokens; train on them with --dataset={folder.name}")
+    print(f"{folder}: {tokens:,} tokens; train on them with {train}")
     return 0
 
 

@@ -237,7 +237,7 @@ def _fetch(dataset: Dataset, num_workers: int) -> None:
     if not missing:
         print(
             f"{dataset.name}: {counts} are in {dataset.folder} already (fingerprint {dataset.fingerprint}); "
-            f"`python -m zangchat.dataset verify --dataset={dataset.name}` checks them"
+            f"`python -m zangchat.dataset verify {dataset.flag}` checks them"
         )
         return
     done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import os
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -678,7 +679,7 @@ def inherit(config: C, saved: Mapping[str, Any]) -> C:
             changed.append((name, value, before))
     if changed:
         names = ", ".join(f"--{name}={value} (was {'not given' if before is None else before})" for name, value, before in changed)
-        given = " ".join(f"--{name}={before}" for name, _, before in changed if before is not None)
+        given = shlex.join(f"--{name}={before}" for name, _, before in changed if before is not None)
         left_out = " and ".join(f"--{name}" for name, _, before in changed if before is None)
         restored = " and ".join(part for part in (given and f"give {given}", left_out and f"leave out {left_out}") if part)
         raise UserError(
@@ -691,10 +692,20 @@ def command(stage: str, config: RunConfig, **changes: Any) -> str:
     """The shell command that runs this configuration (the flags that are not at their defaults), with `changes`."""
     from zangchat import checkpoint_manager
 
+    module = checkpoint_manager.COMMANDS[stage]
     flags = configurator.as_flags(dataclasses.replace(config, **changes))
     ddp, _, _, world_size = common.get_dist_info()
-    launcher = f"torchrun --standalone --nproc_per_node={world_size} -m" if ddp else "python -m"
-    return f"{launcher} {shlex.join([checkpoint_manager.COMMANDS[stage], *flags])}"
+    if not ddp:
+        return shlex.join(["python", "-m", module, *flags])
+    on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    launcher, note = ["torchrun", "--standalone", f"--nproc_per_node={world_size}"], ""
+    if on_this_node < world_size:
+        head = f"{os.environ.get('MASTER_ADDR', 'HEAD')}:29500"
+        nodes = [f"--nnodes={world_size // on_this_node}", f"--nproc_per_node={on_this_node}"]
+        launcher = ["torchrun", *nodes, "--rdzv_backend=c10d", f"--rdzv_endpoint={head}"]
+        note = "  # on each node"
+    # torchrun takes --run for an abbreviation of a flag of its own, unless `--` comes first
+    return shlex.join([*launcher, "-m", module, *(["--", *flags] if flags else [])]) + note
 
 
 def load_into(model: "GPT", optimizer: "OptimizerGroup | None", checkpoint_dir: Path, step: int) -> None:

@@ -38,7 +38,7 @@ def tokenize(dataset: Dataset, tokenizer: Any, folder: Path, num_threads: int) -
         "in_order": dataset.arrives_in_order,
         "tokenizer": tokenizer.fingerprint,
         "dtype": dtype,
-        "text": {"name": dataset.name, "fingerprint": dataset.fingerprint},
+        "text": {"name": dataset.name, "fingerprint": dataset.fingerprint, "flag": dataset.flag},
     }
     done = _begun(building, manifest)
     shards: list[dict[str, Any]] = []

@@ -460,7 +460,7 @@ class Trainer:
             save.commit()
         except OSError as error:
             if last:
-                raise UserError(f"{problem} ({error}): make room, then {self.resume_command}") from error
+                raise UserError(f"{problem} ({error}): make room, then go on with `{self.resume_command}`") from error
             logger.warning(f"{problem} ({error}): training goes on, the previous save stays, and the next one is tried in its time")
             return
         if self.rank == 0:

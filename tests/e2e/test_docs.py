@@ -1,7 +1,7 @@
 """What the READMEs and dev/docs tell a reader to type is typed here: every command that a CPU can run, and the examples of extending.md.
 
 A command is run as it stands, with flags behind it that make it small (of a repeated flag the last one counts). Commands of one process
-share it, since starting Python and torch takes longer than all the rest. What is not run is listed below, by reason.
+share it, since starting Python and torch takes longer than all the rest. What is marked (network, gpu ...) is in test_marked_docs.py.
 """
 
 import contextlib
@@ -22,23 +22,9 @@ from typing import Any
 
 import pytest
 
-from tests.documents import NOT_RUN, PAGES, READMES, ROOT, blocks, commands, lines_of, text_of
+from tests.documents import PAGES, READMES, ROOT, blocks, commands, lines_of, text_of
 
 DOCUMENTS = [READMES[0], *(f"dev/docs/en/{page}" for page in PAGES if page != "extending.md")]  # tests/unit: the Chinese ones have the same
-# A command that is marked must be here, so that marking one cannot hide it.
-MARKED = {
-    "gpu": """bash dev/rungpu.sh | bash dev/rungpu.sh 24 | bash speedrun.sh | WANDB_RUN=first bash speedrun.sh | bash run1000.sh
-        | sbatch dev/slurm.sbatch | sky launch dev/skypilot.yaml --env BUCKET=s3://my-bucket/zangchat | torchrun ...
-        | python -m zangchat.dataset -n 115 | python -m scripts.tok_train --vocab_size=65536 --max_chars=2000000000
-        | python -m scripts.fetch | python -m scripts.tok_eval | python -m zangchat.report generate""",
-    "network": """python -m zangchat.dataset --source=climbmix -n 8 | python -m zangchat.dataset --source=fineweb-edu -n 8
-        | python -m zangchat.dataset verify --dataset=fineweb-edu --repair | python -m zangchat.dataset --source=pydocs
-        | python -m scripts.base_eval | python -m scripts.chat_eval -i sft --all_tasks | lm_eval ...""",
-    "files": """python -m scripts.import_model --path=nanochat --source=base --from_tag=d20 --model_tag=nano20
-        | python -m dev.examples.lora --model=d20-sft --data=conversations.jsonl --output=d20-lora
-        | python -m dev.examples.dpo --model=d20-sft --data=preferences.jsonl --output=d20-dpo""",
-    "minutes": "bash dev/runcpu.sh | bash dev/test.sh | python -m zangchat.dataset --source=pydocs",
-}
 BASE = """--depth=2 --n_embd=32 --head_dim=16 --max_seq_len=96 --device_batch_size=4 --total_batch_size=384 --num_iterations=3
     --eval_tokens=500 --sample_every=-1 --core_metric_every=-1 --device_type=cpu --dtype=float32"""
 SMALL = {
@@ -112,14 +98,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def base_folder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZANGCHAT_BASE_DIR", str(home))
-
-
-def test_what_is_not_run_is_listed() -> None:
-    for reason in NOT_RUN:
-        listed = {" ".join(command.split()) for command in MARKED[reason].split("|")}
-        marked = {line for name in (*DOCUMENTS, "dev/LEADERBOARD.md") for line in commands(text_of(name), reason)}
-        marked = {re.sub(r"^(torchrun|lm_eval) .*", r"\1 ...", line.removeprefix("SEED=42 ")) for line in marked}
-        assert marked == listed
 
 
 def parameters() -> list[Any]:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.commands import find
+
 ROOT = Path(__file__).parents[2]
 STAGES = 11
 PLAN = "# written by a test\nBASE_STEPS=60\nMID_STEPS=40\nSFT_STEPS=30\nRL_STEPS=6\n"
@@ -59,6 +61,11 @@ def finish(base: Path, log: Path) -> str:
     code = start(base, log).wait(timeout=1800)
     text = log.read_text(encoding="utf-8", errors="replace")
     assert code == 0 and "Done in" in text, text[-3000:]
+    talk = [line for line in find(text.partition("Talk to the model:")[2]) if "chat_cli" in line]
+    env = {**os.environ, "ZANGCHAT_BASE_DIR": str(base)}
+    typed = f"source .venv/bin/activate; {talk[0]} --prompt='Who are you?'"
+    answer = subprocess.run(["bash", "-c", typed], cwd=ROOT, env=env, stdout=subprocess.PIPE, timeout=120, check=True).stdout
+    assert answer.strip()
     return text
 
 

@@ -28,13 +28,13 @@ ROWS = {SMOLTALK: 600, MMLU: 60, HUMANEVAL: 12}
 OTHER_ROWS = 60
 
 
-def stand_in(port: int = 0) -> Hub:
-    """The hub of all defaults, and CORE's bundle beside it."""
-    return Hub(repositories(), {"ZANGCHAT_EVAL_BUNDLE_URL": (BUNDLE_PATH, core_bundle())}, port)
+def stand_in(port: int = 0, count: int = SHARDS) -> Hub:
+    """The hub of all defaults, with so many shards of each corpus, and CORE's bundle beside it."""
+    return Hub(repositories(count), {"ZANGCHAT_EVAL_BUNDLE_URL": (BUNDLE_PATH, core_bundle())}, port)
 
 
-def repositories() -> list[Repo]:
-    corpora = [Repo(name, shards(seed)) for seed, name in enumerate(HUB_REPOS.values())]
+def repositories(count: int = SHARDS) -> list[Repo]:
+    corpora = [Repo(name, shards(seed, count)) for seed, name in enumerate(HUB_REPOS.values())]
     return corpora + [Repo(name, tables(name)) for name in dict.fromkeys(table.hub for table in TABLES)]
 
 
@@ -54,15 +54,15 @@ def documents() -> list[str]:
     return [piece.strip() for piece in pieces if piece.strip()]
 
 
-def shards(seed: int) -> dict[str, bytes]:
+def shards(seed: int, count: int = SHARDS) -> dict[str, bytes]:
     """The files of a corpus: shard_00000.parquet ..., each with its share of the documents, which `seed` turns."""
     texts = documents()
     texts = texts[seed * 10 :] + texts[: seed * 10]
     files = {"README.md": b"---\nlicense: mit\n---\nText in shards, shuffled.\n"}
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(SHARDS):
+        for number in range(count):
             path = Path(folder) / f"shard_{number:05d}.parquet"
-            write_shard(path, texts[number::SHARDS])
+            write_shard(path, texts[number::count])
             files[path.name] = path.read_bytes()
     return files
 

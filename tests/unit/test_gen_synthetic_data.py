@@ -31,7 +31,13 @@ def endpoint(tmp_path, monkeypatch):
         return f"Here:\n```json\n{conversation(f'{kind} asks about {rest[:30]}')}\n```"
 
     with serving(engine(reply, sequence_len=4096), max_batch=4, queue=8, model_name="talker") as (url, _):
-        flags = [f"--base_url={url}/v1", f"--output={tmp_path / 'me.jsonl'}", "--facts", str(tmp_path / "facts.txt"), "--max_tokens=300"]
+        flags = [
+            f"--base_url={url}/v1",
+            f"--output={tmp_path / 'about me.jsonl'}",
+            "--facts",
+            str(tmp_path / "facts.txt"),
+            "--max_tokens=300",
+        ]
         (tmp_path / "facts.txt").write_text("It is called Ada.", encoding="utf-8")
         yield flags, prompts
 

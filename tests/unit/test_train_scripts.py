@@ -44,7 +44,7 @@ def chat(index: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A base directory with a pretrained, a midtrained and a finetuned model, each of 10 steps."""
-    root = tmp_path_factory.mktemp("base")
+    root = tmp_path_factory.mktemp("a base")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ZANGCHAT_BASE_DIR", str(root))
         patch.setenv("WANDB_RUN", "dummy")

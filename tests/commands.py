@@ -1,0 +1,202 @@
+"""Commands in any text (a message, a docstring, a page): found, made typable, parsed by the program that they name.
+
+A command in backticks ends at the closing one; any other at the end of its line, at two spaces (a
+column of descriptions) or at punctuation. So a command amid a sentence that is not set off takes
+words of the sentence with it, which its own parser then refuses.
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import io
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from zangchat import configurator
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS = ("zangchat", "scripts", "tasks", "dev")
+FOREIGN = ("lm_eval", "pip", "pytest", "venv")  # other modules that a text may name
+SHELL = ("source", "lm_eval")  # first words of documented lines that are run elsewhere
+OPEN = "\ue000"  # stands where a program fills something in
+VARIABLE = r"[A-Z][A-Z_]*=(?:'[^']*'|\"[^\"]*\"|[^\s'\"`]+)"
+START = re.compile(
+    rf"(?P<tick>`)?(?P<line>(?:(?<![\w/.-]){VARIABLE}[ ]+)*(?<![\w/.-])"
+    r"(?:python3?[ ]-m[ ](?=\S)|bash[ ](?=[\w./$~-]*\.sh\b)|torchrun[ ](?=-)|sbatch[ ](?=-|\S+\.sbatch\b)))"
+)
+PROSE = re.compile(r"[ ]{2,}|[ ]#|[,;:)](?=\s|$)|\.(?=\s|$)(?<!\.\.\.)|[ ](?:\||&&|\|\||2?>)[ ]|['\"]?\\n")
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+SAMPLES: dict[Any, str] = {int: "4", float: "0.5", bool: "1", Path: "a.jsonl"}
+
+
+def find(text: str) -> list[str]:
+    """The commands of a text, in order."""
+    if not any(start in text for start in ("python", "bash ", "torchrun ", "sbatch ")):
+        return []
+    text = re.sub(r"\\\n[#\s]*", "", ANSI.sub("", text))
+    found, end = [], 0
+    for match in START.finditer(text):
+        if match.start("line") >= end:  # not inside the one before
+            found.append(_cut(text[match.start("line") :].partition("\n")[0], bool(match["tick"])))
+            end = match.start("line") + len(found[-1])
+    return found
+
+
+def _cut(line: str, ticks: bool) -> str:
+    """The command at the beginning of a line."""
+    if ticks:
+        return line.partition("`")[0].strip()
+    quoted = [match.span() for match in re.finditer(r"'[^']*'|\"[^\"]*\"", line)]
+    for end in PROSE.finditer(line):
+        if not any(start < end.start() < stop for start, stop in quoted):
+            line = line[: end.start()]
+            break
+    return line.partition("`")[0].strip()
+
+
+def problem(line: str) -> str:
+    """Why a command cannot be meant, in the words of its own parser; empty if it can be typed."""
+    try:
+        words = shlex.split(line, comments=True)
+    except ValueError as error:
+        return f"the shell does not read it ({error})"
+    variables = []
+    while words and re.fullmatch(r"[A-Z][A-Z_]*=.*", words[0], re.DOTALL):
+        variables.append(words.pop(0).partition("=")[0])
+    if not words:
+        return "no command after its variables"
+    program, *arguments = words
+    if program in ("bash", "sbatch", "sky"):
+        return _script_problem(arguments, variables)
+    if unread := [name for name in variables if name not in all_names()]:
+        return f"nothing reads {', '.join(unread)}"
+    if program == "torchrun":
+        return _torchrun_problem(arguments)
+    if program in ("python", "python3"):
+        return _module_problem(arguments[1:]) if arguments[:1] == ["-m"] else "it needs -m"
+    return "" if program in SHELL else f"unknown command {program}"
+
+
+def _script_problem(arguments: list[str], variables: list[str]) -> str:
+    place = next((i for i, word in enumerate(arguments) if re.search(r"\.(sh|sbatch|yaml)$", word)), None)
+    if place is None:
+        return "it names no script"
+    name = arguments[place]
+    path = ROOT / name
+    if not path.is_file():
+        return f"there is no {name}"
+    script = path.read_text(encoding="utf-8")
+    read = script + "".join(text_of_script(other) for other in re.findall(r"[\w/]+\.sh\b", script))
+    for before, word in zip(arguments, arguments[1:], strict=False):  # sky launch --env NAME=value
+        variables += [word.partition("=")[0]] if before == "--env" else []
+    for word in arguments:
+        if word.startswith("--export="):
+            variables += [part.partition("=")[0] for part in word.split(",") if "=" in part][1:]
+    if unread := [variable for variable in variables if not re.search(rf"\b{variable}\b", read)]:
+        return f"{name} does not read {', '.join(unread)}"
+    for word in arguments[place + 1 :]:
+        if name.endswith(".sh") and not _takes(script, word):
+            return f"{name} does not take {word}"
+    return ""
+
+
+def text_of_script(name: str) -> str:
+    path = next((path for path in (ROOT / name, ROOT / "dev" / name) if path.is_file()), None)
+    return path.read_text(encoding="utf-8") if path else ""
+
+
+def _takes(script: str, word: str) -> bool:
+    """Whether a script passes its arguments on, or has a case for this one."""
+    return '"$@"' in script or bool(re.search(rf"^\s*(?:\S+\|)*\"?{re.escape(word)}\"?(?:\|\S+)*\) ", script, re.MULTILINE))
+
+
+def _torchrun_problem(arguments: list[str]) -> str:
+    module = arguments[arguments.index("-m") + 1 :] if "-m" in arguments else []
+    if not module:
+        return "it names no module"
+    if module[1:] and module[1] != "--":  # it takes abbreviations of its own flags, --run among them
+        return "it needs `--` after the module"
+    return _module_problem(module)
+
+
+def _module_problem(words: list[str]) -> str:
+    """`module flags...` as the module itself would parse it."""
+    name, *arguments = words
+    if name in FOREIGN:
+        return ""
+    if name.partition(".")[0] not in OURS or importlib.util.find_spec(name) is None:
+        return f"there is no module {name}"
+    module = importlib.import_module(name)
+    commands = {"verify": "VerifyConfig", "tokenize": "TokenizeConfig"} if name == "zangchat.dataset" else {}
+    config = commands.get(arguments[0]) if arguments else None
+    if config:
+        arguments = arguments[1:]
+    found = getattr(module, config or "Config", None)
+    if found is None:
+        return f"{name} has no flags" if arguments else ""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            configurator.parse(found, _filled(arguments, found))
+    except configurator.UserError as error:
+        return str(error)
+    except SystemExit:  # --help
+        return ""
+    return ""
+
+
+def _filled(arguments: list[str], config: type) -> list[str]:
+    """Plausible values in place of what a program would fill in, and of N, PATH and the like."""
+    flags = {name: flag for flag in configurator._flags(config) for name in (f"--{flag.name}", *flag.aliases)}
+    given = {configurator._spelling(word) for word in arguments}
+    more = "..." in arguments
+    missing = [f"{name}=d4" for name, flag in flags.items() if flag.required and more]
+    filled = [word for word in missing if configurator._spelling(word) not in given]
+    for word in arguments:
+        word = word.strip("[]") if word[:1] == "[" or word[-1:] == "]" else word
+        flag = flags.get(configurator._spelling(word))
+        before = flags.get(configurator._spelling(filled[-1])) if filled and "=" not in filled[-1] else None
+        if word == "..." or (word.startswith(OPEN) and before is None):
+            continue  # more flags of the user's or the program's choice
+        if flag is not None and "=" in word:
+            name, _, value = word.partition("=")
+            word = f"{name}={_plausible(value, flag.hint)}"
+        elif flag is None and before is not None:
+            word = _plausible(word, before.hint)
+        filled.append(word)
+    return filled
+
+
+def _plausible(value: str, hint: Any) -> str:
+    if OPEN not in value and not re.fullmatch(r"[A-Z]+", value):
+        return value
+    for option in configurator._options(hint):
+        if get_origin(option) is Literal:
+            choices = [str(choice) for choice in get_args(option)]
+            return value if value in choices else choices[0]
+        if option in SAMPLES:
+            return SAMPLES[option]
+    return value.replace(OPEN, "d4")
+
+
+def is_open(line: str) -> bool:
+    """Whether the module itself is left open, so that only what comes of it can be parsed."""
+    return bool(re.search(rf" -m( \S*(?:{OPEN}|\b[A-Z]+\b)|$)", line))
+
+
+@functools.cache
+def all_names() -> set[str]:
+    """Every word in capitals of the sources, so every environment variable that something reads."""
+    return {name for path in sources() for name in re.findall(r"[A-Z][A-Z_]+", path.read_text(encoding="utf-8"))}
+
+
+def sources() -> Iterator[Path]:
+    """The Python and shell sources, the crate's and the files of other programs."""
+    for folder in (*OURS, "rustbpe", ".github", ".ci"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".sh", ".sbatch", ".yaml", ".yml", ".rs") and "target" not in path.parts:
+                yield path
+    yield from sorted(ROOT.glob("*.sh"))

@@ -1,0 +1,259 @@
+"""The blocks that the READMEs and pages mark are typed as well: against a stand-in for the hub, and what is for GPUs on two CPU ranks.
+
+Sizes follow each command, and nothing else: what a user does not set is not set here. What another test
+types, or nothing can, is listed with the reason.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import pytest
+
+from tests import sizes
+from tests.documents import NOT_RUN, PAGES, READMES, ROOT, commands, text_of
+from tests.hub.contents import parquet, stand_in
+from tests.hub.server import Hub, Repo
+from zangchat.dataset import load_dataset
+
+DOCUMENTS = [READMES[0], "dev/LEADERBOARD.md", *(f"dev/docs/en/{page}" for page in PAGES if page != "extending.md")]
+ELSEWHERE = {  # the test file -> what it types, which it names
+    "tests/e2e/test_speedrun.py": """bash speedrun.sh | WANDB_RUN=first bash speedrun.sh | bash run1000.sh | bash dev/rungpu.sh 24""",
+    "tests/e2e/test_runcpu.py": "bash dev/runcpu.sh | SEED=42 bash dev/runcpu.sh",
+    "tests/unit/test_readme.py": """bash dev/rungpu.sh | sbatch dev/slurm.sbatch
+        | sky launch dev/skypilot.yaml --env BUCKET=s3://my-bucket/zangchat""",  # with stand-ins for nvidia-smi and srun
+    "tests/e2e/test_docs.py": """torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HEAD:29500 --rdzv_id=1
+        --max-restarts=3 -m scripts.base_train -- --depth=26 --resume=latest""",
+    "tests/unit/test_hf.py": "python -m scripts.import_model --path=nanochat --source=base --from_tag=d20 --model_tag=nano20",
+    "tests/unit/test_hf_examples.py": """python -m dev.examples.lora --model=d20-sft --data=conversations.jsonl --output=d20-lora
+        | python -m dev.examples.dpo --model=d20-sft --data=preferences.jsonl --output=d20-dpo""",
+}
+THIS_SUITE = "bash dev/test.sh"
+SHARDS = 117  # 115 of them are asked for
+MODEL = "--depth=2 --max_seq_len=256 --total_batch_size=2048 --device_batch_size=4 --num_iterations=4"
+SIZES = {
+    "scripts.tok_train": "--vocab_size=512 --max_chars=500000",
+    "scripts.base_train": f"{MODEL} --eval_tokens=2048 --core_metric_max_per_task=1",
+    "scripts.base_loss": "--split_tokens=2048 --device_batch_size=4",
+    "scripts.base_eval": "--max_per_task=2",
+    "scripts.mid_train": "--num_iterations=2 --eval_tokens=2048 --device_batch_size=4",
+    "scripts.chat_sft": "--num_iterations=2 --eval_steps=1 --device_batch_size=4",
+    "scripts.chat_rl": """--num_iterations=1 --examples_per_step=2 --num_samples=2 --max_new_tokens=8 --eval_examples=2
+        --device_batch_size=4""",
+    "scripts.chat_eval": "--max_problems=4 --max_new_tokens=8",
+}
+
+
+def marked(reason: str, name: str | None = None) -> list[str]:
+    """The commands of all blocks with this mark, or of those of one document, in order."""
+    names = [name] if name else DOCUMENTS
+    return [re.sub(r"\s+", " ", line) for each in names for line in commands(text_of(each), reason)]
+
+
+def listed(text: str) -> list[str]:
+    return [" ".join(command.split()) for command in re.split(r" \|\s|\s\| ", text)]
+
+
+# ---- what is typed where ---------------------------------------------------------------------------------------------
+
+HOME = [line for line in marked("gpu", READMES[0]) if line.startswith(("python", "torchrun"))]
+RACE = [line for line in marked("gpu", "dev/LEADERBOARD.md") if line.startswith("torchrun")]
+TEXT = [line for line in marked("network") if "zangchat.dataset" in line and "pydocs" not in line]
+SCORES = [line for line in marked("network") if "scripts." in line]
+HARNESS = [line for line in marked("network") if line.startswith("lm_eval")]
+PYDOCS = [line for line in (*marked("network"), *marked("minutes")) if "pydocs" in line]
+
+
+def test_every_marked_command_is_typed_somewhere() -> None:
+    elsewhere = {line for text in ELSEWHERE.values() for line in listed(text)}
+    here = {*HOME, *RACE, *TEXT, *SCORES, *HARNESS, *PYDOCS}
+    everything = {line for reason in NOT_RUN for line in marked(reason)}
+    assert here.isdisjoint(elsewhere) and everything == here | elsewhere | {THIS_SUITE}
+
+
+def test_what_follows_a_command_is_sizes() -> None:
+    given = {word.partition("=")[0].lstrip("-") for words in SIZES.values() for word in words.split()}
+    assert given <= sizes.FLAGS
+
+
+@pytest.mark.parametrize("file", ELSEWHERE)
+def test_a_command_that_another_test_types_is_in_its_file(file: str) -> None:
+    source = text_of(file)
+    for line in listed(ELSEWHERE[file]):
+        program = re.search(r"[\w/]+\.(?:sh|sbatch|yaml)\b|\b(?:scripts|examples)\.(\w+)", line)
+        assert program, line
+        name = program[1] or program[0]
+        assert name in source or Path(name).name in source, f"{file} no longer names {name}"
+
+
+# ---- the machine that they are typed on ------------------------------------------------------------------------------
+
+
+class Machine(NamedTuple):
+    """A base folder, a working folder, and a hub that is all of the network."""
+
+    base: Path
+    work: Path
+    hub: Hub
+
+    def type(self, line: str, code: int = 0) -> str:
+        """What a command prints, in a shell."""
+        env = {
+            **os.environ,
+            **self.hub.environment(self.base / "hub"),
+            "ZANGCHAT_BASE_DIR": str(self.base),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "WANDB_MODE": "disabled",
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        done = subprocess.run(["bash", "-c", line], cwd=self.work, env=env, capture_output=True, text=True, timeout=580)
+        assert done.returncode == code, f"{line}\nleft with {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+        unknown = [asked for asked in self.hub.unknown if "/api/models/d20" not in asked]  # lm_eval asks for every model
+        assert not unknown, unknown
+        return done.stdout + done.stderr
+
+
+def small(line: str) -> str:
+    """A command with its sizes behind it, on two ranks where it is for eight."""
+    module = re.search(r"-m (\S+)", line)
+    assert module
+    more = " ".join(SIZES.get(module[1], "").split())
+    if not line.startswith("torchrun"):
+        return f"{line} {more}".strip()
+    line = line.replace(" -m ", " --nproc_per_node=2 -m ")
+    return f"{line} {'' if ' -- ' in line else '-- '}{more}" if more else line
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    work = tmp_path_factory.mktemp("work")
+    (work / "dev").symlink_to(ROOT / "dev")
+    with stand_in(count=SHARDS) as hub:
+        hub.repos["Rowan/hellaswag"] = hellaswag()
+        yield Machine(tmp_path_factory.mktemp("base"), work, hub)
+
+
+def hellaswag() -> Repo:
+    """A dataset that lm_eval asks for and no default of ours."""
+    rows = [
+        {
+            "ind": index,
+            "activity_label": "Counting",
+            "ctx_a": f"A child counts to {index}.",
+            "ctx_b": "then",
+            "ctx": f"A child counts to {index}. then",
+            "endings": [f"says {index + shift}." for shift in range(4)],
+            "source_id": str(index),
+            "split": "train",
+            "split_type": "indomain",
+            "label": str(index % 4),
+        }
+        for index in range(8)
+    ]
+    return Repo("Rowan/hellaswag", {f"data/{split}-00000-of-00001.parquet": parquet(rows) for split in ("train", "validation", "test")})
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("line", dict.fromkeys(line for line in TEXT if " -n " in line))
+def test_text_is_fetched(line: str, machine: Machine) -> None:
+    name = re.search(r"--source=(\S+)", line)
+    assert name and f"{name[1]}: 8 training shards" in machine.type(line)
+    assert len(load_dataset(machine.base / "base_data" / name[1]).shards("train")) == 8
+
+
+@pytest.mark.parametrize("line", dict.fromkeys(line for line in TEXT if " -n " not in line))
+def test_damaged_text_is_repaired(line: str, machine: Machine) -> None:
+    name = re.search(r"--dataset=(\S+)", line)
+    assert name and "--repair" in line
+    dataset = load_dataset(machine.base / "base_data" / name[1])
+    shard = dataset.folder / dataset.shards("train")[3]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + b"?")
+    machine.type(line)
+    assert shard.read_bytes() == whole
+    machine.type(line.replace("--repair", ""))
+
+
+@pytest.mark.slow
+def test_the_corpus_of_this_machine_is_built(machine: Machine) -> None:
+    for line in dict.fromkeys(PYDOCS):
+        machine.type(line)
+    assert (machine.base / "base_data" / "pydocs" / "manifest.json").exists()
+    shutil.rmtree(machine.base / "base_data" / "pydocs")
+
+
+# ---- the whole pipeline, stage by stage ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(machine: Machine) -> Machine:
+    """After the README's commands of each stage, with the 115 shards of climbmix as the only text."""
+    for name in ("fineweb-edu", "climbmix"):
+        shutil.rmtree(machine.base / "base_data" / name, ignore_errors=True)
+    for line in HOME:
+        machine.type(small(line))
+    return machine
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_stages_of_the_readme_make_a_model_of_each_kind(trained: Machine) -> None:
+    made = {path.parent.parent.name for path in trained.base.glob("*_checkpoints/d2/meta_*.json")}
+    assert made == {f"{stage}_checkpoints" for stage in ("base", "mid", "chatsft", "chatrl")}
+    report = (trained.base / "report" / "report.md").read_text(encoding="utf-8")
+    for section in ("Tokenizer evaluation", "Base model evaluation", "Midtraining", "Chat SFT", "Chat RL", "Chat evaluation sft"):
+        assert section in report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", RACE)
+def test_a_command_of_the_leaderboard(line: str, trained: Machine) -> None:
+    trained.type(small(line))
+    assert list((trained.base / "base_checkpoints" / "race").glob("meta_*.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", SCORES)
+def test_scores_of_all_tasks(line: str, trained: Machine) -> None:
+    """CORE in full."""
+    said = trained.type(line if "base_eval" in line else small(line))
+    assert "CORE" in said if "base_eval" in line else "ChatCORE" in said
+    assert "not scored" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", HARNESS)
+def test_the_harness_scores_an_export(line: str, trained: Machine) -> None:
+    pytest.importorskip("lm_eval")
+    for stage in ("base", "sft"):
+        if not (trained.work / f"d20-{stage}").exists():
+            trained.type(f"python -m scripts.export_hf -i {stage} -g d2 -o d20-{stage}")
+    if "local-completions" not in line:
+        assert "|acc" in trained.type(f"{line} --limit 2 --device cpu").replace(" ", "")
+        return
+    serving = subprocess.Popen(
+        [sys.executable, "-m", "scripts.chat_web", "-g", "d2", "--port=0", "--device_type=cpu"],
+        cwd=ROOT,
+        env={**os.environ, "ZANGCHAT_BASE_DIR": str(trained.base)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert serving.stdout is not None
+        url = re.search(r"http://\S+", serving.stdout.readline())
+        assert url and httpx.get(f"{url[0]}/health").status_code == 200
+        line = line.replace("http://localhost:8000", url[0])
+        assert "|acc" in trained.type(f"{line} --limit 2").replace(" ", "")
+    finally:
+        serving.terminate()
+        serving.wait(30)
