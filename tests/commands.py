@@ -1,4 +1,6 @@
-"""Commands in any text (a message, a docstring, a page): found, made typable, parsed by the program that they name.
+"""Commands in any text (a message, a docstring, a page): found, made typable, and parsed.
+
+The program that a command names parses it.
 
 A command in backticks ends at the closing one; any other at the end of its line, at two spaces (a
 column of descriptions) or at punctuation. So a command amid a sentence that is not set off takes
@@ -20,16 +22,24 @@ from zangchat import configurator
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("zangchat", "scripts", "tasks", "dev")
+SUFFIXES = (".py", ".sh", ".sbatch", ".yaml", ".yml", ".rs")
 FOREIGN = ("lm_eval", "pip", "pytest", "venv")  # other modules that a text may name
 SHELL = ("source", "lm_eval")  # first words of documented lines that are run elsewhere
 OPEN = "\ue000"  # stands where a program fills something in
 VARIABLE = r"[A-Z][A-Z_]*=(?:'[^']*'|\"[^\"]*\"|[^\s'\"`]+)"
 START = re.compile(
     rf"(?P<tick>`)?(?P<line>(?:(?<![\w/.-]){VARIABLE}[ ]+)*(?<![\w/.-])"
-    r"(?:python3?[ ]-m[ ](?=\S)|bash[ ](?=[\w./$~-]*\.sh\b)|torchrun[ ](?=-)|sbatch[ ](?=-|\S+\.sbatch\b)))"
+    r"(?:python3?[ ]-m[ ](?=\S)|bash[ ](?=[\w./$~-]*\.sh\b)|torchrun[ ](?=-)"
+    r"|sbatch[ ](?=-|\S+\.sbatch\b)))"
 )
-PROSE = re.compile(r"[ ]{2,}|[ ]#|[,;:)](?=\s|$)|\.(?=\s|$)(?<!\.\.\.)|[ ](?:\||&&|\|\||2?>)[ ]|['\"]?\\n")
+PROSE = re.compile(
+    r"[ ]{2,}|[ ]#|[,;:)](?=\s|$)|\.(?=\s|$)(?<!\.\.\.)|[ ](?:\||&&|\|\||2?>)[ ]|['\"]?\\n",
+)
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
+COMMANDS = {  # of a module that has several
+    ("zangchat.dataset", "verify"): "VerifyConfig",
+    ("zangchat.dataset", "tokenize"): "TokenizeConfig",
+}
 SAMPLES: dict[Any, str] = {int: "4", float: "0.5", bool: "1", Path: "a.jsonl"}
 
 
@@ -82,7 +92,8 @@ def problem(line: str) -> str:
 
 
 def _script_problem(arguments: list[str], variables: list[str]) -> str:
-    place = next((i for i, word in enumerate(arguments) if re.search(r"\.(sh|sbatch|yaml)$", word)), None)
+    scripts = [i for i, word in enumerate(arguments) if word.endswith((".sh", ".sbatch", ".yaml"))]
+    place = min(scripts, default=None)
     if place is None:
         return "it names no script"
     name = arguments[place]
@@ -111,14 +122,15 @@ def text_of_script(name: str) -> str:
 
 def _takes(script: str, word: str) -> bool:
     """Whether a script passes its arguments on, or has a case for this one."""
-    return '"$@"' in script or bool(re.search(rf"^\s*(?:\S+\|)*\"?{re.escape(word)}\"?(?:\|\S+)*\) ", script, re.MULTILINE))
+    case = rf"^\s*(?:\S+\|)*\"?{re.escape(word)}\"?(?:\|\S+)*\) "
+    return '"$@"' in script or bool(re.search(case, script, re.MULTILINE))
 
 
 def _torchrun_problem(arguments: list[str]) -> str:
     module = arguments[arguments.index("-m") + 1 :] if "-m" in arguments else []
     if not module:
         return "it names no module"
-    if module[1:] and module[1] != "--":  # it takes abbreviations of its own flags, --run among them
+    if module[1:] and module[1] != "--":  # it takes --run for a flag of its own, shortened
         return "it needs `--` after the module"
     return _module_problem(module)
 
@@ -131,8 +143,7 @@ def _module_problem(words: list[str]) -> str:
     if name.partition(".")[0] not in OURS or importlib.util.find_spec(name) is None:
         return f"there is no module {name}"
     module = importlib.import_module(name)
-    commands = {"verify": "VerifyConfig", "tokenize": "TokenizeConfig"} if name == "zangchat.dataset" else {}
-    config = commands.get(arguments[0]) if arguments else None
+    config = COMMANDS.get((name, arguments[0])) if arguments else None
     if config:
         arguments = arguments[1:]
     found = getattr(module, config or "Config", None)
@@ -150,15 +161,17 @@ def _module_problem(words: list[str]) -> str:
 
 def _filled(arguments: list[str], config: type) -> list[str]:
     """Plausible values in place of what a program would fill in, and of N, PATH and the like."""
-    flags = {name: flag for flag in configurator._flags(config) for name in (f"--{flag.name}", *flag.aliases)}
+    flags = {f"--{flag.name}": flag for flag in configurator._flags(config)}
+    flags |= {alias: flag for flag in flags.values() for alias in flag.aliases}
     given = {configurator._spelling(word) for word in arguments}
     more = "..." in arguments
-    missing = [f"{name}=d4" for name, flag in flags.items() if flag.required and more]
+    missing = [f"--{flag.name}=d4" for flag in flags.values() if flag.required and more]
     filled = [word for word in missing if configurator._spelling(word) not in given]
     for word in arguments:
         word = word.strip("[]") if word[:1] == "[" or word[-1:] == "]" else word
         flag = flags.get(configurator._spelling(word))
-        before = flags.get(configurator._spelling(filled[-1])) if filled and "=" not in filled[-1] else None
+        last = filled[-1] if filled and "=" not in filled[-1] else ""
+        before = flags.get(configurator._spelling(last))
         if word == "..." or (word.startswith(OPEN) and before is None):
             continue  # more flags of the user's or the program's choice
         if flag is not None and "=" in word:
@@ -190,13 +203,14 @@ def is_open(line: str) -> bool:
 @functools.cache
 def all_names() -> set[str]:
     """Every word in capitals of the sources, so every environment variable that something reads."""
-    return {name for path in sources() for name in re.findall(r"[A-Z][A-Z_]+", path.read_text(encoding="utf-8"))}
+    texts = (path.read_text(encoding="utf-8") for path in sources())
+    return {name for text in texts for name in re.findall(r"[A-Z][A-Z_]+", text)}
 
 
 def sources() -> Iterator[Path]:
     """The Python and shell sources, the crate's and the files of other programs."""
     for folder in (*OURS, "rustbpe", ".github", ".ci"):
         for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in (".py", ".sh", ".sbatch", ".yaml", ".yml", ".rs") and "target" not in path.parts:
+            if path.suffix in SUFFIXES and "target" not in path.parts:
                 yield path
     yield from sorted(ROOT.glob("*.sh"))

@@ -1,9 +1,9 @@
-"""A pytest plugin that hears each command that a test brings the product to print, and has it parsed.
+"""A pytest plugin that hears each command that the product prints in a test, and has it parsed.
 
-It hears what a UserError says, what pytest captures (capsys and capfd included), what is logged, and
-what the processes print whose output a test collects. A command that its own parser refuses fails the
-test that it was printed in. Modules of others are let pass: the texts that models are trained on are
-full of them.
+It hears what a UserError says, what pytest captures (capsys and capfd included), what is logged,
+and what the processes print whose output a test collects. A command that its own parser refuses
+fails the test that it was printed in. Modules of others pass: the texts that models are trained on
+are full of them.
 """
 
 import subprocess
@@ -57,7 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _listened(capture: Any) -> Any:
-    """A capsys or capfd, heard when it is read: what is left over ends up in the sections of the report."""
+    """A capsys or capfd, heard when it is read; the sections of the report have the rest."""
     read = capture.readouterr
 
     def readouterr() -> Any:
@@ -88,6 +88,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> "Iterator[None]":
             hear(text)
         if _wrong:
             report.outcome = "failed"
-            report.longrepr = "\n".join(filter(None, [str(report.longrepr or ""), *dict.fromkeys(_wrong)]))
+            before = [str(report.longrepr)] if report.longrepr else []
+            report.longrepr = "\n".join([*before, *dict.fromkeys(_wrong)])
             _wrong.clear()
     return report

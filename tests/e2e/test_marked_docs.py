@@ -1,7 +1,7 @@
-"""The blocks that the READMEs and pages mark are typed as well: against a stand-in for the hub, and what is for GPUs on two CPU ranks.
+"""The blocks that the READMEs and pages mark are typed as well.
 
-Sizes follow each command, and nothing else: what a user does not set is not set here. What another test
-types, or nothing can, is listed with the reason.
+The network is a stand-in for the hub, eight GPUs are two CPU ranks. Sizes follow each command, and
+nothing else: what a user does not set is not set here. What another test types is listed with it.
 """
 
 import os
@@ -22,30 +22,40 @@ from tests.hub.contents import parquet, stand_in
 from tests.hub.server import Hub, Repo
 from zangchat.dataset import load_dataset
 
-DOCUMENTS = [READMES[0], "dev/LEADERBOARD.md", *(f"dev/docs/en/{page}" for page in PAGES if page != "extending.md")]
+DOCUMENTS = [
+    READMES[0],
+    "dev/LEADERBOARD.md",
+    *(f"dev/docs/en/{page}" for page in PAGES if page != "extending.md"),
+]
 ELSEWHERE = {  # the test file -> what it types, which it names
-    "tests/e2e/test_speedrun.py": """bash speedrun.sh | WANDB_RUN=first bash speedrun.sh | bash run1000.sh | bash dev/rungpu.sh 24""",
+    "tests/e2e/test_speedrun.py": """bash speedrun.sh | WANDB_RUN=first bash speedrun.sh
+        | bash run1000.sh | bash dev/rungpu.sh 24""",
     "tests/e2e/test_runcpu.py": "bash dev/runcpu.sh | SEED=42 bash dev/runcpu.sh",
+    # with stand-ins for nvidia-smi, srun and what they start
     "tests/unit/test_readme.py": """bash dev/rungpu.sh | sbatch dev/slurm.sbatch
-        | sky launch dev/skypilot.yaml --env BUCKET=s3://my-bucket/zangchat""",  # with stand-ins for nvidia-smi and srun
-    "tests/e2e/test_docs.py": """torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HEAD:29500 --rdzv_id=1
-        --max-restarts=3 -m scripts.base_train -- --depth=26 --resume=latest""",
-    "tests/unit/test_hf.py": "python -m scripts.import_model --path=nanochat --source=base --from_tag=d20 --model_tag=nano20",
-    "tests/unit/test_hf_examples.py": """python -m dev.examples.lora --model=d20-sft --data=conversations.jsonl --output=d20-lora
-        | python -m dev.examples.dpo --model=d20-sft --data=preferences.jsonl --output=d20-dpo""",
+        | sky launch dev/skypilot.yaml --env BUCKET=s3://my-bucket/zangchat""",
+    "tests/e2e/test_docs.py": """torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d
+        --rdzv_endpoint=HEAD:29500 --rdzv_id=1 --max-restarts=3 -m scripts.base_train
+        -- --depth=26 --resume=latest""",
+    "tests/unit/test_hf.py": """python -m scripts.import_model --path=nanochat --source=base
+        --from_tag=d20 --model_tag=nano20""",
+    "tests/unit/test_hf_examples.py": """python -m dev.examples.lora --model=d20-sft
+        --data=conversations.jsonl --output=d20-lora | python -m dev.examples.dpo --model=d20-sft
+        --data=preferences.jsonl --output=d20-dpo""",
 }
 THIS_SUITE = "bash dev/test.sh"
 SHARDS = 117  # 115 of them are asked for
-MODEL = "--depth=2 --max_seq_len=256 --total_batch_size=2048 --device_batch_size=4 --num_iterations=4"
+MODEL = "--depth=2 --max_seq_len=256 --total_batch_size=2048 --device_batch_size=4"
 SIZES = {
     "scripts.tok_train": "--vocab_size=512 --max_chars=500000",
-    "scripts.base_train": f"{MODEL} --eval_tokens=2048 --core_metric_max_per_task=1",
+    "scripts.base_train": f"""{MODEL} --num_iterations=4 --eval_tokens=2048
+        --core_metric_max_per_task=1""",
     "scripts.base_loss": "--split_tokens=2048 --device_batch_size=4",
     "scripts.base_eval": "--max_per_task=2",
     "scripts.mid_train": "--num_iterations=2 --eval_tokens=2048 --device_batch_size=4",
     "scripts.chat_sft": "--num_iterations=2 --eval_steps=1 --device_batch_size=4",
-    "scripts.chat_rl": """--num_iterations=1 --examples_per_step=2 --num_samples=2 --max_new_tokens=8 --eval_examples=2
-        --device_batch_size=4""",
+    "scripts.chat_rl": """--num_iterations=1 --examples_per_step=2 --num_samples=2
+        --max_new_tokens=8 --eval_examples=2 --device_batch_size=4""",
     "scripts.chat_eval": "--max_problems=4 --max_new_tokens=8",
 }
 
@@ -60,7 +70,7 @@ def listed(text: str) -> list[str]:
     return [" ".join(command.split()) for command in re.split(r" \|\s|\s\| ", text)]
 
 
-# ---- what is typed where ---------------------------------------------------------------------------------------------
+# ---- what is typed where -------------------------------------------------------------------------
 
 HOME = [line for line in marked("gpu", READMES[0]) if line.startswith(("python", "torchrun"))]
 RACE = [line for line in marked("gpu", "dev/LEADERBOARD.md") if line.startswith("torchrun")]
@@ -78,7 +88,8 @@ def test_every_marked_command_is_typed_somewhere() -> None:
 
 
 def test_what_follows_a_command_is_sizes() -> None:
-    given = {word.partition("=")[0].lstrip("-") for words in SIZES.values() for word in words.split()}
+    flags = " ".join(SIZES.values()).split()
+    given = {flag.partition("=")[0].lstrip("-") for flag in flags}
     assert given <= sizes.FLAGS
 
 
@@ -92,7 +103,7 @@ def test_a_command_that_another_test_types_is_in_its_file(file: str) -> None:
         assert name in source or Path(name).name in source, f"{file} no longer names {name}"
 
 
-# ---- the machine that they are typed on ------------------------------------------------------------------------------
+# ---- the machine that they are typed on ----------------------------------------------------------
 
 
 class Machine(NamedTuple):
@@ -114,9 +125,18 @@ class Machine(NamedTuple):
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
         }
-        done = subprocess.run(["bash", "-c", line], cwd=self.work, env=env, capture_output=True, text=True, timeout=580)
-        assert done.returncode == code, f"{line}\nleft with {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-        unknown = [asked for asked in self.hub.unknown if "/api/models/d20" not in asked]  # lm_eval asks for every model
+        done = subprocess.run(
+            ["bash", "-c", line],
+            cwd=self.work,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=580,
+        )
+        said = f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+        assert done.returncode == code, f"{line}\nleft with {done.returncode}\n{said}"
+        # lm_eval asks for every model
+        unknown = [asked for asked in self.hub.unknown if "/api/models/d20" not in asked]
         assert not unknown, unknown
         return done.stdout + done.stderr
 
@@ -158,10 +178,11 @@ def hellaswag() -> Repo:
         }
         for index in range(8)
     ]
-    return Repo("Rowan/hellaswag", {f"data/{split}-00000-of-00001.parquet": parquet(rows) for split in ("train", "validation", "test")})
+    names = [f"data/{split}-00000-of-00001.parquet" for split in ("train", "validation", "test")]
+    return Repo("Rowan/hellaswag", dict.fromkeys(names, parquet(rows)))
 
 
-# ---- text ------------------------------------------------------------------------------------------------------------
+# ---- text ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("line", dict.fromkeys(line for line in TEXT if " -n " in line))
@@ -192,12 +213,12 @@ def test_the_corpus_of_this_machine_is_built(machine: Machine) -> None:
     shutil.rmtree(machine.base / "base_data" / "pydocs")
 
 
-# ---- the whole pipeline, stage by stage ------------------------------------------------------------------------------
+# ---- the whole pipeline, stage by stage ----------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def trained(machine: Machine) -> Machine:
-    """After the README's commands of each stage, with the 115 shards of climbmix as the only text."""
+    """After the README's commands of each stage, with climbmix as the only text."""
     for name in ("fineweb-edu", "climbmix"):
         shutil.rmtree(machine.base / "base_data" / name, ignore_errors=True)
     for line in HOME:
@@ -211,7 +232,14 @@ def test_the_stages_of_the_readme_make_a_model_of_each_kind(trained: Machine) ->
     made = {path.parent.parent.name for path in trained.base.glob("*_checkpoints/d2/meta_*.json")}
     assert made == {f"{stage}_checkpoints" for stage in ("base", "mid", "chatsft", "chatrl")}
     report = (trained.base / "report" / "report.md").read_text(encoding="utf-8")
-    for section in ("Tokenizer evaluation", "Base model evaluation", "Midtraining", "Chat SFT", "Chat RL", "Chat evaluation sft"):
+    for section in (
+        "Tokenizer evaluation",
+        "Base model evaluation",
+        "Midtraining",
+        "Chat SFT",
+        "Chat RL",
+        "Chat evaluation sft",
+    ):
         assert section in report
 
 

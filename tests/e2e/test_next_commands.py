@@ -1,7 +1,8 @@
-"""What a message tells a user to type next is provoked, cut out of the message as it stands, and typed: it leads where it says.
+"""The command that a message gives leads where the message says.
 
-A command of Python is typed in this process, since starting torch takes longer than all the rest, and
-some of each kind in a shell. Small sizes follow a command that names none. All paths hold a space.
+Each message is provoked, its command cut out as it stands and typed: one of Python in this process,
+since starting torch takes longer than all the rest, and some of each kind in a shell. Small sizes
+follow a command that names none. All paths hold a space.
 """
 
 import importlib
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,7 @@ def module_of(stage: str) -> str:
 
 @pytest.fixture
 def flags_of(trained: Path) -> dict[str, list[str]]:  # noqa: F811
-    """What each stage was trained with; the files that it names are those of the first base folder."""
+    """What each stage was trained with; it names files of the first base folder."""
     return {"base": base_flags(trained), "mid": mid_flags(trained), "sft": sft_flags(trained)}
 
 
@@ -68,8 +70,9 @@ def run(capsys: pytest.CaptureFixture[str]) -> Say:
         capsys.readouterr()
         left = importlib.import_module(module).main(list(flags))
         streams = capsys.readouterr()
-        assert left == code, f"{module} {shlex.join(flags)} left with {left}\n{streams.out}{streams.err}"
-        return streams.out + streams.err
+        said = streams.out + streams.err
+        assert left == code, f"{module} {shlex.join(flags)} left with {left}\n{said}"
+        return said
 
     return command
 
@@ -104,7 +107,13 @@ def shell(line: str, code: int | None = 0, **variables: str) -> str:
 
 def environment(**variables: str) -> dict[str, str]:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", **variables}
+    return {
+        **os.environ,
+        "PATH": path,
+        "WANDB_MODE": "disabled",
+        "OMP_NUM_THREADS": "1",
+        **variables,
+    }
 
 
 def the_command(said: str, containing: str = "") -> str:
@@ -114,11 +123,17 @@ def the_command(said: str, containing: str = "") -> str:
     return found[0]
 
 
-# ---- a run that stops ------------------------------------------------------------------------------------------------
+# ---- a run that stops ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", ["base", "mid", "sft"])
-def test_ctrl_c_says_how_to_go_on(stage: str, root: Path, flags_of: Flags, run: Say, typed: Say) -> None:
+def test_ctrl_c_says_how_to_go_on(
+    stage: str,
+    root: Path,
+    flags_of: Flags,
+    run: Say,
+    typed: Say,
+) -> None:
     expected = final(root, stage)
     shutil.rmtree(folder(root, stage))
     with ctrl_c_in_step(4):
@@ -173,23 +188,34 @@ def test_ctrl_c_at_a_terminal(ranks: int, root: Path, flags_of: Flags) -> None:
     assert checkpoint_manager.find_last_step(folder(root, "base")) == 60
 
 
-@pytest.mark.parametrize(
-    ("ranks", "nodes", "start"),
-    [
-        (2, 1, "torchrun --standalone --nproc_per_node=2 -m scripts.base_train -- "),
-        (16, 2, "torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=node1:29500 -m scripts.base_train -- "),
-    ],
-)
-def test_the_command_of_a_run_on_several_ranks(ranks: int, nodes: int, start: str, monkeypatch: pytest.MonkeyPatch) -> None:
+ONE_NODE = "--standalone --nproc_per_node=2"
+TWO_NODES = "--nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=node1:29500"
+
+
+@pytest.mark.parametrize(("ranks", "nodes", "place"), [(2, 1, ONE_NODE), (16, 2, TWO_NODES)])
+def test_the_command_of_a_run_on_several_ranks(
+    ranks: int,
+    nodes: int,
+    place: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start = f"torchrun {place} -m scripts.base_train -- "
     from scripts import base_train
 
-    variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks // nodes, "MASTER_ADDR": "node1"}
+    variables = {
+        "RANK": 0,
+        "LOCAL_RANK": 0,
+        "WORLD_SIZE": ranks,
+        "LOCAL_WORLD_SIZE": ranks // nodes,
+        "MASTER_ADDR": "node1",
+    }
     for name, value in variables.items():  # as torchrun sets them
         monkeypatch.setenv(name, str(value))
-    line = run_setup.command("base", base_train.Config(run="first", dataset="my texts"), resume="latest")
+    config = base_train.Config(run="first", dataset="my texts")
+    line = run_setup.command("base", config, resume="latest")
     assert line.startswith(start) and line.endswith("  # on each node") == (nodes > 1)
     flags = shlex.split(line.removeprefix(start), comments=True)
-    assert configurator.parse(base_train.Config, flags) == base_train.Config(run="first", dataset="my texts", resume="latest")
+    assert configurator.parse(base_train.Config, flags) == replace(config, resume="latest")
 
 
 @pytest.mark.slow
@@ -197,26 +223,44 @@ def test_a_full_disk_says_how_to_go_on(root: Path, flags_of: Flags) -> None:
     """No file may have more than 20 KiB, so no save succeeds."""
     expected = final(root, "base")
     shutil.rmtree(folder(root, "base"))
-    said = shell(f"ulimit -f 20; python -m scripts.base_train {shlex.join(flags_of['base'])}", code=2)
+    flags = shlex.join(flags_of["base"])
+    said = shell(f"ulimit -f 20; python -m scripts.base_train {flags}", code=2)
     assert "make room" in said
     shell(the_command(said))
     assert same(final(root, "base"), expected)
 
 
-def test_a_loss_that_is_not_finite_says_how_to_start_again(root: Path, flags_of: Flags, run: Say) -> None:
+def test_a_loss_that_is_not_finite_says_how_to_start_again(
+    root: Path,
+    flags_of: Flags,
+    run: Say,
+) -> None:
     flags = [*flags_of["base"], "--overwrite", "--model_tag=hot"]
     rates = ["--embedding_lr=1e30", "--matrix_lr=1e30", "--unembedding_lr=1e30", "--grad_clip=0"]
     said = run("scripts.base_train", *flags, *rates, "--num_iterations=100", code=2)
     assert "not finite" in said and "--overwrite and lower learning rates" in said
-    run("scripts.base_train", *flags, "--overwrite", "--embedding_lr=0.1", "--matrix_lr=0.01", "--unembedding_lr=0.001")
+    run(
+        "scripts.base_train",
+        *flags,
+        "--overwrite",
+        "--embedding_lr=0.1",
+        "--matrix_lr=0.01",
+        "--unembedding_lr=0.001",
+    )
     assert losses(root, "base")[-1] < losses(root, "base")[0]
 
 
-# ---- a run that is there already -------------------------------------------------------------------------------------
+# ---- a run that is there already -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", ["base", "mid", "sft"])
-def test_a_tag_that_is_there_names_three_ways(stage: str, root: Path, flags_of: Flags, run: Say, typed: Say) -> None:
+def test_a_tag_that_is_there_names_three_ways(
+    stage: str,
+    root: Path,
+    flags_of: Flags,
+    run: Say,
+    typed: Say,
+) -> None:
     said = run(module_of(stage), *flags_of[stage], code=2)
     line = the_command(said)
     assert "nothing to do" in typed(line)
@@ -229,12 +273,19 @@ def test_a_tag_that_is_there_names_three_ways(stage: str, root: Path, flags_of: 
         assert "choose another --model_tag" in said
         another = "--model_tag=other"
     else:
-        another = re.search(r"--from_tag=\S+ --model_tag=NAME", said)[0].replace("NAME", "other")  # type: ignore[index]
+        named = re.search(r"--from_tag=\S+ --model_tag=", said)
+        assert named, said
+        another = named[0] + "other"
     run(module_of(stage), *flags_of[stage], *another.split())
     assert checkpoint_manager.find_last_step(folder(root, stage, "other")) == 10
 
 
-def test_no_intact_checkpoint_says_how_to_start_over(root: Path, flags_of: Flags, run: Say, typed: Say) -> None:
+def test_no_intact_checkpoint_says_how_to_start_over(
+    root: Path,
+    flags_of: Flags,
+    run: Say,
+    typed: Say,
+) -> None:
     for path in folder(root, "mid").glob("model_*.pt"):
         path.write_bytes(b"")
     said = run("scripts.mid_train", *flags_of["mid"], "--resume=latest", code=2)
@@ -243,7 +294,12 @@ def test_no_intact_checkpoint_says_how_to_start_over(root: Path, flags_of: Flags
     assert checkpoint_manager.find_verified_step(folder(root, "mid")) == 10
 
 
-def test_a_source_that_was_trained_anew_says_how_to_start_from_it(root: Path, flags_of: Flags, run: Say, typed: Say) -> None:
+def test_a_source_that_was_trained_anew_says_how_to_start_from_it(
+    root: Path,
+    flags_of: Flags,
+    run: Say,
+    typed: Say,
+) -> None:
     before = final(root, "mid")
     run("scripts.base_train", *flags_of["base"], "--overwrite", "--seed=7")
     said = run("scripts.mid_train", *flags_of["mid"], "--resume=latest")
@@ -254,7 +310,13 @@ def test_a_source_that_was_trained_anew_says_how_to_start_from_it(root: Path, fl
 
 
 @pytest.mark.parametrize("stage", ["base", "mid", "sft"])
-def test_the_command_in_the_report_makes_the_run_again(stage: str, root: Path, flags_of: Flags, run: Say, typed: Say) -> None:
+def test_the_command_in_the_report_makes_the_run_again(
+    stage: str,
+    root: Path,
+    flags_of: Flags,
+    run: Say,
+    typed: Say,
+) -> None:
     """In a base folder that has what the run began with, and not the run."""
     run("zangchat.report", "generate")
     report = (root / "report" / "report.md").read_text(encoding="utf-8")
@@ -270,7 +332,8 @@ def test_a_flag_that_a_resumed_run_cannot_change(root: Path, flags_of: Flags, ru
     said = run("scripts.base_train", *flags, "--matrix_lr=0.5", "--data_path=no where", code=2)
     restored = re.search(r"give ([^,]*), or start over with --overwrite", said)
     assert restored, said
-    assert "nothing to do" in run("scripts.base_train", *flags, "--matrix_lr=0.5", *shlex.split(restored[1]))
+    flags += ["--matrix_lr=0.5", *shlex.split(restored[1])]
+    assert "nothing to do" in run("scripts.base_train", *flags)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +343,12 @@ def test_a_flag_that_a_resumed_run_cannot_change(root: Path, flags_of: Flags, ru
         ["--device_batch_size=5"],
     ],
 )
-def test_a_size_that_does_not_suit_names_one_that_does(flags: list[str], root: Path, flags_of: Flags, run: Say) -> None:
+def test_a_size_that_does_not_suit_names_one_that_does(
+    flags: list[str],
+    root: Path,
+    flags_of: Flags,
+    run: Say,
+) -> None:
     plan = ["--dry_run", *flags_of["base"], "--model_tag=other", *flags]
     said = run("scripts.base_train", *plan, code=2)
     better = re.search(r"try (--\w+=\d+)", said)
@@ -288,22 +356,28 @@ def test_a_size_that_does_not_suit_names_one_that_does(flags: list[str], root: P
     run("scripts.base_train", *plan, better[1])
 
 
-# ---- what is missing -------------------------------------------------------------------------------------------------
+# ---- what is missing -----------------------------------------------------------------------------
 
 TOKENIZER = ["--vocab_size=300", "--max_chars=100000"]
 SIZES = {  # of what is told without any
     "scripts.tok_train": TOKENIZER,
-    "scripts.base_train": """--depth=1 --n_embd=32 --head_dim=16 --max_seq_len=64 --device_batch_size=4 --total_batch_size=256
-        --num_iterations=2 --eval_tokens=400 --sample_every=-1 --core_metric_every=-1 --device_type=cpu""".split(),
-    "scripts.mid_train": "--mixture=identity:1 --num_iterations=2 --eval_tokens=400 --device_type=cpu".split(),
-    "scripts.chat_sft": "--mixture=identity:1 --num_iterations=2 --eval_steps=1 --device_type=cpu".split(),
-    "scripts.chat_rl": """--task=arithmetic --num_iterations=1 --examples_per_step=2 --num_samples=2 --max_new_tokens=4
-        --eval_every=-1 --device_type=cpu""".split(),
+    "scripts.base_train": """--depth=1 --n_embd=32 --head_dim=16 --max_seq_len=64
+        --device_batch_size=4 --total_batch_size=256 --num_iterations=2 --eval_tokens=400
+        --sample_every=-1 --core_metric_every=-1 --device_type=cpu""".split(),
+    "scripts.mid_train": """--mixture=identity:1 --num_iterations=2 --eval_tokens=400
+        --device_type=cpu""".split(),
+    "scripts.chat_sft": """--mixture=identity:1 --num_iterations=2 --eval_steps=1
+        --device_type=cpu""".split(),
+    "scripts.chat_rl": """--task=arithmetic --num_iterations=1 --examples_per_step=2
+        --num_samples=2 --max_new_tokens=4 --eval_every=-1 --device_type=cpu""".split(),
 }
 
 
 def follow(line: str, typed: Say, more: list[str]) -> list[str]:
-    """Type a command and, as long as it lacks something, first what its message says. Returns the modules that ran, in order."""
+    """Type a command and, as long as it lacks something, first what its message says.
+
+    Returns the modules that ran, in order.
+    """
     done: list[str] = []
     waiting = [(line, more)]
     while waiting:
@@ -323,12 +397,28 @@ def follow(line: str, typed: Say, more: list[str]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_from_nothing_the_messages_lead_to_a_conversation(base_dir: Path, run: Say, typed: Say) -> None:
-    """And from a damaged corpus and a damaged tokenizer to whole ones. The corpus is that of this machine."""
-    begun = ["zangchat.dataset", "scripts.tok_train", "scripts.base_train", "scripts.mid_train", "scripts.chat_sft"]
+def test_from_nothing_the_messages_lead_to_a_conversation(
+    base_dir: Path,
+    run: Say,
+    typed: Say,
+) -> None:
+    """And from a damaged corpus to a whole one. The corpus is that of this machine."""
+    begun = [
+        "zangchat.dataset",
+        "scripts.tok_train",
+        "scripts.base_train",
+        "scripts.mid_train",
+        "scripts.chat_sft",
+    ]
     talk = "python -m scripts.chat_cli"
-    assert follow(talk, typed, ["-p", "hi", "--max_tokens=4", "--device_type=cpu"]) == [*begun, "scripts.chat_cli"]
-    assert follow(f"{talk} -i rl", typed, ["-p", "hi", "--max_tokens=4", "--device_type=cpu"]) == ["scripts.chat_rl", "scripts.chat_cli"]
+    assert follow(talk, typed, ["-p", "hi", "--max_tokens=4", "--device_type=cpu"]) == [
+        *begun,
+        "scripts.chat_cli",
+    ]
+    assert follow(f"{talk} -i rl", typed, ["-p", "hi", "--max_tokens=4", "--device_type=cpu"]) == [
+        "scripts.chat_rl",
+        "scripts.chat_cli",
+    ]
     shard = next((base_dir / "base_data" / "pydocs").glob("*.parquet"))
     shard.write_bytes(b"")
     line = the_command(run("scripts.tok_train", *TOKENIZER, "--overwrite", code=2))
@@ -345,33 +435,60 @@ def small_base(base_dir: Path, tmp_path: Path) -> Path:
     from zangchat.tokenizer import RustBPETokenizer
 
     RustBPETokenizer.train_from_iterator(iter(topics.values()), 300).save(base_dir / "tokenizer")
-    (tmp_path / "my texts.txt").write_text("<|endoftext|>".join(list(topics.values())[:20]), encoding="utf-8")
+    texts = "<|endoftext|>".join(list(topics.values())[:20])
+    (tmp_path / "my texts.txt").write_text(texts, encoding="utf-8")
     return base_dir
 
 
-def test_a_damaged_tokenizer_says_how_to_train_it_again(small_base: Path, tmp_path: Path, run: Say, typed: Say) -> None:
+def test_a_damaged_tokenizer_says_how_to_train_it_again(
+    small_base: Path,
+    tmp_path: Path,
+    run: Say,
+    typed: Say,
+) -> None:
     (small_base / "tokenizer" / "tokenizer.json").write_text("{", encoding="utf-8")
-    said = run("scripts.base_train", *SIZES["scripts.base_train"], f"--data_path={tmp_path / 'my texts.txt'}", code=2)
+    said = run(
+        "scripts.base_train",
+        *SIZES["scripts.base_train"],
+        f"--data_path={tmp_path / 'my texts.txt'}",
+        code=2,
+    )
     typed(the_command(said, "tok_train"), *TOKENIZER, f"--data_path={tmp_path / 'my texts.txt'}")
-    run("scripts.base_train", *SIZES["scripts.base_train"], f"--data_path={tmp_path / 'my texts.txt'}")
+    run(
+        "scripts.base_train",
+        *SIZES["scripts.base_train"],
+        f"--data_path={tmp_path / 'my texts.txt'}",
+    )
 
 
-def test_a_damaged_shard_of_tokens_says_how_to_make_it_again(small_base: Path, tmp_path: Path, run: Say, typed: Say) -> None:
+def test_a_damaged_shard_of_tokens_says_how_to_make_it_again(
+    small_base: Path,
+    tmp_path: Path,
+    run: Say,
+    typed: Say,
+) -> None:
     """Of a text that is no dataset of the base folder."""
     said = run("zangchat.dataset", "tokenize", f"--data_path={tmp_path / 'my texts.txt'}")
     train = shlex.split(said.partition("train on them with ")[2])
     run("scripts.base_train", *SIZES["scripts.base_train"], *train)
     shard = next((small_base / "base_data").glob("*/*.tokens"))
     shard.write_bytes(b"")
-    said = run("scripts.base_train", *SIZES["scripts.base_train"], *train, "--model_tag=other", code=2)
-    typed(the_command(said))
-    run("scripts.base_train", *SIZES["scripts.base_train"], *train, "--model_tag=other")
+    train = [*SIZES["scripts.base_train"], *train, "--model_tag=other"]
+    typed(the_command(run("scripts.base_train", *train, code=2)))
+    run("scripts.base_train", *train)
 
 
-def test_token_ids_that_are_asked_for_text_say_where_it_is(small_base: Path, tmp_path: Path, run: Say) -> None:
+def test_token_ids_that_are_asked_for_text_say_where_it_is(
+    small_base: Path,
+    tmp_path: Path,
+    run: Say,
+) -> None:
     run("zangchat.dataset", "tokenize", f"--data_path={tmp_path / 'my texts.txt'}")
     name = next((small_base / "base_data").glob("*/manifest.json")).parent.name
-    for command in (["scripts.tok_train", *TOKENIZER, "--overwrite"], ["zangchat.dataset", "tokenize", "--overwrite"]):
+    for command in (
+        ["scripts.tok_train", *TOKENIZER, "--overwrite"],
+        ["zangchat.dataset", "tokenize", "--overwrite"],
+    ):
         said = run(*command, f"--dataset={name}", code=2)
         run(*command, *shlex.split(said.rpartition("give ")[2]))
 
@@ -381,46 +498,92 @@ def test_a_dataset_that_is_not_there(base_dir: Path, run: Say) -> None:
     assert "-n 8" in the_command(run("scripts.tok_train", "--dataset=climbmix", code=2))
     said = run("scripts.tok_train", "--dataset=my texts", code=2)
     assert "--data_path" in said and "that needs no download" in said
-    assert the_command(run("scripts.tok_train", "--dataset=pydocs", code=2)) == "python -m zangchat.dataset --source=pydocs"
-    assert "tokenize --dataset=pydocs" in the_command(run("scripts.tok_train", "--dataset=pydocs-tokens", code=2))
+    said = run("scripts.tok_train", "--dataset=pydocs", code=2)
+    assert the_command(said) == "python -m zangchat.dataset --source=pydocs"
+    said = run("scripts.tok_train", "--dataset=pydocs-tokens", code=2)
+    assert the_command(said) == "python -m zangchat.dataset tokenize --dataset=pydocs"
 
 
-# ---- what comes next -------------------------------------------------------------------------------------------------
+# ---- what comes next -----------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_an_imported_model_says_how_to_talk_to_it(root: Path, tmp_path: Path, run: Say, typed: Say) -> None:
+def test_an_imported_model_says_how_to_talk_to_it(
+    root: Path,
+    tmp_path: Path,
+    run: Say,
+    typed: Say,
+) -> None:
     run("scripts.export_hf", "-i", "sft", "-o", str(tmp_path / "my export"))
-    said = run("scripts.import_model", f"--path={tmp_path / 'my export'}", "--source=sft", "--model_tag=back")
+    said = run(
+        "scripts.import_model",
+        f"--path={tmp_path / 'my export'}",
+        "--source=sft",
+        "--model_tag=back",
+    )
     typed(the_command(said), "-p", "hi", "--max_tokens=4")
 
 
-def test_conversations_that_were_written_say_how_to_train_on_them(root: Path, tmp_path: Path, run: Say, typed: Say) -> None:
-    messages = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am Ada."}]
+def test_conversations_that_were_written_say_how_to_train_on_them(
+    root: Path,
+    tmp_path: Path,
+    run: Say,
+    typed: Say,
+) -> None:
+    messages = [
+        {"role": "user", "content": "Who are you?"},
+        {"role": "assistant", "content": "I am Ada."},
+    ]
     replies = iter(range(1000))
 
     def reply(prompt: str) -> str:
         messages[0]["content"] = f"Who are you, number {next(replies)}?"
         return json.dumps({"messages": messages})
 
-    with serving(engine(reply, sequence_len=4096), max_batch=4, queue=8, model_name="talker") as (url, _):
-        flags = [f"--base_url={url}/v1", f"--output={tmp_path / 'about me.jsonl'}", "--max_tokens=300"]
+    with serving(engine(reply, sequence_len=4096), max_batch=4, queue=8, model_name="talker") as (
+        url,
+        _,
+    ):
+        flags = [
+            f"--base_url={url}/v1",
+            f"--output={tmp_path / 'about me.jsonl'}",
+            "--max_tokens=300",
+        ]
         said = run("dev.gen_synthetic_data", *flags, "--num=4", "--max_similarity=1")
-    typed(the_command(said), "--model_tag=me", "--from_tag=d1", "--mixture=identity:1", "--num_iterations=2", "--device_type=cpu")
+    typed(
+        the_command(said),
+        "--model_tag=me",
+        "--from_tag=d1",
+        "--mixture=identity:1",
+        "--num_iterations=2",
+        "--device_type=cpu",
+    )
     assert checkpoint_manager.find_last_step(folder(root, "mid", "me")) == 2
 
 
 @pytest.mark.slow
-def test_jobs_that_were_submitted_say_how_to_finish(base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in for sbatch that takes every job and runs none, so the last command does all of it."""
+def test_jobs_that_were_submitted_say_how_to_finish(
+    base_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a stand-in for sbatch that runs no job, so the last command does all of it."""
     pytest.importorskip("datatrove")
     corpus, programs = tmp_path / "my corpus", tmp_path / "programs"
     for place in (corpus, programs):
         place.mkdir()
-    (corpus / "a.jsonl").write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(50)), encoding="utf-8")
+    rows = "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(50))
+    (corpus / "a.jsonl").write_text(rows, encoding="utf-8")
     (programs / "sbatch").write_text("#!/bin/sh\necho Submitted batch job 1\n", encoding="utf-8")
     (programs / "sbatch").chmod(0o755)
-    flags = ["--format=.jsonl", "--num_shards=2", "--tasks=1", "--workers=1", "--name=mine", "--slurm_partition=cpu"]
+    flags = [
+        "--format=.jsonl",
+        "--num_shards=2",
+        "--tasks=1",
+        "--workers=1",
+        "--name=mine",
+        "--slurm_partition=cpu",
+    ]
     line = shlex.join(["python", "-m", "dev.repackage_datatrove", f"--data_path={corpus}", *flags])
     said = shell(line, PATH=f"{programs}:{environment()['PATH']}")
     shell(the_command(said, "dev.repackage_datatrove"))
@@ -432,7 +595,7 @@ def test_a_flag_that_does_not_exist_names_the_help(base_dir: Path) -> None:
     assert "--depth" in shell(the_command(said))
 
 
-# ---- with a hub ------------------------------------------------------------------------------------------------------
+# ---- with a hub ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -444,13 +607,23 @@ def hub(base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         yield hub
 
 
-def test_without_a_source_both_ways_are_named(hub: Hub, base_dir: Path, run: Say, typed: Say) -> None:
+def test_without_a_source_both_ways_are_named(
+    hub: Hub,
+    base_dir: Path,
+    run: Say,
+    typed: Say,
+) -> None:
     fetch = the_command(run("zangchat.dataset", code=2), "-n 8")
     typed(fetch)
     assert (base_dir / "base_data" / "climbmix" / "manifest.json").exists()
 
 
-def test_a_text_of_the_hub_is_fetched_checked_and_repaired(hub: Hub, base_dir: Path, run: Say, typed: Say) -> None:
+def test_a_text_of_the_hub_is_fetched_checked_and_repaired(
+    hub: Hub,
+    base_dir: Path,
+    run: Say,
+    typed: Say,
+) -> None:
     fetch = the_command(run("scripts.tok_train", *TOKENIZER, "--dataset=fineweb-edu", code=2))
     typed(fetch)
     check = the_command(typed(fetch))
@@ -462,7 +635,12 @@ def test_a_text_of_the_hub_is_fetched_checked_and_repaired(hub: Hub, base_dir: P
     run("scripts.tok_train", *TOKENIZER, "--dataset=fineweb-edu")
 
 
-def test_a_hub_that_fails_says_what_needs_none(hub: Hub, base_dir: Path, run: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_fails_says_what_needs_none(
+    hub: Hub,
+    base_dir: Path,
+    run: Say,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     said = run("zangchat.dataset", "-n", "8", code=2)
     assert "set HF_ENDPOINT to a mirror" in said
@@ -483,7 +661,16 @@ def test_a_shard_that_does_not_come_whole_comes_by_the_same_command(
 
 @pytest.mark.slow
 def test_core_that_training_goes_without_is_fetched(hub: Hub, root: Path, flags_of: Flags) -> None:
-    line = shlex.join(["python", "-m", "scripts.base_train", *flags_of["base"], "--overwrite", "--core_metric_every=10"])
+    line = shlex.join(
+        [
+            "python",
+            "-m",
+            "scripts.base_train",
+            *flags_of["base"],
+            "--overwrite",
+            "--core_metric_every=10",
+        ]
+    )
     said = shell(f"{line} --core_metric_max_per_task=1")
     assert "training goes without CORE evaluations" in said
     assert "CORE: 22 tasks" in shell(the_command(said, "fetch"))
@@ -498,19 +685,34 @@ def test_a_download_that_failed_is_made_by_the_same_command(hub: Hub, root: Path
     assert "CORE" in shell(line)
 
 
-# ---- a chain ---------------------------------------------------------------------------------------------------------
+# ---- a chain -------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_a_stage_that_fails_names_its_command_and_the_chain(hub: Hub, base_dir: Path, tmp_path: Path) -> None:
-    """Two stages fail: one whose file is missing, and, when that is there, one whose vocabulary is too small."""
+def test_a_stage_that_fails_names_its_command_and_the_chain(
+    hub: Hub,
+    base_dir: Path,
+    tmp_path: Path,
+) -> None:
+    """Two stages fail: one whose file is missing, then one whose vocabulary is too small."""
     mine = tmp_path / "about me.jsonl"
-    variables = {"NPROC_PER_NODE": "2", "NUM_SHARDS": "4", "MAX_CHARS": "500000", "VOCAB_SIZE": "100", "IDENTITY_DATA": str(mine)}
+    variables = {
+        "NPROC_PER_NODE": "2",
+        "NUM_SHARDS": "4",
+        "MAX_CHARS": "500000",
+        "VOCAB_SIZE": "100",
+        "IDENTITY_DATA": str(mine),
+    }
     said = shell("bash speedrun.sh", code=2, **variables)
     assert "stopped with exit code 2" in said and str(mine) in said
     alone, chain = the_command(said, "scripts."), the_command(said, "bash ")
     shell(alone, code=2)
-    row = {"messages": [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "Ada."}]}
+    row = {
+        "messages": [
+            {"role": "user", "content": "Who are you?"},
+            {"role": "assistant", "content": "Ada."},
+        ]
+    }
     mine.write_text(json.dumps(row) + "\n", encoding="utf-8")
     shell(alone)
     said = shell(chain, code=2, **variables)

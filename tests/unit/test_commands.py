@@ -1,4 +1,4 @@
-"""Each command in a string, a comment or a sentence of the repository is one that its own parser takes."""
+"""Each command in a string, a comment or a page of the repository is one that its parser takes."""
 
 import ast
 import io
@@ -25,7 +25,8 @@ def python_texts(source: str) -> Iterator[str]:
     constants = {}
     for node in tree.body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
-            constants |= {name.id: node.value.value for name in node.targets if isinstance(name, ast.Name)}
+            names = [name.id for name in node.targets if isinstance(name, ast.Name)]
+            constants |= dict.fromkeys(names, node.value.value)
 
     def joined(node: ast.expr) -> str:
         if isinstance(node, ast.Constant):
@@ -44,7 +45,8 @@ def python_texts(source: str) -> Iterator[str]:
         if not isinstance(node, ast.JoinedStr):
             inside = ast.iter_child_nodes(node)
             if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-                inside = (child for child in inside if not isinstance(child, (ast.Constant, ast.JoinedStr)))
+                whole_ones = (ast.Constant, ast.JoinedStr)
+                inside = (child for child in inside if not isinstance(child, whole_ones))
             for child in inside:
                 yield from visit(child)
 
@@ -59,7 +61,8 @@ def shell_texts(source: str) -> Iterator[str]:
     spoken = [match[2] for match in here.finditer(source)]
     source = here.sub("", source)
     spoken += re.findall(r"(?<![\w$])#[ !](.*)", source)
-    for _, text in re.findall(r"\b(?:echo|printf|die|say) (['\"])(.*?)(?<!\\)\1", source, re.DOTALL):
+    said = re.compile(r"\b(?:echo|printf|die|say) (['\"])(.*?)(?<!\\)\1", re.DOTALL)
+    for _, text in said.findall(source):
         spoken += text.replace("\\n", "\n").replace("\\`", "`").splitlines()
     text = "\n".join(spoken)
     yield re.sub(r"\$\{[^}]*\}|\$\w+|%[sdq]", OPEN, text)
@@ -95,7 +98,13 @@ FOUND = [(name, line) for name, line in dict.fromkeys(written()) if not is_open(
 
 
 def test_each_command_that_is_written_down_is_parsed() -> None:
-    assert {name.partition("/")[0] for name, _ in FOUND} >= {"zangchat", "scripts", "dev", "README.md", "speedrun.sh"}
+    assert {name.partition("/")[0] for name, _ in FOUND} >= {
+        "zangchat",
+        "scripts",
+        "dev",
+        "README.md",
+        "speedrun.sh",
+    }
     wrong = [f"{name}: {line}\n    {why}" for name, line in FOUND if (why := problem(line))]
     assert not wrong, "\n".join(wrong)
 
@@ -104,16 +113,48 @@ def test_each_command_that_is_written_down_is_parsed() -> None:
     ("text", "line", "complaint"),
     [
         ("run `python -m scripts.tok_trian` first", "python -m scripts.tok_trian", "no module"),
-        ("see python -m scripts.tok_train --vocab=8)", "python -m scripts.tok_train --vocab=8", "--vocab_size"),
-        ("python -m scripts.tok_train again", "python -m scripts.tok_train again", "belongs to no flag"),
-        ("  python -m scripts.base_train --depth=x   a model", "python -m scripts.base_train --depth=x", "whole number"),
-        ("  torchrun --standalone -m scripts.chat_sft --run=a", "torchrun --standalone -m scripts.chat_sft --run=a", "`--`"),
+        (
+            "see python -m scripts.tok_train --vocab=8)",
+            "python -m scripts.tok_train --vocab=8",
+            "--vocab_size",
+        ),
+        (
+            "python -m scripts.tok_train again",
+            "python -m scripts.tok_train again",
+            "belongs to no flag",
+        ),
+        (
+            "  python -m scripts.base_train --depth=x   a model",
+            "python -m scripts.base_train --depth=x",
+            "whole number",
+        ),
+        (
+            "  torchrun --standalone -m scripts.chat_sft --run=a",
+            "torchrun --standalone -m scripts.chat_sft --run=a",
+            "`--`",
+        ),
         ("go on with:\n  bash speedrn.sh\n", "bash speedrn.sh", "there is no"),
-        ("e.g. DEPHT=2 bash speedrun.sh, or less", "DEPHT=2 bash speedrun.sh", "does not read DEPHT"),
+        (
+            "e.g. DEPHT=2 bash speedrun.sh, or less",
+            "DEPHT=2 bash speedrun.sh",
+            "does not read DEPHT",
+        ),
         ("e.g. bash dev/rungpu.sh 25, or less", "bash dev/rungpu.sh 25", "does not take 25"),
-        ("`OMP_THREADS=1 python -m scripts.tok_train`", "OMP_THREADS=1 python -m scripts.tok_train", "reads OMP_THREADS"),
-        ("python -m scripts.mid_train --identity_data=a b.jsonl", "python -m scripts.mid_train --identity_data=a b.jsonl", "b.jsonl"),
-        ("`python -m scripts.chat_cli -p 'a`", "python -m scripts.chat_cli -p 'a", "shell does not read"),
+        (
+            "`OMP_THREADS=1 python -m scripts.tok_train`",
+            "OMP_THREADS=1 python -m scripts.tok_train",
+            "reads OMP_THREADS",
+        ),
+        (
+            "python -m scripts.mid_train --identity_data=a b.jsonl",
+            "python -m scripts.mid_train --identity_data=a b.jsonl",
+            "b.jsonl",
+        ),
+        (
+            "`python -m scripts.chat_cli -p 'a`",
+            "python -m scripts.chat_cli -p 'a",
+            "shell does not read",
+        ),
     ],
 )
 def test_a_wrong_command_is_found_and_refused(text: str, line: str, complaint: str) -> None:
@@ -137,14 +178,16 @@ def test_what_is_left_open_is_filled_in(text: str) -> None:
 
 
 def test_commands_are_found_in_each_kind_of_text() -> None:
-    literal = 'NAME = "python -m scripts"\ndef f(x):  # run `bash a.sh`\n    return f"`{NAME}.tok {x} --{x}=1`" + "`bash b.sh`"'
+    literal = 'NAME = "python -m scripts"\ndef f(x):  # run `bash a.sh`\n'
+    literal += '    return f"`{NAME}.tok {x} --{x}=1`" + "`bash b.sh`"'
     assert [line for text in python_texts(literal) for line in find(text)] == [
         "python -m scripts",
         f"python -m scripts.tok {OPEN} --{OPEN}=1",
         "bash b.sh",
         "bash a.sh",
     ]
-    script = "# bash a.sh\nbash no.sh\necho 'x:\\n  bash b.sh'\ncat << END\n  python -m scripts.x --tag=$TAG\nEND\n"
+    script = "# bash a.sh\nbash no.sh\necho 'x:\\n  bash b.sh'\n"
+    script += "cat << END\n  python -m scripts.x --tag=$TAG\nEND\n"
     found = [line for text in shell_texts(script) for line in find(text)]
     assert sorted(found) == ["bash a.sh", "bash b.sh", f"python -m scripts.x --tag={OPEN}"]
 
@@ -170,7 +213,8 @@ def test_logged(caplog):
     logging.getLogger("zangchat").warning("next: bash logged.sh")
 
 def test_of_a_process():
-    subprocess.run([sys.executable, "-c", "print('`python -m scripts.process`')"], capture_output=True)
+    program = "print('`python -m scripts.process`')"
+    subprocess.run([sys.executable, "-c", program], capture_output=True)
 
 def test_good():
     print("run `python -m scripts.tok_train`, not `python -m http.server`")
@@ -179,10 +223,23 @@ def test_good():
 
 def test_a_test_that_prints_a_wrong_command_fails(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text(TESTS, encoding="utf-8")
-    flags = ["-p", "tests.listener", "-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={tmp_path}"]
+    flags = [
+        "-p",
+        "tests.listener",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        os.devnull,
+        f"--rootdir={tmp_path}",
+    ]
     log = tmp_path / "log"
     with log.open("wb") as file:  # not a pipe: the listener of this very test would hear it
-        subprocess.run([sys.executable, "-m", "pytest", *flags, str(tmp_path)], cwd=ROOT, stdout=file, timeout=120)
+        subprocess.run(
+            [sys.executable, "-m", "pytest", *flags, str(tmp_path)],
+            cwd=ROOT,
+            stdout=file,
+            timeout=120,
+        )
     report = log.read_text(encoding="utf-8")
     assert "6 passed, 5 errors" in report, report
     for line in ("scripts.raised", "scripts.printed", "scripts.read", "scripts.process"):
