@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 class Config(FinetuneConfig):
     source: str = "mid"  # mid | base: the stage to start from
     # the data
-    mixture: str | None = (
-        None  # NAME:EPOCHS, or NAME:EXAMPLES for generated tasks, separated by commas; default: SFT_MIXTURE in tasks/training.py
-    )
+    mixture: str | None = None  # NAME:EPOCHS, or NAME:EXAMPLES if generated, with commas between; default: SFT_MIXTURE in tasks/training.py
     identity_data: str | None = None  # a .jsonl file of conversations of your own, added to the mixture: seen once per epoch
     # how long, and in what batches
     num_epochs: int = 1  # times through the mixture

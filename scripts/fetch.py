@@ -17,10 +17,10 @@ from zangchat import configurator
 
 @dataclass
 class Config:
-    mid_mixture: str = MID_MIXTURE
-    sft_mixture: str = SFT_MIXTURE
+    mid_mixture: str = MID_MIXTURE  # what mid_train is to train on
+    sft_mixture: str = SFT_MIXTURE  # the same of chat_sft
     identity_data: str | None = None  # a .jsonl file of conversations of your own: read, so that a mistake in it is found now
-    rl_task: str = "gsm8k"  # empty: none
+    rl_task: str = "gsm8k"  # what chat_rl is to train on; empty = nothing
     eval_tasks: str | None = None  # of the chat evaluations, separated by |; default: every task that can be scored
     core: bool = True  # CORE's bundle as well
 

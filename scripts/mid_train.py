@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 @dataclass
 class Config(FinetuneConfig):
     # the data
-    mixture: str | None = (
-        None  # NAME:EPOCHS, or NAME:EXAMPLES for generated tasks, separated by commas; default: MID_MIXTURE in tasks/training.py
-    )
+    mixture: str | None = None  # NAME:EPOCHS, or NAME:EXAMPLES if generated, with commas between; default: MID_MIXTURE in tasks/training.py
     identity_data: str | None = None  # a .jsonl file of conversations of your own, added to the mixture and seen twice
     mixture_ratio: float = 1.0  # share of the tokens that come from the mixture, above 0; the rest is pretraining text
     dataset: str | None = None  # the pretraining text (also for validation where mixture_ratio < 1); default: as the base model

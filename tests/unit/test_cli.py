@@ -4,8 +4,10 @@ python tests/unit/test_cli.py        writes cli_flags.json again, after a flag w
 """
 
 import importlib
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +107,13 @@ def test_help_lists_every_flag_without_torch(command, help_of):
     assert code == 0, err
     assert all(spelling in out for flag in flags_of(command) for spelling in flag.split())
     assert not (command.startswith("scripts.") and loaded_torch)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_flag_is_wrapped_away_from_its_help(command):
+    """Its help is the comment on its line; a formatter that wraps a long one would leave the comment of a section instead."""
+    source = inspect.getsource(importlib.import_module(command).Config)
+    assert not re.search(r"^    \w+: .* = \($", source, re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
