@@ -205,7 +205,7 @@ if [ "$DATASET" = pydocs ]; then
 else
     first=$(((MAX_CHARS + 249999999) / 250000000)) # shards that the tokenizer reads
     first=$((first < NUM_SHARDS ? first : NUM_SHARDS))
-    stage "The first $first shards of $DATASET" python -m zangchat.dataset --source="$DATASET" -n "$first"
+    stage "Text from $DATASET: $first of $NUM_SHARDS shards" python -m zangchat.dataset --source="$DATASET" -n "$first"
     download_all
 fi
 

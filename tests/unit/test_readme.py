@@ -325,7 +325,7 @@ def test_the_tokenizer_trains_while_shards_arrive(chain):
 
 def test_a_failed_download_ends_the_chain(chain):
     code, output, calls = chain("speedrun.sh", FAIL="-n 8")
-    assert code == 1 and "The first 8 shards of climbmix stopped with exit code 1" in output and "bash speedrun.sh" in output
+    assert code == 1 and "Text from climbmix: 8 of 115 shards stopped with exit code 1" in output and "bash speedrun.sh" in output
     assert modules(calls) == ["zangchat.report"]
 
 
