@@ -18,7 +18,7 @@ from dev import agreement, bench_core, bench_sandbox
 from scripts import base_eval, chat_eval, chat_rl
 from tasks import common, spellingbee
 from tasks.common import REGISTRY, Entry, GeneratedTask, chat, visible_text
-from tests import task_rows
+from tests.hub import rows
 from tests.unit.test_core_eval import make_bundle
 from tests.util import lively_model
 from zangchat import checkpoint_manager, collectives, execution, hub, trainer
@@ -218,7 +218,7 @@ def test_on_macos_humaneval_is_not_scored_and_its_answers_are_not_run(base, caps
         "test": "def check(f): ...",
         "entry_point": "one",
     }
-    task_rows.write_rows(base / "tasks" / "openai_humaneval" / "test.jsonl", [row])
+    rows.write_rows(base / "tasks" / "openai_humaneval" / "test.jsonl", [row])
     assert chat_eval.main(["-g", "a", "--all_tasks", "-x", "2", "-m", "4", *CPU]) == 0
     assert "HumanEval: not scored, model-written code is not run here: the sandbox of this machine" in capsys.readouterr().out
     assert len(programs) == 1 and "succeeds(" in programs[0], "the probe alone"

@@ -504,7 +504,8 @@ def test_what_does_not_fit_is_named_before_anything_is_made(base, flags, names, 
 def test_what_is_missing_names_the_command_that_makes_it(base, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ZANGCHAT_BASE_DIR", str(tmp_path))
     message = refused(base_train.main, base_flags(base), capsys)
-    assert f"run `python -m scripts.tok_train --data_path={base / 'text.jsonl'}`" in message
+    path = shlex.quote(f"--data_path={base / 'text.jsonl'}")
+    assert f"run `python -m scripts.tok_train {path}`" in message
     assert "python -m scripts.base_train" in refused(mid_train.main, mid_flags(base), capsys)
     assert "python -m scripts.mid_train" in refused(chat_sft.main, sft_flags(base), capsys)
     assert "python -m scripts.base_train" in refused(base_loss.main, ["--device_type=cpu"], capsys)
