@@ -26,7 +26,9 @@ def extract_code(text: str, entry_point: str = "") -> str:
 
 def fenced_blocks(text: str) -> list[tuple[str, str]]:
     """(language, code) of each fenced block, without the indentation or the quote marks that it shares with its fence."""
-    blocks, opening, lines = [], None, []
+    blocks: list[tuple[str, str]] = []
+    opening: re.Match[str] | None = None
+    lines: list[str] = []
     for line in text.replace("\r\n", "\n").removesuffix("\n").split("\n"):  # splitlines would also split at what a string may hold
         if opening is None:
             opening, lines = OPENING.match(line), []
