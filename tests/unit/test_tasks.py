@@ -35,6 +35,7 @@ from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
 from tasks.training import held_out_conversations, training_conversations
 from tests.hub.rows import write_rows
+from tests.util import ByteTokenizer
 from zangchat import hub
 from zangchat.configurator import UserError
 from zangchat.execution import SandboxLevel, find_sandbox
@@ -607,3 +608,30 @@ def test_the_real_data(base_dir):
                 assert task.evaluate(conversation, gold), name
     train, test = (set(questions(load_task("gsm8k", split))) for split in ("train", "test"))
     assert not train & test
+
+
+def test_a_message_of_weight_0_is_context(base_dir):
+    tokenizer = ByteTokenizer()
+    rows = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "BAD", "weight": 0},
+        {"role": "user", "content": "r", "weight": None},
+        {"role": "assistant", "content": [{"type": "text", "text": "good"}], "weight": 1},
+    ]
+    path = put(base_dir, "own.jsonl", [{"messages": rows}])
+    ids, mask = tokenizer.render_conversation(CustomJSON(path)[0])
+    assert tokenizer.decode([token for token, learn in zip(ids, mask, strict=True) if learn]) == "good<|assistant_end|>"
+    assert "BAD" in tokenizer.decode(ids)
+    tool = [{"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}]
+    ids, mask = tokenizer.render_conversation({"messages": [rows[0], {"role": "assistant", "content": tool, "weight": 0}]})
+    assert not any(mask)
+    put(base_dir, "own.jsonl", [{"messages": rows[:2]}])
+    with pytest.raises(UserError, match=r"own\.jsonl:1: each of the assistant's messages has weight 0"):
+        len(CustomJSON(path))
+    put(base_dir, "own.jsonl", [{"messages": [rows[0], {**rows[1], "weight": 0.5}]}])
+    with pytest.raises(UserError, match=r"own\.jsonl:1: message 1 has the weight 0\.5: 0 \(context\) and 1 \(learned\) are possible"):
+        len(CustomJSON(path))
+
+
+def test_a_file_in_a_mixture_needs_no_number_on_windows_either():
+    assert parse_mixture(r"C:\data\chats.jsonl,C:\b.jsonl:2,identity") == [(r"C:\data\chats.jsonl", 1), (r"C:\b.jsonl", 2), ("identity", 1)]
