@@ -161,7 +161,8 @@ case $(trap -p HUP) in *"''"*) signals=--signals-to-handle=SIGTERM,SIGINT,SIGQUI
 # on_all SCRIPT FLAGS...: the command line that runs a script on every GPU, in the array `command`. The `--` keeps torchrun
 # from taking --run for one of its own flags.
 on_all() {
-    local launcher=(torchrun --standalone --nproc_per_node="$NPROC_PER_NODE" ${signals:+"$signals"})
+    # --local-addr: a host name that does not resolve, as on some Macs, would make torchrun wait for ever
+    local launcher=(torchrun --standalone --local-addr=127.0.0.1 --nproc_per_node="$NPROC_PER_NODE" ${signals:+"$signals"})
     if [ -n "${LAUNCH:-}" ]; then # several machines: see dev/slurm.sbatch
         read -ra launcher <<< "$LAUNCH"
     elif [ "$NPROC_PER_NODE" = 1 ]; then

@@ -590,7 +590,43 @@ def device_memory(device: torch.device | str) -> int:
         return int(torch.mps.recommended_max_memory())
     import psutil
 
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + psutil.Process().memory_info().rss
+    return available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + psutil.Process().memory_info().rss
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes of main memory that can still be taken: of the machine or, if that is less, of the container or job (Linux's cgroups)."""
+    import psutil
+
+    available = float(psutil.virtual_memory().available)
+    try:
+        memberships = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return int(available)
+    for membership in memberships:
+        _, controllers, path = membership.split(":", 2)
+        if controllers == "":  # version 2
+            home, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            home, names = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        inside = home / path.lstrip("/")
+        for group in (inside, *inside.parents):  # a limit holds for all groups below it
+            if not group.is_relative_to(home):
+                break
+            available = min(available, _left_in(group, *names))
+    return int(available)
+
+
+def _left_in(group: Path, limit: str, usage: str, cached: str) -> float:
+    """Bytes that a cgroup has left, its file cache included, which is given up on demand; infinity if it has no limit."""
+    try:
+        limit_bytes = float((group / limit).read_text(encoding="utf-8").strip().replace("max", "inf"))
+        used = int((group / usage).read_text(encoding="utf-8"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
+    except (OSError, ValueError):  # the root has no such files, a container may not see those above it
+        return float("inf")
+    return max(0.0, limit_bytes - used + int(stat.get(cached, 0)))
 
 
 def peak_memory_bytes(device: torch.device | str) -> int:
