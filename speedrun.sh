@@ -8,7 +8,7 @@
 #
 # One GPU: dev/rungpu.sh has sizes for 8 to 80 GB. Many nodes: dev/slurm.sbatch, dev/skypilot.yaml.
 # Run it again after an interruption: every stage goes on where it stopped, and what is finished is skipped.
-# In `screen` or `tmux` it survives a lost connection; to keep a log: bash speedrun.sh 2>&1 | tee speedrun.log
+# In `screen` or `tmux`, or under nohup, it survives a lost connection; to keep a log: bash speedrun.sh 2>&1 | tee speedrun.log
 #
 # The same chain at depth 2 on two CPU processes: sizes are set, and nothing else (minutes, 2 GB of downloads, no good model):
 #   DEPTH=2 NPROC_PER_NODE=2 NUM_SHARDS=2 VOCAB_SIZE=1024 MAX_CHARS=1000000 MAX_SEQ_LEN=128 DEVICE_BATCH_SIZE=4 TOTAL_BATCH_SIZE=2048 \
@@ -154,10 +154,15 @@ once() {
     [ -n "$dry" ] || printf '%s' "$*" > "$mark"
 }
 
+# Under nohup a closed terminal means nothing; torchrun would set its own handler and end the run.
+signals=""
+case $(trap -p HUP) in *"''"*) signals=--signals-to-handle=SIGTERM,SIGINT,SIGQUIT ;; esac
+
 # on_all SCRIPT FLAGS...: the command line that runs a script on every GPU, in the array `command`. The `--` keeps torchrun
 # from taking --run for one of its own flags.
 on_all() {
-    local launcher=(torchrun --standalone --nproc_per_node="$NPROC_PER_NODE")
+    # --local-addr: a host name that does not resolve, as on some Macs, would make torchrun wait for ever
+    local launcher=(torchrun --standalone --local-addr=127.0.0.1 --nproc_per_node="$NPROC_PER_NODE" ${signals:+"$signals"})
     if [ -n "${LAUNCH:-}" ]; then # several machines: see dev/slurm.sbatch
         read -ra launcher <<< "$LAUNCH"
     elif [ "$NPROC_PER_NODE" = 1 ]; then

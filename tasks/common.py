@@ -160,15 +160,23 @@ def tool_used(content: Content) -> bool:
 
 
 def check_conversation(messages: Any, where: str) -> None:
-    """Raises UserError, beginning with `where`, unless these messages can be rendered and end with an answer."""
+    """Raises UserError, beginning with `where`, unless these messages can be rendered, end with an answer, and have one to learn."""
     from zangchat.tokenizer import turns
 
     try:
-        *_, (role, _) = turns({"messages": messages})
+        found = list(turns({"messages": messages}))
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
-    if role != "assistant":
+    if found[-1][0] != "assistant":
         raise UserError(f"{where}: the last message must be the assistant's, for it is what is learnt")
+    if not any(weight for _, _, weight in found):
+        raise UserError(f"{where}: each of the assistant's messages has weight 0, so there is nothing to learn")
+
+
+def training_messages(messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with what training looks at: role, content, and the weight if they have one."""
+    kept = ("role", "content", "weight")
+    return [{key: message[key] for key in kept if message.get(key) is not None} for message in messages]
 
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -402,7 +410,7 @@ def parse_mixture(spec: str) -> list[tuple[str, float]]:
     pairs = []
     for item in filter(None, (piece.strip() for piece in spec.split(","))):
         name, colon, amount = item.rpartition(":")
-        if not colon:
+        if not colon or item.endswith(".jsonl"):  # C:\data\chats.jsonl
             name, amount = item, "1"
         try:
             number = float(amount)

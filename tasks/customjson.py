@@ -7,14 +7,14 @@
 
 Of Alpaca's keys all but instruction and output are optional; a ShareGPT line may have a system key.
 A prompt may also be a list of messages, and so may a completion, as in TRL. Texts are taken as they
-are: a space at their beginning stays.
+are: a space at their beginning stays. A message with "weight": 0 is context, and not learned.
 """
 
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tasks.common import Conversation, Task, check_conversation
+from tasks.common import Conversation, Task, check_conversation, training_messages
 from zangchat.common import expand_home, read_jsonl
 from zangchat.configurator import UserError
 
@@ -73,7 +73,7 @@ def conversation_of(row: dict[str, Any] | list[Any], where: str) -> Conversation
         keys = ", ".join(row) or "nothing"
         raise UserError(f"{where} has {keys}: expected {SHAPES}")
     check_conversation(messages, where)
-    return {"messages": [{"role": message["role"], "content": message["content"]} for message in messages]}
+    return {"messages": training_messages(messages)}
 
 
 def _sharegpt(row: dict[str, Any], where: str) -> list[dict[str, Any]]:

@@ -1,18 +1,24 @@
 """GSM8K: grade-school word problems (arXiv:2110.14168), their calculator annotations turned into tool calls."""
 
 import re
+import unicodedata
 from typing import Any
 
 from tasks.common import Content, Conversation, RowsTask, chat, text_part, tool_parts, visible_text
 
 MARK = re.compile(r"<<([^<>=]*)=([^<>]*)>>")  # <<48/2=24>>
-FINAL = re.compile(r"####\s*(-?[0-9][0-9,]*(?:\.[0-9]+)?|-?\.[0-9]+)")
+NUMBER = re.compile(r"[-+]?(?:[0-9]{1,3}(?: [0-9]{3})+(?![0-9])|[0-9][0-9,]*)(?:\.[0-9]+)?|[-+]?\.[0-9]+")
+MINUS = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2212", "-"))
+MARKUP = re.compile(r"\\(?:boxed|text|mathbf|textbf|[(\[])|[\\{}*_`~$€£¥]")  # of Markdown and LaTeX, and of money
 
 
 def final_number(text: str) -> float | None:
-    """What stands behind the last `####`: commas are ignored, so that 1,000 is 1000 and 5.0 is 5."""
-    found = FINAL.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
+    """The number directly after the last `####` that has one. $1,000. and **1 000** and a boxed 1000.0 are all 1000."""
+    for part in reversed(text.split("####")[1:]):
+        plain = MARKUP.sub("", unicodedata.normalize("NFKC", part[:200]).translate(MINUS)).lstrip()
+        if found := NUMBER.match(plain):
+            return float(found[0].replace(",", "").replace(" ", ""))
+    return None
 
 
 def answer_parts(answer: str) -> list[dict[str, str]]:

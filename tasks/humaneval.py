@@ -7,14 +7,52 @@ from tasks.common import Content, Conversation, RowsTask, chat, visible_text
 from zangchat.configurator import UserError
 from zangchat.execution import SandboxLevel, execute_tests
 
-FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+OPENING = re.compile(r"^(?P<indent>[ \t>]*)[^`]*?(?P<fence>`{3,}|~{3,})[ \t]*(?P<language>[^\s`{]*)[^`]*$")
 TIMEOUT = 5.0  # seconds a program, tests included
 
 
-def extract_code(text: str) -> str:
-    """The first fenced block of an answer, or the whole of it where nothing is fenced."""
-    found = FENCED.search(text)
-    return found[1] if found else text
+def extract_code(text: str, entry_point: str = "") -> str:
+    """The code of an answer: the fenced block that defines `entry_point`, else the first in Python, else the first, else all of it.
+
+    Fences are those of CommonMark, whatever the language is called; the last may lack its end.
+    """
+    blocks = fenced_blocks(text)
+    if not blocks:
+        return text
+    defining = [code for _, code in blocks if defines(code, entry_point)]
+    python = [code for language, code in blocks if language.lower().startswith("py")]
+    return [*defining, *python, blocks[0][1]][0]
+
+
+def fenced_blocks(text: str) -> list[tuple[str, str]]:
+    """(language, code) of each fenced block, without the indentation or the quote marks that it shares with its fence."""
+    blocks: list[tuple[str, str]] = []
+    opening: re.Match[str] | None = None
+    lines: list[str] = []
+    for line in text.replace("\r\n", "\n").removesuffix("\n").split("\n"):  # splitlines would also split at what a string may hold
+        if opening is None:
+            opening, lines = OPENING.match(line), []
+            continue
+        quoted = opening["indent"].lstrip()[:1] == ">"
+        line = re.sub(r"^[ \t]*> ?", "", line) if quoted else line
+        if re.fullmatch(rf"[ \t]*{re.escape(opening['fence'])}{opening['fence'][0]}*[ \t]*", line):
+            blocks.append((opening["language"], _shifted(lines, 0 if quoted else len(opening["indent"]))))
+            opening = None
+        else:
+            lines.append(line)
+    if opening is not None:
+        blocks.append((opening["language"], _shifted(lines, len(opening["indent"]))))
+    return blocks
+
+
+def _shifted(lines: list[str], indent: int) -> str:
+    """The lines further to the left, by as much as all of them have in common and no more than `indent`."""
+    indent = min([indent, *(len(line) - len(line.lstrip()) for line in lines if line.strip())])
+    return "".join(line[indent:] + "\n" for line in lines)
+
+
+def defines(code: str, name: str) -> bool:
+    return bool(name) and re.search(rf"^(async )?def {re.escape(name)}\b", code, re.MULTILINE) is not None
 
 
 class HumanEval(RowsTask):
@@ -34,13 +72,13 @@ class HumanEval(RowsTask):
 
     def evaluate(self, conversation: Conversation, completion: Content) -> bool:
         """Whether the tests pass. Running out of time or memory is a failure like any other."""
-        code, tests = self.programs(conversation, extract_code(visible_text(completion)))
+        code, tests = self.programs(conversation, extract_code(visible_text(completion), conversation["entry_point"]))
         return execute_tests(code, tests, conversation["entry_point"], timeout=TIMEOUT, minimum_level=self.minimum_level).success
 
     def programs(self, conversation: Conversation, code: str) -> tuple[str, str]:
         """(the answer, its tests). The prompt comes first in both: it has imports and helpers that either may call."""
         prompt, entry_point = conversation["prompt"], conversation["entry_point"]
         stub = f"{prompt}\n    pass\n\n"
-        whole = re.search(rf"^(async )?def {re.escape(entry_point)}\b", code, re.MULTILINE)
+        whole = defines(code, entry_point)
         tests = f"{stub}{entry_point} = candidate\n{conversation['test']}\n\ncheck(candidate)\n"
         return stub + code if whole else prompt + code, tests

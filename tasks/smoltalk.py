@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tasks.common import Conversation, RowsTask, check_conversation
+from tasks.common import Conversation, RowsTask, check_conversation, training_messages
 
 
 class SmolTalk(RowsTask):
@@ -14,6 +14,6 @@ class SmolTalk(RowsTask):
         super().__init__("", split, **view)
 
     def conversation(self, row: dict[str, Any]) -> Conversation:
-        messages = [{"role": message["role"], "content": message["content"]} for message in row["messages"]]
+        messages = training_messages(row["messages"])
         check_conversation(messages, f"tasks/{self.folder} ({self.file_split})")
         return {"messages": messages}

@@ -6,6 +6,8 @@ torch is imported inside the functions that use it, so that importing this modul
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import hashlib
 import json
 import logging
@@ -29,6 +31,7 @@ from typing import IO, TYPE_CHECKING, Any
 from zangchat.configurator import UserError, to_dict
 
 if TYPE_CHECKING:
+    import filelock
     import torch
 
 logger = logging.getLogger(__name__)
@@ -38,6 +41,8 @@ MAX_RETRY_AFTER = 300.0  # seconds that a server may ask us to stay away
 DOWNLOAD_TRIES = 5
 DOWNLOAD_TIMEOUT = 60.0  # seconds without a byte
 CHUNK = 1 << 20
+CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF}
+NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
 # The first driver for each CUDA: https://docs.nvidia.com/cuda/cuda-toolkit-release-notes
 FIRST_DRIVER = {"11": 450, "12": 525, "13": 580}
 
@@ -99,14 +104,52 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; folders cannot be opened on Windows, where this is not needed."""
+    """Make a rename durable. Some file systems (CIFS, some FUSE mounts, Windows) cannot sync a folder:
+    then the file, which is synced itself, is all that can be had.
+    """
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in CANNOT_SYNC:
+            raise
+        _warn_once(
+            f"{folder} is on a file system that cannot sync folders ({error.strerror}): after a power cut the last files may be missing"
+        )
     finally:
         os.close(descriptor)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def file_lock(path: str | Path) -> filelock.FileLock:
+    """A lock between processes, on the file `path`. Acquiring it raises UserError on a file system
+    without locks, and filelock.Timeout if a timeout is set and another process holds it.
+    """
+    return _lock_class()(path)
+
+
+@functools.cache
+def _lock_class() -> type[filelock.FileLock]:
+    import filelock
+
+    class Lock(filelock.FileLock):  # type: ignore[misc, valid-type]
+        def _acquire(self) -> None:
+            try:
+                super()._acquire()
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                raise UserError(
+                    f"{self.lock_file} cannot be locked ({error.strerror}): set ZANGCHAT_BASE_DIR to a folder on a disk with locks"
+                ) from error
+
+    return Lock
 
 
 def download_file_with_lock(
@@ -117,13 +160,11 @@ def download_file_with_lock(
     `postprocess_fn(path)` sees the complete download before it gets its name, so that a file which is present was also processed.
     Raises UserError when the server refuses, or when DOWNLOAD_TRIES attempts gave no complete file with that sha256.
     """
-    from filelock import FileLock
-
     path = get_base_dir() / filename
     path.parent.mkdir(parents=True, exist_ok=True)
     if _is_intact(path, sha256):
         return path
-    with FileLock(f"{path}.lock"):
+    with file_lock(f"{path}.lock"):
         if _is_intact(path, sha256):  # another process fetched it while this one waited
             return path
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
@@ -280,6 +321,43 @@ def setup_default_logging() -> None:
     root.addHandler(handler)
     for name in ("zangchat", "scripts", "tasks", "__main__"):
         logging.getLogger(name).setLevel(logging.INFO if get_dist_info()[1] == 0 else logging.WARNING)
+
+
+class _SteadyStream:
+    """A text stream that drops what it cannot write."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def steady_streams() -> Iterator[None]:
+    """Inside the block no output ends the program: the terminal may be closed, `| tee` may have died of
+    the same Ctrl-C, the disk of a log may be full. What cannot be written is dropped.
+    """
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_SteadyStream(stream) for stream in before)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+        for stream in before:
+            try:
+                stream.flush()
+            except OSError:  # Python would try again at its end, and fail with exit code 120
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def print0(*values: Any, **kwargs: Any) -> None:
@@ -512,7 +590,43 @@ def device_memory(device: torch.device | str) -> int:
         return int(torch.mps.recommended_max_memory())
     import psutil
 
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + psutil.Process().memory_info().rss
+    return available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + psutil.Process().memory_info().rss
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes of main memory that can still be taken: of the machine or, if that is less, of the container or job (Linux's cgroups)."""
+    import psutil
+
+    available = float(psutil.virtual_memory().available)
+    try:
+        memberships = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return int(available)
+    for membership in memberships:
+        _, controllers, path = membership.split(":", 2)
+        if controllers == "":  # version 2
+            home, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            home, names = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        inside = home / path.lstrip("/")
+        for group in (inside, *inside.parents):  # a limit holds for all groups below it
+            if not group.is_relative_to(home):
+                break
+            available = min(available, _left_in(group, *names))
+    return int(available)
+
+
+def _left_in(group: Path, limit: str, usage: str, cached: str) -> float:
+    """Bytes that a cgroup has left, its file cache included, which is given up on demand; infinity if it has no limit."""
+    try:
+        limit_bytes = float((group / limit).read_text(encoding="utf-8").strip().replace("max", "inf"))
+        used = int((group / usage).read_text(encoding="utf-8"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
+    except (OSError, ValueError):  # the root has no such files, a container may not see those above it
+        return float("inf")
+    return max(0.0, limit_bytes - used + int(stat.get(cached, 0)))
 
 
 def peak_memory_bytes(device: torch.device | str) -> int:

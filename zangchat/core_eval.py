@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zangchat import collectives
-from zangchat.common import download_file_with_lock, get_base_dir, read_jsonl
+from zangchat.common import download_file_with_lock, file_lock, get_base_dir, read_jsonl
 from zangchat.configurator import UserError
 from zangchat.progress import Progress
 
@@ -98,11 +98,9 @@ def find_bundle(download: bool = True) -> Path:
     if not (folder / "core.yaml").is_file():
         if not download:
             raise UserError(f"no CORE data in {folder}: run `python -m scripts.fetch`, which downloads it, or put the bundle there")
-        from filelock import FileLock
-
         url = os.environ.get("ZANGCHAT_EVAL_BUNDLE_URL") or BUNDLE_URL
         archive = download_file_with_lock(url, "eval_bundle.zip", postprocess_fn=lambda path: unpack(path, folder))
-        with FileLock(f"{archive}.lock"):  # several ranks may find a zip that somebody put there
+        with file_lock(f"{archive}.lock"):  # several ranks may find a zip that somebody put there
             if not (folder / "core.yaml").is_file():
                 unpack(archive, folder)
     return folder

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from zangchat import configurator
-from zangchat.common import atomic_write, expand_home, file_sha256, get_base_dir, log0
+from zangchat.common import atomic_write, expand_home, file_lock, file_sha256, get_base_dir, log0
 from zangchat.configurator import UserError
 
 if TYPE_CHECKING:
@@ -477,10 +477,8 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 def folder_lock(folder: Path) -> Any:
     """Held by whoever builds or downloads <folder>; the lock file lies beside it."""
-    import filelock
-
     folder.parent.mkdir(parents=True, exist_ok=True)
-    return filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+    return file_lock(folder.with_name(f".{folder.name}.lock"))
 
 
 def download_is_running(folder: Path) -> bool:

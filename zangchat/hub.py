@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from zangchat.common import MAX_RETRY_AFTER, file_sha256, get_base_dir
+from zangchat.common import MAX_RETRY_AFTER, file_lock, file_sha256, get_base_dir
 from zangchat.configurator import UserError
 from zangchat.dataset import FORMAT, MANIFEST, Dataset, check_shard, datasets_dir, folder_lock, load_dataset, write_manifest
 from zangchat.progress import Progress
@@ -66,7 +66,6 @@ def fetch_table(repo: str, config: str, split: str) -> "datasets.Dataset":
     Of several processes that want the same dataset the first fetches it. Raises OSError, ValueError or RuntimeError.
     """
     import datasets
-    import filelock
 
     lock = get_base_dir() / "tasks" / f".{repo.replace('/', '--')}.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +73,7 @@ def fetch_table(repo: str, config: str, split: str) -> "datasets.Dataset":
     def attempt() -> "datasets.Dataset":
         builder = datasets.load_dataset_builder(repo, config or None)
         if not os.path.exists(builder.cache_dir):
-            with filelock.FileLock(lock):
+            with file_lock(lock):
                 if not os.path.exists(builder.cache_dir):
                     _fetch_table_files(builder)
                     builder.download_and_prepare()

@@ -1,6 +1,7 @@
 """Checkpoints of nanochat, read as data: tensors, JSON, and a tokenizer that is a pickle, by a reader that runs none of it."""
 
 import io
+import math
 import pickle
 import re
 from pathlib import Path
@@ -30,6 +31,8 @@ def read_checkpoint(base: Path, source: str, from_tag: str | None = None, step: 
             raise UserError(f"--from_tag={from_tag or ''} must name one of the models in {stage}: {', '.join(tags)}")
         folder, tokenizer_folder = stage / (from_tag or tags[0]), base / "tokenizer"
     steps = sorted(int(match[1]) for path in folder.iterdir() if (match := re.fullmatch(r"model_(\d+)\.pt", path.name)))
+    if not steps:
+        raise UserError(f"{folder} has no whole model_*.pt: the parts that single ranks have saved cannot be imported")
     if step not in (None, *steps):
         raise UserError(f"--step={step} is not in {folder}: choose one of {', '.join(map(str, steps))}")
     step = steps[-1] if step is None else step
@@ -44,7 +47,9 @@ def read_checkpoint(base: Path, source: str, from_tag: str | None = None, step: 
     if settings:
         raise UserError(f"{meta_path} is of another architecture: this program does not know its {', '.join(sorted(settings))}")
     tokenizer = read_tokenizer(tokenizer_folder / "tokenizer.pkl")
-    return hf.Imported(weights, config, tokenizer, step, meta.get("val_bpb"), f"nanochat checkpoint {folder.name}")
+    bpb = meta.get("val_bpb")
+    bpb = bpb if isinstance(bpb, (int, float)) and math.isfinite(bpb) else None
+    return hf.Imported(weights, config, tokenizer, step, bpb, f"nanochat checkpoint {folder.name}")
 
 
 # ---- the tokenizer --------------------------------------------------------------------------------------------------

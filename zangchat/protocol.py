@@ -256,7 +256,7 @@ def check_roles(messages: Sequence[dict[str, Any]]) -> None:
         if message["role"] == "user" and not message["content"].strip():
             raise ApiError(400, f"message {index}, of the user, is empty", "empty_message")
     try:
-        *_, (role, _) = turns({"messages": messages})
+        *_, (role, _, _) = turns({"messages": messages})
     except ValueError as error:
         raise ApiError(400, f"{error}: after an optional system message, user and assistant take turns", "role_order") from None
     if role != "user":

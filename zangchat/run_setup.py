@@ -564,7 +564,7 @@ def open_run(stage: str, config: C, tag: str = "", source: str = "") -> Iterator
             config = dataclasses.replace(config, model_tag=tag, dtype=dtype)
             state = RunState.from_dict(meta["run_state"]) if meta else RunState()
             run = Run(stage, config, directory, device, rank, world_size, state, meta, source)
-            with _memory_in_words(run):
+            with _memory_in_words(run), common.steady_streams():
                 yield run
     finally:
         common.compute_cleanup()
@@ -578,14 +578,16 @@ def _alone(directory: Path, rank: int) -> Iterator[None]:
     from zangchat import collectives
     from zangchat.dataset import folder_lock
 
-    lock, free = folder_lock(directory), True
+    lock, problem = folder_lock(directory), ""
     if rank == 0:
         try:
             lock.acquire(timeout=LOCK_WAIT)
         except filelock.Timeout:
-            free = False
-    if not collectives.from_rank_0(free):
-        raise UserError(f"another process is training {directory}: wait for it or stop it, or choose another --model_tag")
+            problem = f"another process is training {directory}: wait for it or stop it, or choose another --model_tag"
+        except UserError as error:
+            problem = str(error)
+    if problem := collectives.from_rank_0(problem):
+        raise UserError(problem)
     try:
         yield
     finally:

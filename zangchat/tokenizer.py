@@ -341,7 +341,8 @@ class RustBPETokenizer:
 
     def render_conversation(self, conversation: dict[str, Any], max_tokens: int | None = None) -> tuple[list[int], list[int]]:
         """(ids, mask), at most `max_tokens` of them. The mask is 1 for what the assistant must learn to write: its text and tool calls with
-        their markers and <|assistant_end|>, not the tools' output. Raises ValueError, naming the message, for a malformed conversation.
+        their markers and <|assistant_end|>, not the tools' output, and nothing of a message with `"weight": 0`, which is context (as in
+        OpenAI's fine-tuning format). Raises ValueError, naming the message, for a malformed conversation.
         """
         ids, mask = [self._bos], [0]
 
@@ -349,9 +350,9 @@ class RustBPETokenizer:
             ids.extend(tokens)
             mask.extend([learn] * len(tokens))
 
-        for role, parts in turns(conversation):
+        for role, parts, weight in turns(conversation):
             start, end = self.encode_special(f"<|{role}_start|>"), self.encode_special(f"<|{role}_end|>")
-            learn = int(role == "assistant")
+            learn = int(role == "assistant" and weight)
             add([start], 0)
             for kind, text in parts:
                 if kind == "text":
@@ -359,7 +360,7 @@ class RustBPETokenizer:
                 else:
                     marks = "python" if kind == "python" else "output"
                     call = [self.encode_special(f"<|{marks}_start|>"), *self.encode(text), self.encode_special(f"<|{marks}_end|>")]
-                    add(call, int(kind == "python"))
+                    add(call, int(kind == "python" and learn))
             add([end], learn)
         return ids[:max_tokens], mask[:max_tokens]
 
@@ -393,8 +394,10 @@ def _messages(conversation: dict[str, Any]) -> list[Any]:
     return list(messages)
 
 
-def turns(conversation: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """(role, [(kind of part, text)...]) of alternating user and assistant turns; a system message is put before the first user message."""
+def turns(conversation: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]], int]]:
+    """(role, [(kind of part, text)...], weight) of alternating user and assistant turns; a system message is put before the first user
+    message. The weight is 1, or 0 for a message that is not to be learned.
+    """
     messages = _messages(conversation)
     system, first = None, 0
     if messages and isinstance(messages[0], dict) and messages[0].get("role") == "system":
@@ -406,11 +409,14 @@ def turns(conversation: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, s
         role = message.get("role") if isinstance(message, dict) else None
         if role != expected:
             raise ValueError(f"message {index} has the role {role!r}, but it is the turn of the {expected}")
+        weight = message.get("weight")
+        if weight not in (None, 0, 1):
+            raise ValueError(f"message {index} has the weight {weight!r}: 0 (context) and 1 (learned) are possible")
         if role == "assistant":
-            yield role, _parts_of(message, index)
+            yield role, _parts_of(message, index), 1 if weight is None else int(weight)
         else:
             text = _text_of(message, index)
-            yield role, [("text", f"{system}\n\n{text}" if system is not None and index == first else text)]
+            yield role, [("text", f"{system}\n\n{text}" if system is not None and index == first else text)], 0
 
 
 def _text_of(message: dict[str, Any], index: int) -> str:

@@ -17,6 +17,7 @@ import gc
 import json
 import logging
 import math
+import os
 import signal
 import threading
 import time
@@ -46,8 +47,8 @@ SMOOTHING = 0.9  # of the training loss shown
 MAX_SKIPS_IN_A_ROW = 10  # non-finite steps, after which the run has diverged for good
 FIRST_LOSS_SCALE, LOSS_SCALE_PATIENCE = 2.0**16, 1000  # fp16 only: as torch's GradScaler, kept in RunState
 RELAY_SECONDS = 5.0  # torchrun repeats a Ctrl-C to its processes; within this time the repetition is not the user's
-STOPPING = [signal.SIGINT, signal.SIGTERM]
-STOPPING += [signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []  # what schedulers send some time before the end
+# SIGHUP: the terminal was closed. SIGUSR1: schedulers send it some time before the end.
+STOPPING = [number for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if (number := getattr(signal, name, None)) is not None]
 TIMES = ("seconds", "tok_per_sec", "mfu")  # metrics that two runs of the same steps need not share
 
 logger = logging.getLogger(__name__)
@@ -498,12 +499,19 @@ def _signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {number: signal.signal(number, handler) for number in STOPPING}
+    numbers = [number for number in STOPPING if not _is_ignored(number)]
+    previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
         for number, old in previous.items():
             signal.signal(number, old)
+
+
+def _is_ignored(number: signal.Signals) -> bool:
+    """Whether SIGHUP is not meant for this process, as under nohup. torchrun passes it on all the same, before it kills its processes."""
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    return number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) is signal.SIG_IGN and not under_torchrun
 
 
 @contextlib.contextmanager

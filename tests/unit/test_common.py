@@ -529,3 +529,30 @@ def test_mps_is_chosen_for_one_process_and_says_so(monkeypatch, caplog):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "0")
     assert common.autodetect_device_type() == "cpu", "several processes cannot share it"
+
+
+@pytest.mark.parametrize(
+    ("membership", "groups", "left"),
+    [
+        ("0::/job/step", {"job": "2000000000 500000000 inactive_file 100000000"}, 1_600_000_000),  # the group above is the limit
+        ("0::/job/step", {"job": "max 5 inactive_file 0", "job/step": "1000000000 999999999 inactive_file 0"}, 1),
+        ("0::/", {"": "1000000000 2000000000 inactive_file 0"}, 0),
+        ("5:cpu,memory:/docker/a", {"memory/docker/a": "1500000000 1000000000 total_inactive_file 250000000"}, 750_000_000),
+        ("5:memory:/docker/a", {"memory": "1500000000 1000000000 total_inactive_file 0"}, 500_000_000),  # the container sees only this
+        ("5:cpu:/a\n0::/", {}, None),
+        ("", {}, None),
+    ],
+)
+def test_the_memory_of_a_container_is_its_limit(tmp_path, membership, groups, left):
+    psutil = pytest.importorskip("psutil")
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "self" / "cgroup").write_text(membership)
+    for name, values in groups.items():
+        group = tmp_path / "sys" / "fs" / "cgroup" / name
+        group.mkdir(parents=True, exist_ok=True)
+        limit, usage, key, cached = values.split()
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if name.startswith("memory") else ("memory.max", "memory.current")
+        for file, value in zip((*names, "memory.stat"), (limit, usage, f"anon 7\n{key} {cached}"), strict=True):
+            (group / file).write_text(f"{value}\n")
+    found = common.available_memory(tmp_path)
+    assert found == left if left is not None else found > 0.5 * psutil.virtual_memory().available

@@ -442,6 +442,24 @@ def test_a_folder_with_everything_side_by_side_is_read_too(nanochat, tmp_path):
     assert imported.step == 20 and imported.config == model.config
 
 
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "null"])
+def test_a_validation_that_is_no_number_is_left_out(nanochat, value):
+    base, _ = nanochat
+    path = base / "base_checkpoints" / "d2" / "meta_000020.json"
+    path.write_text(path.read_text().replace("0.9", value))
+    run(import_model.main, f"--path={base}", "--source=base", "--model_tag=theirs", "--from_tag=d2")
+    assert checkpoint_manager.load_model("base", "cpu", "eval", "theirs")[2]["val_bpb"] is None
+
+
+def test_parts_of_single_ranks_are_no_model(nanochat):
+    base, _ = nanochat
+    folder = base / "base_checkpoints" / "d2"
+    for path in folder.glob("model_*.pt"):
+        path.rename(path.with_name(f"{path.stem}_rank0.pt"))
+    with pytest.raises(UserError, match=r"has no whole model_\*\.pt: the parts that single ranks have saved"):
+        read_checkpoint(base, "base", "d2")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_torch_normalises_without_eps_as_the_import_says(dtype, autocast):

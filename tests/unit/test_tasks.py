@@ -15,6 +15,7 @@ from tasks.common import (
     REGISTRY,
     Entry,
     MissingData,
+    TableRows,
     Task,
     TaskMixture,
     TaskSequence,
@@ -34,6 +35,7 @@ from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
 from tasks.training import held_out_conversations, training_conversations
 from tests.hub.rows import write_rows
+from tests.util import ByteTokenizer
 from zangchat import hub
 from zangchat.configurator import UserError
 from zangchat.execution import SandboxLevel, find_sandbox
@@ -371,6 +373,32 @@ def test_gsm8k_compares_numbers_behind_the_mark(base_dir, said, right):
     assert final_number("#### -.5") == -0.5
 
 
+@pytest.mark.parametrize(
+    ("said", "number"),
+    [
+        *(("#### $1,000", 1000), ("#### $1,000.", 1000), ("#### **18**", 18), ("#### **$18**.", 18), ("####\n18", 18), ("#### 18%", 18)),
+        *(("#### \u22123", -3), ("#### -$3", -3), ("#### $-3", -3), ("#### +5", 5), ("#### \u20131,200.50", -1200.5)),
+        *(("#### \\boxed{18}", 18), ("#### $\\boxed{1,018}$", 1018), ("#### \\(18\\)", 18), ("#### \\$18", 18), ("#### `18`", 18)),
+        *(("#### 1 000", 1000), ("#### 1\u202f000\u202f000", 1000000), ("#### 18 dollars", 18), ("#### 18 300", 18300), ("#### 5.0", 5)),
+        *(("#### １８", 18), ("#### 7 #### eight", 7), ("#### €1,000.5", 1000.5), ("#### 12 34", 12), ("#### 1,2,3", 123)),
+        *(("18", None), ("#### eighteen", None), ("#### ", None), ("####", None), ("#### -", None), ("#### the answer is 18", None)),
+    ],
+)
+def test_gsm8k_reads_numbers_as_people_write_them(said, number):
+    assert final_number(f"So it is 99.\n{said}") == number
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the development data is not here")
+def test_every_answer_of_gsm8k_is_read_in_each_of_these_ways():
+    written = ["#### {}", "#### ${}.", "#### **{}**", "#### \\boxed{{{}}}", "#### `{}`\n", "####{}.0"]
+    for split in ("train", "test"):
+        for row in TableRows(SHARED / "gsm8k" / "main" / f"{split}.parquet"):
+            gold = row["answer"].split("#### ")[1]
+            expected = float(gold.replace(",", ""))
+            assert {final_number(way.format(gold)) for way in written} == {expected} == {final_number(row["answer"])}
+            assert final_number(f"#### {expected:,.0f}".replace(",", " ").replace("-", "\u2212")) == expected
+
+
 def test_mmlu_answers_are_letters(base_dir):
     put(base_dir, "mmlu/all/test.jsonl", [{"question": "Q", "subject": "s", "choices": list("wxyz"), "answer": 3}])
     task = MMLU(split="test")
@@ -391,8 +419,49 @@ PROBLEM = {
 
 def test_code_is_taken_out_of_its_fence():
     assert extract_code("Sure:\n```python\nx = 1\n```\nand\n```\ny\n```") == "x = 1\n"
-    assert extract_code("```\nx = 1") == "x = 1"
+    assert extract_code("```\nx = 1") == "x = 1\n"
     assert extract_code("    return 1") == "    return 1"
+    assert extract_code("```python\n    return 1\n```") == "    return 1\n", "a body that continues the prompt"
+    assert extract_code("Write ```x``` as ```y```.") == "Write ```x``` as ```y```."
+
+
+AREA = "import math\n\ndef area(r):\n    text = 'a > b'\n    if r < 0:\n        return 0\n\n    return math.pi * r * r\n"
+ANSWERS = {  # as models write them; CODE is the code, INDENTED the same three columns further right
+    "Python": "```Python\nCODE```\nThis works because it adds one.\n",
+    "python3": "Here it is:\n```python3\nCODE```\nExplanation follows.\n",
+    "py": "```py\nCODE```",
+    "space": "``` python\nCODE```",
+    "none": "```\nCODE```\n",
+    "attributes": '```python title="area.py" linenums="1"\nCODE```\nok\n',
+    "braces": "```{.python .numberLines}\nCODE```\nok\n",
+    "tildes": "~~~python\nCODE~~~\ndone\n",
+    "longer": "````python\nCODE````\n```\nnot this\n```\n",
+    "behind text": "Sure: ```python\nCODE```\n",
+    "list item": "1. Write this:\n   ```python\nINDENTED   ```\n2. Run it.\n",
+    "quote": "> ```python\nQUOTED> ```\n\nThat is all.\n",
+    "pip first": "```bash\npip install numpy\n```\n```python\nCODE```\n",
+    "plan first": "```\nfirst this,\nthen that\n```\nIn Python:\n```python\nCODE```\n",
+    "use first": "```python\nprint(area(1))\n```\n```python\nCODE```\n",
+    "use last": "```python\nCODE```\n```python\nprint(area(1))\n```\n",
+    "no end": "```python\nCODE",
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+@pytest.mark.parametrize("ends", ["\n", "\r\n"], ids=["LF", "CRLF"])
+def test_the_code_that_defines_the_function_is_found_in_any_fence(name, ends):
+    def answer(code: str) -> str:
+        indented = "".join(f"   {line}" if line.strip() else line for line in code.splitlines(keepends=True))
+        quoted = "".join(f"> {line}" for line in code.splitlines(keepends=True))
+        text = ANSWERS[name].replace("INDENTED", indented).replace("QUOTED", quoted).replace("CODE", code)
+        return text.replace("\n", ends)
+
+    assert extract_code(answer(AREA), "area") == AREA
+    if SHARED.is_dir():  # and every solution of HumanEval
+        for row in TableRows(SHARED / "openai_humaneval" / "test.parquet"):
+            code = row["prompt"] + row["canonical_solution"]
+            found = extract_code(answer(code + "\n"), row["entry_point"])
+            assert [line.rstrip() for line in found.rstrip().split("\n")] == [line.rstrip() for line in code.rstrip().split("\n")]
 
 
 needs_sandbox = pytest.mark.skipif(
@@ -539,3 +608,30 @@ def test_the_real_data(base_dir):
                 assert task.evaluate(conversation, gold), name
     train, test = (set(questions(load_task("gsm8k", split))) for split in ("train", "test"))
     assert not train & test
+
+
+def test_a_message_of_weight_0_is_context(base_dir):
+    tokenizer = ByteTokenizer()
+    rows = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "BAD", "weight": 0},
+        {"role": "user", "content": "r", "weight": None},
+        {"role": "assistant", "content": [{"type": "text", "text": "good"}], "weight": 1},
+    ]
+    path = put(base_dir, "own.jsonl", [{"messages": rows}])
+    ids, mask = tokenizer.render_conversation(CustomJSON(path)[0])
+    assert tokenizer.decode([token for token, learn in zip(ids, mask, strict=True) if learn]) == "good<|assistant_end|>"
+    assert "BAD" in tokenizer.decode(ids)
+    tool = [{"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}]
+    ids, mask = tokenizer.render_conversation({"messages": [rows[0], {"role": "assistant", "content": tool, "weight": 0}]})
+    assert not any(mask)
+    put(base_dir, "own.jsonl", [{"messages": rows[:2]}])
+    with pytest.raises(UserError, match=r"own\.jsonl:1: each of the assistant's messages has weight 0"):
+        len(CustomJSON(path))
+    put(base_dir, "own.jsonl", [{"messages": [rows[0], {**rows[1], "weight": 0.5}]}])
+    with pytest.raises(UserError, match=r"own\.jsonl:1: message 1 has the weight 0\.5: 0 \(context\) and 1 \(learned\) are possible"):
+        len(CustomJSON(path))
+
+
+def test_a_file_in_a_mixture_needs_no_number_on_windows_either():
+    assert parse_mixture(r"C:\data\chats.jsonl,C:\b.jsonl:2,identity") == [(r"C:\data\chats.jsonl", 1), (r"C:\b.jsonl", 2), ("identity", 1)]

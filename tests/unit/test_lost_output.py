@@ -1,0 +1,112 @@
+"""A run whose output is lost, or whose file system refuses this or that: real processes, and what they saved."""
+
+import errno
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.unit.test_train_scripts import base_flags, text
+from zangchat import checkpoint_manager
+from zangchat.tokenizer import RustBPETokenizer
+
+ROOT = Path(__file__).parents[2]
+LONG = ["--num_iterations=100000", "--eval_every=-1", "--model_tag=d1"]
+# Stands before a command: a file system on which a folder cannot be synced, or nothing locked.
+LIMITED = """
+import errno, fcntl, os, stat, sys
+sync = os.fsync
+
+def refuse(fd):
+    if stat.S_ISDIR(os.fstat(fd).st_mode):
+        raise OSError(errno.EINVAL, "Invalid argument")
+    return sync(fd)
+
+def no_locks(fd, operation):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+if sys.argv[1] == "sync":
+    os.fsync = refuse
+else:
+    fcntl.flock = no_locks
+from scripts import base_train
+sys.exit(base_train.main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture
+def root(base_dir: Path) -> Path:
+    documents = [text(index) for index in range(300)]
+    RustBPETokenizer.train_from_iterator(iter(documents), 300).save(base_dir / "tokenizer")
+    (base_dir / "text.jsonl").write_text("".join(f'{{"text": "{document}"}}\n' for document in documents), encoding="utf-8")
+    return base_dir
+
+
+def command(root: Path, *more: str) -> list[str]:
+    return [sys.executable, "-u", "-m", "scripts.base_train", *base_flags(root, *more)]
+
+
+def saved_steps(root: Path) -> list[int]:
+    return checkpoint_manager.valid_steps(root / "base_checkpoints" / "d1")
+
+
+def lines_until(stream: "Callable[[], bytes]", mark: bytes) -> Iterator[bytes]:
+    said = b""
+    while mark not in said:
+        said += stream()
+        yield said
+
+
+def test_ctrl_c_saves_although_tee_has_died_of_it(root: Path) -> None:
+    with subprocess.Popen(command(root, *LONG), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        for said in lines_until(process.stdout.readline, b"tok/s"):
+            assert process.poll() is None, said
+        process.stdout.close()  # what reads the pipe is gone
+        process.send_signal(signal.SIGINT)
+        assert process.wait(120) == 130
+    (step,) = saved_steps(root)
+    assert step > 0
+
+
+def test_a_full_disk_under_the_log_costs_the_log(root: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command(root, "--model_tag=d1"), cwd=ROOT, stdout=full, stderr=full, timeout=300)
+    assert done.returncode == 0 and saved_steps(root) == [10]
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["closed", "nohup"])
+def test_a_closed_terminal_is_a_stop_unless_under_nohup(root: Path, ignored: bool) -> None:
+    terminal, theirs = pty.openpty()
+    start = (lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN) and None) if ignored else None
+    process = subprocess.Popen(command(root, *LONG), cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=start)
+    os.close(theirs)
+    for said in lines_until(lambda: os.read(terminal, 4096), b"tok/s"):
+        assert process.poll() is None, said
+    os.close(terminal)
+    process.send_signal(signal.SIGHUP)  # what the kernel sends to those who have it as their terminal
+    if ignored:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(3)
+        process.terminate()
+    assert process.wait(120) == 128 + (signal.SIGTERM if ignored else signal.SIGHUP)
+    (step,) = saved_steps(root)
+    assert step > 0
+
+
+def test_a_folder_that_cannot_be_synced_costs_a_warning_and_one_without_locks_a_sentence(root: Path) -> None:
+    def run(limit: str) -> "subprocess.CompletedProcess[str]":
+        flags = base_flags(root, "--model_tag=d1")
+        return subprocess.run([sys.executable, "-c", LIMITED, limit, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+    done = run("locks")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"cannot be locked ({os.strerror(errno.ENOLCK)}): set ZANGCHAT_BASE_DIR to a folder on a disk with locks" in done.stderr
+    done = run("sync")
+    assert done.returncode == 0 and saved_steps(root) == [10], done.stderr
+    assert done.stderr.count("cannot sync folders") >= 1
