@@ -80,6 +80,8 @@ if [ -z "${NPROC_PER_NODE:-}" ]; then
     fi
 fi
 
+elsewhere="" # the line that a new shell needs before any command of this run
+[ -z "${ZANGCHAT_BASE_DIR:-}" ] || elsewhere="  export ZANGCHAT_BASE_DIR=$(printf '%q' "$ZANGCHAT_BASE_DIR")"$'\n'
 export ZANGCHAT_BASE_DIR=${ZANGCHAT_BASE_DIR:-$HOME/.cache/zangchat}
 export WANDB_RUN=${WANDB_RUN:-dummy}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun's default, set here so that it is silent about it
@@ -133,7 +135,8 @@ stage() {
     printf '\n\033[1;34m=== %s  (%s so far)\033[0m\n' "$title" "$(clock)"
     "$@" || code=$?
     if [ "$code" != 0 ]; then
-        printf '\n%s stopped with exit code %d. That command alone:\n  ' "$title" "$code" >&2
+        printf '\n%s stopped with exit code %d. That command alone:\n' "$title" "$code" >&2
+        printf '  source .venv/bin/activate\n%s  ' "$elsewhere" >&2
         in_words "$@" >&2
         printf 'The whole chain, from here on (with the same variables):\n  bash %s\n' "${CHAIN:-speedrun.sh}" >&2
         exit "$code"
@@ -289,6 +292,6 @@ best=sft
 cat << TEXT
 Talk to it:
   source .venv/bin/activate
-  python -m scripts.chat_cli --source=$best --model_tag=$MODEL_TAG
+${elsewhere}  python -m scripts.chat_cli --source=$best --model_tag=$MODEL_TAG
   python -m scripts.chat_web --source=$best --model_tag=$MODEL_TAG
 TEXT
