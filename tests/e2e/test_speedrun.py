@@ -155,7 +155,10 @@ for entry in sys.argv[1:]:
     stream = ConversationStream(task, tokenizer, 42, max_tokens=2049)
     midtraining = packed_batches(stream, rows_per_step=2, sequence_len=2048, bos=tokenizer.get_bos_token_id())
     finetuning = example_batches(task, tokenizer, examples_per_step=4, sequence_len=2048, seed=42)
-    seen[entry] = [int((next(batches).targets >= 0).sum()) for batches in (midtraining, finetuning)]
+    seen[entry] = []
+    for batches in (midtraining, finetuning):
+        seen[entry].append(int((next(batches).targets >= 0).sum()))
+        batches.close()  # ends the loader's thread
 print(json.dumps(seen))
 """
 
