@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from http.client import HTTPException
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from zangchat.configurator import UserError, to_dict
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # the longest a rank may wait for another: rank 0 alone saves, samples and compiles
 MAX_RETRY_AFTER = 300.0  # seconds that a server may ask us to stay away
@@ -197,26 +198,58 @@ def file_sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _download(url: str, temporary: Path, path: Path, sha256: str | None) -> None:
-    problem, asked_pause = "", 0.0
-    for attempt in range(DOWNLOAD_TRIES):
-        if attempt:
-            pause = max(2.0 ** (attempt - 1), asked_pause)
-            logger.warning("%s: %s; trying again in %.0f s", url, problem, pause)
-            time.sleep(pause)
+class Failure(NamedTuple):
+    """One failed attempt: the reason in words, whether another attempt is pointless, and the wait that the server asked for (seconds)."""
+
+    reason: str
+    final: bool
+    wait: float
+
+
+def asked_wait(headers: Any) -> float:
+    """The seconds of a Retry-After header, at most MAX_RETRY_AFTER; 0 without one."""
+    value = headers.get("Retry-After", "")
+    return min(float(value), MAX_RETRY_AFTER) if value.isdecimal() else 0.0
+
+
+def is_refusal(status: int) -> bool:
+    """Whether this HTTP status says no, rather than not now."""
+    return 400 <= status < 500 and status not in (408, 429)
+
+
+def with_retries(label: str, attempt: Callable[[], T], judge: Callable[[Exception], Failure], *, tries: int, first_wait: float) -> T:
+    """attempt(), repeated after failures that may pass, with waits that double. Raises the last error, or one that `judge` calls final."""
+    for number in range(1, tries):
         try:
-            problem = _download_once(url, temporary, sha256)
-        except urllib.error.HTTPError as error:
-            problem = f"the server answered {error.code} {error.reason}"
-            after = error.headers.get("Retry-After", "")
-            asked_pause = min(float(after), MAX_RETRY_AFTER) if after.isdecimal() else 0.0
-            if error.code < 500 and error.code not in (408, 429):
-                break
-        except (OSError, HTTPException) as error:  # URLError, timeouts and broken connections are OSErrors
-            problem = str(error) or type(error).__name__
-        if not problem:
-            return
-    raise UserError(f"could not download {url}: {problem}; check the network and run this again, or put the file at {path} yourself")
+            return attempt()
+        except Exception as error:
+            failure = judge(error)
+            if failure.final:
+                raise
+            wait = max(first_wait * 2 ** (number - 1), failure.wait)
+            logger.warning("%s: %s; trying again in %.0f s (%d of %d)", label, failure.reason, wait, number + 1, tries)
+            time.sleep(wait)
+    return attempt()
+
+
+def _download(url: str, temporary: Path, path: Path, sha256: str | None) -> None:
+    def attempt() -> None:
+        if problem := _download_once(url, temporary, sha256):
+            raise OSError(problem)
+
+    try:
+        with_retries(url, attempt, _judge_download, tries=DOWNLOAD_TRIES, first_wait=1.0)
+    except (OSError, HTTPException) as error:  # URLError, timeouts and broken connections are OSErrors
+        problem = _judge_download(error).reason
+        raise UserError(
+            f"could not download {url}: {problem}; check the network and run this again, or put the file at {path} yourself"
+        ) from error
+
+
+def _judge_download(error: Exception) -> Failure:
+    if isinstance(error, urllib.error.HTTPError):
+        return Failure(f"the server answered {error.code} {error.reason}", is_refusal(error.code), asked_wait(error.headers))
+    return Failure(str(error) or type(error).__name__, not isinstance(error, (OSError, HTTPException)), 0.0)
 
 
 def _download_once(url: str, temporary: Path, sha256: str | None) -> str:

@@ -13,7 +13,6 @@ import queue
 import re
 import shutil
 import threading
-import time
 import urllib.error
 import urllib.request
 import uuid
@@ -21,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from zangchat.common import MAX_RETRY_AFTER, file_lock, file_sha256, get_base_dir
+from zangchat.common import Failure, asked_wait, file_lock, file_sha256, get_base_dir, is_refusal, with_retries
 from zangchat.configurator import UserError
 from zangchat.dataset import FORMAT, MANIFEST, Dataset, check_shard, datasets_dir, folder_lock, load_dataset, write_manifest
 from zangchat.progress import Progress
@@ -79,7 +78,7 @@ def fetch_table(repo: str, config: str, split: str) -> "datasets.Dataset":
                     builder.download_and_prepare()
         return builder.as_dataset(split=split)
 
-    return with_retries(repo, attempt)
+    return _retried(repo, attempt)
 
 
 def _fetch_table_files(builder: "datasets.DatasetBuilder") -> None:
@@ -117,31 +116,22 @@ def is_reachable(url: str) -> bool:
     return True
 
 
-def with_retries(what: str, attempt: Callable[[], T]) -> T:
+def _retried(label: str, attempt: Callable[[], T]) -> T:
     """attempt(), again after a failure that may pass: a busy hub costs a wait, not the run. Raises what the last of TRIES raised."""
-    for number in range(1, TRIES):
-        try:
-            return attempt()
-        except Exception as error:  # the client's errors differ between its versions; what cannot pass is known
-            if _is_final(error):
-                raise
-            wait = max(RETRY_WAIT * 2 ** (number - 1), min(_retry_after(error), MAX_RETRY_AFTER))
-            logger.warning("%s: %s; trying again in %.0f s (%d of %d)", what, _short(error), wait, number + 1, TRIES)
-            time.sleep(wait)
-    return attempt()
+    return with_retries(label, attempt, _judge, tries=TRIES, first_wait=RETRY_WAIT)
 
 
-def _is_final(error: Exception) -> bool:
-    """Whether the hub has said, or we have, that there is no such thing."""
+def _judge(error: Exception) -> Failure:
+    """The client's errors differ between versions; known is which cannot pass: someone has said that there is no such thing."""
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
-    if isinstance(error, LocalEntryNotFoundError):  # which the client raises when it could not connect
-        return False
-    final = (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, DatasetNotFoundError, ValueError, UserError)
     response = _response(error)
-    refused = response is not None and 400 <= response.status_code < 500 and response.status_code not in (408, 429)
-    return refused or isinstance(error, final)
+    absent = (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, DatasetNotFoundError, ValueError, UserError)
+    final = isinstance(error, absent) or (response is not None and is_refusal(response.status_code))
+    if isinstance(error, LocalEntryNotFoundError):  # which the client raises when it could not connect
+        final = False
+    return Failure(_short(error), final, asked_wait(response.headers) if response is not None else 0.0)
 
 
 def _response(error: BaseException | None) -> Any:
@@ -149,13 +139,6 @@ def _response(error: BaseException | None) -> Any:
     while error is not None and getattr(error, "response", None) is None:
         error = error.__cause__ or error.__context__
     return getattr(error, "response", None)
-
-
-def _retry_after(error: BaseException) -> float:
-    """The seconds that the hub asked us to wait; 0 if it did not."""
-    response = _response(error)
-    value = response.headers.get("Retry-After", "") if response is not None else ""
-    return float(value) if value.isdecimal() else 0.0
 
 
 def _exclusive(folder: Path) -> Any:
@@ -207,7 +190,7 @@ def _list_shards(repo: str, revision: str | None) -> tuple[str, list[dict[str, A
     try:
         if not is_reachable(endpoint()):
             raise ConnectionError("it cannot be reached")
-        commit, tree = with_retries(repo, attempt)
+        commit, tree = _retried(repo, attempt)
     except Exception as error:  # whatever the client of the day raises for no network, no repository, no permission
         raise UserError(
             f"{endpoint()} does not list {repo} ({_short(error)}): check the network or set HF_ENDPOINT to a mirror, "
@@ -299,7 +282,7 @@ def _fetch_shard(dataset: Dataset, entry: dict[str, Any]) -> None:
             shutil.rmtree(incoming, ignore_errors=True)
 
     try:
-        with_retries(name, attempt)
+        _retried(name, attempt)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise UserError(f"{name}: {endpoint()} no longer serves {manifest['repo']} at {manifest['revision']} ({_short(error)})") from error
     except Exception as error:
