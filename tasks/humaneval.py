@@ -26,23 +26,20 @@ def extract_code(text: str, entry_point: str = "") -> str:
 
 def fenced_blocks(text: str) -> list[tuple[str, str]]:
     """(language, code) of each fenced block, without the indentation or the quote marks that it shares with its fence."""
-    blocks: list[tuple[str, str]] = []
+    blocks: list[tuple[str, list[str], int]] = []  # language, lines, indentation of the fence
     opening: re.Match[str] | None = None
-    lines: list[str] = []
     for line in text.replace("\r\n", "\n").removesuffix("\n").split("\n"):  # splitlines would also split at what a string may hold
         if opening is None:
-            opening, lines = OPENING.match(line), []
+            if opening := OPENING.match(line):
+                quoted = ">" in opening["indent"]
+                blocks.append((opening["language"], [], 0 if quoted else len(opening["indent"])))
             continue
-        quoted = opening["indent"].lstrip()[:1] == ">"
         line = re.sub(r"^[ \t]*> ?", "", line) if quoted else line
-        if re.fullmatch(rf"[ \t]*{re.escape(opening['fence'])}{opening['fence'][0]}*[ \t]*", line):
-            blocks.append((opening["language"], _shifted(lines, 0 if quoted else len(opening["indent"]))))
+        if re.fullmatch(rf"[ \t]*{opening['fence']}{opening['fence'][0]}*[ \t]*", line):
             opening = None
         else:
-            lines.append(line)
-    if opening is not None:
-        blocks.append((opening["language"], _shifted(lines, len(opening["indent"]))))
-    return blocks
+            blocks[-1][1].append(line)
+    return [(language, _shifted(lines, indent)) for language, lines, indent in blocks]
 
 
 def _shifted(lines: list[str], indent: int) -> str:
