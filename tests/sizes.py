@@ -20,6 +20,13 @@ VARIABLES = frozenset(
 )
 
 
+def users_environment(**more: str) -> dict[str, str]:
+    """The environment of a first user, as far as it is ours, with `more`: nothing that the tests set for each other."""
+    ours = {*VARIABLES, "ZANGCHAT_BASE_DIR", "ZANGCHAT_EVAL_BUNDLE_URL", "OMP_NUM_THREADS", "WANDB_MODE"}
+    left = {name: value for name, value in os.environ.items() if name not in ours and not name.startswith("PYTEST")}
+    return left | more
+
+
 def rehearsal() -> dict[str, str]:
     """The variables that the head of speedrun.sh gives for a rehearsal, so that what it promises is what is tested."""
     lines = (ROOT / "speedrun.sh").read_text(encoding="utf-8").splitlines()

@@ -68,17 +68,12 @@ def calls() -> list[list[str]]:
     return [line.split() for line in RUNS.replace("\n        --", " --").split("\n") if line.strip()]
 
 
-def users_environment(base: Path) -> dict[str, str]:
-    foreign = {"OMP_NUM_THREADS", "WANDB_MODE", "ZANGCHAT_BASE_DIR"}
-    env = {name: value for name, value in os.environ.items() if name not in foreign and not name.startswith("PYTEST")}
-    return {**env, "HOME": str(base.parent), "ZANGCHAT_BASE_DIR": str(base), "PYTHONPATH": str(ROOT)}
-
-
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
     work = tmp_path_factory.mktemp("work")
     with stand_in() as hub:
-        env = {**users_environment(work / "base"), **hub.environment(work / "hf")}
+        places = {"HOME": str(work), "ZANGCHAT_BASE_DIR": str(work / "base"), "PYTHONPATH": str(ROOT)}
+        env = sizes.users_environment(**places, **hub.environment(work / "hf"))
         question = "How many r are in strawberry?\n"  # to chat_cli; then stdin ends
         process = subprocess.run(
             [sys.executable, "-c", CHILD], cwd=work, env=env, input=f"{json.dumps(calls())}\n{question}", capture_output=True, text=True

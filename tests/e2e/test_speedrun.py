@@ -45,9 +45,7 @@ class Chain(NamedTuple):
     def start(self, script: str, *arguments: str, log: Path, **more: str) -> "subprocess.Popen[bytes]":
         given = {**sizes.rehearsal(), **more}
         assert not sizes.others(given), "a rehearsal sets sizes alone"
-        foreign = {*sizes.VARIABLES, "ZANGCHAT_EVAL_BUNDLE_URL", "OMP_NUM_THREADS"}  # a test process has its own
-        env = {name: value for name, value in os.environ.items() if name not in foreign}
-        env |= {**given, **self.hub.environment(self.home), "ZANGCHAT_BASE_DIR": str(self.base)}
+        env = sizes.users_environment(**given, **self.hub.environment(self.home), ZANGCHAT_BASE_DIR=str(self.base))
         with log.open("wb") as out:
             command = ["bash", script, *arguments]
             return subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT)
