@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.common import load_task
+from tasks.registry import load_task
 from zangchat import configurator
 from zangchat.config import CheckpointConfig
 
@@ -33,10 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compare(config: Config) -> int:
     import torch
 
-    from zangchat import common
     from zangchat.engine import Request, engine_for_chat
+    from zangchat.runtime.devices import compute_init
 
-    device = common.compute_init(config.device_type)[-1]
+    device = compute_init(config.device_type)[-1]
     reference = engine_for_chat(config, device)
     task = load_task(config.task, "test")
     prompts = [reference.tokenizer.render_for_completion(task[i]) for i in range(min(config.questions, len(task)))]

@@ -14,7 +14,8 @@ from typing import Any
 
 import psutil
 
-from zangchat.configurator import UserError, as_flags
+from zangchat.configurator import as_flags
+from zangchat.errors import UserError
 from zangchat.report import cpu_name
 
 BUSY = 0.2  # cores that others use, above which a timing is worth nothing

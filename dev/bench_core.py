@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dev.bench_common import machine
-from zangchat import common, configurator
+from zangchat import configurator
+from zangchat.runtime.devices import compute_init
 
 
 @dataclass
@@ -45,7 +46,7 @@ def bench(config: Config) -> None:
     from zangchat.tokenizer import get_tokenizer
 
     tokenizer = get_tokenizer()
-    device = common.compute_init(config.device_type)[-1]
+    device = compute_init(config.device_type)[-1]
     size = {"vocab_size": tokenizer.get_vocab_size(), "sequence_len": config.max_seq_len}
     model = checkpoint_manager.empty_model(schedule.model_config_for_depth(config.depth, config.head_dim, **size), device, config.dtype)
     model.init_weights()

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dev.bench_common import machine, middle, repetition
-from zangchat import common, configurator, flops, schedule
+from zangchat import configurator, flops, schedule
 from zangchat.config import GPTConfig
+from zangchat.runtime.devices import compute_init, device_synchronize, resolve_dtype
+from zangchat.runtime.memory import peak_memory_bytes
 
 
 @dataclass
@@ -94,10 +96,10 @@ def rounded(value: Any) -> Any:
 def work(config: Config) -> dict[str, Any]:
     import torch
 
-    from zangchat import kv_cache
+    from zangchat.engine import kv_cache
 
-    device = common.compute_init(config.device_type)[-1]
-    dtype = common.resolve_dtype(config.dtype, device)
+    device = compute_init(config.device_type)[-1]
+    dtype = resolve_dtype(config.dtype, device)
     bandwidth, source = memory_bandwidth(device)
     known = {"dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads(), "torch": torch.__version__}
     found = {**known, "quantize": config.quantize, "bandwidth_gb_per_sec": bandwidth / 1e9, "bandwidth": source}
@@ -109,7 +111,7 @@ def work(config: Config) -> dict[str, Any]:
         size = flops.decode_bytes(config.model(), middle_context, point["batch"], weight_bytes=weights, kv_bytes=stored.itemsize)
         point["bytes_per_step"] = size
         point["share_of_bandwidth"] = size / (point["p50_ms"] / 1e3) / bandwidth
-    return {**found, **parts, "peak_memory_mib": common.peak_memory_bytes(device) / 2**20}
+    return {**found, **parts, "peak_memory_mib": peak_memory_bytes(device) / 2**20}
 
 
 def zangchat(config: Config, device: Any, dtype: Any) -> dict[str, Any]:
@@ -217,7 +219,7 @@ def timed(step: Callable[[], Any], device: Any, count: int = 0, until: Callable[
     while not (until() or 0 < count == len(times)):
         start = time.perf_counter()
         step()
-        common.device_synchronize(device)
+        device_synchronize(device)
         times.append(time.perf_counter() - start)
     return times
 

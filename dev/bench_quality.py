@@ -27,9 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from dev.bench_common import machine
-from zangchat import checkpoint_manager, common, configurator
+from zangchat import checkpoint_manager, configurator
 from zangchat.dataset import find_dataset
-from zangchat.nanochat import read_tokenizer
+from zangchat.hf.nanochat import read_tokenizer
+from zangchat.runtime.devices import compute_init
+from zangchat.runtime.files import get_base_dir
 
 OURS = "zangchat"
 SEEDED = """
@@ -73,7 +75,7 @@ def bench(config: Config) -> int:
         return 0
     check(config)
     where = machine(config.busy)
-    out = Path(config.out or common.get_base_dir() / "bench_quality").absolute()
+    out = Path(config.out or get_base_dir() / "bench_quality").absolute()
     contenders = {OURS: "", **{Path(peer).name: str(Path(peer).absolute()) for peer in config.peer.split(",") if peer}}
     make_tokenizers(config, {out / name: code for name, code in contenders.items()})
     runs: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in contenders}
@@ -237,7 +239,7 @@ def score(config: Config, folder: Path) -> dict[int, float]:
     from zangchat.loss_eval import evaluate_bpb
     from zangchat.tokenizer import get_token_bytes, get_tokenizer
 
-    device = common.compute_init("")[-1]
+    device = compute_init("")[-1]
     tokenizer, dataset = get_tokenizer(), find_dataset(data_path=config.data)
     found = {}
     for step, path in checkpoints(folder).items():

@@ -87,7 +87,7 @@ def prepare(config: Config, folder: Path) -> dict[str, Any]:
 
     import rustbpe
     from zangchat.dataset import find_dataset
-    from zangchat.hf import tokenizer_json
+    from zangchat.hf.tokenizer import tokenizer_json
     from zangchat.tokenizer import RustBPETokenizer
 
     dataset = find_dataset(config.dataset or (None if config.data_path else "pydocs"), config.data_path)
@@ -257,7 +257,7 @@ def train_tokenizers(texts: Iterator[str], vocab_size: int) -> list[bytes]:
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     import rustbpe
-    from zangchat.hf import byte_characters
+    from zangchat.hf.tokenizer import byte_characters
 
     tokenizer = Tokenizer(models.BPE())
     pattern = Regex(rustbpe.Tokenizer().get_pattern())

@@ -23,7 +23,9 @@ from typing import Any
 
 from dev.bench_common import machine, middle
 from scripts import base_train
-from zangchat import common, configurator, flops
+from zangchat import configurator, flops
+from zangchat.runtime.devices import compute_init, device_synchronize, resolve_dtype
+from zangchat.runtime.memory import keep_freed_memory, peak_memory_bytes
 
 
 @dataclass
@@ -110,11 +112,11 @@ def tokens_per_step(config: Config) -> int:
 
 
 def work(config: Config) -> int:
-    device = common.compute_init(config.device_type)[-1]
+    device = compute_init(config.device_type)[-1]
     make = nanochat if config.worker == "nanochat" else zangchat
     step, dtype = make(config, device)
     step()
-    common.device_synchronize(device)
+    device_synchronize(device)
     first = time.time() - config.launched
     if config.profile:
         return profile(config, step, device)
@@ -131,7 +133,7 @@ def step_times(step: Callable[[], Any], device: Any, steps: int) -> list[float]:
     for _ in range(steps):
         start = time.perf_counter()
         step()
-        common.device_synchronize(device)
+        device_synchronize(device)
         times.append(time.perf_counter() - start)
     return times
 
@@ -147,7 +149,7 @@ def timed_steps(config: Config, step: Callable[[], Any], device: Any, dtype: Any
         "step_seconds": round(statistics.median(times), 4),
         "gemm_tflops": round(rate / 1e12, 4),
         "mfu_of_gemm": round(pace * flops.flops_per_token(gpt) / rate, 4),
-        "peak_memory_mib": round(common.peak_memory_bytes(device) / 2**20),
+        "peak_memory_mib": round(peak_memory_bytes(device) / 2**20),
         "dtype": str(dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
@@ -159,16 +161,16 @@ def zangchat(config: Config, device: Any) -> tuple[Callable[[], Any], Any]:
     import torch
 
     from zangchat import checkpoint_manager
-    from zangchat.attention import choose_backend
     from zangchat.config import RunState, StepMultipliers
     from zangchat.dataloader import Batch
+    from zangchat.nn.attention import choose_backend
     from zangchat.optim import build_optimizer
-    from zangchat.trainer import Stage, Trainer
+    from zangchat.training.trainer import Stage, Trainer
 
     if device.type == "cpu":
-        common.keep_freed_memory()
+        keep_freed_memory()
     gpt = base_train.model_config(config, config.vocab_size)
-    dtype = common.resolve_dtype(config.dtype, device)
+    dtype = resolve_dtype(config.dtype, device)
     model = checkpoint_manager.empty_model(gpt, device, str(dtype).removeprefix("torch."))
     model.init_weights(0.0, torch.Generator(device).manual_seed(1))
     model.attention_backend, reason = choose_backend(device, dtype, gpt.head_dim)
@@ -246,7 +248,7 @@ def gemm_rate(config: Config, device: Any, dtype: Any) -> float:
         start = time.perf_counter()
         for _ in range(10):
             a @ b.T
-        common.device_synchronize(device)
+        device_synchronize(device)
         times.append((time.perf_counter() - start) / 10)
     return 2 * tokens * gpt.n_embd * 4 * gpt.n_embd / min(times)
 

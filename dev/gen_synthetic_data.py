@@ -23,8 +23,11 @@ from typing import Any
 
 from tasks.common import Conversation
 from tasks.customjson import conversation_of
-from zangchat import common, configurator
-from zangchat.configurator import UserError
+from zangchat import configurator
+from zangchat.errors import UserError
+from zangchat.runtime.files import atomic_write, read_jsonl
+from zangchat.runtime.logs import print0
+from zangchat.runtime.seeds import derive_seed
 
 FACTS = """The assistant is called zangchat. It is a small language model, trained from nothing by open-source code of the same name:
 tokenizer, pretraining, midtraining, finetuning, reinforcement learning, evaluation and this chat, in the shape of nanochat.
@@ -99,7 +102,7 @@ def generate(config: Config) -> int:
     languages = parse_languages(config.languages)
     facts = Path(config.facts).read_text(encoding="utf-8") if config.facts else FACTS
     output = Path(config.output)
-    written = [conversation_of(row, where) for where, row in common.read_jsonl(output)] if output.exists() else []
+    written = [conversation_of(row, where) for where, row in read_jsonl(output)] if output.exists() else []
     openings = Openings(config.max_similarity)
     for conversation in written:
         openings.add(opening(conversation))
@@ -122,15 +125,13 @@ def generate(config: Config) -> int:
                     file.write(json.dumps(conversation, ensure_ascii=False) + "\n")
                     have += 1
             file.flush()
-            common.atomic_write(position_file(output), str(indices.stop))
-            common.print0(f"{have} of {config.num} conversations; left out: " + ", ".join(f"{n} {why}" for why, n in dropped.items()))
+            atomic_write(position_file(output), str(indices.stop))
+            print0(f"{have} of {config.num} conversations; left out: " + ", ".join(f"{n} {why}" for why, n in dropped.items()))
     if have < config.num:
-        common.print0(
-            f"{output} has {have} conversations: after {last} requests nothing new comes; raise --temperature or --max_similarity"
-        )
+        print0(f"{output} has {have} conversations: after {last} requests nothing new comes; raise --temperature or --max_similarity")
         return 1
     following = shlex.join(["python", "-m", "scripts.mid_train", f"--identity_data={output}"])
-    common.print0(f"{output} has {have} conversations; next: {following}")
+    print0(f"{output} has {have} conversations; next: {following}")
     return 0
 
 
@@ -172,7 +173,7 @@ def progress_of(output: Path) -> int:
 
 def make_prompt(facts: str, languages: dict[str, float], config: Config, index: int) -> str:
     """What is asked for as conversation `index`; the same whenever it is asked."""
-    rng = random.Random(common.derive_seed(config.seed, "synthetic", index))
+    rng = random.Random(derive_seed(config.seed, "synthetic", index))
     turns = rng.randint(1, config.max_turns)
     (language,) = rng.choices(list(languages), list(languages.values()))
     return f"""Write one conversation between a user and an assistant. What is true of the assistant:
@@ -213,7 +214,7 @@ class Writer:
                 if "response_format" not in str(error):
                     raise UserError(f"{self.config.base_url} refuses: {error}") from error
                 if self.knows_schemas:
-                    common.print0("the endpoint knows no JSON schemas: JSON is asked for by the prompt alone")
+                    print0("the endpoint knows no JSON schemas: JSON is asked for by the prompt alone")
                 self.knows_schemas = False
         return self._text(asked)
 

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from zangchat import common, configurator
+from zangchat import configurator
+from zangchat.runtime.devices import autodetect_device_type
 
 
 @dataclass
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def count(config: Config) -> int:
     import torch
 
-    print(torch.cuda.device_count() if common.autodetect_device_type() == "cuda" else 0)
+    print(torch.cuda.device_count() if autodetect_device_type() == "cuda" else 0)
     return 0
 
 

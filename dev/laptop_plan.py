@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dev import bench_train
-from zangchat import common, configurator
+from zangchat import configurator
+from zangchat.runtime.devices import compute_init
 from zangchat.tokenizer import get_tokenizer
 
 OVERHEAD_MINUTES = 7.5  # setup, corpus, tokenizer, evaluations, report, starting ten processes
@@ -51,7 +52,7 @@ def steps_that_fit(minutes: float, pace: float) -> dict[str, int]:
 
 def seconds_per_step(config: Config, steps: int = 12) -> float:
     """The median step of the real training loop on random tokens, the first few left out."""
-    device = common.compute_init("")[-1]
+    device = compute_init("")[-1]
     step, _ = bench_train.zangchat(config, device)
     times = bench_train.step_times(step, device, steps)
     return statistics.median(times[steps // 4 :])

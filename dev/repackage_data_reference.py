@@ -26,9 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from zangchat import configurator
-from zangchat.common import derive_seed, file_sha256
-from zangchat.configurator import UserError
-from zangchat.dataset import FORMAT, GROUP_DOCUMENTS, datasets_dir, find_dataset, folder_lock, record_text, replace_folder, write_manifest
+from zangchat.dataset import datasets_dir, find_dataset, folder_lock
+from zangchat.dataset.manifest import FORMAT, replace_folder, write_manifest
+from zangchat.dataset.shards import GROUP_DOCUMENTS, record_text
+from zangchat.errors import UserError
+from zangchat.runtime.files import file_sha256
+from zangchat.runtime.seeds import derive_seed
 
 BUCKETS = 64
 HELD_OUT = 20  # at most one document in so many is for validation

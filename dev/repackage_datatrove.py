@@ -25,8 +25,9 @@ from datatrove.pipeline.readers import JsonlReader, ParquetReader
 
 from dev.repackage_data_reference import bucket_files, gather, scatter, write_shards
 from zangchat import configurator
-from zangchat.configurator import UserError
-from zangchat.dataset import FORMAT, datasets_dir, write_manifest
+from zangchat.dataset import datasets_dir
+from zangchat.dataset.manifest import FORMAT, write_manifest
+from zangchat.errors import UserError
 
 READERS = {".parquet": ParquetReader, ".jsonl": JsonlReader}
 

@@ -30,10 +30,11 @@ if [ -z "$problem" ]; then
 else
     say "Rust: the crate's own tests are skipped: $problem"
 fi
-say "lint and types"
+say "lint, types, layers"
 ruff check .
 ruff format --check .
 mypy
+lint-imports
 say "Python"
 # one worker per core, whole files to a worker (the tests of a file may build on each other), the long ones of tests/e2e early
 python -m pytest -m "$markers" --durations=15 --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder "$@"

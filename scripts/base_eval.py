@@ -12,8 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zangchat import common, configurator
+from zangchat import configurator
 from zangchat.config import CheckpointConfig, SourceFlag
+from zangchat.runtime.files import atomic_write
+from zangchat.runtime.logs import print0
+from zangchat.runtime.processes import compute_cleanup, get_dist_info
 
 
 @dataclass
@@ -38,20 +41,20 @@ def evaluate(config: Config) -> int:
         start = time.monotonic()
 
         def told(label: str, accuracy: float, centred: float) -> None:
-            common.print0(f"{label:<34} accuracy {accuracy:.4f}   centred {centred:+.4f}")
+            print0(f"{label:<34} accuracy {accuracy:.4f}   centred {centred:+.4f}")
 
         result = evaluate_core(model, tokenizer, bundle, max_per_task=config.max_per_task, on_task=told, show_progress=True)
         minutes = (time.monotonic() - start) / 60
-        common.print0(f"{result['name']}: {result['core_metric']:.4f} in {minutes:.1f} minutes")
+        print0(f"{result['name']}: {result['core_metric']:.4f} in {minutes:.1f} minutes")
         write(config, meta, result, minutes)
     finally:
-        common.compute_cleanup()
+        compute_cleanup()
     return 0
 
 
 def write(config: Config, meta: dict[str, Any], result: dict[str, Any], minutes: float) -> None:
     """The CSV file and the report card, by rank 0."""
-    if common.get_dist_info()[1] != 0:
+    if get_dist_info()[1] != 0:
         return
     from zangchat.report import checkpoint_name, get_report
 
@@ -59,8 +62,8 @@ def write(config: Config, meta: dict[str, Any], result: dict[str, Any], minutes:
     path = report.base_dir / "base_eval" / f"{checkpoint_name(meta)}.csv"
     rows = [f"{label},{accuracy:.6f},{result['centered_results'][label]:.6f}" for label, accuracy in result["results"].items()]
     rows += [f"{label},," for label in result["missing"]]
-    common.atomic_write(path, "\n".join(["task,accuracy,centered", *rows, f'"{result["name"]}",,{result["core_metric"]:.6f}']) + "\n")
-    common.print0(f"written to {path}")
+    atomic_write(path, "\n".join(["task,accuracy,centered", *rows, f'"{result["name"]}",,{result["core_metric"]:.6f}']) + "\n")
+    print0(f"written to {path}")
     facts = {
         "model": checkpoint_name(meta),
         "questions per task": "all" if config.max_per_task == -1 else config.max_per_task,

@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zangchat import common, configurator
+from zangchat import configurator
 from zangchat.config import CheckpointConfig, SourceFlag
+from zangchat.runtime.devices import compute_init
+from zangchat.runtime.logs import print0
+from zangchat.runtime.processes import compute_cleanup
 
 UNPROMPTED = 4  # samples that begin with nothing
 
@@ -31,14 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(config: Config) -> None:
     import torch
 
-    from zangchat import checkpoint_manager, hooks
+    from zangchat import checkpoint_manager
     from zangchat.dataloader import TextStream, packed_batches, validation_batches
     from zangchat.dataset import find_dataset
     from zangchat.loss_eval import evaluate_bpb
     from zangchat.report import get_report
+    from zangchat.training import hooks
 
     configurator.check_range(1, config, "split_tokens", "device_batch_size")
-    _, rank, _, world_size, device = common.compute_init(config.device_type)
+    _, rank, _, world_size, device = compute_init(config.device_type)
     try:
         model, tokenizer, meta = checkpoint_manager.load_model(config.source, device, "eval", config.model_tag, config.step, config.dtype)
         trained_on = meta["user_config"] if not (config.dataset or config.data_path) else {}
@@ -54,15 +58,15 @@ def evaluate(config: Config) -> None:
         bpb = {}
         for name, batches in splits.items():
             bpb[f"{name} bpb"] = evaluate_bpb(model, batches, token_bytes)
-            common.print0(f"{name} bits per byte: {bpb[f'{name} bpb']:.4f}")
+            print0(f"{name} bits per byte: {bpb[f'{name} bpb']:.4f}")
         prompted = hooks.complete(model, tokenizer, hooks.PROMPTS)
         free = [hooks.complete(model, tokenizer, [""], max_tokens=96, temperature=1.0, seed=seed)[0] for seed in range(UNPROMPTED)]
         for prompt, completion in prompted + free:
-            common.print0(hooks.one_line(prompt, completion))
+            print0(hooks.one_line(prompt, completion))
         samples = [{"prompt": prompt, "completion": completion} for prompt, completion in prompted + free]
         get_report().log(f"{config.source.capitalize()} model loss", [{"step": meta["step"], "text": dataset.name, **bpb}, *samples])
     finally:
-        common.compute_cleanup()
+        compute_cleanup()
 
 
 if __name__ == "__main__":

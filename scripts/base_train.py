@@ -14,12 +14,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tasks.training import training_conversations
-from zangchat import common, configurator, flops, run_setup, schedule
-from zangchat.config import BatchSize, GPTConfig, Optimizer, RunConfig
+from tasks.registry import training_conversations
+from zangchat import configurator, flops, schedule
+from zangchat.config import GPTConfig, Optimizer
+from zangchat.runtime.logs import print0, print_banner
+from zangchat.runtime.processes import get_dist_info
+from zangchat.training.flags import BatchSize, RunConfig
+from zangchat.training.run import Run, check_batch, check_rates, open_run
 
 if TYPE_CHECKING:
-    from zangchat.trainer import Every, Stage, Trainer
+    from zangchat.training.trainer import Every, Stage, Trainer
 
 
 @dataclass
@@ -71,13 +75,13 @@ def train(config: Config) -> int:
     if config.dry_run:
         return dry_run(config)
     check(config)
-    with run_setup.open_run("base", config, config.model_tag or f"d{config.depth}") as run:
+    with open_run("base", config, config.model_tag or f"d{config.depth}") as run:
         if run.finished:
             return 0
         config = run.config
         tokenizer, dataset = run.tokenizer(), run.dataset()
         gpt, plan = make_plan(config, tokenizer.get_vocab_size(), run.world_size, saved=run.fact("plan"))
-        common.print_banner()
+        print_banner()
         config = run.choose_batch(gpt, plan.total_batch_size // gpt.sequence_len)
         print_plan(config, gpt, plan, run.world_size)
         model = run.new_model(gpt, config.head_init_scale)
@@ -99,7 +103,7 @@ def check(config: Config) -> None:
     configurator.check_range(1, config, "eval_tokens")
     model_config(config, vocab_size=2**16)
     if config.total_batch_size != -1:
-        run_setup.check_batch(config.total_batch_size, config.max_seq_len, config.device_batch_size, common.get_dist_info()[3])
+        check_batch(config.total_batch_size, config.max_seq_len, config.device_batch_size, get_dist_info()[3])
 
 
 def make_plan(
@@ -118,7 +122,7 @@ def make_plan(
             num_iterations=config.num_iterations,
             target_flops=config.target_flops,
         )
-    run_setup.check_batch(plan.total_batch_size, config.max_seq_len, config.device_batch_size, world_size)
+    check_batch(plan.total_batch_size, config.max_seq_len, config.device_batch_size, world_size)
     return gpt, plan
 
 
@@ -137,8 +141,8 @@ def model_config(config: Config, vocab_size: int) -> GPTConfig:
         raise configurator.UserError(f"--depth, --n_embd, --head_dim, --n_kv_head and --max_seq_len do not fit together: {error}") from None
 
 
-def make_stage(run: run_setup.Run, gpt: GPTConfig, plan: schedule.TrainPlan, tokenizer: Any, dataset: Any) -> "Stage":
-    from zangchat.trainer import Stage
+def make_stage(run: Run, gpt: GPTConfig, plan: schedule.TrainPlan, tokenizer: Any, dataset: Any) -> "Stage":
+    from zangchat.training.trainer import Stage
 
     config: Config = run.config
     task = None
@@ -156,8 +160,8 @@ def make_stage(run: run_setup.Run, gpt: GPTConfig, plan: schedule.TrainPlan, tok
     return Stage("base", batches, multipliers, make_hooks(run, gpt, tokenizer, dataset))
 
 
-def make_hooks(run: run_setup.Run, gpt: GPTConfig, tokenizer: Any, dataset: Any) -> list["Every"]:
-    from zangchat import hooks
+def make_hooks(run: Run, gpt: GPTConfig, tokenizer: Any, dataset: Any) -> list["Every"]:
+    from zangchat.training import hooks
 
     config: Config = run.config
     found = []
@@ -174,14 +178,14 @@ def dry_run(config: Config) -> int:
     """The plan, without torch and without touching anything."""
     from zangchat.tokenizer import get_tokenizer
 
-    world_size = common.get_dist_info()[3]
+    world_size = get_dist_info()[3]
     check(config)
-    run_setup.check_rates(config)  # which open_run does elsewhere
+    check_rates(config)  # which open_run does elsewhere
     try:
         vocab_size = get_tokenizer().get_vocab_size()
     except configurator.UserError:
         vocab_size = 65536
-        common.print0("no tokenizer yet: assuming a vocabulary of 65,536 (make one with `python -m scripts.tok_train`)")
+        print0("no tokenizer yet: assuming a vocabulary of 65,536 (make one with `python -m scripts.tok_train`)")
     gpt, plan = make_plan(config, vocab_size, world_size)
     print_plan(config, gpt, plan, world_size)
     rows = plan.total_batch_size // (gpt.sequence_len * world_size)
@@ -193,13 +197,13 @@ def dry_run(config: Config) -> int:
         "grad_comm_dtype": config.grad_comm_dtype,
         "fsdp": config.fsdp,
     }
-    common.print0(f"memory         per rank, in {settings['dtype']} on {settings['device_type']}:")
+    print0(f"memory         per rank, in {settings['dtype']} on {settings['device_type']}:")
     if config.device_batch_size != "auto":
         memory = flops.memory_estimate(gpt, min(config.device_batch_size, rows), grad_checkpoint=config.grad_checkpoint, **settings)
         parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items() if size and name != "total")
-        common.print0(f"               {memory['total'] / 1e9:.2f} GB with --device_batch_size={config.device_batch_size}: {parts}")
+        print0(f"               {memory['total'] / 1e9:.2f} GB with --device_batch_size={config.device_batch_size}: {parts}")
     for line in flops.what_fits(gpt, rows, **settings):
-        common.print0(f"               {line}")
+        print0(f"               {line}")
     return 0
 
 
@@ -208,7 +212,7 @@ def print_plan(config: Config, gpt: GPTConfig, plan: schedule.TrainPlan, world_s
     rows = plan.total_batch_size // (gpt.sequence_len * world_size)
     passes = "passes of what fits" if config.device_batch_size == "auto" else f"{-(-rows // config.device_batch_size)} passes"
     total_flops = flops.flops_per_token(gpt) * plan.tokens
-    common.print0(
+    print0(
         f"model          {gpt.n_layer} layers, width {gpt.n_embd}, {gpt.n_head} heads ({gpt.n_kv_head} for keys and values), "
         f"context {gpt.sequence_len}, vocabulary {gpt.vocab_size:,}\n"
         f"parameters     {params['total']:,}: embedding {params['wte']:,}, head {params['lm_head']:,}, matrices {params['matrices']:,}\n"

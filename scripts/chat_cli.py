@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from zangchat import configurator
-from zangchat.common import expand_home
 from zangchat.config import CheckpointConfig
-from zangchat.configurator import UserError
+from zangchat.errors import UserError
+from zangchat.runtime.files import expand_home
 
 if TYPE_CHECKING:
     from zangchat.engine import Engine
@@ -68,7 +68,7 @@ class Chat:
 
         `note` is told what the user should know. Raises UserError for a question that the context has no room for.
         """
-        from zangchat.replies import REPLY_SHARE, ReplyDecoder, fit_conversation
+        from zangchat.engine.replies import REPLY_SHARE, ReplyDecoder, fit_conversation
 
         tokenizer, context = self.engine.tokenizer, self.engine.model.config.sequence_len
         question_message = {"role": "user", "content": question}

@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from tasks.common import REGISTRY, MissingData, load_task, scored_tasks
-from zangchat import common, configurator
+from tasks.common import MissingData
+from tasks.registry import REGISTRY, load_task, scored_tasks
+from zangchat import configurator
 from zangchat.config import CheckpointConfig
+from zangchat.runtime.logs import print0
+from zangchat.runtime.processes import compute_cleanup
 
 if TYPE_CHECKING:
     from tasks.common import Task
@@ -62,15 +65,15 @@ def evaluate(config: Config) -> int:
                 if config.task_name:
                     raise
                 missing[name] = str(error)
-                common.print0(f"{name}: not scored, {error}")
+                print0(f"{name}: not scored, {error}")
         if not results:
             raise configurator.UserError(nothing_scored(config, list(missing)))
         summary = scores(results, missing)
         for name, value in summary.items():
-            common.print0(f"{name:<34} {value:.4f}")
+            print0(f"{name:<34} {value:.4f}")
         report(config, meta["stage"], model_name, results, summary, missing)
     finally:
-        common.compute_cleanup()
+        compute_cleanup()
     return 0
 
 
@@ -90,8 +93,8 @@ def ready(config: Config, name: str) -> "Task":
 
     Raises MissingData or SandboxRefused, and does so on all ranks where it does on one: the others would wait for its part of the answers.
     """
-    from zangchat import collectives
     from zangchat.execution import SandboxLevel, SandboxRefused, require_sandbox
+    from zangchat.runtime import collectives
 
     options, problem = {}, None
     try:
@@ -125,7 +128,7 @@ def score(config: Config, name: str, engine: Any, model_name: str) -> "TaskResul
     )
     path = get_report().base_dir / "chat_eval" / f"{model_name}_{name}.jsonl"
     result.write(path)
-    common.print0(f"{name}: {result.accuracy:.4f} ({sum(item.passed for item in result.items)} of {len(result.items)}), see {path}")
+    print0(f"{name}: {result.accuracy:.4f} ({sum(item.passed for item in result.items)} of {len(result.items)}), see {path}")
     return result
 
 

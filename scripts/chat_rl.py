@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tasks.common import REGISTRY, load_task
-from zangchat import common, configurator, run_setup, schedule
-from zangchat.config import BatchSize, FinetuneConfig
+from tasks.registry import REGISTRY, load_task
+from zangchat import configurator, schedule
+from zangchat.runtime.logs import print0
+from zangchat.training.flags import BatchSize, FinetuneConfig
+from zangchat.training.run import open_run
 
 if TYPE_CHECKING:
     from tasks.common import Task
     from zangchat.dataloader import Batch
-    from zangchat.trainer import Stage, Trainer
+    from zangchat.training.trainer import Stage, Trainer
 
 
 @dataclass
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(config: Config) -> int:
     check(config)
-    with run_setup.open_run("rl", config, source=config.source) as run:
+    with open_run("rl", config, source=config.source) as run:
         if run.finished:
             return 0
         run.start_from_source()
@@ -63,7 +65,7 @@ def train(config: Config) -> int:
             )
         task, held_out = load(config, "train", tokenizer), load(config, "val", tokenizer)
         steps = run.steps(lambda: math.ceil(len(task) * config.num_epochs / config.examples_per_step))
-        common.print0(f"rl: {task.name}, {steps:,} steps of {config.examples_per_step} prompts x {config.num_samples} answers")
+        print0(f"rl: {task.name}, {steps:,} steps of {config.examples_per_step} prompts x {config.num_samples} answers")
         plan = run.plan(model.config)._replace(num_iterations=steps)
         stage = make_stage(config, steps, model, tokenizer, task, held_out)
         trainer = run.trainer(model, stage, plan, tokenizer, keep_optimizer=False, compile=False)
@@ -101,8 +103,8 @@ def load(config: Config, split: str, tokenizer: Any) -> "Task":
 
 
 def make_stage(config: Config, steps: int, model: Any, tokenizer: Any, task: "Task", held_out: "Task") -> "Stage":
-    from zangchat.rollout import Sampling, rollout_batches
-    from zangchat.trainer import Every, Stage
+    from zangchat.training.rollout import Sampling, rollout_batches
+    from zangchat.training.trainer import Every, Stage
 
     sampling = Sampling(config.num_samples, config.max_new_tokens, config.temperature, config.top_k or None)
 
@@ -123,7 +125,7 @@ def log_reward(trainer: "Trainer") -> None:
     told = {name: value for name, value in trainer.state.cursor.items() if name != "step"}
     if told:
         trainer.log(told)
-        common.print0(
+        print0(
             f"rl step {trainer.state.step}: reward {told['reward']:.3f}, {told['solved']:.0%} of the prompts solved, "
             f"{told['sample_tokens']:.0f} tokens a sample"
         )
@@ -149,7 +151,7 @@ def evaluate(config: Config, held_out: "Task", trainer: "Trainer") -> None:
     seen.update({f"last {name}": value for name, value in scores.items()})
     trainer.log(scores)
     told = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
-    common.print0(f"rl step {trainer.state.step}: held-out {held_out.name}: {told} ({len(result.items)} examples)")
+    print0(f"rl step {trainer.state.step}: held-out {held_out.name}: {told} ({len(result.items)} examples)")
 
 
 if __name__ == "__main__":

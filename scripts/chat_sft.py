@@ -14,21 +14,23 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from tasks.training import SFT_MIXTURE, held_out_conversations, training_conversations
-from zangchat import common, configurator, run_setup, schedule
-from zangchat.config import BatchSize, FinetuneConfig
+from tasks.registry import SFT_MIXTURE, held_out_conversations, training_conversations
+from zangchat import configurator, schedule
+from zangchat.runtime.logs import print0
+from zangchat.training.flags import BatchSize, FinetuneConfig
+from zangchat.training.run import Run, open_run
 
 if TYPE_CHECKING:
     from tasks.common import Task
     from zangchat.dataloader import Batch
-    from zangchat.trainer import Every, Stage
+    from zangchat.training.trainer import Every, Stage
 
 
 @dataclass
 class Config(FinetuneConfig):
     source: str = "mid"  # mid | base: the stage to start from
     # the data
-    mixture: str | None = None  # NAME:EPOCHS, or NAME:EXAMPLES if generated, with commas between; default: SFT_MIXTURE in tasks/training.py
+    mixture: str | None = None  # NAME:EPOCHS, or NAME:EXAMPLES if generated, with commas between; default: SFT_MIXTURE in tasks/registry.py
     identity_data: str | None = None  # a .jsonl file of conversations of your own, added to the mixture: seen once per epoch
     # how long, and in what batches
     num_epochs: int = 1  # times through the mixture
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(config: Config) -> int:
     check(config)
-    with run_setup.open_run("sft", config, source=config.source) as run:
+    with open_run("sft", config, source=config.source) as run:
         if run.finished:
             return 0
         run.start_from_source()
@@ -62,7 +64,7 @@ def train(config: Config) -> int:
         model.document_start = tokenizer.get_bos_token_id() if settled.block_diagonal else None
         task = training_conversations(settled.mixture, settled.identity_data, tokenizer=tokenizer, seed=settled.seed)
         steps = run.steps(lambda: math.ceil(len(task) * settled.num_epochs / settled.target_examples_per_step))
-        common.print0(f"sft: {len(task):,} conversations ({task}); {steps:,} steps of {settled.target_examples_per_step}")
+        print0(f"sft: {len(task):,} conversations ({task}); {steps:,} steps of {settled.target_examples_per_step}")
         plan = run.plan(model.config)._replace(num_iterations=steps)
         stage = make_stage(run, steps, task, tokenizer)
         trainer = run.trainer(model, stage, plan, tokenizer, keep_optimizer=settled.load_optimizer)
@@ -79,8 +81,8 @@ def check(config: Config) -> None:
     configurator.check_range(1, config, "num_epochs", "target_examples_per_step", "eval_steps")
 
 
-def make_stage(run: run_setup.Run, steps: int, task: "Task", tokenizer: Any) -> "Stage":
-    from zangchat.trainer import Stage
+def make_stage(run: Run, steps: int, task: "Task", tokenizer: Any) -> "Stage":
+    from zangchat.training.trainer import Stage
 
     config = run.config
 
@@ -91,9 +93,9 @@ def make_stage(run: run_setup.Run, steps: int, task: "Task", tokenizer: Any) -> 
     return Stage("sft", batches, multipliers, make_hooks(run, tokenizer))
 
 
-def make_hooks(run: run_setup.Run, tokenizer: Any) -> list["Every"]:
+def make_hooks(run: Run, tokenizer: Any) -> list["Every"]:
     """The loss of held-out conversations of the same mixture."""
-    from zangchat import hooks
+    from zangchat.training import hooks
 
     config = run.config
     held_out = held_out_conversations(config.mixture, tokenizer=tokenizer, seed=config.seed) if config.eval_every > 0 else None

@@ -18,11 +18,11 @@ import tyro
 
 from zangchat import configurator
 from zangchat.config import CheckpointConfig
-from zangchat.configurator import UserError
+from zangchat.errors import UserError
 
 if TYPE_CHECKING:
     from zangchat.engine import Engine
-    from zangchat.protocol import Settings
+    from zangchat.server.protocol import Settings
 
 
 @dataclass
@@ -45,7 +45,8 @@ def serve(config: Config) -> None:
     with listen(config) as listener:
         engines = load_engines(config)
 
-        from zangchat.server import create_app, http_server
+        from zangchat.server.app import create_app
+        from zangchat.server.http import http_server
 
         host, port = listener.getsockname()[:2]
         print(f"chat at http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C stops it)", flush=True)
@@ -61,7 +62,7 @@ def make_settings(config: Config) -> "Settings":
     configurator.check_range(1, config, "max_tokens", "num_gpus", "max_batch")
     configurator.check_range(0, config, "port", most=65535)
 
-    from zangchat.protocol import LOCAL_HOSTS, Settings
+    from zangchat.server.protocol import LOCAL_HOSTS, Settings
 
     anywhere = config.host in ("0.0.0.0", "::", "")
     return Settings(
@@ -91,12 +92,12 @@ def listen(config: Config) -> socket.socket:
 def load_engines(config: Config) -> "list[Engine]":
     import torch
 
-    from zangchat import common
     from zangchat.engine import engine_for_chat
+    from zangchat.runtime.devices import autodetect_device_type
 
     if config.num_gpus == 1:
         return [engine_for_chat(config)]
-    device_type = config.device_type or common.autodetect_device_type()
+    device_type = config.device_type or autodetect_device_type()
     present = torch.cuda.device_count() if device_type == "cuda" else 0
     if config.num_gpus > present:
         raise UserError(f"--num_gpus={config.num_gpus}, but {present} CUDA devices are present here: lower it, or leave it out")

@@ -14,7 +14,9 @@ from typing import Annotated
 
 import tyro
 
-from zangchat import common, configurator
+from zangchat import configurator
+from zangchat.runtime.files import expand_home
+from zangchat.runtime.logs import print0
 
 
 @dataclass
@@ -31,16 +33,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def export(config: Config) -> int:
-    from zangchat import checkpoint_manager, hf
+    from zangchat import checkpoint_manager
+    from zangchat.hf.exporting import export
+    from zangchat.hf.format import require_libraries
 
-    output = common.expand_home(config.output)
-    hf.require_libraries()
+    output = expand_home(config.output)
+    require_libraries()
     model, tokenizer, meta = checkpoint_manager.load_model(config.source, "cpu", "eval", config.model_tag, config.step, dtype="float32")
-    manifest = hf.export(model, tokenizer, meta, output, config.dtype)
+    manifest = export(model, tokenizer, meta, output, config.dtype)
     for what, value in manifest["checks"].items():
-        common.print0(f"{what}: {value:.2g}" if isinstance(value, float) else f"{what}: {value}")
+        print0(f"{what}: {value:.2g}" if isinstance(value, float) else f"{what}: {value}")
     size = sum(file["size"] for file in manifest["files"].values())
-    common.print0(f"written to {output}: {len(manifest['files'])} files, {size / 2**20:.1f} MiB")
+    print0(f"written to {output}: {len(manifest['files'])} files, {size / 2**20:.1f} MiB")
     return 0
 
 

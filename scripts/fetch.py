@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tasks.common import MissingData, load_task, parse_mixture, scored_tasks
-from tasks.training import MID_MIXTURE, SFT_MIXTURE
+from tasks.common import MissingData
+from tasks.registry import MID_MIXTURE, SFT_MIXTURE, load_task, parse_mixture, scored_tasks
 from zangchat import configurator
 
 

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from zangchat import common, configurator
+from zangchat import configurator
+from zangchat.runtime.files import expand_home
+from zangchat.runtime.logs import print0
 
 
 @dataclass
@@ -29,18 +31,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def import_model(config: Config) -> int:
-    from zangchat import checkpoint_manager, hf, nanochat
+    from zangchat import checkpoint_manager
+    from zangchat.hf import nanochat
+    from zangchat.hf.importing import read_hf, save
 
     checkpoint_manager.tag_folder(config.source, config.model_tag)  # a mistake in these shows before anything large is read
-    path = common.expand_home(config.path)
+    path = expand_home(config.path)
     if not path.is_dir():
         raise configurator.UserError(f"--path={path} is no folder: give the one that holds the model")
     is_hf = (path / "config.json").is_file()
-    imported = hf.read_hf(path) if is_hf else nanochat.read_checkpoint(path, config.source, config.from_tag, config.step)
-    folder = hf.save(imported, config.source, config.model_tag, config.overwrite)
-    common.print0(f"{imported.origin}, step {imported.step}, is now {folder}")
+    imported = read_hf(path) if is_hf else nanochat.read_checkpoint(path, config.source, config.from_tag, config.step)
+    folder = save(imported, config.source, config.model_tag, config.overwrite)
+    print0(f"{imported.origin}, step {imported.step}, is now {folder}")
     if config.source != "base":
-        common.print0(f"talk to it: python -m scripts.chat_cli -i {config.source} -g {config.model_tag}")
+        print0(f"talk to it: python -m scripts.chat_cli -i {config.source} -g {config.model_tag}")
     return 0
 
 

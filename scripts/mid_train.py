@@ -14,20 +14,23 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tasks.training import MID_MIXTURE, held_out_conversations, training_conversations
-from zangchat import common, configurator, run_setup, schedule
-from zangchat.config import BatchSize, FinetuneConfig, GPTConfig
+from tasks.registry import MID_MIXTURE, held_out_conversations, training_conversations
+from zangchat import configurator, schedule
+from zangchat.config import GPTConfig
+from zangchat.runtime.logs import print0
+from zangchat.training.flags import BatchSize, FinetuneConfig
+from zangchat.training.run import Run, check_batch, open_run
 
 if TYPE_CHECKING:
     from tasks.common import Task
     from zangchat.dataloader import Batch
-    from zangchat.trainer import Every, Stage
+    from zangchat.training.trainer import Every, Stage
 
 
 @dataclass
 class Config(FinetuneConfig):
     # the data
-    mixture: str | None = None  # NAME:EPOCHS, or NAME:EXAMPLES if generated, with commas between; default: MID_MIXTURE in tasks/training.py
+    mixture: str | None = None  # NAME:EPOCHS, or NAME:EXAMPLES if generated, with commas between; default: MID_MIXTURE in tasks/registry.py
     identity_data: str | None = None  # a .jsonl file of conversations of your own, added to the mixture and seen twice
     mixture_ratio: float = 1.0  # share of the tokens that come from the mixture, above 0; the rest is pretraining text
     dataset: str | None = None  # the pretraining text (also for validation where mixture_ratio < 1); default: as the base model
@@ -55,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(config: Config) -> int:
     check(config)
-    with run_setup.open_run("mid", config, source="base") as run:
+    with open_run("mid", config, source="base") as run:
         if run.finished:
             return 0
         run.start_from_source()
@@ -77,13 +80,13 @@ def check(config: Config) -> None:
     configurator.check_range(1, config, "eval_tokens")
 
 
-def make_plan(run: run_setup.Run, model_config: GPTConfig, task: "Task", tokenizer: Any) -> schedule.TrainPlan:
+def make_plan(run: Run, model_config: GPTConfig, task: "Task", tokenizer: Any) -> schedule.TrainPlan:
     """Batch and rates as the base model had them; the length that is asked for, or once through the mixture."""
     plan = run.plan(model_config)
     config = run.choose_batch(model_config, plan.total_batch_size // run.config.max_seq_len)
-    run_setup.check_batch(plan.total_batch_size, config.max_seq_len, config.device_batch_size, run.world_size)
+    check_batch(plan.total_batch_size, config.max_seq_len, config.device_batch_size, run.world_size)
     steps = run.steps(lambda: tokens_in(task, tokenizer, config.max_seq_len) / config.mixture_ratio / plan.total_batch_size)
-    common.print0(f"mid: {len(task):,} conversations ({task}); {steps:,} steps of {plan.total_batch_size:,} tokens")
+    print0(f"mid: {len(task):,} conversations ({task}); {steps:,} steps of {plan.total_batch_size:,} tokens")
     return plan._replace(num_iterations=steps, tokens=steps * plan.total_batch_size)
 
 
@@ -94,8 +97,8 @@ def tokens_in(task: "Task", tokenizer: Any, max_tokens: int, sample: int = 512) 
     return len(task) * sum(lengths) / count
 
 
-def make_stage(run: run_setup.Run, plan: schedule.TrainPlan, task: "Task", tokenizer: Any) -> "Stage":
-    from zangchat.trainer import Stage
+def make_stage(run: Run, plan: schedule.TrainPlan, task: "Task", tokenizer: Any) -> "Stage":
+    from zangchat.training.trainer import Stage
 
     config = run.config
     multipliers = partial(
@@ -110,9 +113,9 @@ def make_stage(run: run_setup.Run, plan: schedule.TrainPlan, task: "Task", token
     return Stage("mid", batches, multipliers, make_hooks(run, tokenizer))
 
 
-def make_hooks(run: run_setup.Run, tokenizer: Any) -> list["Every"]:
+def make_hooks(run: Run, tokenizer: Any) -> list["Every"]:
     """Bits per byte of the answers in held-out conversations of the same mixture."""
-    from zangchat import hooks
+    from zangchat.training import hooks
 
     config = run.config
     held_out = held_out_conversations(config.mixture, tokenizer=tokenizer, seed=config.seed) if config.eval_every > 0 else None

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from zangchat import common, configurator
+from zangchat import configurator
+from zangchat.runtime.processes import get_dist_info
 
 if TYPE_CHECKING:
     import tiktoken
@@ -92,7 +93,7 @@ def evaluate(config: Config) -> None:
     from zangchat.tokenizer import get_tokenizer
 
     configurator.check_range(1, config, "max_chars")
-    if common.get_dist_info()[1] != 0:
+    if get_dist_info()[1] != 0:
         return
     ours = get_tokenizer()
     baselines = {name: encoding for name, key in BASELINES.items() if (encoding := load_baseline(name, key)) is not None}

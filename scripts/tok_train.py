@@ -15,8 +15,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from zangchat import common, configurator
-from zangchat.configurator import UserError
+from zangchat import configurator
+from zangchat.errors import UserError
+from zangchat.runtime.logs import print0
+from zangchat.runtime.processes import get_dist_info
 
 if TYPE_CHECKING:
     import pyarrow
@@ -41,11 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(config: Config) -> None:
     from zangchat.dataset import find_dataset
-    from zangchat.progress import Progress
+    from zangchat.runtime.progress import Progress
     from zangchat.tokenizer import RustBPETokenizer, tokenizer_dir
 
     check(config)
-    if common.get_dist_info()[1] != 0:
+    if get_dist_info()[1] != 0:
         return  # under torchrun one process is enough: training uses all cores
     dataset = find_dataset(config.dataset, config.data_path)
     facts = settings(config, dataset)
@@ -107,7 +109,7 @@ def already_trained(facts: dict[str, Any]) -> bool:
             "of other text" if name == "text" else f"{name} {found.facts.get(name)} instead of {facts[name]}" for name in differences
         )
         raise UserError(f"{folder} holds a tokenizer made otherwise ({said}): --overwrite replaces it")
-    common.print0(f"{folder} has this tokenizer already ({found.get_vocab_size():,} tokens); --overwrite trains it again")
+    print0(f"{folder} has this tokenizer already ({found.get_vocab_size():,} tokens); --overwrite trains it again")
     return True
 
 
@@ -123,7 +125,7 @@ class Text:
         """At most doc_cap characters of each document, at most max_chars in all: a group of documents at a time, as Arrow memory, so
         that text from parquet never becomes Python strings.
         """
-        from zangchat.progress import Progress
+        from zangchat.runtime.progress import Progress
 
         with Progress("tokenizer: characters", self.expected_characters()) as reading:
             for group in self.dataset.iter_arrow("train"):
@@ -174,13 +176,9 @@ def report(config: Config, tokenizer: "RustBPETokenizer", text: Text) -> None:
     seconds = time.monotonic() - text.start
     found, lengths = tokenizer.get_vocab_size(), tokenizer.token_bytes()
     lengths = lengths[lengths > 0]
-    common.print0(
-        f"{tokenizer_dir()}: {found:,} tokens from {text.characters:,} characters in {text.num_documents:,} documents, {seconds:.1f} s"
-    )
+    print0(f"{tokenizer_dir()}: {found:,} tokens from {text.characters:,} characters in {text.num_documents:,} documents, {seconds:.1f} s")
     if found < config.vocab_size:
-        common.print0(
-            f"--vocab_size={config.vocab_size} was not reached: the text has no more pairs to merge; {found} is the vocabulary now"
-        )
+        print0(f"--vocab_size={config.vocab_size} was not reached: the text has no more pairs to merge; {found} is the vocabulary now")
     results = {
         "documents": text.num_documents,
         "characters": text.characters,

@@ -3,7 +3,7 @@
 from typing import Any
 
 from tasks.common import Conversation, RowsTask, chat, render_mc
-from zangchat.configurator import UserError
+from zangchat.errors import UserError
 
 SUBSETS = ("ARC-Easy", "ARC-Challenge")
 

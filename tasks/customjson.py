@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tasks.common import Conversation, Task, check_conversation, training_messages
-from zangchat.common import expand_home, read_jsonl
-from zangchat.configurator import UserError
+from zangchat.errors import UserError
+from zangchat.runtime.files import expand_home, read_jsonl
 
 SHAPES = "messages, conversations, instruction and output, or prompt and completion"
 SHAREGPT_ROLES = {

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from tasks.common import Content, Conversation, RowsTask, chat, visible_text
-from zangchat.configurator import UserError
+from zangchat.errors import UserError
 from zangchat.execution import SandboxLevel, execute_tests
 
 OPENING = re.compile(r"^(?P<indent>[ \t>]*)[^`]*?(?P<fence>`{3,}|~{3,})[ \t]*(?P<language>[^\s`{]*)[^`]*$")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tasks.common import Content, Conversation, Task, chat, check_split, split_of, visible_text
-from zangchat.common import derive_seed
+from zangchat.runtime.seeds import derive_seed
 
 NAME = "zangchat"
 PHRASINGS = Path(__file__).with_name("identity.yaml")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tasks.common import Content, Conversation, Task, chat, check_split, split_of, visible_text
-from zangchat.common import derive_seed
+from zangchat.runtime.seeds import derive_seed
 
 BUILT_IN = "builtins math cmath time itertools operator collections functools array zlib binascii gc errno sys".split()
 SKIPPED = set("antigravity distutils ensurepip idlelib lib2to3 pydoc_data test this tkinter turtle turtledemo __future__".split())

@@ -26,7 +26,7 @@ from tasks.common import (
     tool_parts,
     visible_text,
 )
-from zangchat.common import atomic_write, get_base_dir
+from zangchat.runtime.files import atomic_write, get_base_dir
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORD = re.compile(r"[a-z]{3,12}")

@@ -16,6 +16,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, get_args, get_origin
 
 from zangchat import configurator
@@ -135,6 +136,12 @@ def _torchrun_problem(arguments: list[str]) -> str:
     return _module_problem(module)
 
 
+def entry_point(name: str) -> ModuleType:
+    """The module that `python -m NAME` runs."""
+    package = importlib.util.find_spec(f"{name}.__main__") if importlib.util.find_spec(name).submodule_search_locations else None
+    return importlib.import_module(f"{name}.__main__" if package else name)
+
+
 def _module_problem(words: list[str]) -> str:
     """`module flags...` as the module itself would parse it."""
     name, *arguments = words
@@ -142,7 +149,7 @@ def _module_problem(words: list[str]) -> str:
         return ""
     if name.partition(".")[0] not in OURS or importlib.util.find_spec(name) is None:
         return f"there is no module {name}"
-    module = importlib.import_module(name)
+    module = entry_point(name)
     config = COMMANDS.get((name, arguments[0])) if arguments else None
     if config:
         arguments = arguments[1:]

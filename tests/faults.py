@@ -23,14 +23,15 @@ from typing import Any
 import torch
 
 from scripts import base_train, chat_rl, chat_sft, mid_train
-from tasks import common
+from tasks import registry
 from tests.unit.test_chat_rl import Vowels
 from tests.unit.test_train_scripts import base_flags, final, folder, mid_flags, sft_flags
-from zangchat import checkpoint_manager, trainer
+from zangchat import checkpoint_manager
+from zangchat.training import trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 SAVE_EVERY = 3
-SAVING = ("checkpoint_manager.py", "common.py")  # the files whose code makes a save
+SAVING = ("checkpoint_manager.py", "files.py")  # the files whose code makes a save
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "base": base_train.main,
     "mid": mid_train.main,
@@ -95,7 +96,7 @@ def _victim(stage: str, root: str, log: str, fault: Fault | None) -> None:
     module = types.ModuleType("tasks.vowels")
     module.Vowels = Vowels  # type: ignore[attr-defined]
     sys.modules["tasks.vowels"] = module
-    common.REGISTRY["Vowels"] = common.Entry("tasks.vowels", "Vowels")
+    registry.REGISTRY["Vowels"] = registry.Entry("tasks.vowels", "Vowels")
     counter = _arm(fault, Path(log).with_suffix(".json")) if fault is not None else None
     code = COMMANDS[stage](flags(stage, Path(root)))
     if counter is not None:

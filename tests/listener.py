@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.commands import OURS, find, problem
-from zangchat.configurator import UserError
+from zangchat.errors import UserError
 
 _heard: dict[str, str] = {}  # each command -> what is wrong with it
 _wrong: list[str] = []  # since the last test ended

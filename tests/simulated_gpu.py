@@ -18,7 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from zangchat import attention, kv_cache, sampling
+from zangchat.engine import kv_cache, sampling
+from zangchat.nn import attention
 
 DEVICE = torch.device("cuda", 0)
 PAGE = 512  # bytes: torch's CUDA allocator rounds up to a multiple

@@ -11,8 +11,9 @@ import torch
 from tests.util import ByteTokenizer
 from zangchat.config import GPTConfig
 from zangchat.engine import Engine
-from zangchat.protocol import Settings
-from zangchat.server import create_app, http_server
+from zangchat.server.app import create_app
+from zangchat.server.http import http_server
+from zangchat.server.protocol import Settings
 
 TOKENIZER = ByteTokenizer()
 VOCAB = TOKENIZER.get_vocab_size()

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from zangchat.config import GPTConfig
-from zangchat.dataset import Dataset, write_dataset
+from zangchat.dataset import Dataset
+from zangchat.dataset.manifest import write_dataset
 from zangchat.gpt import GPT
 from zangchat.tokenizer import RustBPETokenizer
 

@@ -26,11 +26,13 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
 
-from zangchat import collectives, common
-from zangchat.common import log0
 from zangchat.config import SOURCES, GPTConfig
-from zangchat.configurator import UserError
+from zangchat.errors import UserError
 from zangchat.optim import is_shards, merge_shards
+from zangchat.runtime import collectives
+from zangchat.runtime.devices import resolve_dtype
+from zangchat.runtime.files import atomic_file, atomic_write, file_sha256, get_base_dir
+from zangchat.runtime.logs import log0
 
 if TYPE_CHECKING:
     from zangchat.gpt import GPT
@@ -52,7 +54,7 @@ def checkpoints_dir(source: str) -> Path:
     """The folder of a stage's checkpoints; raises UserError for an unknown stage."""
     if source not in SOURCES:
         raise UserError(f"--source={source} is no stage: choose one of {', '.join(SOURCES)}")
-    return Path(common.get_base_dir()) / SOURCES[source]
+    return Path(get_base_dir()) / SOURCES[source]
 
 
 def tag_folder(source: str, model_tag: str, flag: str = "--model_tag") -> Path:
@@ -163,7 +165,7 @@ class Save:
             listed = {name: {"size": size, "sha256": digest} for name, (size, digest) in sorted(files.items())}
             meta = {**self.meta_data, "step": self.step, "files": listed, "format_version": FORMAT_VERSION}
             try:
-                common.atomic_write(self.directory / meta_name(self.step), _json(meta))
+                atomic_write(self.directory / meta_name(self.step), _json(meta))
             except OSError as error:
                 failure = error
         failure = collectives.from_rank_0(failure)
@@ -202,7 +204,7 @@ class _HashingWriter:
 
 def _write_tensors(path: Path, data: Mapping[str, Any]) -> tuple[int, str]:
     """(size, sha256) of the file; OSError leaves whatever was at `path`."""
-    with common.atomic_file(path) as file:
+    with atomic_file(path) as file:
         sink = _HashingWriter(file)
         try:
             torch.save(data, cast(IO[bytes], sink))
@@ -230,7 +232,7 @@ def _on_cpu(value: Any, copy: bool = False) -> Any:
 def update_meta(checkpoint_dir: str | Path, step: int, changes: Mapping[str, Any]) -> None:
     """Replace some entries of a step's meta, at once or not at all (rank 0 only): what was measured after the save. Raises OSError."""
     meta = {**read_meta(checkpoint_dir, step), **changes}
-    common.atomic_write(Path(checkpoint_dir) / meta_name(step), _json(meta))
+    atomic_write(Path(checkpoint_dir) / meta_name(step), _json(meta))
 
 
 def _json(meta: Mapping[str, Any]) -> str:
@@ -309,7 +311,7 @@ def verify_checkpoint(checkpoint_dir: str | Path, step: int, hashes: bool = Fals
             raise CheckpointError(f"{path} is missing") from None
         if size != expected["size"]:
             raise CheckpointError(f"{path} is damaged: {size} bytes instead of {expected['size']}")
-        if hashes and common.file_sha256(path) != expected["sha256"]:
+        if hashes and file_sha256(path) != expected["sha256"]:
             raise CheckpointError(f"{path} is damaged: its sha256 is not the one in {meta_name(step)}")
     return meta
 
@@ -458,7 +460,7 @@ def empty_model(config: GPTConfig, device: torch.device | str, dtype: str = "") 
     from zangchat.gpt import GPT
 
     with torch.device(device):
-        return GPT(config, common.resolve_dtype(dtype, torch.device(device)))
+        return GPT(config, resolve_dtype(dtype, torch.device(device)))
 
 
 def model_config(meta: Mapping[str, Any], checkpoint_dir: str | Path) -> GPTConfig:
@@ -489,7 +491,7 @@ def load_tokenizer(checkpoint_dir: str | Path, meta: Mapping[str, Any]) -> "Rust
     size, rows = tokenizer.get_vocab_size(), meta["model_config"]["vocab_size"]
     if size > rows:
         raise CheckpointError(f"{path} has {size} tokens, the model of step {meta['step']} only {rows}: {advice}")
-    if meta.get("tokenizer", digest := common.file_sha256(path)) != digest:
+    if meta.get("tokenizer", digest := file_sha256(path)) != digest:
         raise CheckpointError(f"{path} is not the one that step {meta['step']} was trained with (its sha256 differs): {advice}")
     return tokenizer
 

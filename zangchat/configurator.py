@@ -30,6 +30,9 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import tyro
 
+from zangchat.errors import UserError
+from zangchat.runtime.logs import setup_default_logging
+
 C = TypeVar("C")
 
 DISK_REFUSES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
@@ -58,25 +61,19 @@ ABSENT = {
 }
 
 
-class UserError(Exception):
-    """A mistake of the user's: one sentence that names the flag or file, what is wrong, and the next command."""
-
-
 def run(config_cls: type[C], command: Callable[[C], int | None], argv: Sequence[str] | None = None) -> int:
     """The entry point of every script: parse `argv` (default: the process's), call `command(config)`, return the exit code.
 
     A UserError, or a disk that is full or forbidden, becomes one line on stderr and code 2, Ctrl-C code 130; every other exception keeps
     its traceback.
     """
-    from zangchat import common
-
     _settle_streams()
     try:
         try:
             config = parse(config_cls, argv)
         except SystemExit as stop:  # --help was answered
             return int(stop.code or 0)
-        common.setup_default_logging()
+        setup_default_logging()
         return command(config) or 0
     except UserError as error:
         _complain(f"error: {error}")

@@ -26,10 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from zangchat import collectives
-from zangchat.common import download_file_with_lock, file_lock, get_base_dir, read_jsonl
-from zangchat.configurator import UserError
-from zangchat.progress import Progress
+from zangchat.errors import UserError
+from zangchat.runtime import collectives
+from zangchat.runtime.downloads import download_file_with_lock
+from zangchat.runtime.files import file_lock, get_base_dir, read_jsonl
+from zangchat.runtime.progress import Progress
 
 if TYPE_CHECKING:
     import torch

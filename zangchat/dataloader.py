@@ -21,9 +21,10 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 import torch
 
-from zangchat.common import derive_seed
-from zangchat.configurator import UserError
-from zangchat.dataset import TOKENS, Dataset
+from zangchat.dataset import Dataset
+from zangchat.dataset.shards import TOKENS
+from zangchat.errors import UserError
+from zangchat.runtime.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")

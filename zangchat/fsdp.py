@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from zangchat import collectives
 from zangchat.optim import OptimizerGroup
+from zangchat.runtime import collectives
 
 
 class ShardedGroup(OptimizerGroup):

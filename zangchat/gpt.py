@@ -16,14 +16,14 @@ from typing import Any, Protocol, cast
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from zangchat.attention import WithinDocuments, attend
 from zangchat.config import GPTConfig
-from zangchat.functional import relu_squared, rms_norm, rotate
-from zangchat.loss import softcap, softcapped_cross_entropy
+from zangchat.nn.attention import WithinDocuments, attend
+from zangchat.nn.functional import relu_squared, rms_norm, rotate
+from zangchat.nn.linear import Linear
+from zangchat.nn.loss import softcap, softcapped_cross_entropy
 
 __all__ = ["GPT", "GPTConfig", "KVCacheLike"]
 
@@ -44,19 +44,6 @@ class KVCacheLike(Protocol):
 
     def advance(self, num_tokens: int) -> None:
         """T more tokens are stored in every row; called once, after the last layer."""
-
-
-class Linear(nn.Module):
-    """x W^T in the dtype of x. The weight keeps its own dtype (fp32 master while training) and is cast where it differs."""
-
-    cast: Tensor | None = None  # the weight in the compute dtype, see GPT.cast_once
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, (self.weight if self.cast is None else self.cast).to(x.dtype))
 
 
 class Attention(nn.Module):

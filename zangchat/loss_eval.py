@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from zangchat import collectives
+from zangchat.runtime import collectives
 
 if TYPE_CHECKING:
     from zangchat.dataloader import Batch

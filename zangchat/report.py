@@ -35,9 +35,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 
 from zangchat import configurator
-from zangchat.common import atomic_write, get_base_dir, get_dist_info
 from zangchat.config import SOURCES
-from zangchat.progress import in_words
+from zangchat.runtime.files import atomic_write, get_base_dir
+from zangchat.runtime.processes import get_dist_info
+from zangchat.runtime.progress import in_words
 
 STAGES = tuple(source.upper() for source in SOURCES)
 CURVES = {  # field of metrics.jsonl -> axis label

@@ -8,7 +8,7 @@ import math
 from typing import NamedTuple
 
 from zangchat.config import GPTConfig, StepMultipliers
-from zangchat.configurator import UserError
+from zangchat.errors import UserError
 from zangchat.flops import flops_per_token, scaling_params
 
 WIDTH_PER_LAYER = 64

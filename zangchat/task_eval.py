@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zangchat import collectives
-from zangchat.common import atomic_write, derive_seed
-from zangchat.progress import Progress
+from zangchat.runtime import collectives
+from zangchat.runtime.files import atomic_write
+from zangchat.runtime.progress import Progress
+from zangchat.runtime.seeds import derive_seed
 
 if TYPE_CHECKING:
     from zangchat.engine import Engine, Result

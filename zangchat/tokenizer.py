@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 import rustbpe
-from zangchat.common import atomic_write, get_base_dir
-from zangchat.configurator import UserError
+from zangchat.errors import UserError
+from zangchat.runtime.files import atomic_write, get_base_dir
 
 if TYPE_CHECKING:
     import pyarrow

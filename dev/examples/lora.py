@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from zangchat import common, configurator
+from zangchat import configurator
+from zangchat.runtime.devices import autodetect_device_type
 
 IGNORED = -100  # a label that the loss leaves out
 
@@ -44,7 +45,7 @@ def finetune(config: Config) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(config.seed)
-    device = common.autodetect_device_type()
+    device = autodetect_device_type()
     tokenizer = AutoTokenizer.from_pretrained(config.model, padding_side="right")
     base = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
     projections = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]

@@ -73,7 +73,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A base folder with a tokenizer and a model of each stage; in the working folder lie the files that the commands name."""
     from pydoc_data.topics import topics
 
-    from zangchat.dataset import write_dataset
+    from zangchat.dataset.manifest import write_dataset
 
     texts = [text[start : start + 2000] for text in topics.values() for start in range(0, len(text), 2000)]
     base, work = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("work")

@@ -36,8 +36,9 @@ from tests.unit.test_train_scripts import (
     mid_flags,
     sft_flags,
 )
-from zangchat import checkpoint_manager, configurator, run_setup
-from zangchat.hub import HUB_REPOS
+from zangchat import checkpoint_manager, configurator
+from zangchat.dataset.hub import HUB_REPOS
+from zangchat.training.run import command
 
 Say = Callable[..., str]
 Flags = dict[str, list[str]]
@@ -212,7 +213,7 @@ def test_the_command_of_a_run_on_several_ranks(
     for name, value in variables.items():  # as torchrun sets them
         monkeypatch.setenv(name, str(value))
     config = base_train.Config(run="first", dataset="my texts")
-    line = run_setup.command("base", config, resume="latest")
+    line = command("base", config, resume="latest")
     assert line.startswith(start) and line.endswith("  # on each node") == (nodes > 1)
     flags = shlex.split(line.removeprefix(start), comments=True)
     assert configurator.parse(base_train.Config, flags) == replace(config, resume="latest")
@@ -485,12 +486,12 @@ def test_token_ids_that_are_asked_for_text_say_where_it_is(
 ) -> None:
     run("zangchat.dataset", "tokenize", f"--data_path={tmp_path / 'my texts.txt'}")
     name = next((small_base / "base_data").glob("*/manifest.json")).parent.name
-    for command in (
+    for wanted in (
         ["scripts.tok_train", *TOKENIZER, "--overwrite"],
         ["zangchat.dataset", "tokenize", "--overwrite"],
     ):
-        said = run(*command, f"--dataset={name}", code=2)
-        run(*command, *shlex.split(said.rpartition("give ")[2]))
+        said = run(*wanted, f"--dataset={name}", code=2)
+        run(*wanted, *shlex.split(said.rpartition("give ")[2]))
 
 
 def test_a_dataset_that_is_not_there(base_dir: Path, run: Say) -> None:
@@ -652,7 +653,7 @@ def test_a_hub_that_fails_says_what_needs_none(
 def test_a_shard_that_does_not_come_whole_comes_by_the_same_command(
     hub: Hub, base_dir: Path, run: Say, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zangchat.hub.RETRY_WAIT", 0.01)
+    monkeypatch.setattr("zangchat.dataset.hub.RETRY_WAIT", 0.01)
     hub.faults[f"{HUB_REPOS['climbmix']}/shard_00001.parquet"] = ["wrong"] * 5
     said = run("zangchat.dataset", "-n", "8", code=2)
     assert "run the same command again later" in said

@@ -72,7 +72,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     """A corpus of real text: what Python's own help says."""
     from pydoc_data.topics import topics
 
-    from zangchat.dataset import write_dataset
+    from zangchat.dataset.manifest import write_dataset
 
     home = Home(tmp_path_factory.mktemp("base"))
     texts = [text[start : start + 2000] for text in topics.values() for start in range(0, len(text), 2000)]

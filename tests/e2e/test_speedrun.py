@@ -18,14 +18,13 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 
-from tasks.common import scored_tasks
-from tasks.training import MID_MIXTURE, SFT_MIXTURE
+from tasks.registry import MID_MIXTURE, SFT_MIXTURE, scored_tasks
 from tests import sizes
 from tests.documents import ROOT
 from tests.hub.contents import stand_in
 from tests.hub.server import Hub
 from zangchat.core_eval import CORE_TASKS
-from zangchat.hub import HUB_REPOS
+from zangchat.dataset.hub import HUB_REPOS
 
 STAGES = {"base": "base", "mid": "mid", "sft": "chatsft", "rl": "chatrl"}  # stage -> its folder's first word
 CARDS = [  # of the report, in the order of a chain
@@ -143,7 +142,7 @@ def check_result(chain: Chain, said: str, tag: str = "d2") -> None:
 
 RENDER = """
 import json, sys
-from tasks.training import training_conversations
+from tasks.registry import training_conversations
 from zangchat.dataloader import ConversationStream, example_batches, packed_batches
 from zangchat.tokenizer import get_tokenizer
 

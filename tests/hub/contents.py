@@ -19,8 +19,8 @@ import yaml
 from tests.hub.rows import HUMANEVAL, MMLU, SMOLTALK, TABLES, Row, Table
 from tests.hub.server import Hub, Repo
 from zangchat.core_eval import CORE_TASKS
-from zangchat.dataset import write_shard
-from zangchat.hub import HUB_REPOS
+from zangchat.dataset.hub import HUB_REPOS
+from zangchat.dataset.shards import write_shard
 
 BUNDLE_PATH = "/eval_bundle.zip"
 SHARDS = 7  # of each corpus, the one for validation included

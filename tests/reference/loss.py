@@ -1,4 +1,4 @@
-"""The loss with all logits at once, by autograd; the twin of zangchat/loss.py."""
+"""The loss with all logits at once, by autograd; the twin of zangchat/nn/loss.py."""
 
 import torch
 import torch.nn.functional as F

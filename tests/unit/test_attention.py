@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from zangchat import attention
-from zangchat.attention import attend, choose_backend
+from zangchat.nn import attention
+from zangchat.nn.attention import attend, choose_backend
 
 
 def explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:

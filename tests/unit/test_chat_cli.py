@@ -23,12 +23,12 @@ from scripts import chat_cli, chat_web
 from scripts.chat_cli import Chat
 from tests.talker import TOKENIZER, Talker, engine
 from zangchat import checkpoint_manager
-from zangchat import engine as engine_module
 from zangchat.config import GPTConfig
-from zangchat.configurator import UserError
+from zangchat.engine import batch as engine_module
 from zangchat.engine import load_for_chat
+from zangchat.errors import UserError
 from zangchat.gpt import GPT
-from zangchat.protocol import Settings
+from zangchat.server.protocol import Settings
 from zangchat.tokenizer import RustBPETokenizer
 
 
@@ -133,14 +133,14 @@ import fcntl, sys, termios, time
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 from scripts import chat_cli
 from tests.talker import TOKENIZER, Talker
-from zangchat import engine
+from zangchat.engine import batch
 
 def load(config, device):
     print("loading", flush=True)
     time.sleep(float(sys.argv[1]))
     return Talker(lambda question: question + " word" * 90, pause=0.05), TOKENIZER, {}
 
-engine.load_for_chat = load
+batch.load_for_chat = load
 sys.exit(chat_cli.main([]))
 """
 

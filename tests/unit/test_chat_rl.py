@@ -17,15 +17,19 @@ import torch
 from dev import agreement, bench_core, bench_sandbox
 from scripts import base_eval, chat_eval, chat_rl
 from tasks import common, spellingbee
-from tasks.common import REGISTRY, Entry, GeneratedTask, chat, visible_text
+from tasks.common import GeneratedTask, chat, visible_text
+from tasks.registry import REGISTRY, Entry
 from tests.hub import rows
 from tests.unit.test_core_eval import make_bundle
 from tests.util import lively_model
-from zangchat import checkpoint_manager, collectives, execution, hub, trainer
+from zangchat import checkpoint_manager, execution
 from zangchat.config import RunState
+from zangchat.dataset import hub
 from zangchat.execution import ExecutionResult, Jail, Sandbox, SandboxLevel
 from zangchat.report import get_report
+from zangchat.runtime import collectives
 from zangchat.tokenizer import RustBPETokenizer
+from zangchat.training import trainer
 
 TEXT = Path(common.__file__).read_text(encoding="utf-8") + Path(spellingbee.__file__).read_text(encoding="utf-8")
 CPU = ["--device_type=cpu", "--dtype=float32"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from zangchat import checkpoint_manager as cm
-from zangchat.configurator import UserError
+from zangchat.errors import UserError
 
 MODEL = {"transformer.wte.weight": torch.arange(12.0).view(4, 3), "lm_head.weight": torch.ones(4, 3, dtype=torch.bfloat16)}
 META = {"val_bpb": 1.5, "model_config": {"n_layer": 2}, "user_config": {"depth": 2}, "run_state": {"step": 1}}

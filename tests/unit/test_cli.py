@@ -3,7 +3,6 @@
 python tests/unit/test_cli.py        writes cli_flags.json again, after a flag was added, renamed or removed on purpose
 """
 
-import importlib
 import inspect
 import json
 import os
@@ -14,14 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import entry_point
 from zangchat.configurator import list_flags
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).with_name("cli_flags.json")
 COMMANDS = sorted(
-    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
     for package in ("scripts", "zangchat")
-    for path in (ROOT / package).glob("*.py")
+    for path in (ROOT / package).rglob("*.py")
     if "\n@dataclass\nclass Config" in path.read_text(encoding="utf-8")
 )
 
@@ -50,7 +50,7 @@ PROMISED = {
 
 
 def flags_of(command: str) -> list[str]:
-    return list_flags(importlib.import_module(command).Config)
+    return list_flags(entry_point(command).Config)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -72,13 +72,14 @@ def test_promised_flags_are_there(command):
 
 # Runs each command's main with the same arguments; prints {command: [exit code, what it printed, loaded torch]}.
 CALLS = """
-import contextlib, importlib, io, json, sys
+import contextlib, io, json, sys
+from tests.commands import entry_point
 results = {}
 for name in json.loads(sys.argv[1]):
     had_torch = "torch" in sys.modules
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = importlib.import_module(name).main(sys.argv[2:])
+        code = entry_point(name).main(sys.argv[2:])
     results[name] = [code, out.getvalue(), err.getvalue(), not had_torch and "torch" in sys.modules]
 print(json.dumps(results))
 """
@@ -112,7 +113,7 @@ def test_help_lists_every_flag_without_torch(command, help_of):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_flag_is_wrapped_away_from_its_help(command):
     """Its help is the comment on its line; a formatter that wraps a long one would leave the comment of a section instead."""
-    source = inspect.getsource(importlib.import_module(command).Config)
+    source = inspect.getsource(entry_point(command).Config)
     assert not re.search(r"^    \w+: .* = \($", source, re.MULTILINE)
 
 

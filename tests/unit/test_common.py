@@ -18,8 +18,15 @@ import torch
 
 from tests.machines import gpus, nvidia_smi
 from zangchat import checkpoint_manager, common
-from zangchat.config import RunConfig
-from zangchat.configurator import UserError
+from zangchat.configurator import to_dict
+from zangchat.errors import UserError
+from zangchat.runtime.devices import device_synchronize, resolve_dtype
+from zangchat.runtime.downloads import DOWNLOAD_TRIES
+from zangchat.runtime.files import atomic_file, atomic_write, expand_home
+from zangchat.runtime.logs import get_wandb, log0
+from zangchat.runtime.memory import available_memory, peak_memory_bytes
+from zangchat.runtime.seeds import derive_seed
+from zangchat.training.flags import RunConfig
 
 # -- files -------------------------------------------------------------------------------------------------------------
 
@@ -48,27 +55,27 @@ def test_a_home_that_nobody_has_is_told(monkeypatch):
     with pytest.raises(UserError, match="~nobody-of-that-name/base cannot be made .*: set ZANGCHAT_BASE_DIR"):
         common.get_base_dir()
     with pytest.raises(UserError, match="~nobody-of-that-name/text leads nowhere .*: write the path without ~"):
-        common.expand_home("~nobody-of-that-name/text")
+        expand_home("~nobody-of-that-name/text")
 
 
 def test_atomic_write_makes_and_replaces_files(tmp_path):
     path = tmp_path / "new" / "file.txt"
-    common.atomic_write(path, "línea\n")
+    atomic_write(path, "línea\n")
     assert path.read_bytes() == "línea\n".encode()
-    common.atomic_write(path, b"\x00\xff")
+    atomic_write(path, b"\x00\xff")
     assert path.read_bytes() == b"\x00\xff"
     assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
 
 
 def test_half_a_character_is_written_as_json_writes_it(tmp_path):
-    common.atomic_write(tmp_path / "path.json", json.dumps({"path": "n\udcff"}, ensure_ascii=False))
+    atomic_write(tmp_path / "path.json", json.dumps({"path": "n\udcff"}, ensure_ascii=False))
     assert json.loads((tmp_path / "path.json").read_text(encoding="utf-8")) == {"path": "n\udcff"}
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
     path = tmp_path / "file.txt"
-    common.atomic_write(path, "old")
-    with pytest.raises(RuntimeError, match="disk"), common.atomic_file(path) as file:
+    atomic_write(path, "old")
+    with pytest.raises(RuntimeError, match="disk"), atomic_file(path) as file:
         file.write(b"half of the n")
         raise RuntimeError("disk full")
     assert path.read_text() == "old"
@@ -76,7 +83,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
 
 
 def test_atomic_files_have_ordinary_permissions(tmp_path):
-    common.atomic_write(tmp_path / "a", "x")
+    atomic_write(tmp_path / "a", "x")
     (tmp_path / "b").write_text("x")
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
 
@@ -123,7 +130,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(common.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with Server() as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
@@ -157,9 +164,9 @@ def test_passing_trouble_is_tried_again(server, base_dir, answers):
     ("answers", "problem", "requests"),
     [
         (["404"] * 9, "answered 404", 1),
-        (["503"] * 9, "answered 503", common.DOWNLOAD_TRIES),
-        (["wrong"] * 9, "sha256", common.DOWNLOAD_TRIES),
-        (["truncated"] * 9, "bytes", common.DOWNLOAD_TRIES),
+        (["503"] * 9, "answered 503", DOWNLOAD_TRIES),
+        (["wrong"] * 9, "sha256", DOWNLOAD_TRIES),
+        (["truncated"] * 9, "bytes", DOWNLOAD_TRIES),
     ],
 )
 def test_lasting_trouble_is_told_and_leaves_nothing(server, base_dir, answers, problem, requests):
@@ -173,7 +180,7 @@ def test_lasting_trouble_is_told_and_leaves_nothing(server, base_dir, answers, p
 
 
 def test_no_server_at_all(monkeypatch):
-    monkeypatch.setattr(common.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
         with pytest.raises(UserError, match="could not download"):
@@ -216,13 +223,13 @@ def test_many_at_once_download_once(server, base_dir):
 
 
 def test_seeds_are_the_same_everywhere_for_ever():
-    assert common.derive_seed(42, "shuffle", 0, 1) == 4056893683753119832
-    assert common.derive_seed() == 724655455495936113
+    assert derive_seed(42, "shuffle", 0, 1) == 4056893683753119832
+    assert derive_seed() == 724655455495936113
 
 
 def test_seeds_differ_and_have_63_bits():
     parts = [(seed, purpose, i) for seed in (0, 1, -1) for purpose in ("a", "b") for i in range(50)]
-    seeds = {common.derive_seed(*p) for p in parts}
+    seeds = {derive_seed(*p) for p in parts}
     assert len(seeds) == len(parts)
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert max(seeds) > 2**62
@@ -230,16 +237,16 @@ def test_seeds_differ_and_have_63_bits():
 
 
 def test_seeds_tell_types_and_borders_apart():
-    assert common.derive_seed("1") != common.derive_seed(1)
-    assert common.derive_seed("a", "b") != common.derive_seed("ab")
-    assert common.derive_seed(1, 0) != common.derive_seed(10)
-    assert common.derive_seed(1.0) != common.derive_seed(1)
+    assert derive_seed("1") != derive_seed(1)
+    assert derive_seed("a", "b") != derive_seed("ab")
+    assert derive_seed(1, 0) != derive_seed(10)
+    assert derive_seed(1.0) != derive_seed(1)
 
 
 def test_seeds_take_numpy_integers_as_integers_and_refuse_what_has_no_stable_text():
-    assert common.derive_seed(np.int64(7), (np.int32(1), "x")) == common.derive_seed(7, (1, "x"))
+    assert derive_seed(np.int64(7), (np.int32(1), "x")) == derive_seed(7, (1, "x"))
     with pytest.raises(TypeError, match="set"):
-        common.derive_seed({1, 2})
+        derive_seed({1, 2})
 
 
 # -- logs and terminal -------------------------------------------------------------------------------------------------
@@ -278,7 +285,7 @@ def test_default_logging_is_set_up_once_and_spares_others(fresh_logging, capsys)
     common.setup_default_logging()
     common.setup_default_logging()
     assert len(fresh_logging.handlers) == before + 1
-    logging.getLogger("zangchat.trainer").info("ours")
+    logging.getLogger("zangchat.training.trainer").info("ours")
     logging.getLogger("httpx").info("theirs")
     err = capsys.readouterr().err
     assert err.count("ours") == 1 and "theirs" not in err
@@ -288,8 +295,8 @@ def test_other_ranks_are_quiet(fresh_logging, capsys, monkeypatch):
     for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     common.setup_default_logging()
-    logging.getLogger("zangchat.trainer").info("progress")
-    logging.getLogger("zangchat.trainer").warning("trouble")
+    logging.getLogger("zangchat.training.trainer").info("progress")
+    logging.getLogger("zangchat.training.trainer").warning("trouble")
     common.print0("hello")
     common.print_banner()
     captured = capsys.readouterr()
@@ -298,16 +305,16 @@ def test_other_ranks_are_quiet(fresh_logging, capsys, monkeypatch):
 
 def test_log0_logs_on_rank_0_only(fresh_logging, capsys, monkeypatch):
     common.setup_default_logging()
-    common.log0("saving")
-    common.log0("slow disk", logging.WARNING)
+    log0("saving")
+    log0("slow disk", logging.WARNING)
     err = capsys.readouterr().err
     assert "INFO zangchat: saving" in err and "WARNING zangchat: slow disk" in err
     for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
-    common.log0("saving")
-    common.log0("slow disk", logging.WARNING)
+    log0("saving")
+    log0("slow disk", logging.WARNING)
     assert capsys.readouterr().err == ""
-    assert checkpoint_manager.log0 is common.log0  # where nanochat has it
+    assert checkpoint_manager.log0 is log0  # where nanochat has it
 
 
 def test_the_banner_fits_any_terminal(capsys):
@@ -387,11 +394,11 @@ def test_two_ranks_meet_and_share_the_cores():
 
 
 def test_dtypes_by_name():
-    assert common.resolve_dtype("bfloat16", "cpu") is torch.bfloat16
-    assert common.resolve_dtype("float16", torch.device("cpu")) is torch.float16
-    assert common.resolve_dtype("float32", "cpu") is torch.float32
+    assert resolve_dtype("bfloat16", "cpu") is torch.bfloat16
+    assert resolve_dtype("float16", torch.device("cpu")) is torch.float16
+    assert resolve_dtype("float32", "cpu") is torch.float32
     with pytest.raises(UserError, match="--dtype=bf16 is not known: choose bfloat16, float16, float32"):
-        common.resolve_dtype("bf16", "cpu")
+        resolve_dtype("bf16", "cpu")
 
 
 @pytest.mark.parametrize(("flags", "expected"), [({}, torch.float32), ({"avx512_bf16"}, torch.bfloat16), ({"amx_bf16"}, torch.bfloat16)])
@@ -399,29 +406,29 @@ def test_a_cpu_computes_in_what_it_is_fast_with(monkeypatch, flags, expected):
     monkeypatch.setattr(
         torch.cpu, "get_capabilities", lambda: {name: name in flags for name in ("avx2", "avx512_bf16", "amx_bf16")}, raising=False
     )
-    assert common.resolve_dtype("", "cpu") is expected
+    assert resolve_dtype("", "cpu") is expected
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float16)])
 def test_a_gpu_computes_in_what_it_is_fast_with(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert common.resolve_dtype("", "cuda") is expected
+    assert resolve_dtype("", "cuda") is expected
 
 
 def test_metal_computes_in_fp32():
-    assert common.resolve_dtype("", "mps") is torch.float32
+    assert resolve_dtype("", "mps") is torch.float32
 
 
 def test_memory_and_synchronisation_of_a_cpu():
-    common.device_synchronize("cpu")
-    assert 2**24 < common.peak_memory_bytes(torch.device("cpu")) < 2**40
+    device_synchronize("cpu")
+    assert 2**24 < peak_memory_bytes(torch.device("cpu")) < 2**40
 
 
 # -- wandb -------------------------------------------------------------------------------------------------------------
 
 
 def test_wandb_is_a_dummy_by_default():
-    run = common.get_wandb("dummy", RunConfig(), "zangchat")
+    run = get_wandb("dummy", to_dict(RunConfig()), "zangchat")
     run.log({"loss": 1.0}, step=3)
     run.summary["best"] = 1.0
     run.finish()
@@ -432,9 +439,9 @@ def test_wandb_is_asked_with_name_and_settings(monkeypatch):
     calls = []
     monkeypatch.setitem(sys.modules, "wandb", type(sys)("wandb"))
     sys.modules["wandb"].init = lambda **kwargs: calls.append(kwargs)
-    common.get_wandb("first", RunConfig(seed=7), "zangchat")
+    get_wandb("first", to_dict(RunConfig(seed=7)), "zangchat")
     monkeypatch.setenv("WANDB_RUN", "second")
-    common.get_wandb("dummy", {"a": 1}, "zangchat-sft")
+    get_wandb("dummy", {"a": 1}, "zangchat-sft")
     assert [(c["project"], c["name"]) for c in calls] == [("zangchat", "first"), ("zangchat-sft", "second")]
     assert calls[0]["config"]["seed"] == 7 and calls[1]["config"] == {"a": 1}
 
@@ -442,14 +449,14 @@ def test_wandb_is_asked_with_name_and_settings(monkeypatch):
 def test_wandb_runs_on_rank_0_alone(monkeypatch):
     for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
-    assert isinstance(common.get_wandb("first", RunConfig(), "zangchat"), common.DummyWandb)
+    assert isinstance(get_wandb("first", to_dict(RunConfig()), "zangchat"), common.DummyWandb)
 
 
 def test_wandb_offline_keeps_what_is_logged(tmp_path, monkeypatch):
     """The real library, without a network."""
     for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
         monkeypatch.setenv(name, value)
-    run = common.get_wandb("first", RunConfig(seed=7), "zangchat")
+    run = get_wandb("first", to_dict(RunConfig(seed=7)), "zangchat")
     run.log({"loss_of_a_step": 1.25}, step=3)
     run.finish()
     (record,) = tmp_path.rglob("*.wandb")
@@ -554,5 +561,5 @@ def test_the_memory_of_a_container_is_its_limit(tmp_path, membership, groups, le
         names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if name.startswith("memory") else ("memory.max", "memory.current")
         for file, value in zip((*names, "memory.stat"), (limit, usage, f"anon 7\n{key} {cached}"), strict=True):
             (group / file).write_text(f"{value}\n")
-    found = common.available_memory(tmp_path)
+    found = available_memory(tmp_path)
     assert found == left if left is not None else found > 0.5 * psutil.virtual_memory().available

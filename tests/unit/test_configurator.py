@@ -14,8 +14,9 @@ import tyro
 
 from scripts import base_train, chat_eval, chat_web
 from zangchat import configurator
-from zangchat.config import RunConfig
-from zangchat.configurator import UserError, as_flags, list_flags, parse, to_dict
+from zangchat.configurator import as_flags, list_flags, parse, to_dict
+from zangchat.errors import UserError
+from zangchat.training.flags import RunConfig
 
 
 @dataclass
@@ -292,7 +293,7 @@ def test_help_wins_wherever_it_stands(capsys):
 
 def test_help_does_not_load_torch():
     code = (
-        "import sys\nfrom zangchat import configurator\nfrom zangchat.config import RunConfig\n"
+        "import sys\nfrom zangchat import configurator\nfrom zangchat.training.flags import RunConfig\n"
         "code = configurator.run(RunConfig, lambda config: 1, ['--help'])\n"
         "sys.exit('torch was imported' if 'torch' in sys.modules else code)"
     )
@@ -304,7 +305,7 @@ def test_help_does_not_load_torch():
 @pytest.mark.parametrize("flags", [["--help"], []])
 def test_a_reader_who_left_is_no_error(flags):
     code = (
-        "import sys\nfrom zangchat import configurator\nfrom zangchat.config import RunConfig\n"
+        "import sys\nfrom zangchat import configurator\nfrom zangchat.training.flags import RunConfig\n"
         f"sys.stdin.read()\nsys.exit(configurator.run(RunConfig, lambda config: print('an answer'), {flags}))"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -317,7 +318,7 @@ def test_a_reader_who_left_is_no_error(flags):
 
 def test_streams_that_are_closed_stop_nothing():
     code = (
-        "import sys\nfrom zangchat import configurator\nfrom zangchat.config import RunConfig\n"
+        "import sys\nfrom zangchat import configurator\nfrom zangchat.training.flags import RunConfig\n"
         "sys.exit(configurator.run(RunConfig, lambda config: print('?') or 7 if sys.stdin.read() == '' else 8, []))"
     )
     done = subprocess.run(f"exec {sys.executable} -c '{code.replace(chr(39), chr(34))}' <&- >&- 2>&-", shell=True)
@@ -327,7 +328,7 @@ def test_streams_that_are_closed_stop_nothing():
 def test_no_character_stops_a_command():
     """Where a pipe's default encoding lacks it, as on Windows; unless the user asked for that encoding."""
     code = (
-        "import sys\nfrom zangchat import configurator\nfrom zangchat.config import RunConfig\n"
+        "import sys\nfrom zangchat import configurator\nfrom zangchat.training.flags import RunConfig\n"
         "sys.exit(configurator.run(RunConfig, lambda config: print('you said \\u4f60\\u597d'), []))"
     )
     env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -339,7 +340,7 @@ def test_no_character_stops_a_command():
 
 def test_half_a_character_on_stdin_stops_nothing():
     code = (
-        "from zangchat import configurator\nfrom zangchat.config import RunConfig\n"
+        "from zangchat import configurator\nfrom zangchat.training.flags import RunConfig\n"
         "configurator.run(RunConfig, lambda config: print(ascii(input())), [])"
     )
     for encoding in ({"PYTHONIOENCODING": "utf-8:strict"}, {"LC_ALL": "C", "PYTHONIOENCODING": ""}):

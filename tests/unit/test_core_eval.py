@@ -15,11 +15,12 @@ import yaml
 
 from tests.reference import core_eval as slow
 from tests.util import ByteTokenizer, lively_model
-from zangchat import collectives, core_eval
+from zangchat import core_eval
 from zangchat.config import GPTConfig
-from zangchat.configurator import UserError
 from zangchat.core_eval import CoreTask, Row
+from zangchat.errors import UserError
 from zangchat.gpt import GPT
+from zangchat.runtime import collectives
 
 TOKENIZER = ByteTokenizer()
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "eval_bundle"

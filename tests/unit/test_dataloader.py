@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from tests.reference import packing as reference
 from tests.util import ByteTokenizer, conversation, make_dataset
 from zangchat import dataloader
-from zangchat.configurator import UserError
 from zangchat.dataloader import (
     ConversationStream,
     Document,
@@ -28,7 +27,8 @@ from zangchat.dataloader import (
     validation_batches,
 )
 from zangchat.dataset import find_dataset, load_dataset
-from zangchat.token_shards import tokenize
+from zangchat.dataset.tokens import tokenize
+from zangchat.errors import UserError
 
 TOKENIZER = ByteTokenizer()
 BOS = TOKENIZER.get_bos_token_id()

@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.util import make_dataset
-from zangchat import dataset as data
-from zangchat.configurator import UserError
-from zangchat.dataset import cut_text, find_dataset, folder_lock, main, record_text, write_shard
+from zangchat.dataset import find_dataset, folder_lock
+from zangchat.dataset import shards as data
+from zangchat.dataset.__main__ import main
+from zangchat.dataset.shards import cut_text, record_text, write_shard
+from zangchat.errors import UserError
 from zangchat.tokenizer import RustBPETokenizer, tokenizer_dir
 
 SHARED_DATA = Path(__file__).parents[3] / "shared" / "data" / "base_data"

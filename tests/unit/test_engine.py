@@ -13,22 +13,13 @@ from hypothesis import strategies as st
 
 from dev import bench_infer
 from tests.util import ByteTokenizer
-from zangchat import kv_cache
 from zangchat.config import GPTConfig
-from zangchat.engine import (
-    PROMPT_MULTIPLE,
-    Engine,
-    KVCache,
-    ReplyDecoder,
-    Request,
-    RunningBatch,
-    StopFinder,
-    StreamDecoder,
-    fit_conversation,
-)
+from zangchat.engine import Engine, KVCache, Request, RunningBatch, kv_cache
+from zangchat.engine.batch import PROMPT_MULTIPLE
+from zangchat.engine.model import InferenceGPT
+from zangchat.engine.replies import ReplyDecoder, StopFinder, StreamDecoder, fit_conversation
+from zangchat.engine.sampling import Sampler
 from zangchat.gpt import GPT
-from zangchat.inference import InferenceGPT
-from zangchat.sampling import Sampler
 
 TOKENIZER = ByteTokenizer()
 VOCAB = TOKENIZER.get_vocab_size()

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.sandbox_guard import Guard
-from zangchat import execution, jail
-from zangchat.configurator import UserError
-from zangchat.execution import ExecutionResult, Jail, Sandbox, SandboxLevel, execute_code, execute_tests, find_sandbox, run_in_jail
+from zangchat import execution
+from zangchat.errors import UserError
+from zangchat.execution import ExecutionResult, Jail, Sandbox, SandboxLevel, execute_code, execute_tests, find_sandbox, jail, run_in_jail
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
 MEMORY = 256 * 2**20

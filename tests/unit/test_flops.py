@@ -91,8 +91,8 @@ def test_decoding_limits_of_d20():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_are_what_autograd_keeps(dtype, kv_heads):
     """Bytes of the distinct tensors saved for the backward pass, weights and their casts aside, plus the loss's own gradient."""
-    from zangchat.attention import choose_backend
     from zangchat.gpt import GPT
+    from zangchat.nn.attention import choose_backend
 
     config = GPTConfig(sequence_len=256, vocab_size=256, n_layer=3, n_head=4, n_kv_head=kv_heads, n_embd=128)
     model = GPT(config, compute_dtype=dtype)

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from zangchat import fp8
-from zangchat.fp8 import E4M3, E5M2, Fp8Linear, convert_to_fp8, quantise, scaled_product, use_fp8
 from zangchat.gpt import GPT, GPTConfig
+from zangchat.nn import fp8
+from zangchat.nn.fp8 import E4M3, E5M2, Fp8Linear, convert_to_fp8, quantise, scaled_product, use_fp8
 
 CONFIG = GPTConfig(sequence_len=32, vocab_size=64, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
 

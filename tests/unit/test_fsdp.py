@@ -9,9 +9,11 @@ import torch.multiprocessing as mp
 
 from tests.unit.test_trainer import ROWS, free_port, join_ranks, loss_curve, make_batch, make_trainer, schedule
 from tests.unit.test_trainer import batches as plain_batches
-from zangchat import checkpoint_manager, collectives, common
+from zangchat import checkpoint_manager
 from zangchat.flops import memory_estimate
-from zangchat.trainer import Every, Stage, Trainer
+from zangchat.runtime import collectives
+from zangchat.runtime.processes import compute_cleanup
+from zangchat.training.trainer import Every, Stage, Trainer
 
 
 def sharded_trainer(*args, **settings) -> Trainer:
@@ -54,7 +56,7 @@ def rank_main(rank: int, world_size: int, port: int, directory: str) -> None:
         checkpointed.fit()
         sharded_trainer(root / "one", stage=looking_on(), num_iterations=20, resume=10).fit()
     finally:
-        common.compute_cleanup()
+        compute_cleanup()
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zangchat import functional
+from zangchat.nn import functional
 
 EPS = 1e-6
 

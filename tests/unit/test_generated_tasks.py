@@ -8,13 +8,14 @@ import pytest
 
 from tasks import arithmetic, identity, pydocs, spellingbee
 from tasks.arithmetic import Arithmetic
-from tasks.common import SPLITS, MissingData, build_mixture, load_task, split_of, tool_parts
+from tasks.common import SPLITS, MissingData, split_of, tool_parts
 from tasks.identity import Identity
 from tasks.pydocs import PyDocs
+from tasks.registry import build_mixture, load_task
 from tasks.spellingbee import SimpleSpelling, SpellingBee, audit, contains, count_words, stem, word_split, words_of
-from zangchat.dataset import write_dataset
+from zangchat.dataset.manifest import write_dataset
+from zangchat.engine.tools import use_calculator
 from zangchat.tokenizer import RustBPETokenizer
-from zangchat.tools import use_calculator
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TEXT = Path(spellingbee.__file__).read_text(encoding="utf-8") + Path(identity.__file__).read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -22,13 +23,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scripts import chat_cli, chat_eval, chat_sft, export_hf, import_model
-from zangchat import checkpoint_manager, common, hf
+from zangchat import checkpoint_manager
 from zangchat.config import GPTConfig, RunState
-from zangchat.configurator import UserError
 from zangchat.engine import Engine
+from zangchat.errors import UserError
 from zangchat.gpt import GPT
-from zangchat.nanochat import NANOCHAT_EPS, read_checkpoint
+from zangchat.hf import exporting
+from zangchat.hf.check import PROMPTS
+from zangchat.hf.exporting import CHAT_TEMPLATE, export, model_card
+from zangchat.hf.format import CARRIED, DTYPES, MANIFEST, SIZES, VOCAB_ROWS, hf_config, special_ids, weight_names
+from zangchat.hf.importing import read_hf
+from zangchat.hf.nanochat import NANOCHAT_EPS, read_checkpoint
+from zangchat.hf.tokenizer import mergeable_tokens, recover_merges, tokenizer_json
 from zangchat.report import get_report
+from zangchat.runtime.files import file_sha256
 from zangchat.tokenizer import RustBPETokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -65,14 +73,14 @@ def model(tokenizer: RustBPETokenizer) -> GPT:
 @pytest.fixture(scope="module")
 def exported(tokenizer: RustBPETokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export") / "tiny"
-    hf.export(make_model(tokenizer), tokenizer, META, folder, "float32")
+    export(make_model(tokenizer), tokenizer, META, folder, "float32")
     return folder
 
 
 def tampered(exported: Path, target: Path, name: str, change: Any) -> Path:
     """A copy without its manifest in which `change` has edited one JSON file."""
     shutil.copytree(exported, target)
-    (target / hf.MANIFEST).unlink()
+    (target / MANIFEST).unlink()
     data = json.loads((target / name).read_text(encoding="utf-8"))
     change(data)
     (target / name).write_text(json.dumps(data), encoding="utf-8")
@@ -104,32 +112,32 @@ def test_config_and_generation_config(exported, tokenizer):
     assert {name: config[name] for name in expected} == expected
     generation = json.loads((exported / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [end, bos] and generation["max_new_tokens"] == 512
-    assert hf.special_ids(tokenizer, base=True)["eos_token_id"] == bos
+    assert special_ids(tokenizer, base=True)["eos_token_id"] == bos
 
 
 def test_the_manifest_has_the_hash_of_every_file(exported):
-    manifest = json.loads((exported / hf.MANIFEST).read_text())
-    assert set(manifest["files"]) == {path.name for path in exported.iterdir()} - {hf.MANIFEST}
-    assert all(common.file_sha256(exported / name) == file["sha256"] for name, file in manifest["files"].items())
+    manifest = json.loads((exported / MANIFEST).read_text())
+    assert set(manifest["files"]) == {path.name for path in exported.iterdir()} - {MANIFEST}
+    assert all(file_sha256(exported / name) == file["sha256"] for name, file in manifest["files"].items())
     assert manifest["source"] == {"stage": "sft", "model_tag": "tiny", "step": 7}
-    assert manifest["checks"]["equal greedy tokens"] == 64 * (len(hf.PROMPTS) + 2)
+    assert manifest["checks"]["equal greedy tokens"] == 64 * (len(PROMPTS) + 2)
 
 
 def test_the_card_has_the_numbers_of_this_checkpoint_alone(model, tokenizer):
     report = get_report()
     report.log("Chat evaluation sft", [{"GSM8K": 0.125}, {"model": "sft_tiny_000007", "GSM8K problems": 8}])
     report.log("Base model evaluation", [{"model": "base_tiny_000007"}, {"CORE": 0.2}])
-    card = hf.model_card(
+    card = model_card(
         model.config, META, "float32", {"largest logit difference": 0.0, "equal greedy tokens": 1, "texts with equal token ids": 1}
     )
     assert "| GSM8K | 0.1250 |" in card and "| validation bits per byte | 1.2500 |" in card and "CORE" not in card
 
 
 def test_every_setting_of_a_model_is_carried_or_refused(model, tokenizer, tmp_path, monkeypatch):
-    assert {field.name for field in fields(GPTConfig)} == hf.CARRIED  # a new field: say in config.json what it means, or refuse it
-    monkeypatch.setattr(hf, "CARRIED", hf.CARRIED - {"rope_theta"})
+    assert {field.name for field in fields(GPTConfig)} == CARRIED  # a new field: say in config.json what it means, or refuse it
+    monkeypatch.setattr(exporting, "CARRIED", CARRIED - {"rope_theta"})
     with pytest.raises(UserError, match="rope_theta"):
-        hf.export(model, tokenizer, META, tmp_path / "x", "float32")
+        export(model, tokenizer, META, tmp_path / "x", "float32")
 
 
 # ---- the real library agrees ----------------------------------------------------------------------------------------
@@ -164,9 +172,9 @@ def test_any_text_has_the_same_tokens(their_tokenizer, tokenizer, text):
 
 
 def test_real_text_has_the_same_tokens(their_tokenizer, tokenizer):
-    for name in ("README.md", "README_CN.md", "zangchat/engine.py"):
+    for name in ("README.md", "README_CN.md", "zangchat/engine/batch.py"):
         text = (ROOT / name).read_text(encoding="utf-8")
-        for piece in hf.re.split(r"<\|\w+\|>", text):
+        for piece in re.split(r"<\|\w+\|>", text):
             assert their_tokenizer(piece)["input_ids"] == tokenizer.encode(piece, prepend="<|bos|>")
 
 
@@ -216,8 +224,8 @@ def without_a_merge(tokenizer: RustBPETokenizer) -> dict[str, Any]:
     return data
 
 
-WEIGHT_NAMES, TOKENIZER_JSON, HF_CONFIG = hf.weight_names, hf.tokenizer_json, hf.hf_config
-TEMPLATE = hf.CHAT_TEMPLATE.read_text(encoding="utf-8")
+WEIGHT_NAMES, TOKENIZER_JSON, HF_CONFIG = weight_names, tokenizer_json, hf_config
+TEMPLATE = CHAT_TEMPLATE.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -241,32 +249,32 @@ TEMPLATE = hf.CHAT_TEMPLATE.read_text(encoding="utf-8")
 )
 def test_a_wrong_export_is_found_and_does_not_appear(model, tokenizer, tmp_path, monkeypatch, name, wrong, complaint):
     if name == "CHAT_TEMPLATE":
-        (tmp_path / hf.CHAT_TEMPLATE.name).write_text(wrong, encoding="utf-8")
-        wrong = tmp_path / hf.CHAT_TEMPLATE.name
-    monkeypatch.setattr(hf, name, wrong)
+        (tmp_path / CHAT_TEMPLATE.name).write_text(wrong, encoding="utf-8")
+        wrong = tmp_path / CHAT_TEMPLATE.name
+    monkeypatch.setattr(exporting, name, wrong)
     with pytest.raises(UserError, match=complaint):
-        hf.export(model, tokenizer, META, tmp_path / "exports" / "out", "float32")
+        export(model, tokenizer, META, tmp_path / "exports" / "out", "float32")
     assert list((tmp_path / "exports").iterdir()) == []
 
 
 def test_what_the_format_cannot_carry_is_refused(model, tokenizer, tmp_path):
     model.smear = torch.nn.Parameter(torch.zeros(3))
     with pytest.raises(UserError, match="smear"):
-        hf.export(model, tokenizer, META, tmp_path / "x", "float32")
+        export(model, tokenizer, META, tmp_path / "x", "float32")
     with pytest.raises(UserError, match="600 tokens and its tokenizer 700"):
-        hf.export(make_model(tokenizer, vocab_size=600), tokenizer, META, tmp_path / "x", "float32")
+        export(make_model(tokenizer, vocab_size=600), tokenizer, META, tmp_path / "x", "float32")
     broken = make_model(tokenizer)
     broken.lm_head.weight.data[3, 3] = float("nan")
     with pytest.raises(UserError, match="lm_head"):
-        hf.export(broken, tokenizer, META, tmp_path / "x", "float32")
+        export(broken, tokenizer, META, tmp_path / "x", "float32")
     with pytest.raises(UserError, match="--dtype=float16"):
-        hf.export(make_model(tokenizer), tokenizer, META, tmp_path / "x", "float16")
+        export(make_model(tokenizer), tokenizer, META, tmp_path / "x", "float16")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="--output"):
-        hf.export(make_model(tokenizer), tokenizer, META, tmp_path / "full", "float32")
+        export(make_model(tokenizer), tokenizer, META, tmp_path / "full", "float32")
     with pytest.raises(UserError, match="--output=.*cannot be written"):
-        hf.export(make_model(tokenizer), tokenizer, META, tmp_path / "full" / "thesis.txt" / "x", "float32")
+        export(make_model(tokenizer), tokenizer, META, tmp_path / "full" / "thesis.txt" / "x", "float32")
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "thesis.txt"]
 
 
@@ -282,11 +290,11 @@ def test_without_transformers_there_is_one_sentence(monkeypatch, tmp_path, capsy
 
 def test_merges_are_recovered():
     letters = [bytes([i]) for i in range(256)]
-    assert hf.recover_merges([*letters, b"ab", b"bc", b"abc", b"abcabc"]) == [(b"a", b"b"), (b"b", b"c"), (b"ab", b"c"), (b"abc", b"abc")]
-    assert hf.recover_merges([*letters, b"bc", b"ab", b"abc"])[-1] == (b"a", b"bc")  # bc comes first, so abc is a + bc
+    assert recover_merges([*letters, b"ab", b"bc", b"abc", b"abcabc"]) == [(b"a", b"b"), (b"b", b"c"), (b"ab", b"c"), (b"abc", b"abc")]
+    assert recover_merges([*letters, b"bc", b"ab", b"abc"])[-1] == (b"a", b"bc")  # bc comes first, so abc is a + bc
     for unmade in ([b"abc"], [b"ab", b"abcd"]):
         with pytest.raises(ValueError, match="not made of two earlier"):
-            hf.recover_merges([*letters, *unmade])
+            recover_merges([*letters, *unmade])
 
 
 # ---- import of a Hugging Face directory -----------------------------------------------------------------------------
@@ -310,9 +318,9 @@ def test_export_and_import_give_the_same_bits(tokenizer, tmp_path, monkeypatch, 
     weights, _, meta = checkpoint_manager.load_checkpoint(checkpoint_manager.checkpoints_dir("rl") / "back", 7, "cpu")
     assert meta["model_config"] == saved.config.to_dict()
     for name, tensor in saved.state_dict().items():
-        rows = saved.config.vocab_size if name in hf.VOCAB_ROWS else None
-        assert weights[name].dtype == hf.DTYPES[dtype] and weights[name].shape == tensor.shape
-        assert torch.equal(weights[name][:rows], tensor[:rows].to(hf.DTYPES[dtype])), name
+        rows = saved.config.vocab_size if name in VOCAB_ROWS else None
+        assert weights[name].dtype == DTYPES[dtype] and weights[name].shape == tensor.shape
+        assert torch.equal(weights[name][:rows], tensor[:rows].to(DTYPES[dtype])), name
     model, again, _ = checkpoint_manager.load_model("rl", "cpu", "eval", "back", dtype="float32")
     assert again.fingerprint == tokenizer.fingerprint
     run(export_hf.main, "-i", "rl", "-g", "back", "-o", str(tmp_path / "again"), f"--dtype={dtype}")
@@ -321,11 +329,11 @@ def test_export_and_import_give_the_same_bits(tokenizer, tmp_path, monkeypatch, 
 
 
 def test_large_models_are_written_in_shards(model, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(hf, "SHARD_BYTES", 200_000)
-    hf.export(model, tokenizer, META, tmp_path / "out", "float32")
+    monkeypatch.setattr(exporting, "SHARD_BYTES", 200_000)
+    export(model, tokenizer, META, tmp_path / "out", "float32")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1 and len(index["weight_map"]) == 14
-    weights = hf.read_hf(tmp_path / "out").weights
+    weights = read_hf(tmp_path / "out").weights
     assert torch.equal(weights["transformer.h.1.mlp.c_fc.weight"], model.state_dict()["transformer.h.1.mlp.c_fc.weight"])
 
 
@@ -336,10 +344,10 @@ def test_a_changed_file_is_named(exported, tmp_path):
     data[-1] ^= 1
     weights.write_bytes(data)
     with pytest.raises(UserError, match=r"model\.safetensors"):
-        hf.read_hf(tmp_path / "copy")
+        read_hf(tmp_path / "copy")
     weights.unlink()
     with pytest.raises(UserError, match=r"model\.safetensors is missing"):
-        hf.read_hf(tmp_path / "copy")
+        read_hf(tmp_path / "copy")
 
 
 @pytest.mark.parametrize(
@@ -362,14 +370,14 @@ def test_a_changed_file_is_named(exported, tmp_path):
 )
 def test_another_architecture_is_refused(exported, tmp_path, change, complaint):
     with pytest.raises(UserError, match=complaint):
-        hf.read_hf(tampered(exported, tmp_path / "copy", "config.json", lambda data: data.update(change)))
+        read_hf(tampered(exported, tmp_path / "copy", "config.json", lambda data: data.update(change)))
 
 
 def test_extra_tensors_are_named(exported, tmp_path):
     copy = tampered(exported, tmp_path / "copy", "config.json", lambda data: None)
     save_file({**load_file(copy / "model.safetensors"), "model.value_embeds.0.weight": torch.zeros(2)}, copy / "model.safetensors")
     with pytest.raises(UserError, match=r"model\.value_embeds\.0\.weight.*1 tensors"):
-        hf.read_hf(copy)
+        read_hf(copy)
 
 
 @pytest.mark.parametrize(
@@ -384,10 +392,10 @@ def test_extra_tensors_are_named(exported, tmp_path):
 def test_another_tokenizer_is_refused_or_taken_whole(exported, tmp_path, change, complaint):
     copy = tampered(exported, tmp_path / "copy", "tokenizer.json", change)
     if complaint == "no way":  # another pattern is data like the rest
-        assert hf.read_hf(copy).tokenizer.pattern == r"\p{N}{1,3}|\P{N}+"
+        assert read_hf(copy).tokenizer.pattern == r"\p{N}{1,3}|\P{N}+"
     else:
         with pytest.raises(UserError, match=complaint):
-            hf.read_hf(copy)
+            read_hf(copy)
 
 
 # ---- import of nanochat's checkpoints -------------------------------------------------------------------------------
@@ -405,14 +413,14 @@ def nanochat(tmp_path: Path, tokenizer: RustBPETokenizer) -> Iterator[tuple[Path
             weights = {f"_orig_mod.{name}": tensor * factor for name, tensor in model.state_dict().items()}
             weights["_orig_mod.transformer.wte.weight"] = weights["_orig_mod.transformer.wte.weight"].bfloat16()
             torch.save(weights, folder / f"model_{step:06d}.pt")
-            sizes = {name: getattr(model.config, name) for name in hf.SIZES}
+            sizes = {name: getattr(model.config, name) for name in SIZES}
             meta = {"step": step, "val_bpb": 0.9, "model_config": sizes, "user_config": {"run": "dummy"}}
             (folder / f"meta_{step:06d}.json").write_text(json.dumps(meta))
     (base / "tokenizer").mkdir()
     encoding = tiktoken.Encoding(
         name="rustbpe",
         pat_str=tokenizer.pattern,
-        mergeable_ranks={token: rank for rank, token in enumerate(hf.mergeable_tokens(tokenizer))},
+        mergeable_ranks={token: rank for rank, token in enumerate(mergeable_tokens(tokenizer))},
         special_tokens={name: tokenizer.encode_special(name) for name in tokenizer.get_special_tokens()},
     )
     (base / "tokenizer" / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))
@@ -517,7 +525,7 @@ def test_later_architectures_are_refused_by_name(nanochat):
 def test_mistakes_of_an_import_get_one_sentence(nanochat, flags, complaint, capsys):
     assert import_model.main([f"--path={nanochat[0]}", "--model_tag=x", *flags]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and hf.re.search(complaint, error)
+    assert error.count("\n") == 1 and re.search(complaint, error)
 
 
 def test_checkpoints_are_not_overwritten_unasked(nanochat, monkeypatch, capsys):

@@ -16,9 +16,11 @@ from tasks.arc import ARC
 from tests.documents import ROOT, commands, text_of
 from tests.talker import serving
 from tests.unit.test_hf import META, make_model
-from zangchat import checkpoint_manager, hf
+from zangchat import checkpoint_manager
 from zangchat.engine import Engine
 from zangchat.gpt import GPT
+from zangchat.hf.exporting import export
+from zangchat.hf.importing import read_hf
 from zangchat.task_eval import evaluate_task
 from zangchat.tokenizer import RustBPETokenizer
 
@@ -41,7 +43,7 @@ def model(tokenizer: RustBPETokenizer) -> GPT:
 @pytest.fixture(scope="module")
 def exported(model: GPT, tokenizer: RustBPETokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export") / "tiny"
-    hf.export(model, tokenizer, META, folder, "float32")
+    export(model, tokenizer, META, folder, "float32")
     return folder
 
 
@@ -90,7 +92,7 @@ def test_dpo_widens_the_margin_of_the_chosen_answer(exported, tmp_path):
     flags = [f"--model={exported}", f"--data={data}", f"--output={tmp_path / 'out'}", "--epochs=4", "--batch_size=4", "--lr=0.002"]
     assert dpo.main(flags) == 0
     assert margin(tmp_path / "out") > margin(exported) + 1
-    assert hf.read_hf(tmp_path / "out").config == hf.read_hf(exported).config
+    assert read_hf(tmp_path / "out").config == read_hf(exported).config
 
 
 @pytest.fixture

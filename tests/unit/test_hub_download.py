@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from tests.hub.server import Hub, Repo
-from zangchat import hub
-from zangchat.configurator import UserError
-from zangchat.dataset import find_dataset, folder_lock, main, write_shard
+from zangchat.dataset import find_dataset, folder_lock, hub
+from zangchat.dataset.__main__ import main
+from zangchat.dataset.shards import write_shard
+from zangchat.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 REPO = hub.HUB_REPOS["climbmix"]

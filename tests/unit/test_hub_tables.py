@@ -19,8 +19,9 @@ from tests.hub.server import Hub
 ROOT = Path(__file__).parents[2]
 CHILD = """
 import json, sys
-from tasks.common import load_task
-from zangchat import core_eval, hub
+from tasks.registry import load_task
+from zangchat import core_eval
+from zangchat.dataset import hub
 
 hub.RETRY_WAIT = 0.01
 found = {}

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.reference import loss as reference
-from zangchat import loss as loss_module
-from zangchat.loss import softcapped_cross_entropy
+from zangchat.nn import loss as loss_module
+from zangchat.nn.loss import softcapped_cross_entropy
 
 CAP = 15.0
 

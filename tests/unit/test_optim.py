@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from zangchat import collectives
 from zangchat.checkpoint_manager import load_checkpoint, save_checkpoint
 from zangchat.config import GPTConfig, StepMultipliers
 from zangchat.gpt import GPT
 from zangchat.optim import OptimizerGroup, build_optimizer, global_norm, merge_shards
+from zangchat.runtime import collectives
 
 # wide enough that the embedding is cut into rows per rank (2^16 elements), an odd number of layers so that ranks own unequal shares
 CONFIG = GPTConfig(sequence_len=8, vocab_size=1020, n_layer=3, n_head=2, n_kv_head=1, n_embd=64)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from zangchat import progress
-from zangchat.progress import Progress, in_words
+from zangchat.runtime import progress
+from zangchat.runtime.progress import Progress, in_words
 
 
 @pytest.fixture

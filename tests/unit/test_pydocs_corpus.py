@@ -4,8 +4,8 @@ import textwrap
 
 import pytest
 
-from zangchat import pydocs
-from zangchat.dataset import find_dataset, main
+from zangchat.dataset import find_dataset, pydocs
+from zangchat.dataset.__main__ import main
 
 SENTENCE = "This function returns the number of items that are in the list, and it does not change the list that you give to it. "
 

@@ -1,7 +1,6 @@
 """What the READMEs and the large scripts say is true: files, commands, flags, the example of a task."""
 
 import ast
-import importlib
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.commands import entry_point
 from tests.documents import LANGUAGES, NOT_RUN, PAGES, READMES, ROOT, blocks, check_command, commands, fenced, text_of
 from tests.machines import gpus, nvidia_smi
 from tests.sizes import rehearsal
@@ -86,7 +86,7 @@ def test_flags_of_the_command_table_exist(name):
     for modules, flags in rows:
         known = set()
         for module in re.findall(r"`([a-z_.]+)`", modules):
-            found = importlib.import_module(module)
+            found = entry_point(module)
             for config in (found.Config, *(getattr(found, name, None) for name in ("VerifyConfig", "TokenizeConfig"))):
                 known |= (
                     {spelling for flag in configurator._flags(config) for spelling in (f"--{flag.name}", *flag.aliases)}
@@ -157,26 +157,27 @@ def test_the_numbers_of_the_schedule_table_are_computed():
 
 
 def test_the_example_of_a_task_works(monkeypatch):
-    from tasks import common
+    from tasks import registry
+    from tasks.common import check_conversation
 
     section = text_of("README.md").split("## Adding a task")[1].split("\n## ")[0]
     source, line = fenced(section, "python")
     module = types.ModuleType("tasks.capitals")
     exec(compile(source, "README.md", "exec"), module.__dict__)
     monkeypatch.setitem(sys.modules, "tasks.capitals", module)
-    for name, entry in eval("{" + line + "}", vars(common)).items():
-        monkeypatch.setitem(common.REGISTRY, name, entry)
+    for name, entry in eval("{" + line + "}", vars(registry)).items():
+        monkeypatch.setitem(registry.REGISTRY, name, entry)
 
-    train, test = common.load_task("capitals"), common.load_task("Capitals", "test")
+    train, test = registry.load_task("capitals"), registry.load_task("Capitals", "test")
     questions = {split: {task[i]["messages"][0]["content"] for i in range(len(task))} for split, task in (("train", train), ("test", test))}
     assert questions["train"] and questions["test"] and not questions["train"] & questions["test"]
     for i in range(len(train)):
         conversation = train[i]
-        common.check_conversation(conversation["messages"], "README.md")
+        check_conversation(conversation["messages"], "README.md")
         assert train.evaluate(conversation, conversation["messages"][-1]["content"])
         assert not train.evaluate(conversation, "I do not know.")
         assert train.reward(conversation, conversation["messages"][-1]["content"]) == 1.0
-    assert len(common.build_mixture("capitals:2")) == 2 * len(train)
+    assert len(registry.build_mixture("capitals:2")) == 2 * len(train)
 
 
 # -- speedrun.sh and run1000.sh, with commands that only write down how they were called --------------------------------------------------

@@ -9,8 +9,9 @@ import pyarrow.parquet
 import pytest
 
 from dev import repackage_data_reference as repackage
-from zangchat.dataset import GROUP_DOCUMENTS, datasets_dir, find_dataset, load_dataset
-from zangchat.dataset import main as dataset_main
+from zangchat.dataset import datasets_dir, find_dataset, load_dataset
+from zangchat.dataset.__main__ import main as dataset_main
+from zangchat.dataset.shards import GROUP_DOCUMENTS
 
 DOCUMENTS = [f"{i} " + "word " * (i % 7) + ("é😀" if i % 11 == 0 else "") for i in range(5000)]
 

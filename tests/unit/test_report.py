@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from zangchat import report as report_module
-from zangchat.configurator import UserError
+from zangchat.errors import UserError
 from zangchat.report import Card, Report, get_report, main, read_curve, stage_of, summary_table
 
 

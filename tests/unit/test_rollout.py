@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 from tasks.common import Task, chat, visible_text
 from tests.util import ByteTokenizer, lively_model
-from zangchat import collectives
 from zangchat.gpt import GPT
-from zangchat.rollout import Sample, Sampling, prompt_order, rollout, rollout_batches, to_batch
-from zangchat.trainer import sum_loss
+from zangchat.runtime import collectives
+from zangchat.training.rollout import Sample, Sampling, prompt_order, rollout, rollout_batches, to_batch
+from zangchat.training.trainer import sum_loss
 
 TOKENIZER = ByteTokenizer()
 SAMPLING = Sampling(num_samples=4, max_new_tokens=6, temperature=1.0, top_k=None)

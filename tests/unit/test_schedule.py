@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from zangchat.configurator import UserError
+from zangchat.errors import UserError
 from zangchat.flops import count_params, flops_per_token
 from zangchat.schedule import base_multipliers, finetune_multipliers, model_config_for_depth, plan_run
 

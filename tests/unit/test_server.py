@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from tests.talker import VOCAB, engine, eventually, serving
-from zangchat import server as server_module
-from zangchat.answers import render_markdown, rendered_parts
-from zangchat.protocol import PageChat, Settings
-from zangchat.server import load_page
+from zangchat.server import http as server_module
+from zangchat.server.answers import render_markdown, rendered_parts
+from zangchat.server.app import load_page
+from zangchat.server.protocol import PageChat, Settings
 
 
 def reply(question: str) -> str:

@@ -10,14 +10,15 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.simulated_gpu import DEVICE, Usage, backward, simulated_gpu
-from zangchat import fp8, schedule
+from zangchat import schedule
 from zangchat.config import GPTConfig
+from zangchat.engine.kv_cache import KVCache
+from zangchat.engine.model import InferenceGPT
+from zangchat.engine.sampling import Request, Sampler
 from zangchat.flops import memory_estimate
 from zangchat.gpt import GPT
-from zangchat.inference import InferenceGPT
-from zangchat.kv_cache import KVCache
+from zangchat.nn import fp8
 from zangchat.optim import build_optimizer
-from zangchat.sampling import Request, Sampler
 
 
 def gpt_config(depth: int) -> GPTConfig:

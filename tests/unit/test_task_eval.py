@@ -9,8 +9,9 @@ import torch
 
 from tasks.common import Task, chat, tool_used, visible_text
 from tests.util import ByteTokenizer, lively_model
-from zangchat import collectives, task_eval
+from zangchat import task_eval
 from zangchat.engine import Engine
+from zangchat.runtime import collectives
 from zangchat.task_eval import Item, TaskResult, completion_parts, evaluate_task
 
 TOKENIZER = ByteTokenizer()

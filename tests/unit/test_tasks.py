@@ -9,35 +9,19 @@ from typing import Any
 
 import pytest
 
-from tasks import common
+from tasks import common, registry
 from tasks.arc import ARC
-from tasks.common import (
-    REGISTRY,
-    Entry,
-    MissingData,
-    TableRows,
-    Task,
-    TaskMixture,
-    TaskSequence,
-    build_mixture,
-    chat,
-    last_number,
-    load_task,
-    parse_mixture,
-    render_mc,
-    tool_used,
-    visible_text,
-)
+from tasks.common import MissingData, TableRows, Task, TaskMixture, TaskSequence, chat, last_number, render_mc, tool_used, visible_text
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K, answer_parts, final_number
 from tasks.humaneval import HumanEval, extract_code
 from tasks.mmlu import MMLU
+from tasks.registry import REGISTRY, Entry, build_mixture, held_out_conversations, load_task, parse_mixture, training_conversations
 from tasks.smoltalk import SmolTalk
-from tasks.training import held_out_conversations, training_conversations
 from tests.hub.rows import write_rows
 from tests.util import ByteTokenizer
-from zangchat import hub
-from zangchat.configurator import UserError
+from zangchat.dataset import hub
+from zangchat.errors import UserError
 from zangchat.execution import SandboxLevel, find_sandbox
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "tasks"
@@ -179,7 +163,7 @@ def test_the_last_number_of_a_text(text, number):
 
 def test_names_are_found_whatever_their_case():
     for name in ("SpellingBee", "spellingbee", "spelling-bee", "SPELLING_BEE"):
-        assert common.find_name(name) == "SpellingBee"
+        assert registry.find_name(name) == "SpellingBee"
     assert load_task("arc-easy", "test").name == "ARC-Easy"
     with pytest.raises(UserError, match="unknown task 'gsm9k': known are ARC-Easy, .*GSM8K"):
         load_task("gsm9k")
@@ -244,7 +228,7 @@ def test_numbers_are_epochs_of_finite_tasks_and_examples_of_generated_ones(base_
     counts = Counter(text for text in questions(mixture) if text.startswith("q"))
     assert len(mixture) == 25 + 7 and sorted(counts.values()) == [2] * 5 + [3] * 5
     held_out = build_mixture(f"{own}:2.5,arithmetic:7000", "val")
-    assert len(held_out) == 10 + common.MAX_HELDOUT
+    assert len(held_out) == 10 + registry.MAX_HELDOUT
     assert questions(build_mixture("arithmetic:50")) == questions(build_mixture("arithmetic:50"))
 
 

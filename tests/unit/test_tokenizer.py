@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 import rustbpe
 from tests.reference import bpe
 from zangchat import tokenizer as module
-from zangchat.configurator import UserError
-from zangchat.dataset import write_dataset
-from zangchat.nanochat import read_tokenizer
+from zangchat.dataset.manifest import write_dataset
+from zangchat.errors import UserError
+from zangchat.hf.nanochat import read_tokenizer
 from zangchat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer, get_token_bytes, get_tokenizer
 
 TEXTS = ["The cat sat on the mat, and the other cat sat on the hat.", "print('hello world')  # 2024", "你好,世界。你好吗?"]

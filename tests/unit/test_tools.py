@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zangchat import engine
-from zangchat.tools import use_calculator
+from zangchat.engine.tools import use_calculator
 
 
 @pytest.mark.parametrize(

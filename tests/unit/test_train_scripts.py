@@ -19,13 +19,17 @@ import pytest
 import torch
 
 from scripts import base_loss, base_train, chat_rl, chat_sft, mid_train
-from tasks.training import MID_MIXTURE, SFT_MIXTURE, training_conversations
+from tasks.registry import MID_MIXTURE, SFT_MIXTURE, training_conversations
 from tests.hub import rows
-from zangchat import checkpoint_manager, common, configurator, flops, run_setup, schedule, trainer
-from zangchat.configurator import UserError
-from zangchat.dataset import folder_lock, write_dataset
+from zangchat import checkpoint_manager, configurator, flops, schedule
+from zangchat.dataset import folder_lock
+from zangchat.dataset.manifest import write_dataset
+from zangchat.errors import UserError
 from zangchat.flops import checkpoint_bytes
 from zangchat.tokenizer import RustBPETokenizer
+from zangchat.training import run as run_module
+from zangchat.training import trainer
+from zangchat.training.run import REPORTED, TAKEN_OVER, TEXT, check_batch, take_over, warn_if_disk_is_small
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "the", "dog", "ran", "to", "it", "while", "one", "bird", "sang", "of", "two"]
 MODEL = ["--depth=1", "--n_embd=32", "--head_dim=16", "--max_seq_len=32", "--device_type=cpu", "--dtype=float32"]
@@ -209,10 +213,10 @@ def test_what_a_later_stage_takes_over_is_written_down(base, before):
     own = {"model_tag", "from_tag", "model_step", "mixture", "identity_data"}
     for script in (mid_train, chat_sft, chat_rl):
         left_open = {name for name, value in configurator.to_dict(script.Config()).items() if value is None}
-        assert left_open <= own | {*run_setup.TAKEN_OVER, *run_setup.TEXT}, script.__name__
+        assert left_open <= own | {*TAKEN_OVER, *TEXT}, script.__name__
     settings = dict.fromkeys(configurator.to_dict(mid_train.Config()), "from the model")
-    after = configurator.to_dict(run_setup.take_over(mid_train.Config(), settings))
-    assert {name for name, value in after.items() if value == "from the model"} == {*run_setup.TAKEN_OVER, *run_setup.TEXT}
+    after = configurator.to_dict(take_over(mid_train.Config(), settings))
+    assert {name for name, value in after.items() if value == "from the model"} == {*TAKEN_OVER, *TEXT}
 
 
 def test_the_step_to_start_from_is_not_that_of_the_stage_before(base, before):
@@ -374,7 +378,7 @@ def test_a_run_that_was_killed_before_it_wrote_its_card_writes_it_when_it_is_res
     card = before / "report" / f"{name}.card.json"
     written = json.loads(card.read_text(encoding="utf-8"))["data"]
     card.unlink()
-    (folder(before, stage) / run_setup.REPORTED).unlink()
+    (folder(before, stage) / REPORTED).unlink()
     model = folder(before, stage) / checkpoint_manager.model_name(10)
     age = model.stat().st_mtime_ns
     assert main(flags) == 0 and "nothing to do" not in capsys.readouterr().out
@@ -385,7 +389,7 @@ def test_a_run_that_was_killed_before_it_wrote_its_card_writes_it_when_it_is_res
     assert model.stat().st_mtime_ns == age and main(flags) == 0 and "nothing to do" in capsys.readouterr().out
     with ctrl_c_in_step(3):
         assert main([*STAGES[stage][1](base), "--overwrite"]) == 130
-    assert not (folder(before, stage) / run_setup.REPORTED).exists(), "the card of the run before is not this one's"
+    assert not (folder(before, stage) / REPORTED).exists(), "the card of the run before is not this one's"
 
 
 def test_a_finished_run_can_be_made_longer(base, before):
@@ -405,7 +409,7 @@ def test_the_device_batch_size_may_change_on_the_way(base, before):
 def test_the_rows_of_a_pass_are_chosen_by_the_memory_there_is(base, before, capsys, monkeypatch):
     config = checkpoint_manager.model_config(checkpoint_manager.read_meta(folder(base, "base"), 10), "base")
     needed = {rows: flops.memory_estimate(config, rows, dtype="float32", device_type="cpu")["total"] / flops.USABLE for rows in (1, 3)}
-    monkeypatch.setattr(common, "device_memory", lambda device: int(needed[3]) + 1)
+    monkeypatch.setattr(run_module, "device_memory", lambda device: int(needed[3]) + 1)
     flags = base_flags(base, "--device_batch_size=auto", "--overwrite")
     assert base_train.main(flags) == 0 and "base: --device_batch_size=2, so 4 passes a step" in capsys.readouterr().out
     assert losses(before, "base") == pytest.approx(losses(base, "base"), abs=1e-5)
@@ -413,7 +417,7 @@ def test_the_rows_of_a_pass_are_chosen_by_the_memory_there_is(base, before, caps
     for main, more in ((mid_train.main, mid_flags(base)), (chat_sft.main, sft_flags(base))):
         assert main([*more, "--device_batch_size=auto", "--num_iterations=1", "--eval_every=-1", "--overwrite"]) == 0
         assert "--device_batch_size=" in capsys.readouterr().out
-    monkeypatch.setattr(common, "device_memory", lambda device: int(needed[1]) - 10)
+    monkeypatch.setattr(run_module, "device_memory", lambda device: int(needed[1]) - 10)
     message = refused(base_train.main, flags, capsys)
     assert all(told in message for told in ("--device_batch_size=auto: one row takes", "--grad_checkpoint=1", "--depth")), message
 
@@ -531,7 +535,7 @@ def test_a_run_none_of_whose_checkpoints_is_intact_does_not_start_over_by_itself
 
 
 def test_two_processes_do_not_train_one_tag(base, capsys, monkeypatch):
-    monkeypatch.setattr(run_setup, "LOCK_WAIT", 0.05)
+    monkeypatch.setattr(run_module, "LOCK_WAIT", 0.05)
     with folder_lock(folder(base, "base")):
         message = refused(base_train.main, base_flags(base, "--resume=latest"), capsys)
         assert "another process is training" in message and "--model_tag" in message
@@ -560,9 +564,9 @@ def test_too_little_memory_names_the_flags(base, capsys, monkeypatch, error):
 
 def test_a_disk_that_will_be_full_is_announced_with_numbers(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**10, 0, 5 * 10**9))
-    run_setup.warn_if_disk_is_small(tmp_path / "not yet" / "d9", 2 * 10**9, keep_last=1)
+    warn_if_disk_is_small(tmp_path / "not yet" / "d9", 2 * 10**9, keep_last=1)
     assert not caplog.text
-    run_setup.warn_if_disk_is_small(tmp_path / "not yet" / "d9", 2 * 10**9, keep_last=2)
+    warn_if_disk_is_small(tmp_path / "not yet" / "d9", 2 * 10**9, keep_last=2)
     assert "5.0 GB free" in caplog.text and "3 checkpoints of 2.00 GB take 6.0 GB more" in caplog.text
 
 
@@ -636,8 +640,8 @@ def test_a_dry_run_prints_the_plan_without_torch_and_without_a_trace(tmp_path):
 
 
 def test_a_batch_is_cut_into_whole_rows_equal_shares_and_equal_passes():
-    run_setup.check_batch(256, 32, 4, 1)
-    run_setup.check_batch(256, 32, 64, 2)  # fewer rows than a pass may hold
+    check_batch(256, 32, 4, 1)
+    check_batch(256, 32, 64, 2)  # fewer rows than a pass may hold
     for arguments, flag in (((100, 32, 4, 1), "--max_seq_len=32"), ((96, 32, 4, 2), "2 ranks"), ((192, 32, 4, 1), "--device_batch_size=4")):
         with pytest.raises(UserError, match=flag):
-            run_setup.check_batch(*arguments)
+            check_batch(*arguments)

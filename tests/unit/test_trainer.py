@@ -19,13 +19,18 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from zangchat import checkpoint_manager, collectives, common
-from zangchat.config import GPTConfig, RunConfig, RunState, StepMultipliers
-from zangchat.configurator import UserError
+from zangchat import checkpoint_manager
+from zangchat.config import GPTConfig, RunState, StepMultipliers
 from zangchat.dataloader import Batch
+from zangchat.errors import UserError
 from zangchat.gpt import GPT
 from zangchat.optim import build_optimizer
-from zangchat.trainer import MAX_SKIPS_IN_A_ROW, TIMES, Every, Stage, Trainer, sum_loss
+from zangchat.runtime import collectives
+from zangchat.runtime.devices import compute_init
+from zangchat.runtime.processes import compute_cleanup
+from zangchat.runtime.seeds import derive_seed
+from zangchat.training.flags import RunConfig
+from zangchat.training.trainer import MAX_SKIPS_IN_A_ROW, TIMES, Every, Stage, Trainer, sum_loss
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=60, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
 ROWS = 8
@@ -33,7 +38,7 @@ ROWS = 8
 
 def make_batch(step: int, rank: int = 0, world_size: int = 1) -> Batch:
     """Rows that can be learnt: each counts upwards in its own stride; some targets are ignored, more in some rows than in others."""
-    generator = torch.Generator().manual_seed(common.derive_seed("batch", step))
+    generator = torch.Generator().manual_seed(derive_seed("batch", step))
     start, stride = (torch.randint(1, 8, (ROWS, 1), generator=generator) for _ in range(2))
     tokens = (start + stride * torch.arange(CONFIG.sequence_len + 1)) % CONFIG.vocab_size
     targets = tokens[:, 1:].clone()
@@ -254,7 +259,7 @@ def test_checkpoints_are_written_when_due_and_old_ones_purged(tmp_path):
 
 
 def test_the_clock_saves_where_no_interval_is_given(tmp_path, monkeypatch):
-    monkeypatch.setattr("zangchat.trainer.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("zangchat.training.trainer.SAVE_SECONDS", 0.0)
     make_trainer(tmp_path, num_iterations=3, save_every=-1).fit()
     assert checkpoint_manager.valid_steps(tmp_path) == [1, 2, 3]
 
@@ -520,7 +525,7 @@ def gradients(rank: int = 0, world_size: int = 1, device_batch_size: int = ROWS)
 def join_ranks(rank: int, world_size: int, port: int) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    common.compute_init("cpu")
+    compute_init("cpu")
 
 
 def rank_of_four(rank: int, port: int, directory: str) -> None:
@@ -531,7 +536,7 @@ def rank_of_four(rank: int, port: int, directory: str) -> None:
             torch.save(first, f"{directory}/gradients4.pt")
         make_trainer(Path(directory) / "four", num_iterations=20, save_every=10, device_batch_size=1).fit()
     finally:
-        common.compute_cleanup()
+        compute_cleanup()
 
 
 def rank_main(rank: int, port: int, directory: str) -> None:
@@ -562,7 +567,7 @@ def rank_main(rank: int, port: int, directory: str) -> None:
         if rank == 0:
             (root / "facts.json").write_text(json.dumps({"skipped": skipped, "stops": stops, "equal": equal}))
     finally:
-        common.compute_cleanup()
+        compute_cleanup()
 
 
 def collective_copy(parameter: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,118 @@
+"""Build, fetch, check or tokenize the text of pretraining.
+
+python -m zangchat.dataset --source=pydocs                the corpus made from this machine's own Python documentation
+python -m zangchat.dataset -n 8                           8 training shards of climbmix from the hub, and its validation shard
+python -m zangchat.dataset --source=fineweb-edu -n 8
+python -m zangchat.dataset verify [--dataset=NAME] [--repair]
+python -m zangchat.dataset tokenize [--dataset=NAME]      token ids in <base>/base_data/NAME-tokens (dataset/tokens.py)
+"""
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from zangchat import configurator
+from zangchat.dataset.manifest import BUILD_PYDOCS, MANIFEST, TOKENS_SUFFIX, check_shard, datasets_dir, find_dataset, folder_lock
+from zangchat.errors import UserError
+
+
+def tokenize(config: "TokenizeConfig") -> int:
+    from zangchat.dataset.tokens import tokenize
+    from zangchat.tokenizer import get_tokenizer
+
+    dataset = find_dataset(config.dataset, config.data_path)
+    if dataset.tokenizer is not None:
+        raise UserError(f"--dataset={dataset.name} holds token ids already: give {dataset.text_flag}")
+    folder = datasets_dir() / f"{dataset.name}{TOKENS_SUFFIX}"
+    train = shlex.quote(f"--dataset={folder.name}")
+    with folder_lock(folder):
+        if (folder / MANIFEST).exists() and not config.overwrite:
+            raise UserError(f"{folder} is there already: train with {train}, or give --overwrite to make it again")
+        made = tokenize(dataset, get_tokenizer(), folder, config.num_threads or os.cpu_count() or 1)
+    tokens = sum(entry.get("tokens", 0) for entry in made.manifest["shards"])
+    print(f"{folder}: {tokens:,} tokens; train on them with {train}")
+    return 0
+
+
+def verify(config: "VerifyConfig") -> int:
+    dataset = find_dataset(config.dataset)
+    bad = {}
+    for entry in dataset.manifest["shards"]:
+        problem = check_shard(dataset.folder / entry["name"], entry)
+        print(f"{entry['name']}  {entry['split']:<10}  {problem or 'ok'}", flush=True)
+        if problem:
+            bad[entry["name"]] = problem
+    if not bad:
+        print(f"{dataset.name}: {len(dataset.manifest['shards'])} shards are what the manifest says (fingerprint {dataset.fingerprint})")
+        return 0
+    if config.repair and (dataset.manifest["source"] == "pydocs" or "repo" in dataset.manifest):
+        for name in bad:
+            (dataset.folder / name).unlink(missing_ok=True)
+        if dataset.manifest["source"] == "pydocs":
+            return build(Config(source="pydocs", overwrite=True))
+        from zangchat.dataset import hub
+
+        hub.fetch_missing(dataset)
+        return 0
+    worst = ", ".join(f"{name} ({problem})" for name, problem in bad.items())
+    raise UserError(f"{dataset.folder}: {worst}: {dataset.repair_hint()}")
+
+
+@dataclass
+class Config:
+    source: str = ""  # pydocs | climbmix | fineweb-edu; with -n alone: climbmix
+    num_shards: Annotated[int, tyro.conf.arg(aliases=["-n"])] = -1  # training shards to fetch from the hub; -1 = all of them
+    num_workers: Annotated[int, tyro.conf.arg(aliases=["-w"])] = 4  # downloads at a time
+    overwrite: bool = False  # pydocs: build it again although it is there
+
+
+@dataclass
+class VerifyConfig:
+    dataset: str | None = None  # which dataset; default: the only one present
+    repair: bool = False  # fetch or build again what is missing or damaged, where it came from the hub or is pydocs
+
+
+@dataclass
+class TokenizeConfig:
+    dataset: str | None = None  # whose text; default: the only one present
+    data_path: str | None = None  # a .parquet, .jsonl or .txt file, or a folder of them, instead
+    num_threads: int = 0  # 0 = one per core
+    overwrite: bool = False  # make it again although it is there
+
+
+def build(config: Config) -> int:
+    from zangchat.dataset import hub
+
+    if not config.source and config.num_shards < 0:
+        raise UserError(
+            f"--source is missing: `{BUILD_PYDOCS}` needs no download, `python -m zangchat.dataset -n 8` fetches text from the hub"
+        )
+    source = config.source or hub.DEFAULT
+    if source == "pydocs":
+        from zangchat.dataset import pydocs
+
+        return pydocs.build(datasets_dir() / "pydocs", overwrite=config.overwrite)
+    if source not in hub.HUB_REPOS:
+        raise UserError(f"--source={source} is unknown: choose one of pydocs, {', '.join(hub.HUB_REPOS)}")
+    if config.num_shards == 0 or config.num_shards < -1 or config.num_workers < 1:
+        raise UserError(f"-n {config.num_shards} -w {config.num_workers}: both must be at least 1 (-n -1 fetches all shards)")
+    hub.download(source, config.num_shards, num_workers=config.num_workers)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["verify"]:
+        return configurator.run(VerifyConfig, verify, arguments[1:])
+    if arguments[:1] == ["tokenize"]:
+        return configurator.run(TokenizeConfig, tokenize, arguments[1:])
+    return configurator.run(Config, build, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

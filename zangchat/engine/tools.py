@@ -1,0 +1,119 @@
+"""The calculator that a model may call: arithmetic on numbers, and counting in a string. Parsed, never evaluated as code.
+
+    use_calculator("(1,250 - 50) / 4")            -> "300"
+    use_calculator("' strawberry'.count('r')")    -> "3"
+    use_calculator("open('x')")                   -> None
+
+What the model writes is untrusted text. It is cut down to a small alphabet first, then parsed, and only the node types below are
+walked; sizes are checked before each operation, so that no input costs noticeable time or memory. No signals and no state: it works
+in any thread.
+"""
+
+import ast
+import math
+import operator
+import re
+from collections.abc import Callable
+
+MAX_STRING = 1000  # characters of a string literal
+MAX_FORMULA = 256  # characters outside string literals
+MAX_NODES = 100
+MAX_BITS = 1024  # of any integer on the way, about 308 digits
+MAX_RESULT = 64  # characters of the answer
+
+Number = int | float
+
+_STRING = re.compile(r"""('[^'\\\n]*'|"[^"\\\n]*")""")
+_THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}(?:,\d{3})+(?![\d,])")
+_ALPHABET = re.compile(r"(?:[0-9.+\-*/%() eE]|\.count\()*")
+
+
+class _RefusedError(Exception):
+    """The expression is outside of what the calculator does."""
+
+
+def use_calculator(expr: str) -> str | None:
+    """The value of an expression, as text, or None for anything that is not plain arithmetic or counting.
+
+    Numbers with + - * / // % ** and parentheses (1,000 is a thousand), and "text".count("part") wherever a number may stand. Whole
+    results come without a decimal point, others with up to 12 significant digits.
+    """
+    try:
+        return _format(_value(_parse(expr)))
+    except (_RefusedError, SyntaxError, ArithmeticError, ValueError, RecursionError, MemoryError):
+        return None  # a refusal is an answer: the conversation goes on without a result
+
+
+def _parse(expr: str) -> ast.expr:
+    pieces = _STRING.split(expr.strip())  # formula, string, formula, string, ..., formula
+    formulas, strings = pieces[::2], pieces[1::2]
+    if sum(map(len, formulas)) > MAX_FORMULA or any(len(s) > MAX_STRING + 2 for s in strings):
+        raise _RefusedError
+    pieces[::2] = [_THOUSANDS.sub(lambda match: match[0].replace(",", ""), formula) for formula in formulas]
+    if not all(_ALPHABET.fullmatch(formula) for formula in pieces[::2]):
+        raise _RefusedError
+    tree = ast.parse("".join(pieces), mode="eval").body
+    if sum(1 for _ in ast.walk(tree)) > MAX_NODES:
+        raise _RefusedError
+    return tree
+
+
+def _value(node: ast.expr) -> Number:
+    match node:
+        case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
+            return _checked(value)
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_value(operand)
+        case ast.UnaryOp(op=ast.UAdd(), operand=operand):
+            return _value(operand)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+            return _checked(_OPERATORS[type(op)](_value(left), _value(right)))
+        case ast.Call(
+            func=ast.Attribute(value=ast.Constant(value=str() as text), attr="count"),
+            args=[ast.Constant(value=str() as part)],
+            keywords=[],
+        ) if part:
+            return text.count(part)
+    raise _RefusedError
+
+
+def _quotient(a: Number, b: Number) -> Number:
+    return a // b if isinstance(a, int) and isinstance(b, int) and b and a % b == 0 else a / b
+
+
+def _power(a: Number, b: Number) -> Number:
+    if isinstance(a, int) and isinstance(b, int) and b > 0 and abs(a) > 1 and a.bit_length() * b > MAX_BITS:
+        raise _RefusedError  # known before it is computed
+    result = a**b
+    if isinstance(result, complex):
+        raise _RefusedError
+    return result
+
+
+_OPERATORS: dict[type[ast.operator], Callable[[Number, Number], Number]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: _quotient,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: _power,
+}
+
+
+def _checked(value: Number) -> Number:
+    if isinstance(value, int):
+        if value.bit_length() > MAX_BITS:
+            raise _RefusedError
+    elif not math.isfinite(value):
+        raise _RefusedError
+    return value
+
+
+def _format(value: Number) -> str:
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        value = int(value)
+    text = str(value) if isinstance(value, int) else f"{value:.12g}"
+    if len(text) > MAX_RESULT:
+        raise _RefusedError
+    return text

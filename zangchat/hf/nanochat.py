@@ -1,0 +1,120 @@
+"""Checkpoints of nanochat, read as data: tensors, JSON, and a tokenizer that is a pickle, by a reader that runs none of it."""
+
+import io
+import math
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+from zangchat import checkpoint_manager
+from zangchat.config import SOURCES, GPTConfig
+from zangchat.errors import UserError
+from zangchat.hf.format import SIZES, read_json
+from zangchat.hf.importing import Imported, fitted
+from zangchat.tokenizer import RustBPETokenizer, by_rank
+
+# nanochat normalises by F.rms_norm(x, shape) with eps=None. For fp32 and bf16 alike torch then takes float32's epsilon, whatever its
+# documentation says of finfo(x.dtype): the sum is made in fp32, compiled or not.
+NANOCHAT_EPS = 2.0**-23
+
+
+def read_checkpoint(base: Path, source: str, from_tag: str | None = None, step: int | None = None) -> Imported:
+    """A checkpoint of nanochat (the architecture of its year 2025): `base` is its base directory, or one folder with model_*.pt,
+    meta_*.json and tokenizer.pkl side by side. Raises UserError.
+    """
+    folder, tokenizer_folder = base, base
+    if not any(base.glob("model_*.pt")):
+        stage = base / SOURCES[source]
+        tags = sorted({path.parent.name for path in stage.glob("*/model_*.pt")})
+        if not tags:
+            raise UserError(f"--path={base} holds neither a config.json nor a checkpoint of nanochat in {stage.name}/")
+        if from_tag not in tags and (from_tag or len(tags) > 1):
+            raise UserError(f"--from_tag={from_tag or ''} must name one of the models in {stage}: {', '.join(tags)}")
+        folder, tokenizer_folder = stage / (from_tag or tags[0]), base / "tokenizer"
+    steps = sorted(int(match[1]) for path in folder.iterdir() if (match := re.fullmatch(r"model_(\d+)\.pt", path.name)))
+    if not steps:
+        raise UserError(f"{folder} has no whole model_*.pt: the parts that single ranks have saved cannot be imported")
+    if step not in (None, *steps):
+        raise UserError(f"--step={step} is not in {folder}: choose one of {', '.join(map(str, steps))}")
+    step = steps[-1] if step is None else step
+    model_path, meta_path = (folder / checkpoint_manager.model_name(step), folder / checkpoint_manager.meta_name(step))
+    meta = read_json(meta_path)
+    try:
+        settings = dict(meta["model_config"])
+        config = GPTConfig(**{name: settings.pop(name) for name in SIZES}, rms_norm_eps=NANOCHAT_EPS)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{meta_path} describes no model that this program knows: {error!r}") from None
+    weights = fitted(checkpoint_manager.strip_prefix(checkpoint_manager.read_tensors(model_path, "cpu")), config, model_path)
+    if settings:
+        raise UserError(f"{meta_path} is of another architecture: this program does not know its {', '.join(sorted(settings))}")
+    tokenizer = read_tokenizer(tokenizer_folder / "tokenizer.pkl")
+    bpb = meta.get("val_bpb")
+    bpb = bpb if isinstance(bpb, (int, float)) and math.isfinite(bpb) else None
+    return Imported(weights, config, tokenizer, step, bpb, f"nanochat checkpoint {folder.name}")
+
+
+# ---- the tokenizer --------------------------------------------------------------------------------------------------
+
+
+def read_tokenizer(path: Path) -> RustBPETokenizer:
+    """tokenizer.pkl, a pickled tiktoken.Encoding, read as data: nothing that the file names is imported or called.
+
+    Raises UserError naming the file where it is missing or holds anything else.
+    """
+    try:
+        state = _EncodingReader(io.BytesIO(path.read_bytes())).read()
+        tokens, names = by_rank(state["mergeable_ranks"]), state["special_tokens"]
+        if sorted(names.values()) != list(range(len(tokens), len(tokens) + len(names))):
+            raise ValueError("the ids of its special tokens do not follow the ranks")
+        return RustBPETokenizer(tokens, state["pat_str"], sorted(names, key=names.__getitem__), {"imported": "nanochat's tokenizer.pkl"})
+    except FileNotFoundError as error:
+        raise UserError(f"no tokenizer at {path}: name nanochat's tokenizer.pkl") from error
+    except Exception as error:  # a damaged pickle raises anything at all
+        raise UserError(f"{path} is no tokenizer.pkl of nanochat ({error}): take an intact copy from who made it") from error
+
+
+class _PickledEncoding:
+    """Takes the place of tiktoken.Encoding in a pickle, and only remembers."""
+
+    state: object = None
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """What _codecs.encode is called for in pickles before protocol 3, which have no bytes."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it has bytes in {encoding!r}")
+    return text.encode("latin-1")
+
+
+class _EncodingReader(pickle.Unpickler):
+    """Reads a pickled tiktoken.Encoding; whatever else a pickle asks for, and so whatever it could run, is refused."""
+
+    ALLOWED = {("tiktoken.core", "Encoding"): _PickledEncoding, ("_codecs", "encode"): _latin1}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a tokenizer does not need")
+        return self.ALLOWED[module, name]
+
+    def read(self) -> dict[str, Any]:
+        """{"pat_str": str, "mergeable_ranks": {bytes: rank}, "special_tokens": {name: id}, ...}"""
+        encoding = self.load()
+        state = encoding.state if isinstance(encoding, _PickledEncoding) else None
+        if isinstance(state, str):
+            raise ValueError(f"it is only the name of tiktoken's encoding {state!r}, without its ranks")
+        if not isinstance(state, dict):
+            raise ValueError("it holds no tiktoken.Encoding")
+        pattern, ranks, names = (state.get(key) for key in ("pat_str", "mergeable_ranks", "special_tokens"))
+        if not (
+            isinstance(pattern, str)
+            and isinstance(ranks, dict)
+            and isinstance(names, dict)
+            and all(type(token) is bytes and type(rank) is int for token, rank in ranks.items())
+            and all(type(name) is str and type(id) is int for name, id in names.items())
+        ):
+            raise ValueError("its pattern, ranks or special tokens are missing or of the wrong type")
+        return state

@@ -1,0 +1,109 @@
+"""fp8 products in the linear layers of a model, as a pass over an ordinary model.
+
+Each operand is scaled as a whole so that its largest magnitude just fits: activations and weights in e4m3, gradients in e5m2. The
+three products of a layer (forward, both backward) then run through torch._scaled_mm on GPUs of compute capability 9.0 and later;
+elsewhere the same rounded operands are multiplied in the dtype of the activations, which is slow and exists to test the numerics.
+The products by _scaled_mm are untested on a GPU so far; the emulation is what the tests run.
+
+Shapes: M tokens, K inputs, N outputs of one layer.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zangchat.nn.linear import Linear
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+CAPABILITY = (9, 0)  # of the GPUs that _scaled_mm is used on
+MULTIPLE = 16  # _scaled_mm wants every dimension to be a multiple of this
+
+
+def use_fp8(model: nn.Module, device: torch.device) -> str:
+    """Convert the model where the device multiplies fp8 numbers rightly. Returns a sentence for the log."""
+    why = unusable(device)
+    if why is not None:
+        return f"fp8: not used ({why}); the products stay in --dtype"
+    return f"fp8: the products of {convert_to_fp8(model)} layers"
+
+
+def unusable(device: torch.device) -> str | None:
+    """None if the device's product of two small fp8 matrices is that of the emulation, else what is wrong."""
+    if device.type != "cuda":
+        return f"no GPU: {device.type}"
+    if torch.cuda.get_device_capability(device) < CAPABILITY:
+        return f"{torch.cuda.get_device_name(device)} has no fp8 products"
+    generator = torch.Generator(device).manual_seed(0)
+    (a, scale_a), (b, scale_b) = (quantise(torch.randn(32, 64, generator=generator, device=device), E4M3) for _ in range(2))
+    try:
+        got = scaled_product(a, b, scale_a, scale_b, torch.bfloat16).float()
+    except RuntimeError as error:  # what torch raises where its build or driver lacks the kernel
+        return str(error).splitlines()[0]
+    expected = (a.float() @ b.float().T) * (scale_a * scale_b)
+    worst = float((got - expected).abs().max() / expected.abs().max())
+    return None if worst < 0.02 else f"a small product is off by {worst:.2g}"
+
+
+def convert_to_fp8(model: nn.Module, min_size: int = 2**20) -> int:
+    """Replace, in place, the Linear layers of at least `min_size` weights by fp8 ones that share the same parameters.
+
+    Names and checkpoints do not change. Left alone: small layers, where scaling costs more than it saves, layers whose sizes are no
+    multiples of 16, and lm_head, whose product belongs to the loss. Returns how many layers were converted. Call it before building
+    optimizers or after: the parameters stay the same objects.
+    """
+    converted = 0
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is not Linear or name == "lm_head" or child.weight.numel() < min_size:
+                continue
+            if any(size % MULTIPLE for size in child.weight.shape):
+                continue
+            with torch.device("meta"):
+                replacement = Fp8Linear(child.weight.size(1), child.weight.size(0))
+            replacement.weight = child.weight
+            setattr(module, name, replacement)
+            converted += 1
+    return converted
+
+
+class Fp8Linear(Linear):
+    """x W^T in fp8 while gradients are recorded; evaluation and sampling use the ordinary product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.size(-1))
+        if not torch.is_grad_enabled() or flat.size(0) % MULTIPLE:
+            return super().forward(x)
+        return _Fp8Product.apply(flat, self.weight).view(*x.shape[:-1], -1)
+
+
+def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(x / scale rounded to the fp8 `dtype`, scale), scale an fp32 scalar chosen by the largest magnitude of x."""
+    largest = torch.finfo(dtype).max
+    scale = x.abs().amax().float().clamp(min=1e-12) / largest
+    return (x.float() / scale).clamp(-largest, largest).to(dtype), scale
+
+
+def scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
+    """(M, N) in `dtype` from fp8 a (M, K) and b (N, K), both row-major: scale_a * scale_b * a b^T."""
+    if a.is_cuda and torch.cuda.get_device_capability(a.device) >= CAPABILITY:
+        return torch._scaled_mm(a, b.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=dtype)  # b^T is column-major, as it must be
+    return ((a.to(dtype) @ b.to(dtype).T).float() * (scale_a * scale_b)).to(dtype)
+
+
+class _Fp8Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        x8, x_scale = quantise(x, E4M3)
+        w8, w_scale = quantise(weight, E4M3)
+        ctx.save_for_backward(x8, x_scale, w8, w_scale)
+        ctx.weight_dtype = weight.dtype
+        return scaled_product(x8, w8, x_scale, w_scale, x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x8, x_scale, w8, w_scale = ctx.saved_tensors
+        g8, g_scale = quantise(grad, E5M2)
+        dx = scaled_product(g8, w8.T.contiguous(), g_scale, w_scale, grad.dtype)
+        dweight = scaled_product(g8.T.contiguous(), x8.T.contiguous(), g_scale, x_scale, grad.dtype)
+        return dx, dweight.to(ctx.weight_dtype)

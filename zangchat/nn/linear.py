@@ -1,0 +1,19 @@
+"""The one linear layer of the model: a weight, no bias, the product in the dtype of its input."""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Linear(nn.Module):
+    """x W^T in the dtype of x. The weight keeps its own dtype (fp32 master while training) and is cast where it differs."""
+
+    cast: Tensor | None = None  # the weight in the compute dtype, see GPT.cast_once
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, (self.weight if self.cast is None else self.cast).to(x.dtype))

@@ -1,0 +1,144 @@
+"""Output: print and log on rank 0, streams that may break, experiment tracking."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from zangchat.runtime.processes import get_dist_info
+
+BANNER = r"""
+ #####   ###   #   #   ####   ####  #   #   ###   #####
+    #   #   #  ##  #  #      #      #   #  #   #    #
+   #    #####  # # #  #  ##  #      #####  #####    #
+  #     #   #  #  ##  #   #  #      #   #  #   #    #
+ #####  #   #  #   #   ####   ####  #   #  #   #    #
+"""
+
+
+class ColoredFormatter(logging.Formatter):
+    """Time, level, logger and message; the level in colour where `color` is true."""
+
+    COLORS = {
+        logging.DEBUG: "\x1b[36m",
+        logging.INFO: "\x1b[32m",
+        logging.WARNING: "\x1b[33m",
+        logging.ERROR: "\x1b[31m",
+        logging.CRITICAL: "\x1b[1;31m",
+    }
+    RESET = "\x1b[0m"
+
+    def __init__(self, color: bool = True):
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
+        self.color = color
+
+    def format(self, record: logging.LogRecord) -> str:
+        if not self.color or record.levelno not in self.COLORS:
+            return super().format(record)
+        painted = logging.makeLogRecord(record.__dict__)  # other handlers see the record unpainted
+        painted.levelname = f"{self.COLORS[record.levelno]}{record.levelname}{self.RESET}"
+        return super().format(painted)
+
+
+class _StderrHandler(logging.StreamHandler):
+    """Writes to whatever sys.stderr is when the message comes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+def setup_default_logging() -> None:
+    """Log to stderr: our own modules from INFO (rank 0; from WARNING elsewhere), others from WARNING. A second call changes nothing."""
+    root = logging.getLogger()
+    if any(isinstance(handler.formatter, ColoredFormatter) for handler in root.handlers):
+        return
+    handler = _StderrHandler()
+    handler.setFormatter(ColoredFormatter(color=sys.stderr.isatty() and "NO_COLOR" not in os.environ))
+    root.addHandler(handler)
+    for name in ("zangchat", "scripts", "tasks", "__main__"):
+        logging.getLogger(name).setLevel(logging.INFO if get_dist_info()[1] == 0 else logging.WARNING)
+
+
+class _SteadyStream:
+    """A text stream that drops what it cannot write."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def steady_streams() -> Iterator[None]:
+    """Inside the block no output ends the program: the terminal may be closed, `| tee` may have died of
+    the same Ctrl-C, the disk of a log may be full. What cannot be written is dropped.
+    """
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_SteadyStream(stream) for stream in before)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+        for stream in before:
+            try:
+                stream.flush()
+            except OSError:  # Python would try again at its end, and fail with exit code 120
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def print0(*values: Any, **kwargs: Any) -> None:
+    """print() on rank 0 only."""
+    if get_dist_info()[1] == 0:
+        print(*values, **{"flush": True, **kwargs})
+
+
+def log0(message: str, level: int = logging.INFO) -> None:
+    """Log on rank 0 only, under the name `zangchat`.
+
+    In a program of your own, call setup_default_logging() first: without it INFO is not shown.
+    """
+    if get_dist_info()[1] == 0:
+        logging.getLogger("zangchat").log(level, message, stacklevel=2)
+
+
+def print_banner() -> None:
+    print0(BANNER)
+
+
+class DummyWandb:
+    """Takes what a wandb run takes and keeps nothing."""
+
+    def __init__(self) -> None:
+        self.summary: dict[str, Any] = {}
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def finish(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def get_wandb(run: str, config: dict[str, Any], project: str) -> Any:
+    """A wandb run named `run` (else $WANDB_RUN) on rank 0, with `config` recorded; a DummyWandb for "dummy" and on other ranks."""
+    if run == "dummy":
+        run = os.environ.get("WANDB_RUN", "dummy")
+    if run == "dummy" or get_dist_info()[1] != 0:
+        return DummyWandb()
+    import wandb
+
+    return wandb.init(project=project, name=run, config=config)
