@@ -8,7 +8,7 @@
 # machine. It knows who it is, counts letters and adds numbers with its tools, and repeats bits of documentation: no more than that.
 # Run it again after Ctrl-C or a power cut: every stage goes on where it stopped. A new start: remove $ZANGCHAT_BASE_DIR.
 #
-# Why these numbers: README.md, "What a laptop can learn".
+# Why these numbers: README.md, "Results on a laptop".
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 started=$SECONDS
