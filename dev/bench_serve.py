@@ -1,10 +1,11 @@
-"""How a chat server holds up under many clients: tokens per second, waiting times, errors, what is left behind. JSON.
+"""Measure a chat server under many clients: tokens per second, latency, errors, leaks. JSON.
 
     python -m dev.bench_serve -i sft                      the model in the base directory, served by scripts.chat_web
     python -m dev.bench_serve -i sft --requests=2000      long enough to see a leak
 
-Requests of mixed lengths come one at a time first, then over so many connections at once; some clients leave in the middle of a reply,
-some ask what is refused. All the while /health is asked. The clients take processor time too, from the same machine.
+Requests of mixed lengths first come one at a time, then over `--streams` connections at once. Some
+clients leave in the middle of a reply, some send requests that are refused. /health is polled
+throughout. The clients use processor time of the same machine.
 """
 
 import asyncio
@@ -30,7 +31,7 @@ from zangchat import configurator
 from zangchat.config import CheckpointConfig
 
 try:
-    from uvloop import run  # the clients share the machine with the server: what they take, it lacks
+    from uvloop import run  # the clients share the machine with the server, so they must be cheap
 except ImportError:  # on Windows
     from asyncio import run
 
@@ -44,14 +45,14 @@ class Config(CheckpointConfig):
     alone: int = 24  # of the same mixture, one after the other
     leaving: float = 0.1  # share of clients that leave in the middle of a reply
     refused: float = 0.05  # share of requests that are refused: roles out of order
-    longest: int = 96  # tokens of the longest reply that is asked for
+    longest: int = 96  # tokens of the longest reply requested
     quantize: str = ""
-    busy: bool = False  # measure although the machine is busy; the output says so
+    busy: bool = False  # measure even if the machine is busy; the output records it
 
 
 @dataclass
 class Seen:
-    """What the clients saw, in seconds."""
+    """Measurements of the clients, in seconds."""
 
     first: list[float] = field(default_factory=list)  # from the question to the first piece of the reply
     between: list[float] = field(default_factory=list)  # from piece to piece
@@ -134,7 +135,10 @@ async def measure(config: Config, port: int, pid: int) -> dict[str, Any]:
 
 
 async def phase(port: int, plan: list[dict[str, Any]], streams: int, seen: Seen | None = None) -> tuple[Seen, float]:
-    """Carry out a plan over so many clients; (what they saw, tokens per second by the server's own count while all of them were at it)."""
+    """Send the requests of a plan from `streams` clients.
+
+    Returns (measurements, tokens per second by the server's own count while all clients were busy).
+    """
     seen, waiting = seen or Seen(), list(reversed(plan))
     before, start, rates = await generated(port), time.perf_counter(), []
 
@@ -154,7 +158,7 @@ async def phase(port: int, plan: list[dict[str, Any]], streams: int, seen: Seen 
 
 
 def examine(port: int, seen: Seen, over: threading.Event) -> None:
-    """Ask /health twenty times a second, from a thread of its own: what the clients' event loop is late does not count."""
+    """Poll /health twenty times a second, from a separate thread so that delays of the event loop do not count."""
     while not over.wait(0.05):
         asked = time.perf_counter()
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
@@ -165,7 +169,7 @@ def examine(port: int, seen: Seen, over: threading.Event) -> None:
 
 
 async def ask(port: int, question: dict[str, Any], seen: Seen) -> None:
-    """One request over a connection of its own, as nanochat's page sends it."""
+    """Send one request over its own connection, as nanochat's page does."""
     body = json.dumps({key: value for key, value in question.items() if key != "leaves_after"}).encode()
     start = last = time.perf_counter()
     pieces = 0
@@ -224,7 +228,10 @@ def resident_mib(process: psutil.Process) -> int:
 
 
 def processor_seconds(process: psutil.Process) -> tuple[float, float]:
-    """(of the main thread, where the event loop runs; of all others, the engine's among them). On Linux, threads are told apart."""
+    """(of the main thread, which runs the event loop; of all other threads, the engine's included).
+
+    Only Linux reports threads separately.
+    """
     spent = {thread.id: thread.user_time + thread.system_time for thread in process.threads()}
     loop = spent.get(process.pid, 0.0)
     return loop, sum(spent.values()) - loop
