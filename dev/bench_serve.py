@@ -1,11 +1,11 @@
-"""Load test of the chat server: tokens per second, latencies, errors, leaks. Prints JSON.
+"""Measure a chat server under many clients: tokens per second, latency, errors, leaks. JSON.
 
     python -m dev.bench_serve -i sft                      the model in the base directory, served by scripts.chat_web
     python -m dev.bench_serve -i sft --requests=2000      long enough to see a leak
 
-Requests of mixed lengths are sent one at a time first, then over many connections at once. Some
-clients disconnect during a reply, some requests are invalid. /health is polled throughout. The
-clients take processor time from the same machine.
+Requests of mixed lengths first come one at a time, then over `--streams` connections at once. Some
+clients leave in the middle of a reply, some send requests that are refused. /health is polled
+throughout. The clients use processor time of the same machine.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ from zangchat import configurator
 from zangchat.config import CheckpointConfig
 
 try:
-    from uvloop import run  # the clients share the machine with the server
+    from uvloop import run  # the clients share the machine with the server, so they must be cheap
 except ImportError:  # on Windows
     from asyncio import run
 
@@ -47,18 +47,18 @@ QUESTIONS = (
 @dataclass
 class Config(CheckpointConfig):
     streams: int = 64  # clients at the same time
-    requests: int = 512  # of all these clients together
-    alone: int = 24  # requests of the same mixture, one after the other
-    leaving: float = 0.1  # share of clients that disconnect during a reply
-    refused: float = 0.05  # share of invalid requests: roles out of order
-    longest: int = 96  # tokens of the longest requested reply
+    requests: int = 512  # in all, by these clients
+    alone: int = 24  # of the same mixture, one after the other
+    leaving: float = 0.1  # share of clients that leave in the middle of a reply
+    refused: float = 0.05  # share of requests that are refused: roles out of order
+    longest: int = 96  # tokens of the longest reply requested
     quantize: str = ""
-    busy: bool = False  # measure although the machine is busy; the output tells so
+    busy: bool = False  # measure even if the machine is busy; the output records it
 
 
 @dataclass
 class Measurements:
-    """Of the clients; times in seconds."""
+    """Measurements of the clients, in seconds."""
 
     # from the question to the first piece of the reply
     first: list[float] = field(default_factory=list)
@@ -152,9 +152,9 @@ async def measure(config: Config, port: int, pid: int) -> dict[str, Any]:
 
 
 async def phase(port: int, plan: list[dict[str, Any]], streams: int, measured: Measurements | None = None) -> tuple[Measurements, float]:
-    """Run a plan with `streams` clients at once.
+    """Send the requests of a plan from `streams` clients.
 
-    (their measurements, tokens per second by the server's own count while all were active).
+    Returns (measurements, tokens per second by the server's own count while all clients were busy).
     """
     measured, waiting = measured or Measurements(), list(reversed(plan))
     before, start, rates = await generated(port), time.perf_counter(), []
@@ -175,7 +175,7 @@ async def phase(port: int, plan: list[dict[str, Any]], streams: int, measured: M
 
 
 def examine(port: int, measured: Measurements, over: threading.Event) -> None:
-    """Poll /health 20 times a second, in a thread, free of delays in the clients' event loop."""
+    """Poll /health twenty times a second, in a thread: delays of the event loop do not count."""
     while not over.wait(0.05):
         start = time.perf_counter()
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
@@ -186,7 +186,7 @@ def examine(port: int, measured: Measurements, over: threading.Event) -> None:
 
 
 async def ask(port: int, question: dict[str, Any], measured: Measurements) -> None:
-    """One request over a connection of its own, as nanochat's page sends it."""
+    """Send one request over its own connection, as nanochat's page does."""
     body = json.dumps({key: value for key, value in question.items() if key != "leaves_after"}).encode()
     start = last = time.perf_counter()
     pieces = 0
@@ -250,9 +250,9 @@ def resident_mib(process: psutil.Process) -> int:
 
 
 def processor_seconds(process: psutil.Process) -> tuple[float, float]:
-    """(of the main thread, which runs the event loop; of all others, with the engine's).
+    """(of the main thread, which runs the event loop; of all other threads, the engine's included).
 
-    Only Linux counts the threads separately.
+    Only Linux reports threads separately.
     """
     spent = {thread.id: thread.user_time + thread.system_time for thread in process.threads()}
     loop = spent.get(process.pid, 0.0)

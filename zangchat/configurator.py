@@ -115,9 +115,9 @@ def _settle_streams() -> None:
 
 
 def _complain(message: str) -> None:
-    rank = int(os.environ.get("RANK", "0"))
+    rank = os.environ.get("RANK") or "0"
     sys.stdout.flush()
-    print(message if rank == 0 else f"[rank {rank}] {message}", file=sys.stderr, flush=True)
+    print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr, flush=True)
 
 
 def parse(config_cls: type[C], argv: Sequence[str] | None = None) -> C:
