@@ -1,10 +1,10 @@
-"""Commands in any text (a message, a docstring, a page): found, made typable, and parsed.
+"""Find the commands in any text (a message, a docstring, a page) and check that they parse.
 
-The program that a command names parses it.
+Placeholders are filled in first. The program that a command names then parses it.
 
-A command in backticks ends at the closing one; any other at the end of its line, at two spaces (a
-column of descriptions) or at punctuation. So a command amid a sentence that is not set off takes
-words of the sentence with it, which its own parser then refuses.
+A command in backticks ends at the closing backtick. Any other command ends at the end of its line,
+at two spaces (a column of descriptions) or at punctuation. A command that is not set off from its
+sentence therefore swallows words of it, which its parser refuses.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ from zangchat import configurator
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("zangchat", "scripts", "tasks", "dev")
 SUFFIXES = (".py", ".sh", ".sbatch", ".yaml", ".yml", ".rs")
-FOREIGN = ("lm_eval", "pip", "pytest", "venv")  # other modules that a text may name
-SHELL = ("source", "lm_eval")  # first words of documented lines that are run elsewhere
-OPEN = "\ue000"  # stands where a program fills something in
+FOREIGN = ("lm_eval", "pip", "pytest", "venv")  # modules of other projects that a text may name
+SHELL = ("source", "lm_eval")  # first words of documented lines that other tests run
+OPEN = "\ue000"  # placeholder for a value that a program fills in
 VARIABLE = r"[A-Z][A-Z_]*=(?:'[^']*'|\"[^\"]*\"|[^\s'\"`]+)"
 START = re.compile(
     rf"(?P<tick>`)?(?P<line>(?:(?<![\w/.-]){VARIABLE}[ ]+)*(?<![\w/.-])"
@@ -37,7 +37,7 @@ PROSE = re.compile(
     r"[ ]{2,}|[ ]#|[,;:)](?=\s|$)|\.(?=\s|$)(?<!\.\.\.)|[ ](?:\||&&|\|\||2?>)[ ]|['\"]?\\n",
 )
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
-COMMANDS = {  # of a module that has several
+COMMANDS = {  # subcommand -> its config class
     ("zangchat.dataset", "verify"): "VerifyConfig",
     ("zangchat.dataset", "tokenize"): "TokenizeConfig",
 }
@@ -45,13 +45,13 @@ SAMPLES: dict[Any, str] = {int: "4", float: "0.5", bool: "1", Path: "a.jsonl"}
 
 
 def find(text: str) -> list[str]:
-    """The commands of a text, in order."""
+    """Return the commands in a text, in order."""
     if not any(start in text for start in ("python", "bash ", "torchrun ", "sbatch ")):
         return []
     text = re.sub(r"\\\n[#\s]*", "", ANSI.sub("", text))
     found, end = [], 0
     for match in START.finditer(text):
-        if match.start("line") >= end:  # not inside the one before
+        if match.start("line") >= end:  # not inside the previous command
             found.append(_cut(text[match.start("line") :].partition("\n")[0], bool(match["tick"])))
             end = match.start("line") + len(found[-1])
     return found
@@ -70,7 +70,7 @@ def _cut(line: str, ticks: bool) -> str:
 
 
 def problem(line: str) -> str:
-    """Why a command cannot be meant, in the words of its own parser; empty if it can be typed."""
+    """Why a command is invalid, in the words of its own parser; empty if it is valid."""
     try:
         words = shlex.split(line, comments=True)
     except ValueError as error:
@@ -122,7 +122,7 @@ def text_of_script(name: str) -> str:
 
 
 def _takes(script: str, word: str) -> bool:
-    """Whether a script passes its arguments on, or has a case for this one."""
+    """Whether a script forwards its arguments or has a case for this one."""
     case = rf"^\s*(?:\S+\|)*\"?{re.escape(word)}\"?(?:\|\S+)*\) "
     return '"$@"' in script or bool(re.search(case, script, re.MULTILINE))
 
@@ -131,7 +131,7 @@ def _torchrun_problem(arguments: list[str]) -> str:
     module = arguments[arguments.index("-m") + 1 :] if "-m" in arguments else []
     if not module:
         return "it names no module"
-    if module[1:] and module[1] != "--":  # it takes --run for a flag of its own, shortened
+    if module[1:] and module[1] != "--":  # torchrun takes --run for an abbreviation of its own flag
         return "it needs `--` after the module"
     return _module_problem(module)
 
@@ -167,20 +167,20 @@ def _module_problem(words: list[str]) -> str:
 
 
 def _filled(arguments: list[str], config: type) -> list[str]:
-    """Plausible values in place of what a program would fill in, and of N, PATH and the like."""
+    """Replace placeholders (OPEN, N, PATH and the like) by plausible values."""
     flags = {f"--{flag.name}": flag for flag in configurator._flags(config)}
     flags |= {alias: flag for flag in flags.values() for alias in flag.aliases}
-    given = {configurator._spelling(word) for word in arguments}
+    present = {configurator._spelling(word) for word in arguments}
     more = "..." in arguments
     missing = [f"--{flag.name}=d4" for flag in flags.values() if flag.required and more]
-    filled = [word for word in missing if configurator._spelling(word) not in given]
+    filled = [word for word in missing if configurator._spelling(word) not in present]
     for word in arguments:
         word = word.strip("[]") if word[:1] == "[" or word[-1:] == "]" else word
         flag = flags.get(configurator._spelling(word))
         last = filled[-1] if filled and "=" not in filled[-1] else ""
         before = flags.get(configurator._spelling(last))
         if word == "..." or (word.startswith(OPEN) and before is None):
-            continue  # more flags of the user's or the program's choice
+            continue  # stands for further flags
         if flag is not None and "=" in word:
             name, _, value = word.partition("=")
             word = f"{name}={_plausible(value, flag.hint)}"
@@ -203,19 +203,19 @@ def _plausible(value: str, hint: Any) -> str:
 
 
 def is_open(line: str) -> bool:
-    """Whether the module itself is left open, so that only what comes of it can be parsed."""
+    """Whether the module name is a placeholder, so that only the printed command can be parsed."""
     return bool(re.search(rf" -m( \S*(?:{OPEN}|\b[A-Z]+\b)|$)", line))
 
 
 @functools.cache
 def all_names() -> set[str]:
-    """Every word in capitals of the sources, so every environment variable that something reads."""
+    """All upper-case words in the sources, which include every environment variable they read."""
     texts = (path.read_text(encoding="utf-8") for path in sources())
     return {name for text in texts for name in re.findall(r"[A-Z][A-Z_]+", text)}
 
 
 def sources() -> Iterator[Path]:
-    """The Python and shell sources, the crate's and the files of other programs."""
+    """The Python, shell and Rust sources and the configuration files of other programs."""
     for folder in (*OURS, "rustbpe", ".github", ".ci"):
         for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in SUFFIXES and "target" not in path.parts:

@@ -1,4 +1,4 @@
-"""Reading what is documented: fenced blocks, and the commands in them."""
+"""Read the documentation: its fenced blocks and the commands in them."""
 
 import re
 from typing import NamedTuple
@@ -10,12 +10,13 @@ from tests.commands import ROOT, problem
 READMES = ("README.md", "README_CN.md")
 LANGUAGES = ("en", "zh")
 PAGES = sorted(path.name for path in (ROOT / "dev" / "docs" / "en").glob("*.md"))
-NOT_RUN = ("gpu", "network", "minutes", "files")  # what stands behind ```bash where a test cannot run the block; files: of one's own
+# marks after ```bash of the blocks that need more than this machine; files: the user's own
+NOT_RUN = ("gpu", "network", "minutes", "files")
 
 
 class Block(NamedTuple):
     language: str  # bash, python, diff ...; "" for none
-    info: str  # what follows it: "gpu", "file=tasks/percent.py"
+    info: str  # the rest of the fence line: "gpu", "file=tasks/percent.py"
     body: str
 
 

@@ -1,8 +1,9 @@
-"""Training processes that come to grief at a chosen moment, by a signal, an exception or a full disk, and what they leave behind.
+"""Fault injection: stop a training process by a signal, an exception or a full disk.
 
-A moment is a number of calls made from this project's own code, in any thread: a profile function counts them and strikes at the n-th.
-So every line of a save, of the loader and of the loop may be the last one that ran. The processes are forked from a server that has
-torch imported already, and run the command's own `main`.
+A moment is a number of calls made from this project's own code, in any thread: a profile function
+counts them and strikes at the n-th. Any line of a save, of the loader and of the loop may therefore
+be the last one to run. The processes run the command's own `main`, forked from a server that has
+already imported torch.
 """
 
 import itertools
@@ -31,24 +32,24 @@ from zangchat.training import trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 SAVE_EVERY = 3
-SAVING = ("checkpoint_manager.py", "files.py")  # the files whose code makes a save
+SAVING = ("checkpoint_manager.py", "files.py")  # the files whose code writes a checkpoint
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "base": base_train.main,
     "mid": mid_train.main,
     "sft": chat_sft.main,
     "rl": chat_rl.main,
 }
-EXIT_CODES = {  # of a process that was struck; 0 where the fault came too late to matter
+EXIT_CODES = {  # of a process that was struck; 0 if the fault came too late to matter
     "kill": {-9},
     "SIGTERM": {143, -15, 0},
     "SIGINT": {130, 0},
     "exception": {1, 0},
-    "full disk": {2, 1, 0},  # 2: the last save failed, in one sentence; 1: what comes after it did
+    "full disk": {2, 1, 0},  # 2: the last save failed, in one sentence; 1: a later step failed
 }
 
 
 class Injected(Exception):
-    """A bug, out of the blue."""
+    """An unexpected bug."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,12 @@ class Fault:
     kind: str  # a key of EXIT_CODES, or "" for none
     moment: int  # strikes at this call
     saving: bool = False  # count only calls made by SAVING
-    lasts: int = 1 << 60  # a full disk has room again after so many further calls
-    room: int = 0  # bytes that a file may have on a full disk
+    lasts: int = 1 << 60  # a full disk has room again after this many further calls
+    room: int = 0  # maximum size of a file on a full disk, in bytes
 
 
 def flags(stage: str, root: Path) -> list[str]:
-    """A run of 10 steps that evaluates, saves in its midst and goes on where it stopped."""
+    """Flags of a run of 10 steps that evaluates, saves midway and resumes from its last save."""
     rl = "--task=vowels --task_size=40 --examples_per_step=4 --num_samples=3 --max_new_tokens=6 --num_iterations=10 --eval_every=5".split()
     rl += "--eval_examples=3 --eval_samples=2 --optimizer=adamw --matrix_lr=0.05 --init_lr_frac=1 --device_type=cpu".split()
     own = {"base": base_flags(root), "mid": mid_flags(root), "sft": sft_flags(root), "rl": rl}[stage]
@@ -80,17 +81,18 @@ def start(stage: str, root: Path, log: Path, fault: Fault | None = None) -> tupl
         process.kill()
         process.join()
         raise AssertionError(f"{stage} with {fault} hangs: {log.read_text(encoding='utf-8')[-2000:]}")
-    told = log.with_suffix(".json")
-    facts = json.loads(told.read_text(encoding="utf-8")) if told.exists() else {}
-    told.unlink(missing_ok=True)
-    return process.exitcode, facts
+    record_path = log.with_suffix(".json")
+    record = json.loads(record_path.read_text(encoding="utf-8")) if record_path.exists() else {}
+    record_path.unlink(missing_ok=True)
+    return process.exitcode, record
 
 
 def _victim(stage: str, root: str, log: str, fault: Fault | None) -> None:
     os.environ.update(ZANGCHAT_BASE_DIR=root, WANDB_RUN="dummy", WANDB_MODE="offline")
     torch.set_num_threads(1)
     full = fault is not None and fault.kind == "full disk"
-    sink = os.open("/dev/null" if full else log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)  # a file of its own would be full as well
+    # a full disk limits the log file as well
+    sink = os.open("/dev/null" if full else log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
     module = types.ModuleType("tasks.vowels")
@@ -106,7 +108,7 @@ def _victim(stage: str, root: str, log: str, fault: Fault | None) -> None:
     sys.exit(code)
 
 
-def _arm(fault: Fault, told: Path) -> "itertools.count[int]":
+def _arm(fault: Fault, record_path: Path) -> "itertools.count[int]":
     """Count the calls from this project's code, in this thread and all that start later, and strike."""
     counter = itertools.count()
     ours: dict[str, bool] = {}
@@ -123,7 +125,7 @@ def _arm(fault: Fault, told: Path) -> "itertools.count[int]":
         now = next(counter)
         if now == fault.moment and fault.kind:
             where = f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name} in {threading.current_thread().name}"
-            told.write_text(json.dumps({"struck": where}), encoding="utf-8")
+            record_path.write_text(json.dumps({"struck": where}), encoding="utf-8")
             _strike(fault)
         elif now == fault.moment + fault.lasts:
             _limit_files(-1)
@@ -145,21 +147,21 @@ def _strike(fault: Fault) -> None:
 
 
 def _limit_files(size: int) -> None:
-    """No file grows beyond `size` bytes (-1: any size), as far as this process writes it: what a full disk does, without one."""
+    """Simulate a full disk: this process can write no file beyond `size` bytes (-1: no limit)."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-def left_behind(root: Path, stage: str) -> dict[str, Any]:
-    """Weights, optimizer, run state and metrics, without what the clock decides."""
+def result_of(root: Path, stage: str) -> dict[str, Any]:
+    """Weights, optimizer, run state and metrics of a run, without its times."""
     lines = (folder(root, stage) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     metrics = [{key: value for key, value in json.loads(line).items() if key not in trainer.TIMES} for line in lines]
     return {**final(root, stage), "metrics": metrics}
 
 
 def differences(one: dict[str, Any], two: dict[str, Any]) -> list[str]:
-    """What two runs do not share, by name."""
+    """Names of the tensors and other parts in which two runs differ."""
     names = [name for name in ("state", "metrics") if one[name] != two[name]]
     tensors = [name for name in one["tensors"].keys() | two["tensors"].keys() if not _same(one, two, name)]
     return [*names, *sorted(tensors)]
@@ -171,19 +173,19 @@ def _same(one: dict[str, Any], two: dict[str, Any], name: str) -> bool:
 
 
 def newest_step(root: Path, stage: str) -> int:
-    """The step that --resume=latest would take; 0 where there is none."""
+    """The step from which --resume=latest would continue; 0 if there is none."""
     return checkpoint_manager.find_verified_step(folder(root, stage)) or 0
 
 
 def steps_done(root: Path, stage: str) -> int:
-    """By the metrics, whose last line may be torn."""
+    """The last step in the metrics, ignoring an incomplete last line."""
     path = folder(root, stage) / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     return max((json.loads(line)["step"] for line in lines), default=0)
 
 
 class Range:
-    """One stage to shoot at: a base directory from before it, and what the uninterrupted run made of it."""
+    """A stage to inject faults into: the base directory before it and its uninterrupted result."""
 
     def __init__(self, made: Path, place: Path, stage: str) -> None:
         self.stage, self.place, self.before = stage, place, place / "before"
@@ -200,30 +202,35 @@ class Range:
         root = self._fresh(name)
         code, _ = start(self.stage, root, self.place / "log")
         assert code == 0, (self.place / "log").read_text(encoding="utf-8")
-        return left_behind(root, self.stage)
+        return result_of(root, self.stage)
 
     def _count(self, saving: bool) -> int:
-        code, facts = start(self.stage, self._fresh("count"), self.place / "log", Fault("", 0, saving))
+        code, record = start(self.stage, self._fresh("count"), self.place / "log", Fault("", 0, saving))
         assert code == 0
-        return facts["calls"]
+        return record["calls"]
 
     def shoot(self, fault: Fault, *more: Fault) -> list[str]:
-        """Run, strike (again while resuming, for each further fault), go on to the end and compare. Returns where it struck."""
+        """Run with a fault, resume with each further fault, finish without faults, and compare.
+
+        Returns where the faults struck.
+        """
         root, log, struck = self._fresh("run"), self.place / "log", []
         for each in (fault, *more):
-            had = newest_step(root, self.stage)
-            code, facts = start(self.stage, root, log, each)
-            told = f"{each} at {facts.get('struck')}: exit code {code}, {log.read_text(encoding='utf-8')[-2000:] if log.exists() else ''}"
-            assert code in EXIT_CODES[each.kind] | (set() if "struck" in facts else {0}), told
-            if "struck" in facts:
-                struck.append(f"{each.kind}, {facts['struck']}")
-            has, done = newest_step(root, self.stage), steps_done(root, self.stage)
-            assert has >= had, told  # what was saved stays
-            if each.kind != "full disk":  # one save may have been under way when it struck
-                assert has >= (done - 1) // SAVE_EVERY * SAVE_EVERY - SAVE_EVERY, told
+            saved_before = newest_step(root, self.stage)
+            code, record = start(self.stage, root, log, each)
+            message = (
+                f"{each} at {record.get('struck')}: exit code {code}, {log.read_text(encoding='utf-8')[-2000:] if log.exists() else ''}"
+            )
+            assert code in EXIT_CODES[each.kind] | (set() if "struck" in record else {0}), message
+            if "struck" in record:
+                struck.append(f"{each.kind}, {record['struck']}")
+            saved, done = newest_step(root, self.stage), steps_done(root, self.stage)
+            assert saved >= saved_before, message  # no save is lost
+            if each.kind != "full disk":  # one save may have been in progress
+                assert saved >= (done - 1) // SAVE_EVERY * SAVE_EVERY - SAVE_EVERY, message
         code, _ = start(self.stage, root, log)
         assert code == 0, f"{(fault, *more)}, resumed: {log.read_text(encoding='utf-8')[-3000:]}"
-        assert differences(self.expected, left_behind(root, self.stage)) == [], f"{(fault, *more)} at {struck}"
+        assert differences(self.expected, result_of(root, self.stage)) == [], f"{(fault, *more)} at {struck}"
         return struck
 
     def random_fault(self, rng: random.Random) -> Fault:

@@ -1,9 +1,9 @@
-"""A pytest plugin that hears each command that the product prints in a test, and has it parsed.
+"""A pytest plugin that parses each command that the product prints during a test.
 
-It hears what a UserError says, what pytest captures (capsys and capfd included), what is logged,
-and what the processes print whose output a test collects. A command that its own parser refuses
-fails the test that it was printed in. Modules of others pass: the texts that models are trained on
-are full of them.
+It reads the message of each UserError, the output that pytest captures (capsys and capfd included),
+the log, and the output of child processes that a test collects. A command that its own parser
+refuses fails the test that printed it. Modules of other projects pass: the texts that models are
+trained on are full of them.
 """
 
 import subprocess
@@ -15,19 +15,19 @@ import pytest
 from tests.commands import OURS, find, problem
 from zangchat.errors import UserError
 
-_heard: dict[str, str] = {}  # each command -> what is wrong with it
-_wrong: list[str] = []  # since the last test ended
+_heard: dict[str, str] = {}  # each command -> its problem, or empty
+_wrong: list[str] = []  # problems since the last test ended
 _parsing = False
 
 
 def hear(text: "str | bytes | None") -> None:
-    """Parse what is new."""
+    """Parse the commands in `text` that have not been parsed before."""
     global _parsing
     if _parsing or not text:
         return
     if isinstance(text, bytes):
         text = text.decode("utf-8", "replace")
-    _parsing = True  # a parser's own sentence names a command, too
+    _parsing = True  # a parser's own message names commands, too
     try:
         for line in find(text):
             if line not in _heard:
@@ -57,7 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _listened(capture: Any) -> Any:
-    """A capsys or capfd, heard when it is read; the sections of the report have the rest."""
+    """Make a capsys or capfd call `hear` on each read; the report's sections have the rest."""
     read = capture.readouterr
 
     def readouterr() -> Any:

@@ -1,18 +1,18 @@
-"""Machines that are not here: a PATH with a few tools of the system and stand-ins for the rest.
+"""Simulated machines: a PATH with a few tools of the system and stand-ins for the rest.
 
-The stand-ins of macOS refuse what its own tools lack, and its `wc` pads.
+The stand-ins for macOS refuse the options that its own tools lack, and its `wc` pads.
 """
 
 import shutil
 import subprocess
 from pathlib import Path
 
-# What a bare Linux or macOS has: no python3, pip, uv, cargo or nvidia-smi.
+# The tools of a bare Linux or macOS: no python3, pip, uv, cargo or nvidia-smi.
 TOOLS = """awk basename bash cat chmod cksum cp cut date df dirname env find grep head hostname id
 ls mkdir mktemp mv printf ps pwd readlink rm sed seq sh sleep sort tail tee touch tr uname wc
 which""".split()
 GNU = "timeout flock nproc tac setsid sha256sum".split()
-# tool -> what an argument must not look like on macOS (a pattern of bash's `case`)
+# tool -> arguments that macOS refuses (a pattern of bash's `case`)
 REFUSED = {
     "sed": "-i|-r|-z|-s|--*",
     "grep": "-P|-*P|--perl*",
@@ -35,7 +35,7 @@ REFUSED = {
 
 
 class Machine:
-    """`install(name, text)` adds a program; `run(command)` runs with nothing else on the PATH."""
+    """`install(name, text)` adds a program; `run(command)` has nothing else on its PATH."""
 
     def __init__(self, folder: Path, system: str = "Linux") -> None:
         self.bin, self.home = folder / "bin", folder / "home"
@@ -79,7 +79,7 @@ exit {code}"""
 
 
 def gpus(*migs: int) -> str:
-    """What `nvidia-smi -L` lists: a line for each GPU, with so many MIG instances below it."""
+    """The list of `nvidia-smi -L`: a line for each GPU, followed by its number of MIG instances."""
     lines = []
     for i, instances in enumerate(migs):
         lines.append(f"GPU {i}: NVIDIA H100 80GB HBM3 (UUID: GPU-{i}a5de8f1-0000-1111-2222-33334444555{i})")
@@ -88,5 +88,5 @@ def gpus(*migs: int) -> str:
 
 
 def no_path(name: str) -> str:
-    """`name` is a shim of pyenv that leads nowhere."""
+    """The text of a pyenv shim for `name` that finds no program."""
     return f'echo "pyenv: {name}: command not found" >&2\nexit 127'

@@ -1,7 +1,10 @@
-"""A pid, network and mount namespace of the tests' own, in which the sandbox is attacked: one that fails cannot hurt the machine.
+"""Attack the sandbox inside a pid, network and mount namespace.
 
-`Guard` starts this file inside and asks it, a JSON line at a time, to run programs. The server in there is process 1, which signals from
-inside cannot kill; a canary beside it shows whether one got out, and the list of processes whether a program left any behind.
+An attack that succeeds cannot hurt the machine.
+
+`Guard` starts this file in the namespace and asks it, one JSON line at a time, to run programs. The
+server is process 1 there, which signals from inside cannot kill. A canary process next to it shows
+whether a signal escaped the sandbox, and the process list shows whether a program left a process.
 """
 
 import fcntl
@@ -26,11 +29,11 @@ MEMORY = 256 * 2**20
 
 
 class GuardError(RuntimeError):
-    """Something got out of the sandbox, as far as this guard."""
+    """Something escaped from the sandbox and was caught by this guard."""
 
 
 class Guard:
-    """The outside. Raises OSError where the kernel forbids such namespaces."""
+    """The outer side. Raises OSError if the kernel forbids such namespaces."""
 
     def __init__(self, home: Path) -> None:
         user = [] if os.getuid() == 0 else ["--user", "--map-current-user", "--keep-caps"]
@@ -60,7 +63,10 @@ class Guard:
     def run(
         self, code: str, timeout: float = 5.0, memory: int = MEMORY, tests: tuple[str, str] | None = None, jail: Jail | None = None
     ) -> ExecutionResult:
-        """The program, in the strongest jail or in `jail`; GuardError if a process of it is left, or the canary is dead."""
+        """Run the program in `jail`, by default the strongest one.
+
+        Raises GuardError if it leaves a process or kills the canary.
+        """
         given = asdict(jail) if jail else None
         return ExecutionResult(**self.ask(do="run", codes=[code], timeout=timeout, memory=memory, tests=tests, jail=given)[0])
 
@@ -77,12 +83,12 @@ class Guard:
         self.server.wait()
 
 
-# ---- the inside -----------------------------------------------------------------------------------------------------
+# ---- the inner side ------------------------------------------------------------------------------
 
 
 def serve() -> None:
     raise_loopback()
-    for _ in range(32):  # numbers that a process in a jail has, too: the canary's is another
+    for _ in range(32):  # a process in a jail has such a pid, too: the canary's must differ
         canary = subprocess.Popen(["sleep", "1000"])
         if canary.pid >= 32:
             break
@@ -101,7 +107,8 @@ def serve() -> None:
             answer["broken"] = str(error)
         if canary.poll() is not None:
             answer["escaped"] = f"a signal of the program killed another process ({canary.returncode})"
-        deadline = time.monotonic() + 3.0  # killed they all are when the verdict is there; the kernel takes its time to bury them
+        # all are killed by now, but the kernel may list them a little longer
+        deadline = time.monotonic() + 3.0
         while (left := processes() - usual) and time.monotonic() < deadline:
             time.sleep(0.005)
         if left:
@@ -117,18 +124,18 @@ def run(request: dict[str, Any], jail: Jail) -> list[dict[str, Any]]:
 
 
 def raise_loopback() -> None:
-    """So that an attack on the network has somebody to reach."""
+    """Bring up the loopback device, so that an attack on the network has a target."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh14x", b"lo", 1))  # SIOCSIFFLAGS, IFF_UP
 
 
 def processes() -> set[str]:
-    """All that live in this namespace."""
+    """The pids of all live processes in this namespace."""
     found = set()
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             text = path.read_text()
-        except OSError:  # it has just ended
+        except OSError:  # it ended in the meantime
             continue
         if text.rsplit(") ", 1)[1][0] not in "ZX":
             found.add(text.split(" ", 1)[0])

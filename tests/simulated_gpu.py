@@ -1,8 +1,9 @@
-"""A GPU that is not there: which bytes would be on it and what would run on it, without the numbers.
+"""A simulated GPU that tracks memory and operations but computes no values.
 
-torch's FakeTensorMode gives every tensor a shape, a dtype and a device, but no values. So a step that is run on a simulated GPU shows
-mistakes of device and dtype, counts what the step allocates, and fails wherever the host would have to wait for a value. It shows
-nothing of kernels: their speed, their rounding, their workspaces, the allocator's waste.
+torch's FakeTensorMode gives every tensor a shape, a dtype and a device, but no values. A step on a
+simulated GPU therefore reveals mistakes of device and dtype, counts the bytes that it allocates,
+and fails whenever the host would have to wait for a value. It says nothing about kernels (speed,
+rounding, workspaces) or about the allocator's overhead.
 """
 
 import collections
@@ -26,7 +27,7 @@ PAGE = 512  # bytes: torch's CUDA allocator rounds up to a multiple
 
 
 class Usage(TorchDispatchMode):
-    """Bytes in the storages of simulated tensors on the GPU, now and at most since `peak` was set; and how often each operation ran."""
+    """Bytes of simulated tensors on the GPU (now, and at their peak), and calls by operation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,8 +60,10 @@ class Usage(TorchDispatchMode):
 
 @contextlib.contextmanager
 def simulated_gpu() -> Iterator[Usage]:
-    """Within it tensors have no values, and those made on DEVICE are counted. Attention is torch's flash kernel; what the host sends in
-    pinned memory is there at once."""
+    """Give tensors no values, and count those on DEVICE.
+
+    Attention is torch's flash kernel. Copies from pinned memory complete at once.
+    """
 
     def sent(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.zeros(len(values), dtype=dtype, device=device)
@@ -74,20 +77,24 @@ def simulated_gpu() -> Iterator[Usage]:
             patch.setattr(module, "to_device", sent)
         patch.setitem(attention._kernels, "sdpa", flash)
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))  # Hopper
-        patch.setattr(torch._C, "_current_graph_task_id", lambda: 1)  # what a recomputed block is kept under during a backward pass
+        # the key of a recomputed block during a backward pass
+        patch.setattr(torch._C, "_current_graph_task_id", lambda: 1)
         yield usage
 
 
 @torch.no_grad()
 def backward(losses: list[Tensor]) -> None:
-    """losses.pop().backward(), node by node, each freed when it is done: torch's own engine wants a real device."""
+    """losses.pop().backward() without torch's engine, which needs a real device.
+
+    Each node is freed as soon as it is done.
+    """
     ready: list[Any] = [losses.pop().grad_fn]
     missing = _uses(ready[0])
     grads: dict[Any, dict[int, Tensor]] = {ready[0]: {0: torch.ones((), device=DEVICE)}}
     while ready:
         node = ready.pop()
         inputs = grads.pop(node, {})
-        step = getattr(node, "apply", node)  # a node of Python's is no function
+        step = getattr(node, "apply", node)  # a node written in Python cannot be called
         results = step(*[inputs.pop(i, None) for i in range(len(node._input_metadata))])
         edges = node.next_functions
         del node, step
@@ -107,7 +114,7 @@ def backward(losses: list[Tensor]) -> None:
 
 
 def _uses(root: Any) -> collections.Counter[Any]:
-    """How many nodes hand a gradient to each node."""
+    """The number of nodes that pass a gradient to each node."""
     uses: collections.Counter[Any] = collections.Counter()
     seen, stack = {root}, [root]
     while stack:
@@ -121,7 +128,7 @@ def _uses(root: Any) -> collections.Counter[Any]:
 
 
 def _emptied(items: list[Any]) -> Iterator[Any]:
-    """The items, each let go of when it is handed out."""
+    """Yield the items, keeping no reference to those already yielded."""
     items.reverse()
     while items:
         yield items.pop()

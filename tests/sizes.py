@@ -1,4 +1,7 @@
-"""What a test of the defaults may set: sizes. Whatever else such a run has, it has by default, like a user's first run."""
+"""The sizes, the only settings that a test of the defaults may change.
+
+Everything else keeps its default, as in a user's first run.
+"""
 
 import os
 import shlex
@@ -21,14 +24,14 @@ VARIABLES = frozenset(
 
 
 def users_environment(**more: str) -> dict[str, str]:
-    """The environment of a first user, as far as it is ours, with `more`: nothing that the tests set for each other."""
+    """The environment of a new user plus `more`, without any variable that the tests set."""
     ours = {*VARIABLES, "ZANGCHAT_BASE_DIR", "ZANGCHAT_EVAL_BUNDLE_URL", "OMP_NUM_THREADS", "WANDB_MODE"}
-    left = {name: value for name, value in os.environ.items() if name not in ours and not name.startswith("PYTEST")}
-    return left | more
+    inherited = {name: value for name, value in os.environ.items() if name not in ours and not name.startswith("PYTEST")}
+    return inherited | more
 
 
 def rehearsal() -> dict[str, str]:
-    """The variables that the head of speedrun.sh gives for a rehearsal, so that what it promises is what is tested."""
+    """The variables of the rehearsal that the header of speedrun.sh promises to work."""
     lines = (ROOT / "speedrun.sh").read_text(encoding="utf-8").splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("#   DEPTH=2"))
     command = ""
@@ -43,7 +46,7 @@ def rehearsal() -> dict[str, str]:
 
 
 def others(variables: dict[str, str]) -> list[str]:
-    """Of variables for a chain, those that are no sizes; a variable of more flags may hold sizes."""
+    """The variables of a chain that are not sizes, including flags within the *_FLAGS variables."""
     found = []
     for name, value in variables.items():
         if name.endswith("_FLAGS"):

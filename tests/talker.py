@@ -1,4 +1,4 @@
-"""A model that says what it is told to, for tests of everything around the model: the server, the terminal chat, the page."""
+"""A model with scripted replies, for tests of the server, the terminal chat and the page."""
 
 import threading
 import time
@@ -23,9 +23,11 @@ QUESTION, QUESTION_END, ANSWER, ANSWER_END = (
 
 
 class Talker:
-    """Stands in for GPT: `reply(question)` is the text to say to the last user message (or to a bare prompt), special tokens by name.
+    """Stands in for GPT: `reply(question)` is the reply to the last user message.
 
-    It keeps the tokens themselves in the cache, so that what it says depends on its own row alone. `pause` is its time per forward pass.
+    The question of a bare prompt is "". Special tokens in a reply are written by name. The cache
+    holds the tokens themselves, so a reply depends only on its own row. `pause` is the time per
+    forward pass, in seconds.
     """
 
     compute_dtype = torch.float32
@@ -51,12 +53,12 @@ class Talker:
         return logits
 
     def _next(self, tokens: list[int]) -> int:
-        before, question = 1, ""  # of a bare prompt, taken to be <|bos|> alone
+        before, question = 1, ""  # the default: a bare prompt, assumed to be only <|bos|>
         if ANSWER in tokens:
             before = _last(tokens, ANSWER) + 1
             question = TOKENIZER.decode(tokens[_last(tokens, QUESTION) + 1 : _last(tokens, QUESTION_END)])
-        said = [*encode(self.reply(question)), ANSWER_END]
-        return said[min(len(tokens) - before, len(said) - 1)]
+        answer = [*encode(self.reply(question)), ANSWER_END]
+        return answer[min(len(tokens) - before, len(answer) - 1)]
 
 
 def _last(tokens: list[int], token: int) -> int:
@@ -64,7 +66,7 @@ def _last(tokens: list[int], token: int) -> int:
 
 
 def encode(text: str) -> list[int]:
-    """Text in which <|...|> are special tokens."""
+    """Encode text, with special tokens written as <|...|>."""
     tokens: list[int] = []
     for i, piece in enumerate(text.replace("|>", "<|").split("<|")):
         tokens += [TOKENIZER.encode_special(f"<|{piece}|>")] if i % 2 else TOKENIZER.encode(piece)
@@ -95,7 +97,7 @@ def serving(*engines: Engine, **settings: Any) -> Iterator[tuple[str, Any]]:
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 15.0) -> bool:
-    """Whether a condition comes true; waiting ends with it."""
+    """Wait until a condition holds, for at most `seconds`; return whether it did."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:

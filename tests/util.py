@@ -1,4 +1,4 @@
-"""What several tests share: a tokenizer of single bytes, small models and datasets."""
+"""Shared helpers: a tokenizer of single bytes, small models and datasets."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from zangchat.tokenizer import RustBPETokenizer
 
 
 class ByteTokenizer(RustBPETokenizer):
-    """Token i < 256 is the byte i, then come the special tokens: nothing to train, and everything about it is obvious."""
+    """Token i < 256 is the byte i, followed by the special tokens; no training needed."""
 
     fingerprint = "bytes"
 
@@ -23,7 +23,7 @@ class ByteTokenizer(RustBPETokenizer):
 
 
 def lively_model(vocab_size: int, sequence_len: int, n_layer: int, n_embd: int, seed: int, std: float = 0.3) -> GPT:
-    """Random, two heads, and loud: every weight matters to the logits."""
+    """A random model with two heads and weights large enough to affect the logits."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(sequence_len=sequence_len, vocab_size=vocab_size, n_layer=n_layer, n_head=2, n_kv_head=2, n_embd=n_embd))
     model.init_weights()

@@ -1,4 +1,4 @@
-//! Arrow arrays of strings from Python, by the C data interface: the memory stays where it is, and is kept until dropped.
+//! Arrow arrays of strings from Python, through the C data interface, without a copy; dropping them releases the memory.
 //!
 //! <https://arrow.apache.org/docs/format/CDataInterface.html> and CStreamInterface, CDataInterface/PyCapsuleInterface there.
 
@@ -45,7 +45,7 @@ struct ArrowArrayStream {
     private_data: *mut c_void,
 }
 
-/// The three structs, as their owner: taken out of a capsule or filled by a producer, released when dropped.
+/// Owner of one of the three structs, moved out of a capsule or filled by a producer. Released when dropped.
 struct Owned<T: Released>(T);
 
 trait Released: Sized {
@@ -66,7 +66,7 @@ macro_rules! released {
 released!(ArrowSchema c"arrow_schema" ArrowArray c"arrow_array" ArrowArrayStream c"arrow_array_stream");
 
 impl<T: Released> Owned<T> {
-    /// Released already: what a producer may fill.
+    /// A struct marked as released, for a producer to fill.
     fn empty() -> Self {
         // SAFETY: the structs hold integers, pointers and optional functions, all of which may be zero.
         Owned(unsafe { std::mem::zeroed() })
@@ -75,7 +75,7 @@ impl<T: Released> Owned<T> {
     fn take(capsule: &Bound<'_, PyAny>) -> PyResult<Self> {
         let place = capsule.cast::<PyCapsule>()?.pointer_checked(Some(T::NAME))?.cast::<T>().as_ptr();
         // SAFETY: a capsule of this name holds this struct. Moving it means to copy it and to mark the original as released;
-        // one that is released already owns nothing, and its pointers lead to freed memory.
+        // a released one owns nothing, and its pointers refer to freed memory.
         unsafe {
             if (*place).release().is_none() {
                 return Err(PyValueError::new_err(format!("the Arrow capsule {:?} was read before: each can be read once", T::NAME)));
@@ -96,7 +96,7 @@ impl<T: Released> Drop for Owned<T> {
     }
 }
 
-/// An array of strings: where each lies in `data`, nulls left out.
+/// An array of strings: the position of each in `data`, without nulls.
 pub struct Strings {
     pub rows: Vec<Range<usize>>,
     data: *const u8,
@@ -132,7 +132,7 @@ impl Strings {
         }
     }
 
-    /// Checks what can be checked: the interface does not say how long a buffer is.
+    /// Checks the offsets; lengths of buffers cannot be checked, since the interface does not give them.
     fn of(owner: Owned<ArrowArray>, offset_bytes: usize) -> PyResult<Self> {
         let damaged = || PyValueError::new_err("the Arrow array is damaged: its offsets do not ascend, or its buffers are missing");
         let array = &owner.0;
@@ -154,7 +154,7 @@ impl Strings {
             return Err(damaged());
         }
         let offset = |row: usize| {
-            // SAFETY: rows are from the array's first to one behind its last, which is how many offsets there are.
+            // SAFETY: rows are from the array's first to one after its last, which is the number of offsets.
             let signed = unsafe {
                 match offset_bytes {
                     4 => offsets.cast::<i32>().add(row).read_unaligned() as i64,
@@ -182,7 +182,7 @@ impl Strings {
         Ok(strings)
     }
 
-    /// How many were left out.
+    /// The number of nulls.
     pub fn nulls(&self) -> usize {
         self._owner.0.length as usize - self.rows.len()
     }
@@ -202,7 +202,7 @@ type Get<T> = Option<unsafe extern "C" fn(*mut ArrowArrayStream, *mut T) -> c_in
 impl Owned<ArrowArrayStream> {
     fn ask<T: Released>(&mut self, get: impl Fn(&ArrowArrayStream) -> Get<T>, answer: &mut Owned<T>) -> PyResult<()> {
         let Some(get) = get(&self.0) else { return Err(PyValueError::new_err("the Arrow stream has been read already")) };
-        // SAFETY: a stream that is not released has its functions, which fill what they are given or return an error.
+        // SAFETY: a stream that is not released has its functions, which fill their argument or return an error.
         if unsafe { get(&mut self.0, &mut answer.0) } == 0 {
             return Ok(());
         }

@@ -1,8 +1,8 @@
-//! Counting the distinct pieces of a corpus, on several threads, in memory that grows with the distinct pieces alone.
+//! Counts the distinct pieces of a corpus on several threads. Memory grows only with the number of distinct pieces.
 //!
-//! Performance notes. Half the time went into waiting for a slot: a thread's table is bigger than the 1 MB of cache that a core
-//! has. CPU time of 286 MB of English on one busy core of a 2.5 GHz Xeon, medians of 5: slot after slot 113 MB/s; asking for 64
-//! slots before the first is needed 139 MB/s. Pages of 2 MiB (madvise) gave nothing that could be told from noise.
+//! Performance notes. Half the time was spent waiting for slots, since a thread's table exceeds a core's 1 MB of cache. Counting
+//! 286 MB of English on one busy core of a 2.5 GHz Xeon (CPU time, medians of 5): 113 MB/s one slot at a time, 139 MB/s when 64
+//! slots are prefetched before the first is used. Pages of 2 MiB (madvise) gave no gain above the noise.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{channel, Receiver, RecvTimeoutError, Sender};
@@ -14,23 +14,23 @@ use crate::split::{Splitter, WINDOW};
 use crate::train::Words;
 use crate::{in_parallel, key_of, mix, prefetch, Error, KEY_BYTES};
 
-/// Tables that all threads share are cut in this many parts by the first bits of the hash, each under a lock of its own.
+/// The first SHARD_BITS bits of the hash choose the shard of the shared tables. Each shard has its own lock.
 const SHARD_BITS: u32 = 6;
-/// A thread's own table: 3 MB, given to the shared ones when it is half full.
+/// A thread's own table has 2^LOCAL_BITS slots (3 MB), and is merged into the shared tables when half full.
 const LOCAL_BITS: u32 = 17;
-/// So many pieces are worth a thread that sorts them.
+/// Sorting this many pieces is worth a thread.
 const WORTH_A_THREAD: usize = 1 << 14;
-/// So many pieces' slots are asked for before the first of them is looked at, and at most a window's more.
+/// Slots that are prefetched before the first of them is read; at most a window's worth more.
 const WAITING: usize = 64;
 
-/// A table of pieces and counts with open addressing. A slot follows from the hash's first bits, so that two tables
-/// have their pieces in nearly the same order, and emptying one into another walks through both from begin to end.
+/// A table of pieces and counts with open addressing. The hash's first bits choose the slot, so two tables have their
+/// pieces in nearly the same order, and merging one into another walks through both from start to end.
 struct Table {
     slots: Vec<Slot>,
     bits: u32,
-    skip: u32, // leading bits of the hash that do not matter here: they chose the shard
+    skip: u32, // leading bits of the hash to ignore: they chose the shard
     used: usize,
-    long: Vec<u8>, // pieces that are no key, each after its length in 8 bytes
+    long: Vec<u8>, // pieces too long for a key, each after its length in 8 bytes
 }
 
 #[derive(Clone, Copy, Default)]
@@ -39,12 +39,12 @@ struct Slot {
     count: u64, // 0: free
 }
 
-/// A piece of up to 15 bytes is its own key: the bytes, zeros, and the length in the last byte. Of a longer one it is the
-/// hash, and behind LONG the place in `Table::long`.
+/// A piece of up to 15 bytes is its own key: the bytes, zeros, and the length in the last byte. The key of a longer piece
+/// is its hash, LONG, and its place in `Table::long`.
 type Key = [u64; 2];
 const LONG: u64 = 0xff << 56;
 
-/// A short piece whose slot is on its way from memory.
+/// A short piece whose slot is being prefetched.
 #[derive(Clone, Copy, Default)]
 struct Waiting {
     hash: u64,
@@ -67,13 +67,13 @@ impl Table {
         Table { slots: vec![Slot::default(); 1 << bits], bits, skip, used: 0, long: Vec::new() }
     }
 
-    /// Where a key of this hash is looked for first.
+    /// The first slot to probe for a key with this hash.
     #[inline]
     fn place(&self, hash: u64) -> usize {
         (hash << self.skip >> (64 - self.bits)) as usize
     }
 
-    /// The slot of a key that `same` recognises, else the free one where it belongs.
+    /// The slot of the key that `same` recognises, or the free slot for it.
     #[inline]
     fn find(&self, hash: u64, same: impl Fn(Key) -> bool) -> usize {
         let mut at = self.place(hash);
@@ -123,7 +123,7 @@ fn long_piece(long: &[u8], place: u64) -> &[u8] {
     &long[at + 8..][..word_at(long, at) as usize]
 }
 
-/// The piece of a key; a short one is put into `buffer`.
+/// The piece of a key; a short one is written to `buffer`.
 fn piece_of<'a>(key: Key, long: &'a [u8], buffer: &'a mut [u8; 16]) -> &'a [u8] {
     if key[1] >= LONG {
         return long_piece(long, key[1]);
@@ -158,12 +158,12 @@ impl Counter {
         &self.splitter
     }
 
-    /// Makes the threads end what they do with `Error::Interrupted`, as soon as they can.
+    /// Makes the threads stop with `Error::Interrupted` as soon as they can.
     pub fn stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
     }
 
-    /// The counts, for training: a part for each thread, in the order of the pieces' bytes as far as their first 8 tell.
+    /// The counts for training, one part for each thread, ordered by the first 8 bytes of the pieces.
     pub fn into_words(self, threads: usize) -> Result<Vec<Words>, Error> {
         let tables = self.shards.into_iter().map(|shard| shard.into_inner().expect("no thread panics while it holds a shard"));
         let tables: Vec<Table> = tables.collect();
@@ -173,7 +173,7 @@ impl Counter {
             (long.len() - table.long.len()) as u64
         });
         let long_at: Vec<u64> = long_at.collect();
-        // What is sorted is all that is known of a piece, so that the tables are not asked again.
+        // The sorted items contain everything about a piece, so that the tables are not read again.
         let pieces_of = |number: usize| {
             let (table, long_at) = (&tables[number], long_at[number]);
             table.slots.iter().filter(|slot| slot.count > 0).map(move |slot| {
@@ -185,7 +185,7 @@ impl Counter {
             })
         };
         let threads = threads.min(1 + tables.iter().map(|table| table.used).sum::<usize>() / WORTH_A_THREAD);
-        // One table has pieces of all kinds, and tells how to share them.
+        // A single table is a representative sample, and shows how to divide the pieces.
         let mut sample: Vec<u64> = pieces_of(0).map(|(beginning, ..)| beginning).collect();
         sample.sort_unstable();
         let cuts: Vec<u64> = (1..threads).filter_map(|number| sample.get(sample.len() * number / threads).copied()).collect();
@@ -224,7 +224,7 @@ impl Counter {
                 }
                 self.take(&mut local.table);
             });
-            thread.ok() // a system that gives no more threads is left in peace
+            thread.ok() // the system may refuse more threads
         });
         let threads: Vec<_> = threads.collect();
         let own = threads.is_empty().then(|| (LocalCounter::new(self), finish));
@@ -232,7 +232,7 @@ impl Counter {
     }
 }
 
-/// Threads that count batches while others are read.
+/// Threads that count batches while the next ones are read.
 pub struct Pool<'scope, T> {
     threads: Vec<ScopedJoinHandle<'scope, ()>>,
     /// Counts here if no thread could be started.
@@ -242,11 +242,11 @@ pub struct Pool<'scope, T> {
     under_way: usize,
 }
 
-/// A batch, and how counting it ended.
+/// A batch and the result of counting it.
 type Counted<T> = (Vec<T>, Result<(), Error>);
 
 impl<T: AsRef<[u8]>> Pool<'_, T> {
-    /// Texts that one thread counts, in one go. They are UTF-8; where they are not, `finished` returns an error.
+    /// Submits texts for one thread to count together. If they are not UTF-8, `finished` returns an error.
     pub fn add(&mut self, batch: Vec<T>) {
         self.under_way += 1;
         let Some((own, finish)) = &mut self.own else { return self.send.send(batch).expect("the threads live as long as the pool") };
@@ -255,7 +255,7 @@ impl<T: AsRef<[u8]>> Pool<'_, T> {
         finish.send((batch, counted)).expect("the receiver is ours");
     }
 
-    /// Whether every thread has work, and the next.
+    /// Whether every thread has work, and more is queued.
     pub fn is_full(&self) -> bool {
         self.under_way > 2 * self.threads.len()
     }
@@ -264,7 +264,7 @@ impl<T: AsRef<[u8]>> Pool<'_, T> {
         self.under_way == 0
     }
 
-    /// Waits for a batch to be finished, but no longer than `patience`. It is returned, for its owner to drop.
+    /// Waits at most `patience` for a finished batch, and returns it for its owner to drop.
     pub fn finished(&mut self, patience: Duration) -> Option<Counted<T>> {
         match self.finished.recv_timeout(patience) {
             Ok(finished) => {
@@ -338,14 +338,14 @@ impl Counter {
         }
     }
 
-    /// Empties a thread's table into the shared ones.
+    /// Moves a thread's table into the shared tables.
     fn take(&self, local: &mut Table) {
         let mut open: Option<(usize, MutexGuard<Table>)> = None;
         for slot in local.slots.iter().filter(|slot| slot.count > 0) {
             let hash = hash_of(slot.key);
             let shard = (hash >> (64 - SHARD_BITS)) as usize;
             if open.as_ref().is_none_or(|(number, _)| *number != shard) {
-                drop(open.take()); // the lock is given back before the next is taken
+                drop(open.take()); // release the lock before taking the next one
                 open = Some((shard, self.shards[shard].lock().expect("no thread panics while it holds a shard")));
             }
             let (_, table) = open.as_mut().expect("just locked");
@@ -402,7 +402,7 @@ mod tests {
 
     #[test]
     fn counting_does_not_depend_on_threads_or_batches() {
-        // Words of every length around the borders of the keys, often and rarely, more than a thread's table holds
+        // Words of all lengths around the key sizes, frequent and rare, more than a thread's table holds
         let mut draw = crate::draws(5);
         let letters = |n: usize| n.to_string().bytes().map(|digit| (digit - b'0' + b'q') as char).collect::<String>();
         let word = |n: usize| "abcdefghijklmnop".repeat(4)[..1 + n % 61].to_owned() + &letters(n);

@@ -3,10 +3,10 @@
 //! The rules are tiktoken's: a piece that is a token is that token; otherwise start from single bytes and join
 //! the neighbours whose joined bytes have the lowest rank, the leftmost first, until no two neighbours join.
 //!
-//! Parts are always tokens, so "the rank of the joined bytes" is a function of two ids, and one table of id pairs,
-//! built from every way to cut a token in two tokens, answers it without touching bytes; ids and ranks are the same
-//! numbers. Short pieces keep their parts in an array that is scanned for the minimum, long ones (a megabyte of one
-//! letter is a single piece) use buckets of positions. Each thread remembers the ids of pieces in a cache of fixed size.
+//! Parts are always tokens, so the rank of the joined bytes is a function of two ids. A table of id pairs, built from
+//! every split of a token into two tokens, gives it without touching bytes; ids and ranks are the same numbers. Short
+//! pieces keep their parts in an array that is scanned for the minimum. Long ones (a megabyte of one letter is a
+//! single piece) use buckets of positions. Each thread caches the ids of pieces in a cache of fixed size.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -21,30 +21,30 @@ use crate::split::{Splitter, WINDOW};
 use crate::{ask_for_huge_pages, in_parallel, key_of, mix, prefetch, runs_of, worker_threads, Error, KEY_BYTES, RUN_BYTES};
 
 const NONE: u32 = u32::MAX;
-/// Three ids fit in 64 bits, and all bits set are no ids.
+/// Three ids fit in 64 bits, and no ids set all bits.
 pub const MAX_TOKENS: usize = (1 << PairTable::ID_BITS) - 1;
 /// Pieces up to this many bytes are merged by scanning.
 const SCAN_LIMIT: usize = 96;
-/// Pieces up to this many bytes are in the cache; the key of those beyond KEY_BYTES is their hash.
+/// Pieces up to this many bytes are in the cache; the key of a piece longer than KEY_BYTES is its hash.
 const CACHED_BYTES: usize = 255;
-/// The cache has 2^SET_BITS sets of four pieces, 128 bytes each: 16 MB a thread, when it is full.
+/// The cache has 2^SET_BITS sets of four pieces, 128 bytes each: 16 MB per thread when full.
 const SET_BITS: u32 = 17;
 const SETS: usize = 1 << SET_BITS;
-/// Room for the ids (and the bytes) of pieces that do not fit in their entry; the cache starts anew when it is used up.
+/// Room for the ids (and the bytes) of pieces that do not fit in their entry; the cache is cleared when it is used up.
 const SPILLED: usize = 1 << 20;
-/// So many pieces are cut off before the first of them is looked up, and at most a window's more.
+/// Pieces to split off before the first of them is looked up; at most a window's worth more.
 const WAITING: usize = 64;
-/// Ids of a piece that fit in its entry.
+/// The number of ids that fit in a piece's entry.
 const INLINE_IDS: usize = 3;
-/// Parts for which memory is kept for the next piece.
+/// Memory for this many parts is kept for the next piece.
 const KEPT_PARTS: usize = 1 << 20;
 
-/// A vocabulary and its pattern, ready to encode. Immutable but for its caches: any number of threads may share it.
+/// A vocabulary and its pattern, ready to encode. Immutable except for its caches, so any number of threads may share it.
 pub struct Encoder {
     splitter: Splitter,
     tokens: TokenTable,
     byte_ids: [u32; 256],
-    /// What two single bytes join to, at 256 x left + right: the first look at a piece goes here.
+    /// The token that two single bytes join to, at 256 x left + right; the first lookup of every piece.
     byte_pairs: Box<[u32]>,
     pairs: PairTable,
     scratches: Mutex<Vec<Scratch>>,
@@ -57,7 +57,7 @@ pub struct Scratch {
     parts: Parts,
 }
 
-/// A piece whose place in the cache is on its way from memory.
+/// A piece whose cache set is being prefetched.
 #[derive(Clone, Copy, Default)]
 struct Waiting {
     key: Key,
@@ -72,14 +72,14 @@ impl Default for Scratch {
     }
 }
 
-/// The ids (or bytes) of documents, end to end through all the runs, and how many belong to each document.
+/// The concatenated ids (or bytes) of the documents of all runs, and the number for each document.
 pub struct Documents<T> {
     pub runs: Vec<Vec<T>>,
     pub lengths: Vec<usize>,
 }
 
 impl Encoder {
-    /// `tokens[id]` are the bytes of a token, and its id is its rank. All 256 single bytes must be there.
+    /// `tokens[id]` are the bytes of a token, and its id is its rank. All 256 single bytes must be included.
     pub fn new(tokens: &[Box<[u8]>], pattern: &str) -> Result<Self, Error> {
         if tokens.len() > MAX_TOKENS {
             return Err(Error::Ranks(format!("{} tokens are too many, {MAX_TOKENS} are possible", tokens.len())));
@@ -150,16 +150,16 @@ impl Encoder {
         split
     }
 
-    /// Their places in the cache are on the way from memory while the next pieces are cut off.
+    /// Their cache sets are prefetched while the next pieces are split off.
     ///
-    /// Performance notes, 20 MB of English, vocabulary 32,768, one core of a 2.5 GHz Xeon whose other core was not idle: a look-up for each
-    /// piece as it is cut off 90 to 130 MB/s; with the keys of 64 first 165; with a cache so large that 0.4 % of the pieces are merged
-    /// again, not 2 %, 200; 0.05 %, 221; with all memory of the process in pages of 2 MiB 256 (the first time 112, 104, 120), for the cache
-    /// alone not timed. A later machine load, in turns: 239 to 247 as it was; keys made window by window, both entries of a line compared
-    /// without a branch 238 to 245, which is noise; text asked for ahead as well (split.rs) 249 to 258. Keys in batches of 130 instead,
-    /// through `windows(2)`, 203. A piece that the cache does not know costs about 0.7 microseconds, most of it waiting for memory:
-    /// 110 MB/s the first time, 115 to 121 since the second half of a set is left alone and the other pair's slot asked for in `join`.
-    /// By simulation: with one place for a piece 4 % are merged again; moving what is found to the very front is no better.
+    /// Performance notes: 20 MB of English, vocabulary 32,768, one core of a 2.5 GHz Xeon whose other core was not idle. One lookup per
+    /// piece as it is split off: 90 to 130 MB/s. Computing 64 keys first: 165. A cache so large that only 0.4 % of the pieces are
+    /// merged again, instead of 2 %: 200; with 0.05 %: 221. All memory of the process in pages of 2 MiB: 256 (first pass 112, 104,
+    /// 120); only the cache: not timed. Under a later machine load, alternating runs: 239 to 247 unchanged; with keys computed window
+    /// by window and both entries of a line compared without a branch 238 to 245, which is noise; with text prefetched as well
+    /// (split.rs) 249 to 258; with keys in batches of 130, through `windows(2)`, 203. A cache miss costs about 0.7 microseconds, mostly
+    /// waiting for memory: 110 MB/s in the first pass; 115 to 121 since new pieces skip the second half of a set and `join` prefetches
+    /// the other pair's slot. Simulated: a direct-mapped cache merges 4 % again; moving a hit to the very front is no better.
     #[inline(never)]
     fn encode_pieces(&self, bytes: &[u8], pieces: &[Waiting], out: &mut Vec<u32>, cache: &mut Cache, parts: &mut Parts) {
         let mut pieces = pieces.iter();
@@ -177,14 +177,14 @@ impl Encoder {
                 unsafe { free.as_mut_ptr().add(len).cast::<[u32; INLINE_IDS + 1]>().write_unaligned(entry.value) };
                 len += entry.count();
             };
-            // SAFETY: so many have been written.
+            // SAFETY: this many have been written.
             unsafe { out.set_len(out.len() + len) };
             let Some(piece) = other else { break };
             self.encode_piece(&bytes[piece.start as usize..][..piece.len as usize], piece.key, out, cache, parts);
         }
     }
 
-    /// Any piece, from anywhere in the cache or anew; the cache knows it afterwards, if it has a key.
+    /// Encodes any piece, from the cache or by merging. A piece with a key is in the cache afterwards.
     #[inline(never)]
     fn encode_piece(&self, piece: &[u8], key: Key, out: &mut Vec<u32>, cache: &mut Cache, parts: &mut Parts) {
         if let Some(ids) = cache.find(key, piece) {
@@ -211,7 +211,7 @@ impl Encoder {
         cache.insert(key, piece, &out[start..]);
     }
 
-    /// A part for each byte.
+    /// Starts with one part for each byte.
     fn start(&self, piece: &[u8], parts: &mut Parts) {
         parts.clear();
         parts.extend(piece.windows(2).map(|pair| Part {
@@ -222,7 +222,7 @@ impl Encoder {
         parts.extend(piece.last().map(|&byte| Part { id: self.byte_ids[byte as usize], rank: NONE, length: 1 }));
     }
 
-    /// Joins the part at `left` with the next one. Returns where the part before them is, if there is one.
+    /// Joins the part at `left` with the next one. Returns the position of the part before them, if any.
     #[inline]
     fn join(&self, parts: &mut Parts, left: usize) -> Option<usize> {
         let joined = parts[left].rank;
@@ -245,7 +245,7 @@ impl Encoder {
     /// O(n^2), with a small constant.
     fn merge_short(&self, parts: &mut Parts) {
         loop {
-            // Of equal ranks the leftmost: rank and position are compared as one number.
+            // The leftmost of equal ranks: rank and position are compared as one number.
             let ranked = parts.iter().enumerate().map(|(at, part)| (part.rank as u64) << 32 | at as u64);
             let best = ranked.fold(u64::MAX, u64::min);
             if (best >> 32) as u32 == NONE {
@@ -255,8 +255,8 @@ impl Encoder {
         }
     }
 
-    /// O(n log n), and O(n) where positions come in order, as in a run of one letter. A queued pair is out of date when
-    /// its rank is no longer what stands there.
+    /// O(n log n), and O(n) if positions come in order, as in a run of one letter. A queued pair is stale if its rank has
+    /// changed.
     fn merge_long(&self, parts: &mut Parts) {
         let (mut queue, mut start) = (Queue::default(), 0);
         for same in parts.chunk_by(|a, b| a.rank == b.rank) {
@@ -274,9 +274,9 @@ impl Encoder {
         }
     }
 
-    /// Encodes the documents on up to `threads` threads; several share a long one where the pattern allows it.
+    /// Encodes the documents on up to `threads` threads; several share a long one if the pattern allows it.
     ///
-    /// `keep_going` is asked by each thread after every 256 KiB or so; an answer of false ends the call with `Error::Interrupted`.
+    /// Each thread calls `keep_going` after every 256 KiB or so; if it returns false, the call ends with `Error::Interrupted`.
     pub fn encode_documents(&self, texts: &[&str], threads: usize, keep_going: impl Fn() -> bool + Sync) -> Result<Documents<u32>, Error> {
         let (mut parts, mut ends) = (Vec::with_capacity(texts.len()), Vec::with_capacity(texts.len()));
         for &text in texts {
@@ -296,7 +296,7 @@ impl Encoder {
         Ok(Documents { runs, lengths })
     }
 
-    /// The bytes that `ids` stand for: not always whole UTF-8 characters.
+    /// The bytes of `ids`, which need not be whole UTF-8 characters.
     pub fn decode(&self, ids: &[u32]) -> Result<Vec<u8>, Error> {
         let mut out = Vec::new();
         self.decode_into(ids, &mut out)?;
@@ -331,7 +331,7 @@ impl Encoder {
         self.in_runs(documents, |ids| 4 * ids.len(), threads, keep_going, |ids, out, _| self.decode_into(ids, out))
     }
 
-    /// Calls `work` with every document, which will give about so many items, in runs of them, wherever a thread is free.
+    /// Calls `work` with every document, in runs on the next free thread. A document yields about the given number of items.
     fn in_runs<D: Copy + Sync, T: Send>(
         &self,
         documents: &[D],
@@ -373,7 +373,7 @@ impl Encoder {
         Ok(Documents { runs: done.into_iter().map(|(_, items, _)| items).collect(), lengths })
     }
 
-    /// As many as wanted, warm ones first. Nothing waits for the lock, so that a forked child cannot find it held for ever.
+    /// The requested number of workspaces, used ones first. Nothing waits for the lock: a forked child could find it held forever.
     fn take_scratches(&self, wanted: usize) -> Vec<Scratch> {
         let mut taken = match self.scratches.try_lock() {
             Ok(mut kept) => {
@@ -401,11 +401,11 @@ type Parts = Vec<Part>;
 
 #[derive(Clone, Copy)]
 struct Part {
-    /// NONE where no part begins.
+    /// NONE if no part begins here.
     id: u32,
-    /// What it joins to with the next part, or NONE; ids and ranks are the same numbers.
+    /// The token that it forms with the next part, or NONE; ids and ranks are the same numbers.
     rank: u32,
-    /// Also at its last byte, so that both neighbours are found.
+    /// Stored at the last byte as well, to find both neighbours.
     length: u32,
 }
 
@@ -413,12 +413,12 @@ impl Part {
     const INSIDE: Part = Part { id: NONE, rank: NONE, length: 0 };
 }
 
-/// What two tokens join to. Most pairs that are asked for join to nothing, and a set of bits, eight or more for each pair, small
-/// enough to stay in the processor, says so of most of them: without it merging takes half as long again. Behind it a table with
-/// open addressing, at most half full.
+/// The token that two tokens join to. Most requested pairs do not join, and a bit set with eight or more bits per pair, small
+/// enough to stay in the processor's cache, rejects most of them: without it merging takes half as long again. The other pairs are
+/// in a table with open addressing, at most half full.
 struct PairTable {
     bits: Vec<u64>,
-    slots: Vec<u64>, // left, right and what they join to, ID_BITS each
+    slots: Vec<u64>, // left, right and the joined token, ID_BITS each
     shift: u32,
 }
 
@@ -445,7 +445,7 @@ impl PairTable {
         (key, key.wrapping_mul(0x9e37_79b9_7f4a_7c15))
     }
 
-    /// Where a pair stands, or else would stand.
+    /// The slot of a pair, or the free slot for it.
     fn place(&self, key: u64, hash: u64) -> usize {
         let mut place = (hash >> self.shift) as usize;
         while self.slots[place] >> Self::ID_BITS != key && self.slots[place] != Self::EMPTY {
@@ -460,7 +460,7 @@ impl PairTable {
         prefetch(&self.slots[(hash >> self.shift) as usize]);
     }
 
-    /// NONE if there is nothing.
+    /// NONE if the pair does not join.
     #[inline]
     fn get(&self, left: u32, right: u32) -> u32 {
         let (key, hash) = Self::key(left, right);
@@ -493,14 +493,14 @@ impl PartialEq for Key {
 }
 
 impl Key {
-    /// Of the first `len` bytes.
+    /// The key of the first `len` bytes.
     #[inline]
     fn of_window(window: &[u8; 16], len: usize) -> Self {
         let [low, high] = key_of(window, len);
         Key { low, high }
     }
 
-    /// No piece's: of what the cache does not take.
+    /// The key of no piece, for pieces that the cache does not take.
     const NONE: Key = Key { low: 0, high: u64::MAX };
 
     fn of(piece: &[u8]) -> Self {
@@ -521,8 +521,8 @@ impl Key {
     }
 }
 
-/// What the cache knows of a piece: its key, and its ids and their number if they are at most INLINE_IDS of a short piece.
-/// Otherwise where they start in `Cache::ids`, how many they are, where the bytes of a longer piece start in `Cache::bytes`, and ELSEWHERE.
+/// A cached piece: its key, and for a short piece with at most INLINE_IDS ids, the ids and their number.
+/// Otherwise the start of its ids in `Cache::ids`, their number, the start of a longer piece's bytes in `Cache::bytes`, and ELSEWHERE.
 #[derive(Clone, Copy, Default)]
 #[repr(C)]
 struct Entry {
@@ -539,15 +539,15 @@ impl Entry {
     }
 }
 
-/// The first two lie in one line of memory and hold what was needed more than once, the others what is new.
+/// The first two share a cache line and hold pieces that were needed more than once; the others hold new pieces.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Set([Entry; 4]);
 
-/// The ids of pieces seen lately. Its size is fixed.
+/// The ids of recent pieces, in a fixed amount of memory.
 #[derive(Default)]
 struct Cache {
-    memory: Vec<u64>, // of the sets: zeros cost nothing before they are used, but only as plain numbers
+    memory: Vec<u64>, // holds the sets; as plain numbers, zeros cost nothing before they are used
     ids: Vec<u32>,
     bytes: Vec<u8>,
 }
@@ -562,20 +562,20 @@ impl Cache {
 
     #[inline]
     fn sets(&self) -> &[Set; SETS] {
-        // SAFETY: a set consists of integers without gaps between them, so any memory is one.
+        // SAFETY: a set consists of integers without padding, so any memory is a valid set.
         unsafe { self.memory.align_to::<Set>() }.1.first_chunk().expect("prepared")
     }
 
     #[inline]
     fn set_mut(&mut self, set: usize) -> &mut Set {
-        // SAFETY: the same, and any set is memory.
+        // SAFETY: as above, and a set has no uninitialised bytes.
         &mut unsafe { self.memory.align_to_mut::<Set>() }.1[set]
     }
 
-    /// What is found moves up.
+    /// Moves a hit up within its set.
     fn find(&mut self, key: Key, piece: &[u8]) -> Option<&[u32]> {
         let set = self.set_mut(key.set());
-        // Behind a free entry there is nothing: for a new piece the second half need not come from memory.
+        // All entries after a free one are free, so a new piece does not load the second half.
         let place = set.0.iter().position(|entry| entry.key == key || entry.key == Key::default())?;
         if set.0[place].key != key {
             return None;
@@ -620,17 +620,17 @@ impl Cache {
 
 // ---- the queue of long pieces
 
-/// Positions by rank: the lowest rank first, and in it the lowest position.
+/// Positions by rank: the lowest rank first, and within it the lowest position.
 #[derive(Default)]
 struct Queue {
     buckets: Vec<Bucket>,
     bucket_of: FxHashMap<u32, usize>,         // by rank
-    last: usize,                              // pushed to; the next push is often to the same
-    ranks: BinaryHeap<Reverse<(u32, usize)>>, // and buckets, of those that may hold something
-    lowest: usize,                            // of those buckets
+    last: usize,                              // the last one pushed to; the next push is often to the same
+    ranks: BinaryHeap<Reverse<(u32, usize)>>, // and buckets, only those that may be nonempty
+    lowest: usize,                            // the lowest of those buckets
 }
 
-/// Positions mostly come in ascending order, in which they also leave; the others go through a heap.
+/// Positions are mostly pushed and popped in ascending order; the others go through a heap.
 struct Bucket {
     rank: u32,
     queued: bool,
@@ -640,7 +640,7 @@ struct Bucket {
 }
 
 impl Queue {
-    /// Positions of one rank, behind all that were pushed before.
+    /// Pushes positions of one rank that follow all earlier ones.
     fn push_run(&mut self, rank: u32, positions: Range<usize>) {
         self.push(rank, positions.start);
         if rank != NONE {
@@ -711,14 +711,14 @@ impl Queue {
 
 // ---- bytes of tokens
 
-/// The bytes of tokens that are at most this long are copied as if they were exactly this long: a copy of constant size.
+/// Tokens of at most this many bytes are copied as if they had exactly this many, which makes the copy constant in size.
 const COPIED: usize = 16;
 
-/// The bytes of all tokens, end to end, and where to find a token by its bytes.
+/// The concatenated bytes of all tokens, and a table to find a token by its bytes.
 struct TokenTable {
-    bytes: Vec<u8>, // and COPIED more
+    bytes: Vec<u8>, // followed by COPIED more
     starts: Vec<u32>,
-    /// Open addressing: half of a token's hash, and its id below. Most look-ups fail, and fail at the first empty slot.
+    /// Open addressing: half of a token's hash, and its id below. Most lookups fail, at the first empty slot.
     slots: Vec<u64>,
 }
 
@@ -746,7 +746,7 @@ impl TokenTable {
         Ok(table)
     }
 
-    /// The token of these bytes, or the empty slot where it would stand.
+    /// The token with these bytes, or the empty slot for it.
     fn find(&self, bytes: &[u8]) -> Result<u32, usize> {
         let hash = hash_of(bytes);
         let mut place = hash as usize & (self.slots.len() - 1);
@@ -766,7 +766,7 @@ impl TokenTable {
         self.find(bytes).ok()
     }
 
-    /// A token, and as many bytes as a window has from its first on.
+    /// A token, and a window of bytes from its first byte on.
     #[inline]
     fn get(&self, id: u32) -> Option<(&[u8; COPIED], &[u8])> {
         let &[start, end] = self.starts.get(id as usize..)?.first_chunk()?;
@@ -795,7 +795,7 @@ mod tests {
         Encoder::new(&bytes.chain(merged.iter().map(|token| token.as_bytes().into())).collect::<Vec<_>>(), DEFAULT_PATTERN).unwrap()
     }
 
-    /// The rule, word for word, on bytes.
+    /// The rule applied literally to bytes.
     fn by_the_rule(encoder: &Encoder, piece: &[u8]) -> Vec<u32> {
         let rank = |bytes: &[u8]| encoder.tokens.iter().position(|token| token == bytes);
         if let Some(id) = rank(piece) {
@@ -850,7 +850,7 @@ mod tests {
     fn documents_come_back_in_order_from_any_number_of_threads() {
         let encoder = encoder(&["ab", "abab", " a", "\n\n"]);
         let mut texts: Vec<String> = (0..5_000).map(|i| "ab ".repeat(i % 97)).collect();
-        // Long ones, which threads share, with and without places where they may be cut
+        // Long ones, which threads share, with and without places to cut them
         let (mut draw, parts) = (crate::draws(7), ["ab", " ", "\n", "é", "1", "\u{a0}", "abab"]);
         texts.extend((0..8).map(|_| (0..600_000).map(|_| parts[draw(parts.len())]).collect()));
         texts.push("ab".repeat(600_000));

@@ -2,10 +2,10 @@
 //!
 //! - [`split`]: text to pieces (pretokens), which merges never cross;
 //! - [`count`]: the distinct pieces of a corpus;
-//! - [`train`]: merge the most frequent pair of neighbours in them, again and again;
+//! - [`train`]: repeatedly merge the most frequent pair of neighbours in them;
 //! - [`encode`]: text to token ids, by the same rules as tiktoken.
 //!
-//! The Python module (`py.rs`, `reader.rs` and `arrow.rs`, behind the feature `python`) only converts arguments and releases the GIL.
+//! The Python module (`py.rs`, `reader.rs` and `arrow.rs`, enabled by the feature `python`) only converts arguments and releases the GIL.
 
 #[cfg(feature = "python")]
 mod arrow;
@@ -21,20 +21,20 @@ pub mod train;
 use std::fmt;
 use std::sync::Mutex;
 
-/// What can go wrong; every variant is the caller's data, not a bug.
+/// Errors; every variant stems from the caller's data, not from a bug.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Error {
     /// The split pattern does not compile.
     Pattern(String),
     /// The split pattern failed on a text, e.g. because it backtracks too much.
     Split(String),
-    /// Ranks that make no tokenizer.
+    /// Ranks that do not form a tokenizer.
     Ranks(String),
-    /// A text that is no UTF-8.
+    /// A text that is not UTF-8.
     Text(String),
     /// A training setting out of range.
     Setting(String),
-    /// A token id that the vocabulary does not have.
+    /// A token id outside the vocabulary.
     UnknownId(u32),
     /// The caller asked to stop.
     Interrupted,
@@ -56,7 +56,7 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
-/// Threads worth using: `wanted`, but at least one and no more than the machine runs at once.
+/// The number of threads to use: `wanted`, but at least one and at most as many as the machine runs at once.
 pub fn worker_threads(wanted: Option<usize>) -> usize {
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     wanted.unwrap_or(cores).clamp(1, cores)
@@ -88,11 +88,11 @@ fn mix([a, b]: [u64; 2]) -> u64 {
     product as u64 ^ (product >> 64) as u64
 }
 
-/// Asks for memory that will be read soon.
+/// Prefetches memory that will be read soon.
 #[inline]
 fn prefetch<T>(place: &T) {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: it changes nothing, and nothing is read.
+    // SAFETY: a prefetch neither writes nor reads.
     unsafe {
         use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
         _mm_prefetch::<_MM_HINT_T0>((place as *const T).cast());
@@ -101,7 +101,7 @@ fn prefetch<T>(place: &T) {
     let _ = place;
 }
 
-/// Memory that is read here and there is found faster in pages of 2 MiB. A system that has none to give ignores the advice.
+/// Random access is faster in pages of 2 MiB. A system without such pages ignores the advice.
 fn ask_for_huge_pages<T>(memory: &mut [T]) {
     #[cfg(target_os = "linux")]
     {
@@ -114,7 +114,7 @@ fn ask_for_huge_pages<T>(memory: &mut [T]) {
         let range = memory.as_mut_ptr_range();
         let first = (range.start as usize).next_multiple_of(PAGE);
         if let Some(length) = (range.end as usize).checked_sub(first) {
-            // SAFETY: whole pages of this slice; the advice does not change what they hold.
+            // SAFETY: whole pages of this slice; the advice does not change their contents.
             unsafe { madvise(first as *mut c_void, length / PAGE * PAGE, MADV_HUGEPAGE) };
         }
     }
@@ -143,9 +143,9 @@ fn runs_of(lengths: impl ExactSizeIterator<Item = usize>) -> Vec<(usize, usize)>
     runs
 }
 
-/// Does the work for each item on a thread of its own, for the first on this one, and returns the results in this order. Items for
-/// which the system gives no thread are worked on here, too. The threads end with the call: a pool that lives on would deadlock in a
-/// forked child, and starting a thread costs microseconds.
+/// Processes the first item on this thread and each other item on its own thread, and returns the results in order. Items whose
+/// thread cannot be started are processed here, too. The threads end with the call: a lasting pool would deadlock in a forked child,
+/// and starting a thread costs only microseconds.
 fn in_parallel<I: Send, T: Send>(items: impl IntoIterator<Item = I>, work: impl Fn(I) -> Result<T, Error> + Sync) -> Result<Vec<T>, Error> {
     let items: Vec<_> = items.into_iter().map(|item| Mutex::new(Some(item))).collect();
     let work = |item: &Mutex<Option<I>>| work(item.lock().expect("taken once").take().expect("taken once"));

@@ -1,4 +1,4 @@
-//! The Python module: converts arguments, releases the GIL, maps errors. Nothing is decided here.
+//! The Python module: converts arguments, releases the GIL, maps errors. It contains no other logic.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::mpsc::{channel, RecvTimeoutError};
@@ -27,15 +27,14 @@ impl From<Error> for PyErr {
     }
 }
 
-/// A byte-pair encoding tokenizer. Fresh from the constructor it knows the 256 bytes; train it, or load ranks with
-/// `from_ranks`.
+/// A byte-pair encoding tokenizer. A new one has only the 256 bytes; train it, or load ranks with `from_ranks`.
 #[pyclass(module = "rustbpe")]
 struct Tokenizer {
     tokens: Vec<Box<[u8]>>, // by id
     pattern: String,
-    /// Made when first needed, since who trains may want no more than the tokens; with the GIL held, so that no forked child finds it half made.
+    /// Made on first use, since training may need only the tokens; with the GIL held, so that no forked child finds it half made.
     encoder: PyOnceLock<Encoder>,
-    /// The ids as Python's ints, made when first needed: a list of ids then costs a reference for each, not an object.
+    /// The ids as Python ints, made on first use: a list of ids then costs a reference for each, not an object.
     ints: PyOnceLock<Vec<Py<PyAny>>>,
 }
 
@@ -65,17 +64,17 @@ impl Tokenizer {
             Ok((tokens, encoder))
         })?;
         let tokenizer = Tokenizer::of(tokens, pattern);
-        let _ = tokenizer.encoder.set(py, encoder); // nobody else has done it
+        let _ = tokenizer.encoder.set(py, encoder); // not set before
         Ok(tokenizer)
     }
 
-    /// Trains on the strings of an iterator; an item may also be an Arrow array of strings (anything with __arrow_c_array__ or
-    /// __arrow_c_stream__), each string a document. Read in batches of at most buffer_size; counted on num_threads threads (all
-    /// cores by default), and merged, without the GIL. `progress(merges_done)`, if given, is called a few times a second
-    /// while merging. The result depends on the texts alone.
+    /// Trains on the strings of an iterator. An item may also be an Arrow array of strings (anything with __arrow_c_array__ or
+    /// __arrow_c_stream__); each string is a document. Texts are read in batches of at most buffer_size, counted on num_threads
+    /// threads (all cores by default) and merged, without the GIL. `progress(merges_done)`, if given, is called a few times a
+    /// second while merging. The result depends only on the texts.
     ///
-    /// The vocabulary is smaller than vocab_size where no pair is left to merge. Raises what the iterator raises;
-    /// TypeError for an item that is neither; ValueError for a lone surrogate, a bad pattern or a bad size.
+    /// The vocabulary is smaller than vocab_size if no pair is left to merge. Exceptions of the iterator propagate. Raises
+    /// TypeError for an item that is neither, and ValueError for a lone surrogate, a bad pattern or a bad size.
     #[pyo3(signature = (iterator, vocab_size, buffer_size=8192, pattern=None, progress=None, num_threads=None))]
     #[allow(clippy::too_many_arguments)]
     fn train_from_iterator(
@@ -97,7 +96,7 @@ impl Tokenizer {
         let threads = worker_threads(num_threads);
         count_all(py, &counter, iterator.try_iter()?, buffer_size, threads)?;
 
-        // A thread of its own merges, so that Ctrl-C is answered wherever it is; what nobody waits for ends soon and drops its memory itself.
+        // Merging has its own thread, so that Ctrl-C interrupts it at any point; an abandoned one ends soon and frees its own memory.
         let (progressed, stop) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
         let (send, mut done) = channel();
         let (merges, stopped) = (progressed.clone(), stop.clone());
@@ -107,13 +106,13 @@ impl Tokenizer {
                 !stopped.load(Relaxed)
             };
             let _ = send.send(counter.into_words(threads).and_then(|words| train(words, vocab_size, keep_going)));
-            // nobody may be there any more
+            // the receiver may have gone
         };
         let merge = Arc::new(Mutex::new(Some(merge)));
         let theirs = merge.clone();
         let take = |merge: &Mutex<Option<_>>| merge.lock().expect("held for a moment only").take();
         if Builder::new().spawn(move || take(&theirs).map(|merge| merge())).is_err() {
-            py.detach(|| take(&merge).map(|merge| merge())); // no thread to be had: here, deaf to Ctrl-C
+            py.detach(|| take(&merge).map(|merge| merge())); // without a thread: here, ignoring Ctrl-C
         }
         let tokens = loop {
             let told = progress.as_ref().map_or(Ok(()), |call| call.call1(py, (progressed.load(Relaxed),)).map(drop));
@@ -148,7 +147,7 @@ impl Tokenizer {
         let Documents { runs, lengths } = self.encode_all(py, texts, num_threads)?;
         let ids = runs.concat();
         let mut rest = &ids[..];
-        // The collector would go through all these lists again and again, a quarter of the time, and numbers make no cycles.
+        // The garbage collector would traverse all these lists repeatedly (a quarter of the time), but numbers form no cycles.
         // SAFETY: the GIL is held.
         let collected = unsafe { ffi::PyGC_Disable() } == 1;
         let documents = lengths.into_iter().map(|length| {
@@ -158,15 +157,15 @@ impl Tokenizer {
         });
         let documents = documents.collect::<PyResult<Vec<_>>>().and_then(|documents| PyList::new(py, documents));
         if collected {
-            // SAFETY: the same.
+            // SAFETY: the GIL is held.
             unsafe { ffi::PyGC_Enable() };
         }
         documents
     }
 
-    /// All texts in two numpy arrays: the ids end to end (uint32), and where each text starts and the last one ends
+    /// All texts in two numpy arrays: the concatenated ids (uint32), and the start of each text plus the end of the last one
     /// (int64, one more than texts). The texts are str, or an Arrow array of strings, or with `offsets` a buffer of UTF-8 (bytes, an array
-    /// of uint8), cut in the same way. The GIL is released.
+    /// of uint8) that is split in the same way. The GIL is released.
     #[pyo3(signature = (texts, num_threads=None, offsets=None))]
     fn encode_documents<'py>(
         &self,
@@ -181,15 +180,15 @@ impl Tokenizer {
             false => py.import("numpy")?.call_method1("frombuffer", (texts, "uint8"))?,
         };
         let offsets = converted(offsets, "int64")?;
-        // SAFETY: of these types; that no other thread writes to them meanwhile is up to the caller, as everywhere in numpy.
+        // SAFETY: of these types; as everywhere in numpy, the caller must not write to them from another thread meanwhile.
         let (bytes, offsets) = unsafe { (&*memory_of::<u8>(&bytes)?, &*memory_of::<i64>(&offsets)?) };
         let encoder = self.encoder(py)?;
         let runs = Watch::over(py, |watch| encode_utf8(encoder, cut(bytes, offsets)?, num_threads, watch))?;
         arrays_of(py, runs, "uint32")
     }
 
-    /// The reverse of encode_documents: the bytes of all documents end to end (uint8), and where each starts and the last one
-    /// ends (int64). Takes any arrays of integers; ValueError for offsets that do not ascend from 0 to the number of ids.
+    /// The reverse of encode_documents: the concatenated bytes of all documents (uint8), and the start of each plus the end of
+    /// the last one (int64). Takes any arrays of integers; ValueError for offsets that do not ascend from 0 to the number of ids.
     #[pyo3(signature = (ids, offsets, num_threads=None))]
     fn decode_documents<'py>(
         &self,
@@ -207,7 +206,7 @@ impl Tokenizer {
         arrays_of(py, runs, "uint8")
     }
 
-    /// The text of some ids; ValueError (UnicodeDecodeError) where they end inside a character, see decode_bytes.
+    /// The text of some ids. Raises UnicodeDecodeError (a ValueError) if they end inside a character; see decode_bytes.
     fn decode<'py>(&self, py: Python<'py>, ids: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
         self.decode_bytes(py, ids)?.call_method1("decode", ("utf-8",))
     }
@@ -226,7 +225,7 @@ impl Tokenizer {
         Ok(PyBytes::new(py, &bytes?))
     }
 
-    /// The pieces that the pattern cuts a text into; merges never cross their borders.
+    /// The pieces into which the pattern splits a text; merges never cross their boundaries.
     fn split<'t>(&self, py: Python<'_>, text: &'t str) -> PyResult<Vec<&'t str>> {
         Ok(self.encoder(py)?.split(text)?)
     }
@@ -310,13 +309,13 @@ fn cut<'a, T>(items: &'a [T], offsets: &[i64]) -> Result<Vec<&'a [T]>, Error> {
     }
 }
 
-/// Two numpy arrays, the items end to end and the offsets, filled without the GIL.
+/// Two numpy arrays, the concatenated items and the offsets, filled without the GIL.
 fn arrays_of<'py, T: Copy + Send + Sync>(py: Python<'py>, documents: Documents<T>, dtype: &str) -> PyResult<Arrays<'py>> {
     let Documents { runs, lengths } = documents;
     let empty = |len: usize, dtype: &str| py.import("numpy")?.call_method1("empty", (len, dtype));
     let items = empty(runs.iter().map(Vec::len).sum(), dtype)?;
     let offsets = empty(lengths.len() + 1, "int64")?;
-    // SAFETY: both arrays were made here, so they are contiguous, of this type, and nobody else knows them.
+    // SAFETY: both arrays were made here, so they are contiguous, of this type, and not shared.
     let (mut places, ends) = unsafe { (&mut *memory_of::<T>(&items)?, &mut *memory_of::<i64>(&offsets)?) };
     py.detach(|| {
         ends[0] = 0;
@@ -332,7 +331,7 @@ fn arrays_of<'py, T: Copy + Send + Sync>(py: Python<'py>, documents: Documents<T
     Ok((items, offsets))
 }
 
-/// `array` with that dtype, in order in memory. ValueError for more dimensions than one and for values that are no such numbers.
+/// `array` with that dtype, contiguous. ValueError for more than one dimension and for values that do not fit the dtype.
 fn converted<'py>(array: &Bound<'py, PyAny>, dtype: &str) -> PyResult<Bound<'py, PyAny>> {
     let numpy = array.py().import("numpy")?;
     let given = numpy.call_method1("asarray", (array,))?;
@@ -368,7 +367,7 @@ fn ids_of(ids: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
     })
 }
 
-/// Answers Ctrl-C during a computation without the GIL: the thread that called looks for it a few times a second.
+/// Makes a computation without the GIL interruptible by Ctrl-C: the calling thread checks for it a few times a second.
 struct Watch {
     caller: ThreadId,
     looked: Mutex<Instant>,
@@ -377,7 +376,7 @@ struct Watch {
 }
 
 impl Watch {
-    /// The result of `compute`, which asks `keep_going` now and then and returns an error when the answer is no.
+    /// The result of `compute`, which calls `keep_going` now and then and returns an error if that is false.
     fn over<T: Send>(py: Python<'_>, compute: impl FnOnce(&Watch) -> Result<T, Error> + Send) -> PyResult<T> {
         let (looked, raised) = (Mutex::new(Instant::now()), Mutex::new(None));
         let watch = Watch { caller: current().id(), looked, stop: AtomicBool::new(false), raised };

@@ -1,4 +1,4 @@
-//! Texts from a Python iterator, for counting: str, or Arrow arrays of strings. Their memory stays where it is.
+//! Texts from a Python iterator, for counting: str, or Arrow arrays of strings. Their memory is not copied.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,19 +12,19 @@ use pyo3::types::{PyIterator, PyString};
 use crate::arrow::Strings;
 use crate::count::{Counter, Pool};
 
-/// A batch is counted when it has this many bytes, even if it has fewer than buffer_size documents; so is a part of a longer text.
+/// A batch is counted once it has this many bytes, even with fewer than buffer_size documents. Longer texts are split into parts.
 const BATCH_BYTES: usize = 1 << 20;
-/// How often a long computation looks for Ctrl-C and reports its progress.
+/// The interval at which a long computation checks for Ctrl-C and reports its progress.
 pub const CALL_EVERY: Duration = Duration::from_millis(200);
 
-/// The UTF-8 of a Python str, kept alive. A lone surrogate has none: UnicodeEncodeError, which is a ValueError.
+/// The UTF-8 of a Python str, kept alive. A lone surrogate has none and raises UnicodeEncodeError, a ValueError.
 pub enum Utf8 {
     Str(PyBackedStr),
     Bytes(PyBackedBytes),
 }
 
 impl Utf8 {
-    /// Of text other than ASCII a copy: Python would keep the UTF-8 beside the text for as long as that lives.
+    /// A copy unless the text is ASCII: Python would keep its own UTF-8 copy for the lifetime of the text.
     pub fn of(text: &Bound<'_, PyString>) -> PyResult<Self> {
         Ok(match text.call_method0(intern!(text.py(), "isascii"))?.is_truthy()? {
             true => Utf8::Str(PyBackedStr::try_from(text.clone())?),
@@ -50,7 +50,7 @@ pub struct Text {
 enum Owner {
     Python(Utf8),
     Strings(Arc<Strings>),
-    Shared(Arc<Owner>), // by the parts of a long text
+    Shared(Arc<Owner>), // among the parts of a long text
 }
 
 impl Owner {
@@ -69,13 +69,13 @@ impl AsRef<[u8]> for Text {
     }
 }
 
-/// Counts the pieces of all texts of an iterator on `threads` threads, while this one reads. Returns what the iterator raises.
+/// Counts the pieces of all texts of an iterator on `threads` threads, while this one reads. Returns an exception of the iterator.
 pub fn count_all(py: Python<'_>, counter: &Counter, iterator: Bound<'_, PyIterator>, buffer_size: usize, threads: usize) -> PyResult<()> {
     std::thread::scope(|scope| {
         let pool = counter.start(scope, threads);
         let mut reader = Reader { py, counter, pool, batch: Vec::new(), bytes: 0, texts: 0, buffer_size };
         let mut result = iterator.into_iter().try_for_each(|item| reader.read(item?)).and_then(|()| reader.send());
-        // Whatever happened, the threads are waited for: they hold memory that is Python's.
+        // Wait for the threads in any case: they hold memory of Python objects.
         while !reader.pool.is_idle() {
             if result.is_err() {
                 counter.stop();

@@ -6,15 +6,15 @@
 //!
 //! - `Scanner::piece_end` reads a character at a time and finds the end of one piece. It can do all texts.
 //! - `Window` classifies up to 64 bytes of ASCII at once, a bit per byte in a mask per class, and computes from the masks where
-//!   pieces start in it. A window begins where a piece begins and the pattern never looks back, so nothing is carried
-//!   from one window to the next; what the bytes behind its end could change is left to the next window.
+//!   pieces start in it. A window begins at the start of a piece and the pattern never looks back, so no state is carried
+//!   from one window to the next. Boundaries that depend on the bytes after its end are left to the next window.
 //!
 //! Performance notes, English text on one core of a 2.5 GHz Xeon:
-//! a character at a time 155 MB/s, a mispredicted branch at the end of every word; with windows 700 MB/s; without the
-//! check that each piece begins and ends at a character 950 MB/s (Python source 1.3 GB/s). Asking for text 512 bytes ahead makes
-//! encoding 4 % faster; bits are spread in groups of eight, which alone gave nothing. Text that is not ASCII goes a
-//! character at a time, 300 to 600 MB/s; there a flat table of the first 65,536 code points is a third faster on Chinese than
-//! blocks found through an index.
+//! 155 MB/s a character at a time, with a mispredicted branch at the end of every word; 700 MB/s with windows; 950 MB/s without the
+//! check that each piece begins and ends at a character boundary (Python source 1.3 GB/s). Prefetching text 512 bytes ahead makes
+//! encoding 4 % faster, together with writing bits in groups of eight, which by itself gave nothing. Text other than ASCII is
+//! read a character at a time, at 300 to 600 MB/s; a flat table of the first 65,536 code points is a third faster on Chinese
+//! than blocks found through an index.
 use std::sync::Arc;
 
 use fancy_regex::Regex;
@@ -27,13 +27,13 @@ pub const DEFAULT_PATTERN: &str =
 const BEFORE_DIGITS: &str = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,";
 const AFTER_DIGITS: &str = r"}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
 
-/// Cuts a text into the pieces that a pattern matches, in order.
+/// Splits a text into the pieces that a pattern matches, in order.
 #[derive(Clone)]
 pub struct Splitter(Kind);
 
 #[derive(Clone)]
 enum Kind {
-    /// The classes belong to the splitter: a table that all share would be made at an unknown moment, and a process forked at that
+    /// Each splitter has its own classes: a shared table would be initialised at an unknown time, and a process forked at that
     /// moment would wait for it forever.
     Gpt4 {
         max_digits: usize,
@@ -53,13 +53,13 @@ impl Splitter {
         }))
     }
 
-    /// Always through the regex engine: the slow twin of the hand-written splitter.
+    /// Always uses the regex engine: the slow twin of the hand-written splitter.
     pub fn with_regex(pattern: &str) -> Result<Self, Error> {
         let regex = Regex::new(pattern).map_err(|e| Error::Pattern(e.to_string()))?;
         Ok(Splitter(Kind::Other(Box::new(regex))))
     }
 
-    /// Calls `f` with every non-empty piece. What the pattern does not match is dropped, as tiktoken does.
+    /// Calls `f` with every non-empty piece. Text that the pattern does not match is dropped, as in tiktoken.
     #[inline]
     pub fn for_each<'t>(&self, text: &'t str, mut f: impl FnMut(&'t str)) -> Result<(), Error> {
         self.for_each_batch(text, |borders| {
@@ -68,7 +68,7 @@ impl Splitter {
         })
     }
 
-    /// Calls `f` with one to WINDOW pieces at a time, until it returns an error: they lie between neighbours of the positions it is given.
+    /// Calls `f` with one to WINDOW pieces at a time, until it returns an error. Its argument is the list of their boundaries.
     #[inline]
     pub fn for_each_batch(&self, text: &str, mut f: impl FnMut(&[usize]) -> Result<(), Error>) -> Result<(), Error> {
         let mut borders = [0; WINDOW + 1];
@@ -113,13 +113,13 @@ impl Splitter {
     }
 }
 
-/// Bytes that are looked at, and pieces that are handed over, at a time.
+/// The number of bytes examined, and of pieces passed on, at a time.
 pub const WINDOW: usize = 64;
-/// Bytes between what is looked at and what is asked for.
+/// Text is prefetched this many bytes ahead.
 const AHEAD: usize = 512;
 
-/// Writes `start` plus the number of each bit that is set, in ascending order, and returns how many there are. Groups of eight are
-/// written whole: a loop that ends with the last bit would be mispredicted in nearly every window.
+/// Writes `start` plus the index of each set bit, in ascending order, and returns their number. It always writes whole groups of
+/// eight: a loop that ends with the last bit would be mispredicted in nearly every window.
 #[inline]
 fn spread(mut bits: u64, start: usize, out: &mut [usize; WINDOW]) -> usize {
     let count = bits.count_ones() as usize;
@@ -133,9 +133,9 @@ fn spread(mut bits: u64, start: usize, out: &mut [usize; WINDOW]) -> usize {
 }
 
 impl Splitter {
-    /// Where a text may be cut without changing its pieces, `at` bytes from its start or later: its length, if there is
-    /// no such place. Known for the pattern that is split by hand: between a letter and a space, and between a line
-    /// feed and what is no white space.
+    /// The first position, at least `at` bytes from the start, where the text can be cut without changing its pieces, or its
+    /// length if there is none. Known for the hand-written pattern: between a letter and a space, and between a line feed
+    /// and a character other than white space.
     pub fn border(&self, text: &[u8], at: usize) -> usize {
         let borders = |i: &usize| match (text[i - 1], text[*i]) {
             // The other white space is U+0085 and U+00A0, and U+1680 to U+3000, which begin with these bytes.
@@ -150,16 +150,16 @@ impl Splitter {
     }
 }
 
-/// Which of 64 bytes belong to a class of ASCII characters: bit i for byte i.
+/// Bit sets of the bytes (bit i for byte i of 64) in each class of ASCII characters.
 #[derive(Default, Debug, PartialEq, Eq)]
 struct Window {
     letters: u64,
     digits: u64,
-    spaces: u64, // all white space, line breaks included
+    spaces: u64, // all white space, including line breaks
     newlines: u64,
-    blanks: u64, // ' ' alone
+    blanks: u64, // only ' '
     quotes: u64, // the apostrophe
-    beyond: u64, // no ASCII
+    beyond: u64, // not ASCII
 }
 
 impl Window {
@@ -199,7 +199,7 @@ impl Window {
         Self::read_words(bytes)
     }
 
-    /// Eight bytes at a time in a 64-bit register, for other machines.
+    /// For other machines: eight bytes at a time in a 64-bit register.
     #[cfg(any(test, not(target_arch = "x86_64")))]
     fn read_words(bytes: &[u8; WINDOW]) -> Self {
         const ONES: u64 = u64::MAX / 255;
@@ -211,7 +211,7 @@ impl Window {
             // The high bit of each byte of y (at most 0x7f) that is at least `least`: the sums stay below 0x100.
             let from = |y: u64, least: u8| y + (0x80 - least as u64) * ONES;
             let among = |y: u64, first: u8, count: u8| from(y & !HIGH, first) & !from(y & !HIGH, first + count) & ascii;
-            // Gathers the high bits: the products meet in the top byte, each in its own place.
+            // Gathers the high bits: each product has its own place in the top byte.
             let mask = |y: u64| ((y & HIGH) >> 7).wrapping_mul(0x0102_0408_1020_4080) >> 56 << (8 * part);
             masks.letters |= mask(among(x | (0x20 * ONES), b'a', 26));
             masks.digits |= mask(among(x, b'0', 10));
@@ -224,15 +224,15 @@ impl Window {
         masks
     }
 
-    /// Where pieces start in the first `len` bytes (1 to 64, all ASCII) given that one starts at 0. What the bytes behind
-    /// them decide is left out: together with the last start the bits are the ends of whole pieces.
+    /// The starts of pieces in the first `len` bytes (1 to 64, all ASCII) given that one starts at 0. Starts that depend on
+    /// later bytes are left out: the bits, including the last start, are the ends of whole pieces.
     #[inline]
     fn starts(&self, len: u32, max_digits: usize, bytes: &[u8; WINDOW]) -> u64 {
         let valid = u64::MAX >> (64 - len);
         let (letters, digits, spaces) = (self.letters & valid, self.digits & valid, self.spaces & valid);
         let (newlines, blanks) = (self.newlines & valid, self.blanks & valid);
         let others = valid & !(letters | digits | spaces);
-        let gaps = spaces & !newlines; // what may stand in front of a word
+        let gaps = spaces & !newlines; // these may precede a word
 
         // ` ?[^\s\p{L}\p{N}]++[\r\n]*`: a run of symbols, with the space before it and the line breaks after it.
         let runs = others & !(others << 1);
@@ -253,7 +253,7 @@ impl Window {
             }
         }
 
-        // White space: what symbols have not taken is one piece up to its last line break; then all gaps but the last,
+        // White space not taken by symbols: one piece up to its last line break, then one of all gaps but the last,
         // which starts the next piece.
         let free = spaces & !taken;
         starts |= (free & !(free << 1)) | (gaps & !(spaces >> 1));
@@ -261,7 +261,7 @@ impl Window {
         while indents != 0 {
             let indent = indents & indents.wrapping_neg();
             indents ^= indent;
-            let end = gaps.wrapping_add(indent) & !gaps; // the bit behind these gaps
+            let end = gaps.wrapping_add(indent) & !gaps; // the bit after these gaps
             if end & newlines == 0 {
                 starts |= indent;
             }
@@ -277,7 +277,7 @@ impl Window {
             }
         }
 
-        // White space at the end may go on behind it: of its starts only the first is certain.
+        // White space at the end may continue after it: only the first of its starts is certain.
         let open = (spaces << (64 - len)).leading_ones().max(1);
         starts & u64::MAX >> (63 - (len - open))
     }
@@ -294,8 +294,8 @@ enum Class {
 
 /// Code point -> class.
 struct Classes {
-    plane: Vec<Class>,              // of the first 65,536, one by one
-    ranges: Vec<(u32, u32, Class)>, // first and last code point, of the others; ascending
+    plane: Vec<Class>,              // of each of the first 65,536
+    ranges: Vec<(u32, u32, Class)>, // first and last code point of the others, ascending
 }
 
 impl Classes {
@@ -337,7 +337,7 @@ impl Classes {
     }
 }
 
-/// `'(?i:[sdmt]|ll|ve|re)` after the apostrophe: how many bytes. Case folding makes the long s (U+017F) an s.
+/// `'(?i:[sdmt]|ll|ve|re)` after the apostrophe: its number of bytes. Case folding maps the long s (U+017F) to s.
 fn contraction_length(rest: &[u8]) -> Option<usize> {
     let lower = |i: usize| rest.get(i).map_or(0, u8::to_ascii_lowercase);
     match (lower(0), lower(1)) {
@@ -354,8 +354,8 @@ struct Scanner<'t> {
 }
 
 impl Scanner<'_> {
-    /// Where pieces end that begin at `start` or behind it, as far as a window shows: bit i for `start + i`. None where
-    /// the text is not ASCII, nearly at its end, or one long piece.
+    /// The ends of the pieces that begin at `start` or later within a window: bit i for `start + i`. None if the text is
+    /// not ASCII, nearly at its end, or one long piece.
     #[inline]
     fn piece_ends(&self, start: usize) -> u64 {
         let rest = &self.bytes[start..];
@@ -407,7 +407,7 @@ impl Scanner<'_> {
         }
     }
 
-    /// Where the piece that starts at `start` ends. The alternatives are tried in the pattern's order.
+    /// The end of the piece that starts at `start`. The alternatives are tried in the pattern's order.
     #[inline]
     fn piece_end(&self, start: usize) -> usize {
         let (class, width) = self.look(start);
@@ -440,7 +440,7 @@ impl Scanner<'_> {
         }
     }
 
-    /// Behind whole windows of ASCII letters: for words that are longer than any word.
+    /// Skips whole windows of ASCII letters, for words longer than any real word.
     fn skip_letters(&self, mut at: usize) -> usize {
         while self.bytes[at..].first_chunk().is_some_and(|bytes| Window::read(bytes).letters == u64::MAX) {
             at += WINDOW;
@@ -470,7 +470,7 @@ impl Scanner<'_> {
     }
 
     /// `\s*[\r\n]|\s+(?!\S)|\s+`: up to the run's last line break; without one, all but the last character (which
-    /// goes with the next word), unless the text ends here or that character is all there is.
+    /// belongs to the next word), unless the text ends here or the run is that one character.
     fn spaces_end(&self, start: usize) -> usize {
         let (mut at, mut last, mut after_newline) = (start, start, None);
         loop {
@@ -515,7 +515,7 @@ mod tests {
         let hand = Splitter::new(DEFAULT_PATTERN).unwrap();
         let engine = Splitter::with_regex(DEFAULT_PATTERN).unwrap();
         let around = [("", ""), ("a", "b"), (" ", "a"), ("'", "1"), ("1 ", " \n"), ("!", "\r\n")];
-        // Texts hold many code points, far enough apart not to meet: a call for each would take minutes.
+        // Texts hold many code points, far enough apart not to interact: a call for each would take minutes.
         let planes_in_use = |block: u32| matches!(block >> 8, 0..=3 | 14);
         for (before, after) in around {
             for block in (0..0x1100u32).filter(|&block| before.is_empty() || planes_in_use(block)) {
@@ -528,7 +528,7 @@ mod tests {
 
     #[test]
     fn random_texts_as_the_regex_engine_does() {
-        // Short texts of odd characters, and long ones, nearly all ASCII, that windows cut at every place.
+        // Short texts of odd characters, and long, mostly ASCII ones that windows cut at every position.
         let odd: Vec<char> = "aZſé中한1٣²½ \t\n\r\u{a0}\u{3000}\u{85}'lLvVeErRsStTdDmMkK!?.-_\"\u{301}😀\u{200d}\0".chars().collect();
         let plain: Vec<char> = "abcdefghlvestm  \n\n\t\r'''..!(1234".chars().collect();
         let cases = std::env::var("FUZZ_CASES").map_or(30_000, |cases| cases.parse().unwrap());

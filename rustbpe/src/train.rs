@@ -1,25 +1,25 @@
-//! Training: give the most frequent pair of neighbours a new id, again and again.
+//! Training: repeatedly give the most frequent pair of neighbours a new id.
 //!
-//! Of equally frequent pairs the smallest (left id, right id) goes first, so the result depends on the multiset of
-//! words alone, not on their order.
+//! Among equally frequent pairs the smallest (left id, right id) goes first, so the result depends only on the multiset
+//! of words, not on their order.
 //!
-//! Performance notes. The words lie end to end in one array, one slot per byte: the first and the last slot of a token
+//! Performance notes. The words are concatenated in one array, one slot per byte. The first and the last slot of a token
 //! hold its id, so the neighbours of a position are found from token lengths, without links. A pair gains occurrences
 //! only while its newer member is being created, i.e. in a single merge, in which positions are visited in ascending
-//! order: each pair's places are a stretch of one array, written once, and counts only fall afterwards. So a candidate
-//! can be too high but never too low, and is corrected when it reaches the top. Changes are added up per neighbour
-//! in dense arrays, so the hash table is asked once per distinct pair, not once per occurrence. Pairs too rare to be merged,
-//! most of them, are not tracked at first.
+//! order. Each pair's places are therefore a range of one array, written once, and counts only fall afterwards. A candidate
+//! can be too high but never too low, and is corrected when it reaches the top. Changes are summed per neighbour in dense
+//! arrays, so the hash table is accessed once per distinct pair, not once per occurrence. Pairs too rare to be merged,
+//! which are most of them, are not tracked at first.
 //!
-//! What is left is waiting for slots here and there in memory, hence: slots of two bytes up to 65,536 tokens, with the weights beside
-//! the positions, which are read in order; the places of a pair are first looked at 256 at a time without a branch, so that
-//! many slots are on their way at once; words with the same beginning lie together, since they share pairs.
-//! CPU time of the merging, vocabulary 32,768, of 20 MB of English (65,536 of 286 MB) on a busy core of a 2.5 GHz Xeon, best of 15 (of 1), in turns:
-//! slots of 8 bytes with weights, a vector for each pair's positions, one heap, all pairs in one hash table 0.254 s (1.89 s); as it
-//! is 0.127 s (1.17 s), with slots of 4 bytes (1.43 s). With words sorted, pairs counted and places
+//! The remaining time is spent waiting for scattered slots. So slots have two bytes up to 65,536 tokens, and the weights are next to
+//! the positions, which are read in order. The places of a pair are first read 256 at a time without a branch, to have
+//! many loads in flight. Words with the same beginning are adjacent, since they share pairs.
+//! CPU time of merging 20 MB of English with a vocabulary of 32,768 (in parentheses 286 MB with 65,536) on a busy core of a 2.5 GHz Xeon,
+//! best of 15 (of 1), alternating. Slots of 8 bytes with weights, a vector for each pair's positions, one heap, all pairs in one hash
+//! table: 0.254 s (1.89 s). Current code: 0.127 s (1.17 s); with slots of 4 bytes (1.43 s). With words sorted, pairs counted and places
 //! noted on two threads, and slots and places in pages of 2 MiB, the longer thread takes 208 ms from the end of counting, 240 before
-//! (20 MB, a slow and busy machine, medians of 30 in turns). No gain: a table of pairs whose slots are asked for before `book` needs them
-//! (0.134 to 0.142 s, 0.135 to 0.150 s without).
+//! (20 MB, a slow and busy machine, medians of 30, alternating). No gain: prefetching the slots of the pair table before `book` needs
+//! them (0.134 to 0.142 s, 0.135 to 0.150 s without).
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -29,19 +29,19 @@ use rustc_hash::FxHashMap;
 
 use crate::{ask_for_huge_pages, in_parallel, Error};
 
-/// Words of no more slots than this have all their pairs tracked.
+/// If the words have at most this many slots, all pairs are tracked.
 const SMALL: usize = 1 << 20;
-/// What of the words' bytes, shared out among the tokens, is expected to be rarer than the last merge.
+/// Pairs with less than 1 / FLOOR_DIVISOR of the words' bytes per token are expected to be rarer than the last merge.
 const FLOOR_DIVISOR: u64 = 64;
-/// So many words are counted without asking whether to go on, since threads would wait for each other's answer.
+/// Words to count between calls of `keep_going`, for whose answers threads would wait.
 const CHECK_EVERY: usize = 256;
-/// Positions whose memory is asked for at the same time.
+/// Positions whose memory is prefetched together.
 const AT_ONCE: usize = 256;
 
 /// Distinct words with their counts.
 #[derive(Default)]
 pub struct Words {
-    bytes: Vec<u8>, // of all words, each behind a byte for the border
+    bytes: Vec<u8>, // of all words, each after a byte for the border
     words: Vec<Word>,
 }
 
@@ -52,7 +52,7 @@ struct Word {
 
 impl Words {
     pub fn push(&mut self, word: &[u8], mut count: u64) {
-        // A count beyond 32 bits becomes several copies of the word: the sums are the same.
+        // A count above 32 bits becomes several copies of the word, with the same sum.
         while word.len() > 1 && count > 0 {
             let weight = count.min(u32::MAX as u64) as u32;
             self.bytes.push(0);
@@ -63,9 +63,9 @@ impl Words {
     }
 }
 
-/// The tokens of a vocabulary of at most `vocab_size`, bytes first, then in the order of their merges: fewer where no
-/// pair is left. Each part of the words has a thread of its own where pairs are counted. `keep_going(merges done)` is asked again
-/// and again; false ends with `Error::Interrupted`.
+/// The tokens of a vocabulary of at most `vocab_size`: the bytes, then the merges in order; fewer if no pair is left.
+/// Pairs are counted on one thread for each part of the words. `keep_going(merges done)` is called regularly; if it
+/// returns false, the result is `Error::Interrupted`.
 pub fn train(words: Vec<Words>, vocab_size: usize, keep_going: impl Fn(usize) -> bool + Sync) -> Result<Vec<Box<[u8]>>, Error> {
     check_vocab_size(vocab_size)?;
     let slots = words.iter().map(|part| part.bytes.len()).sum::<usize>() + 1;
@@ -85,7 +85,7 @@ pub fn train(words: Vec<Words>, vocab_size: usize, keep_going: impl Fn(usize) ->
     }
 }
 
-/// `floor` decides what is tracked at first, and nothing else.
+/// `floor` only decides which pairs are tracked at first.
 fn train_above<S: Slot>(
     floor: u64,
     words: Vec<Words>,
@@ -98,7 +98,7 @@ fn train_above<S: Slot>(
         let Some(best) = merger.best()? else { break };
         let (left, right) = parts(merger.pairs[best].key);
         tokens.push([&*tokens[left as usize], &*tokens[right as usize]].concat().into());
-        // The last id is never put into a slot: there it would be the border.
+        // The last id is never written to a slot, since it equals the border there.
         if tokens.len() < vocab_size {
             merger.merge(best);
         }
@@ -154,12 +154,12 @@ fn parts(key: Key) -> (u32, u32) {
 struct Pair {
     key: Key,
     count: u64,
-    /// Where in `Merger::places` the places begin at which it occurs or once occurred, in ascending order, and how many they are.
+    /// The start in `Merger::places` of the places at which it occurs or once occurred, ascending, and their number.
     start: usize,
     places: u32,
 }
 
-/// The slot of a pair's first byte, and how often its word occurs.
+/// The slot of a pair's first byte, and the count of its word.
 #[derive(Clone, Copy, Default)]
 struct Place {
     at: u32,
@@ -168,10 +168,10 @@ struct Place {
 
 struct Merger<S, F> {
     slots: Vec<S>,
-    /// Of each part, the slot before its first word, and its words.
+    /// For each part, the slot before its first word, and its words.
     parts: Vec<(usize, Vec<Word>)>,
     lengths: Vec<u32>, // of each token, in slots
-    /// Pairs that were this frequent when they were last counted or created. What is rarer is not tracked.
+    /// Pairs that were this frequent when last counted or created are tracked; rarer ones are not.
     floor: u64,
     pairs: Vec<Pair>,
     places: Vec<Place>,
@@ -267,7 +267,7 @@ impl<S: Slot, F: Fn(usize) -> bool + Sync> Merger<S, F> {
         let mut places = Vec::with_capacity(2 * end);
         ask_for_huge_pages(places.spare_capacity_mut());
         places.resize(end, Place::default());
-        // Of a pair's places, each part fills a stretch, in the order of the parts.
+        // Each part fills a range of a pair's places, in the order of the parts.
         let mut lengths = vec![vec![0; pairs.len()]; counted.len()];
         for (lengths, counted) in lengths.iter_mut().zip(counted) {
             counted.iter().for_each(|pair| index.find(pair.key).into_iter().for_each(|number| lengths[number] = pair.places as usize));
@@ -302,7 +302,7 @@ impl<S: Slot, F: Fn(usize) -> bool + Sync> Merger<S, F> {
             if self.floor == 1 {
                 return Ok(None);
             }
-            // A pair that is not tracked may be more frequent than those that are left.
+            // An untracked pair may be more frequent than the remaining ones.
             self.floor = self.floor / 16 + 1;
             self.track()?;
         }
@@ -316,7 +316,7 @@ impl<S: Slot, F: Fn(usize) -> bool + Sync> Merger<S, F> {
         self.pairs[best].count = 0;
     }
 
-    /// Puts the new token wherever `a b` stands, and notes in `self.left` and `self.right` what that changes.
+    /// Replaces every `a b` by the new token, and notes the changes in `self.left` and `self.right`.
     fn replace(&mut self, a: u32, b: u32, best: usize) {
         let new = self.lengths.len() as u32;
         let (len_a, len_b) = (self.lengths[a as usize] as usize, self.lengths[b as usize] as usize);
@@ -337,7 +337,7 @@ impl<S: Slot, F: Fn(usize) -> bool + Sync> Merger<S, F> {
             for &place in &live[..count] {
                 let at = place.at as usize;
                 if slots[at] != a_slot || slots[at + len_a] != b_slot {
-                    continue; // `a a a`: the middle one has gone into the token before
+                    continue; // `a a a`: the middle one belongs to the previous token
                 }
                 let end = at + len_a + len_b;
                 slots[at + len_a - 1] = S::BORDER;
@@ -346,7 +346,7 @@ impl<S: Slot, F: Fn(usize) -> bool + Sync> Merger<S, F> {
                 slots[end - 1] = new_slot;
                 let before = slots[at - 1];
                 if before == new_slot {
-                    // `(a b) a b`: the pair (new, a) noted a moment ago is gone again.
+                    // `(a b) a b`: the pair (new, a) that was just noted no longer exists.
                     right.lose_gain(a, place.weight);
                 }
                 if before != S::BORDER {
@@ -360,7 +360,7 @@ impl<S: Slot, F: Fn(usize) -> bool + Sync> Merger<S, F> {
         }
     }
 
-    /// Enters what `replace` noted: (x, a) and (b, y) become rarer, (x, new) and (new, y) are new pairs.
+    /// Applies the notes of `replace`: (x, a) and (b, y) become rarer, (x, new) and (new, y) are new pairs.
     fn book(&mut self, a: u32, b: u32) {
         let new = self.lengths.len() as u32 - 1;
         let Merger { pairs, places, index, queue, left, right, floor, .. } = self;
@@ -399,7 +399,7 @@ impl<S: Slot, F: Fn(usize) -> bool + Sync> Merger<S, F> {
     }
 }
 
-/// Pairs in the order in which they were met.
+/// Pairs in the order of their first occurrence.
 #[derive(Default)]
 struct Counted {
     index: Index,
@@ -418,7 +418,7 @@ impl Counted {
     }
 }
 
-/// Pair -> its number. Pairs of bytes have a table of their own.
+/// Pair -> its number. Pairs of bytes have their own table.
 struct Index {
     bytes: Box<[u32]>,
     others: FxHashMap<Key, u32>,
@@ -465,8 +465,8 @@ impl Index {
 /// The most frequent first, then the smallest pair; and its number.
 type Candidate = (u64, Reverse<Key>, u32);
 
-/// Candidates in buckets by their counts, of which only the topmost is in order. Counts only fall, so a candidate may be too high, but never
-/// too low: it is corrected when its bucket or itself reaches the top.
+/// Candidates in buckets by their counts; only the topmost bucket is sorted. Counts only fall, so a candidate may be too high but never
+/// too low: it is corrected when its bucket, or the candidate itself, reaches the top.
 struct Queue {
     buckets: Vec<Vec<Candidate>>,
     top: usize,
@@ -481,7 +481,7 @@ impl Default for Queue {
 }
 
 impl Queue {
-    /// Eight between a power of two and the next.
+    /// Eight buckets between a power of two and the next.
     #[inline]
     fn bucket_of(count: u64) -> usize {
         let shift = (63 - (count | 8).leading_zeros()) - 3;
@@ -496,7 +496,7 @@ impl Queue {
         }
     }
 
-    /// The number of the pair with the highest count, if that reaches `floor`.
+    /// The number of the pair with the highest count, if that is at least `floor`.
     fn pop(&mut self, pairs: &[Pair], floor: u64) -> Option<usize> {
         loop {
             while let Some((count, key, number)) = self.heap.pop() {
@@ -523,7 +523,7 @@ impl Queue {
     }
 }
 
-/// What one merge changes on one side of the merged pair, per neighbouring token.
+/// The changes of one merge on one side of the merged pair, per neighbouring token.
 struct Neighbours {
     note_of: Vec<u32>, // token -> index into notes, or NO_NOTE
     notes: Vec<Note>,
@@ -535,7 +535,7 @@ struct Note {
     places: u32,
     lost: u64,   // occurrences of its pair with the old token
     gained: u64, // occurrences of its pair with the new token
-    next: usize, // where its next place goes
+    next: usize, // position of its next place
 }
 
 const NO_NOTE: u32 = u32::MAX;
@@ -570,7 +570,7 @@ impl Neighbours {
 mod tests {
     use super::*;
 
-    /// In some parts, of which there may be fewer words.
+    /// Split into parts, perhaps more than there are words.
     fn words_of(words: &[(&str, u64)], parts: usize) -> Vec<Words> {
         let mut all: Vec<Words> = (0..parts).map(|_| Words::default()).collect();
         words.iter().enumerate().for_each(|(number, (word, count))| all[number % parts].push(word.as_bytes(), *count));
@@ -581,7 +581,7 @@ mod tests {
         train(words_of(words, 2), vocab_size, |_| true).unwrap()
     }
 
-    /// Count all pairs afresh for every merge.
+    /// Recounts all pairs for every merge.
     fn by_recounting(words: &[(&str, u64)], vocab_size: usize) -> Vec<Box<[u8]>> {
         let mut words: Vec<(Vec<u32>, u64)> = words.iter().map(|&(w, n)| (w.bytes().map(u32::from).collect(), n)).collect();
         let mut tokens: Vec<Box<[u8]>> = (0..=255u8).map(|byte| Box::from([byte])).collect();

@@ -1,4 +1,4 @@
-"""The chat page in a real Chromium, against a real server with a model that says what it is told to."""
+"""The chat page in a real Chromium, against a real server with scripted replies."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def server() -> Iterator[tuple[str, Any]]:
 
 @pytest.fixture
 def page(browser: Browser, server: tuple[str, Any]) -> Iterator[Page]:
-    """A fresh visitor. Any complaint in the console (a refused script, say) and any request to elsewhere fails the test."""
+    """A new visitor. A message in the console or a request to another host fails the test."""
     context = browser.new_context(viewport={"width": 1100, "height": 760}, color_scheme="light")
     page = context.new_page()
     page.set_default_timeout(20_000)
@@ -69,7 +69,8 @@ def page(browser: Browser, server: tuple[str, Any]) -> Iterator[Page]:
     page.goto(server[0])
     yield page
     context.close()
-    assert [complaint for complaint in complaints if "status of 4" not in complaint] == []  # refusals are part of some tests
+    # some tests provoke refusals
+    assert [complaint for complaint in complaints if "status of 4" not in complaint] == []
 
 
 def send(page: Page, text: str) -> None:
@@ -87,25 +88,26 @@ def ask(page: Page, text: str) -> None:
     expect(last(page).get_by_role("button", name="Regenerate")).to_be_visible()
 
 
-def test_a_question_is_answered_in_markdown(page: Page) -> None:
+def test_answer_is_rendered_as_markdown(page: Page) -> None:
     expect(page.get_by_role("button", name="Send")).to_be_disabled()
     ask(page, "markdown please")
-    said = last(page).locator(".said")
-    expect(said.locator("strong")).to_have_text("bold")
-    expect(said.locator("pre code")).to_have_text("print(1)\n")
-    expect(said.locator("td").first).to_have_text("1")
-    expect(said.locator("pre").get_by_role("button", name="Copy")).to_be_visible()
+    answer = last(page).locator(".said")
+    expect(answer.locator("strong")).to_have_text("bold")
+    expect(answer.locator("pre code")).to_have_text("print(1)\n")
+    expect(answer.locator("td").first).to_have_text("1")
+    expect(answer.locator("pre").get_by_role("button", name="Copy")).to_be_visible()
     expect(page.locator("header h1")).to_have_text("markdown please")
-    expect(page.get_by_role("status")).to_contain_text("bold")  # what a screen reader is told, once, at the end
+    # announced to screen readers once, at the end
+    expect(page.get_by_role("status")).to_contain_text("bold")
 
 
-def test_a_suggestion_starts_a_chat(page: Page) -> None:
+def test_suggestion_starts_a_chat(page: Page) -> None:
     page.get_by_role("button", name="Who are you?").click()
     expect(last(page)).to_contain_text("You said: Who are you?")
     expect(page.get_by_text("What is on your mind?")).to_be_hidden()
 
 
-def test_tool_calls_are_small_blocks_and_go_back_to_the_model_as_such(page: Page) -> None:
+def test_tool_calls_are_shown_as_blocks_and_sent_back_as_parts(page: Page) -> None:
     ask(page, "calculate 12 * 34")
     expect(last(page).locator(".tool")).to_have_text("calculator12 * 34408")
     expect(last(page).locator(".md").last).to_have_text("So it is 408.")
@@ -115,7 +117,7 @@ def test_tool_calls_are_small_blocks_and_go_back_to_the_model_as_such(page: Page
     assert [part["type"] for part in parts] == ["text", "python", "python_output", "text"]
 
 
-def test_text_streams_in_and_stops_on_demand(page: Page, server: tuple[str, Any]) -> None:
+def test_text_streams_and_can_be_stopped(page: Page, server: tuple[str, Any]) -> None:
     send(page, "long story")
     expect(last(page)).to_contain_text("word word")
     page.get_by_role("button", name="Stop").click()
@@ -126,15 +128,15 @@ def test_text_streams_in_and_stops_on_demand(page: Page, server: tuple[str, Any]
     expect(last(page)).to_contain_text("word word")
     page.keyboard.press("Escape")
     expect(last(page).locator(".note")).to_have_text("Stopped.")
-    ask(page, "go on")  # a stopped chat goes on
+    ask(page, "go on")  # a stopped chat can continue
     expect(last(page)).to_contain_text("You said: go on")
 
 
-def test_what_the_model_writes_cannot_run_or_load_anything(page: Page) -> None:
+def test_model_output_cannot_run_or_load_anything(page: Page) -> None:
     ask(page, "hostile")
     assert page.title() == "zangchat"
     assert last(page).locator(".said img, .said script").count() == 0
-    (link,) = last(page).locator(".said a").all()  # of the image, which is not loaded, a link remains
+    (link,) = last(page).locator(".said a").all()  # the image is not loaded, only linked
     assert (link.get_attribute("href"), link.get_attribute("target")) == ("http://elsewhere.example/x", "_blank")
     assert "noopener" in (link.get_attribute("rel") or "")
     ask(page, "<b>mine</b> <img src=x>")
@@ -142,7 +144,7 @@ def test_what_the_model_writes_cannot_run_or_load_anything(page: Page) -> None:
     expect(page.locator("article.user").last).to_contain_text("<b>mine</b>")
 
 
-def test_a_message_is_edited_and_an_answer_regenerated(page: Page) -> None:
+def test_message_is_edited_and_answer_regenerated(page: Page) -> None:
     ask(page, "first")
     ask(page, "second")
     with page.expect_request("**/chat/completions") as sent:
@@ -154,7 +156,7 @@ def test_a_message_is_edited_and_an_answer_regenerated(page: Page) -> None:
     page.locator("article.user").first.hover()
     page.locator("article.user").first.get_by_role("button", name="Edit").click()
     expect(page.get_by_label("Message", exact=True)).to_have_value("first")
-    page.keyboard.press("Escape")  # changed one's mind
+    page.keyboard.press("Escape")  # cancels the edit
     expect(page.get_by_label("Message", exact=True)).to_have_value("")
     page.locator("article.user").first.hover()
     page.locator("article.user").first.get_by_role("button", name="Edit").click()
@@ -173,7 +175,7 @@ def test_enter_sends_and_shift_enter_breaks_the_line(page: Page) -> None:
     expect(last(page).get_by_role("button", name="Regenerate")).to_be_visible()
 
 
-def test_all_of_it_works_from_the_keyboard(page: Page) -> None:
+def test_page_works_from_the_keyboard(page: Page) -> None:
     def tab_to(name: str, *, back: bool = False) -> None:
         for _ in range(30):
             page.keyboard.press("Shift+Tab" if back else "Tab")
@@ -186,7 +188,7 @@ def test_all_of_it_works_from_the_keyboard(page: Page) -> None:
     tab_to("Who are you?", back=True)
     page.keyboard.press("Enter")
     expect(last(page)).to_contain_text("You said: Who are you?")
-    expect(field).to_be_focused()  # not lost with the button that was pressed
+    expect(field).to_be_focused()  # not lost although the pressed button has disappeared
     tab_to("Regenerate", back=True)
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     page.keyboard.press("Enter")
@@ -205,7 +207,7 @@ def test_all_of_it_works_from_the_keyboard(page: Page) -> None:
     expect(field).to_be_focused()
 
 
-def test_chats_are_kept_in_the_browser_until_they_are_deleted(page: Page) -> None:
+def test_chats_stay_in_the_browser_until_deleted(page: Page) -> None:
     ask(page, "remember **me**")
     page.get_by_role("button", name="New chat").click()
     expect(page.locator("article")).to_have_count(0)
@@ -243,7 +245,7 @@ def test_settings_are_sent_and_kept(page: Page) -> None:
 
 
 def test_commands_change_settings_without_asking_the_model(page: Page) -> None:
-    for command, said in (
+    for command, message in (
         ("/temperature 0.3", "Temperature 0.3."),
         ("/temperature 7", "between 0 and 2"),
         ("/topk 5", "Top-k 5."),
@@ -252,10 +254,10 @@ def test_commands_change_settings_without_asking_the_model(page: Page) -> None:
         ("/help", "/regenerate"),
     ):
         send(page, command)
-        expect(page.locator("#hint")).to_contain_text(said)
+        expect(page.locator("#hint")).to_contain_text(message)
     expect(page.locator("article")).to_have_count(0)
     with page.expect_request("**/chat/completions") as sent:
-        ask(page, "/etc/hosts is a file")  # no command
+        ask(page, "/etc/hosts is a file")  # not a command
     body = json.loads(sent.value.post_data or "")
     assert (body["temperature"], body["top_k"], body["messages"][0]["content"]) == (0.3, 5, "be brief")
     expect(page.locator("#hint")).to_be_hidden()
@@ -267,7 +269,7 @@ def test_commands_change_settings_without_asking_the_model(page: Page) -> None:
     expect(page.get_by_label("System prompt")).to_have_value("be brief")
 
 
-def test_a_full_server_says_how_many_wait(browser: Browser, tmp_path: Path) -> None:
+def test_full_server_shows_the_queue(browser: Browser, tmp_path: Path) -> None:
     context = browser.new_context(viewport={"width": 960, "height": 600}, color_scheme="light")
     first, second = context.new_page(), context.new_page()
     with serving(engine(reply, sequence_len=1024, pause=0.02), max_batch=1, max_tokens=800, temperature=0.0) as (url, _):
@@ -286,7 +288,7 @@ def test_a_full_server_says_how_many_wait(browser: Browser, tmp_path: Path) -> N
     context.close()
 
 
-def test_a_refusal_is_shown_in_words_and_can_be_retried(page: Page) -> None:
+def test_refusal_is_shown_and_can_be_retried(page: Page) -> None:
     send(page, "x" * 1100)
     alert = page.get_by_role("alert")
     expect(alert).to_contain_text("more than the context of 1024")
@@ -295,7 +297,7 @@ def test_a_refusal_is_shown_in_words_and_can_be_retried(page: Page) -> None:
     expect(page.locator("article")).to_have_count(2)
 
 
-def test_a_server_that_is_gone_is_an_error_and_the_chat_survives(browser: Browser) -> None:
+def test_stopped_server_is_an_error_and_the_chat_survives(browser: Browser) -> None:
     context = browser.new_context()
     page = context.new_page()
     with serving(engine(reply)) as (url, _):
@@ -307,7 +309,7 @@ def test_a_server_that_is_gone_is_an_error_and_the_chat_survives(browser: Browse
     context.close()
 
 
-def test_an_api_key_is_asked_for_in_the_settings(browser: Browser) -> None:
+def test_api_key_is_entered_in_the_settings(browser: Browser) -> None:
     context = browser.new_context()
     page = context.new_page()
     with serving(engine(reply), api_key="s3cret") as (url, _):
@@ -323,7 +325,7 @@ def test_an_api_key_is_asked_for_in_the_settings(browser: Browser) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_on_a_phone_the_page_fits_and_the_chats_are_in_a_drawer(browser: Browser, server: tuple[str, Any], scheme: Any) -> None:
+def test_phone_layout_fits_and_has_a_chat_drawer(browser: Browser, server: tuple[str, Any], scheme: Any) -> None:
     context = browser.new_context(viewport={"width": 360, "height": 700}, is_mobile=True, has_touch=True, color_scheme=scheme)
     page = context.new_page()
     page.goto(server[0])
@@ -340,7 +342,10 @@ def test_on_a_phone_the_page_fits_and_the_chats_are_in_a_drawer(browser: Browser
 
 
 def shot(page: Page, name: str, folder: Path) -> None:
-    """A screenshot, into the folder that SCREENSHOTS names where it does; SCREENSHOTS=dev/screenshots renews those in the repository."""
+    """Save a screenshot in the folder SCREENSHOTS, if that is set, else in `folder`.
+
+    SCREENSHOTS=dev/screenshots renews those of the repository.
+    """
     width = page.evaluate("window.innerWidth")
     assert page.evaluate("document.documentElement.scrollWidth") <= width, name
     kept = os.environ.get("SCREENSHOTS")

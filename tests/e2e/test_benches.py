@@ -1,4 +1,7 @@
-"""The commands in dev/ that measure: each runs on the smallest input, with --busy, and prints JSON. No figure of a time is looked at."""
+"""The benchmarks in dev/ run on the smallest input, with --busy, and print JSON.
+
+Their times are not checked.
+"""
 
 import json
 import subprocess
@@ -24,26 +27,26 @@ def bench(name, *flags):
     return json.loads(done.stdout)
 
 
-def test_tokenizers_are_measured_beside_their_peers(text):
+def test_tokenizer_bench_includes_peers(text):
     flags = ("--megabytes=0.05", "--vocab_size=300", "--repeats=1", "--only=zangchat,tiktoken list", "--tasks=decode")
     found = bench("tokenizer", f"--data_path={text}", *flags)
     assert found["decode"]["zangchat"]["digest"] == found["decode"]["tiktoken list"]["digest"]
 
 
-def test_decoding_is_measured_by_rows_and_contexts():
+def test_infer_bench_varies_rows_and_contexts():
     model = ("--depth=1", "--head_dim=64", "--max_seq_len=64", "--vocab_size=256")
     found = bench("infer", *model, "--batches=1,2", "--contexts=8", "--steps=2", "--repeats=1")["zangchat"]
     assert [(point["batch"], point["context"]) for point in found["decode"]] == [(1, 8), (2, 8)]
     assert found["continuous"]["rows"] == 2
 
 
-def test_training_is_measured_in_steps():
+def test_train_bench_measures_steps():
     model = ("--depth=1", "--head_dim=64", "--max_seq_len=32", "--vocab_size=256", "--total_batch_size=64", "--device_batch_size=2")
     found = bench("train", *model, "--steps=1", "--repeats=2")["zangchat"]
     assert len(found["all_tok_per_sec"]) == 2 and found["seconds_to_first_step"] > 0
 
 
-def test_quality_is_measured_in_steps_of_our_own(text, tmp_path):
+def test_quality_bench_uses_our_own_steps(text, tmp_path):
     model = ("--depth=1", "--vocab_size=300", "--max_seq_len=32", "--total_batch_size=128", "--device_batch_size=2", "--eval_tokens=128")
     flags = (f"--data={text}", f"--out={tmp_path}", "--seeds=1", "--tokenizer_chars=20000", "--steps=4", "--every=2")
     points = bench("quality", *model, *flags, "--our_batch=64", "--our_steps=6")["zangchat"]["median"]

@@ -1,6 +1,7 @@
-"""Every command as a first user types it: one after the other in an empty base folder, on their defaults but for sizes (tests/sizes.py).
+"""Run every command in order in an empty base folder, changing only sizes (tests/sizes.py).
 
-They run in one process beside this one, which sees a stand-in for the hub and nothing else of what the tests set.
+The commands share one child process. It sees a stand-in for the hub and no other setting of the
+tests.
 """
 
 import json
@@ -22,7 +23,8 @@ from tests.hub.contents import stand_in
 
 pytestmark = pytest.mark.timeout(900)
 FLAGS = json.loads((ROOT / "tests" / "unit" / "cli_flags.json").read_text(encoding="utf-8"))
-NO_DEFAULT = {"scripts.export_hf": {"output"}, "scripts.import_model": {"path", "source", "model_tag"}}  # must be given
+# required flags
+NO_DEFAULT = {"scripts.export_hf": {"output"}, "scripts.import_model": {"path", "source", "model_tag"}}
 RUNS = """
     zangchat.report reset
     zangchat.dataset --num_shards=2
@@ -56,7 +58,7 @@ for module, *flags in json.loads(calls):
 
 
 class Done(NamedTuple):
-    """What became of the commands, by their text: (exit code, stdout); and the base folder they left."""
+    """(exit code, stdout) of each command, by its text, and the resulting base folder."""
 
     results: dict[str, tuple[int, str]]
     log: str
@@ -74,34 +76,35 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
     with stand_in() as hub:
         places = {"HOME": str(work), "ZANGCHAT_BASE_DIR": str(work / "base"), "PYTHONPATH": str(ROOT)}
         env = sizes.users_environment(**places, **hub.environment(work / "hf"))
-        question = "How many r are in strawberry?\n"  # to chat_cli; then stdin ends
+        # input of chat_cli, followed by the end of stdin
+        question = "How many r are in strawberry?\n"
         process = subprocess.run(
             [sys.executable, "-c", CHILD], cwd=work, env=env, input=f"{json.dumps(calls())}\n{question}", capture_output=True, text=True
         )
         results, command = {}, ""
         for part in process.stdout.split("\n@@@ ")[1:]:
-            head, _, said = part.partition("\n")
+            head, _, output = part.partition("\n")
             if head.startswith("code "):
                 results[command] = (int(head.removeprefix("code ")), results[command][1])
             else:
                 command = head
-                results[command] = (-1, said)
+                results[command] = (-1, output)
         assert not hub.unknown
         yield Done(results, process.stderr, work / "base", env)
 
 
 @pytest.mark.parametrize("command", [" ".join(call) for call in calls()])
-def test_a_command_with_sizes_alone(done: Done, command: str) -> None:
-    given = {word.partition("=")[0].removeprefix("--") for word in command.split() if word.startswith("--")}
-    assert given <= sizes.FLAGS | NO_DEFAULT.get(command.split()[0], set())
-    code, said = done.results.get(command, (-1, ""))
-    if command == "zangchat.dataset":  # says what can be had
+def test_command_runs_with_only_sizes(done: Done, command: str) -> None:
+    names = {word.partition("=")[0].removeprefix("--") for word in command.split() if word.startswith("--")}
+    assert names <= sizes.FLAGS | NO_DEFAULT.get(command.split()[0], set())
+    code, output = done.results.get(command, (-1, ""))
+    if command == "zangchat.dataset":  # lists the available sources
         assert code == 2 and "--source is missing" in done.log
     else:
-        assert code == 0, f"{said}\n{done.log[-3000:]}"
+        assert code == 0, f"{output}\n{done.log[-3000:]}"
 
 
-def test_what_the_commands_left(done: Done) -> None:
+def test_commands_write_checkpoints_cards_and_report(done: Done) -> None:
     base = done.base
     assert {"base_checkpoints", "mid_checkpoints", "chatsft_checkpoints", "chatrl_checkpoints", "eval_bundle"} <= set(os.listdir(base))
     assert {path.name for path in (base / "chatsft_checkpoints").iterdir() if path.is_dir()} == {"d2", "back"}
@@ -112,20 +115,23 @@ def test_what_the_commands_left(done: Done) -> None:
     assert chat.strip(), "an answer"
 
 
-def test_every_flag_has_been_at_its_default(done: Done) -> None:
-    """In a run that succeeded; a new flag that a run here must set, and that is no size, has to be put into NO_DEFAULT."""
-    left = {}
+def test_every_flag_runs_at_its_default(done: Done) -> None:
+    """Each flag keeps its default in some run that succeeded.
+
+    Sizes are exempt. Add any other flag that the runs must set to NO_DEFAULT.
+    """
+    missing = {}
     for module, flags in FLAGS.items():
         names = {spelling.split()[0].removeprefix("--") for spelling in flags}
         runs = [call for call in calls() if call[0] == module and done.results.get(" ".join(call), (-1, ""))[0] == 0]
         if module == "scripts.chat_web":
-            runs = [[module]]  # test_the_web_page_on_its_defaults
+            runs = [[module]]  # test_chat_web_runs_on_its_defaults
         kept = [names - {word.partition("=")[0].removeprefix("--") for word in call[1:]} for call in runs]
-        left[module] = names - set().union(*kept) - sizes.FLAGS - NO_DEFAULT.get(module, set())
-    assert not {module: names for module, names in left.items() if names}
+        missing[module] = names - set().union(*kept) - sizes.FLAGS - NO_DEFAULT.get(module, set())
+    assert not {module: names for module, names in missing.items() if names}
 
 
-def test_the_web_page_on_its_defaults(done: Done) -> None:
+def test_chat_web_runs_on_its_defaults(done: Done) -> None:
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", 8000)) == 0:
             pytest.skip("something else serves at port 8000")

@@ -1,7 +1,8 @@
-"""What the READMEs and dev/docs tell a reader to type is typed here: every command that a CPU can run, and the examples of extending.md.
+"""Run the commands of the READMEs and dev/docs on a CPU, and the examples of extending.md.
 
-A command is run as it stands, with flags behind it that make it small (of a repeated flag the last one counts). Commands of one process
-share it, since starting Python and torch takes longer than all the rest. What is marked (network, gpu ...) is in test_marked_docs.py.
+A command runs verbatim, followed by flags that make it small (the last of a repeated flag counts).
+Single-process commands share this process, since starting Python and torch takes most of the time.
+test_marked_docs.py runs the marked blocks (network, gpu ...).
 """
 
 import contextlib
@@ -24,7 +25,8 @@ import pytest
 
 from tests.documents import PAGES, READMES, ROOT, blocks, commands, lines_of, text_of
 
-DOCUMENTS = [READMES[0], *(f"dev/docs/en/{page}" for page in PAGES if page != "extending.md")]  # tests/unit: the Chinese ones have the same
+# tests/unit/test_readme.py: the Chinese ones are the same
+DOCUMENTS = [READMES[0], *(f"dev/docs/en/{page}" for page in PAGES if page != "extending.md")]
 BASE = """--depth=2 --n_embd=32 --head_dim=16 --max_seq_len=96 --device_batch_size=4 --total_batch_size=384 --num_iterations=3
     --eval_tokens=500 --sample_every=-1 --core_metric_every=-1 --device_type=cpu --dtype=float32"""
 SMALL = {
@@ -39,14 +41,15 @@ SMALL = {
     "scripts.export_hf": "-g d4",
     "scripts.chat_web": "--port=0 -g d4 --device_type=cpu",
 }
-SLOW = ("scripts.chat_web", "scripts.export_hf", "scripts.import_model")  # what these do has fast tests of its own
+# other, faster tests cover these
+SLOW = ("scripts.chat_web", "scripts.export_hf", "scripts.import_model")
 
 
 def small(line: str, number: int) -> list[str]:
     """[module, flag...] of `python -m module flag...`, made small. Each pretraining run gets a tag of its own."""
     module, *flags = shlex.split(line, comments=True)[2:]
     more = [] if "--dry_run" in flags else SMALL.get(module, "").split()
-    if any(flag.startswith("--model_tag=") for flag in flags):  # a model of its own
+    if any(flag.startswith("--model_tag=") for flag in flags):  # it names its own model
         more = [word for word in more if word not in ("--model_tag=d4", "-g", "d4")]
     if module == "scripts.base_train" and "--dry_run" not in flags:
         more.append(f"--model_tag=doc{number}")
@@ -70,7 +73,10 @@ def runnable() -> list[str]:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A base folder with a tokenizer and a model of each stage; in the working folder lie the files that the commands name."""
+    """A base folder with a tokenizer and a model of each stage.
+
+    The working folder holds the files that the commands name.
+    """
     from pydoc_data.topics import topics
 
     from zangchat.dataset.manifest import write_dataset
@@ -85,7 +91,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ZANGCHAT_BASE_DIR", str(base))
         patch.setenv("WANDB_RUN", "dummy")
-        patch.setattr(sys, "stdin", io.StringIO())  # of an interactive chat: its end
+        patch.setattr(sys, "stdin", io.StringIO())  # ends an interactive chat
         patch.chdir(work)
         write_dataset(base / "base_data" / "topics", "topics", texts[:-20], texts[-20:])
         run("scripts.tok_train", *SMALL["scripts.tok_train"].split())
@@ -154,9 +160,9 @@ def test_two_nodes_find_each_other(home: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", *words[1:], *BASE.split(), "--model_tag=nodes"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     nodes = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
-    said = [node.communicate(timeout=240)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], "\n".join(said)
-    assert "on each of 2 ranks" in "".join(said)
+    outputs = [node.communicate(timeout=240)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)
+    assert "on each of 2 ranks" in "".join(outputs)
     assert len(list((home / "base_checkpoints" / "nodes").glob("optim_*_rank?.pt"))) == 2
 
 
@@ -164,7 +170,7 @@ def test_two_nodes_find_each_other(home: Path) -> None:
 
 
 def apply(root: Path, info: str, language: str, body: str) -> None:
-    """Write the file of a block, or change an existing one: lines with `-` go, lines with `+` come, the others say where."""
+    """Write the file of a block, or apply a diff: the unmarked lines locate the place."""
     path = root / info.removeprefix("file=")
     if language == "python":
         assert not path.exists(), f"{path.name} is there already: the example needs another name"
@@ -193,7 +199,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/unit/test_gated_mlp
 """
 
 
-def test_the_examples_of_extending(home: Path, tmp_path: Path) -> None:
+def test_examples_of_extending(home: Path, tmp_path: Path) -> None:
     root = tmp_path / "copy"
     for folder in ("zangchat", "scripts", "tasks", "dev"):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))

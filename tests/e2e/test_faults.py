@@ -1,6 +1,7 @@
-"""Stop at any moment, by any means, and go on: the result is bit for bit that of the uninterrupted run, in all four stages.
+"""A run stopped at any moment, by any means, and resumed equals the uninterrupted run bit for bit.
 
-The fast tests strike at the points where most could go wrong; the slow one at random, 27 times in each stage.
+The tests cover all four stages. The fast ones strike at the riskiest points, the slow one strikes
+at random, 27 times in each stage.
 """
 
 import random
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import EXIT_CODES, Fault, Range, differences, left_behind, newest_step, start
+from tests.faults import EXIT_CODES, Fault, Range, differences, newest_step, result_of, start
 from tests.unit.test_train_scripts import base, folder  # noqa: F401 (a fixture)
 from zangchat import checkpoint_manager
 
@@ -20,7 +21,7 @@ SHOTS = 27  # in each stage
 
 @pytest.fixture(scope="module")
 def ranges(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Range]:  # noqa: F811
-    """Made when first asked for."""
+    """Ranges by stage, each made on first use."""
 
     class Ranges(dict[str, Range]):
         def __missing__(self, stage: str) -> Range:
@@ -31,7 +32,7 @@ def ranges(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ra
 
 
 @pytest.mark.parametrize("stage", ["base", "rl"])
-def test_killed_in_the_midst_of_a_save(ranges, stage):
+def test_kill_during_a_save(ranges, stage):
     """The later half of the calls that make saves: the writer, the renames, the meta, the purge."""
     calls = ranges[stage].calls[True]
     struck = ranges[stage].shoot(Fault("kill", calls // 2, True), Fault("kill", calls // 3, True))
@@ -39,14 +40,14 @@ def test_killed_in_the_midst_of_a_save(ranges, stage):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in EXIT_CODES if kind != "kill"])
-def test_stopped_otherwise(ranges, kind):
+def test_stop_by_other_faults(ranges, kind):
     one = ranges["base"]
     assert one.shoot(Fault(kind, one.calls[True] * 2 // 3, True, lasts=one.calls[True] // 5, room=2000))
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of four megabytes, where this machine lets us mount one."""
+    """A file system of four megabytes, if this machine allows mounting one."""
     place = tmp_path / "disk"
     place.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True, text=True)
@@ -56,8 +57,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
-def test_a_disk_that_is_really_full(ranges, small_disk, tmp_path):
-    """Every save of the first attempt fails for want of room; with room again the run ends as if nothing had been."""
+def test_full_file_system(ranges, small_disk, tmp_path):
+    """All saves of the first attempt fail; with space again the run is like an undisturbed one."""
     one = ranges["base"]
     root = one._fresh("disk full")
     directory = folder(root, "base")
@@ -67,19 +68,19 @@ def test_a_disk_that_is_really_full(ranges, small_disk, tmp_path):
     with ballast.open("wb", buffering=0) as file:
         file.write(bytes((4 << 20) - 3 * 4096))
     code, _ = start("base", root, tmp_path / "log")
-    told = (tmp_path / "log").read_text(encoding="utf-8")
-    assert code == 2 and "No space left on device" in told.splitlines()[-1] and "--resume=latest" in told.splitlines()[-1]
-    assert "could not save step 3" in told and "training goes on" in told and newest_step(root, "base") == 0
+    output = (tmp_path / "log").read_text(encoding="utf-8")
+    assert code == 2 and "No space left on device" in output.splitlines()[-1] and "--resume=latest" in output.splitlines()[-1]
+    assert "could not save step 3" in output and "training goes on" in output and newest_step(root, "base") == 0
     ballast.unlink()
     code, _ = start("base", root, tmp_path / "log")
     assert code == 0 and checkpoint_manager.find_last_step(directory) == 10
-    assert differences(one.expected, left_behind(root, "base")) == []
+    assert differences(one.expected, result_of(root, "base")) == []
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("stage", ["base", "mid", "sft", "rl"])
-def test_stopped_at_random_moments(ranges, stage):
+def test_stop_at_random_moments(ranges, stage):
     one, rng, seen = ranges[stage], random.Random(f"faults of {stage}"), Counter[str]()
     for _ in range(SHOTS):
         faults = [one.random_fault(rng) for _ in range(1 + (rng.random() < 0.3))]

@@ -1,7 +1,8 @@
-"""The blocks that the READMEs and pages mark are typed as well.
+"""Run the marked blocks of the READMEs and pages as well.
 
-The network is a stand-in for the hub, eight GPUs are two CPU ranks. Sizes follow each command, and
-nothing else: what a user does not set is not set here. What another test types is listed with it.
+A stand-in for the hub replaces the network, and two CPU ranks replace eight GPUs. Only sizes are
+added to each command; all other settings keep their defaults. ELSEWHERE lists the commands that
+other tests run.
 """
 
 import os
@@ -27,11 +28,11 @@ DOCUMENTS = [
     "dev/LEADERBOARD.md",
     *(f"dev/docs/en/{page}" for page in PAGES if page != "extending.md"),
 ]
-ELSEWHERE = {  # the test file -> what it types, which it names
+ELSEWHERE = {  # test file -> the commands that it runs, whose programs it names
     "tests/e2e/test_speedrun.py": """bash speedrun.sh | WANDB_RUN=first bash speedrun.sh
         | bash run1000.sh | bash dev/rungpu.sh 24""",
     "tests/e2e/test_runcpu.py": "bash dev/runcpu.sh | SEED=42 bash dev/runcpu.sh",
-    # with stand-ins for nvidia-smi, srun and what they start
+    # with stand-ins for nvidia-smi, srun and the programs that they start
     "tests/unit/test_readme.py": """bash dev/rungpu.sh | sbatch dev/slurm.sbatch
         | sky launch dev/skypilot.yaml --env BUCKET=s3://my-bucket/zangchat""",
     "tests/e2e/test_docs.py": """torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d
@@ -44,7 +45,7 @@ ELSEWHERE = {  # the test file -> what it types, which it names
         --data=preferences.jsonl --output=d20-dpo""",
 }
 THIS_SUITE = "bash dev/test.sh"
-SHARDS = 117  # 115 of them are asked for
+SHARDS = 117  # the commands request 115 of them
 MODEL = "--depth=2 --max_seq_len=256 --total_batch_size=2048 --device_batch_size=4"
 SIZES = {
     "scripts.tok_train": "--vocab_size=512 --max_chars=500000",
@@ -70,7 +71,7 @@ def listed(text: str) -> list[str]:
     return [" ".join(command.split()) for command in re.split(r" \|\s|\s\| ", text)]
 
 
-# ---- what is typed where -------------------------------------------------------------------------
+# ---- which test runs which command ---------------------------------------------------------------
 
 HOME = [line for line in marked("gpu", READMES[0]) if line.startswith(("python", "torchrun"))]
 RACE = [line for line in marked("gpu", "dev/LEADERBOARD.md") if line.startswith("torchrun")]
@@ -80,21 +81,21 @@ HARNESS = [line for line in marked("network") if line.startswith("lm_eval")]
 PYDOCS = [line for line in (*marked("network"), *marked("minutes")) if "pydocs" in line]
 
 
-def test_every_marked_command_is_typed_somewhere() -> None:
+def test_every_marked_command_is_run_by_a_test() -> None:
     elsewhere = {line for text in ELSEWHERE.values() for line in listed(text)}
     here = {*HOME, *RACE, *TEXT, *SCORES, *HARNESS, *PYDOCS}
     everything = {line for reason in NOT_RUN for line in marked(reason)}
     assert here.isdisjoint(elsewhere) and everything == here | elsewhere | {THIS_SUITE}
 
 
-def test_what_follows_a_command_is_sizes() -> None:
+def test_only_sizes_are_added_to_commands() -> None:
     flags = " ".join(SIZES.values()).split()
-    given = {flag.partition("=")[0].lstrip("-") for flag in flags}
-    assert given <= sizes.FLAGS
+    names = {flag.partition("=")[0].lstrip("-") for flag in flags}
+    assert names <= sizes.FLAGS
 
 
 @pytest.mark.parametrize("file", ELSEWHERE)
-def test_a_command_that_another_test_types_is_in_its_file(file: str) -> None:
+def test_other_test_files_name_their_commands(file: str) -> None:
     source = text_of(file)
     for line in listed(ELSEWHERE[file]):
         program = re.search(r"[\w/]+\.(?:sh|sbatch|yaml)\b|\b(?:scripts|examples)\.(\w+)", line)
@@ -103,18 +104,18 @@ def test_a_command_that_another_test_types_is_in_its_file(file: str) -> None:
         assert name in source or Path(name).name in source, f"{file} no longer names {name}"
 
 
-# ---- the machine that they are typed on ----------------------------------------------------------
+# ---- the machine that runs them ------------------------------------------------------------------
 
 
 class Machine(NamedTuple):
-    """A base folder, a working folder, and a hub that is all of the network."""
+    """A base folder, a working folder, and a hub as the only network."""
 
     base: Path
     work: Path
     hub: Hub
 
     def type(self, line: str, code: int = 0) -> str:
-        """What a command prints, in a shell."""
+        """Run a command in a shell and return its output."""
         env = {
             **os.environ,
             **self.hub.environment(self.base / "hub"),
@@ -133,16 +134,16 @@ class Machine(NamedTuple):
             text=True,
             timeout=580,
         )
-        said = f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-        assert done.returncode == code, f"{line}\nleft with {done.returncode}\n{said}"
-        # lm_eval asks for every model
-        unknown = [asked for asked in self.hub.unknown if "/api/models/d20" not in asked]
+        output = f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+        assert done.returncode == code, f"{line}\nleft with {done.returncode}\n{output}"
+        # lm_eval looks up every model on the hub
+        unknown = [request for request in self.hub.unknown if "/api/models/d20" not in request]
         assert not unknown, unknown
         return done.stdout + done.stderr
 
 
 def small(line: str) -> str:
-    """A command with its sizes behind it, on two ranks where it is for eight."""
+    """A command followed by its sizes, on two ranks instead of eight."""
     module = re.search(r"-m (\S+)", line)
     assert module
     more = " ".join(SIZES.get(module[1], "").split())
@@ -162,7 +163,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 
 
 def hellaswag() -> Repo:
-    """A dataset that lm_eval asks for and no default of ours."""
+    """A dataset that lm_eval downloads and none of our defaults does."""
     rows = [
         {
             "ind": index,
@@ -186,7 +187,7 @@ def hellaswag() -> Repo:
 
 
 @pytest.mark.parametrize("line", dict.fromkeys(line for line in TEXT if " -n " in line))
-def test_text_is_fetched(line: str, machine: Machine) -> None:
+def test_text_is_downloaded(line: str, machine: Machine) -> None:
     name = re.search(r"--source=(\S+)", line)
     assert name and f"{name[1]}: 8 training shards" in machine.type(line)
     assert len(load_dataset(machine.base / "base_data" / name[1]).shards("train")) == 8
@@ -206,7 +207,7 @@ def test_damaged_text_is_repaired(line: str, machine: Machine) -> None:
 
 
 @pytest.mark.slow
-def test_the_corpus_of_this_machine_is_built(machine: Machine) -> None:
+def test_pydocs_corpus_is_built(machine: Machine) -> None:
     for line in dict.fromkeys(PYDOCS):
         machine.type(line)
     assert (machine.base / "base_data" / "pydocs" / "manifest.json").exists()
@@ -228,7 +229,7 @@ def trained(machine: Machine) -> Machine:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_stages_of_the_readme_make_a_model_of_each_kind(trained: Machine) -> None:
+def test_readme_commands_train_a_model_of_each_stage(trained: Machine) -> None:
     made = {path.parent.parent.name for path in trained.base.glob("*_checkpoints/d2/meta_*.json")}
     assert made == {f"{stage}_checkpoints" for stage in ("base", "mid", "chatsft", "chatrl")}
     report = (trained.base / "report" / "report.md").read_text(encoding="utf-8")
@@ -245,7 +246,7 @@ def test_the_stages_of_the_readme_make_a_model_of_each_kind(trained: Machine) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", RACE)
-def test_a_command_of_the_leaderboard(line: str, trained: Machine) -> None:
+def test_leaderboard_command(line: str, trained: Machine) -> None:
     trained.type(small(line))
     assert list((trained.base / "base_checkpoints" / "race").glob("meta_*.json"))
 
@@ -254,14 +255,14 @@ def test_a_command_of_the_leaderboard(line: str, trained: Machine) -> None:
 @pytest.mark.parametrize("line", SCORES)
 def test_scores_of_all_tasks(line: str, trained: Machine) -> None:
     """CORE in full."""
-    said = trained.type(line if "base_eval" in line else small(line))
-    assert "CORE" in said if "base_eval" in line else "ChatCORE" in said
-    assert "not scored" not in said
+    output = trained.type(line if "base_eval" in line else small(line))
+    assert "CORE" in output if "base_eval" in line else "ChatCORE" in output
+    assert "not scored" not in output
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", HARNESS)
-def test_the_harness_scores_an_export(line: str, trained: Machine) -> None:
+def test_lm_eval_scores_an_export(line: str, trained: Machine) -> None:
     pytest.importorskip("lm_eval")
     for stage in ("base", "sft"):
         if not (trained.work / f"d20-{stage}").exists():

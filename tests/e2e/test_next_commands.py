@@ -1,8 +1,8 @@
-"""The command that a message gives leads where the message says.
+"""Each command that a message recommends keeps the promise of the message.
 
-Each message is provoked, its command cut out as it stands and typed: one of Python in this process,
-since starting torch takes longer than all the rest, and some of each kind in a shell. Small sizes
-follow a command that names none. All paths hold a space.
+The tests provoke each message and run its command verbatim: Python commands in this process, since
+starting torch takes most of the time, and some of each kind in a shell. A command without sizes
+gets small ones. All paths contain a space.
 """
 
 import importlib
@@ -50,13 +50,13 @@ def module_of(stage: str) -> str:
 
 @pytest.fixture
 def flags_of(trained: Path) -> dict[str, list[str]]:  # noqa: F811
-    """What each stage was trained with; it names files of the first base folder."""
+    """The flags with which each stage was trained; they name files of the first base folder."""
     return {"base": base_flags(trained), "mid": mid_flags(trained), "sft": sft_flags(trained)}
 
 
 @pytest.fixture
 def root(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
-    """A copy of the base folder of models of each stage, as the environment names it."""
+    """A copy of the base folder with a model of each stage, set in the environment."""
     copy = shutil.copytree(trained, tmp_path / "my base")
     monkeypatch.setenv("ZANGCHAT_BASE_DIR", str(copy))
     monkeypatch.chdir(tmp_path)
@@ -65,22 +65,22 @@ def root(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Say:
-    """run(module, *flags, code=0): what a command prints, in this process."""
+    """run(module, *flags, code=0) runs a command in this process and returns its output."""
 
     def command(module: str, *flags: str, code: int = 0) -> str:
         capsys.readouterr()
-        left = importlib.import_module(module).main(list(flags))
+        exit_code = importlib.import_module(module).main(list(flags))
         streams = capsys.readouterr()
-        said = streams.out + streams.err
-        assert left == code, f"{module} {shlex.join(flags)} left with {left}\n{said}"
-        return said
+        output = streams.out + streams.err
+        assert exit_code == code, f"{module} {shlex.join(flags)} left with {exit_code}\n{output}"
+        return output
 
     return command
 
 
 @pytest.fixture
 def typed(run: Say) -> Say:
-    """typed(command, *more flags, code=0): what it prints."""
+    """typed(command, *more flags, code=0) runs a command line and returns its output."""
 
     def command(line: str, *more: str, code: int = 0) -> str:
         python, m, module, *flags = shlex.split(line, comments=True)
@@ -91,7 +91,7 @@ def typed(run: Say) -> Say:
 
 
 def shell(line: str, code: int | None = 0, **variables: str) -> str:
-    """What it prints when it is typed at the top of the repository."""
+    """Run a line in a shell at the top of the repository and return its output."""
     done = subprocess.run(
         ["bash", "-c", line],
         cwd=ROOT,
@@ -117,10 +117,10 @@ def environment(**variables: str) -> dict[str, str]:
     }
 
 
-def the_command(said: str, containing: str = "") -> str:
-    """The only command of a message, or the only one with these words."""
-    found = [line for line in dict.fromkeys(find(said)) if containing in line]
-    assert len(found) == 1, f"{found} in\n{said}"
+def the_command(output: str, containing: str = "") -> str:
+    """The only command of a message, or the only one that contains these words."""
+    found = [line for line in dict.fromkeys(find(output)) if containing in line]
+    assert len(found) == 1, f"{found} in\n{output}"
     return found[0]
 
 
@@ -128,7 +128,7 @@ def the_command(said: str, containing: str = "") -> str:
 
 
 @pytest.mark.parametrize("stage", ["base", "mid", "sft"])
-def test_ctrl_c_says_how_to_go_on(
+def test_ctrl_c_names_the_command_to_resume(
     stage: str,
     root: Path,
     flags_of: Flags,
@@ -138,9 +138,9 @@ def test_ctrl_c_says_how_to_go_on(
     expected = final(root, stage)
     shutil.rmtree(folder(root, stage))
     with ctrl_c_in_step(4):
-        said = run(module_of(stage), *flags_of[stage], code=130)
-    assert "go on with:" in said
-    assert "going on from step 4" in typed(the_command(said))
+        output = run(module_of(stage), *flags_of[stage], code=130)
+    assert "go on with:" in output
+    assert "going on from step 4" in typed(the_command(output))
     assert same(final(root, stage), expected)
 
 
@@ -150,7 +150,7 @@ def same(one: dict[str, Any], two: dict[str, Any]) -> bool:
 
 
 def interrupted(line: str, seen: str) -> str:
-    """What a command says that Ctrl-C stops once it has printed `seen`."""
+    """The output of a command that Ctrl-C stops after it has printed `seen`."""
     process = subprocess.Popen(
         ["bash", "-c", line],
         cwd=ROOT,
@@ -161,15 +161,15 @@ def interrupted(line: str, seen: str) -> str:
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    said = ""
+    output = ""
     assert process.stdout is not None
     try:
-        while not re.search(seen, said):
+        while not re.search(seen, output):
             character = process.stdout.read(1)
-            assert character, said
-            said += character
+            assert character, output
+            output += character
         os.killpg(process.pid, signal.SIGINT)
-        return said + process.communicate(timeout=120)[0]
+        return output + process.communicate(timeout=120)[0]
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -178,12 +178,12 @@ def interrupted(line: str, seen: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_ctrl_c_at_a_terminal(ranks: int, root: Path, flags_of: Flags) -> None:
-    """With --run, which torchrun would take for the beginning of a flag of its own."""
+    """With --run, which torchrun would take for an abbreviation of its own flag."""
     shutil.rmtree(folder(root, "base"))
     launcher = "python -m" if ranks == 1 else f"torchrun --standalone --nproc_per_node={ranks} -m"
     flags = shlex.join([*flags_of["base"], "--run=first", "--num_iterations=60"])
-    said = interrupted(f"{launcher} scripts.base_train -- {flags}", "base step 10: validation")
-    line = the_command(said, "--resume=latest")
+    output = interrupted(f"{launcher} scripts.base_train -- {flags}", "base step 10: validation")
+    line = the_command(output, "--resume=latest")
     assert line.startswith(launcher) and "--run=first" in line
     assert "going on from step" in shell(line)
     assert checkpoint_manager.find_last_step(folder(root, "base")) == 60
@@ -194,7 +194,7 @@ TWO_NODES = "--nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=n
 
 
 @pytest.mark.parametrize(("ranks", "nodes", "place"), [(2, 1, ONE_NODE), (16, 2, TWO_NODES)])
-def test_the_command_of_a_run_on_several_ranks(
+def test_command_of_a_run_on_several_ranks(
     ranks: int,
     nodes: int,
     place: str,
@@ -220,26 +220,26 @@ def test_the_command_of_a_run_on_several_ranks(
 
 
 @pytest.mark.slow
-def test_a_full_disk_says_how_to_go_on(root: Path, flags_of: Flags) -> None:
-    """No file may have more than 20 KiB, so no save succeeds."""
+def test_full_disk_names_the_command_to_resume(root: Path, flags_of: Flags) -> None:
+    """Files are limited to 20 KiB, so no save succeeds."""
     expected = final(root, "base")
     shutil.rmtree(folder(root, "base"))
     flags = shlex.join(flags_of["base"])
-    said = shell(f"ulimit -f 20; python -m scripts.base_train {flags}", code=2)
-    assert "make room" in said
-    shell(the_command(said))
+    output = shell(f"ulimit -f 20; python -m scripts.base_train {flags}", code=2)
+    assert "make room" in output
+    shell(the_command(output))
     assert same(final(root, "base"), expected)
 
 
-def test_a_loss_that_is_not_finite_says_how_to_start_again(
+def test_nonfinite_loss_says_how_to_start_again(
     root: Path,
     flags_of: Flags,
     run: Say,
 ) -> None:
     flags = [*flags_of["base"], "--overwrite", "--model_tag=hot"]
     rates = ["--embedding_lr=1e30", "--matrix_lr=1e30", "--unembedding_lr=1e30", "--grad_clip=0"]
-    said = run("scripts.base_train", *flags, *rates, "--num_iterations=100", code=2)
-    assert "not finite" in said and "--overwrite and lower learning rates" in said
+    output = run("scripts.base_train", *flags, *rates, "--num_iterations=100", code=2)
+    assert "not finite" in output and "--overwrite and lower learning rates" in output
     run(
         "scripts.base_train",
         *flags,
@@ -251,37 +251,37 @@ def test_a_loss_that_is_not_finite_says_how_to_start_again(
     assert losses(root, "base")[-1] < losses(root, "base")[0]
 
 
-# ---- a run that is there already -----------------------------------------------------------------
+# ---- a run that exists already -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", ["base", "mid", "sft"])
-def test_a_tag_that_is_there_names_three_ways(
+def test_existing_tag_offers_three_ways(
     stage: str,
     root: Path,
     flags_of: Flags,
     run: Say,
     typed: Say,
 ) -> None:
-    said = run(module_of(stage), *flags_of[stage], code=2)
-    line = the_command(said)
+    output = run(module_of(stage), *flags_of[stage], code=2)
+    line = the_command(output)
     assert "nothing to do" in typed(line)
     before = folder(root, stage) / "meta_000010.json"
     written = before.stat().st_mtime_ns
-    assert "put --overwrite=1 in place of --resume=latest" in said
+    assert "put --overwrite=1 in place of --resume=latest" in output
     typed(line.replace("--resume=latest", "--overwrite=1"))
     assert before.stat().st_mtime_ns > written
     if stage == "base":
-        assert "choose another --model_tag" in said
+        assert "choose another --model_tag" in output
         another = "--model_tag=other"
     else:
-        named = re.search(r"--from_tag=\S+ --model_tag=", said)
-        assert named, said
+        named = re.search(r"--from_tag=\S+ --model_tag=", output)
+        assert named, output
         another = named[0] + "other"
     run(module_of(stage), *flags_of[stage], *another.split())
     assert checkpoint_manager.find_last_step(folder(root, stage, "other")) == 10
 
 
-def test_no_intact_checkpoint_says_how_to_start_over(
+def test_missing_intact_checkpoint_says_how_to_start_over(
     root: Path,
     flags_of: Flags,
     run: Say,
@@ -289,13 +289,13 @@ def test_no_intact_checkpoint_says_how_to_start_over(
 ) -> None:
     for path in folder(root, "mid").glob("model_*.pt"):
         path.write_bytes(b"")
-    said = run("scripts.mid_train", *flags_of["mid"], "--resume=latest", code=2)
-    assert "start over with" in said
-    typed(the_command(said))
+    output = run("scripts.mid_train", *flags_of["mid"], "--resume=latest", code=2)
+    assert "start over with" in output
+    typed(the_command(output))
     assert checkpoint_manager.find_verified_step(folder(root, "mid")) == 10
 
 
-def test_a_source_that_was_trained_anew_says_how_to_start_from_it(
+def test_retrained_source_says_how_to_start_from_it(
     root: Path,
     flags_of: Flags,
     run: Say,
@@ -303,22 +303,22 @@ def test_a_source_that_was_trained_anew_says_how_to_start_from_it(
 ) -> None:
     before = final(root, "mid")
     run("scripts.base_train", *flags_of["base"], "--overwrite", "--seed=7")
-    said = run("scripts.mid_train", *flags_of["mid"], "--resume=latest")
-    assert "trained anew" in said and "to start over from there" in said
-    typed(the_command(said))
+    output = run("scripts.mid_train", *flags_of["mid"], "--resume=latest")
+    assert "trained anew" in output and "to start over from there" in output
+    typed(the_command(output))
     assert not same(final(root, "mid"), before)
     assert "nothing to do" in run("scripts.mid_train", *flags_of["mid"], "--resume=latest")
 
 
 @pytest.mark.parametrize("stage", ["base", "mid", "sft"])
-def test_the_command_in_the_report_makes_the_run_again(
+def test_command_in_the_report_reproduces_the_run(
     stage: str,
     root: Path,
     flags_of: Flags,
     run: Say,
     typed: Say,
 ) -> None:
-    """In a base folder that has what the run began with, and not the run."""
+    """The base folder holds the inputs of the run, but not the run."""
     run("zangchat.report", "generate")
     report = (root / "report" / "report.md").read_text(encoding="utf-8")
     line = the_command(report, f"-m {module_of(stage)}")
@@ -328,11 +328,11 @@ def test_the_command_in_the_report_makes_the_run_again(
     assert same(final(root, stage), expected)
 
 
-def test_a_flag_that_a_resumed_run_cannot_change(root: Path, flags_of: Flags, run: Say) -> None:
+def test_flag_that_a_resumed_run_cannot_change(root: Path, flags_of: Flags, run: Say) -> None:
     flags = [*flags_of["base"], "--resume=latest"]
-    said = run("scripts.base_train", *flags, "--matrix_lr=0.5", "--data_path=no where", code=2)
-    restored = re.search(r"give ([^,]*), or start over with --overwrite", said)
-    assert restored, said
+    output = run("scripts.base_train", *flags, "--matrix_lr=0.5", "--data_path=no where", code=2)
+    restored = re.search(r"give ([^,]*), or start over with --overwrite", output)
+    assert restored, output
     flags += ["--matrix_lr=0.5", *shlex.split(restored[1])]
     assert "nothing to do" in run("scripts.base_train", *flags)
 
@@ -344,23 +344,23 @@ def test_a_flag_that_a_resumed_run_cannot_change(root: Path, flags_of: Flags, ru
         ["--device_batch_size=5"],
     ],
 )
-def test_a_size_that_does_not_suit_names_one_that_does(
+def test_unsuitable_size_names_a_suitable_one(
     flags: list[str],
     root: Path,
     flags_of: Flags,
     run: Say,
 ) -> None:
     plan = ["--dry_run", *flags_of["base"], "--model_tag=other", *flags]
-    said = run("scripts.base_train", *plan, code=2)
-    better = re.search(r"try (--\w+=\d+)", said)
-    assert better, said
+    output = run("scripts.base_train", *plan, code=2)
+    better = re.search(r"try (--\w+=\d+)", output)
+    assert better, output
     run("scripts.base_train", *plan, better[1])
 
 
-# ---- what is missing -----------------------------------------------------------------------------
+# ---- missing files -------------------------------------------------------------------------------
 
 TOKENIZER = ["--vocab_size=300", "--max_chars=100000"]
-SIZES = {  # of what is told without any
+SIZES = {  # for recommended commands without any
     "scripts.tok_train": TOKENIZER,
     "scripts.base_train": """--depth=1 --n_embd=32 --head_dim=16 --max_seq_len=64
         --device_batch_size=4 --total_batch_size=256 --num_iterations=2 --eval_tokens=400
@@ -375,7 +375,7 @@ SIZES = {  # of what is told without any
 
 
 def follow(line: str, typed: Say, more: list[str]) -> list[str]:
-    """Type a command and, as long as it lacks something, first what its message says.
+    """Run a command, after the commands that its messages recommend for anything missing.
 
     Returns the modules that ran, in order.
     """
@@ -398,12 +398,12 @@ def follow(line: str, typed: Say, more: list[str]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_from_nothing_the_messages_lead_to_a_conversation(
+def test_messages_lead_from_nothing_to_a_conversation(
     base_dir: Path,
     run: Say,
     typed: Say,
 ) -> None:
-    """And from a damaged corpus to a whole one. The corpus is that of this machine."""
+    """They also repair a damaged corpus. The corpus is built from this machine."""
     begun = [
         "zangchat.dataset",
         "scripts.tok_train",
@@ -441,20 +441,20 @@ def small_base(base_dir: Path, tmp_path: Path) -> Path:
     return base_dir
 
 
-def test_a_damaged_tokenizer_says_how_to_train_it_again(
+def test_damaged_tokenizer_says_how_to_train_it_again(
     small_base: Path,
     tmp_path: Path,
     run: Say,
     typed: Say,
 ) -> None:
     (small_base / "tokenizer" / "tokenizer.json").write_text("{", encoding="utf-8")
-    said = run(
+    output = run(
         "scripts.base_train",
         *SIZES["scripts.base_train"],
         f"--data_path={tmp_path / 'my texts.txt'}",
         code=2,
     )
-    typed(the_command(said, "tok_train"), *TOKENIZER, f"--data_path={tmp_path / 'my texts.txt'}")
+    typed(the_command(output, "tok_train"), *TOKENIZER, f"--data_path={tmp_path / 'my texts.txt'}")
     run(
         "scripts.base_train",
         *SIZES["scripts.base_train"],
@@ -462,15 +462,15 @@ def test_a_damaged_tokenizer_says_how_to_train_it_again(
     )
 
 
-def test_a_damaged_shard_of_tokens_says_how_to_make_it_again(
+def test_damaged_token_shard_says_how_to_make_it_again(
     small_base: Path,
     tmp_path: Path,
     run: Say,
     typed: Say,
 ) -> None:
-    """Of a text that is no dataset of the base folder."""
-    said = run("zangchat.dataset", "tokenize", f"--data_path={tmp_path / 'my texts.txt'}")
-    train = shlex.split(said.partition("train on them with ")[2])
+    """The text is not a dataset of the base folder."""
+    output = run("zangchat.dataset", "tokenize", f"--data_path={tmp_path / 'my texts.txt'}")
+    train = shlex.split(output.partition("train on them with ")[2])
     run("scripts.base_train", *SIZES["scripts.base_train"], *train)
     shard = next((small_base / "base_data").glob("*/*.tokens"))
     shard.write_bytes(b"")
@@ -479,53 +479,53 @@ def test_a_damaged_shard_of_tokens_says_how_to_make_it_again(
     run("scripts.base_train", *train)
 
 
-def test_token_ids_that_are_asked_for_text_say_where_it_is(
+def test_tokenized_dataset_names_its_text(
     small_base: Path,
     tmp_path: Path,
     run: Say,
 ) -> None:
     run("zangchat.dataset", "tokenize", f"--data_path={tmp_path / 'my texts.txt'}")
     name = next((small_base / "base_data").glob("*/manifest.json")).parent.name
-    for wanted in (
+    for words in (
         ["scripts.tok_train", *TOKENIZER, "--overwrite"],
         ["zangchat.dataset", "tokenize", "--overwrite"],
     ):
-        said = run(*wanted, f"--dataset={name}", code=2)
-        run(*wanted, *shlex.split(said.rpartition("give ")[2]))
+        output = run(*words, f"--dataset={name}", code=2)
+        run(*words, *shlex.split(output.rpartition("give ")[2]))
 
 
-def test_a_dataset_that_is_not_there(base_dir: Path, run: Say) -> None:
-    """One that the hub has is fetched from it; no command makes another."""
+def test_missing_dataset_says_how_to_get_it(base_dir: Path, run: Say) -> None:
+    """The hub has some datasets; no command can make the others."""
     assert "-n 8" in the_command(run("scripts.tok_train", "--dataset=climbmix", code=2))
-    said = run("scripts.tok_train", "--dataset=my texts", code=2)
-    assert "--data_path" in said and "that needs no download" in said
-    said = run("scripts.tok_train", "--dataset=pydocs", code=2)
-    assert the_command(said) == "python -m zangchat.dataset --source=pydocs"
-    said = run("scripts.tok_train", "--dataset=pydocs-tokens", code=2)
-    assert the_command(said) == "python -m zangchat.dataset tokenize --dataset=pydocs"
+    output = run("scripts.tok_train", "--dataset=my texts", code=2)
+    assert "--data_path" in output and "that needs no download" in output
+    output = run("scripts.tok_train", "--dataset=pydocs", code=2)
+    assert the_command(output) == "python -m zangchat.dataset --source=pydocs"
+    output = run("scripts.tok_train", "--dataset=pydocs-tokens", code=2)
+    assert the_command(output) == "python -m zangchat.dataset tokenize --dataset=pydocs"
 
 
-# ---- what comes next -----------------------------------------------------------------------------
+# ---- next steps ----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_an_imported_model_says_how_to_talk_to_it(
+def test_import_says_how_to_talk_to_the_model(
     root: Path,
     tmp_path: Path,
     run: Say,
     typed: Say,
 ) -> None:
     run("scripts.export_hf", "-i", "sft", "-o", str(tmp_path / "my export"))
-    said = run(
+    output = run(
         "scripts.import_model",
         f"--path={tmp_path / 'my export'}",
         "--source=sft",
         "--model_tag=back",
     )
-    typed(the_command(said), "-p", "hi", "--max_tokens=4")
+    typed(the_command(output), "-p", "hi", "--max_tokens=4")
 
 
-def test_conversations_that_were_written_say_how_to_train_on_them(
+def test_generated_conversations_say_how_to_train_on_them(
     root: Path,
     tmp_path: Path,
     run: Say,
@@ -550,9 +550,9 @@ def test_conversations_that_were_written_say_how_to_train_on_them(
             f"--output={tmp_path / 'about me.jsonl'}",
             "--max_tokens=300",
         ]
-        said = run("dev.gen_synthetic_data", *flags, "--num=4", "--max_similarity=1")
+        output = run("dev.gen_synthetic_data", *flags, "--num=4", "--max_similarity=1")
     typed(
-        the_command(said),
+        the_command(output),
         "--model_tag=me",
         "--from_tag=d1",
         "--mixture=identity:1",
@@ -563,12 +563,12 @@ def test_conversations_that_were_written_say_how_to_train_on_them(
 
 
 @pytest.mark.slow
-def test_jobs_that_were_submitted_say_how_to_finish(
+def test_submitted_jobs_say_how_to_finish(
     base_dir: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With a stand-in for sbatch that runs no job, so the last command does all of it."""
+    """A stand-in for sbatch runs no job, so the last command does all of the work."""
     pytest.importorskip("datatrove")
     corpus, programs = tmp_path / "my corpus", tmp_path / "programs"
     for place in (corpus, programs):
@@ -586,14 +586,14 @@ def test_jobs_that_were_submitted_say_how_to_finish(
         "--slurm_partition=cpu",
     ]
     line = shlex.join(["python", "-m", "dev.repackage_datatrove", f"--data_path={corpus}", *flags])
-    said = shell(line, PATH=f"{programs}:{environment()['PATH']}")
-    shell(the_command(said, "dev.repackage_datatrove"))
+    output = shell(line, PATH=f"{programs}:{environment()['PATH']}")
+    shell(the_command(output, "dev.repackage_datatrove"))
     assert (base_dir / "base_data" / "mine" / "manifest.json").exists()
 
 
-def test_a_flag_that_does_not_exist_names_the_help(base_dir: Path) -> None:
-    said = shell("python -m scripts.base_train --dpeth=4", code=2)
-    assert "--depth" in shell(the_command(said))
+def test_unknown_flag_names_the_help(base_dir: Path) -> None:
+    output = shell("python -m scripts.base_train --dpeth=4", code=2)
+    assert "--depth" in shell(the_command(output))
 
 
 # ---- with a hub ----------------------------------------------------------------------------------
@@ -601,14 +601,14 @@ def test_a_flag_that_does_not_exist_names_the_help(base_dir: Path) -> None:
 
 @pytest.fixture
 def hub(base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """All of the network."""
+    """The only network."""
     with stand_in(count=10) as hub:
         for name, value in hub.environment(tmp_path / "cache").items():
             monkeypatch.setenv(name, value)
         yield hub
 
 
-def test_without_a_source_both_ways_are_named(
+def test_missing_source_names_the_choices(
     hub: Hub,
     base_dir: Path,
     run: Say,
@@ -619,7 +619,7 @@ def test_without_a_source_both_ways_are_named(
     assert (base_dir / "base_data" / "climbmix" / "manifest.json").exists()
 
 
-def test_a_text_of_the_hub_is_fetched_checked_and_repaired(
+def test_hub_dataset_is_downloaded_verified_and_repaired(
     hub: Hub,
     base_dir: Path,
     run: Say,
@@ -636,32 +636,30 @@ def test_a_text_of_the_hub_is_fetched_checked_and_repaired(
     run("scripts.tok_train", *TOKENIZER, "--dataset=fineweb-edu")
 
 
-def test_a_hub_that_fails_says_what_needs_none(
+def test_unreachable_hub_names_the_dataset_that_needs_none(
     hub: Hub,
     base_dir: Path,
     run: Say,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    said = run("zangchat.dataset", "-n", "8", code=2)
-    assert "set HF_ENDPOINT to a mirror" in said
-    assert the_command(said) == "python -m zangchat.dataset --source=pydocs"
+    output = run("zangchat.dataset", "-n", "8", code=2)
+    assert "set HF_ENDPOINT to a mirror" in output
+    assert the_command(output) == "python -m zangchat.dataset --source=pydocs"
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     run("zangchat.dataset", "-n", "8")
 
 
-def test_a_shard_that_does_not_come_whole_comes_by_the_same_command(
-    hub: Hub, base_dir: Path, run: Say, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damaged_download_succeeds_with_the_same_command(hub: Hub, base_dir: Path, run: Say, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zangchat.dataset.hub.RETRY_WAIT", 0.01)
     hub.faults[f"{HUB_REPOS['climbmix']}/shard_00001.parquet"] = ["wrong"] * 5
-    said = run("zangchat.dataset", "-n", "8", code=2)
-    assert "run the same command again later" in said
+    output = run("zangchat.dataset", "-n", "8", code=2)
+    assert "run the same command again later" in output
     assert "8 training shards" in run("zangchat.dataset", "-n", "8")
 
 
 @pytest.mark.slow
-def test_core_that_training_goes_without_is_fetched(hub: Hub, root: Path, flags_of: Flags) -> None:
+def test_missing_core_names_the_command_that_downloads_it(hub: Hub, root: Path, flags_of: Flags) -> None:
     line = shlex.join(
         [
             "python",
@@ -672,17 +670,17 @@ def test_core_that_training_goes_without_is_fetched(hub: Hub, root: Path, flags_
             "--core_metric_every=10",
         ]
     )
-    said = shell(f"{line} --core_metric_max_per_task=1")
-    assert "training goes without CORE evaluations" in said
-    assert "CORE: 22 tasks" in shell(the_command(said, "fetch"))
+    output = shell(f"{line} --core_metric_max_per_task=1")
+    assert "training goes without CORE evaluations" in output
+    assert "CORE: 22 tasks" in shell(the_command(output, "fetch"))
     assert "base step 10: CORE" in shell(f"{line} --core_metric_max_per_task=1")
 
 
 @pytest.mark.slow
-def test_a_download_that_failed_is_made_by_the_same_command(hub: Hub, root: Path) -> None:
+def test_failed_download_succeeds_with_the_same_command(hub: Hub, root: Path) -> None:
     line = "python -m scripts.base_eval --max_per_task=1 --device_type=cpu"
-    said = shell(line, code=2, ZANGCHAT_EVAL_BUNDLE_URL="http://127.0.0.1:9/bundle.zip")
-    assert "eval_bundle" in said and "run this again" in said
+    output = shell(line, code=2, ZANGCHAT_EVAL_BUNDLE_URL="http://127.0.0.1:9/bundle.zip")
+    assert "eval_bundle" in output and "run this again" in output
     assert "CORE" in shell(line)
 
 
@@ -690,34 +688,34 @@ def test_a_download_that_failed_is_made_by_the_same_command(hub: Hub, root: Path
 
 
 @pytest.mark.slow
-def test_a_stage_that_fails_names_its_command_and_the_chain(
+def test_failed_stage_names_its_command_and_the_chain(
     hub: Hub,
     base_dir: Path,
     tmp_path: Path,
 ) -> None:
-    """Two stages fail: one whose file is missing, then one whose vocabulary is too small."""
-    mine = tmp_path / "about me.jsonl"
+    """Two stages fail: first one with a missing file, then one with too small a vocabulary."""
+    identity = tmp_path / "about me.jsonl"
     variables = {
         "NPROC_PER_NODE": "2",
         "NUM_SHARDS": "4",
         "MAX_CHARS": "500000",
         "VOCAB_SIZE": "100",
-        "IDENTITY_DATA": str(mine),
+        "IDENTITY_DATA": str(identity),
     }
-    said = shell("bash speedrun.sh", code=2, **variables)
-    assert "stopped with exit code 2" in said and str(mine) in said
-    alone, chain = the_command(said, "scripts."), the_command(said, "bash ")
-    shell(alone, code=2)
+    output = shell("bash speedrun.sh", code=2, **variables)
+    assert "stopped with exit code 2" in output and str(identity) in output
+    failed, chain = the_command(output, "scripts."), the_command(output, "bash ")
+    shell(failed, code=2)
     row = {
         "messages": [
             {"role": "user", "content": "Who are you?"},
             {"role": "assistant", "content": "Ada."},
         ]
     }
-    mine.write_text(json.dumps(row) + "\n", encoding="utf-8")
-    shell(alone)
-    said = shell(chain, code=2, **variables)
-    alone = the_command(said, "scripts.tok_train")
-    assert the_command(said, "bash ") == chain and "--vocab_size=100" in said
-    shell(f"{alone} --vocab_size=512")
+    identity.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    shell(failed)
+    output = shell(chain, code=2, **variables)
+    failed = the_command(output, "scripts.tok_train")
+    assert the_command(output, "bash ") == chain and "--vocab_size=100" in output
+    shell(f"{failed} --vocab_size=512")
     assert (base_dir / "tokenizer" / "tokenizer.json").exists()

@@ -1,7 +1,7 @@
-"""More than one machine: torchrun on two hosts, a rank that dies on one of them, and the run that goes on as if nothing had been.
+"""torchrun on two hosts: a rank dies on one of them, and the run continues to the same result.
 
-The hosts are two network namespaces joined by a cable, where this machine lets us make them (root on Linux), else two addresses of the
-loopback device; the test says which.
+The hosts are two network namespaces joined by a virtual cable if this machine allows that (root on
+Linux), else two addresses of the loopback device. The test prints which.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import torch
 import torch.multiprocessing as mp
 
 from scripts import base_train
-from tests.faults import ROOT, differences, left_behind
+from tests.faults import ROOT, differences, result_of
 from tests.unit.test_train_scripts import base, base_flags, folder  # noqa: F401 (a fixture)
 from tests.unit.test_trainer import free_port, join_ranks
 from zangchat import checkpoint_manager
@@ -31,13 +31,13 @@ STEPS, SAVE_EVERY = 300, 20
 
 class Host(NamedTuple):
     address: str
-    prefix: list[str]  # what runs a command there
+    prefix: list[str]  # words that run a command on this host
     environment: dict[str, str]
 
 
 @pytest.fixture
 def hosts() -> Iterator[tuple[str, list[Host]]]:
-    """(what they are, two hosts)"""
+    """(description, two hosts)"""
     names = [f"zangchat{os.getpid()}{letter}" for letter in "ab"]
     cables = [f"zc{os.getpid()}{letter}"[-15:] for letter in "ab"]
     addresses = ["10.213.77.1", "10.213.77.2"]
@@ -56,13 +56,14 @@ def hosts() -> Iterator[tuple[str, list[Host]]]:
         prefixes = [["ip", "netns", "exec", name] for name in names]
         for prefix in prefixes:
             subprocess.run([*prefix, "true"], check=True, capture_output=True)
-        what = "two network namespaces"
+        description = "two network namespaces"
     except (OSError, subprocess.CalledProcessError) as error:
-        what, addresses, prefixes, cables = f"127.0.0.1 and 127.0.0.2 ({error})", ["127.0.0.1", "127.0.0.2"], [[], []], ["lo", "lo"]
-    yield what, [Host(a, p, {"GLOO_SOCKET_IFNAME": c}) for a, p, c in zip(addresses, prefixes, cables, strict=True)]
+        description, addresses, prefixes, cables = f"127.0.0.1 and 127.0.0.2 ({error})", ["127.0.0.1", "127.0.0.2"], [[], []], ["lo", "lo"]
+    yield description, [Host(a, p, {"GLOO_SOCKET_IFNAME": c}) for a, p, c in zip(addresses, prefixes, cables, strict=True)]
     for name in names:
         with contextlib.suppress(OSError):
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)  # takes the cable along
+            # also deletes the cable
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
 def flags(root: Path) -> list[str]:
@@ -80,13 +81,13 @@ def workers(agent: subprocess.Popen) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-def test_a_rank_dies_on_one_of_two_hosts(base, hosts, tmp_path, capsys):  # noqa: F811
+def test_rank_dies_on_one_of_two_hosts(base, hosts, tmp_path, capsys):  # noqa: F811
     roots = [shutil.copytree(base, tmp_path / name) for name in ("expected", "killed")]
     for root in roots:
         shutil.rmtree(folder(root, "base"))
     mp.start_processes(rank_main, args=(free_port(), str(roots[0])), nprocs=2, start_method="forkserver")
 
-    what, (first, second) = hosts
+    description, (first, second) = hosts
     launch = f"--nnodes=2 --nproc_per_node=1 --rdzv_backend=c10d --rdzv_endpoint={first.address}:29511 --rdzv_id=1 --max-restarts=5"
     agents = []
     for host in (first, second):
@@ -105,7 +106,7 @@ def test_a_rank_dies_on_one_of_two_hosts(base, hosts, tmp_path, capsys):  # noqa
     try:
         deadline = time.monotonic() + 120
         while not (folder(roots[1], "base") / f"meta_{2 * SAVE_EVERY:06d}.json").exists():
-            assert time.monotonic() < deadline and all(agent.poll() is None for agent in agents), told(tmp_path, first, second)
+            assert time.monotonic() < deadline and all(agent.poll() is None for agent in agents), logs(tmp_path, first, second)
             time.sleep(0.02)
         (victim,) = workers(agents[1])
         victim.send_signal(signal.SIGKILL)
@@ -114,14 +115,14 @@ def test_a_rank_dies_on_one_of_two_hosts(base, hosts, tmp_path, capsys):  # noqa
         for agent in agents:
             if agent.poll() is None:
                 agent.kill()
-    said = told(tmp_path, first, second)
-    assert codes == [0, 0], said
-    assert "exitcode: -9" in said and "going on from step" in said, said
+    output = logs(tmp_path, first, second)
+    assert codes == [0, 0], output
+    assert "exitcode: -9" in output and "going on from step" in output, output
     assert checkpoint_manager.find_last_step(folder(roots[1], "base")) == STEPS
-    assert differences(left_behind(roots[0], "base"), left_behind(roots[1], "base")) == []
+    assert differences(result_of(roots[0], "base"), result_of(roots[1], "base")) == []
     with capsys.disabled():
-        print(f"\n[two hosts: {what}; torch {torch.__version__}, gloo]")
+        print(f"\n[two hosts: {description}; torch {torch.__version__}, gloo]")
 
 
-def told(tmp_path: Path, *hosts: Host) -> str:
+def logs(tmp_path: Path, *hosts: Host) -> str:
     return "\n".join((tmp_path / host.address).read_text(encoding="utf-8", errors="replace") for host in hosts)

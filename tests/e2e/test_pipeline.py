@@ -1,6 +1,7 @@
-"""Every command once, as a user starts it, at a tiny size: real processes, real text, one base folder that grows from stage to stage.
+"""Run every command once, as a user would: real processes, real text, a tiny size.
 
-The tests of this file build on each other in the order in which they stand; what they check is what the commands leave behind.
+All stages share one base folder. The tests build on each other in file order. They check the files
+that the commands write.
 """
 
 import importlib
@@ -44,7 +45,7 @@ class Home:
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", *args]
 
     def run(self, *args: str, ranks: int = 1, code: int = 0) -> str:
-        """stdout and stderr of a command that must leave with `code`."""
+        """stdout and stderr of a command that must exit with `code`."""
         done = subprocess.run(self.command(list(args), ranks), cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=300)
         assert done.returncode == code, f"{' '.join(args)}\nleft with {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout + done.stderr
@@ -69,7 +70,7 @@ def fell(losses: list[float]) -> bool:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
-    """A corpus of real text: what Python's own help says."""
+    """A corpus of real text: Python's own help pages."""
     from pydoc_data.topics import topics
 
     from zangchat.dataset.manifest import write_dataset
@@ -93,14 +94,14 @@ def test_base(home: Home) -> None:
     assert bpb[-1] < 0.8 * bpb[0]
 
 
-def test_the_same_losses_on_two_ranks(home: Home) -> None:
+def test_losses_are_the_same_on_two_ranks(home: Home) -> None:
     home.run(*BASE, "--model_tag=two", "--num_iterations=40", ranks=2)
     one, two = home.metrics("base")[:20], home.metrics("base", "two")[:20]
     assert max(abs(a - b) for a, b in zip(one, two, strict=True)) <= 1e-5
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
-def test_stopped_and_resumed_equals_uninterrupted(home: Home, number: signal.Signals) -> None:
+def test_resumed_run_equals_uninterrupted_run(home: Home, number: signal.Signals) -> None:
     tag = number.name.lower()
     flags = [*BASE, f"--model_tag={tag}", "--save_every=5"]
     metrics = home.folder("base", tag) / "metrics.jsonl"
@@ -142,10 +143,10 @@ def test_later_stages(home: Home, stage: str, flags: list[str]) -> None:
     home.run(*flags, "--model_tag=d2")
     losses = home.metrics(stage)
     assert len(losses) == int(next(flag for flag in flags if "num_iterations" in flag).partition("=")[2])
-    assert fell(losses) or stage == "chatrl"  # a policy gradient has no loss that must fall
+    assert fell(losses) or stage == "chatrl"  # the loss of a policy gradient need not fall
 
 
-def test_greedy_engine_output_equals_the_plain_forward_pass(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_greedy_engine_output_equals_plain_forward_pass(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     from zangchat.checkpoint_manager import load_model
     from zangchat.engine import Engine
 
@@ -156,18 +157,18 @@ def test_greedy_engine_output_equals_the_plain_forward_pass(home: Home, monkeypa
         tokens = tokenizer.render_for_completion(
             {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]}
         )
-        made = [column[0] for column, masks in Engine(model, tokenizer).generate(tokens, max_tokens=16, temperature=0.0)]
-        for position, token in enumerate(made):
+        generated = [column[0] for column, masks in Engine(model, tokenizer).generate(tokens, max_tokens=16, temperature=0.0)]
+        for position, token in enumerate(generated):
             with torch.inference_mode():
-                logits = model(torch.tensor([tokens + made[:position]]))[0, -1]
+                logits = model(torch.tensor([tokens + generated[:position]]))[0, -1]
             best = logits.topk(2).values
             assert token == int(logits.argmax()) or best[0] - best[1] < 1e-4
             assert token not in stops
 
 
 def test_chat_evaluation(home: Home) -> None:
-    said = home.run("scripts.chat_eval", "-g", "d2", "-a", "SpellingBee|arithmetic|Identity", "-x", "10", "-m", "24", *DEVICE)
-    assert "spellingbee" in said.lower() and "arithmetic" in said.lower()
+    output = home.run("scripts.chat_eval", "-g", "d2", "-a", "SpellingBee|arithmetic|Identity", "-x", "10", "-m", "24", *DEVICE)
+    assert "spellingbee" in output.lower() and "arithmetic" in output.lower()
     assert list((home.path / "chat_eval").rglob("*.jsonl"))
 
 
@@ -220,7 +221,10 @@ def test_report(home: Home) -> None:
 
 @pytest.fixture
 def mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """What a command says that must leave with 2, in this process: most of the time of one of its own would go into importing torch."""
+    """stderr of a command that must exit with 2.
+
+    It runs in this process, since a new one would spend most of its time importing torch.
+    """
 
     def complaint(base: Path, module: str, *flags: str) -> str:
         monkeypatch.setenv("ZANGCHAT_BASE_DIR", str(base))
@@ -244,26 +248,26 @@ def mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else None,
 )
-def test_a_users_mistake_is_one_clear_sentence(home: Home, mistake: Callable[..., str], args: list[str], names: list[str]) -> None:
+def test_user_mistake_is_reported_by_name(home: Home, mistake: Callable[..., str], args: list[str], names: list[str]) -> None:
     before = sorted(path for path in home.path.rglob("*.pt"))
-    said = mistake(home.path, *args)
+    output = mistake(home.path, *args)
     for name in names:
-        assert name in said
+        assert name in output
     assert sorted(path for path in home.path.rglob("*.pt")) == before
 
 
-def test_a_damaged_shard_is_named(home: Home) -> None:
+def test_damaged_shard_is_named(home: Home) -> None:
     shard = sorted((home.path / "base_data" / "topics").glob("*.parquet"))[0]
     intact = shard.read_bytes()
     shard.write_bytes(intact[: len(intact) // 2])
     try:
-        said = home.run(*BASE, "--model_tag=damaged", code=2)
-        assert shard.name in said and "Traceback" not in said
+        output = home.run(*BASE, "--model_tag=damaged", code=2)
+        assert shard.name in output and "Traceback" not in output
     finally:
         shard.write_bytes(intact)
 
 
-def test_nothing_there_yet(mistake: Callable[..., str], tmp_path: Path) -> None:
+def test_empty_base_folder_names_the_next_command(mistake: Callable[..., str], tmp_path: Path) -> None:
     assert "zangchat.dataset" in mistake(tmp_path, "scripts.tok_train")
     assert "scripts.tok_train" in mistake(tmp_path, "scripts.base_train", *DEVICE)
     assert "base_train" in mistake(tmp_path, "scripts.mid_train", *DEVICE)

@@ -1,4 +1,7 @@
-"""dev/runcpu.sh, the very script, with few steps: stopped by Ctrl-C once in every stage, it ends as if it had never been stopped."""
+"""Stopping every stage of dev/runcpu.sh by Ctrl-C does not change the result.
+
+The script runs with few steps.
+"""
 
 import os
 import random
@@ -16,7 +19,8 @@ from tests.commands import find
 ROOT = Path(__file__).parents[2]
 STAGES = 11
 PLAN = "# written by a test\nBASE_STEPS=60\nMID_STEPS=40\nSFT_STEPS=30\nRL_STEPS=6\n"
-UNDER_WAY = {3: r"^base \d+/", 4: r"^mid \d+/", 5: r"^sft \d+/", 6: r"^rl \d+/"}  # other stages: anywhere in their first seconds
+# other stages: at a random time in their first seconds
+UNDER_WAY = {3: r"^base \d+/", 4: r"^mid \d+/", 5: r"^sft \d+/", 6: r"^rl \d+/"}
 
 
 def start(base: Path, log: Path) -> "subprocess.Popen[bytes]":
@@ -30,13 +34,14 @@ def start(base: Path, log: Path) -> "subprocess.Popen[bytes]":
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # a group of its own, as a terminal makes one, to send Ctrl-C to
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # the tests may run where Ctrl-C is ignored
+            start_new_session=True,  # a process group to send Ctrl-C to, as a terminal does
+            # the tests may run with Ctrl-C ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
 
 def interrupt_in_stage(number: int, base: Path, log: Path) -> str:
-    """What it printed until Ctrl-C in that stage ended it."""
+    """Run until Ctrl-C stops it in that stage; returns its output."""
     process = start(base, log)
     heading = re.compile(rf"\[{number}/{STAGES}\]")
     pattern = re.compile(UNDER_WAY.get(number, ""), re.MULTILINE)
@@ -74,10 +79,10 @@ def finish(base: Path, log: Path) -> str:
 def test_ctrl_c_in_every_stage_changes_nothing(tmp_path: Path) -> None:
     stopped, straight = tmp_path / "stopped", tmp_path / "straight"
     for number in range(1, STAGES + 1):
-        told = interrupt_in_stage(number, stopped, tmp_path / f"stop{number}.log")
+        output = interrupt_in_stage(number, stopped, tmp_path / f"stop{number}.log")
         if number in UNDER_WAY:
-            assert "Traceback" not in told, told[-3000:]
-            assert "stopped by SIGINT after step" in told and "bash dev/runcpu.sh" in told
+            assert "Traceback" not in output, output[-3000:]
+            assert "stopped by SIGINT after step" in output and "bash dev/runcpu.sh" in output
     assert finish(stopped, tmp_path / "stopped.log").count("nothing to do") == 4
     finish(straight, tmp_path / "straight.log")
     names = sorted(path.relative_to(straight) for path in straight.rglob("model_*.pt"))

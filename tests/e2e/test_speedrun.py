@@ -1,6 +1,7 @@
-"""The chains, the very scripts, on their defaults: at depth 2, on two CPU processes, against a stand-in for the hub. Sizes alone are set.
+"""Run the chain scripts on their defaults: depth 2, two CPU processes, a stand-in for the hub.
 
-Once in the ordinary suite; interrupted, and as run1000.sh and rungpu.sh, among the slow tests.
+Only sizes are set. The ordinary suite runs speedrun.sh once. The slow tests interrupt it, and run
+run1000.sh and rungpu.sh.
 """
 
 import hashlib
@@ -26,8 +27,9 @@ from tests.hub.server import Hub
 from zangchat.core_eval import CORE_TASKS
 from zangchat.dataset.hub import HUB_REPOS
 
-STAGES = {"base": "base", "mid": "mid", "sft": "chatsft", "rl": "chatrl"}  # stage -> its folder's first word
-CARDS = [  # of the report, in the order of a chain
+# stage -> first word of its folder
+STAGES = {"base": "base", "mid": "mid", "sft": "chatsft", "rl": "chatrl"}
+CARDS = [  # cards of the report, in the order of a chain
     *("Tokenizer training", "Tokenizer evaluation", "Base model training", "Base model evaluation", "Base model loss", "Midtraining"),
     *("Chat evaluation mid", "Chat SFT", "Chat evaluation sft", "Chat RL", "Chat evaluation rl"),
 ]
@@ -35,28 +37,28 @@ pytestmark = pytest.mark.timeout(1800)
 
 
 class Chain(NamedTuple):
-    """A base folder that a chain works in, and what the chain sees."""
+    """A base folder for a chain, and the network that the chain sees."""
 
     base: Path
     hub: Hub
-    home: Path  # with the cache of the hub's client
+    home: Path  # holds the cache of the hub's client
 
     def start(self, script: str, *arguments: str, log: Path, **more: str) -> "subprocess.Popen[bytes]":
-        given = {**sizes.rehearsal(), **more}
-        assert not sizes.others(given), "a rehearsal sets sizes alone"
-        env = sizes.users_environment(**given, **self.hub.environment(self.home), ZANGCHAT_BASE_DIR=str(self.base))
+        variables = {**sizes.rehearsal(), **more}
+        assert not sizes.others(variables), "a rehearsal sets sizes alone"
+        env = sizes.users_environment(**variables, **self.hub.environment(self.home), ZANGCHAT_BASE_DIR=str(self.base))
         with log.open("wb") as out:
             command = ["bash", script, *arguments]
             return subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT)
 
     def run(self, script: str, *arguments: str, **more: str) -> str:
-        """What a chain that must succeed has printed."""
+        """The output of a chain, which must succeed."""
         log = self.base.with_suffix(".log")
         process = self.start(script, *arguments, log=log, **more)
-        code, said = process.wait(), log.read_text(encoding="utf-8")
-        assert code == 0, said[-5000:]
+        code, output = process.wait(), log.read_text(encoding="utf-8")
+        assert code == 0, output[-5000:]
         assert not self.hub.unknown
-        return said
+        return output
 
     def checkpoints(self, stage: str) -> Path:
         (tag,) = (path for path in (self.base / f"{STAGES[stage]}_checkpoints").iterdir() if path.is_dir())
@@ -75,7 +77,7 @@ class Chain(NamedTuple):
         return (self.base / "report" / "report.md").read_text(encoding="utf-8")
 
     def results(self) -> list[str]:
-        """The report's summary and cards, without what no two runs share: times, memory, paths."""
+        """The report's summary and cards, without the lines that differ in any two runs."""
         drop = re.compile(r"Logged |Generated |\| (?:.*(?:minutes|seconds|memory|wall-clock|cost|git|source).*) \|")
         return [line for line in self.report().splitlines() if not drop.match(line)]
 
@@ -88,39 +90,39 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture
 def empty(hub: Hub, tmp_path: Path) -> Chain:
-    """An empty base folder, and a hub on which nothing goes wrong."""
+    """An empty base folder, and a hub without faults."""
     hub.faults = {}
     return Chain(tmp_path / "base", hub, tmp_path / "hf")
 
 
 @pytest.fixture(scope="module")
 def whole(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> tuple[Chain, str]:
-    """A chain that ran through without a disturbance, and what it printed."""
+    """An undisturbed chain and its output."""
     folder = tmp_path_factory.mktemp("whole")
     chain = Chain(folder / "base", hub, folder / "hf")
     return chain, chain.run("speedrun.sh")
 
 
-# ---- what must have come of it -------------------------------------------------------------------------------------------------------
+# ---- the expected result -------------------------------------------------------------------------
 
 
-def check_result(chain: Chain, said: str, tag: str = "d2") -> None:
-    assert "$ at" not in said and re.search(rf"\n{tag}: 0 h \d\d min this time, \$\d+\.\d\d at \$\d+ an hour", said)
+def check_result(chain: Chain, output: str, tag: str = "d2") -> None:
+    assert "$ at" not in output and re.search(rf"\n{tag}: 0 h \d\d min this time, \$\d+\.\d\d at \$\d+ an hour", output)
     assert {stage: chain.checkpoints(stage).name for stage in STAGES} == dict.fromkeys(STAGES, tag)
     fetched = {"SmolTalk, train": 600, "SmolTalk, test": 600, "HumanEval, test": 12}
     for name in ("MMLU, auxiliary_train", "MMLU, test", "GSM8K, train", "GSM8K, test", "ARC-Easy, train", "ARC-Challenge, test"):
         fetched[name] = 60
-    before = said.partition("Pretraining")[0]
+    before = output.partition("Pretraining")[0]
     assert all(f"{name}: {count} conversations\n" in before for name, count in fetched.items()) and "CORE: 22 tasks\n" in before
     # each stage trained on its own mixture, with something of every entry
     for stage, mixture in (("mid", MID_MIXTURE), ("sft", SFT_MIXTURE)):
         config = chain.meta(stage)["user_config"]
         assert (config["mixture"], config["identity_data"]) == (mixture, None)
-        (told,) = re.findall(rf"^{stage}: [\d,]+ conversations \((.*)\);", said, re.MULTILINE)
-        counts = {name.lower(): int(count.replace(",", "")) for name, count in re.findall(r"([\w-]+) ([\d,]+)(?:, |$)", told)}
-        assert set(counts) == {entry.partition(":")[0] for entry in mixture.split(",")} and min(counts.values()) > 0, told
+        (entries,) = re.findall(rf"^{stage}: [\d,]+ conversations \((.*)\);", output, re.MULTILINE)
+        counts = {name.lower(): int(count.replace(",", "")) for name, count in re.findall(r"([\w-]+) ([\d,]+)(?:, |$)", entries)}
+        assert set(counts) == {entry.partition(":")[0] for entry in mixture.split(",")} and min(counts.values()) > 0, entries
     assert chain.meta("rl")["user_config"]["task"].lower() == "gsm8k"
-    for stage in ("base", "mid"):  # finetuning at its small rate needs more than ten steps to show
+    for stage in ("base", "mid"):  # ten steps of finetuning at its small rate show no progress
         losses = [values["loss"] for values in chain.metrics(stage) if "loss" in values]
         assert sum(losses[-5:]) < sum(losses[:5]), stage
     # every evaluation took place
@@ -131,8 +133,8 @@ def check_result(chain: Chain, said: str, tag: str = "d2") -> None:
         for name in scored_tasks(every=True):
             (answers,) = (chain.base / "chat_eval").glob(f"{stage}_{tag}_*_{name}.jsonl")
             assert len(answers.read_text(encoding="utf-8").splitlines()) == 4
-    assert "not scored" not in said and "will not be scored" not in said
-    # and all of it is in the report
+    assert "not scored" not in output and "will not be scored" not in output
+    # the report has all of it
     report = chain.report()
     assert re.findall(r"^## (.*)$", report, re.MULTILINE) == ["Summary", "Curves", *CARDS] and "Not scored" not in report
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in report.partition("## Curves")[0].splitlines() if line.startswith("|")}
@@ -164,18 +166,21 @@ def test_speedrun_on_its_defaults(whole: tuple[Chain, str]) -> None:
     check_result(*whole)
 
 
-def test_a_second_call_has_nothing_to_do(whole: tuple[Chain, str]) -> None:
+def test_second_call_has_nothing_to_do(whole: tuple[Chain, str]) -> None:
     chain, _ = whole
-    before, asked = {path: path.stat().st_mtime_ns for path in chain.base.rglob("model_*.pt")}, len(chain.hub.requests)
+    before, old_requests = {path: path.stat().st_mtime_ns for path in chain.base.rglob("model_*.pt")}, len(chain.hub.requests)
     again = chain.run("speedrun.sh")
     assert len(re.findall(r"^(?:base|mid|sft|rl): d2 is finished at step \d+ of \d+; nothing to do$", again, re.MULTILINE)) == 4
     assert again.count("=== ") == 14 and again.count(": done before") == 8
     assert {path: path.stat().st_mtime_ns for path in chain.base.rglob("model_*.pt")} == before
-    assert chain.hub.requests[asked:] == []
+    assert chain.hub.requests[old_requests:] == []
 
 
-def test_every_entry_of_the_default_mixtures_is_learned_from(whole: tuple[Chain, str]) -> None:
-    """A few steps over 280,000 generated conversations meet none of the small tasks: so each goes through the loaders by itself."""
+def test_every_entry_of_the_default_mixtures_is_trained_on(whole: tuple[Chain, str]) -> None:
+    """Each entry goes through the loaders by itself.
+
+    A few steps over 280,000 generated conversations include none of the small tasks.
+    """
     chain, _ = whole
     entries = [*MID_MIXTURE.split(","), *SFT_MIXTURE.split(",")]
     env = {**os.environ, **chain.hub.environment(chain.home), "ZANGCHAT_BASE_DIR": str(chain.base)}
@@ -189,9 +194,9 @@ def test_every_entry_of_the_default_mixtures_is_learned_from(whole: tuple[Chain,
 
 
 def kill(process: "subprocess.Popen[bytes]") -> None:
-    """The script and all that it has started, at once, as a power cut would."""
+    """Kill the script and all its children at once, like a power cut."""
     script = psutil.Process(process.pid)
-    script.suspend()  # else it could start another meanwhile
+    script.suspend()  # so that it cannot start another child meanwhile
     for child in script.children(recursive=True):
         child.kill()
     script.kill()
@@ -199,12 +204,12 @@ def kill(process: "subprocess.Popen[bytes]") -> None:
 
 
 def in_a_download(chain: Chain, rng: random.Random) -> Callable[[], bool]:
-    """While a shard or a dataset is on its way."""
+    """During the download of a shard or a dataset."""
     corpus = HUB_REPOS["climbmix"]
     files = [f"{corpus}/shard_00000.parquet", f"{corpus}/shard_00006.parquet", "cais/mmlu/all/auxiliary_train-00000-of-00001.parquet"]
-    what = rng.choice(files)
-    chain.hub.faults = {what: [("slow", 3)]}
-    return lambda: bool(chain.hub.fetched(what))
+    target = rng.choice(files)
+    chain.hub.faults = {target: [("slow", 3)]}
+    return lambda: bool(chain.hub.fetched(target))
 
 
 def between_a_save_and_its_card(chain: Chain, rng: random.Random) -> Callable[[], bool]:
@@ -215,7 +220,8 @@ def between_a_save_and_its_card(chain: Chain, rng: random.Random) -> Callable[[]
     def due() -> bool:
         saved = list((chain.base / f"{STAGES[stage]}_checkpoints").glob(f"*/meta_{last:06d}.json"))
         assert not (chain.base / "report" / f"{card}.card.json").exists(), "the moment went by"
-        return bool(saved) and rng.random() < 0.02  # somewhere in what comes after the first save: evaluation, second save
+        # at any time after the first save: in an evaluation or the second save
+        return bool(saved) and rng.random() < 0.02
 
     return due
 
@@ -228,7 +234,7 @@ def in_an_evaluation(chain: Chain, rng: random.Random) -> Callable[[], bool]:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1])
 @pytest.mark.parametrize("event", [in_a_download, between_a_save_and_its_card, in_an_evaluation])
-def test_a_killed_chain_goes_on_and_ends_as_if_nothing_had_been(
+def test_killed_chain_resumes_to_the_same_result(
     whole: tuple[Chain, str], empty: Chain, event: Callable[[Chain, random.Random], Callable[[], bool]], seed: int
 ) -> None:
     empty.hub.requests.clear()

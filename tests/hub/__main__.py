@@ -1,4 +1,4 @@
-"""Serve the stand-in for the hub to the commands of another terminal, which it tells what to set.
+"""Serve the stand-in for the hub to commands in another terminal.
 
 python -m tests.hub            prints `export HF_ENDPOINT=...` and serves until Ctrl-C
 python -m tests.hub 8123       at that port

@@ -1,6 +1,7 @@
-"""What a default downloads, generated in the datasets' own formats: every repository of the hub that is named, and CORE's bundle.
+"""Everything that the defaults download (hub repositories, CORE's bundle), generated here.
 
-Sizes are the smallest for which the default mixtures take some of everything: SFT sees 0.0217 of SmolTalk.
+The formats are the datasets' own. Sizes are the smallest with which the default mixtures draw from
+every dataset: SFT takes 0.0217 of SmolTalk.
 """
 
 import csv
@@ -23,13 +24,13 @@ from zangchat.dataset.hub import HUB_REPOS
 from zangchat.dataset.shards import write_shard
 
 BUNDLE_PATH = "/eval_bundle.zip"
-SHARDS = 7  # of each corpus, the one for validation included
+SHARDS = 7  # of each corpus, including the one for validation
 ROWS = {SMOLTALK: 600, MMLU: 60, HUMANEVAL: 12}
 OTHER_ROWS = 60
 
 
 def stand_in(port: int = 0, count: int = SHARDS) -> Hub:
-    """The hub of all defaults, with so many shards of each corpus, and CORE's bundle beside it."""
+    """The hub for the defaults: `count` shards of each corpus, the tasks, and CORE's bundle."""
     return Hub(repositories(count), {"ZANGCHAT_EVAL_BUNDLE_URL": (BUNDLE_PATH, core_bundle())}, port)
 
 
@@ -42,7 +43,7 @@ def repositories(count: int = SHARDS) -> list[Repo]:
 
 
 def documents() -> list[str]:
-    """The language's own reference, which comes with every Python, in documents of some 1,500 characters."""
+    """The language reference that comes with Python, in documents of about 1,500 characters."""
     from pydoc_data.topics import topics
 
     text = "\n\n".join(topics[name] for name in sorted(topics))
@@ -55,7 +56,7 @@ def documents() -> list[str]:
 
 
 def shards(seed: int, count: int = SHARDS) -> dict[str, bytes]:
-    """The files of a corpus: shard_00000.parquet ..., each with its share of the documents, which `seed` turns."""
+    """The files of a corpus: shard_00000.parquet ..., with the documents rotated by `seed`."""
     texts = documents()
     texts = texts[seed * 10 :] + texts[: seed * 10]
     files = {"README.md": b"---\nlicense: mit\n---\nText in shards, shuffled.\n"}
@@ -71,13 +72,13 @@ def shards(seed: int, count: int = SHARDS) -> dict[str, bytes]:
 
 
 def tables(name: str) -> dict[str, bytes]:
-    """The files of a task's dataset: one parquet file per configuration and split, and the card that tells which is which."""
-    mine = [table for table in TABLES if table.hub == name]
+    """The files of a task's dataset: a parquet file per configuration and split, and a card."""
+    matching = [table for table in TABLES if table.hub == name]
     count = ROWS.get(name, OTHER_ROWS)
-    # different rows in every file: of equal files the hub's client would fetch one
-    files = {table.hub_path: parquet(map(table.row, range(i * count, (i + 1) * count))) for i, table in enumerate(mine)}
+    # each file gets different rows: the hub's client fetches equal files only once
+    files = {table.hub_path: parquet(map(table.row, range(i * count, (i + 1) * count))) for i, table in enumerate(matching)}
     configs: dict[str, list[Table]] = {}
-    for table in mine:
+    for table in matching:
         configs.setdefault(table.hub_config or table.config or "default", []).append(table)
     card = {
         "configs": [
@@ -107,13 +108,14 @@ def parquet(rows: Iterable[Row]) -> bytes:
 # ---- CORE -------------------------------------------------------------------------------------------------------------------------
 
 SCHEMAS = ("winograd", "winogrande")
-COMPLETIONS = (  # the tasks whose answer is a text, not a choice
+COMPLETIONS = (  # tasks with a text as the answer, not a choice
     *("jeopardy", "bigbench_qa_wikidata", "lambada_openai", "bigbench_dyck_languages", "bigbench_cs_algorithms"),
     *("bigbench_operators", "bigbench_repeat_copy_logic", "squad", "coqa"),
 )
 SHOTS = {"hellaswag_zeroshot": 0, "copa": 0, "openbook_qa": 0, "lambada_openai": 0, "winograd": 0, "winogrande": 0, "coqa": 0}
 SHOTS["agi_eval_lsat_ar"] = 3
-ANSWERS = ("jeopardy", "arc_easy", "arc_challenge", "piqa", "boolq")  # asked for by a line of their own
+# tasks that put the answer on its own line
+ANSWERS = ("jeopardy", "arc_easy", "arc_challenge", "piqa", "boolq")
 ITEMS = 12
 
 

@@ -1,4 +1,4 @@
-"""Rows of the downloaded datasets that the defaults name, generated in the datasets' own formats: as many as a test wants."""
+"""Generated rows in the formats of the datasets that the defaults download."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -66,7 +66,7 @@ class Table(NamedTuple):
     """One split of one dataset, as `tasks.common.load_rows` looks for it and as the hub has it."""
 
     folder: str  # below <base>/tasks
-    config: str  # there, and on the hub where `hub_config` does not say otherwise
+    config: str  # below the folder, and on the hub unless `hub_config` is set
     split: str
     row: Callable[[int], Row]
     hub: str
@@ -74,7 +74,7 @@ class Table(NamedTuple):
 
     @property
     def hub_path(self) -> str:
-        """Of the file in its repository."""
+        """The path of the file in its repository."""
         folder = self.hub_config or self.config or "data"
         return f"{folder}/{self.split}-00000-of-00001.parquet"
 
@@ -97,7 +97,7 @@ def words(count: int) -> list[str]:
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> Path:
-    """A .parquet or .jsonl file, with the folders it lies in."""
+    """Write a .parquet or .jsonl file and create its folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
@@ -107,7 +107,10 @@ def write_rows(path: Path, rows: Iterable[Row]) -> Path:
 
 
 def write_local_copies(base: Path, count: int) -> None:
-    """`count` rows of every table as <base>/tasks/<folder>/<config>/<split>.jsonl, and a list of words."""
+    """Write `count` rows of every table, and a list of words.
+
+    The tables become <base>/tasks/<folder>/<config>/<split>.jsonl.
+    """
     (base / "tasks" / "words").mkdir(parents=True, exist_ok=True)
     (base / "tasks" / "words" / "words.txt").write_text("\n".join(words(2000)), encoding="utf-8")
     for table in TABLES:

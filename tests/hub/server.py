@@ -1,16 +1,17 @@
-"""A stand-in for the Hugging Face hub: what its clients ask of the real one, over HTTP, from memory; and it can misbehave.
+"""A stand-in for the Hugging Face hub: an HTTP server with files in memory that can misbehave.
 
     with Hub([Repo("cais/mmlu", files)]) as hub:
-        environment = hub.environment(folder)   # HF_ENDPOINT and the caches, for a process that is to see this hub and nothing else
+        environment = hub.environment(folder)   # for a process that sees only this hub
 
-`hub.faults[what]` lists what goes wrong at the next requests for `what`, one after the other:
+`hub.faults[target]` lists the faults of the next requests for `target`, in order:
 
     None              nothing                               503               that status
     ("busy", s)       429, with Retry-After                 ("slow", s)       an answer after s seconds
     ("drop", n)       the connection breaks after n bytes   ("truncated", n)  a shorter file
     "wrong"           other bytes, as many as listed        ("changed", b)    the bytes b: the file changed since it was listed
 
-`what` is "REPO/path" for a file, "REPO" for what the API tells of a repository, and the path alone for a file beside the hub.
+`target` is "REPO/path" for a file, "REPO" for the API's answers about a repository, and just the
+path for a file outside the hub.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 LOCAL = "127.0.0.1,localhost"
-LFS_BYTES = 4096  # the real hub keeps what is text, and small, in git itself, and gives no sha256 for it
+LFS_BYTES = 4096  # the real hub keeps smaller text files in git and gives no sha256 for them
 
 
 @dataclass
@@ -69,9 +70,10 @@ def is_lfs(path: str, content: bytes) -> bool:
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """`beside`: variable -> (path, content) of a file that does not lie on the hub, and the variable that tells its address.
+    """A server of `repos`. `beside`: variable -> (path, content) of a file outside the hub.
 
-    `requests` holds (method, what, Range) of all that came, `unknown` what a hub need not know.
+    `variables` holds the address of each such file. `requests` holds (method, target, Range) of all
+    requests, `unknown` those that the hub does not support.
     """
 
     daemon_threads = True
@@ -99,12 +101,12 @@ class Hub(http.server.ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def environment(self, home: Path) -> dict[str, str]:
-        """The variables by which a process sees this hub alone, with its caches below `home`."""
+        """Variables that make a process use only this hub and keep its caches below `home`."""
         return {**self.variables, "HF_HOME": str(home), "NO_PROXY": LOCAL, "no_proxy": LOCAL}
 
-    def fetched(self, what: str) -> list[str | None]:
+    def fetched(self, target: str) -> list[str | None]:
         """The Range headers (or None) of the requests for a file's content."""
-        return [ranges for method, asked, ranges in self.requests if method == "GET" and asked == what]
+        return [ranges for method, requested, ranges in self.requests if method == "GET" and requested == target]
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -121,16 +123,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         path = urllib.parse.unquote(path)
         form = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
-        asked = urllib.parse.parse_qs(form or query)
+        parameters = urllib.parse.parse_qs(form or query)
         if path in ("/", "/api/agent-harnesses"):
             self.json({})
         elif path in self.server.files:
             self.content(path, self.server.files[path], {"ETag": f'"{hashlib.md5(self.server.files[path]).hexdigest()}"'})
         elif api := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?", path):
-            self.api(*api.groups(), asked)
+            self.api(*api.groups(), parameters)
         elif file := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self.resolve(*file.groups())
-        elif stored := re.fullmatch(r"/storage/([^/]+/[^/]+)/(.+)", path):  # where the real hub redirects to another host
+        # the target of the redirect in `resolve`
+        elif stored := re.fullmatch(r"/storage/([^/]+/[^/]+)/(.+)", path):
             self.content(f"{stored[1]}/{stored[2]}", self.server.repos[stored[1]].files[stored[2]], {})
         else:
             self.server.unknown.append(f"{self.command} {self.path}")
@@ -138,19 +141,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # ---- the API ------------------------------------------------------------------------------------------------------------------
 
-    def api(self, name: str, kind: str | None, revision: str | None, below: str | None, asked: dict[str, list[str]]) -> None:
+    def api(self, name: str, kind: str | None, revision: str | None, below: str | None, parameters: dict[str, list[str]]) -> None:
         if self.refused(name) or not (repo := self.repo(name, revision)):
             return
         if kind == "tree":
-            self.json(repo.listing(below or "", asked.get("recursive") in (["true"], ["True"])))
+            self.json(repo.listing(below or "", parameters.get("recursive") in (["true"], ["True"])))
         elif kind == "paths-info":
-            self.json([repo.entry(path) for path in asked.get("paths", []) if path in repo.files])
+            self.json([repo.entry(path) for path in parameters.get("paths", []) if path in repo.files])
         else:
             siblings = [{"rfilename": path} for path in sorted(repo.files)]
             self.json({"id": name, "sha": repo.revision, "siblings": siblings, "tags": [], "private": False, "downloads": 0, "likes": 0})
 
     def repo(self, name: str, revision: str | None) -> Repo | None:
-        """The repository; None where it, or the revision, has been refused."""
+        """The repository; None if it, or the revision, has been refused."""
         repo = self.server.repos.get(name)
         if repo is None:
             self.json({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
@@ -163,28 +166,32 @@ class Handler(http.server.BaseHTTPRequestHandler):
         repo = self.repo(name, revision)
         if repo is None:
             return
-        what = f"{name}/{path}"
+        target = f"{name}/{path}"
         if path not in repo.files:
-            self.note(what)
+            self.note(target)
             return self.json({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
         content, listed = repo.files[path], repo.entry(path)
         headers = {"X-Repo-Commit": repo.revision, "ETag": f'"{listed["oid"]}"'}
         if "lfs" not in listed:
-            return self.content(what, content, headers)
+            return self.content(target, content, headers)
         headers |= {"X-Linked-Etag": f'"{listed["lfs"]["oid"]}"', "X-Linked-Size": str(len(content))}
-        # to another host, as the real one does: the client must take what identifies the file from this answer
+        # redirect to another host, as the real hub does: the client must identify the file by the
+        # headers of this answer
         storage = f"http://localhost:{self.server.server_address[1]}/storage/"
-        self.json({}, 302, headers | {"Location": storage + urllib.parse.quote(what)})
+        self.json({}, 302, headers | {"Location": storage + urllib.parse.quote(target)})
 
     # ---- answers --------------------------------------------------------------------------------------------------------------------
 
-    def note(self, what: str) -> None:
-        self.server.requests.append((self.command, what, self.headers.get("Range")))
+    def note(self, target: str) -> None:
+        self.server.requests.append((self.command, target, self.headers.get("Range")))
 
-    def refused(self, what: str) -> Any:
-        """Note the request; the fault that is due for it, if it is not one that has been dealt with here."""
-        self.note(what)
-        due = self.server.faults.get(what)
+    def refused(self, target: str) -> Any:
+        """Record the request, then delay or refuse it if such a fault is due.
+
+        Returns any fault but a delay.
+        """
+        self.note(target)
+        due = self.server.faults.get(target)
         fault = due.pop(0) if due and self.command != "HEAD" else None
         if isinstance(fault, tuple) and fault[0] == "slow":
             time.sleep(fault[1])
@@ -204,9 +211,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def content(self, what: str, content: bytes, headers: dict[str, str]) -> None:
-        """A file, or the part of it that is asked for."""
-        fault = self.refused(what)
+    def content(self, target: str, content: bytes, headers: dict[str, str]) -> None:
+        """Send a file, or the requested range of it."""
+        fault = self.refused(target)
         kind = fault[0] if isinstance(fault, tuple) else fault
         if isinstance(kind, int) or kind == "busy":
             return
@@ -232,4 +239,4 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.close_connection = True
 
     def log_message(self, *_: object) -> None:
-        """Nothing: what was asked is in `requests`."""
+        """Print nothing: `requests` has them all."""

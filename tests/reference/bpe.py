@@ -1,4 +1,4 @@
-"""Byte-pair encoding, slow and obvious: the meaning of training and encoding, which the crate must reproduce exactly."""
+"""Byte-pair encoding, slow and obvious; the crate must train and encode exactly like it."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -12,8 +12,11 @@ def split(text: str, pattern: str) -> list[bytes]:
 
 
 def train(texts: Iterable[str], vocab_size: int, pattern: str) -> list[bytes]:
-    """Tokens in the order of their ids: the 256 bytes, then one for each merge of the most frequent pair of neighbours (the smallest pair
-    of ids among equals); fewer than `vocab_size` when no pair is left."""
+    """Tokens in the order of their ids: the 256 bytes, then one for each merge.
+
+    Each step merges the most frequent pair of neighbours, the smallest pair of ids among equals.
+    There are fewer than `vocab_size` tokens if no pair is left.
+    """
     tokens = [bytes([byte]) for byte in range(256)]
     words = [(list(piece), count) for piece, count in Counter(piece for text in texts for piece in split(text, pattern)).items()]
     while len(tokens) < vocab_size:
@@ -41,7 +44,10 @@ def merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
 
 
 def encode_piece(piece: bytes, ranks: Mapping[bytes, int]) -> list[int]:
-    """A whole token if it is one; else, from single bytes, join the neighbours of the lowest rank, the leftmost first, while any join."""
+    """A piece that is a token stays whole.
+
+    In others, join neighbours while any join: lowest rank first, then leftmost.
+    """
     if piece in ranks:
         return [ranks[piece]]
     parts = [bytes([byte]) for byte in piece]

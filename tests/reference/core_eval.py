@@ -8,7 +8,7 @@ import torch
 
 
 def score_task(model: Any, tokenizer: Any, task: Any) -> float:
-    """Accuracy of a CoreTask, 0 to 1: the mean over its categories where it has any."""
+    """Accuracy of a CoreTask, 0 to 1: the mean over its categories if it has any."""
     with open(task.path, encoding="utf-8") as file:
         items = [json.loads(line) for line in file]
     categories = sorted({item["category"] for item in items}) if task.has_categories else [None]

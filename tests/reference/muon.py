@@ -1,4 +1,7 @@
-"""Muon for one matrix at a time, and where the Polar Express coefficients come from; the twin of zangchat/muon.py."""
+"""Muon for one matrix at a time; the twin of zangchat/muon.py.
+
+It also derives the Polar Express coefficients.
+"""
 
 import math
 

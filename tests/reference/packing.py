@@ -24,9 +24,9 @@ def pack(documents: Sequence[tuple[list[int], list[bool], bool]], width: int, bo
         row: list[tuple[int, bool]] = []
         while len(row) < width:
             room = width - len(row)
-            while unread and len(waiting) < LOOK_AHEAD and not any(may_go(entry, room) for entry in waiting):
+            while unread and len(waiting) < LOOK_AHEAD and not any(fits(entry, room) for entry in waiting):
                 waiting.append(unread.pop(0))
-            oldest = next((entry for entry in waiting if may_go(entry, room)), None)
+            oldest = next((entry for entry in waiting if fits(entry, room)), None)
             if oldest is None:
                 break
             if oldest.begun:
@@ -40,8 +40,8 @@ def pack(documents: Sequence[tuple[list[int], list[bool], bool]], width: int, bo
     return rows
 
 
-def may_go(entry: Waiting, room: int) -> bool:
-    """A whole conversation needs its length, a continuation its <|bos|> and a token, a new document one place."""
+def fits(entry: Waiting, room: int) -> bool:
+    """Whether `room` suffices: a continuation needs <|bos|> and a token, a conversation all."""
     if not entry.splittable:
         return len(entry.tokens) <= room
     return room >= (2 if entry.begun else 1)

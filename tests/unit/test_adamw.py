@@ -1,4 +1,4 @@
-"""AdamW: the same as torch's and as its formulas; masters for parameters stored in 16 bits."""
+"""AdamW equals torch's and its formulas; parameters stored in 16 bits have fp32 masters."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ SETTINGS = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.1}
 
 
 @pytest.mark.parametrize("shape", [(30, 20), (7,), ()])
-def test_equal_to_torch_and_to_the_formulas_over_50_steps(shape: tuple[int, ...]) -> None:
+def test_equals_torch_and_the_formulas_over_50_steps(shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(shape, generator=generator)
     ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
@@ -39,7 +39,7 @@ def test_learning_rates_may_change_between_steps() -> None:
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 
-def test_a_16_bit_parameter_takes_steps_smaller_than_its_resolution() -> None:
+def test_16_bit_parameter_accumulates_steps_below_its_resolution() -> None:
     p = torch.nn.Parameter(torch.ones(8, 8, dtype=torch.bfloat16))
     twin = reference.AdamW(torch.ones(8, 8), lr=1e-4, betas=(0.9, 0.99), eps=1e-10, weight_decay=0.0)
     optimizer = AdamW([p], lr=1e-4, betas=(0.9, 0.99), eps=1e-10)
@@ -48,11 +48,12 @@ def test_a_16_bit_parameter_takes_steps_smaller_than_its_resolution() -> None:
         optimizer.step()
         twin.step(torch.ones(8, 8))
     assert p.dtype == torch.bfloat16
-    torch.testing.assert_close(p.detach().double(), twin.weight, atol=2**-8, rtol=0)  # one bf16 rounding, not a hundred
+    # one bf16 rounding, not one per step
+    torch.testing.assert_close(p.detach().double(), twin.weight, atol=2**-8, rtol=0)
     assert p.max() < 1
 
 
-def test_a_parameter_without_a_gradient_stays() -> None:
+def test_parameter_without_a_gradient_is_unchanged() -> None:
     p = torch.nn.Parameter(torch.ones(3, 3))
     AdamW([p], lr=0.1, weight_decay=0.5).step()
     assert torch.equal(p.detach(), torch.ones(3, 3))

@@ -1,4 +1,4 @@
-"""Attention: equal to explicit softmax over what may be seen; backends are chosen by what they compute, not by what imports."""
+"""Attention equals an explicit softmax over the visible positions; only correct backends run."""
 
 import math
 import re
@@ -31,7 +31,7 @@ def test_without_a_mask_the_queries_are_the_last_positions(T: int, S: int, heads
     torch.testing.assert_close(attend(q, k, v), explicit(q, k, v, allowed))
 
 
-def test_a_mask_says_what_each_row_sees() -> None:
+def test_mask_limits_the_positions_of_each_row() -> None:
     q, k, v = qkv(2, 6)
     mask = torch.rand(2, 1, 2, 6, generator=torch.Generator().manual_seed(1)) < 0.5
     mask[..., 0] = True
@@ -52,14 +52,15 @@ def test_gradients_reach_shared_key_value_heads() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # flex_attention advises compiling it
-def test_flex_computes_the_same() -> None:
+def test_flex_equals_explicit_attention() -> None:
     q, k, v = qkv(32, 32)
     torch.testing.assert_close(attend(q, k, v, backend="flex"), attend(q, k, v), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
-@pytest.mark.parametrize("T", [2, 5, 6, 20])  # less than a block, one and a bit, a whole number of them
-def test_blocks_compute_the_same_with_gradients(T: int, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+# less than a block, more than one, a whole number of blocks
+@pytest.mark.parametrize("T", [2, 5, 6, 20])
+def test_blocks_equal_explicit_attention_with_gradients(T: int, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "BLOCK", 5)
     inputs = [t.requires_grad_() for t in qkv(T, T, heads)]
     upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
@@ -76,20 +77,20 @@ def test_blocks_of_bf16_are_as_exact_as_sdpa() -> None:
 
     def errors(tensors: list[torch.Tensor], backend: str) -> list[float]:
         results = [attention._forward_backward(name, *parts) for name, parts in ((backend, tensors), ("sdpa", exact))]
-        return [float((mine - right).norm() / right.norm()) for mine, right in zip(*results, strict=True)]
+        return [float((actual - right).norm() / right.norm()) for actual, right in zip(*results, strict=True)]
 
     for blocks, sdpa in zip(errors(inputs, "blocks"), errors(inputs, "sdpa"), strict=True):
         assert blocks < max(2 * sdpa, 0.01)
 
 
-def test_a_cpu_does_not_race_and_the_reason_is_given() -> None:
+def test_cpu_skips_the_trial_and_gives_the_reason() -> None:
     name, reason = choose_backend("cpu", torch.float32, 64)
     assert name == "sdpa" and "cpu" in reason
     name, reason = choose_backend("cpu", torch.bfloat16, 64)
     assert name == "blocks" and "cpu" in reason
 
 
-def test_a_backend_that_fails_or_computes_nonsense_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_or_wrong_backend_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(q, k, v):
         raise RuntimeError("no kernel image is available")
 
@@ -105,7 +106,7 @@ def test_a_backend_that_fails_or_computes_nonsense_is_not_chosen(monkeypatch: py
     assert name == "sdpa" and "cudnn is not usable here" in reason
 
 
-def test_of_those_that_are_right_the_fastest_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fastest_correct_backend_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "TRIAL_TOKENS", 32)
     monkeypatch.setattr(attention, "TRIAL_HEADS", 8)
     original, sdpa = attention._causal_kernel, attention._causal_kernel("sdpa")
@@ -119,7 +120,7 @@ def test_of_those_that_are_right_the_fastest_is_chosen(monkeypatch: pytest.Monke
     assert name == "flex" and re.fullmatch(r"flex: forward and backward in [0-9.]+ ms \(flex\), [0-9.]+ ms \(flash\)", reason)
 
 
-def test_who_may_race(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_candidates_for_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     assert attention.candidates("cuda", torch.bfloat16) == ("flash", "cudnn", "flex", "sdpa")
     assert attention.candidates("cuda", torch.float32) == ("flex", "sdpa")
     assert attention.candidates("mps", torch.float32) == ("sdpa",)

@@ -1,6 +1,6 @@
-"""Every command: its flags are frozen, its --help answers without torch, a mistake gets one sentence.
+"""Every command has frozen flags, a --help that needs no torch, and one sentence per mistake.
 
-python tests/unit/test_cli.py        writes cli_flags.json again, after a flag was added, renamed or removed on purpose
+python tests/unit/test_cli.py        rewrites cli_flags.json after an intended change of flags
 """
 
 import inspect
@@ -25,7 +25,7 @@ COMMANDS = sorted(
     if "\n@dataclass\nclass Config" in path.read_text(encoding="utf-8")
 )
 
-# What users of nanochat type, and what this project's own texts promise.
+# Flags that nanochat's users know or this project's own texts promise.
 TRAINING = "--run --model_tag --device_type --dtype --seed --save_every --keep_last --resume --overwrite"
 PROMISED = {
     "scripts.tok_train": "--max_chars --doc_cap --vocab_size --data_path --dataset",
@@ -54,23 +54,24 @@ def flags_of(command: str) -> list[str]:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_flags_are_the_frozen_ones(command):
+def test_flags_equal_the_frozen_ones(command):
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
     advice = "its flags changed; where that is meant: python tests/unit/test_cli.py, then look at README.md and the shell scripts"
     assert flags_of(command) == golden.get(command), advice
 
 
-def test_no_frozen_command_is_gone():
+def test_frozen_commands_still_exist():
     assert sorted(json.loads(GOLDEN.read_text(encoding="utf-8"))) == COMMANDS
 
 
 @pytest.mark.parametrize("command", PROMISED)
-def test_promised_flags_are_there(command):
+def test_promised_flags_exist(command):
     spellings = {spelling for flag in flags_of(command) for spelling in flag.split()}
     assert set(PROMISED[command].split()) <= spellings
 
 
-# Runs each command's main with the same arguments; prints {command: [exit code, what it printed, loaded torch]}.
+# Runs each command's main with the same arguments.
+# Prints {command: [exit code, stdout, stderr, loaded torch]}.
 CALLS = """
 import contextlib, io, json, sys
 from tests.commands import entry_point
@@ -86,7 +87,8 @@ print(json.dumps(results))
 
 
 def call_all(*argv: str) -> dict[str, tuple[int, str, str, bool]]:
-    commands = sorted(COMMANDS, key=lambda name: not name.startswith("scripts."))  # the library's own may load torch
+    # those of the library may load torch
+    commands = sorted(COMMANDS, key=lambda name: not name.startswith("scripts."))
     done = subprocess.run([sys.executable, "-c", CALLS, json.dumps(commands), *argv], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -111,14 +113,14 @@ def test_help_lists_every_flag_without_torch(command, help_of):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_no_flag_is_wrapped_away_from_its_help(command):
-    """Its help is the comment on its line; a formatter that wraps a long one would leave the comment of a section instead."""
+def test_formatter_keeps_flags_with_their_help(command):
+    """A field's help is the comment on its line; wrapping its default would detach the comment."""
     source = inspect.getsource(entry_point(command).Config)
     assert not re.search(r"^    \w+: .* = \($", source, re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_wrong_flag_gets_one_sentence(command, mistake_of):
+def test_unknown_flag_is_reported_in_one_sentence(command, mistake_of):
     code, out, err, _ = mistake_of[command]
     assert (code, out) == (2, "")
     assert err.startswith("error: unknown flag --modle_tag") and err.count("\n") == 1
@@ -129,8 +131,9 @@ if __name__ == "__main__":
     print(f"{GOLDEN}: {len(COMMANDS)} commands")
 
 
-def test_ctrl_c_while_a_command_is_still_importing_is_one_line_and_code_130(tmp_path, monkeypatch):
-    (tmp_path / "tyro.py").write_text("raise KeyboardInterrupt", encoding="utf-8")  # as if it came while this was read
+def test_ctrl_c_during_imports_prints_one_line_and_exits_with_130(tmp_path, monkeypatch):
+    # as if Ctrl-C came during this import
+    (tmp_path / "tyro.py").write_text("raise KeyboardInterrupt", encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), *filter(None, (os.environ.get("PYTHONPATH"),)))))
     done = subprocess.run([sys.executable, "-m", "scripts.chat_web"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")

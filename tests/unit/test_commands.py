@@ -1,4 +1,4 @@
-"""Each command in a string, a comment or a page of the repository is one that its parser takes."""
+"""Each command in a string, a comment or a page of the repository is accepted by its parser."""
 
 import ast
 import io
@@ -20,7 +20,7 @@ PROSE += [f"dev/docs/{language}/{page}" for language in ("en", "zh") for page in
 
 
 def python_texts(source: str) -> Iterator[str]:
-    """String literals, with OPEN for what an f-string fills in, and blocks of comments."""
+    """String literals, with OPEN for the values of an f-string, and blocks of comments."""
     tree = ast.parse(source)
     constants = {}
     for node in tree.body:
@@ -56,13 +56,13 @@ def python_texts(source: str) -> Iterator[str]:
 
 
 def shell_texts(source: str) -> Iterator[str]:
-    """Comments, here-documents and what echo, printf and the like say, with OPEN for variables."""
+    """Comments, here-documents and arguments of echo, printf etc., with OPEN for variables."""
     here = re.compile(r"<<-? ?(\w+)\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
     spoken = [match[2] for match in here.finditer(source)]
     source = here.sub("", source)
     spoken += re.findall(r"(?<![\w$])#[ !](.*)", source)
-    said = re.compile(r"\b(?:echo|printf|die|say) (['\"])(.*?)(?<!\\)\1", re.DOTALL)
-    for _, text in said.findall(source):
+    printed = re.compile(r"\b(?:echo|printf|die|say) (['\"])(.*?)(?<!\\)\1", re.DOTALL)
+    for _, text in printed.findall(source):
         spoken += text.replace("\\n", "\n").replace("\\`", "`").splitlines()
     text = "\n".join(spoken)
     yield re.sub(r"\$\{[^}]*\}|\$\w+|%[sdq]", OPEN, text)
@@ -79,7 +79,7 @@ def texts_of(path: Path) -> Iterator[str]:
 
 
 def spans(text: str) -> Iterator[str]:
-    """Inline code of a page; its fenced blocks have tests of their own."""
+    """Inline code of a page; other tests cover its fenced blocks."""
     text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     yield from (f"`{span}`" for span in re.findall(r"`([^`]+)`", text))
 
@@ -97,7 +97,7 @@ def written() -> Iterator[tuple[str, str]]:
 FOUND = [(name, line) for name, line in dict.fromkeys(written()) if not is_open(line)]
 
 
-def test_each_command_that_is_written_down_is_parsed() -> None:
+def test_every_written_command_is_valid() -> None:
     assert {name.partition("/")[0] for name, _ in FOUND} >= {
         "zangchat",
         "scripts",
@@ -157,7 +157,7 @@ def test_each_command_that_is_written_down_is_parsed() -> None:
         ),
     ],
 )
-def test_a_wrong_command_is_found_and_refused(text: str, line: str, complaint: str) -> None:
+def test_wrong_command_is_found_and_refused(text: str, line: str, complaint: str) -> None:
     assert find(text) == [line] and complaint in problem(line)
 
 
@@ -172,12 +172,12 @@ def test_a_wrong_command_is_found_and_refused(text: str, line: str, complaint: s
         f"`python -m dev.bench_train ... --profile={OPEN}.json`",
     ],
 )
-def test_what_is_left_open_is_filled_in(text: str) -> None:
+def test_placeholders_are_filled_in(text: str) -> None:
     (line,) = find(text)
     assert problem(line) == ""
 
 
-def test_commands_are_found_in_each_kind_of_text() -> None:
+def test_commands_are_found_in_every_kind_of_text() -> None:
     literal = 'NAME = "python -m scripts"\ndef f(x):  # run `bash a.sh`\n'
     literal += '    return f"`{NAME}.tok {x} --{x}=1`" + "`bash b.sh`"'
     assert [line for text in python_texts(literal) for line in find(text)] == [
@@ -221,7 +221,7 @@ def test_good():
 """
 
 
-def test_a_test_that_prints_a_wrong_command_fails(tmp_path: Path) -> None:
+def test_printing_a_wrong_command_fails_the_test(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text(TESTS, encoding="utf-8")
     flags = [
         "-p",
@@ -233,7 +233,7 @@ def test_a_test_that_prints_a_wrong_command_fails(tmp_path: Path) -> None:
         f"--rootdir={tmp_path}",
     ]
     log = tmp_path / "log"
-    with log.open("wb") as file:  # not a pipe: the listener of this very test would hear it
+    with log.open("wb") as file:  # not a pipe: the listener of this test would parse it, too
         subprocess.run(
             [sys.executable, "-m", "pytest", *flags, str(tmp_path)],
             cwd=ROOT,

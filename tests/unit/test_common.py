@@ -1,4 +1,4 @@
-"""The common ground: where files go, how they get there, logs, seeds, devices, processes."""
+"""Shared basics: the base folder, files, downloads, logs, seeds, devices, processes."""
 
 import hashlib
 import http.server
@@ -31,26 +31,26 @@ from zangchat.training.flags import RunConfig
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_base_folder_is_made_where_the_environment_says(tmp_path, monkeypatch):
+def test_base_folder_is_set_by_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("ZANGCHAT_BASE_DIR", str(tmp_path / "a" / "b"))
     assert common.get_base_dir() == tmp_path / "a" / "b"
     assert common.get_base_dir().is_dir()
 
 
-def test_the_base_folder_without_the_environment(tmp_path, monkeypatch):
+def test_base_folder_without_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("ZANGCHAT_BASE_DIR")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert common.get_base_dir() == tmp_path / ".cache" / "zangchat"
 
 
-def test_a_base_folder_that_cannot_be_made_is_told(tmp_path, monkeypatch):
+def test_impossible_base_folder_is_reported(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("ZANGCHAT_BASE_DIR", str(tmp_path / "file" / "base"))
     with pytest.raises(UserError, match="cannot be made .*: set ZANGCHAT_BASE_DIR"):
         common.get_base_dir()
 
 
-def test_a_home_that_nobody_has_is_told(monkeypatch):
+def test_unknown_home_is_reported(monkeypatch):
     monkeypatch.setenv("ZANGCHAT_BASE_DIR", "~nobody-of-that-name/base")
     with pytest.raises(UserError, match="~nobody-of-that-name/base cannot be made .*: set ZANGCHAT_BASE_DIR"):
         common.get_base_dir()
@@ -58,7 +58,7 @@ def test_a_home_that_nobody_has_is_told(monkeypatch):
         expand_home("~nobody-of-that-name/text")
 
 
-def test_atomic_write_makes_and_replaces_files(tmp_path):
+def test_atomic_write_creates_and_replaces_files(tmp_path):
     path = tmp_path / "new" / "file.txt"
     atomic_write(path, "línea\n")
     assert path.read_bytes() == "línea\n".encode()
@@ -67,12 +67,12 @@ def test_atomic_write_makes_and_replaces_files(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
 
 
-def test_half_a_character_is_written_as_json_writes_it(tmp_path):
+def test_lone_surrogates_are_written_like_in_json(tmp_path):
     atomic_write(tmp_path / "path.json", json.dumps({"path": "n\udcff"}, ensure_ascii=False))
     assert json.loads((tmp_path / "path.json").read_text(encoding="utf-8")) == {"path": "n\udcff"}
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
+def test_failed_write_keeps_the_old_file_and_leaves_no_rubbish(tmp_path):
     path = tmp_path / "file.txt"
     atomic_write(path, "old")
     with pytest.raises(RuntimeError, match="disk"), atomic_file(path) as file:
@@ -95,7 +95,7 @@ DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Answers with what `answers` holds, in order, and with the file afterwards."""
+    """Responds with each of `answers` in order, and with the file afterwards."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -143,7 +143,7 @@ def rubbish(base: Path) -> list[str]:
     return [p.name for p in base.rglob("*") if p.is_file() and p.name != "file.bin" and not p.name.endswith(".lock")]
 
 
-def test_a_download_lands_whole_and_happens_once(server, base_dir):
+def test_download_is_complete_and_happens_once(server, base_dir):
     for _ in range(2):
         path = common.download_file_with_lock(server.url, "sub/file.bin", sha256=DIGEST)
         assert path == base_dir / "sub" / "file.bin"
@@ -153,7 +153,7 @@ def test_a_download_lands_whole_and_happens_once(server, base_dir):
 
 
 @pytest.mark.parametrize("answers", [["500"], ["503", "429"], ["truncated"], ["wrong", "truncated", "500", "408"]])
-def test_passing_trouble_is_tried_again(server, base_dir, answers):
+def test_temporary_download_errors_are_retried(server, base_dir, answers):
     server.answers = list(answers)
     path = common.download_file_with_lock(server.url, "file.bin", sha256=DIGEST)
     assert path.read_bytes() == CONTENT
@@ -169,7 +169,7 @@ def test_passing_trouble_is_tried_again(server, base_dir, answers):
         (["truncated"] * 9, "bytes", DOWNLOAD_TRIES),
     ],
 )
-def test_lasting_trouble_is_told_and_leaves_nothing(server, base_dir, answers, problem, requests):
+def test_permanent_download_errors_are_reported_and_leave_nothing(server, base_dir, answers, problem, requests):
     server.answers = answers
     with pytest.raises(UserError, match=problem) as caught:
         common.download_file_with_lock(server.url, "file.bin", sha256=DIGEST)
@@ -179,7 +179,7 @@ def test_lasting_trouble_is_told_and_leaves_nothing(server, base_dir, answers, p
     assert rubbish(base_dir) == []
 
 
-def test_no_server_at_all(monkeypatch):
+def test_download_without_a_server(monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
@@ -187,12 +187,12 @@ def test_no_server_at_all(monkeypatch):
             common.download_file_with_lock(f"http://127.0.0.1:{taken.getsockname()[1]}/x", "file.bin")
 
 
-def test_a_file_that_changed_on_disk_is_fetched_again(server, base_dir):
+def test_damaged_file_is_downloaded_again(server, base_dir):
     (base_dir / "file.bin").write_bytes(b"damaged")
     assert common.download_file_with_lock(server.url, "file.bin", sha256=DIGEST).read_bytes() == CONTENT
 
 
-def test_postprocessing_comes_before_the_name(server, base_dir):
+def test_file_gets_its_name_after_postprocessing(server, base_dir):
     seen = []
 
     def process(path: Path) -> None:
@@ -209,7 +209,7 @@ def test_postprocessing_comes_before_the_name(server, base_dir):
     assert seen == [CONTENT, CONTENT]
 
 
-def test_many_at_once_download_once(server, base_dir):
+def test_concurrent_calls_download_once(server, base_dir):
     threads = [threading.Thread(target=common.download_file_with_lock, args=(server.url, "file.bin")) for _ in range(8)]
     for thread in threads:
         thread.start()
@@ -222,7 +222,7 @@ def test_many_at_once_download_once(server, base_dir):
 # -- seeds -------------------------------------------------------------------------------------------------------------
 
 
-def test_seeds_are_the_same_everywhere_for_ever():
+def test_seeds_are_stable():
     assert derive_seed(42, "shuffle", 0, 1) == 4056893683753119832
     assert derive_seed() == 724655455495936113
 
@@ -236,14 +236,14 @@ def test_seeds_differ_and_have_63_bits():
     torch.Generator().manual_seed(max(seeds))
 
 
-def test_seeds_tell_types_and_borders_apart():
+def test_seeds_distinguish_types_and_boundaries():
     assert derive_seed("1") != derive_seed(1)
     assert derive_seed("a", "b") != derive_seed("ab")
     assert derive_seed(1, 0) != derive_seed(10)
     assert derive_seed(1.0) != derive_seed(1)
 
 
-def test_seeds_take_numpy_integers_as_integers_and_refuse_what_has_no_stable_text():
+def test_seeds_accept_numpy_integers_and_refuse_values_without_stable_text():
     assert derive_seed(np.int64(7), (np.int32(1), "x")) == derive_seed(7, (1, "x"))
     with pytest.raises(TypeError, match="set"):
         derive_seed({1, 2})
@@ -256,14 +256,14 @@ def record(level: int = logging.WARNING) -> logging.LogRecord:
     return logging.LogRecord("zangchat.x", level, "x.py", 1, "loss is %d", (7,), None)
 
 
-def test_colours_are_only_for_terminals():
+def test_colours_are_used_only_on_terminals():
     painted, plain = common.ColoredFormatter(color=True).format(record()), common.ColoredFormatter(color=False).format(record())
     assert "\x1b[33mWARNING\x1b[0m" in painted
     assert "\x1b" not in plain
     assert plain.endswith("WARNING zangchat.x: loss is 7")
 
 
-def test_painting_leaves_the_record_alone():
+def test_colouring_does_not_change_the_record():
     r = record()
     common.ColoredFormatter(color=True).format(r)
     assert r.levelname == "WARNING"
@@ -280,7 +280,7 @@ def fresh_logging():
     root.handlers[:] = handlers
 
 
-def test_default_logging_is_set_up_once_and_spares_others(fresh_logging, capsys):
+def test_default_logging_is_set_up_once_and_only_for_our_loggers(fresh_logging, capsys):
     before = len(fresh_logging.handlers)
     common.setup_default_logging()
     common.setup_default_logging()
@@ -314,10 +314,10 @@ def test_log0_logs_on_rank_0_only(fresh_logging, capsys, monkeypatch):
     log0("saving")
     log0("slow disk", logging.WARNING)
     assert capsys.readouterr().err == ""
-    assert checkpoint_manager.log0 is log0  # where nanochat has it
+    assert checkpoint_manager.log0 is log0  # nanochat's place for it
 
 
-def test_the_banner_fits_any_terminal(capsys):
+def test_banner_fits_any_terminal(capsys):
     common.print_banner()
     out = capsys.readouterr().out
     assert out.isascii() and max(map(len, out.splitlines())) <= 79
@@ -326,7 +326,7 @@ def test_the_banner_fits_any_terminal(capsys):
 # -- processes and devices ---------------------------------------------------------------------------------------------
 
 
-def test_a_rank_alone_is_not_a_process_group(monkeypatch):
+def test_rank_variable_does_not_make_a_process_group(monkeypatch):
     assert common.get_dist_info() == (False, 0, 0, 1)
     monkeypatch.setenv("RANK", "3")  # as some clusters set it
     assert not common.is_ddp()
@@ -335,7 +335,8 @@ def test_a_rank_alone_is_not_a_process_group(monkeypatch):
     assert common.get_dist_info() == (True, 3, 1, 4)
 
 
-LEFTOVERS = {  # of Slurm, Azure, Kubeflow and their like, and how a command takes them: None = as one process
+# variables left by Slurm, Azure, Kubeflow etc. -> the error; None: the command runs as one process
+LEFTOVERS = {
     "RANK= LOCAL_RANK= WORLD_SIZE=": None,
     "RANK=0 LOCAL_RANK=0 WORLD_SIZE=1": None,
     "RANK=unknown": None,
@@ -349,7 +350,7 @@ LEFTOVERS = {  # of Slurm, Azure, Kubeflow and their like, and how a command tak
 
 
 @pytest.mark.parametrize("leftovers", LEFTOVERS)
-def test_what_a_cluster_leaves_in_the_environment(leftovers, monkeypatch, capsys):
+def test_leftover_cluster_variables(leftovers, monkeypatch, capsys):
     for setting in leftovers.split():
         monkeypatch.setenv(*setting.split("="))
 
@@ -374,19 +375,19 @@ def test_compute_init_on_a_cpu_seeds_and_cleans_up():
 
 
 def test_cleaning_up_after_an_interrupted_import_does_not_import_again(monkeypatch):
-    monkeypatch.delitem(sys.modules, "torch")  # as Python leaves it
+    monkeypatch.delitem(sys.modules, "torch")  # the state after an interrupted import
     common.compute_cleanup()
     assert "torch" not in sys.modules
 
 
 @pytest.mark.parametrize("device_type", ["gpu", "cuda:0", "tpu"])
-def test_an_unknown_device_names_the_choices(device_type):
+def test_unknown_device_names_the_choices(device_type):
     with pytest.raises(UserError, match=f"--device_type={device_type} is not known: choose cuda, mps or cpu"):
         common.compute_init(device_type)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_an_absent_device_is_told():
+def test_missing_device_is_reported():
     with pytest.raises(UserError, match="--device_type=cuda, but torch .* finds no CUDA device"):
         common.compute_init("cuda")
 
@@ -431,7 +432,7 @@ def test_dtypes_by_name():
 
 
 @pytest.mark.parametrize(("flags", "expected"), [({}, torch.float32), ({"avx512_bf16"}, torch.bfloat16), ({"amx_bf16"}, torch.bfloat16)])
-def test_a_cpu_computes_in_what_it_is_fast_with(monkeypatch, flags, expected):
+def test_cpu_uses_its_fastest_dtype(monkeypatch, flags, expected):
     monkeypatch.setattr(
         torch.cpu, "get_capabilities", lambda: {name: name in flags for name in ("avx2", "avx512_bf16", "amx_bf16")}, raising=False
     )
@@ -439,12 +440,12 @@ def test_a_cpu_computes_in_what_it_is_fast_with(monkeypatch, flags, expected):
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float16)])
-def test_a_gpu_computes_in_what_it_is_fast_with(monkeypatch, capability, expected):
+def test_gpu_uses_its_fastest_dtype(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert resolve_dtype("", "cuda") is expected
 
 
-def test_metal_computes_in_fp32():
+def test_metal_uses_fp32():
     assert resolve_dtype("", "mps") is torch.float32
 
 
@@ -464,7 +465,7 @@ def test_wandb_is_a_dummy_by_default():
     assert isinstance(run, common.DummyWandb)
 
 
-def test_wandb_is_asked_with_name_and_settings(monkeypatch):
+def test_wandb_gets_name_and_settings(monkeypatch):
     calls = []
     monkeypatch.setitem(sys.modules, "wandb", type(sys)("wandb"))
     sys.modules["wandb"].init = lambda **kwargs: calls.append(kwargs)
@@ -475,13 +476,13 @@ def test_wandb_is_asked_with_name_and_settings(monkeypatch):
     assert calls[0]["config"]["seed"] == 7 and calls[1]["config"] == {"a": 1}
 
 
-def test_wandb_runs_on_rank_0_alone(monkeypatch):
+def test_wandb_runs_only_on_rank_0(monkeypatch):
     for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     assert isinstance(get_wandb("first", to_dict(RunConfig()), "zangchat"), common.DummyWandb)
 
 
-def test_wandb_offline_keeps_what_is_logged(tmp_path, monkeypatch):
+def test_offline_wandb_stores_the_metrics(tmp_path, monkeypatch):
     """The real library, without a network."""
     for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
         monkeypatch.setenv(name, value)
@@ -489,11 +490,11 @@ def test_wandb_offline_keeps_what_is_logged(tmp_path, monkeypatch):
     run.log({"loss_of_a_step": 1.25}, step=3)
     run.finish()
     (record,) = tmp_path.rglob("*.wandb")
-    deadline = time.monotonic() + 60  # on a busy machine wandb's own process writes a little later
+    deadline = time.monotonic() + 60  # on a busy machine wandb's process writes with a delay
     while b"loss_of_a_step" not in record.read_bytes() and time.monotonic() < deadline:
         time.sleep(0.1)
-    told = record.read_bytes()
-    assert b"loss_of_a_step" in told and b"first" in told and b"seed" in told
+    content = record.read_bytes()
+    assert b"loss_of_a_step" in content and b"first" in content and b"seed" in content
 
 
 # -- a GPU that torch cannot use ---------------------------------------------------------------------------------------
@@ -523,7 +524,7 @@ def gpu_machine(tmp_path, monkeypatch):
         ("13.0", "580.65.06", "7", r"CUDA_VISIBLE_DEVICES=7 leaves torch \S+ none: correct or unset it, or"),
     ],
 )
-def test_a_gpu_that_torch_cannot_use_is_no_reason_for_the_cpu(gpu_machine, monkeypatch, cuda, driver, visible, problem):
+def test_unusable_gpu_is_an_error_instead_of_a_cpu_fallback(gpu_machine, monkeypatch, cuda, driver, visible, problem):
     gpu_machine(nvidia_smi(gpus(0), driver=driver))
     monkeypatch.setattr(torch.version, "cuda", cuda)
     if visible:
@@ -535,13 +536,13 @@ def test_a_gpu_that_torch_cannot_use_is_no_reason_for_the_cpu(gpu_machine, monke
 
 
 @pytest.mark.parametrize("visible", ["", "-1", " "])
-def test_a_hidden_gpu_is_not_asked_for(gpu_machine, monkeypatch, visible):
+def test_hidden_gpu_is_ignored(gpu_machine, monkeypatch, visible):
     gpu_machine("exit 1; touch asked")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert common.autodetect_device_type() == "cpu"
 
 
-def test_a_driver_that_does_not_answer_is_named(gpu_machine, caplog):
+def test_failing_driver_is_reported(gpu_machine, caplog):
     gpu_machine("echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18")
     assert common.autodetect_device_type() == "cpu"
     assert "computing on the CPU: nvidia-smi says: Failed to initialize NVML: Driver/library version mismatch" in caplog.text
@@ -549,7 +550,7 @@ def test_a_driver_that_does_not_answer_is_named(gpu_machine, caplog):
 
 @pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU")
 def test_base_train_stops_at_an_old_driver(gpu_machine, tmp_path):
-    """The very command, with nvidia-smi at hand and a torch that finds no GPU."""
+    """The command itself, with an nvidia-smi and a torch that finds no GPU."""
     gpu_machine(nvidia_smi(gpus(0), driver="470.82.01"))
     command = [sys.executable, "-m", "scripts.base_train", "--depth=20", "--dataset=none"]
     done = subprocess.run(command, env={**os.environ, "ZANGCHAT_BASE_DIR": str(tmp_path)}, capture_output=True, text=True)
@@ -557,7 +558,7 @@ def test_base_train_stops_at_an_old_driver(gpu_machine, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_mps_is_chosen_for_one_process_and_says_so(monkeypatch, caplog):
+def test_mps_is_chosen_for_one_process_and_reported(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert common.autodetect_device_type() == "mps"
@@ -568,18 +569,22 @@ def test_mps_is_chosen_for_one_process_and_says_so(monkeypatch, caplog):
 
 
 @pytest.mark.parametrize(
-    ("membership", "groups", "left"),
+    ("membership", "groups", "expected"),
     [
-        ("0::/job/step", {"job": "2000000000 500000000 inactive_file 100000000"}, 1_600_000_000),  # the group above is the limit
+        ("0::/job/step", {"job": "2000000000 500000000 inactive_file 100000000"}, 1_600_000_000),  # set by the parent
         ("0::/job/step", {"job": "max 5 inactive_file 0", "job/step": "1000000000 999999999 inactive_file 0"}, 1),
         ("0::/", {"": "1000000000 2000000000 inactive_file 0"}, 0),
         ("5:cpu,memory:/docker/a", {"memory/docker/a": "1500000000 1000000000 total_inactive_file 250000000"}, 750_000_000),
-        ("5:memory:/docker/a", {"memory": "1500000000 1000000000 total_inactive_file 0"}, 500_000_000),  # the container sees only this
+        (
+            "5:memory:/docker/a",
+            {"memory": "1500000000 1000000000 total_inactive_file 0"},
+            500_000_000,
+        ),  # as in a container
         ("5:cpu:/a\n0::/", {}, None),
         ("", {}, None),
     ],
 )
-def test_the_memory_of_a_container_is_its_limit(tmp_path, membership, groups, left):
+def test_container_memory_is_its_limit(tmp_path, membership, groups, expected):
     psutil = pytest.importorskip("psutil")
     (tmp_path / "proc" / "self").mkdir(parents=True)
     (tmp_path / "proc" / "self" / "cgroup").write_text(membership)
@@ -591,4 +596,4 @@ def test_the_memory_of_a_container_is_its_limit(tmp_path, membership, groups, le
         for file, value in zip((*names, "memory.stat"), (limit, usage, f"anon 7\n{key} {cached}"), strict=True):
             (group / file).write_text(f"{value}\n")
     found = available_memory(tmp_path)
-    assert found == left if left is not None else found > 0.5 * psutil.virtual_memory().available
+    assert found == expected if expected is not None else found > 0.5 * psutil.virtual_memory().available

@@ -1,4 +1,4 @@
-"""Costs computed from a configuration against the model itself and against numbers worked out by hand."""
+"""Costs computed from a configuration equal those of the model and numbers computed by hand."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def test_parameters_of_d20():
 
 
 @pytest.mark.parametrize("config", [SMALL, GPTConfig(sequence_len=8, vocab_size=257, n_layer=1, n_head=2, n_kv_head=2, n_embd=32)])
-def test_parameters_are_those_of_the_model(config):
+def test_parameters_equal_those_of_the_model(config):
     from zangchat.gpt import GPT
 
     with torch.device("meta"):
@@ -58,8 +58,8 @@ def test_training_flops_of_d20():
     assert 989e12 / flops_per_token(D20) == pytest.approx(283e3, rel=2e-3)  # tokens per second at full utilisation
 
 
-def test_training_flops_count_what_torch_counts():
-    """A forward pass is a third of it, by torch's own counter on attention that is computed as plain products."""
+def test_training_flops_equal_the_count_of_torch():
+    """A forward pass is a third of it, by torch's counter with attention as plain products."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -89,8 +89,8 @@ def test_decoding_limits_of_d20():
 
 @pytest.mark.parametrize("kv_heads", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_activations_are_what_autograd_keeps(dtype, kv_heads):
-    """Bytes of the distinct tensors saved for the backward pass, weights and their casts aside, plus the loss's own gradient."""
+def test_activations_equal_the_tensors_saved_by_autograd(dtype, kv_heads):
+    """Bytes saved for the backward pass, without weights and casts, plus the loss's gradient."""
     from zangchat.gpt import GPT
     from zangchat.nn.attention import choose_backend
 
@@ -118,7 +118,7 @@ def test_memory_of_a_training_step():
     estimate = memory_estimate(D20, 32)
     together = estimate["casts"] + estimate["activations"] + estimate["logits"]
     assert estimate["total"] == sum(estimate[name] for name in ("weights", "gradients", "optimizer")) + max(together, estimate["update"])
-    assert 40e9 < estimate["total"] < 80e9  # 32 rows of d20 are what an 80 GB card takes
+    assert 40e9 < estimate["total"] < 80e9  # an 80 GB card holds 32 rows of d20
     halved = memory_estimate(D20, 16)
     assert halved["activations"] * 2 == estimate["activations"]
     assert halved["weights"] == estimate["weights"]
@@ -132,7 +132,7 @@ def test_memory_of_a_training_step():
 
 
 @pytest.mark.parametrize("gigabytes", CARDS)
-def test_what_is_chosen_fits_divides_and_is_the_most(gigabytes):
+def test_chosen_batch_fits_divides_and_is_the_largest(gigabytes):
     for rows in (512, 24, 7):
         for checkpoint in (False, True):
             size = fitting_batch(D20, rows, gigabytes * 1e9, grad_checkpoint=checkpoint)
@@ -141,7 +141,7 @@ def test_what_is_chosen_fits_divides_and_is_the_most(gigabytes):
     assert fitting_batch(D20, 7, gigabytes * 1e9, even=False) >= fitting_batch(D20, 7, gigabytes * 1e9)
 
 
-def test_the_plan_says_what_fits_on_each_card():
+def test_plan_reports_the_batch_for_each_card():
     lines = list(what_fits(D20, 512))
     assert [line.partition(":")[0].strip() for line in lines] == [f"{gigabytes} GB" for gigabytes in CARDS]
     assert "not one row" in lines[0] and "32 rows x 16 passes" in lines[-1]
@@ -183,8 +183,8 @@ for case in json.loads(sys.argv[1]):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is Linux's own count")
 @pytest.mark.slow
-def test_the_memory_foreseen_is_what_a_cpu_uses():
-    """With an allocator that gives back what is freed: otherwise glibc keeps some tens of megabytes, which at this size is much."""
+def test_predicted_memory_equals_cpu_usage():
+    """The allocator returns freed memory; glibc would keep tens of MB, too much at this size."""
     cases = [[8, "float32", checkpoint, 256, 4096, 4, 4, 4, 256] for checkpoint in (False, True)]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**17)}
     command = [sys.executable, "-c", PEAK, json.dumps(cases)]
@@ -201,7 +201,7 @@ def test_memory_depends_on_the_dtype():
     assert memory_estimate(SMALL, 4, dtype=torch.float32, device_type="cpu") == single
 
 
-def test_optimizer_memory_is_what_the_optimizers_keep():
+def test_optimizer_memory_equals_the_optimizer_state():
     from zangchat.gpt import GPT
     from zangchat.optim import build_optimizer
 
@@ -257,7 +257,7 @@ def test_peaks_by_dtype():
         peak_flops(h100, "int4")
 
 
-def test_variants_of_a_device_are_told_apart():
+def test_variants_of_a_device_are_distinguished():
     assert memory_bandwidth("NVIDIA A100-SXM4-80GB") == 2039e9
     assert memory_bandwidth("NVIDIA A100-SXM4-40GB") == 1555e9
     assert memory_bandwidth("NVIDIA H200") == 4800e9

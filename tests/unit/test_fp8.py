@@ -1,4 +1,4 @@
-"""fp8 layers by the emulation: which layers are converted, and that values and gradients stay close to the plain ones."""
+"""Emulated fp8 layers: the choice of layers; values and gradients stay close to the plain ones."""
 
 import copy
 
@@ -45,7 +45,7 @@ def test_quantising_fills_the_range_and_bounds_the_error() -> None:
     assert torch.isfinite(quantise(torch.zeros(4, 4), E4M3)[0].float()).all()
 
 
-def test_the_product_is_that_of_the_rounded_operands() -> None:
+def test_product_is_that_of_the_rounded_operands() -> None:
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(16, 32, generator=generator), torch.randn(48, 32, generator=generator)
     (a8, sa), (b8, sb) = quantise(a, E4M3), quantise(b, E4M3)
@@ -68,7 +68,7 @@ def test_training_in_fp8_follows_the_plain_model() -> None:
         assert torch.equal(plain(idx), quantised(idx))
 
 
-def test_without_fp8_products_the_model_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_fp8_products_the_model_is_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
     assert use_fp8(model, torch.device("cpu")) == "fp8: not used (no GPU: cpu); the products stay in --dtype"
     assert not any(isinstance(module, Fp8Linear) for module in model.modules())
@@ -77,8 +77,8 @@ def test_without_fp8_products_the_model_stays_as_it_is(monkeypatch: pytest.Monke
     assert "NVIDIA A100 has no fp8 products" in use_fp8(model, torch.device("cuda"))
 
 
-def test_a_product_is_tried_before_fp8_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU in the place of a GPU: the emulation passes the trial, a wrong or missing kernel does not."""
+def test_fp8_is_used_only_after_a_trial_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU replaces the GPU: the emulation passes the trial, a wrong or missing kernel fails."""
 
     class Pretended:
         type = "cuda"

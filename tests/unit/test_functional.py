@@ -1,4 +1,4 @@
-"""Each operation against torch's own, values and gradients, and through torch's numerical differentiation."""
+"""Values and gradients of each operation equal torch's own and its numerical differentiation."""
 
 from collections.abc import Callable
 
@@ -40,10 +40,10 @@ PAIRS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] 
 
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("transposed", [False, True])
-def test_values_and_gradients_are_those_of_the_plain_formula(name: str, transposed: bool) -> None:
+def test_values_and_gradients_equal_the_plain_formula(name: str, transposed: bool) -> None:
     ours, plain = PAIRS[name]
     base = torch.randn(2, 5, 3, 8, generator=torch.Generator().manual_seed(1))
-    base[0, 0] = 0  # a row of nothing: the norm's eps decides
+    base[0, 0] = 0  # a row of zeros tests the norm's eps
     base[0, 1] *= 1e4
     upstream = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(2)).transpose(1, 2 if not transposed else 1)
     results = []
@@ -53,12 +53,12 @@ def test_values_and_gradients_are_those_of_the_plain_formula(name: str, transpos
         y.backward(upstream.reshape(y.shape))
         assert leaf.grad is not None
         results.append((y.detach(), leaf.grad))
-    for mine, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["relu squared", "rotate"])
-def test_gradients_are_the_numerical_ones(name: str) -> None:
+def test_gradients_equal_the_numerical_ones(name: str) -> None:
     x = torch.randn(2, 3, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True)
     assert torch.autograd.gradcheck(PAIRS[name][0], (x,))
 
@@ -81,5 +81,5 @@ def test_in_bf16_the_error_is_a_rounding_error(name: str) -> None:
         y.backward(upstream.bfloat16().to(dtype))
         assert y.dtype == dtype and leaf.grad is not None
         results.append((y.detach(), leaf.grad))
-    for mine, exact in zip(*results, strict=True):
-        assert float((mine - exact).norm() / exact.norm()) < 2**-7
+    for actual, exact in zip(*results, strict=True):
+        assert float((actual - exact).norm() / exact.norm()) < 2**-7

@@ -1,4 +1,4 @@
-"""Tasks that need no download: what they ask, what they count as right, and that nothing held out is trained on."""
+"""Tasks that need no download: questions, accepted answers, and splits without leaks."""
 
 import re
 from collections import Counter
@@ -23,8 +23,8 @@ TEXT = Path(spellingbee.__file__).read_text(encoding="utf-8") + Path(identity.__
 
 @pytest.fixture
 def words(base_dir: Path) -> list[str]:
-    """A word list in the base directory: 3,000 words of a regular made-up language."""
-    made = sorted(
+    """A word list in the base directory: 3,000 words of an artificial language."""
+    generated = sorted(
         {
             a + b + c
             for a in ("pro", "st", "gr", "di", "m", "re", "fil")
@@ -34,8 +34,8 @@ def words(base_dir: Path) -> list[str]:
     )
     folder = base_dir / "tasks" / "words"
     folder.mkdir(parents=True)
-    (folder / "words.txt").write_text("\n".join([*made, "Capital", "it's", "xy", "muchtoolongaword"]), encoding="utf-8")
-    return made
+    (folder / "words.txt").write_text("\n".join([*generated, "Capital", "it's", "xy", "muchtoolongaword"]), encoding="utf-8")
+    return generated
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def user_and_answer(conversation):
 
 
 @pytest.mark.parametrize("name", ["Arithmetic", "SpellingBee", "SimpleSpelling", "PyDocs", "Identity"])
-def test_examples_are_the_same_each_time_and_their_own_answers_are_right(words, name):
+def test_examples_are_deterministic_and_accept_their_own_answers(words, name):
     task, again = load_task(name, "test"), load_task(name, "test")
     count = min(100, len(task))
     for i in range(count):
@@ -58,7 +58,7 @@ def test_examples_are_the_same_each_time_and_their_own_answers_are_right(words, 
     assert len({str(task[i]) for i in range(count)}) > 0.9 * count
 
 
-def test_splits_are_shares_of_everything_decided_by_the_thing_alone():
+def test_splits_are_fixed_shares_that_depend_only_on_the_item():
     counts = Counter(split_of("thing", i) for i in range(5000))
     assert set(counts) == set(SPLITS)
     assert 0.77 < counts["train"] / 5000 < 0.83 and 0.08 < counts["test"] / 5000 < 0.12
@@ -78,15 +78,15 @@ def test_calculator_calls_give_the_answers():
         assert {str(a), str(b)} <= set(re.findall(r"\d+", question))
 
 
-def test_no_pair_of_numbers_is_both_trained_on_and_held_out():
+def test_operand_pairs_belong_to_one_split():
     pairs = {split: {frozenset(c["operands"][::2]) for c in Arithmetic(1500, split)} for split in SPLITS}
     assert not pairs["train"] & pairs["test"] and not pairs["train"] & pairs["val"] and not pairs["val"] & pairs["test"]
 
 
-def test_both_orders_of_a_difference_mean_the_same(words):
+def test_both_phrasings_of_a_difference_have_the_same_result(words):
     task = Arithmetic(3000, "train")
-    asked = [user_and_answer(c)[0] for c in task if c["operands"][1] == "-"]
-    assert any(question.startswith("Subtract") for question in asked) and any(question.startswith("Take") for question in asked)
+    questions = [user_and_answer(c)[0] for c in task if c["operands"][1] == "-"]
+    assert any(question.startswith("Subtract") for question in questions) and any(question.startswith("Take") for question in questions)
     for conversation in task:
         question, _ = user_and_answer(conversation)
         if question.startswith(("Subtract", "Take")):
@@ -94,26 +94,26 @@ def test_both_orders_of_a_difference_mean_the_same(words):
             assert conversation["result"] == larger - smaller
 
 
-def test_arithmetic_wants_the_number_and_rewards_the_tool():
+def test_arithmetic_requires_the_number_and_rewards_the_tool():
     task = Arithmetic(1)
     conversation = task[0]
     result = conversation["result"]
     right = f"The answer is {result}."
-    for said, verdict in (
+    for answer, verdict in (
         (right, True),
         (str(result), True),
         (f"{result + 1}", False),
         ("", False),
         (f"{result}{result}", result == 0 and False),
     ):
-        assert task.evaluate(conversation, said) is verdict
+        assert task.evaluate(conversation, answer) is verdict
     assert task.reward(conversation, right) == 0
     assert task.reward(conversation, [*tool_parts("1+1", "2"), {"type": "text", "text": right}]) == 1
     assert task.reward(conversation, [*tool_parts("1+1", "2"), {"type": "text", "text": "The answer is -1."}]) == 0
 
 
-def test_phrasings_keep_numbers_apart_from_letters():
-    """`x5` would be torn otherwise than `5`; a sum written without spaces has only digits and signs."""
+def test_phrasings_separate_numbers_from_letters():
+    """`x5` has other tokens than `5`. A sum without spaces has only digits and signs."""
     for question in (*arithmetic.QUESTIONS, *sum(arithmetic.IN_WORDS.values(), ())):
         assert not re.search(r"[A-Za-z\u4e00-\u9fff]\{|\}[A-Za-z\u4e00-\u9fff]", question)
 
@@ -121,14 +121,14 @@ def test_phrasings_keep_numbers_apart_from_letters():
 # ---- spelling -------------------------------------------------------------------------------------------------------
 
 
-def test_the_word_stands_behind_a_space_and_before_no_letter():
+def test_word_follows_a_space_and_precedes_no_letter():
     for question in (*spellingbee.QUESTIONS, *spellingbee.SPELLINGS):
         assert re.search(r" \{word\}(?![A-Za-z\u4e00-\u9fff'])", question), question
         assert not re.search(r"\{letter\}[A-Za-z\u4e00-\u9fff]|[A-Za-z]\{letter\}", question), question
     assert len(set(spellingbee.QUESTIONS)) >= 40
 
 
-def test_the_tool_counts_what_is_asked(words):
+def test_tool_call_counts_the_letter_of_the_question(words):
     inside = 0
     for conversation in SpellingBee(600, "train"):
         question, (call, output, text) = user_and_answer(conversation)
@@ -146,8 +146,8 @@ def test_prompt_and_call_share_the_tokens_of_every_word(words, tokenizer):
     assert audit(tokenizer, 300, split="train") == 1.0
 
 
-def test_without_the_space_they_would_not(words, tokenizer, monkeypatch):
-    """What the audit is for: the form of the call that tears words."""
+def test_audit_detects_a_call_without_the_space(words, tokenizer, monkeypatch):
+    """The audit detects a form of the call that splits words differently."""
     monkeypatch.setattr(spellingbee, "call", lambda word, letter: f"'{word}'.count('{letter}')")
     assert audit(tokenizer, 300) < 0.8
 
@@ -156,7 +156,7 @@ def test_contains():
     assert contains([1, 2, 3, 4], [2, 3]) and not contains([1, 2, 3, 4], [2, 4]) and contains([1], [1])
 
 
-def test_an_example_is_short(words, tokenizer):
+def test_examples_are_short(words, tokenizer):
     lengths = [len(tokenizer.render_conversation(c)[0]) for c in SpellingBee(200, "test")]
     assert sorted(lengths)[100] <= 45 and max(lengths) <= 80
 
@@ -178,7 +178,7 @@ def test_words_and_their_inflected_forms_belong_to_one_split(words):
     assert not {stem(word) for word in seen} & {stem(word) for word in words_of("val")}
 
 
-def test_a_third_of_the_training_words_are_made_up(words, tokenizer):
+def test_a_third_of_the_training_words_is_invented(words, tokenizer):
     known = set(words)
     for extra in ({}, {"tokenizer": tokenizer}):
         invented = [c["word"] not in known for c in SpellingBee(900, "train", **extra)]
@@ -188,15 +188,15 @@ def test_a_third_of_the_training_words_are_made_up(words, tokenizer):
     assert set(LETTERS) <= set(pieces) and all(re.fullmatch("[a-z]+", piece) for piece in pieces) and len(pieces) > 200
 
 
-def test_spelling_wants_the_letters_in_order(words):
+def test_spelling_requires_the_letters_in_order(words):
     task = SimpleSpelling(1, "test")
     conversation = task[0]
     word = conversation["word"]
     assert user_and_answer(conversation)[1] == ",".join(word)
-    for said in (",".join(word), " ".join(word), "-".join(word), ", ".join(word) + ".", ",".join(word).upper()):
-        assert task.evaluate(conversation, said), said
-    for said in (word, ",".join(word[:-1]), ",".join(word[::-1] + "q"), ""):
-        assert not task.evaluate(conversation, said), said
+    for answer in (",".join(word), " ".join(word), "-".join(word), ", ".join(word) + ".", ",".join(word).upper()):
+        assert task.evaluate(conversation, answer), answer
+    for answer in (word, ",".join(word[:-1]), ",".join(word[::-1] + "q"), ""):
+        assert not task.evaluate(conversation, answer), answer
 
 
 def test_spelling_bee_rewards_the_tool(words):
@@ -208,20 +208,20 @@ def test_spelling_bee_rewards_the_tool(words):
     assert not task.evaluate(conversation, f"The answer is {conversation['count'] + 1}.")
 
 
-def test_words_come_from_the_corpus_where_there_is_no_list(base_dir):
-    made = [a + b for a in ("bra", "clo", "dru", "fla", "gri") for b in ("mble", "nder", "sting") + tuple(f"{x}ent" for x in LETTERS)]
-    text = " ".join(made)
-    facts = {"tokenizer": "of these token ids"}
-    write_dataset(base_dir / "base_data" / "a-tokens", "a-tokens", ["1 2 3"], ["validation"], facts)
+def test_words_come_from_the_corpus_without_a_list(base_dir):
+    invented = [a + b for a in ("bra", "clo", "dru", "fla", "gri") for b in ("mble", "nder", "sting") + tuple(f"{x}ent" for x in LETTERS)]
+    text = " ".join(invented)
+    manifest = {"tokenizer": "of these token ids"}
+    write_dataset(base_dir / "base_data" / "a-tokens", "a-tokens", ["1 2 3"], ["validation"], manifest)
     write_dataset(base_dir / "base_data" / "own", "own", [f"{text} onlyonce", f"{text}. Upper_case x1y", text], ["validation"])
     found = [word for split in SPLITS for word in words_of(split)]
-    assert sorted(found) == sorted(made)
+    assert sorted(found) == sorted(invented)
     cached = list((base_dir / "tasks" / "corpus_words").glob("*.json"))
     assert [path.name for path in cached] == ["own.json"]
     assert count_words(["aaa aaa aaa bbb bbb ccc_ ccc_ ccc_ ddd1 ddd1 ddd1 don't don't don't"]) == ["aaa"]
 
 
-def test_without_any_words_it_is_said_what_to_do(base_dir):
+def test_missing_words_are_reported_with_a_remedy(base_dir):
     with pytest.raises(MissingData, match=r"zangchat\.dataset"):
         build_mixture("spellingbee:4")
     (base_dir / "tasks" / "words").mkdir(parents=True)
@@ -243,7 +243,7 @@ def test_there_are_many_phrasings_of_many_intents_in_two_languages():
     assert 0.1 < share < 0.3 and len(train) > 1000
 
 
-def test_answers_about_itself_begin_by_its_name_and_are_short(tokenizer):
+def test_answers_about_itself_begin_with_its_name_and_are_short(tokenizer):
     for example in identity.examples():
         if example.intent == "ordinary":
             assert "zangchat" not in example.answer.lower()
@@ -253,14 +253,14 @@ def test_answers_about_itself_begin_by_its_name_and_are_short(tokenizer):
             assert identity._is_chinese(example.answer) == identity._is_chinese(example.base)
 
 
-def test_a_question_and_its_variants_belong_to_one_split():
+def test_question_and_its_variants_belong_to_one_split():
     seen = {split: {identity._plain(e.base) for e in Identity(split).examples} for split in SPLITS}
     questions = {split: {e.question for e in Identity(split).examples} for split in SPLITS}
     for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
         assert not seen[a] & seen[b] and not questions[a] & questions[b]
     for split in SPLITS:
-        asked = [e.question for e in Identity(split).examples]
-        assert len(asked) == len(set(asked))
+        own_questions = [e.question for e in Identity(split).examples]
+        assert len(own_questions) == len(set(own_questions))
 
 
 def test_no_question_has_two_different_answers():
@@ -270,7 +270,7 @@ def test_no_question_has_two_different_answers():
     assert {question: found for question, found in answers.items() if len(found) > 1} == {}
 
 
-def test_identity_wants_the_name_where_it_is_asked_for_and_only_there():
+def test_identity_requires_the_name_only_in_answers_about_itself():
     task = Identity("train")
     about = next(c for c in task if c["intent"] == "name")
     other = next(c for c in task if c["intent"] == "ordinary")
@@ -278,7 +278,7 @@ def test_identity_wants_the_name_where_it_is_asked_for_and_only_there():
     assert task.evaluate(other, "Paris.") and not task.evaluate(other, "I am zangchat.")
 
 
-def test_the_frozen_phrasings_are_asked_in_the_test_and_never_learned():
+def test_frozen_phrasings_are_only_in_the_test_split():
     frozen = identity.heldout_questions()
     assert [example.question for example in Identity("test").examples] == frozen and len(frozen) == 40
     learned = {identity._plain(text) for split in ("train", "val") for e in Identity(split).examples for text in (e.question, e.base)}
@@ -320,7 +320,7 @@ def test_first_sentence(docstring, answer):
     assert pydocs.first_sentence(docstring) == answer
 
 
-def test_a_name_belongs_to_one_split_and_is_in_its_question():
+def test_name_belongs_to_one_split_and_is_in_its_question():
     names = {split: [c["name"] for c in PyDocs(split)] for split in SPLITS}
     assert sum(map(len, names.values())) == len(set().union(*names.values())) == len(pydocs.all_docs())
     for conversation in PyDocs("test"):

@@ -1,4 +1,4 @@
-"""The model: equal to its slow twin and to transformers' NanoChat, cached decoding equal to the full forward pass, initialisation."""
+"""The model equals its slow twin and transformers' NanoChat, with and without a cache."""
 
 import contextlib
 import copy
@@ -14,7 +14,7 @@ TINY = GPTConfig(sequence_len=16, vocab_size=70, n_layer=2, n_head=4, n_kv_head=
 
 
 def lively_model(config: GPTConfig = TINY, dtype: torch.dtype = torch.float32, seed: int = 0) -> GPT:
-    """A model in which every matrix matters (after init_weights the blocks are still the identity)."""
+    """A model in which every matrix affects the logits: init_weights leaves identity blocks."""
     model = GPT(config)
     generator = torch.Generator().manual_seed(seed)
     model.init_weights(head_init_scale=0.3, generator=generator)
@@ -31,7 +31,7 @@ def tokens(B: int, T: int, seed: int = 1, vocab_size: int = TINY.vocab_size) -> 
 
 
 class RowCache:
-    """The smallest honest cache: a list of (k, v) per layer and row, padded to the longest row when read."""
+    """The simplest correct cache: a list of (k, v) per layer and row, padded to the longest row."""
 
     def __init__(self, config: GPTConfig, rows: int) -> None:
         self.stored = [[None] * rows for _ in range(config.n_layer)]
@@ -45,7 +45,8 @@ class RowCache:
             layer[row] = new if old is None else torch.cat((old, new), dim=2)
         longest = max(part.size(2) for part in layer)
         padded = torch.stack([torch.nn.functional.pad(part, (0, 0, 0, longest - part.size(2))) for part in layer])
-        last = self.positions[:, None] + torch.arange(T)  # a query sees its own position and everything before
+        # a query sees its own and all earlier positions
+        last = self.positions[:, None] + torch.arange(T)
         return padded[:, 0], padded[:, 1], (torch.arange(longest) <= last[..., None]).unsqueeze(1)
 
     @property
@@ -117,7 +118,7 @@ def test_transformers_computes_the_same_logits(n_kv_head: int) -> None:
 
 
 @pytest.mark.parametrize("head_init_scale", [0.0, 0.05])
-def test_a_model_built_on_the_meta_device_is_fully_initialised(head_init_scale: float) -> None:
+def test_model_built_on_the_meta_device_is_fully_initialised(head_init_scale: float) -> None:
     with torch.device("meta"):
         model = GPT(TINY)
     model.to_empty(device="cpu")
@@ -160,7 +161,7 @@ def test_decoding_with_a_cache_equals_the_full_forward_pass_at_every_position() 
     torch.testing.assert_close(prefill, full[:, :5], atol=1e-5, rtol=1e-5)
     for t in range(5, 10):
         torch.testing.assert_close(model(idx[:, t : t + 1], kv_cache=cache), full[:, t : t + 1], atol=1e-5, rtol=1e-5)
-    chunk = model(idx[:, 10:], kv_cache=cache)  # several tokens behind stored ones
+    chunk = model(idx[:, 10:], kv_cache=cache)  # several tokens after stored ones
     torch.testing.assert_close(chunk, full[:, 10:], atol=1e-5, rtol=1e-5)
     assert cache.positions.tolist() == [12, 12, 12]
 
@@ -180,7 +181,7 @@ def test_rows_at_different_positions_decode_together() -> None:
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_positions_past_sequence_len_grow_the_tables_and_training_goes_on_after_sampling() -> None:
+def test_tables_grow_past_sequence_len_and_training_works_after_sampling() -> None:
     model, longer = lively_model(), lively_model(GPTConfig(**{**TINY.to_dict(), "sequence_len": 64}))
     idx = tokens(1, 40)
     with torch.inference_mode():
@@ -220,16 +221,17 @@ def test_logits_at_one_position_of_each_row() -> None:
     torch.testing.assert_close(model(idx, logits_at=at)[:, 0], model(idx)[torch.arange(3), at])
 
 
-def test_documents_of_a_row_do_not_see_each_other_where_that_is_asked_for() -> None:
+def test_document_start_separates_the_documents_of_a_row() -> None:
     model, start = lively_model(), 0
     pieces = [torch.cat((torch.full((1, 1), start), 1 + tokens(1, n, seed=n, vocab_size=60)), dim=1) for n in (4, 1, 6)]
     row = torch.cat(pieces, dim=1)
-    alone = torch.cat([model(piece) for piece in pieces], dim=1)
+    separate = torch.cat([model(piece) for piece in pieces], dim=1)
     together = model(row)
-    assert not torch.allclose(together, alone, atol=1e-2)
+    assert not torch.allclose(together, separate, atol=1e-2)
     model.document_start = start
-    torch.testing.assert_close(model(row), alone, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(model(row[:, 2:])[:, 3:], alone[:, 5:], atol=1e-5, rtol=1e-5)  # a row may begin amid a document
+    torch.testing.assert_close(model(row), separate, atol=1e-5, rtol=1e-5)
+    # a row may begin inside a document
+    torch.testing.assert_close(model(row[:, 2:])[:, 3:], separate[:, 5:], atol=1e-5, rtol=1e-5)
     targets = tokens(1, row.size(1), seed=9)
     losses = [model(piece, part, loss_reduction="sum") for piece, part in zip(pieces, targets.split([5, 2, 7], dim=1), strict=True)]
     weights = list(model.parameters())
@@ -286,19 +288,19 @@ def test_switching_the_compute_dtype_back_and_forth() -> None:
     model.set_compute_dtype(torch.bfloat16, keep_masters=False)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     masters = lively_model(dtype=torch.bfloat16)
-    assert torch.equal(model(idx), masters(idx))  # rounding once or at every use is the same
+    assert torch.equal(model(idx), masters(idx))  # rounding once equals rounding at every use
     model.set_compute_dtype(torch.float32)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_every_parameter_learns() -> None:
+def test_every_parameter_gets_a_gradient() -> None:
     model, idx = lively_model(), tokens(4, 16)
     model(idx, idx.roll(-1, 1)).backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.abs().sum() > 0, name
 
 
-def test_the_model_delegates_its_costs_and_its_optimizers() -> None:
+def test_model_delegates_its_costs_and_optimizers() -> None:
     from zangchat.flops import flops_per_token
 
     model = lively_model()
@@ -308,7 +310,7 @@ def test_the_model_delegates_its_costs_and_its_optimizers() -> None:
 
 
 @pytest.mark.parametrize("grad_checkpoint", [False, True])
-def test_blocks_compiled_for_training_share_one_graph_and_change_nothing(grad_checkpoint: bool) -> None:
+def test_compiled_blocks_share_one_graph_and_keep_the_results(grad_checkpoint: bool) -> None:
     """The compiler's front end, tracing as on a GPU, without its code generation."""
     graphs = []
 
@@ -331,7 +333,7 @@ def test_blocks_compiled_for_training_share_one_graph_and_change_nothing(grad_ch
             results.append([loss.detach(), *(p.grad for p in model.parameters())])
         torch.testing.assert_close(results[1], results[0])
     assert len(graphs) == 3  # a block, and the loss forward and backward
-    with torch.no_grad():  # no compiler where shapes change from call to call
+    with torch.no_grad():  # evaluation, whose shapes vary, is not compiled
         for length in (3, 5, 7):
             torch.testing.assert_close(compiled(idx[:, :length]), plain(idx[:, :length]))
             torch.testing.assert_close(compiled(idx[:, :length], idx[:, :length]), plain(idx[:, :length], idx[:, :length]))

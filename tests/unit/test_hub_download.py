@@ -1,4 +1,4 @@
-"""Shards from the hub: the real huggingface_hub client against a small server that misbehaves on purpose."""
+"""Download shards with the real huggingface_hub client from a server that misbehaves on purpose."""
 
 import base64
 import hashlib
@@ -59,7 +59,7 @@ def leftovers(folder):
     return [path.name for path in folder.iterdir() if not re.fullmatch(r"shard_\d{5}\.parquet|manifest\.json", path.name)]
 
 
-def test_the_first_shards_and_the_last_for_validation(server):
+def test_download_takes_the_first_shards_and_the_last_for_validation(server):
     dataset = download(2)
     assert dataset.shards("train") == ["shard_00000.parquet", "shard_00001.parquet"]
     assert dataset.shards("validation") == ["shard_00004.parquet"]
@@ -72,7 +72,7 @@ def test_the_first_shards_and_the_last_for_validation(server):
     assert main(["verify"]) == 0
 
 
-def test_again_fetches_nothing_and_more_fetches_only_more(server, capsys):
+def test_repeated_download_fetches_only_missing_shards(server, capsys):
     first = download(1)
     server.requests.clear()
     assert download(1).fingerprint == first.fingerprint
@@ -86,8 +86,8 @@ def test_again_fetches_nothing_and_more_fetches_only_more(server, capsys):
     assert server.requests == []
 
 
-def test_a_broken_connection_goes_on_where_it_broke(server, tmp_path):
-    big = tmp_path / "big.parquet"  # the client keeps what has come in pieces of 10 MiB
+def test_broken_download_resumes_midway(server, tmp_path):
+    big = tmp_path / "big.parquet"  # the client keeps a partial download in steps of 10 MiB
     write_shard(big, [base64.b64encode(random.Random(i).randbytes(1 << 20)).decode() for i in range(13)])
     server.repos[REPO].files["shard_00000.parquet"] = big.read_bytes()
     server.faults[SHARD0] = [("drop", 12_000_000)]
@@ -97,7 +97,7 @@ def test_a_broken_connection_goes_on_where_it_broke(server, tmp_path):
 
 
 @pytest.mark.parametrize("fault", [503, 500, ("truncated", 1000), "wrong"])
-def test_a_passing_fault_is_tried_again(server, fault):
+def test_temporary_fault_is_retried(server, fault):
     server.faults[SHARD1] = [fault]
     dataset = download(2)
     assert same_files(dataset, server) and not leftovers(dataset.folder)
@@ -118,14 +118,14 @@ def test_wrong_bytes_never_reach_the_dataset(server, capsys):
     assert not server.fetched(LAST), "the whole shards stay"
 
 
-def test_a_server_that_always_fails_is_given_up(server):
+def test_permanently_failing_server_is_given_up(server):
     server.faults[SHARD0] = [503] * 100
     with pytest.raises(UserError, match=r"shard_00000\.parquet could not be fetched intact .*in 5 tries .*run the same command again"):
         download(1)
     assert len(server.fetched(SHARD0)) == hub.TRIES
 
 
-def test_a_damaged_shard_is_named_by_verify_and_fetched_by_repair(server, capsys):
+def test_verify_reports_a_damaged_shard_and_repair_fetches_it(server, capsys):
     dataset = download(1)
     shard = dataset.folder / "shard_00000.parquet"
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
@@ -135,7 +135,7 @@ def test_a_damaged_shard_is_named_by_verify_and_fetched_by_repair(server, capsys
     assert same_files(dataset, server) and main(["verify"]) == 0
 
 
-def test_what_was_left_by_a_killed_process_is_cleared(server):
+def test_leftovers_of_a_killed_process_are_removed(server):
     download(1)
     folder = find_dataset("climbmix").folder
     (folder / hub.INCOMING / "dead").mkdir(parents=True)
@@ -145,17 +145,17 @@ def test_what_was_left_by_a_killed_process_is_cleared(server):
     assert same_files(dataset, server) and not leftovers(folder)
 
 
-def test_more_shards_than_there_are_is_refused(server):
+def test_too_many_shards_are_refused(server):
     with pytest.raises(UserError, match=r"-n 9: .* has 4 training shards"):
         download(9)
 
 
-def test_a_repository_that_the_mirror_lacks_is_named(server):
+def test_repository_missing_on_the_mirror_is_named(server):
     with pytest.raises(UserError, match=r"does not list karpathy/fineweb-edu-100b-shuffle .*--source=pydocs"):
         download(1, source="fineweb-edu")
 
 
-def test_a_file_that_the_mirror_lacks_is_named(server):
+def test_file_missing_on_the_mirror_is_named(server):
     download(1)
     del server.repos[REPO].files["shard_00002.parquet"]
     manifest = find_dataset("climbmix").folder / "manifest.json"
@@ -166,14 +166,14 @@ def test_a_file_that_the_mirror_lacks_is_named(server):
         download(2)
 
 
-def test_two_downloads_do_not_meet(server, monkeypatch):
+def test_concurrent_downloads_are_refused(server, monkeypatch):
     dataset = download(1)
     monkeypatch.setattr(hub, "LOCK_WAIT", 0.1)
     with folder_lock(dataset.folder), pytest.raises(UserError, match="another process is writing to"):
         download(2)
 
 
-def test_the_command_fetches_and_fails_with_an_exit_code(server, base_dir):
+def test_command_downloads_and_fails_with_an_exit_code(server, base_dir):
     def run(*arguments):
         command = [sys.executable, "-m", "zangchat.dataset", *arguments]
         return subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120)

@@ -1,6 +1,6 @@
-"""The datasets of the tasks, and CORE's bundle, from a hub on which much goes wrong: the real clients, in a process of their own.
+"""The real clients download the tasks' datasets and CORE's bundle from an unreliable hub.
 
-(They read HF_ENDPOINT when they are imported.)
+They run in a child process, since they read HF_ENDPOINT on import.
 """
 
 import json
@@ -48,16 +48,19 @@ def hub() -> Any:
 
 
 def load(hub: Hub, home: Path, *names: str, core: bool = False, **variables: str) -> tuple[dict[str, Any], str]:
-    """What became of each task ([rows, first question], or the error) and the log of a process that loads them."""
-    wanted = json.dumps([(name, "test" if name == "HumanEval" else "train") for name in names])
+    """Load tasks in a child process.
+
+    Returns [rows, first question] or the error of each task, and the log.
+    """
+    requests = json.dumps([(name, "test" if name == "HumanEval" else "train") for name in names])
     env = {**os.environ, **hub.environment(home), **variables}
-    command = [sys.executable, "-c", CHILD, wanted, *(["core"] if core else [])]
+    command = [sys.executable, "-c", CHILD, requests, *(["core"] if core else [])]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.rpartition("FOUND ")[2]), done.stderr
 
 
-def test_what_goes_wrong_for_a_moment_costs_no_run(hub: Hub, tmp_path: Path) -> None:
+def test_temporary_faults_are_retried(hub: Hub, tmp_path: Path) -> None:
     hub.faults = {
         SMOLTALK: [503],  # the API itself
         MMLU: [None, ("busy", 1)],
@@ -76,13 +79,13 @@ def test_what_goes_wrong_for_a_moment_costs_no_run(hub: Hub, tmp_path: Path) -> 
     assert not any(hub.faults.values()), "each of them was met"
     assert not hub.unknown
     assert "is not the one that http://127.0.0.1" in log and log.count("trying again") >= 7
-    # what was fetched stays: without a hub it is read from the cache
+    # downloaded files stay in the cache and need no hub
     hub.requests.clear()
     again, _ = load(hub, tmp_path / "hf", *names, HF_DATASETS_OFFLINE="1")
     assert again == {name: found[name] for name in names} and not hub.requests
 
 
-def test_what_stays_wrong_is_told_and_does_not_stay(hub: Hub, tmp_path: Path) -> None:
+def test_permanent_faults_are_reported_and_leave_nothing(hub: Hub, tmp_path: Path) -> None:
     hub.faults = {first_file(GSM8K): ["wrong"] * 100, ARC: [503] * 100, first_file(MMLU): [404] * 100}
     found, _ = load(hub, tmp_path / "hf", "GSM8K", "ARC-Easy", "MMLU")
     assert all(text.startswith("MissingData: no ") and "run this again later, or download it" in text for text in found.values())
@@ -98,7 +101,7 @@ def fetch(hub: Hub, home: Path, *flags: str) -> "subprocess.CompletedProcess[str
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **hub.environment(home)}, capture_output=True, text=True, timeout=300)
 
 
-def test_what_later_stages_lack_is_told_before(hub: Hub, tmp_path: Path) -> None:
+def test_missing_data_of_later_stages_is_reported_first(hub: Hub, tmp_path: Path) -> None:
     (own := tmp_path / "me.jsonl").write_text('{"messages": [{"role": "user", "content": "Hello"}]}\n', encoding="utf-8")
     flags = ["--core=0", "--mid_mixture=identity", "--sft_mixture=arithmetic"]
     done = fetch(hub, tmp_path / "hf", *flags, "--rl_task=", "--eval_tasks=Identity", f"--identity_data={own}")

@@ -1,7 +1,9 @@
-"""Importing has no effect: no network, no torch where --help must be quick, no logging set-up, no files, no threads.
+"""Importing has no effect: no network, no logging set-up, no files, no threads.
 
-Who may import whom is in pyproject.toml (import-linter).
-The modules are found by looking, so that a new one is covered from its first day.
+Modules that --help needs do not import torch either, to be quick.
+
+The import contracts are in pyproject.toml (import-linter). The tests discover the modules, so new
+ones are covered automatically.
 """
 
 import json
@@ -18,14 +20,14 @@ MODULES = sorted(
     for package in ("zangchat", "scripts", "tasks")
     for path in (ROOT / package).rglob("*.py")
 )
-# the ground floor, and everything that a command imports before it has read its flags
+# base modules, and all that a command imports before it parses its flags
 TORCH_FREE = [
     *(f"zangchat.{name}" for name in ("config", "configurator", "errors", "flops", "schedule", "common", "report", "training.flags")),
     *(name for name in MODULES if name.startswith(("scripts", "tasks", "zangchat.dataset", "zangchat.execution", "zangchat.runtime"))),
 ]
 TORCH_FREE.remove("zangchat.runtime.collectives")
 
-# Imports the modules named on its command line one by one; prints {module: what went wrong}.
+# Imports the modules on its command line one by one; prints {module: problem}.
 PROBE = """
 import importlib, json, logging, os, pathlib, socket, sys, threading, traceback
 names, without_torch = json.loads(sys.argv[1]), sys.argv[2] == "without torch"
@@ -94,7 +96,7 @@ def test_importing_does_not_load_torch(name, imported_without_torch):
     assert name not in imported_without_torch, imported_without_torch[name]
 
 
-def test_an_installed_copy_has_the_files_that_are_no_python():
+def test_installed_copy_has_the_non_python_files():
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     listed = {f"{package}/{name}" for package, names in project["tool"]["setuptools"]["package-data"].items() for name in names}

@@ -37,7 +37,7 @@ def in_fp64(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.
     fused=st.booleans(),
     seed=st.integers(0, 100),
 )
-def test_equal_to_the_twin(N: int, V: int, padding: int, chunk: int, reduction: str, weighted: bool, fused: bool, seed: int) -> None:
+def test_equals_the_twin(N: int, V: int, padding: int, chunk: int, reduction: str, weighted: bool, fused: bool, seed: int) -> None:
     x, weight, targets = problem(N, 8, V, V + padding, seed)
     weights = torch.randn(N, generator=torch.Generator().manual_seed(seed)) if weighted else None  # advantages may be negative
     x64, weight64 = in_fp64(x, weight)
@@ -45,7 +45,8 @@ def test_equal_to_the_twin(N: int, V: int, padding: int, chunk: int, reduction: 
     upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed + 1))
     expected.backward(upstream.double())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss_module, "_compiled", lambda function, backend: function)  # what is compiled, as it stands there
+        # run the code without compiling it
+        patch.setattr(loss_module, "_compiled", lambda function, backend: function)
         backend = "any" if fused else None
         got = softcapped_cross_entropy(x, weight, targets, V, CAP, reduction, weights, chunk_tokens=chunk, compile_backend=backend)
         got.backward(upstream)
@@ -56,7 +57,7 @@ def test_equal_to_the_twin(N: int, V: int, padding: int, chunk: int, reduction: 
     assert not weight.grad[V:].any()  # padding rows of the vocabulary
 
 
-def test_finite_differences_confirm_the_gradient() -> None:
+def test_gradient_equals_finite_differences() -> None:
     x, weight, targets = problem(5, 4, 7, 7)
     softcapped_cross_entropy(x, weight, targets, 7, CAP, "sum").backward()
     x64, weight64 = in_fp64(x, weight)
@@ -72,7 +73,7 @@ def test_finite_differences_confirm_the_gradient() -> None:
                 assert grad.view(-1)[i].item() == pytest.approx((values[0] - values[1]) / (2 * step), abs=1e-4)
 
 
-def test_logits_far_beyond_the_cap_stay_finite() -> None:
+def test_logits_far_above_the_cap_stay_finite() -> None:
     x, weight, targets = problem(20, 8, 30, 30, scale=1e4)
     loss = softcapped_cross_entropy(x, weight, targets, 30, CAP)
     loss.backward()
@@ -82,7 +83,7 @@ def test_logits_far_beyond_the_cap_stay_finite() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_a_batch_without_supervised_tokens_is_zero_and_teaches_nothing(reduction: str) -> None:
+def test_batch_without_supervised_tokens_has_zero_loss_and_gradient(reduction: str) -> None:
     x, weight, _ = problem(6, 4, 9, 9)
     loss = softcapped_cross_entropy(x, weight, torch.full((6,), -1), 9, CAP, reduction)
     loss.backward()
@@ -107,7 +108,7 @@ def test_bfloat16_products_stay_close_and_sums_are_fp32(backend: str | None) -> 
         assert torch.cosine_similarity(ours.grad.double().flatten(), theirs.grad.flatten(), dim=0) > 0.999
 
 
-def test_the_result_does_not_depend_on_the_chunks() -> None:
+def test_result_does_not_depend_on_the_chunks() -> None:
     results = []
     for chunk in (1, 7, 64):
         x, weight, targets = problem(50, 8, 20, 20)
@@ -118,8 +119,8 @@ def test_the_result_does_not_depend_on_the_chunks() -> None:
         torch.testing.assert_close(other, results[0], atol=1e-5, rtol=1e-5)
 
 
-def test_tokens_without_a_loss_are_left_out_up_to_a_multiple(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few shapes: torch keeps a generated bf16 product for every number of tokens it has seen."""
+def test_tokens_without_a_loss_are_skipped_in_multiples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This limits the shapes: torch keeps a generated bf16 product for every number of tokens."""
     sizes = []
     original = loss_module._chunked
     monkeypatch.setattr(loss_module, "_chunked", lambda *a: sizes.append(a[0].size(0)) or original(*a))
@@ -131,7 +132,7 @@ def test_tokens_without_a_loss_are_left_out_up_to_a_multiple(monkeypatch: pytest
     assert sizes == [0, 128, 128, 256, 256, 300, 300]
 
 
-def test_gradients_are_made_only_where_somebody_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_computed_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     original = loss_module._chunked
     monkeypatch.setattr(loss_module, "_chunked", lambda *a: made.append(a[3] is not None) or original(*a))
@@ -144,7 +145,7 @@ def test_gradients_are_made_only_where_somebody_wants_them(monkeypatch: pytest.M
     assert made == [False, False, True]
 
 
-def test_a_second_backward_pass_is_refused_rather_than_wrong() -> None:
+def test_second_backward_pass_is_refused() -> None:
     x, weight, targets = problem(8, 4, 9, 9)
     loss = softcapped_cross_entropy(x, weight, targets, 9, CAP, "sum")
     loss.backward(retain_graph=True)

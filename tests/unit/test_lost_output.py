@@ -1,4 +1,4 @@
-"""A run whose output is lost, or whose file system refuses this or that: real processes, and what they saved."""
+"""Real training processes that lose their output or have a limited file system, and their saves."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ from zangchat.tokenizer import RustBPETokenizer
 
 ROOT = Path(__file__).parents[2]
 LONG = ["--num_iterations=100000", "--eval_every=-1", "--model_tag=d1"]
-# Stands before a command: a file system on which a folder cannot be synced, or nothing locked.
+# Runs a command as on a file system that cannot sync folders or cannot lock files.
 LIMITED = """
 import errno, fcntl, os, stat, sys
 sync = os.fsync
@@ -56,40 +56,40 @@ def saved_steps(root: Path) -> list[int]:
 
 
 def lines_until(stream: "Callable[[], bytes]", mark: bytes) -> Iterator[bytes]:
-    said = b""
-    while mark not in said:
-        said += stream()
-        yield said
+    output = b""
+    while mark not in output:
+        output += stream()
+        yield output
 
 
-def test_ctrl_c_saves_although_tee_has_died_of_it(root: Path) -> None:
+def test_ctrl_c_saves_after_tee_has_died(root: Path) -> None:
     with subprocess.Popen(command(root, *LONG), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout is not None
-        for said in lines_until(process.stdout.readline, b"tok/s"):
-            assert process.poll() is None, said
-        process.stdout.close()  # what reads the pipe is gone
+        for output in lines_until(process.stdout.readline, b"tok/s"):
+            assert process.poll() is None, output
+        process.stdout.close()  # the reader of the pipe has exited
         process.send_signal(signal.SIGINT)
         assert process.wait(120) == 130
     (step,) = saved_steps(root)
     assert step > 0
 
 
-def test_a_full_disk_under_the_log_costs_the_log(root: Path) -> None:
+def test_full_disk_loses_only_the_log(root: Path) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(command(root, "--model_tag=d1"), cwd=ROOT, stdout=full, stderr=full, timeout=300)
     assert done.returncode == 0 and saved_steps(root) == [10]
 
 
 @pytest.mark.parametrize("ignored", [False, True], ids=["closed", "nohup"])
-def test_a_closed_terminal_is_a_stop_unless_under_nohup(root: Path, ignored: bool) -> None:
-    terminal, theirs = pty.openpty()
+def test_closed_terminal_stops_the_run_unless_under_nohup(root: Path, ignored: bool) -> None:
+    terminal, child_end = pty.openpty()
     start = (lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN) and None) if ignored else None
-    process = subprocess.Popen(command(root, *LONG), cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=start)
-    os.close(theirs)
-    for said in lines_until(lambda: os.read(terminal, 4096), b"tok/s"):
-        assert process.poll() is None, said
+    process = subprocess.Popen(command(root, *LONG), cwd=ROOT, stdin=child_end, stdout=child_end, stderr=child_end, preexec_fn=start)
+    os.close(child_end)
+    for output in lines_until(lambda: os.read(terminal, 4096), b"tok/s"):
+        assert process.poll() is None, output
     os.close(terminal)
-    process.send_signal(signal.SIGHUP)  # what the kernel sends to those who have it as their terminal
+    process.send_signal(signal.SIGHUP)  # as the kernel does for a closed terminal
     if ignored:
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(3)
@@ -99,7 +99,7 @@ def test_a_closed_terminal_is_a_stop_unless_under_nohup(root: Path, ignored: boo
     assert step > 0
 
 
-def test_a_folder_that_cannot_be_synced_costs_a_warning_and_one_without_locks_a_sentence(root: Path) -> None:
+def test_missing_sync_is_a_warning_and_missing_locks_an_error(root: Path) -> None:
     def run(limit: str) -> "subprocess.CompletedProcess[str]":
         flags = base_flags(root, "--model_tag=d1")
         return subprocess.run([sys.executable, "-c", LIMITED, limit, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300)

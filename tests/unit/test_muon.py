@@ -7,13 +7,13 @@ from tests.reference import muon as reference
 from zangchat.muon import POLAR_EXPRESS, Muon, orthogonalise
 
 
-def test_the_coefficients_are_those_of_the_paper() -> None:
+def test_coefficients_equal_the_paper() -> None:
     for ours, derived in zip(POLAR_EXPRESS, reference.polar_express_coefficients(), strict=True):
         assert ours == pytest.approx(tuple(derived), rel=1e-9)
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 32), (1, 48, 16)])
-def test_orthogonalising_keeps_the_singular_vectors_and_levels_the_values(shape: tuple[int, int, int]) -> None:
+def test_orthogonalising_keeps_singular_vectors_and_equalizes_values(shape: tuple[int, int, int]) -> None:
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 10
     result = orthogonalise(matrices)
     values = torch.linalg.svdvals(result)
@@ -23,7 +23,7 @@ def test_orthogonalising_keeps_the_singular_vectors_and_levels_the_values(shape:
         torch.testing.assert_close(got.double(), expected, atol=1e-3, rtol=0)
 
 
-def test_each_matrix_of_a_stack_is_treated_alone_and_zeros_stay_finite() -> None:
+def test_stacked_matrices_are_independent_and_zeros_stay_finite() -> None:
     stack = torch.randn(3, 8, 12, generator=torch.Generator().manual_seed(1))
     stack[1] = 0
     together = orthogonalise(stack)
@@ -33,7 +33,7 @@ def test_each_matrix_of_a_stack_is_treated_alone_and_zeros_stay_finite() -> None
 
 
 @pytest.mark.parametrize("shape", [(12, 12), (24, 8), (8, 24)])
-def test_equal_to_the_twin_over_many_steps(shape: tuple[int, int]) -> None:
+def test_equals_the_twin_over_many_steps(shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(2)
     settings = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.3, "beta2": 0.95}
     weights = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for _ in range(3)]
@@ -48,7 +48,7 @@ def test_equal_to_the_twin_over_many_steps(shape: tuple[int, int]) -> None:
         torch.testing.assert_close(w.detach().double(), twin.weight, atol=1e-3, rtol=0)
 
 
-def test_a_matrix_is_updated_alike_alone_and_among_others() -> None:
+def test_single_and_stacked_updates_agree() -> None:
     def run(count: int) -> torch.Tensor:
         generators = [torch.Generator().manual_seed(i) for i in range(count)]
         weights = [torch.nn.Parameter(torch.randn(8, 16, generator=g)) for g in generators]
@@ -62,7 +62,7 @@ def test_a_matrix_is_updated_alike_alone_and_among_others() -> None:
     torch.testing.assert_close(run(1), run(4), atol=1e-6, rtol=0)
 
 
-def test_weight_decay_acts_only_where_it_agrees_with_the_update() -> None:
+def test_weight_decay_applies_only_with_the_update_direction() -> None:
     def run(weight_decay: float) -> torch.Tensor:
         w = torch.nn.Parameter(torch.ones(8, 8))
         w.grad = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
@@ -70,12 +70,12 @@ def test_weight_decay_acts_only_where_it_agrees_with_the_update() -> None:
         return w.detach()
 
     plain, decayed = run(0.0), run(0.5)
-    shrinking = plain < 1  # the weights are positive: these updates pull towards zero
+    shrinking = plain < 1  # the weights are positive, so these updates move towards zero
     torch.testing.assert_close(decayed[shrinking], plain[shrinking] - 0.1 * 0.5)
     assert torch.equal(decayed[~shrinking], plain[~shrinking])
 
 
-def test_a_16_bit_orthogonalisation_stays_close() -> None:
+def test_16_bit_orthogonalisation_stays_close() -> None:
     matrices = torch.randn(2, 32, 64, generator=torch.Generator().manual_seed(0))
     a, b = orthogonalise(matrices, torch.bfloat16).float(), orthogonalise(matrices)
     assert torch.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.99

@@ -1,4 +1,4 @@
-"""Groups, schedules, gradient sums and clipping; one rank and two ranks compute the same; state moves between world sizes."""
+"""Groups, schedules, gradient sums and clipping, on one and two ranks; saved state."""
 
 import io
 from pathlib import Path
@@ -14,7 +14,8 @@ from zangchat.gpt import GPT
 from zangchat.optim import OptimizerGroup, build_optimizer, global_norm, merge_shards
 from zangchat.runtime import collectives
 
-# wide enough that the embedding is cut into rows per rank (2^16 elements), an odd number of layers so that ranks own unequal shares
+# wide enough to cut the embedding into rows per rank (2^16 elements); an odd number of layers gives
+# ranks unequal shares
 CONFIG = GPTConfig(sequence_len=8, vocab_size=1020, n_layer=3, n_head=2, n_kv_head=1, n_embd=64)
 RATES = {"embedding_lr": 0.05, "unembedding_lr": 0.01, "matrix_lr": 0.02, "weight_decay": 0.2}
 STEPS = 6
@@ -34,8 +35,8 @@ def multipliers(step: int) -> StepMultipliers:
 def train(model: GPT, optimizer: OptimizerGroup, first: int, last: int, rank: int = 0, world_size: int = 1) -> None:
     """Steps [first, last) on random gradients, cut into one part per rank.
 
-    The parts are multiples of 2^-10, so that their sum is exact and the comparison of world sizes is one of optimizers: with rounded
-    sums Adam would blow up the last bit of a gradient near zero into a step of full size.
+    The parts are multiples of 2^-10, so their sum is exact and only the optimizers are compared.
+    With rounded sums Adam would turn the last bit of a gradient near zero into a full step.
     """
     for step in range(first, last):
         generator = torch.Generator().manual_seed(step)
@@ -54,7 +55,10 @@ def rows_of_a_step(rank: int = 0, world_size: int = 1) -> tuple[torch.Tensor, to
 
 
 def learn(model: GPT, optimizer: OptimizerGroup, rank: int = 0, world_size: int = 1) -> list[float]:
-    """Ten real steps on the same rows, each rank on its share: (loss of this rank's rows) and the last step's clipped gradient norm."""
+    """Ten real steps on the same rows, each rank on its share.
+
+    Returns the losses of this rank's rows and the last step's clipped gradient norm.
+    """
     losses = []
     for _ in range(10):
         loss = model(*rows_of_a_step(rank, world_size), loss_reduction="sum") / 32
@@ -72,7 +76,10 @@ def learn(model: GPT, optimizer: OptimizerGroup, rank: int = 0, world_size: int 
 
 
 def _rank(rank: int, folder: str) -> None:
-    """What each of two processes does, for both kinds: a run, saved half way; its second half again from one rank's state; learning."""
+    """One of two processes: for each kind, run and save half way, rerun the second half, and learn.
+
+    The second half starts from the state of one rank.
+    """
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     ranks = {"rank": rank, "world_size": 2}
@@ -97,22 +104,24 @@ def _rank(rank: int, folder: str) -> None:
 
 
 def _summing_rank(rank: int, folder: str, world_size: int) -> None:
-    """Sums begun while the backward pass still runs, and those begun after it, against an all-reduce of every gradient."""
+    """Compare sums started during and after the backward pass with an all-reduce of gradients."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
-    rows = [part.split(1) for part in rows_of_a_step(rank, world_size)]  # the same number of passes on each rank, but for `passes`
+    # ranks have equally many passes, unless `passes` limits them
+    rows = [part.split(1) for part in rows_of_a_step(rank, world_size)]
     for kind, dtype in [("muon", torch.float32), ("adamw", torch.bfloat16), ("sgd", torch.float32)]:
         for comm_dtype, tolerance in [(torch.float32, 1e-6), (torch.bfloat16, 2**-7 * world_size)]:
-            for early, passes in [(True, 2), (False, 2), (True, rank)]:  # in the last, rank 0 has nothing to learn
+            # in the last case, rank 0 has no pass
+            for early, passes in [(True, 2), (False, 2), (True, rank)]:
                 model = build_model(dtype)
                 optimizer = build_optimizer(model, kind=kind, **RATES, comm_dtype=comm_dtype, rank=rank, world_size=world_size)
                 begun: list[int] = []
                 model.wte.weight.register_hook(lambda _, sums=optimizer._sums, begun=begun: begun.append(len(sums._under_way)))
 
                 def learn(last_pass, model=model, passes=passes):
-                    mine = list(zip(*rows, strict=True))[:passes]
-                    for number, (inputs, targets) in enumerate(mine, 1):
-                        if number == len(mine):
+                    passed_rows = list(zip(*rows, strict=True))[:passes]
+                    for number, (inputs, targets) in enumerate(passed_rows, 1):
+                        if number == len(passed_rows):
                             last_pass()
                         model(inputs, targets, loss_reduction="sum").backward()
 
@@ -123,7 +132,7 @@ def _summing_rank(rank: int, folder: str, world_size: int) -> None:
                 optimizer.zero_grad()
                 begun.clear()
                 learn(optimizer.last_pass if early else lambda: None)
-                if begun:  # the embedding's gradient is the last: all others were on their way when it was made
+                if begun:  # the embedding's gradient is the last: all other sums were in progress
                     others = sum(len(pieces) for o in optimizer.optimizers for p, pieces in o.pieces.items() if p is not model.wte.weight)
                     assert begun == [0] * (len(begun) - 1) + [others if early else 0]
                 optimizer.sum_gradients()
@@ -139,7 +148,7 @@ def _summing_rank(rank: int, folder: str, world_size: int) -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_each_rank_gets_the_sums_of_its_own_rows_whenever_they_begin(world_size: int, tmp_path: Path) -> None:
+def test_each_rank_gets_the_sums_of_its_rows_at_any_start(world_size: int, tmp_path: Path) -> None:
     mp.start_processes(_summing_rank, args=(str(tmp_path), world_size), nprocs=world_size, start_method="forkserver")
 
 
@@ -150,7 +159,10 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: fl
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which one rank left its state half way, and two ranks what they made (one launch for all tests: it is slow)."""
+    """A folder with the half-way state of one rank and the results of two ranks.
+
+    One launch serves all tests, since it is slow.
+    """
     folder = tmp_path_factory.mktemp("ranks")
     for kind in ("muon", "adamw", "sgd"):
         model = build_model()
@@ -168,25 +180,25 @@ def load(path: Path):
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw", "sgd"])
-def test_two_ranks_make_the_same_parameters_as_one(kind: str, two_ranks: Path) -> None:
+def test_two_ranks_train_the_same_parameters_as_one(kind: str, two_ranks: Path) -> None:
     first, second = (load(two_ranks / f"{kind}_whole{rank}.pt") for rank in range(2))
     assert_same(first, second, atol=0)
     assert_same(first, load(two_ranks / f"{kind}_alone.pt"))
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw", "sgd"])
-def test_state_of_one_rank_goes_on_with_two(kind: str, two_ranks: Path) -> None:
+def test_state_of_one_rank_resumes_on_two(kind: str, two_ranks: Path) -> None:
     first, second = (load(two_ranks / f"{kind}_from_alone{rank}.pt") for rank in range(2))
     assert_same(first, second, atol=0)
     assert_same(first, load(two_ranks / f"{kind}_alone.pt"))
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
-def test_state_of_two_ranks_goes_on_with_one(kind: str, two_ranks: Path) -> None:
+def test_state_of_two_ranks_resumes_on_one(kind: str, two_ranks: Path) -> None:
     (weights, shards0), (_, shards1) = (load(two_ranks / f"{kind}_half{rank}.pt") for rank in range(2))
     assert shards0["transformer.wte.weight"]["slice"] == [0, 512] and shards1["transformer.wte.weight"]["slice"] == [512, 1024]
     whole = [name for name in shards0 if name not in ("transformer.wte.weight", "lm_head.weight")]
-    assert whole and not set(whole) & set(shards1)  # each matrix's state exists once
+    assert whole and not set(whole) & set(shards1)  # each matrix has its state on one rank
     model = build_model()
     model.load_state_dict(weights)
     optimizer = build_optimizer(model, kind=kind, **RATES)
@@ -196,7 +208,7 @@ def test_state_of_two_ranks_goes_on_with_one(kind: str, two_ranks: Path) -> None
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw", "sgd"])
-def test_two_ranks_see_the_losses_and_the_gradient_norm_of_one(kind: str, two_ranks: Path) -> None:
+def test_two_ranks_have_the_losses_and_gradient_norm_of_one(kind: str, two_ranks: Path) -> None:
     model = build_model()
     *losses, norm = learn(model, build_optimizer(model, kind=kind, **RATES))
     (*first, norm0), (*second, norm1) = (load(two_ranks / f"{kind}_learn{rank}.pt") for rank in range(2))
@@ -206,7 +218,7 @@ def test_two_ranks_see_the_losses_and_the_gradient_norm_of_one(kind: str, two_ra
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["muon", "adamw", "sgd"])
-def test_going_on_from_saved_state_is_exact(kind: str, dtype: torch.dtype) -> None:
+def test_resuming_from_saved_state_is_exact(kind: str, dtype: torch.dtype) -> None:
     model = build_model(dtype)
     optimizer = build_optimizer(model, kind=kind, **RATES)
     train(model, optimizer, 0, 2)
@@ -226,8 +238,11 @@ def test_going_on_from_saved_state_is_exact(kind: str, dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["muon", "adamw", "sgd"])
-def test_a_loop_over_the_optimizers_saves_and_loads_them_exactly(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
-    """As nanochat's loop does it: a list of torch's state dicts, through a checkpoint. torch itself rounds fp32 state to bf16."""
+def test_loop_over_the_optimizers_saves_and_loads_them_exactly(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    """Save a list of torch's state dicts in a checkpoint, as nanochat's loop does.
+
+    torch itself rounds fp32 state to bf16.
+    """
     model = build_model(dtype)
     optimizers = build_optimizer(model, kind=kind, **RATES)
     assert list(optimizers) == optimizers.optimizers
@@ -264,7 +279,7 @@ def test_each_kind_learns(kind: str) -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_parameters_go_where_they_belong() -> None:
+def test_parameters_are_in_the_right_groups() -> None:
     model = build_model()
     optimizer = build_optimizer(model, **RATES)
     rates = {optimizer.names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
@@ -274,13 +289,13 @@ def test_parameters_go_where_they_belong() -> None:
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.0, 0.2]
 
 
-def test_matrices_are_orthogonalised_in_the_dtype_the_model_computes_in() -> None:
-    for dtype, asked, expected in (
+def test_orthogonalisation_uses_the_compute_dtype() -> None:
+    for dtype, requested, expected in (
         (torch.float32, None, None),
         (torch.bfloat16, None, torch.bfloat16),
         (torch.bfloat16, torch.float32, torch.float32),
     ):
-        optimizer = build_optimizer(build_model(dtype), ortho_dtype=asked, **RATES)
+        optimizer = build_optimizer(build_model(dtype), ortho_dtype=requested, **RATES)
         assert [part.ortho_dtype for part in optimizer.optimizers if hasattr(part, "ortho_dtype")] == [expected]
 
 
@@ -293,14 +308,14 @@ def test_multipliers_apply_to_the_base_values_each_step() -> None:
         assert groups[2]["weight_decay"] == pytest.approx(0.05) and groups[2]["momentum"] == 0.9
 
 
-def test_the_global_norm_is_that_of_all_gradients_and_shows_what_is_not_finite() -> None:
+def test_global_norm_covers_all_gradients_and_shows_nonfinite_ones() -> None:
     gradients = [torch.full((3,), 2.0), torch.ones(2, 2)]
     assert global_norm(gradients).item() == 4.0  # sqrt(3 * 4 + 4)
     gradients[1][0, 0] = float("nan")
     assert not torch.isfinite(global_norm(gradients))
 
 
-def test_shards_that_do_not_fit_are_named() -> None:
+def test_unsuitable_shards_are_named() -> None:
     model = build_model()
     optimizer = build_optimizer(model, **RATES)
     train(model, optimizer, 0, 1)
@@ -318,7 +333,7 @@ def test_shards_that_do_not_fit_are_named() -> None:
         optimizer.load_shards({"other": shards[name]})
 
 
-def test_a_parameter_that_no_optimizer_takes_leads_on() -> None:
+def test_parameter_without_an_optimizer_is_an_error() -> None:
     class GPTCustom(GPT):
         def __init__(self, bias: bool) -> None:
             super().__init__(CONFIG)
@@ -330,6 +345,6 @@ def test_a_parameter_that_no_optimizer_takes_leads_on() -> None:
     assert "custom_layer.weight" in optimizer.names.values()
 
 
-def test_an_unknown_kind_is_named() -> None:
+def test_unknown_kind_is_named() -> None:
     with pytest.raises(ValueError, match="lion"):
         build_optimizer(build_model(), kind="lion", **RATES)

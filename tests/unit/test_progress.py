@@ -1,4 +1,4 @@
-"""The line that says where a long job stands."""
+"""The progress line of a long job."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def test_durations_in_words():
     assert [in_words(seconds) for seconds in (0.4, 59, 65, 3725)] == ["0s", "59s", "1m05s", "1h02m"]
 
 
-def test_without_a_terminal_there_is_a_plain_line_every_few_seconds_and_at_the_end(clock, capsys):
+def test_without_a_terminal_plain_lines_are_printed_at_intervals_and_at_the_end(clock, capsys):
     with Progress("sft", 40) as line:
         for done in range(1, 41):
             line.update(done, f"loss {done}")
@@ -26,7 +26,7 @@ def test_without_a_terminal_there_is_a_plain_line_every_few_seconds_and_at_the_e
     assert [text.split(" |")[0] for text in printed] == ["sft 1/40", "sft 11/40", "sft 21/40", "sft 31/40", "sft 40/40"]
 
 
-def test_the_time_left_follows_the_pace_without_the_first_slow_step(clock, capsys):
+def test_remaining_time_ignores_the_first_slow_step(clock, capsys):
     with Progress("base", 100) as line:
         clock[0] += 500  # compiling
         line.update(1, "")

@@ -1,4 +1,4 @@
-"""The embedded corpus: what is taken from a Python installation, and that the same installation gives the same bytes."""
+"""The embedded corpus: the choice of texts from a Python installation, and reproducible bytes."""
 
 import textwrap
 
@@ -12,7 +12,7 @@ SENTENCE = "This function returns the number of items that are in the list, and 
 
 @pytest.fixture
 def roots(tmp_path):
-    """A small imitation of a library folder and of one with installed packages."""
+    """Small imitations of the library folder and of a folder with installed packages."""
     library, packages = tmp_path / "lib", tmp_path / "site-packages"
     files = {
         library / "counting.py": f'"""{SENTENCE * 3}"""\n\n\ndef count(items, *, start=0):\n    """{SENTENCE * 2}"""\n' + BODY,
@@ -61,26 +61,26 @@ def corpus(roots):
     return train, validation, facts
 
 
-def test_docstrings_come_with_the_name_and_arguments_of_what_they_document(corpus):
+def test_docstrings_follow_the_signature_they_document(corpus):
     train, validation, _ = corpus
     (document,) = [text for text in train + validation if "counting.count(items, *, start=0)\n\nThis function returns" in text]
     assert document.startswith("counting\n\n" + SENTENCE.strip())
 
 
-def test_code_comes_without_docstrings_below_the_name_of_its_file(corpus):
+def test_code_follows_its_file_name_without_docstrings(corpus):
     train, validation, _ = corpus
     (document,) = [text for text in train + validation if text.startswith("# counting.py")]
     assert "def count(items, *, start=0):\n\n    total = start" in document and "class Counter:" in document
     assert "This function" not in document
 
 
-def test_readmes_come_without_badges(corpus):
+def test_readmes_lose_their_badges(corpus):
     train, validation, _ = corpus
     (document,) = [text for text in train + validation if "Pack is a small package" in text]
     assert document.startswith("# Pack\n\nPack is a small")
 
 
-def test_the_language_reference_and_built_in_functions_are_there(corpus):
+def test_language_reference_and_built_in_functions_are_included(corpus):
     text = "\n".join(corpus[0] + corpus[1])
     assert "The `while` statement is used for repeated execution" in text or 'The "while" statement is used for repeated execution' in text
     assert "len(obj, /)" in text and "Return the number of items in a container." in text
@@ -100,7 +100,7 @@ def test_documents_have_a_sensible_length_and_prose_comes_first(corpus):
     assert facts["prose_bytes"] + facts["code_bytes"] == sum(len(text.encode()) for text in train + validation)
 
 
-def test_the_same_installation_gives_the_same_bytes_however_many_processes(roots, tmp_path, monkeypatch):
+def test_same_installation_gives_the_same_bytes_with_any_number_of_processes(roots, tmp_path, monkeypatch):
     monkeypatch.setattr(pydocs, "library_roots", lambda: roots)
     datasets = []
     for name, workers in (("one", 1), ("two", 2)):
@@ -109,7 +109,7 @@ def test_the_same_installation_gives_the_same_bytes_however_many_processes(roots
     assert datasets[0] == datasets[1] and len(datasets[0]) == 3
 
 
-def test_building_again_says_what_is_there(base_dir, roots, monkeypatch, capsys):
+def test_second_build_reports_the_existing_corpus(base_dir, roots, monkeypatch, capsys):
     monkeypatch.setattr(pydocs, "library_roots", lambda: roots)
     assert main(["--source=pydocs"]) == 0
     built = capsys.readouterr().out
@@ -127,12 +127,12 @@ def test_building_again_says_what_is_there(base_dir, roots, monkeypatch, capsys)
     assert [path.name for path in dataset.folder.parent.iterdir() if not path.name.endswith(".lock")] == ["pydocs"]
 
 
-def test_a_file_that_is_no_python_or_no_text_gives_nothing():
+def test_invalid_python_and_data_files_are_skipped():
     assert pydocs.from_source("def broken(:\n", "x.py") == ([], [])
     assert pydocs.from_source("x = '" + "a" * 2000 + "'\n", "x.py") == ([], [])
 
 
-def test_repeated_paragraphs_are_taken_once():
+def test_repeated_paragraphs_are_used_once():
     seen = set()
     assert pydocs.is_new(f"first\n\n{SENTENCE}", seen)
     assert not pydocs.is_new(f"second\n\n{SENTENCE.upper()}", seen), "case and spacing make no difference"
@@ -150,7 +150,7 @@ def test_repeated_paragraphs_are_taken_once():
         (SENTENCE * 30, False),  # one line of thousands of characters
     ],
 )
-def test_only_what_reads_as_english_is_prose(text, english):
+def test_only_english_text_is_prose(text, english):
     assert pydocs.looks_english(text) is english
 
 

@@ -1,4 +1,4 @@
-"""What the READMEs and the large scripts say is true: files, commands, flags, the example of a task."""
+"""Check the READMEs and the large scripts: files, commands, flags, the example of a task."""
 
 import ast
 import json
@@ -27,8 +27,8 @@ DOCUMENTS = [*READMES, "dev/LEADERBOARD.md", *(f"dev/docs/{language}/{page}" for
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_commands_exist_with_their_flags(name):
-    if not name.endswith("extending.md"):  # its commands exist once its examples are applied: tests/e2e/test_docs.py
+def test_commands_and_their_flags_exist(name):
+    if not name.endswith("extending.md"):  # its commands need its examples: tests/e2e/test_docs.py
         for line in commands(text_of(name)):
             check_command(line, name)
     for block in blocks(text_of(name)):
@@ -41,13 +41,13 @@ def test_commands_exist_with_their_flags(name):
 def test_both_languages_have_the_same_code(names):
     english, chinese = (text_of(name) for name in names)
     assert [block for block in blocks(english) if block.language] == [block for block in blocks(chinese) if block.language]
-    if names != READMES:  # the Chinese one has a section for beginners
+    if names != READMES:  # the Chinese README has an extra section for beginners
         assert [len(found) for found in re.findall(r"^#+", english, re.M)] == [len(found) for found in re.findall(r"^#+", chinese, re.M)]
-    # the same files and functions are pointed out
+    # they mention the same files and functions
     assert sorted(references(english)) == sorted(references(chinese))
 
 
-# -- files and functions that a text names: `zangchat/gpt.py`, `zangchat/gpt.py:GPT.forward` -----------------------------------------------
+# -- files and functions in a text: `zangchat/gpt.py`, `zangchat/gpt.py:GPT.forward` ---------------
 
 
 def references(text: str) -> list[str]:
@@ -68,7 +68,7 @@ def defined(tree: ast.AST, name: str) -> bool:
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_files_and_functions_that_are_named_exist(name):
+def test_named_files_and_functions_exist(name):
     text = text_of(name)
     for reference in references(text):
         path, _, function = reference.partition(":")
@@ -98,7 +98,7 @@ def test_flags_of_the_command_table_exist(name):
 
 
 @pytest.mark.parametrize("name", READMES)
-def test_the_tree_lists_exactly_the_files(name):
+def test_tree_lists_exactly_the_files(name):
     tree = next(block for block in fenced(text_of(name), "") if block.startswith("zangchat/"))
     listed, folder = set(), ""
     for line in tree.splitlines():
@@ -112,7 +112,7 @@ def test_the_tree_lists_exactly_the_files(name):
 
 
 def files() -> set[str]:
-    """What git tracks below the listed folders; without git what is there."""
+    """The files that git tracks below the listed folders; without git, all files there."""
     if (ROOT / ".git").exists() and shutil.which("git"):
         done = subprocess.run(["git", "-C", str(ROOT), "ls-files", *LISTED], capture_output=True, text=True, check=True)
         found = {name for name in done.stdout.splitlines() if (ROOT / name).exists()}
@@ -124,7 +124,7 @@ def files() -> set[str]:
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_links_lead_somewhere(name):
+def test_link_targets_exist(name):
     text = re.sub(r"^```.*?^```$", "", text_of(name), flags=re.MULTILINE | re.DOTALL)
     for target in re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", text):
         path, _, anchor = "".join(target).partition("#")
@@ -138,7 +138,7 @@ def test_links_lead_somewhere(name):
             assert anchor in headings, f"{name} points to #{anchor}"
 
 
-def test_the_numbers_of_the_schedule_table_are_computed():
+def test_schedule_table_matches_the_code():
     for name in READMES:
         rows = re.findall(
             r"^\| d(\d+) \| ([\d.]+)([MB]) \| (\d+), (\d+) \| ([\d.]+)B \| 2\^(\d+) \| ([\d.]+) \| ([\d.]+) \|$",
@@ -156,7 +156,7 @@ def test_the_numbers_of_the_schedule_table_are_computed():
             assert float(ratio) == pytest.approx(20 * params["total"] / (params["matrices"] + params["lm_head"]), abs=0.06)
 
 
-def test_the_example_of_a_task_works(monkeypatch):
+def test_task_example_works(monkeypatch):
     from tasks import registry
     from tasks.common import check_conversation
 
@@ -180,14 +180,15 @@ def test_the_example_of_a_task_works(monkeypatch):
     assert len(registry.build_mixture("capitals:2")) == 2 * len(train)
 
 
-# -- speedrun.sh and run1000.sh, with commands that only write down how they were called --------------------------------------------------
+# -- speedrun.sh and run1000.sh, with commands that only record their arguments --------------------
 
 
 @pytest.fixture
 def chain(tmp_path):
-    """A copy of the scripts; `run(script, **variables) -> (exit code, output, commands)` runs one with recorded commands.
+    """`run(script, **variables) -> (exit code, output, commands)` runs a copy of a script.
 
-    `programs` are stand-ins for programs of the system, name -> text; `smi` is the memory that nvidia-smi tells of, "" for no such program.
+    `programs` are stand-ins for programs of the system, name -> text. `smi` is the GPU memory that
+    nvidia-smi reports; "" removes that program.
     """
     (tmp_path / "dev").mkdir()
     for name in ("speedrun.sh", "run1000.sh", "dev/rungpu.sh", "dev/machine.sh", "dev/slurm.sbatch"):
@@ -271,7 +272,7 @@ CHAIN += [
 
 
 @pytest.mark.parametrize("script", ["speedrun.sh", "run1000.sh"])
-def test_the_chain_calls_every_command_with_flags_that_exist(chain, script):
+def test_chain_calls_every_command_with_existing_flags(chain, script):
     code, output, calls = chain(script)
     assert code == 0, output
     assert modules(calls) == CHAIN
@@ -280,7 +281,7 @@ def test_the_chain_calls_every_command_with_flags_that_exist(chain, script):
     assert "$ at" not in output and "an hour" in output
 
 
-def test_the_rehearsal_in_the_comment_has_flags_that_exist(chain):
+def test_rehearsal_uses_existing_flags(chain):
     variables = rehearsal()
     script = text_of("speedrun.sh").split("set -euo pipefail", 1)[1]
     assert all(f"${{{name}:-" in script for name in variables)
@@ -299,8 +300,11 @@ def test_the_rehearsal_in_the_comment_has_flags_that_exist(chain):
         ("dev/rungpu.sh", {"--device_batch_size": "auto", "--dollars_per_hour": "1"}),
     ],
 )
-def test_the_other_chains_issue_the_commands_of_speedrun(chain, tmp_path, script, own):
-    """With the same sizes; so what speedrun.sh does in tests/e2e/test_speedrun.py, they do. `own` are the numbers of their own."""
+def test_other_chains_run_the_commands_of_speedrun(chain, tmp_path, script, own):
+    """At the same sizes, so the results of tests/e2e/test_speedrun.py hold for them, too.
+
+    `own` are the flags with a value of their own.
+    """
     variables = {name: value for name, value in rehearsal().items() if name != "DEVICE_BATCH_SIZE"}
     found = {}
     for name in ("speedrun.sh", script):
@@ -316,21 +320,21 @@ def test_the_other_chains_issue_the_commands_of_speedrun(chain, tmp_path, script
         assert values == {value}
 
 
-def test_the_tokenizer_trains_while_shards_arrive(chain):
-    """Here the download of all shards ends only after that, and what follows waits for it."""
+def test_tokenizer_trains_while_shards_arrive(chain):
+    """Here the download of all shards ends after the training, and later stages wait for it."""
     code, output, calls = chain("speedrun.sh", SLOW_HUB="1")
     assert code == 0, output
     steps = ["dataset " + call[-1] if "zangchat.dataset" in call else call[call.index("-m") + 1] for call in calls]
     assert steps.index("dataset 8") < steps.index("scripts.tok_train") < steps.index("dataset 115")
 
 
-def test_a_failed_download_ends_the_chain(chain):
+def test_failed_download_ends_the_chain(chain):
     code, output, calls = chain("speedrun.sh", FAIL="-n 8")
     assert code == 1 and "Text from climbmix: 8 of 115 shards stopped with exit code 1" in output and "bash speedrun.sh" in output
     assert modules(calls) == ["zangchat.report"]
 
 
-def test_a_failed_stage_ends_the_chain_and_says_how_to_go_on(chain):
+def test_failed_stage_ends_the_chain_and_says_how_to_resume(chain):
     code, output, calls = chain("run1000.sh", FAIL="scripts.mid_train")
     assert code == 1
     assert modules(calls)[-1] == "scripts.mid_train"
@@ -338,7 +342,7 @@ def test_a_failed_stage_ends_the_chain_and_says_how_to_go_on(chain):
     assert re.search(r"torchrun --standalone .*-m scripts\.mid_train .*--resume=latest", output) and "bash run1000.sh" in output
 
 
-def test_a_second_run_skips_what_is_evaluated_and_resumes_the_rest(chain, tmp_path):
+def test_second_run_skips_finished_evaluations_and_resumes_the_rest(chain, tmp_path):
     assert chain("speedrun.sh", FAIL="scripts.chat_rl")[0] == 1
     _, _, calls = chain("speedrun.sh")
     assert modules(calls) == [
@@ -354,7 +358,8 @@ def test_a_second_run_skips_what_is_evaluated_and_resumes_the_rest(chain, tmp_pa
     meta.write_text(json.dumps({}))
     future = meta.stat().st_mtime + 100
     os.utime(meta, (future, future))
-    assert modules(chain("speedrun.sh")[2]).count("scripts.chat_eval") == 1  # the evaluation of mid, which has a newer checkpoint
+    # of mid, whose checkpoint is newer than its evaluation
+    assert modules(chain("speedrun.sh")[2]).count("scripts.chat_eval") == 1
 
 
 def test_one_process_needs_no_torchrun(chain):
@@ -362,7 +367,7 @@ def test_one_process_needs_no_torchrun(chain):
     assert {call[0] for call in calls} == {"python"}
 
 
-# -- before anything is downloaded: how many GPUs, and does torch use them? --------------------------------------------------------------
+# -- before any download: the number of GPUs, and whether torch can use them -----------------------
 
 
 def smi(*migs: int, **options) -> dict[str, str]:
@@ -377,7 +382,7 @@ def processes(calls: list[list[str]]) -> set[str]:
 @pytest.mark.parametrize(
     "migs, visible, usable, expected", [((0, 0, 0), None, "3", "3"), ((0, 0, 0), "2,0", "2", "2"), ((2,), None, "1", "1")]
 )
-def test_every_gpu_that_may_be_used_gets_a_process(chain, migs, visible, usable, expected):
+def test_every_usable_gpu_gets_a_process(chain, migs, visible, usable, expected):
     variables = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     code, output, calls = chain("speedrun.sh", smi(*migs), NPROC_PER_NODE="", TORCH_GPUS=usable, **variables)
     assert code == 0 and processes(calls) == {expected}, output
@@ -385,7 +390,7 @@ def test_every_gpu_that_may_be_used_gets_a_process(chain, migs, visible, usable,
 
 
 @pytest.mark.parametrize("script", ["speedrun.sh", "run1000.sh", "dev/rungpu.sh"])
-def test_no_gpu_is_said_before_anything_is_downloaded(chain, tmp_path, script):
+def test_missing_gpu_is_reported_before_any_download(chain, tmp_path, script):
     (tmp_path / "dev/setup.sh").write_text('echo setup >> "$RECORD"\n')
     failed = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver."
     for programs, variables, reason in (
@@ -401,7 +406,7 @@ def test_no_gpu_is_said_before_anything_is_downloaded(chain, tmp_path, script):
 
 
 @pytest.mark.parametrize("script", ["speedrun.sh", "run1000.sh", "dev/rungpu.sh"])
-def test_a_gpu_that_torch_cannot_use_ends_the_chain_before_the_data(chain, script):
+def test_unusable_gpu_ends_the_chain_before_any_download(chain, script):
     for number in ("", "8"):
         code, output, calls = chain(script, smi(0), NPROC_PER_NODE=number, TORCH_GPUS="")
         assert code == 2 and output.endswith("error: torch cannot use it\n") and not calls
@@ -417,7 +422,7 @@ def dry_commands(output: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("variables", [{}, {"NPROC_PER_NODE": "1", "DEVICE_BATCH_SIZE": "auto", "RL": "0", "CORE": "0"}, "rehearsal"])
-def test_a_dry_run_lists_the_commands_of_the_run(chain, tmp_path, variables):
+def test_dry_run_lists_the_commands_of_the_run(chain, tmp_path, variables):
     if variables == "rehearsal":
         variables = rehearsal()
     for script in ("speedrun.sh", "run1000.sh", "dev/rungpu.sh"):
@@ -435,7 +440,7 @@ def test_a_dry_run_lists_the_commands_of_the_run(chain, tmp_path, variables):
     assert not any("_eval" in name for name in modules(dry_commands(output))), "what is finished is not issued again"
 
 
-def test_a_dry_run_prints_the_plan(chain):
+def test_dry_run_prints_the_plan(chain):
     code, output, _ = chain("speedrun.sh", NPROC_PER_NODE="", DRY_RUN="1")
     assert code == 0 and "No GPU found (nvidia-smi is not installed): this is the plan for 8" in output
     assert processes(dry_commands(output)) == {"8"}
@@ -448,7 +453,7 @@ def test_a_dry_run_prints_the_plan(chain):
     assert code == 2 and "not even one row of this model fits into 8 GB" in output
 
 
-def test_a_dry_run_answers_in_a_fresh_checkout(chain, tmp_path):
+def test_dry_run_works_in_a_fresh_checkout(chain, tmp_path):
     shutil.rmtree(tmp_path / ".venv")
     for script in ("speedrun.sh", "run1000.sh"):
         code, output, _ = chain(script, DRY_RUN="1")
@@ -478,14 +483,14 @@ def rows_on(card: int, model: GPTConfig, plan: schedule.TrainPlan) -> int:
 
 
 @pytest.mark.parametrize("card", PRESETS)
-def test_a_preset_suits_its_card(card):
+def test_preset_fits_its_gpu(card):
     depth, vocab_size, shards = PRESETS[card]
     model, plan, _ = plan_of(depth, vocab_size)
     assert rows_on(card, model, plan) >= 8
     assert 1 <= shards * 250e6 / (plan.tokens * 4.5) < 1.35
 
 
-def test_the_tables_of_predictions_are_computed():
+def test_tables_of_predictions_match_the_code():
     text = text_of("dev/docs/en/scaling.md")
     rows = re.findall(r"^\| (\d+) GB \| d(\d+), (\d+)M \| (\d+) \| ([\d.]+) GiB \| ([\d.]+)B \| ([\d.e]+) \| (.*?) \|", text, re.M)
     assert [int(row[0]) for row in rows] == list(PRESETS)
@@ -511,7 +516,7 @@ def test_the_tables_of_predictions_are_computed():
 
 
 @pytest.mark.parametrize("name", READMES)
-def test_the_readmes_quote_the_tables_of_predictions(name):
+def test_readmes_quote_the_tables_of_predictions(name):
     text, page = text_of(name), text_of("dev/docs/en/scaling.md")
     for card, memory in (("RTX 4090", 24), ("H100", 80)):
         row = rf"^\| {card}\D+{memory} GB \| `bash dev/rungpu.sh` \| (d\d+)\D+(\d+M) \| ([\d.]+) h"
@@ -520,11 +525,12 @@ def test_the_readmes_quote_the_tables_of_predictions(name):
     for script, model in (("speedrun.sh", "d20"), ("run1000.sh", r"d32, ratio 20 \(`run1000.sh`\)")):
         row = rf"`bash {script}` \| .* \| ([\d.]+)\D+([\d.]+) h\D+(\d+)\D+(\d+)\D*\|$"
         ((hours, more_hours, dollars, more_dollars),) = re.findall(row, text, re.M)
-        cells = f"{more_hours} h, ${more_dollars} | {hours} h, ${dollars} |"  # at 40 and at 50 %
+        # at a utilization of 40 and 50 %
+        cells = f"{more_hours} h, ${more_dollars} | {hours} h, ${dollars} |"
         assert re.search(rf"^\| {model} \| .* \| {re.escape(cells)}", page, re.M)
 
 
-def test_one_gpu_gets_sizes_for_its_memory(chain):
+def test_rungpu_picks_sizes_for_the_gpu_memory(chain):
     code, output, calls = chain("dev/rungpu.sh", smi="24564", NPROC_PER_NODE="1")
     assert code == 0 and "the preset for 24 GB" in output
     assert modules(calls) == CHAIN and {call[0] for call in calls} == {"python"}
@@ -551,7 +557,7 @@ esac
 
 
 def test_slurm_starts_each_stage_on_all_nodes_and_requeues_after_progress(chain, tmp_path):
-    srun = '#!/usr/bin/env bash\nshift 3\nexec "$@"\n'  # once is enough to see the command
+    srun = '#!/usr/bin/env bash\nshift 3\nexec "$@"\n'  # one call is enough to see the command
     slurm = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "4711", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
     programs = {"srun": srun, "scontrol": SCONTROL}
     code, output, calls = chain("dev/slurm.sbatch", programs=programs, **slurm)
@@ -585,7 +591,7 @@ def test_skypilot_runs_the_same_chain(chain, tmp_path):
     assert modules(calls) == CHAIN and any("--nproc_per_node=8" in call for call in calls)
 
 
-def test_ci_runs_what_everybody_runs():
+def test_ci_runs_the_same_tests_as_developers():
     jobs = yaml.safe_load(text_of(".github/workflows/ci.yml"))["jobs"]
     assert [step["run"] for step in jobs["test"]["steps"] if "run" in step][-1] == "bash dev/test.sh"
     assert "bash dev/test.sh" in text_of(".ci/run")

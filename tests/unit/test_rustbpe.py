@@ -1,4 +1,4 @@
-"""The crate: it splits, trains and encodes exactly as the slow reference and as tiktoken do, and never panics."""
+"""The crate splits, trains and encodes like the slow reference and tiktoken, and never panics."""
 
 import contextlib
 import copy
@@ -62,8 +62,8 @@ def as_tiktoken(tokenizer: rustbpe.Tokenizer) -> tiktoken.Encoding:
 
 
 @pytest.mark.parametrize(("before", "after"), [("", ""), ("a", "b"), (" ", "a"), ("'", "l"), ("1", " \n"), ("!", "\r\n")])
-def test_splits_every_code_point_in_its_neighbourhood_as_the_package_regex_does(before: str, after: str) -> None:
-    # regex and the crate may know different Unicode versions: code points that this Python does not know yet are left out.
+def test_splits_every_code_point_in_context_like_regex(before: str, after: str) -> None:
+    # regex and the crate may know different Unicode versions: skip code points new to this Python
     known = [chr(c) for c in range(sys.maxunicode + 1) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")]
     splitter = rustbpe.Tokenizer.from_ranks(BYTES, SPLIT_PATTERN)
     pattern = regex.compile(SPLIT_PATTERN)
@@ -73,7 +73,7 @@ def test_splits_every_code_point_in_its_neighbourhood_as_the_package_regex_does(
 
 
 @pytest.mark.parametrize("character_class", [r"\p{L}", r"\p{N}", r"\s", r"(?i:[sdmt])"])
-def test_knows_the_same_characters_as_tiktoken(character_class: str) -> None:
+def test_character_classes_equal_those_of_tiktoken(character_class: str) -> None:
     text = "".join(chr(c) for c in range(sys.maxunicode + 1) if not 0xD800 <= c < 0xE000)
     ours = rustbpe.Tokenizer.from_ranks(BYTES, character_class)
     assert ours.encode(text) == as_tiktoken(ours).encode_ordinary(text)
@@ -81,7 +81,7 @@ def test_knows_the_same_characters_as_tiktoken(character_class: str) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(odd_texts)
-def test_splits_odd_texts_as_the_package_regex_does(text: str) -> None:
+def test_splits_odd_texts_like_regex(text: str) -> None:
     text = "".join(c for c in text if unicodedata.category(c) != "Cn")
     for digits in ("{1,1}", "{1,2}", "{1,3}"):
         pattern = SPLIT_PATTERN.replace("{1,2}", digits)
@@ -93,19 +93,22 @@ def test_splits_odd_texts_as_the_package_regex_does(text: str) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(few_letters | odd_texts, max_size=8), st.integers(256, 330))
-def test_merges_are_those_of_the_reference(texts: list[str], vocab_size: int) -> None:
+def test_merges_equal_the_reference(texts: list[str], vocab_size: int) -> None:
     texts = ["".join(c for c in text if unicodedata.category(c) != "Cn") for text in texts]
     trained = train(texts, vocab_size, pattern=SPLIT_PATTERN)
     assert tokens_of(trained) == bpe.train(texts, vocab_size, SPLIT_PATTERN)
 
 
-def test_merges_on_python_source_are_those_of_the_reference() -> None:
+def test_merges_on_python_source_equal_the_reference() -> None:
     texts = [inspect.getsource(module)[:12_000] for module in (random, signal, threading)]
     assert tokens_of(train(texts, 600, pattern=SPLIT_PATTERN)) == bpe.train(texts, 600, SPLIT_PATTERN)
 
 
-def test_merges_of_the_package_on_pypi() -> None:
-    """Recorded from rustbpe 0.1.0: ties go to the smallest pair of ids, and the vocabulary ends where no pair is left."""
+def test_merges_equal_the_package_on_pypi() -> None:
+    """Recorded from rustbpe 0.1.0: ties go to the smallest pair of ids.
+
+    Training ends when no pair is left.
+    """
     merges = [b"el", b"hel", b"lo", b"hello", b" \xc3", b" hello", b" \xc3\xa9"]
     trained = train(["hello hello é"], 270)
     assert trained.get_mergeable_ranks()[256:] == [(token, 256 + i) for i, token in enumerate(merges)]
@@ -129,8 +132,8 @@ print(len(tokenizer.get_mergeable_ranks()), ids.sum())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="another system may grant a stack of any size")
-def test_without_threads_the_caller_does_all_the_work() -> None:
-    """With a stack larger than the address space no thread starts."""
+def test_caller_does_all_the_work_without_threads() -> None:
+    """No thread can start if its stack is larger than the address space."""
     results = set()
     for stack in ({}, {"RUST_MIN_STACK": str(1 << 47)}):
         done = subprocess.run([sys.executable, "-c", WITHOUT_THREADS], env={**os.environ, **stack}, capture_output=True, text=True)
@@ -141,11 +144,11 @@ def test_without_threads_the_caller_does_all_the_work() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.data())
-def test_the_result_depends_on_the_documents_alone(data: st.DataObject) -> None:
+def test_result_depends_only_on_the_documents(data: st.DataObject) -> None:
     texts = data.draw(st.lists(few_letters | odd_texts, max_size=30))
     expected = tokens_of(train(texts, 300))
     shuffled = data.draw(st.permutations(texts))
-    items: list[Any] = []  # the same documents, each as a str or in an array with others, in any way that Arrow knows
+    items: list[Any] = []  # the same documents, as str or in Arrow arrays of any kind
     while shuffled:
         group = [shuffled.pop() for _ in range(min(len(shuffled), data.draw(st.integers(1, 5))))]
         array = pa.array([None, *group, None], data.draw(st.sampled_from([pa.string(), pa.large_string()])))
@@ -159,26 +162,27 @@ def test_long_documents_are_counted_in_parts() -> None:
     rng = random.Random(2)
     lines = ["".join(rng.choices("abcde  \n\t1é中", k=60)) + "\n" + rng.choice("ab!") for _ in range(40_000)]
     text = "".join(lines)  # 3 MB
-    expected = tokens_of(train([text], 300, pattern=f"(?:{SPLIT_PATTERN})", num_threads=1))  # the regex engine's, as a whole
+    # by the regex engine, in one part
+    expected = tokens_of(train([text], 300, pattern=f"(?:{SPLIT_PATTERN})", num_threads=1))
     assert tokens_of(train([text], 300, pattern=SPLIT_PATTERN)) == expected
     assert tokens_of(train([pa.array(["a", text])], 300, pattern=SPLIT_PATTERN, num_threads=3)) == expected
     assert tokens_of(train(["a" * 5_000_000], 260)) == [*(bytes([i]) for i in range(256)), b"a" * 2, b"a" * 4, b"a" * 8, b"a" * 16]
 
 
-def test_one_document_of_a_hundred_megabytes() -> None:
+def test_training_on_one_document_of_100_megabytes() -> None:
     part = "It was the best of times, it was the worst of times;\n"
     count = 100_000_000 // len(part)
     assert tokens_of(train([part * count], 290)) == tokens_of(train([part], 290))
 
 
-def test_arrow_memory_is_kept_while_it_is_needed_and_released_then() -> None:
+def test_arrow_memory_is_kept_while_in_use_and_then_released() -> None:
     gc.collect()
     before = pa.total_allocated_bytes()
     words = [f"word{i}" for i in range(1000)]
 
     def groups() -> Iterator[Any]:
         for start in range(0, 1000, 10):
-            yield pa.array(words[start : start + 10] * 50)  # nobody else holds it
+            yield pa.array(words[start : start + 10] * 50)  # no other reference keeps it alive
 
     trained = rustbpe.Tokenizer()
     trained.train_from_iterator(groups(), 600, num_threads=2)
@@ -189,32 +193,37 @@ def test_arrow_memory_is_kept_while_it_is_needed_and_released_then() -> None:
     assert pa.total_allocated_bytes() <= before
 
 
-def test_any_pattern_can_be_used() -> None:
+def test_custom_pattern() -> None:
     texts = ["it's 12345 o'clock", "and all is well"]
     trained = train(texts, 280, pattern=GPT2_PATTERN)
     assert tokens_of(trained) == bpe.train(texts, 280, GPT2_PATTERN)
     assert trained.split("it's 12345") == ["it", "'s", " 12345"]
 
 
-def test_no_text_leaves_the_bytes() -> None:
+def test_training_on_no_text_yields_the_bytes() -> None:
     for texts in ([], [""], ["", "a"]):
         assert tokens_of(train(texts, 300)) == [bytes([i]) for i in range(256)]
 
 
-def test_a_fresh_tokenizer_knows_the_bytes() -> None:
+def test_new_tokenizer_has_the_bytes() -> None:
     assert rustbpe.Tokenizer().encode("hé") == [104, 0xC3, 0xA9]
 
 
 def in_a_fresh_process(work: Callable[..., Any], *arguments: Any) -> Any:
-    """What `work` returns in a process that has done nothing else, and whose memory is what it uses: which of glibc's arenas a thread comes
-    upon, and with it what stays reserved there, would be chance (3 MB a time)."""
+    """Return work(*arguments), run in a fresh process, so that its memory can be measured.
+
+    In a used process a thread gets one of glibc's arenas by chance, and each keeps up to 3 MB.
+    """
     arenas = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "100000"}
     with mock.patch.dict(os.environ, arenas), ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
 
 
 def memory(field: str) -> int:
-    """Bytes that this process has in memory: now (VmRSS), or at most since it began (VmHWM; ru_maxrss would count its parent)."""
+    """Memory of this process in bytes: VmRSS is the current one, VmHWM the peak.
+
+    ru_maxrss would include the parent process.
+    """
     return 1024 * int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0])
 
 
@@ -238,11 +247,12 @@ def sizes_over_trainings(as_arrow: bool) -> list[int]:
 @pytest.mark.parametrize("as_arrow", [False, True])
 def test_memory_does_not_grow_over_repeated_trainings(as_arrow: bool) -> None:
     sizes = in_a_fresh_process(sizes_over_trainings, as_arrow)
-    assert max(sizes[20:]) - max(sizes[5:20]) < 2_000_000  # keeping one text a training would add 10 MB
+    # a leak of one text per training would add 10 MB
+    assert max(sizes[20:]) - max(sizes[5:20]) < 2_000_000
 
 
-def test_texts_do_not_grow_when_they_are_encoded() -> None:
-    """Python would keep the UTF-8 of each beside it."""
+def test_encoding_does_not_grow_the_texts() -> None:
+    """Python would keep a UTF-8 copy with each text."""
     texts = [f"{i} élan vital " * 4000 for i in range(10)]
     before = [sys.getsizeof(text) for text in texts]
     rustbpe.Tokenizer().encode_documents(texts)
@@ -259,7 +269,7 @@ def growth_over_a_long_text() -> int:
 
 @reads_proc
 def test_memory_does_not_grow_with_the_text() -> None:
-    assert in_a_fresh_process(growth_over_a_long_text) < 100_000_000  # the text has 180 MB
+    assert in_a_fresh_process(growth_over_a_long_text) < 100_000_000  # the text is 180 MB long
 
 
 # ---- encoding
@@ -267,7 +277,7 @@ def test_memory_does_not_grow_with_the_text() -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(few_letters | odd_texts, max_size=6), odd_texts | few_letters)
-def test_encodes_as_tiktoken_and_the_reference_do(texts: list[str], text: str) -> None:
+def test_encodes_like_tiktoken_and_the_reference(texts: list[str], text: str) -> None:
     trained = train([*texts, text[::2]], 290, pattern=SPLIT_PATTERN)
     ids = trained.encode(text)
     assert ids == as_tiktoken(trained).encode_ordinary(text)
@@ -278,8 +288,11 @@ def test_encodes_as_tiktoken_and_the_reference_do(texts: list[str], text: str) -
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.text(alphabet="abc", min_size=2, max_size=6), unique=True, max_size=20), st.lists(st.integers(0, 200), max_size=300))
-def test_encodes_with_any_ranks_as_the_reference_does(tokens: list[str], letters: list[int]) -> None:
-    """Tokens that no merge leads to are found as whole pieces alone; pieces long and short take different ways through the encoder."""
+def test_encodes_with_any_ranks_like_the_reference(tokens: list[str], letters: list[int]) -> None:
+    """Tokens that no merge yields only match whole pieces.
+
+    Long and short pieces use different code paths.
+    """
     text = "".join("abc"[i % 3] if i else " " for i in letters)
     ranks = dict(BYTES) | {token.encode(): 256 + i for i, token in enumerate(tokens)}
     encoder = rustbpe.Tokenizer.from_ranks(list(ranks.items()), SPLIT_PATTERN)
@@ -287,8 +300,11 @@ def test_encodes_with_any_ranks_as_the_reference_does(tokens: list[str], letters
     assert encoder.encode(text) == as_tiktoken(encoder).encode_ordinary(text)
 
 
-def test_random_texts_with_random_ranks_are_encoded_as_by_tiktoken() -> None:
-    """FUZZ_CASES=1000000 for once. All lengths of pieces, new and known to the cache; words come again, as in real text."""
+def test_encodes_random_texts_with_random_ranks_like_tiktoken() -> None:
+    """Pieces of all lengths, cached and not; words repeat, as in real text.
+
+    Run it with FUZZ_CASES=1000000 from time to time.
+    """
     rng = random.Random(int(os.environ.get("FUZZ_SEED", "1")))
     alphabets = ["ab", "abc ", "aA1 \n'", ODD_CHARACTERS, "的一是不了人我在有他 "]
 
@@ -320,7 +336,7 @@ def test_golden_ids() -> None:
     assert trained.encode("lower newest 20241 的的\n") == [260, 256, 274, 269, 116, 32, 266, 267, 49, 265, 10]
 
 
-def test_a_megabyte_of_one_letter() -> None:
+def test_encoding_a_megabyte_of_one_letter() -> None:
     trained = train(["a" * 1000], 270)
     ids = trained.encode("a" * 1_000_003)
     assert trained.decode(ids) == "a" * 1_000_003
@@ -329,7 +345,7 @@ def test_a_megabyte_of_one_letter() -> None:
 
 
 @pytest.mark.slow
-def test_a_document_of_a_hundred_megabytes() -> None:
+def test_encoding_a_document_of_100_megabytes() -> None:
     trained = train(["the same words again and again"], 290)
     text = "the same words again, a\0b and again\n" * 3_000_000
     ids, offsets = trained.encode_documents([text])
@@ -339,10 +355,11 @@ def test_a_document_of_a_hundred_megabytes() -> None:
     assert trained.decode_documents(letters, [0, len(letters)])[0].tobytes() == b"a" * 30_000_000
 
 
-def test_documents_come_back_as_arrays_in_their_order() -> None:
+def test_documents_are_returned_as_arrays_in_order() -> None:
     trained = train(["some words and more words"], 280)
     texts = [f"words {i} more " * (i % 40) for i in range(3_000)]
-    texts.append("some é\u00a0words 12, and\n\n more 的的\n words " * 40_000)  # several threads share it
+    # split among several threads
+    texts.append("some é\u00a0words 12, and\n\n more 的的\n words " * 40_000)
     expected = [trained.encode(text) for text in texts]
     for threads in (1, 3, None):
         ids, offsets = trained.encode_documents(texts, num_threads=threads)
@@ -354,7 +371,7 @@ def test_documents_come_back_as_arrays_in_their_order() -> None:
     assert (ids.tolist(), offsets.tolist()) == ([], [0])
 
 
-def test_a_buffer_with_offsets_is_encoded_like_the_texts_in_it() -> None:
+def test_buffer_with_offsets_is_encoded_like_its_texts() -> None:
     trained = train(["some words and more words"], 280)
     texts = ["some words", "", "é 的\0", "and more words" * 20]
     expected = [array.tolist() for array in trained.encode_documents(texts)]
@@ -387,7 +404,7 @@ def test_arrow_strings_are_encoded_like_str(kind: pa.DataType) -> None:
         trained.encode_documents(pa.array([1, 2]))
 
 
-def test_documents_of_ids_are_decoded_alike() -> None:
+def test_batches_of_ids_are_decoded_like_single_documents() -> None:
     trained = train(["some words and more words, é 的"], 290)
     texts = ["some words", "", "的é\0", "x" * 40]
     ids, offsets = trained.encode_documents(texts)
@@ -407,7 +424,7 @@ def test_documents_of_ids_are_decoded_alike() -> None:
         trained.decode_documents(np.array([4000]), [0, 1])
 
 
-def test_other_python_threads_run_meanwhile() -> None:
+def test_other_python_threads_keep_running() -> None:
     ticks, stop = itertools.count(), threading.Event()
     seen = [0]
 
@@ -426,7 +443,7 @@ def test_other_python_threads_run_meanwhile() -> None:
     assert after - before > 1000
 
 
-def test_a_tokenizer_can_be_pickled_and_copied() -> None:
+def test_tokenizer_can_be_pickled_and_copied() -> None:
     tokenizer = train(["the cat sat on the mat"] * 9, 280, pattern=GPT2_PATTERN)
     for other in (pickle.loads(pickle.dumps(tokenizer)), copy.deepcopy(tokenizer)):
         assert other.get_pattern() == GPT2_PATTERN
@@ -441,7 +458,7 @@ def test_ranks_round_trip() -> None:
     assert again.encode("more words") == trained.encode("more words")
 
 
-# ---- bad input: an exception that says what is wrong, never a panic
+# ---- bad input: an exception that names the problem, never a panic
 
 
 class Stop(Exception):
@@ -453,12 +470,12 @@ def failing() -> Iterator[str]:
     raise Stop("from the iterator")
 
 
-def test_an_exception_of_the_iterator_comes_out_as_itself() -> None:
+def test_exception_of_the_iterator_propagates_unchanged() -> None:
     with pytest.raises(Stop, match="from the iterator"):
         rustbpe.Tokenizer().train_from_iterator(failing(), 300)
 
 
-def test_an_exception_of_the_progress_callback_stops_training() -> None:
+def test_exception_of_the_progress_callback_stops_training() -> None:
     def progress(merges: int) -> None:
         raise Stop(f"after {merges}")
 
@@ -468,7 +485,7 @@ def test_an_exception_of_the_progress_callback_stops_training() -> None:
 
 @contextlib.contextmanager
 def interrupted_after(seconds: float | None) -> Iterator[Callable[[], object]]:
-    """What Ctrl-C does, by the alarm clock: after some time, or after a call of what this yields."""
+    """Simulate Ctrl-C by a timer: after `seconds`, or after a call of the yielded function."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -482,23 +499,24 @@ def interrupted_after(seconds: float | None) -> Iterator[Callable[[], object]]:
         signal.signal(signal.SIGALRM, previous)
 
 
-def test_ctrl_c_is_answered_while_reading() -> None:
+def test_ctrl_c_interrupts_reading() -> None:
     with interrupted_after(0.2), pytest.raises(KeyboardInterrupt):
         rustbpe.Tokenizer().train_from_iterator(itertools.repeat("endless"), 300)
 
 
-def test_ctrl_c_is_answered_while_counting_one_long_document() -> None:
-    text = "the same words again and again " * 4_000_000  # through the regex engine: seconds
+def test_ctrl_c_interrupts_counting_one_long_document() -> None:
+    text = "the same words again and again " * 4_000_000  # takes seconds in the regex engine
     with interrupted_after(0.2), pytest.raises(KeyboardInterrupt):
         train([text], 300, pattern=GPT2_PATTERN)
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("kind", ["list", "one text", "arrow"])
-def test_ctrl_c_is_answered_while_encoding(kind: str, num_threads: int) -> None:
-    """The third signal raises: only one that is handled during the call, not at its end, has successors."""
+def test_ctrl_c_interrupts_encoding(kind: str, num_threads: int) -> None:
+    """The third signal raises. Signals follow each other only if handled during the call."""
     words = "".join(random.Random(4).choices("abcdefghijklmnopqrstuvwxyz   ", k=500_000))
-    tokenizer = rustbpe.Tokenizer.from_ranks(BYTES, GPT2_PATTERN)  # through the regex engine: seconds
+    # takes seconds in the regex engine
+    tokenizer = rustbpe.Tokenizer.from_ranks(BYTES, GPT2_PATTERN)
     texts: Any = pa.array([words] * 80) if kind == "arrow" else [words] * 80
     text, handled = words * 400, []
 
@@ -521,15 +539,18 @@ def test_ctrl_c_is_answered_while_encoding(kind: str, num_threads: int) -> None:
 
 
 @pytest.mark.parametrize("word_length", [5, 3_000_000])
-def test_ctrl_c_is_answered_between_counting_and_merging_and_while_merging(word_length: int) -> None:
-    """`progress` is first called when words are counted; many are sorted before the first merge, a long one is merged for seconds."""
+def test_ctrl_c_interrupts_sorting_and_merging(word_length: int) -> None:
+    """`progress` is first called after counting.
+
+    Many words take long to sort before the first merge; a long word takes seconds to merge.
+    """
     letters = "".join(random.Random(4).choices("abcdefghijklmnopqrstuvwxyz", k=3_000_000))
     text = " ".join(letters[i : i + word_length] for i in range(0, len(letters), word_length))
     with interrupted_after(None) as interrupt, pytest.raises(KeyboardInterrupt):
         train([text], 200_000, progress=lambda merges: merges or interrupt())
 
 
-def test_a_failed_training_leaves_the_tokenizer_as_it_was() -> None:
+def test_failed_training_leaves_the_tokenizer_unchanged() -> None:
     trained = train(["hello hello"], 300)
     ranks = trained.get_mergeable_ranks()
     with pytest.raises(Stop):
@@ -567,14 +588,15 @@ def test_bad_arrow_arrays() -> None:
     with pytest.raises(ValueError, match="not UTF-8"):
         train([array_of([0, 1, 3], b"a\xc3b")], 300)
     with pytest.raises(ValueError, match="not UTF-8"):
-        train([array_of([0, 1, 2], "é".encode())], 300)  # all bytes together are UTF-8, but no row is
+        # the bytes as a whole are UTF-8, but no row is
+        train([array_of([0, 1, 2], "é".encode())], 300)
     for offsets in ([0, 2, 1], [-1, 1]):
         with pytest.raises(ValueError, match="damaged|offsets"):
             train([array_of(offsets, b"abc")], 300)
 
 
 class Exporter:
-    """Gives the same capsules on every call, as no library should."""
+    """Returns the same capsules on every call, which no library should do."""
 
     def __init__(self, array: pa.Array, method: str) -> None:
         capsules = getattr(pa.chunked_array([array]) if "stream" in method else array, method)()
@@ -583,7 +605,7 @@ class Exporter:
 
 @pytest.mark.parametrize("method", ["__arrow_c_stream__", "__arrow_c_array__"])
 @pytest.mark.parametrize("use", ["train", "encode"])
-def test_a_capsule_that_was_read_is_refused(method: str, use: str) -> None:
+def test_consumed_capsule_is_refused(method: str, use: str) -> None:
     exporter = type("Exporter", (Exporter,), {})(pa.array(["some text"] * 1000), method)
     tokenizer = rustbpe.Tokenizer()
     for refused in (False, True, True):
@@ -594,7 +616,7 @@ def test_a_capsule_that_was_read_is_refused(method: str, use: str) -> None:
                 tokenizer.encode_documents(exporter)
 
 
-def test_string_views_are_refused_with_the_way_out() -> None:
+def test_string_views_are_refused_with_a_remedy() -> None:
     with pytest.raises(TypeError, match="cast the column to large_string"):
         train([pa.array(["a"]).cast(pa.string_view())], 300)
 
@@ -644,7 +666,7 @@ def test_bad_ranks(ranks: list[tuple[bytes, int]], reason: str) -> None:
         rustbpe.Tokenizer.from_ranks(ranks)
 
 
-def test_a_pattern_that_backtracks_too_much_is_an_error() -> None:
+def test_excessive_backtracking_is_an_error() -> None:
     tokenizer = rustbpe.Tokenizer.from_ranks(BYTES, r"(?=((?:a|aa)+)$)\1b")
     with pytest.raises(ValueError, match="split pattern"):
         tokenizer.encode("a" * 200 + "!")

@@ -1,4 +1,4 @@
-"""The very scripts on machines that lack something: with stand-ins, and nothing else on the PATH."""
+"""The shell scripts on machines that lack something, with only stand-ins on the PATH."""
 
 import re
 import shutil
@@ -47,7 +47,7 @@ SCRIPTS = sorted(
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """What setup.sh reads of the repository."""
+    """The files of the repository that setup.sh reads."""
     folder = tmp_path / "checkout"
     for name in ("dev/setup.sh", "dev/machine.sh", "pyproject.toml", "requirements.lock", "rustbpe/Cargo.toml", "rustbpe/pyproject.toml"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 class Setup:
-    """A machine with Python 3.11 with pip and without uv; `run` gives (exit code, stderr, calls)."""
+    """A machine with Python 3.11 and pip but no uv; `run` returns (exit code, stderr, calls)."""
 
     def __init__(self, folder: Path, checkout: Path, system: str = "Linux") -> None:
         self.machine, self.checkout = Machine(folder / "machine", system), checkout
@@ -92,7 +92,7 @@ def torch_installs(calls: list[str]) -> list[str]:
     return [call for call in calls if f"torch=={TORCH}" in call and "--dry-run" not in call]
 
 
-def test_a_bare_machine_is_set_up_and_the_second_time_nothing_is_done(setup):
+def test_bare_machine_is_set_up_once(setup):
     code, errors, calls = setup.run()
     assert code == 0 and "ready: source .venv/bin/activate" in errors, errors
     assert any(call.startswith("pip") and "--target .uv uv" in call for call in calls)
@@ -101,7 +101,7 @@ def test_a_bare_machine_is_set_up_and_the_second_time_nothing_is_done(setup):
     assert setup.run()[::2] == (0, [])
 
 
-def test_no_pip(setup):
+def test_missing_pip(setup):
     setup.python("python3", pip=False)
     code, errors, calls = setup.run()
     assert (code, errors.strip(), calls) == (1, PIP_MISSING, [])
@@ -109,14 +109,14 @@ def test_no_pip(setup):
     assert setup.run()[0] == 0
 
 
-def test_pip_that_cannot_reach_its_index(linux):
+def test_unreachable_pip_index(linux):
     linux.machine.install("python3", PYTHON.format(version="3.11", pip="true").replace('echo "pip', 'exit 1; echo "pip'))
     code, errors, _ = linux.run()
     assert code == 1 and "pip could not install uv: check the network (PIP_INDEX_URL names a mirror)" in errors
 
 
 @pytest.mark.parametrize("version", ["3.8", "3.15"])
-def test_a_python_that_is_too_old_or_too_new_has_uv_fetch_one(setup, version):
+def test_unsupported_python_is_replaced_by_uv(setup, version):
     setup.python("python3", version)
     code, errors, calls = setup.run()
     assert code == 0 and f"Python {version} here, and zangchat needs 3.10 to 3.14: uv fetches Python 3.11" in errors
@@ -127,7 +127,7 @@ def test_a_python_that_is_too_old_or_too_new_has_uv_fetch_one(setup, version):
     assert "or install Python 3.10 to 3.14, then run this again" in errors
 
 
-def test_no_python_at_all(setup):
+def test_missing_python(setup):
     (setup.machine.bin / "python3").unlink()
     code, errors, calls = setup.run()
     assert code == 1 and "no Python runs here: install Python 3.11" in errors and not calls
@@ -136,7 +136,7 @@ def test_no_python_at_all(setup):
     assert code == 0 and "no Python here, and zangchat needs" in errors
 
 
-def test_a_dead_shim_of_pyenv_is_passed_over(setup):
+def test_broken_pyenv_shim_is_skipped(setup):
     setup.machine.install("python3.12", no_path("python3.12"))
     code, errors, calls = setup.run(PYTHON_VERSION="3.12")
     assert code == 0 and "/bin/python3.12 does not run (if it is pyenv's: `pyenv global 3.12`" in errors
@@ -148,7 +148,7 @@ def test_a_dead_shim_of_pyenv_is_passed_over(setup):
     assert "no Python runs here" in setup.run(PYTHON_VERSION="3.12")[1]
 
 
-def test_the_pythons_further_down_the_path_are_tried(linux, tmp_path):
+def test_later_pythons_on_the_path_are_tried(linux, tmp_path):
     """A shim before the system's Python, or an environment without pip that is active."""
     first = tmp_path / "first"
     first.mkdir()
@@ -161,15 +161,16 @@ def test_the_pythons_further_down_the_path_are_tried(linux, tmp_path):
         assert code == 0, errors
 
 
-def test_a_dead_environment_is_made_anew(linux):
+def test_broken_environment_is_recreated(linux):
     assert linux.run()[0] == 0
     (linux.checkout / ".venv/bin/python").unlink()
-    (linux.checkout / ".venv/bin/python").symlink_to("/nonexistent/python3.11")  # the Python it was made with is gone
+    # its Python has been removed
+    (linux.checkout / ".venv/bin/python").symlink_to("/nonexistent/python3.11")
     code, errors, calls = linux.run()
     assert code == 0 and any("venv --quiet --clear" in call for call in calls), errors
 
 
-def test_an_old_or_dead_uv_is_not_used(linux):
+def test_old_or_broken_uv_is_not_used(linux):
     for text in ('[ "$1" != --version ] || echo "uv 0.4.30"; exit 0', no_path("uv")):
         shutil.rmtree(linux.checkout / ".uv", ignore_errors=True)
         shutil.rmtree(linux.checkout / ".venv", ignore_errors=True)
@@ -179,12 +180,12 @@ def test_an_old_or_dead_uv_is_not_used(linux):
 
 
 @pytest.mark.parametrize("system, free, enough", [("Linux", 2, False), ("Darwin", 2, False), ("Linux", 5, True)])
-def test_too_little_disk_is_an_error_before_the_download(tmp_path, checkout, system, free, enough):
+def test_insufficient_disk_is_an_error_before_the_download(tmp_path, checkout, system, free, enough):
     setup = Setup(tmp_path, checkout, system)
     line = f"/dev/disk 3 s1 100000000 1 {free * 10**9 // 1024} 99% /Volumes/My Disk"
     setup.machine.install("df", f"echo Filesystem 1024-blocks Used Available Capacity Mounted on; echo '{line}'")
     code, errors, calls = setup.run()
-    if enough:  # for a CPU build
+    if enough:  # enough for a CPU build
         assert code == 0
         shutil.rmtree(checkout / ".venv")
         code, errors, calls = setup.run(INDEX="silent")
@@ -197,10 +198,10 @@ def test_too_little_disk_is_an_error_before_the_download(tmp_path, checkout, sys
 # -- which build of torch --------------------------------------------------------------------------
 
 
-def test_the_build_follows_from_the_machine(linux, tmp_path):
+def test_torch_build_depends_on_the_machine(linux, tmp_path):
     _, _, calls = linux.run()
     assert "--torch-backend=cpu" in torch_installs(calls)[0]
-    # a GPU has appeared: a CPU build will not do
+    # with a new GPU a CPU build no longer suffices
     linux.machine.install("nvidia-smi", nvidia_smi(gpus(0)))
     (linux.checkout / ".venv/torch").unlink()
     _, _, calls = linux.run()
@@ -212,12 +213,12 @@ def test_the_build_follows_from_the_machine(linux, tmp_path):
     assert linux.run()[2] == [], "a build for GPUs runs on a CPU"
 
 
-def test_macos_takes_the_ordinary_build(tmp_path, checkout):
+def test_macos_installs_the_ordinary_build(tmp_path, checkout):
     _, _, calls = Setup(tmp_path, checkout, "Darwin").run()
     assert "--torch-backend" not in " ".join(calls)
 
 
-def test_a_broken_driver_is_named(linux):
+def test_broken_driver_is_reported(linux):
     failed = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. Make sure that it is running."
     linux.machine.install("nvidia-smi", nvidia_smi(failed, code=9))
     code, errors, calls = linux.run()
@@ -225,13 +226,13 @@ def test_a_broken_driver_is_named(linux):
     assert "--torch-backend=cpu" in torch_installs(calls)[0]
 
 
-def test_an_index_that_is_silent_leads_to_the_ordinary_build_and_says_so(linux):
+def test_silent_index_falls_back_to_the_ordinary_build(linux):
     code, errors, calls = linux.run(INDEX="silent")
     assert code == 0 and "PyTorch's index does not answer: taking the ordinary build from PyPI" in errors
     assert "--torch-backend" not in torch_installs(calls)[0]
 
 
-def test_a_slow_link_does_not_lead_to_a_larger_download(linux):
+def test_slow_link_does_not_cause_a_larger_download(linux):
     code, errors, calls = linux.run(SLOW="1")
     assert code == 1 and "torch could not be installed: check the network" in errors
     assert len(torch_installs(calls)) == 1 and torch_installs(calls)[0].endswith("timeout=default")
@@ -240,7 +241,7 @@ def test_a_slow_link_does_not_lead_to_a_larger_download(linux):
     assert "timeout" not in re.sub(r"#.*", "", text_of("dev/setup.sh")).replace("UV_HTTP_TIMEOUT", "")
 
 
-def test_a_driver_too_old_for_every_build_is_named(linux):
+def test_driver_too_old_for_every_build_is_reported(linux):
     linux.machine.install("nvidia-smi", nvidia_smi(gpus(0), driver="470.82.01"))
     code, errors, calls = linux.run(INDEX="old")
     assert code == 1 and not torch_installs(calls)
@@ -248,7 +249,7 @@ def test_a_driver_too_old_for_every_build_is_named(linux):
 
 
 @pytest.mark.parametrize("backend", ["pypi", "cu128"])
-def test_the_build_can_be_chosen(linux, backend):
+def test_torch_build_can_be_chosen(linux, backend):
     linux.machine.install("nvidia-smi", nvidia_smi(gpus(0)))
     _, _, calls = linux.run(TORCH_BACKEND=backend)
     assert ("--torch-backend=cu128" in torch_installs(calls)[0]) == (backend == "cu128")
@@ -266,7 +267,7 @@ def test_the_build_can_be_chosen(linux, backend):
         ("echo 'cargo 2.1.0'", ""),
     ],
 )
-def test_cargo_that_cannot_build_the_crate_is_named(setup, cargo, reason):
+def test_unsuitable_cargo_is_reported(setup, cargo, reason):
     setup.machine.install("cargo", cargo)
     code, errors, calls = setup.run()
     assert code == 0
@@ -278,7 +279,7 @@ def test_cargo_that_cannot_build_the_crate_is_named(setup, cargo, reason):
     assert bool(setup.run()[2]), "a newer cargo builds the crate"
 
 
-def test_packages_that_another_tool_removed_come_back(linux):
+def test_packages_removed_by_another_tool_are_reinstalled(linux):
     packages = linux.checkout / ".venv/lib/python3.11/site-packages"
     assert linux.run()[0] == 0 and linux.run()[2] == []
     (packages / "transformers-5.0.dist-info").mkdir(parents=True)
@@ -302,7 +303,7 @@ VISIBLE += ["GPU-0a5", "GPU-1,GPU-0", "GPU-", "GPU-7", "GPU-1,0", "GPU-1a,GPU-1a
 
 @pytest.mark.parametrize("visible", VISIBLE)
 def test_gpus_are_counted_as_torch_counts_them(tmp_path, monkeypatch, visible):
-    machine = Machine(tmp_path, "Darwin")  # the plainer tools
+    machine = Machine(tmp_path, "Darwin")  # its tools have fewer options
     machine.install("nvidia-smi", nvidia_smi(gpus(0, 0, 0)))
     uuids = re.findall(r"UUID: (\S+)\)", gpus(0, 0, 0))
     monkeypatch.setattr(torch.cuda, "_raw_device_count_nvml", lambda: 3)
@@ -318,7 +319,7 @@ def test_gpus_are_counted_as_torch_counts_them(tmp_path, monkeypatch, visible):
 @pytest.mark.parametrize(
     "migs, visible, expected",
     [
-        ((2,), None, ["1", "0", "40"]),  # a process sees one instance, however many there are
+        ((2,), None, ["1", "0", "40"]),  # a process sees only one instance
         ((0, 2), None, ["1", "1", "40"]),
         ((0, 2), "0", ["1", "0", ""]),
         ((0, 2), "1", ["1", "1", "40"]),
@@ -330,13 +331,13 @@ def test_gpus_are_counted_as_torch_counts_them(tmp_path, monkeypatch, visible):
         ((0,) * 8, "6,7", ["2", "6", ""]),
     ],
 )
-def test_lines_of_mig_are_no_gpus(tmp_path, migs, visible, expected):
+def test_mig_instances_are_not_counted_as_gpus(tmp_path, migs, visible, expected):
     machine = Machine(tmp_path)
     machine.install("nvidia-smi", nvidia_smi(gpus(*migs)))
     assert count(machine, **({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}))[:3] == expected
 
 
-def test_no_gpu_has_a_reason(tmp_path):
+def test_missing_gpu_has_a_reason(tmp_path):
     machine = Machine(tmp_path)
     assert count(machine)[::3] == ["0", "nvidia-smi is not installed"]
     machine.install("nvidia-smi", nvidia_smi("No devices were found", code=6))
@@ -362,7 +363,7 @@ esac
 
 @pytest.fixture
 def mac(tmp_path):
-    """`mac(script, **variables) -> (CompletedProcess, calls)`, with stand-ins for what it calls."""
+    """`mac(script, **variables) -> (CompletedProcess, calls)`; the script calls stand-ins."""
     folder = tmp_path / "checkout"
     for name in (*SCRIPTS, "pyproject.toml", "rustbpe/Cargo.toml"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -398,7 +399,7 @@ def mac(tmp_path):
         ("dev/lock.sh", {"PATH": "uv"}, "pip compile"),
     ],
 )
-def test_every_script_runs_with_the_tools_of_macos(mac, script, variables, last):
+def test_every_script_runs_with_macos_tools(mac, script, variables, last):
     mac.base.mkdir()
     (mac.base / "runcpu.plan").write_text("# a plan\nBASE_STEPS=1\nMID_STEPS=1\nSFT_STEPS=1\nRL_STEPS=1\n")
     if "PATH" in variables:
@@ -408,7 +409,7 @@ def test_every_script_runs_with_the_tools_of_macos(mac, script, variables, last)
     assert last in calls[-1] and "illegal option" not in done.stderr and "command not found" not in done.stderr
 
 
-def test_without_a_gpu_macos_is_sent_to_the_laptop_run(mac):
+def test_macos_without_a_gpu_is_pointed_to_runcpu(mac):
     for script in ("speedrun.sh", "run1000.sh", "dev/rungpu.sh"):
         done, calls = mac(script)
         assert done.returncode == 2 and "No GPU found (nvidia-smi is not installed)" in done.stderr and not calls
@@ -416,7 +417,7 @@ def test_without_a_gpu_macos_is_sent_to_the_laptop_run(mac):
     assert done.returncode == 0 and "python -m scripts.tok_eval\n" in done.stdout
 
 
-def test_the_laptop_run_takes_the_cpu_if_torch_cannot_use_the_gpu(mac):
+def test_runcpu_uses_the_cpu_if_torch_cannot_use_the_gpu(mac):
     mac.base.mkdir()
     (mac.base / "runcpu.plan").write_text("# a plan\nBASE_STEPS=1\nMID_STEPS=1\nSFT_STEPS=1\nRL_STEPS=1\n")
     mac.machine.install("nvidia-smi", nvidia_smi(gpus(0), driver="470.82.01"))
@@ -427,7 +428,7 @@ def test_the_laptop_run_takes_the_cpu_if_torch_cannot_use_the_gpu(mac):
 
 # -- bash 3.2 --------------------------------------------------------------------------------------
 
-LATER = {  # what macOS's bash, 3.2, does not know, and what its tools do not
+LATER = {  # features missing in macOS's bash 3.2 and in its tools
     r"\$\{\w+(\[[^]]*\])?(,,|\^\^|,|\^|@[A-Z])\}": "case modification",
     r"\b(mapfile|readarray|coproc)\b": "mapfile, coproc",
     r"\b(declare|local|typeset) -[A-Za-z]*[Ang]": "declare -A, -n, -g",
@@ -445,22 +446,22 @@ LATER = {  # what macOS's bash, 3.2, does not know, and what its tools do not
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_scripts_keep_to_bash_3_2(name):
+def test_scripts_run_on_bash_3_2(name):
     for number, line in enumerate(text_of(name).splitlines(), 1):
         code = re.sub(r"(^|\s)#.*", "", line)
-        for pattern, what in LATER.items():
-            assert not re.search(pattern, code), f"{name}:{number} uses {what}: {line}"
+        for pattern, feature in LATER.items():
+            assert not re.search(pattern, code), f"{name}:{number} uses {feature}: {line}"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_arrays_that_may_be_empty_are_guarded(name):
+def test_possibly_empty_arrays_are_guarded(name):
     """Under `set -u` bash 3.2 takes an empty array for an unset variable."""
     text = text_of(name)
     empty = set(re.findall(r"\b(\w+)=\(\)", text))
     for array in empty:
         for line in text.splitlines():
             bare = re.sub(rf'\$\{{{array}\[@\]\+"\$\{{{array}\[@\]\}}"\}}', "", line)
-            guarded = f'"${{#{array}[@]}}" -gt 0' in text  # tested once, before the only use
+            guarded = f'"${{#{array}[@]}}" -gt 0' in text  # checked once, before the only use
             assert guarded or f"${{{array}[@]}}" not in bare, f"{name}: {line}"
 
 
@@ -474,8 +475,8 @@ def test_shellcheck_finds_nothing():
 # -- uv sync ---------------------------------------------------------------------------------------
 
 
-def test_uv_sync_gets_the_same_torch_and_the_crate():
-    tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
+def test_uv_sync_installs_the_same_torch_and_the_crate():
+    tomllib = pytest.importorskip("tomllib")  # new in Python 3.11
     project = tomllib.loads(text_of("pyproject.toml"))
     assert f"\nTORCH_VERSION={TORCH}\n" in text_of("dev/setup.sh")
     for extra in ("gpu", "cpu"):
@@ -487,7 +488,7 @@ def test_uv_sync_gets_the_same_torch_and_the_crate():
 
 
 @pytest.mark.parametrize("name", READMES)
-def test_the_readmes_name_the_mirrors_and_what_is_untested(name):
+def test_readmes_name_the_mirrors_and_untested_platforms(name):
     text = text_of(name)
     assert any(all(word in line for word in ("UV_DEFAULT_INDEX", "PIP_INDEX_URL", "HF_ENDPOINT")) for line in text.splitlines())
     assert "`uv sync --extra gpu`" in text

@@ -1,4 +1,4 @@
-"""What a GPU would be given to do, on one that is simulated: no waiting for it, its memory, fp8 products, the step that a graph records."""
+"""Training and decoding on a simulated GPU: waits, memory, fp8 products, CUDA graph capture."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -33,9 +33,9 @@ def make_model(depth: int, dtype: torch.dtype = torch.bfloat16) -> GPT:
 
 
 def train(usage: Usage, model: GPT, rows: int, **settings: Any) -> int:
-    """Two steps of two passes each, as the trainer takes them; returns the most bytes that were in use in the second."""
+    """Take two steps of two passes each, like the trainer; return the second's peak in bytes."""
     optimizer = build_optimizer(model, embedding_lr=0.3, unembedding_lr=0.01, matrix_lr=0.02, **settings)
-    for _ in range(2):  # in the second step the optimizer's state is there already, in its second pass the gradients are
+    for _ in range(2):  # the second step has the optimizer's state, its second pass has gradients
         usage.peak = usage.now
         with model.cast_once():
             for last in (False, True):
@@ -50,7 +50,7 @@ def train(usage: Usage, model: GPT, rows: int, **settings: Any) -> int:
     return usage.peak
 
 
-def test_the_simulation_knows_no_values_and_one_device() -> None:
+def test_simulation_has_no_values_and_one_device() -> None:
     with simulated_gpu() as usage:
         x = torch.zeros(1000, device=DEVICE)
         assert usage.now == 4096
@@ -75,9 +75,7 @@ def test_the_simulation_knows_no_values_and_one_device() -> None:
         pytest.param(32, 2, torch.bfloat16, True, marks=pytest.mark.slow),
     ],
 )
-def test_a_training_step_never_waits_for_the_gpu_and_takes_the_memory_foreseen(
-    depth: int, rows: int, dtype: torch.dtype, grad_checkpoint: bool
-) -> None:
+def test_training_step_never_waits_and_uses_the_predicted_memory(depth: int, rows: int, dtype: torch.dtype, grad_checkpoint: bool) -> None:
     with simulated_gpu() as usage:
         model = make_model(depth, dtype)
         model.grad_checkpoint = grad_checkpoint
@@ -87,7 +85,7 @@ def test_a_training_step_never_waits_for_the_gpu_and_takes_the_memory_foreseen(
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_the_other_optimizers_take_the_memory_foreseen(optimizer: str) -> None:
+def test_other_optimizers_use_the_predicted_memory(optimizer: str) -> None:
     with simulated_gpu() as usage:
         taken = train(usage, make_model(12), 2, kind=optimizer)
     assert memory_estimate(gpt_config(12), 2, optimizer=optimizer)["total"] == pytest.approx(taken, rel=0.03)
@@ -102,15 +100,15 @@ def eight_ranks() -> Iterator[None]:
 
 @pytest.mark.usefixtures("eight_ranks")
 @pytest.mark.parametrize("comm_dtype", [torch.float32, torch.bfloat16])
-def test_one_of_eight_ranks_takes_the_memory_foreseen(comm_dtype: torch.dtype) -> None:
+def test_one_of_eight_ranks_uses_the_predicted_memory(comm_dtype: torch.dtype) -> None:
     with simulated_gpu() as usage:
         taken = train(usage, make_model(12), 8, world_size=8, comm_dtype=comm_dtype)
     foreseen = memory_estimate(gpt_config(12), 8, world_size=8, grad_comm_dtype=str(comm_dtype).removeprefix("torch."))
     assert foreseen["total"] == pytest.approx(taken, rel=0.03), foreseen
 
 
-def test_fp8_products_take_the_operands_they_are_given() -> None:
-    """_scaled_mm wants fp8, one side column-major, sizes in sixteens: torch checks that without a GPU, too."""
+def test_fp8_products_get_valid_operands() -> None:
+    """_scaled_mm needs fp8, one column-major side and multiples of 16; torch checks that here."""
     with simulated_gpu() as usage:
         model = make_model(12)
         layers = fp8.convert_to_fp8(model, min_size=0)
@@ -119,8 +117,11 @@ def test_fp8_products_take_the_operands_they_are_given() -> None:
     assert usage.calls["_scaled_mm"] == 2 * 2 * 3 * layers  # steps, passes, products
 
 
-def test_answering_never_waits_for_the_gpu() -> None:
-    """A pass over prompts, the decoding step that CUDA graphs record (in a capture waiting is an error), and the draw behind it."""
+def test_inference_never_waits_for_the_gpu() -> None:
+    """A pass over prompts, the decoding step that CUDA graphs record, and the sampling after it.
+
+    Waiting during a capture is an error.
+    """
     requests = [Request([1], temperature=0), Request([1], top_k=50, top_p=0.9), Request([1], top_k=None, top_p=0.9, min_p=0.1)]
     requests.append(Request([1], top_k=None, repetition_penalty=1.2))
     with simulated_gpu(), torch.inference_mode():
