@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tasks.common import MissingData
+from tasks.customjson import is_file_name
 from tasks.registry import MID_MIXTURE, SFT_MIXTURE, load_task, parse_mixture, scored_tasks
 from zangchat import configurator
 
@@ -36,7 +37,7 @@ def fetch(config: Config) -> int:
     looked_at: set[str] = set()
     for name in trained:
         look_at(name, "train", looked_at)
-        if not name.endswith(".jsonl"):
+        if not is_file_name(name):
             look_at(name, "val", looked_at)
     for name in scored:
         try:

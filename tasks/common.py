@@ -15,12 +15,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from zangchat.errors import UserError
+from zangchat.conversation import Content, Conversation, OrderError, tool_used, turns, visible_text
+from zangchat.errors import UserError, explain
 from zangchat.runtime.files import get_base_dir, read_jsonl
 from zangchat.runtime.seeds import derive_seed
-
-Conversation = dict[str, Any]
-Content = str | list[dict[str, str]]
 
 SPLITS = ("train", "val", "test")
 DEFAULT_SIZE = 1000  # examples of a generated task when nobody says how many
@@ -144,34 +142,25 @@ def tool_parts(call: str, output: str) -> list[dict[str, str]]:
     return [{"type": "python", "text": call}, {"type": "python_output", "text": output}]
 
 
-def visible_text(content: Content) -> str:
-    """The words of an answer, without tool calls and their output."""
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content if part["type"] == "text")
-
-
-def tool_used(content: Content) -> bool:
-    """Whether a tool call was made and answered. Plain text never counts, whatever it looks like."""
-    return not isinstance(content, str) and any(part["type"] == "python_output" for part in content)
-
-
 def check_conversation(messages: Any, where: str) -> None:
-    """Raises UserError, beginning with `where`, unless these messages can be rendered, end with an answer, and have one to learn."""
-    from zangchat.tokenizer import turns
-
+    """Raises UserError, beginning with `where`, unless the messages can be rendered and learned from."""
     try:
-        found = list(turns({"messages": messages}))
+        check_messages(messages)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
-    if found[-1][0] != "assistant":
-        raise UserError(f"{where}: the last message must be the assistant's, for it is what is learnt")
-    if not any(weight for _, _, weight in found):
-        raise UserError(f"{where}: each of the assistant's messages has weight 0, so there is nothing to learn")
+
+
+def check_messages(messages: Any) -> None:
+    """The same as ValueError, or OrderError if only the order of the roles is wrong."""
+    found = list(turns({"messages": messages}))
+    if found[-1].role != "assistant":
+        raise OrderError("the last message must be the assistant's, for it is what is learned")
+    if not any(turn.weight for turn in found):
+        raise ValueError("each of the assistant's messages has weight 0, so there is nothing to learn")
 
 
 def training_messages(messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with what training looks at: role, content, and the weight if they have one."""
+    """The messages with the keys that training reads: role, content, and the weight if they have one."""
     kept = ("role", "content", "weight")
     return [{key: message[key] for key in kept if message.get(key) is not None} for message in messages]
 
@@ -220,10 +209,9 @@ class TableRows(Sequence[dict[str, Any]]):
         import pyarrow
         import pyarrow.parquet
 
-        try:
+        problem, remedy = f"{path} cannot be read as parquet", "delete it or copy it again"
+        with explain(problem, remedy, pyarrow.ArrowException, OSError):
             self._table = pyarrow.parquet.read_table(path)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path} cannot be read as parquet ({str(error).splitlines()[0]}): delete it or copy it again") from error
 
     def __len__(self) -> int:
         return self._table.num_rows
@@ -233,22 +221,27 @@ class TableRows(Sequence[dict[str, Any]]):
 
 
 def load_rows(folder: str, config: str, split: str, *, hub: str, fields: Iterable[str]) -> Sequence[dict[str, Any]]:
-    """The rows of a dataset: from <base>/tasks/<folder>/[<config>/]<split>.parquet|jsonl, else from the hub. An empty `config` means none.
+    """The rows of <base>/tasks/<folder>/[<config>/]<split>.parquet|jsonl, else those from the hub.
 
-    Raises MissingData where neither can be had, UserError for a file without the expected fields.
+    An empty `config` means none. Raises MissingData if neither can be had, UserError for a file
+    without the expected fields.
     """
     home = get_base_dir() / "tasks" / folder / config
-    local = [path for suffix in ("parquet", "jsonl") if (path := home / f"{split}.{suffix}").is_file()]
-    if local:
-        rows: Any = TableRows(local[0]) if local[0].suffix == ".parquet" else [row for _, row in read_jsonl(local[0])]
-        source = str(local[0])
-    else:
+    paths = [home / f"{split}.{suffix}" for suffix in ("parquet", "jsonl")]
+    local = next((path for path in paths if path.is_file()), None)
+    if local is None:
         rows, source = _from_hub(hub, config, split, home), f"{hub} on the hub"
+    elif local.suffix == ".parquet":
+        rows, source = TableRows(local), str(local)
+    else:
+        rows, source = [row for _, row in read_jsonl(local)], str(local)
     if not len(rows):
         raise UserError(f"{source} is empty: delete it or copy it again")
     missing = sorted(set(fields) - set(rows[0]))
     if missing:
-        raise UserError(f"{source} has no field {', '.join(missing)} (it has {', '.join(rows[0])}): it is not the dataset {hub}")
+        found = f"it has {', '.join(rows[0])}"
+        problem = f"{source} has no field {', '.join(missing)} ({found})"
+        raise UserError(f"{problem}: it is not the dataset {hub}")
     return rows
 
 
@@ -265,8 +258,8 @@ def _from_hub(repo: str, config: str, split: str, home: Path) -> Any:
     except (OSError, ValueError, RuntimeError) as error:  # offline, refused, no such split
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MissingData(
-            f"no {home}/{split}.parquet or .jsonl, and the hub did not give {wanted}: {cause}; run this again later, or download it "
-            "to that path"
+            f"no {home}/{split}.parquet or .jsonl, and the hub did not give {wanted}: {cause}; "
+            "run this again later, or download it to that path"
         ) from error
 
 
@@ -331,6 +324,3 @@ class GeneratedTask(Task):
 
     def make(self, rng: random.Random) -> Conversation:
         raise NotImplementedError(f"{type(self).__name__} must define make")
-
-
-# ---- registry -------------------------------------------------------------------------------------------------------

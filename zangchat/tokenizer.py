@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 import rustbpe
+from zangchat.conversation import messages_of, turns
 from zangchat.errors import UserError
 from zangchat.runtime.files import atomic_write, get_base_dir
 
@@ -366,7 +367,7 @@ class RustBPETokenizer:
 
     def render_for_completion(self, conversation: dict[str, Any]) -> list[int]:
         """The prompt for the assistant's next answer: without the last message if that is the assistant's, up to <|assistant_start|>."""
-        messages = _messages(conversation)
+        messages = messages_of(conversation)
         if messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
             messages = messages[:-1]
         ids, _ = self.render_conversation({**conversation, "messages": messages})
@@ -382,63 +383,6 @@ class RustBPETokenizer:
             number = f"{grey}({token}){reset}" if with_token_id else ""
             shown.append(f"{green if learn else red}{self.id_to_token(token)}{reset}{number}")
         return "|".join(shown)
-
-
-# ---- conversations --------------------------------------------------------------------------------------------------
-
-
-def _messages(conversation: dict[str, Any]) -> list[Any]:
-    messages = conversation.get("messages") if isinstance(conversation, dict) else None
-    if not isinstance(messages, (list, tuple)):
-        raise ValueError('a conversation is {"messages": [{"role": ..., "content": ...}, ...]}')
-    return list(messages)
-
-
-def turns(conversation: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]], int]]:
-    """(role, [(kind of part, text)...], weight) of alternating user and assistant turns; a system message is put before the first user
-    message. The weight is 1, or 0 for a message that is not to be learned.
-    """
-    messages = _messages(conversation)
-    system, first = None, 0
-    if messages and isinstance(messages[0], dict) and messages[0].get("role") == "system":
-        system, first = _text_of(messages[0], 0), 1
-    if len(messages) == first:
-        raise ValueError("the conversation has no message of a user")
-    for index, message in enumerate(messages[first:], start=first):
-        expected = "assistant" if (index - first) % 2 else "user"
-        role = message.get("role") if isinstance(message, dict) else None
-        if role != expected:
-            raise ValueError(f"message {index} has the role {role!r}, but it is the turn of the {expected}")
-        weight = message.get("weight")
-        if weight not in (None, 0, 1):
-            raise ValueError(f"message {index} has the weight {weight!r}: 0 (context) and 1 (learned) are possible")
-        if role == "assistant":
-            yield role, _parts_of(message, index), 1 if weight is None else int(weight)
-        else:
-            text = _text_of(message, index)
-            yield role, [("text", f"{system}\n\n{text}" if system is not None and index == first else text)], 0
-
-
-def _text_of(message: dict[str, Any], index: int) -> str:
-    content = message.get("content")
-    if not isinstance(content, str):
-        raise ValueError(f"message {index} ({message['role']}) needs a string as content, not {type(content).__name__}")
-    return content
-
-
-def _parts_of(message: dict[str, Any], index: int) -> list[tuple[str, str]]:
-    content = message.get("content")
-    if isinstance(content, str):
-        return [("text", content)]
-    if not isinstance(content, (list, tuple)):
-        raise ValueError(f"message {index} (assistant) needs a string or a list of parts as content, not {type(content).__name__}")
-    parts = []
-    for part in content:
-        kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
-        if kind not in ("text", "python", "python_output") or not isinstance(text, str):
-            raise ValueError(f'message {index} has a part that is not {{"type": "text" | "python" | "python_output", "text": ...}}')
-        parts.append((kind, text))
-    return parts
 
 
 # ---- the tokenizer of this base directory ---------------------------------------------------------------------------

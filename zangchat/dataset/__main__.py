@@ -17,7 +17,15 @@ from typing import Annotated
 import tyro
 
 from zangchat import configurator
-from zangchat.dataset.manifest import BUILD_PYDOCS, MANIFEST, TOKENS_SUFFIX, check_shard, datasets_dir, find_dataset, folder_lock
+from zangchat.dataset.find import find_dataset
+from zangchat.dataset.manifest import (
+    BUILD_PYDOCS,
+    MANIFEST,
+    TOKENS_SUFFIX,
+    check_shard,
+    datasets_dir,
+    folder_lock,
+)
 from zangchat.errors import UserError
 
 
@@ -26,7 +34,7 @@ def tokenize(config: "TokenizeConfig") -> int:
     from zangchat.tokenizer import get_tokenizer
 
     dataset = find_dataset(config.dataset, config.data_path)
-    if dataset.tokenizer is not None:
+    if dataset.tokenizer_fingerprint is not None:
         raise UserError(f"--dataset={dataset.name} holds token ids already: give {dataset.text_flag}")
     folder = datasets_dir() / f"{dataset.name}{TOKENS_SUFFIX}"
     train = shlex.quote(f"--dataset={folder.name}")

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
 
+from zangchat.conversation import turns
 from zangchat.engine.replies import REPLY_SHARE, fit_conversation
 from zangchat.engine.sampling import MAX_LOGPROBS
 from zangchat.engine.sampling import Request as Continuation
-from zangchat.tokenizer import turns
 
 MAX_MESSAGES = 500
 MAX_CHOICES = 64  # continuations that one request may ask for
