@@ -143,10 +143,10 @@ class Text:
         import pyarrow
         import pyarrow.compute as pc
 
-        from zangchat.tokenizer import whole_characters
+        from zangchat.bpe import repair_surrogates
 
         if isinstance(group, list):
-            group = pyarrow.chunked_array([[whole_characters(text) for text in group]], pyarrow.string())
+            group = pyarrow.chunked_array([[repair_surrogates(text) for text in group]], pyarrow.string())
         texts = pc.utf8_slice_codeunits(group.filter(pc.greater(pc.binary_length(group), 0)), 0, self.config.doc_cap)
         ends = np.cumsum(pc.utf8_length(texts).to_numpy(), dtype=np.int64) + self.characters
         last = int(np.searchsorted(ends, self.config.max_chars))  # the document that reaches the limit, if there is one

@@ -34,7 +34,7 @@ from zangchat.hf.exporting import CHAT_TEMPLATE, export, model_card
 from zangchat.hf.format import CARRIED, DTYPES, MANIFEST, SIZES, VOCAB_ROWS, hf_config, special_ids, weight_names
 from zangchat.hf.importing import read_hf
 from zangchat.hf.nanochat import NANOCHAT_EPS, read_checkpoint
-from zangchat.hf.tokenizer import mergeable_tokens, recover_merges, tokenizer_json
+from zangchat.hf.tokenizer import recover_merges, tokenizer_json
 from zangchat.report import get_report
 from zangchat.runtime.files import file_sha256
 from zangchat.tokenizer import RustBPETokenizer
@@ -420,7 +420,7 @@ def nanochat(tmp_path: Path, tokenizer: RustBPETokenizer) -> Iterator[tuple[Path
     encoding = tiktoken.Encoding(
         name="rustbpe",
         pat_str=tokenizer.pattern,
-        mergeable_ranks={token: rank for rank, token in enumerate(mergeable_tokens(tokenizer))},
+        mergeable_ranks={token: rank for rank, token in enumerate(tokenizer.mergeable_tokens)},
         special_tokens={name: tokenizer.encode_special(name) for name in tokenizer.get_special_tokens()},
     )
     (base / "tokenizer" / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import rustbpe
 from tests.reference import bpe
-from zangchat import tokenizer as module
+from zangchat import bpe as trainer
 from zangchat.dataset.manifest import write_dataset
 from zangchat.errors import UserError
 from zangchat.hf.nanochat import read_tokenizer
@@ -51,9 +51,9 @@ def tok() -> RustBPETokenizer:
 @pytest.fixture
 def without_crate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(rustbpe, "Tokenizer", PyPIRustBPE)
-    module._crate_encodes.cache_clear()
+    trainer.is_crate.cache_clear()
     yield
-    module._crate_encodes.cache_clear()
+    trainer.is_crate.cache_clear()
 
 
 # ---- vocabulary and training
@@ -226,7 +226,7 @@ def test_a_truncated_file_is_named(tok: RustBPETokenizer, tmp_path: Path) -> Non
     tok.save(tmp_path)
     path = tmp_path / "tokenizer.json"
     path.write_text(path.read_text()[:1000])
-    with pytest.raises(UserError, match=r"tokenizer\.json is no usable tokenizer"):
+    with pytest.raises(UserError, match=r"tokenizer\.json is not a usable tokenizer"):
         RustBPETokenizer.from_directory(tmp_path)
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from zangchat import checkpoint_manager
+from zangchat.bpe import by_rank
 from zangchat.config import SOURCES, GPTConfig
 from zangchat.errors import UserError
 from zangchat.hf.format import SIZES, read_json
 from zangchat.hf.importing import Imported, fitted
-from zangchat.tokenizer import RustBPETokenizer, by_rank
+from zangchat.tokenizer import RustBPETokenizer
 
 # nanochat normalises by F.rms_norm(x, shape) with eps=None. For fp32 and bf16 alike torch then takes float32's epsilon, whatever its
 # documentation says of finfo(x.dtype): the sum is made in fp32, compiled or not.

@@ -42,16 +42,11 @@ def recover_merges(tokens: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
     return merges
 
 
-def mergeable_tokens(tokenizer: "RustBPETokenizer") -> list[bytes]:
-    count = tokenizer.get_vocab_size() - len(tokenizer.get_special_tokens())
-    return [tokenizer.decode_bytes([i]) for i in range(count)]
-
-
 def tokenizer_json(tokenizer: "RustBPETokenizer") -> dict[str, Any]:
     """The file of the library `tokenizers`: the same tokens for the same text. Raises UserError if the ranks are not those of merges."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-    tokens = mergeable_tokens(tokenizer)
+    tokens = tokenizer.mergeable_tokens
     try:
         merges = recover_merges(tokens)
     except ValueError as error:
