@@ -364,7 +364,7 @@ def test_a_changed_file_is_named(exported, tmp_path):
         ({"num_hidden_layers": 1}, r"model\.layers\.1\."),
         ({"num_hidden_layers": 3}, r"lacks transformer\.h\.2\."),
         ({"vocab_size": 701}, "transformer.wte.weight"),
-        ({"hidden_size": "64"}, "no model"),
+        ({"hidden_size": "64"}, "describes an unknown model"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -384,8 +384,8 @@ def test_extra_tensors_are_named(exported, tmp_path):
     ("change", "complaint"),
     [
         (lambda data: data["model"]["merges"].pop(3), "splits text in a way"),
-        (lambda data: data["pre_tokenizer"]["pretokenizers"].pop(0), "no byte-level BPE"),
-        (lambda data: data["added_tokens"].pop(), "no byte-level BPE"),
+        (lambda data: data["pre_tokenizer"]["pretokenizers"].pop(0), "not a byte-level BPE"),
+        (lambda data: data["added_tokens"].pop(), "not a byte-level BPE"),
         (lambda data: data["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=r"\p{N}{1,3}|\P{N}+"), "no way"),
     ],
 )
