@@ -31,6 +31,7 @@ from zangchat.dataset.manifest import FORMAT, replace_folder, write_manifest
 from zangchat.dataset.shards import GROUP_DOCUMENTS, record_text
 from zangchat.errors import UserError
 from zangchat.runtime.files import file_sha256
+from zangchat.runtime.logs import print0
 from zangchat.runtime.seeds import derive_seed
 
 BUCKETS = 64
@@ -73,7 +74,7 @@ def repackage(config: Config) -> int:
             cleanup.callback(shutil.rmtree, building, ignore_errors=True)
             buckets = building / "buckets"
             count = scatter((text.encode("utf-8", "replace") for text in documents), buckets, config.seed)
-            print(f"{count:,} documents in {BUCKETS} buckets", flush=True)
+            print0(f"{count:,} documents in {BUCKETS} buckets")
             if count < 2:
                 raise UserError(f"{config.hub or config.data_path} holds {count} document(s): at least 2 are needed, one for validation")
             shuffled = gather(bucket_files(buckets), round(config.memory * 1e9), config.seed)
@@ -83,7 +84,7 @@ def repackage(config: Config) -> int:
             shutil.rmtree(buckets)
             write_manifest(building, {"format": FORMAT, "name": name, "source": config.hub or "repackaged", "shards": shards})
             replace_folder(folder, building)
-    print(f"{folder}: {len(shards)} shards; train on them with --dataset={name}")
+    print0(f"{folder}: {len(shards)} shards; train on them with --dataset={name}")
     return 0
 
 
@@ -178,7 +179,7 @@ def write_shards(documents: Iterator[bytes], folder: Path, split: str, shard_cha
                 chars, count = chars + sum(map(len, texts)), count + len(texts)
                 group = list(itertools.islice(documents, GROUP_DOCUMENTS))
         entries.append({"name": path.name, "split": split, "bytes": path.stat().st_size, "sha256": file_sha256(path), "documents": count})
-        print(f"{path.name}  {count:,} documents, {chars:,} characters", flush=True)
+        print0(f"{path.name}  {count:,} documents, {chars:,} characters")
     return entries
 
 

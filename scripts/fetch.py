@@ -14,6 +14,7 @@ from tasks.common import MissingData
 from tasks.customjson import is_file_name
 from tasks.registry import MID_MIXTURE, SFT_MIXTURE, load_task, parse_mixture, scored_tasks
 from zangchat import configurator
+from zangchat.runtime.logs import print0
 
 
 @dataclass
@@ -43,12 +44,12 @@ def fetch(config: Config) -> int:
         try:
             look_at(name, "test", looked_at)
         except MissingData as error:  # the evaluation goes without it, too
-            print(f"{name} will not be scored: {error}")
+            print0(f"{name} will not be scored: {error}")
     if config.core:
         from zangchat.core_eval import find_bundle, read_tasks
 
         tasks, missing = read_tasks(find_bundle())
-        print(f"CORE: {len(tasks)} tasks{', without ' + ', '.join(missing) if missing else ''}")
+        print0(f"CORE: {len(tasks)} tasks{', without ' + ', '.join(missing) if missing else ''}")
     return 0
 
 
@@ -60,7 +61,7 @@ def look_at(name: str, split: str, before: set[str]) -> None:
         return
     before.add(label)
     task[0]
-    print(f"{label}: {len(task):,} conversations")
+    print0(f"{label}: {len(task):,} conversations")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from zangchat.dataset import Dataset
     from zangchat.tokenizer import RustBPETokenizer
 
+MAX_VOCAB_SIZE = 1 << 24  # far more than a model can use; the counts of merges are 32 bits wide
+
 
 @dataclass
 class Config:
@@ -80,6 +82,7 @@ def check(config: Config) -> None:
     smallest = 256 + len(SPECIAL_TOKENS)
     if config.vocab_size < smallest:
         raise UserError(f"--vocab_size={config.vocab_size} is too small: the bytes and the special tokens alone are {smallest}")
+    configurator.check_range(1, config, "vocab_size", most=MAX_VOCAB_SIZE)
     configurator.check_range(1, config, "max_chars", "doc_cap")
 
 

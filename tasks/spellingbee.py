@@ -1,7 +1,7 @@
 """SpellingBee: how many times does a letter stand in a word? Answered by one tool call, `' strawberry'.count('r')`.
 
 A model copies tokens, not letters, so the call holds the word with the space that the prompt has before it: the same tokens in the same
-order (`audit` measures it). With no space behind the quote, many words are torn differently in prompt and call, and a small model has
+order (a test measures it). With no space behind the quote, many words are torn differently in prompt and call, and a small model has
 nothing to copy. For the same reason every phrasing has a space before the word and no letter after it.
 """
 
@@ -233,19 +233,3 @@ class SimpleSpelling(_WordTask):
         """Whether the letters are right; what separates them does not matter."""
         said = visible_text(completion).strip().rstrip(".").lower()
         return re.sub(r"[\s,\-]+", ",", said) == ",".join(conversation["word"])
-
-
-def audit(tokenizer: Any, n: int = 1000, split: str = "test") -> float:
-    """The share of `n` prompts in which the tokens of the word stand, verbatim, in the prompt and in the gold call. Must be 1.0."""
-    good = 0
-    task = SpellingBee(size=n, split=split)
-    for conversation in map(task.get_example, range(n)):
-        prompt, answer = (message["content"] for message in conversation["messages"])
-        word = tokenizer.encode(" " + conversation["word"])
-        good += contains(tokenizer.encode(prompt), word) and contains(tokenizer.encode(answer[0]["text"]), word)
-    return good / n
-
-
-def contains(tokens: Sequence[int], run: Sequence[int]) -> bool:
-    """Whether `run` stands in `tokens` without a gap."""
-    return any(list(tokens[i : i + len(run)]) == list(run) for i in range(len(tokens) - len(run) + 1))

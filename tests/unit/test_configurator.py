@@ -151,9 +151,7 @@ def test_a_text_becomes_the_first_type_of_the_field_that_it_can_be(hint, text, v
     assert found == value and type(found) is type(value)
 
 
-@pytest.mark.parametrize(
-    ("hint", "text"), [(int, "1.0"), (int, "0x10"), (int, ""), (float, "0x1p3"), (Literal[1, 2], "01")]
-)
+@pytest.mark.parametrize(("hint", "text"), [(int, "1.0"), (int, "0x10"), (int, ""), (float, "0x1p3"), (Literal[1, 2], "01")])
 def test_no_other_spelling_is_a_number(hint, text):
     message = error_of(f"--flag={text}", cls=make_dataclass("Made", [("flag", hint)]))
     assert message.startswith(f"--flag={text} is not understood: expected ")

@@ -27,6 +27,7 @@ from zangchat.dataset.manifest import (
     folder_lock,
 )
 from zangchat.errors import UserError
+from zangchat.runtime.logs import print0
 
 
 def tokenize(config: "TokenizeConfig") -> int:
@@ -43,7 +44,7 @@ def tokenize(config: "TokenizeConfig") -> int:
             raise UserError(f"{folder} is there already: train with {train}, or give --overwrite to make it again")
         made = tokenize(dataset, get_tokenizer(), folder, config.num_threads or os.cpu_count() or 1)
     tokens = sum(entry.get("tokens", 0) for entry in made.manifest["shards"])
-    print(f"{folder}: {tokens:,} tokens; train on them with {train}")
+    print0(f"{folder}: {tokens:,} tokens; train on them with {train}")
     return 0
 
 
@@ -52,11 +53,11 @@ def verify(config: "VerifyConfig") -> int:
     bad = {}
     for entry in dataset.manifest["shards"]:
         problem = check_shard(dataset.folder / entry["name"], entry)
-        print(f"{entry['name']}  {entry['split']:<10}  {problem or 'ok'}", flush=True)
+        print0(f"{entry['name']}  {entry['split']:<10}  {problem or 'ok'}")
         if problem:
             bad[entry["name"]] = problem
     if not bad:
-        print(f"{dataset.name}: {len(dataset.manifest['shards'])} shards are what the manifest says (fingerprint {dataset.fingerprint})")
+        print0(f"{dataset.name}: {len(dataset.manifest['shards'])} shards are what the manifest says (fingerprint {dataset.fingerprint})")
         return 0
     if config.repair and (dataset.manifest["source"] == "pydocs" or "repo" in dataset.manifest):
         for name in bad:

@@ -34,6 +34,7 @@ from zangchat.dataset.manifest import (
 from zangchat.errors import UserError
 from zangchat.runtime.downloads import Failure, asked_wait, is_refusal, with_retries
 from zangchat.runtime.files import file_lock, file_sha256, get_base_dir
+from zangchat.runtime.logs import print0
 from zangchat.runtime.progress import Progress
 
 if TYPE_CHECKING:
@@ -227,7 +228,7 @@ def _fetch(dataset: Dataset, num_workers: int) -> None:
         todo.put(entry)
     counts = f"{len(dataset.shards('train'))} training shards and the validation shard"
     if not missing:
-        print(
+        print0(
             f"{dataset.name}: {counts} are in {dataset.folder} already (fingerprint {dataset.fingerprint}); "
             f"`python -m zangchat.dataset verify {dataset.flag}` checks them"
         )
@@ -252,7 +253,7 @@ def _fetch(dataset: Dataset, num_workers: int) -> None:
     finally:
         stop.set()
     shutil.rmtree(dataset.folder / INCOMING, ignore_errors=True)
-    print(f"{dataset.name}: {counts} are in {dataset.folder} (fingerprint {dataset.fingerprint})")
+    print0(f"{dataset.name}: {counts} are in {dataset.folder} (fingerprint {dataset.fingerprint})")
 
 
 def _follow(dataset: Dataset, missing: list[dict[str, Any]], done: "queue.SimpleQueue[BaseException | None]") -> None:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 from zangchat.dataset.manifest import MANIFEST, folder_lock, load_dataset, write_dataset
 from zangchat.dataset.shards import GROUP_DOCUMENTS
+from zangchat.runtime.logs import print0
 from zangchat.runtime.progress import Progress
 from zangchat.runtime.seeds import derive_seed
 
@@ -73,12 +74,12 @@ def build(folder: Path, *, overwrite: bool = False, workers: int | None = None) 
     with folder_lock(folder):
         if (folder / MANIFEST).exists() and not overwrite:
             dataset = load_dataset(folder)
-            print(f"pydocs is in {folder} already (fingerprint {dataset.fingerprint}); --overwrite builds it again")
+            print0(f"pydocs is in {folder} already (fingerprint {dataset.fingerprint}); --overwrite builds it again")
             return 0
         train, validation, facts = collect(library_roots(), workers or min(8, os.cpu_count() or 1))
         dataset = write_dataset(folder, "pydocs", train, validation, facts)
     sizes = f"{facts['prose_bytes'] / 1e6:.1f} MB of prose, {facts['code_bytes'] / 1e6:.1f} MB of code"
-    print(
+    print0(
         f"pydocs: {len(train):,} training and {len(validation):,} validation documents, {sizes}, "
         f"in {folder} (fingerprint {dataset.fingerprint})"
     )
