@@ -1,12 +1,12 @@
-"""Conversations about who the model is, written by another model behind an OpenAI-compatible endpoint: a file for --identity_data.
+"""Write conversations about the model's identity with another model, as a file for --identity_data.
 
     python -m dev.gen_synthetic_data --base_url=http://127.0.0.1:8000/v1 --num=500
     OPENAI_API_KEY=... python -m dev.gen_synthetic_data --base_url=https://api.example.com/v1 --model=NAME --facts=me.txt --num=1000
     python -m scripts.mid_train --identity_data=identity.jsonl
 
-Conversation i is asked for with a language, a kind of user, a topic, a tone and a length drawn from (seed, i): that is where the variety
-comes from. The endpoint is asked for JSON by a schema, or, where it knows none, by the prompt alone; every reply is checked either way.
-An opening that is too similar to an earlier one is left out. Run again, it goes on where it stopped.
+The other model has an OpenAI-compatible endpoint. The request for conversation i has a language, a kind of user, a topic, a tone and a
+length drawn from (seed, i), for variety. It asks for JSON by a schema or, if the endpoint does not know schemas, only by the prompt; every
+reply is checked either way. An opening that is too similar to an earlier one is left out. Run it again to continue where it stopped.
 """
 
 import json
@@ -24,7 +24,7 @@ from typing import Any
 from tasks.common import Conversation
 from tasks.customjson import conversation_of
 from zangchat import configurator
-from zangchat.errors import UserError
+from zangchat.errors import UserError, explain
 from zangchat.runtime.files import atomic_write, read_jsonl
 from zangchat.runtime.logs import print0
 from zangchat.runtime.seeds import derive_seed
@@ -82,8 +82,8 @@ class Config:
     base_url: str = "http://127.0.0.1:8000/v1"  # of the endpoint; the default is scripts.chat_web
     model: str = ""  # default: the first that the endpoint lists
     num: int = 500  # conversations in the file at the end
-    output: str = "identity.jsonl"  # what it holds already counts
-    facts: str = ""  # a text file with what is true of the assistant; default: about zangchat
+    output: str = "identity.jsonl"  # conversations that it already has count
+    facts: str = ""  # a text file of facts about the assistant; default: about zangchat
     languages: str = "English:3,Chinese:1"  # NAME:WEIGHT
     max_turns: int = 3  # questions with their answers, at most
     max_similarity: float = 0.7  # of an opening to every earlier one: the share of runs of three letters that they have in common
@@ -108,7 +108,7 @@ def generate(config: Config) -> int:
         openings.add(opening(conversation))
     have, dropped = len(written), {"not a conversation": 0, "too similar": 0}
     writer = Writer(config)
-    last = 3 * config.num  # a model that repeats itself is not asked for ever
+    last = 3 * config.num  # a model may repeat itself endlessly
     with open(output, "a", encoding="utf-8", newline="\n") as file, ThreadPoolExecutor(config.at_once) as pool:
         for first in range(progress_of(output), last, config.at_once):
             if have >= config.num:
@@ -172,7 +172,7 @@ def progress_of(output: Path) -> int:
 
 
 def make_prompt(facts: str, languages: dict[str, float], config: Config, index: int) -> str:
-    """What is asked for as conversation `index`; the same whenever it is asked."""
+    """The request for conversation `index`, always the same."""
     rng = random.Random(derive_seed(config.seed, "synthetic", index))
     turns = rng.randint(1, config.max_turns)
     (language,) = rng.choices(list(languages), list(languages.values()))
@@ -186,17 +186,15 @@ Reply with nothing but JSON: {{"messages": [{{"role": "user", "content": "..."}}
 
 
 class Writer:
-    """The endpoint. Raises UserError where it cannot be reached or refuses."""
+    """The endpoint. Raises UserError if it cannot be reached or refuses."""
 
     def __init__(self, config: Config) -> None:
-        try:
+        with explain("the openai client is not installed", "run `pip install openai`", ImportError):
             import openai
-        except ImportError as error:
-            raise UserError("the openai client is not installed: run `pip install openai`") from error
         self.openai, self.config = openai, config
         key = os.environ.get("OPENAI_API_KEY", "none")  # a server of one's own wants none
         self.client = openai.OpenAI(base_url=config.base_url, api_key=key, max_retries=4, timeout=600.0)
-        self.knows_schemas = True
+        self.has_schemas = True
         self.model = config.model or self._called(lambda: self.client.models.list().data[0].id)
 
     def write(self, prompt: str) -> str:
@@ -206,16 +204,16 @@ class Writer:
             "temperature": self.config.temperature,
             "max_tokens": self.config.max_tokens,
         }
-        if self.knows_schemas:
+        if self.has_schemas:
             schema = {"type": "json_schema", "json_schema": {"name": "conversation", "strict": True, "schema": SCHEMA}}
             try:
                 return self._text({**asked, "response_format": schema})
             except self.openai.BadRequestError as error:
                 if "response_format" not in str(error):
                     raise UserError(f"{self.config.base_url} refuses: {error}") from error
-                if self.knows_schemas:
-                    print0("the endpoint knows no JSON schemas: JSON is asked for by the prompt alone")
-                self.knows_schemas = False
+                if self.has_schemas:
+                    print0("the endpoint does not support JSON schemas: only the prompt asks for JSON")
+                self.has_schemas = False
         return self._text(asked)
 
     def _text(self, asked: dict[str, Any]) -> str:
@@ -227,9 +225,8 @@ class Writer:
         except self.openai.BadRequestError:
             raise
         except (self.openai.OpenAIError, IndexError) as error:
-            raise UserError(
-                f"--base_url={self.config.base_url} gives no answer ({error}): start scripts.chat_web, or give another"
-            ) from error
+            problem = f"--base_url={self.config.base_url} gives no answer ({error})"
+            raise UserError(f"{problem}: start scripts.chat_web, or give another") from error
 
 
 # ---- what came back -------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ enough to read fast, and any run of them is a fair sample of the whole. Texts ne
     scatter   each document goes to one of 64 files, its bucket, drawn at random
     gather    each bucket is read, shuffled in memory and written out, one after the other; one that is too large is scattered again
 
-Where one machine takes too long, dev/repackage_datatrove.py runs the same two passes on many.
-The first documents of the shuffled order are the validation shard. The order depends on --seed and the order of the source alone.
+If one machine takes too long, dev/repackage_datatrove.py runs the same two passes on many.
+The first documents of the shuffled order are the validation shard. The order depends only on --seed and the order of the source.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from zangchat import configurator
 from zangchat.dataset import datasets_dir, find_dataset, folder_lock
 from zangchat.dataset.manifest import FORMAT, replace_folder, write_manifest
 from zangchat.dataset.shards import GROUP_DOCUMENTS, record_text
-from zangchat.errors import UserError
+from zangchat.errors import UserError, explain
 from zangchat.runtime.files import file_sha256
 from zangchat.runtime.logs import print0
 from zangchat.runtime.seeds import derive_seed
@@ -98,13 +98,9 @@ def source(config: Config) -> Iterator[str]:
         return
     import datasets
 
-    try:
+    remedy = "check the name, --hub_config and --hub_split, the network, or set HF_ENDPOINT"
+    with explain(f"--hub={config.hub} cannot be read", remedy, ValueError, OSError):
         rows = datasets.load_dataset(config.hub, config.hub_config, split=config.hub_split, streaming=True)
-    except (ValueError, OSError, ConnectionError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"--hub={config.hub}: {reason}; check the name, --hub_config and --hub_split, the network, or set HF_ENDPOINT"
-        ) from error
     for number, row in enumerate(rows):
         if text := record_text(row, f"{config.hub}, record {number}"):
             yield text
@@ -134,7 +130,7 @@ def bucket_files(folder: Path) -> list[list[Path]]:
 
 
 def gather(buckets: Iterable[Sequence[Path]], memory: int, *seed: Any) -> Iterator[bytes]:
-    """All documents of the buckets in random order, with never more than about `memory` bytes of them at hand. Empties the buckets."""
+    """All documents of the buckets in random order, about `memory` bytes of them in memory at most. Empties the buckets."""
     for number, files in enumerate(buckets):
         size = sum(path.stat().st_size for path in files)
         if size <= memory // 2:  # the rest is for what Python adds to small objects, and for the row group being written

@@ -63,7 +63,7 @@ class Scatter(PipelineStep):
 
 
 class Gather(PipelineStep):
-    """Shuffles this task's buckets, each into a shard, with its manifest entry beside it."""
+    """Shuffles this task's buckets, each into a shard, with its manifest entry in a file next to it."""
 
     name, type = "gather", "shuffle"
 

@@ -1,9 +1,9 @@
-"""Fetch what the stages after pretraining need, so that no trained model waits for a download that fails.
+"""Fetch the data of the stages after pretraining, so that no trained model waits for a download that fails.
 
-    python -m scripts.fetch                                            what the defaults of all stages need
+    python -m scripts.fetch                                            the data of all stages on their defaults
     python -m scripts.fetch --mid_mixture="smoltalk:1,me.jsonl:2" --rl_task=spellingbee --core=0
 
-Datasets go to the cache of the hub's client, CORE's bundle to <base>/eval_bundle. What is there already is only looked at.
+Datasets go to the cache of the hub's client, CORE's bundle to <base>/eval_bundle. Data that is there already is only checked.
 """
 
 import sys

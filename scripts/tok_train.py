@@ -4,7 +4,7 @@
     python -m scripts.tok_train --vocab_size=8192 --max_chars=200000000 --dataset=pydocs
 
 It goes to <base>/tokenizer. One that is there already is kept when it was made of the same text with the same settings; otherwise only
---overwrite replaces it. Models that were trained keep a copy of theirs beside their checkpoints.
+--overwrite replaces it. Models that were trained keep a copy of theirs next to their checkpoints.
 """
 
 import contextlib
@@ -87,19 +87,19 @@ def check(config: Config) -> None:
 
 
 def settings(config: Config, dataset: "Dataset") -> dict[str, Any]:
-    """What decides the result; kept in tokenizer.json."""
+    """The settings that determine the result; kept in tokenizer.json."""
     return {
         "vocab_size": config.vocab_size,
         "max_chars": config.max_chars,
         "doc_cap": config.doc_cap,
         "dataset": dataset.name,
-        # Shards of the hub may still be arriving: their names, at a pinned revision, say enough.
+        # Shards of the hub may still be downloading: their names at a pinned revision suffice.
         "text": dataset.name if dataset.arrives_in_order else dataset.fingerprint,
     }
 
 
 def already_trained(facts: dict[str, Any]) -> bool:
-    """Whether the tokenizer there is the one asked for. Raises UserError where it is another."""
+    """Whether the tokenizer there is the requested one. Raises UserError if it is another."""
     from zangchat.tokenizer import TOKENIZER_FILE, RustBPETokenizer, tokenizer_dir
 
     folder = tokenizer_dir()
@@ -117,7 +117,7 @@ def already_trained(facts: dict[str, Any]) -> bool:
 
 
 class Text:
-    """The documents to train on, and what was read of them."""
+    """The documents to train on, and counts of those read."""
 
     def __init__(self, config: Config, dataset: "Dataset") -> None:
         self.config, self.dataset = config, dataset

@@ -1,8 +1,8 @@
-"""What a task is, how tasks are mixed, and the registry: a new task is one file and one line in REGISTRY.
+"""The protocol of tasks, their mixtures, and the data that they come from.
 
-A task is a sequence of conversations (see zangchat.tokenizer for the format) that knows how to judge an answer. `completion` below is
-either plain text or, better, the content of an assistant message: a list of {"type": "text"|"python"|"python_output", "text": str} parts.
-Parts make it possible to tell a real tool call from text that looks like one.
+A task is a sequence of conversations (zangchat.conversation has the format) that can judge an answer.
+`completion` below is plain text or, better, the parts of an assistant message, which tell a real tool
+call from text that looks like one. A new task is one file and one line in registry.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from zangchat.runtime.files import get_base_dir, read_jsonl
 from zangchat.runtime.seeds import derive_seed
 
 SPLITS = ("train", "val", "test")
-DEFAULT_SIZE = 1000  # examples of a generated task when nobody says how many
+DEFAULT_SIZE = 1000  # examples of a generated task by default
 DEFINE = "must define num_examples and get_example (see README.md, Adding a task)"
 
 
@@ -32,13 +32,13 @@ class MissingData(UserError):
 class Task:
     """A sequence of conversations, seen through start:stop:step. Slices compose: task[10:20][::2].
 
-    Subclasses give `num_examples`, `get_example` and, where they can be scored, `eval_type` with `evaluate` (and `reward` for RL).
+    Subclasses define `num_examples` and `get_example`; for scores, `eval_type` with `evaluate` (and `reward` for RL).
     """
 
     eval_type: ClassVar[str] = "generative"  # or "categorical": the answer is one of conversation["letters"]
-    generated: ClassVar[bool] = False  # made up on demand: has a size, not epochs
+    generated: ClassVar[bool] = False  # on demand: has a size, not epochs
     rewarded: ClassVar[bool] = False  # has a reward, for RL
-    needs_tool: ClassVar[bool] = False  # which is for answers that came from a tool alone
+    needs_tool: ClassVar[bool] = False  # only for answers that came from a tool
     name: str = ""  # how the registry spells it
     _view: slice = slice(None)  # all, for a subclass that does not call __init__
     _indices: range | None = None
@@ -130,7 +130,7 @@ class TaskSequence(Task):
 
 
 def chat(user: str, assistant: Content, **extra: Any) -> Conversation:
-    """A one-turn conversation; `extra` is what the task itself needs to judge answers."""
+    """A one-turn conversation; `extra` is data that the task needs to judge answers."""
     return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}], **extra}
 
 
@@ -169,7 +169,7 @@ NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def last_number(text: str) -> float | None:
-    """The last number in a text: thousands separators allowed, a final full stop is no decimal point."""
+    """The last number in a text: thousands separators allowed, a final full stop is not a decimal point."""
     found = NUMBER.findall(text)
     return float(found[-1].replace(",", "")) if found else None
 
@@ -189,7 +189,7 @@ def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> 
 
 
 def split_of(*key: object) -> str:
-    """Which split a thing that we made ourselves belongs to: 80 % train, 10 % val, 10 % test, decided by the thing alone."""
+    """The split of generated data: 80 % train, 10 % val, 10 % test, determined only by its key."""
     return ("val", "test", *("train",) * 8)[derive_seed("split", *key) % 10]
 
 
@@ -266,7 +266,7 @@ def _from_hub(repo: str, config: str, split: str, home: Path) -> Any:
 class RowsTask(Task):
     """A task over the rows of a downloaded dataset, in one fixed shuffled order (so that the first N are a fair sample).
 
-    There is no val split of its own: `val` reads the test rows.
+    It has no val split of its own: `val` reads the test rows.
     """
 
     folder: ClassVar[str]
@@ -279,7 +279,7 @@ class RowsTask(Task):
 
     @property
     def file_split(self) -> str:
-        """What the dataset itself calls the split."""
+        """The dataset's own name of the split."""
         return "train" if self.split == "train" else "test"
 
     @functools.cached_property
@@ -303,9 +303,9 @@ class RowsTask(Task):
 
 
 class GeneratedTask(Task):
-    """A task that makes up example i of a split from (seed, name, split, i): `size` of them, as many as one likes.
+    """A task that generates example i of a split from (seed, name, split, i), `size` of them.
 
-    The model's tokenizer is for tasks that want to know what its tokens are.
+    The model's tokenizer is for tasks that depend on its tokens.
     """
 
     generated = True

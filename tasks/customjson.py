@@ -61,7 +61,7 @@ class CustomJSON(Task):
     def __init__(self, filepath: str | Path, split: str = "train", **view: int) -> None:
         super().__init__(**view)
         self.path = expand_home(filepath)
-        self.split = split  # a file is what it is: the caller decides what it is for
+        self.split = split  # not used: the caller decides on the purpose of a file
 
     @cached_property
     def conversations(self) -> list[Conversation]:

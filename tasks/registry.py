@@ -13,13 +13,13 @@ from tasks.common import Task, TaskMixture, check_split
 from tasks.customjson import CustomJSON, is_file_name
 from zangchat.errors import UserError
 
-MAX_AMOUNT = 10_000_000  # of a task in a mixture: their order alone takes a hundred bytes a conversation
+MAX_AMOUNT = 10_000_000  # of a task in a mixture: just their order takes a hundred bytes a conversation
 MAX_HELDOUT = 1000  # generated examples per task in a held-out mixture
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a task lives. `baseline` is the score of guessing; None = not part of ChatCORE."""
+    """The class of a task. `baseline` is the score of guessing; None = not part of ChatCORE."""
 
     module: str
     cls: str

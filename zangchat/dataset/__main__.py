@@ -74,7 +74,7 @@ def verify(config: "VerifyConfig") -> int:
 
 @dataclass
 class Config:
-    source: str = ""  # pydocs | climbmix | fineweb-edu; with -n alone: climbmix
+    source: str = ""  # pydocs | climbmix | fineweb-edu; default with -n: climbmix
     num_shards: Annotated[int, tyro.conf.arg(aliases=["-n"])] = -1  # training shards to fetch from the hub; -1 = all of them
     num_workers: Annotated[int, tyro.conf.arg(aliases=["-w"])] = 4  # downloads at a time
     overwrite: bool = False  # pydocs: build it again although it is there
@@ -83,7 +83,7 @@ class Config:
 @dataclass
 class VerifyConfig:
     dataset: str | None = None  # which dataset; default: the only one present
-    repair: bool = False  # fetch or build again what is missing or damaged, where it came from the hub or is pydocs
+    repair: bool = False  # fetch or build missing and damaged shards again, if they are the hub's or pydocs
 
 
 @dataclass

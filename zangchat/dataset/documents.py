@@ -18,7 +18,7 @@ DOCUMENT_CHARS = range(200, 8001)
 JOINED_CHARS = 1500  # short docstrings of a file are joined until they amount to this
 ENTRY_CHARS = 60  # a docstring or comment below this says too little
 
-# Read by importing them, as is what is linked into the interpreter: modules written in C, whose import has no effect.
+# Read by importing them, like the modules of the interpreter: written in C, and without side effects.
 BUILT_IN_MODULES = {"array", "binascii", "builtins", "cmath", "math", "select", "unicodedata", "zlib"}
 LICENCE = re.compile(r"licensed under|permission is hereby granted|redistribution and use|without warrant|all rights reserved|spdx-", re.I)
 GENERATED = re.compile(r"do not (edit|modify)|auto-?generated|@generated|generated (by|from|code|file)|automatically generated", re.I)
@@ -36,7 +36,7 @@ Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class Extract(NamedTuple):
-    """What one source gave: documents, and the name under which they stay together in one split."""
+    """The documents of a source, and the key that keeps them together in one split."""
 
     key: str
     prose: list[str]
@@ -74,7 +74,7 @@ def _definitions(node: Definition, name: str) -> Iterator[tuple[Definition, str]
 
 
 def _docstring_entry(node: Definition, name: str) -> str:
-    """The docstring below a heading that says what it documents; empty where it says too little."""
+    """The docstring below the name that it documents; empty if it is too short."""
     docstring = clean_markup(ast.get_docstring(node) or "")
     if len(docstring) < ENTRY_CHARS:
         return ""
@@ -102,7 +102,7 @@ def language_topics() -> Iterator[Extract]:
 
 
 def built_in_docstrings() -> Iterator[Extract]:
-    """Docstrings of what is written in C and has no source file here: `len`, `str.split`, `math.sqrt`, ..."""
+    """Docstrings of names written in C, without a source file: `len`, `str.split`, `math.sqrt`, ..."""
     linked = {name for name in sys.builtin_module_names if not name.startswith(("_", "xx"))}
     for name in sorted(BUILT_IN_MODULES | linked):
         module = importlib.import_module(name)
@@ -163,7 +163,7 @@ def documents_of(entries: Iterable[str]) -> list[str]:
 
 
 def cut_between(text: str, separator: str) -> list[str]:
-    """Pieces that are no longer than a document may be where the text has a separator often enough; what has not is left out."""
+    """Cut at separators into pieces of at most a document's length; longer ones are left out."""
     limit = DOCUMENT_CHARS.stop - 1
     pieces: list[str] = []
     for part in text.split(separator):

@@ -112,7 +112,7 @@ class Dataset:
     def read_arrow(self, shard: str, group: int, split: str) -> "pyarrow.ChunkedArray | list[Any]":
         """The same, as Arrow memory if the shard is parquet with a column `text`.
 
-        That array may hold nulls and empty strings, which are no documents.
+        That array may hold nulls and empty strings, which are not documents.
         """
         file = self._file(shard)
         if self._entries[shard]["split"] != "both":
@@ -124,7 +124,7 @@ class Dataset:
         return file.read_group(group if group < held_out else group + 1)
 
     def _held_out(self, shard: str) -> tuple[int, bool]:
-        """(the last group of a lone file that has text, whether another one has)."""
+        """(the last group with text of a lone file, whether another group has text)."""
         if shard not in self._held_out_groups:
             file = self._file(shard)
             with_text = (group for group in reversed(range(file.num_groups())) if has_documents(file.read_group(group)))

@@ -35,7 +35,7 @@ from zangchat.runtime.progress import Progress
 from zangchat.runtime.seeds import derive_seed
 
 PROSE_BYTES = 28_000_000  # at most
-CODE_SHARE = 0.35  # of all text, at most: prose is what a chat model needs first
+CODE_SHARE = 0.35  # of all text, at most: a chat model needs prose first
 PACKAGE_SOURCE_BYTES = 10_000_000  # of the largest packages only this much source is read: time, and no package should dominate
 CODE_ONE_FILE_IN = 5  # of the packages' files; of the standard library every file gives code
 VALIDATION_SHARE = 20  # one document in so many, at most one row group, in whole files
@@ -133,7 +133,7 @@ def _in_parallel(jobs: list[Job], workers: int) -> Iterator[Extract]:
     with ProcessPoolExecutor(workers, get_context("spawn"), _leave_ctrl_c_to_the_parent) as pool:
         try:
             yield from pool.map(extract, jobs, chunksize=32)
-        except BaseException:  # Ctrl-C: drop what is queued rather than finish it
+        except BaseException:  # Ctrl-C: drop queued files rather than finish them
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
@@ -143,7 +143,7 @@ def _leave_ctrl_c_to_the_parent() -> None:
 
 
 def extract(job: Job) -> Extract:
-    """The documents of one file; none where it is not readable as UTF-8, not valid Python, generated, or data."""
+    """The documents of a file; none if it is not UTF-8, not valid Python, generated, or data."""
     try:
         text = job.path.read_text(encoding="utf-8").replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError):
@@ -169,7 +169,7 @@ def is_new(text: str, seen: set[bytes]) -> bool:
 
 
 def split_by_key(documents: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
-    """(training, validation) texts of (text, key) pairs in their order; what shares a key, i.e. comes from one file, stays together."""
+    """(training, validation) texts of (text, key) pairs in their order; texts of one key, i.e. of one file, stay together."""
     target = min(GROUP_DOCUMENTS, max(1, len(documents) // VALIDATION_SHARE))
     sizes: dict[str, int] = {}
     for _, key in documents:

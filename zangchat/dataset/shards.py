@@ -1,8 +1,9 @@
 """Shards on disk: parquet, .jsonl, .txt and token files, each as numbered groups of documents.
 
-The group is the unit of reading: the data loader needs (shard, group, row) to find its place again, whatever the format.
+The group is the unit of reading: the data loader needs (shard, group, row) to find its place again, in every format.
 """
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zangchat.conversation import all_text
-from zangchat.errors import UserError, explain, reason_of
+from zangchat.errors import UserError, explain
 from zangchat.runtime.files import BOM, read_jsonl
 
 if TYPE_CHECKING:
@@ -58,9 +59,8 @@ class _File:
     def has_text(self) -> bool:
         return any(has_documents(self.read_group(group)) for group in range(self.num_groups()))
 
-    def damaged(self, error: BaseException | str) -> UserError:
-        reason = error if isinstance(error, str) else reason_of(error)
-        return UserError(f"{self.path} is damaged ({reason}): {self.repair_hint}")
+    def explained(self, *kinds: type[Exception]) -> contextlib.AbstractContextManager[None]:
+        return explain(f"{self.path} is damaged", self.repair_hint, *kinds)
 
 
 class ParquetFile(_File):
@@ -71,19 +71,16 @@ class ParquetFile(_File):
         import pyarrow
 
         file = self._open()
-        has_column = "text" in file.schema_arrow.names
-        if has_column:
+        if "text" in file.schema_arrow.names:
             self._check_column(file.schema_arrow)
-        try:
-            if has_column:
+            with self.explained(pyarrow.ArrowException, OSError):
                 texts = file.read_row_group(group, columns=["text"]).column("text")
                 if texts.type not in (pyarrow.string(), pyarrow.large_string()):
                     texts = texts.cast(pyarrow.string())
                 texts.validate(full=True)  # that it is UTF-8: readers do not check
-                return texts
+            return texts
+        with self.explained(pyarrow.ArrowException, OSError):
             rows = file.read_row_group(group).to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise self.damaged(error) from error
         where = f"{self.path}, row group {group}"
         return [text for row in rows if (text := record_text(row, where))]
 
@@ -91,10 +88,8 @@ class ParquetFile(_File):
         import pyarrow
         import pyarrow.parquet
 
-        try:
+        with self.explained(pyarrow.ArrowException, OSError):
             return pyarrow.parquet.ParquetFile(self.path)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise self.damaged(error) from error
 
     def _check_column(self, schema: "pyarrow.Schema") -> None:
         """Raises UserError unless there is one column `text`, of strings."""
@@ -134,9 +129,11 @@ class LineFile(_File):
         if start == 0 and raw.startswith(BOM):
             start, raw = len(BOM), raw.removeprefix(BOM)
         try:
-            return cut_text(raw.decode("utf-8").replace("\r\n", "\n"))
+            text = raw.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise self.damaged(f"byte {start + error.start} is not UTF-8") from error
+            reason = f"byte {start + error.start} is not UTF-8"
+            raise UserError(f"{self.path} is damaged ({reason}): {self.repair_hint}") from error
+        return cut_text(text.replace("\r\n", "\n"))
 
 
 def open_shard(path: Path, repair_hint: str) -> ParquetFile | LineFile:
@@ -154,7 +151,7 @@ def _line_start(file: Any, position: int) -> int:
 
 
 def _last_line_start(file: Any) -> int:
-    """Where the last line that is not blank begins; 0 if there is none."""
+    """The beginning of the last line that is not blank; 0 if all are."""
     end, found = file.seek(0, os.SEEK_END), False
     while end > 0:
         start = max(0, end - SCAN_BYTES)

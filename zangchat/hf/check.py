@@ -1,4 +1,4 @@
-"""Does an export do what the model does? Tokens, chat prompts, logits and greedy text are compared."""
+"""Compare an export with its model: tokens, chat prompts, logits and greedy text."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

@@ -74,7 +74,7 @@ def setup_default_logging() -> None:
 
 
 class _SteadyStream:
-    """A text stream that drops what it cannot write."""
+    """A text stream that drops text that it cannot write."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

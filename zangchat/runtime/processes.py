@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 def is_ddp() -> bool:
-    """Whether torchrun started this process. RANK alone, as some clusters set it, does not count."""
+    """Whether torchrun started this process. Only RANK, as some clusters set it, does not count."""
     return all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 
 
@@ -23,7 +19,10 @@ def get_dist_info() -> tuple[bool, int, int, int]:
 
 
 def compute_cleanup() -> None:
-    """Leave the process group, where there is one. Whoever stopped the import of torch gets no second one, which would fail."""
+    """Leave the process group, if there is one.
+
+    Does not import torch: an interrupted import cannot be retried.
+    """
     torch = sys.modules.get("torch")
     if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
