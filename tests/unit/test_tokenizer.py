@@ -470,6 +470,12 @@ def test_tok_train_reads_the_same_from_lines_and_from_parquet(base_dir: Path, tm
     assert [get_tokenizer().decode_bytes([i]) for i in range(271)] == expected
 
 
+def test_tok_train_names_a_vocabulary_that_cannot_be(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for size, problem in (("100", "is too small"), ("5000000000", "is not possible: give at least")):
+        assert tok_train(f"--vocab_size={size}") == 2
+        assert f"--vocab_size={size} {problem}" in capsys.readouterr().err
+
+
 def test_tok_train_never_replaces_a_tokenizer_unasked(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tok_train("--vocab_size=320") == 0
     first = get_tokenizer().fingerprint

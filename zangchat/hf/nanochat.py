@@ -26,35 +26,53 @@ def read_checkpoint(base: Path, source: str, from_tag: str | None = None, step: 
     `base` is its base directory, or one folder with model_*.pt, meta_*.json and tokenizer.pkl.
     Raises UserError.
     """
-    folder, tokenizer_folder = base, base
-    if not any(base.glob("model_*.pt")):
-        stage = base / SOURCES[source]
-        tags = sorted({path.parent.name for path in stage.glob("*/model_*.pt")})
-        if not tags:
-            raise UserError(f"--path={base} holds neither a config.json nor a checkpoint of nanochat in {stage.name}/")
-        if from_tag not in tags and (from_tag or len(tags) > 1):
-            raise UserError(f"--from_tag={from_tag or ''} must name one of the models in {stage}: {', '.join(tags)}")
-        folder, tokenizer_folder = stage / (from_tag or tags[0]), base / "tokenizer"
-    steps = sorted(int(match[1]) for path in folder.iterdir() if (match := re.fullmatch(r"model_(\d+)\.pt", path.name)))
-    if not steps:
-        raise UserError(f"{folder} has no whole model_*.pt: the parts that single ranks have saved cannot be imported")
-    if step not in (None, *steps):
-        raise UserError(f"--step={step} is not in {folder}: choose one of {', '.join(map(str, steps))}")
-    step = steps[-1] if step is None else step
-    model_path, meta_path = (folder / checkpoint_manager.model_name(step), folder / checkpoint_manager.meta_name(step))
+    folder, tokenizer_folder = _find_folders(base, source, from_tag)
+    step = _find_step(folder, step)
+    meta_path = folder / checkpoint_manager.meta_name(step)
+    model_path = folder / checkpoint_manager.model_name(step)
     meta = read_json(meta_path)
     problem, remedy = f"{meta_path} describes an unknown model", "take the files of a whole checkpoint"
     with explain(problem, remedy, KeyError, TypeError, ValueError):
         settings = dict(meta["model_config"])
         sizes = {name: settings.pop(name) for name in SIZES}
         config = GPTConfig(**sizes, rms_norm_eps=NANOCHAT_EPS)
-    weights = fit(checkpoint_manager.strip_prefix(checkpoint_manager.read_tensors(model_path, "cpu")), config, model_path)
+    tensors = checkpoint_manager.read_tensors(model_path, "cpu")
+    weights = fit(checkpoint_manager.strip_prefix(tensors), config, model_path)
     if settings:
-        raise UserError(f"{meta_path} is of another architecture: this program does not know its {', '.join(sorted(settings))}")
+        unknown = f"this program does not know its {', '.join(sorted(settings))}"
+        raise UserError(f"{meta_path} is of another architecture: {unknown}")
     tokenizer = read_tokenizer(tokenizer_folder / "tokenizer.pkl")
     bpb = meta.get("val_bpb")
     bpb = bpb if isinstance(bpb, (int, float)) and math.isfinite(bpb) else None
     return Imported(weights, config, tokenizer, step, bpb, f"nanochat checkpoint {folder.name}")
+
+
+def _find_folders(base: Path, source: str, from_tag: str | None) -> tuple[Path, Path]:
+    """The folders of (the checkpoints, the tokenizer)."""
+    if any(base.glob("model_*.pt")):
+        return base, base
+    stage = base / SOURCES[source]
+    tags = sorted({path.parent.name for path in stage.glob("*/model_*.pt")})
+    if not tags:
+        expected = f"neither a config.json nor a checkpoint of nanochat in {stage.name}/"
+        raise UserError(f"--path={base} holds {expected}")
+    if from_tag not in tags and (from_tag or len(tags) > 1):
+        choice = f"must name one of the models in {stage}: {', '.join(tags)}"
+        raise UserError(f"--from_tag={from_tag or ''} {choice}")
+    return stage / (from_tag or tags[0]), base / "tokenizer"
+
+
+def _find_step(folder: Path, step: int | None) -> int:
+    """The step to import: `step` if the folder has it, by default the last."""
+    matches = (re.fullmatch(r"model_(\d+)\.pt", path.name) for path in folder.iterdir())
+    steps = sorted(int(match[1]) for match in matches if match)
+    if not steps:
+        parts = "the parts that single ranks have saved cannot be imported"
+        raise UserError(f"{folder} has no whole model_*.pt: {parts}")
+    if step not in (None, *steps):
+        choice = f"choose one of {', '.join(map(str, steps))}"
+        raise UserError(f"--step={step} is not in {folder}: {choice}")
+    return steps[-1] if step is None else step
 
 
 # ---- the tokenizer --------------------------------------------------------------------------------------------------
