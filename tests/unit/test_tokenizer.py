@@ -297,7 +297,7 @@ def test_any_other_pickle_is_refused_and_not_executed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("tokenizer.pkl").write_bytes(contents(tok))
-    with pytest.raises(UserError, match=rf"^tokenizer\.pkl is no tokenizer\.pkl of nanochat \(.*{reason}") as caught:
+    with pytest.raises(UserError, match=rf"^tokenizer\.pkl is not a tokenizer\.pkl of nanochat \(.*{reason}") as caught:
         read_tokenizer(Path("tokenizer.pkl"))
     assert "\n" not in str(caught.value)
     assert not Path("executed").exists()
