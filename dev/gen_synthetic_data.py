@@ -25,7 +25,7 @@ from typing import Any
 from tasks.common import Conversation
 from tasks.customjson import conversation_of
 from zangchat import configurator
-from zangchat.errors import UserError
+from zangchat.errors import UserError, explain
 from zangchat.runtime.files import atomic_write, read_jsonl
 from zangchat.runtime.logs import print0
 from zangchat.runtime.seeds import derive_seed
@@ -190,14 +190,12 @@ class Writer:
     """The endpoint. Raises UserError if it cannot be reached or refuses."""
 
     def __init__(self, config: Config) -> None:
-        try:
+        with explain("the openai client is not installed", "run `pip install openai`", ImportError):
             import openai
-        except ImportError as error:
-            raise UserError("the openai client is not installed: run `pip install openai`") from error
         self.openai, self.config = openai, config
         key = os.environ.get("OPENAI_API_KEY", "none")  # your own server needs none
         self.client = openai.OpenAI(base_url=config.base_url, api_key=key, max_retries=4, timeout=600.0)
-        self.knows_schemas = True
+        self.has_schemas = True
         self.model = config.model or self._called(lambda: self.client.models.list().data[0].id)
 
     def write(self, prompt: str) -> str:
@@ -207,16 +205,16 @@ class Writer:
             "temperature": self.config.temperature,
             "max_tokens": self.config.max_tokens,
         }
-        if self.knows_schemas:
+        if self.has_schemas:
             schema = {"type": "json_schema", "json_schema": {"name": "conversation", "strict": True, "schema": SCHEMA}}
             try:
                 return self._text({**asked, "response_format": schema})
             except self.openai.BadRequestError as error:
                 if "response_format" not in str(error):
                     raise UserError(f"{self.config.base_url} refuses: {error}") from error
-                if self.knows_schemas:
-                    print0("the endpoint knows no JSON schemas: JSON is asked for by the prompt alone")
-                self.knows_schemas = False
+                if self.has_schemas:
+                    print0("the endpoint does not support JSON schemas: only the prompt asks for JSON")
+                self.has_schemas = False
         return self._text(asked)
 
     def _text(self, asked: dict[str, Any]) -> str:
@@ -228,9 +226,8 @@ class Writer:
         except self.openai.BadRequestError:
             raise
         except (self.openai.OpenAIError, IndexError) as error:
-            raise UserError(
-                f"--base_url={self.config.base_url} gives no answer ({error}): start scripts.chat_web, or give another"
-            ) from error
+            problem = f"--base_url={self.config.base_url} gives no answer ({error})"
+            raise UserError(f"{problem}: start scripts.chat_web, or give another") from error
 
 
 # ---- what came back -------------------------------------------------------------------------------------------------

@@ -32,8 +32,9 @@ from zangchat import configurator
 from zangchat.dataset import datasets_dir, find_dataset, folder_lock
 from zangchat.dataset.manifest import FORMAT, replace_folder, write_manifest
 from zangchat.dataset.shards import GROUP_DOCUMENTS, record_text
-from zangchat.errors import UserError
+from zangchat.errors import UserError, explain
 from zangchat.runtime.files import file_sha256
+from zangchat.runtime.logs import print0
 from zangchat.runtime.seeds import derive_seed
 
 BUCKETS = 64
@@ -76,7 +77,7 @@ def repackage(config: Config) -> int:
             cleanup.callback(shutil.rmtree, building, ignore_errors=True)
             buckets = building / "buckets"
             count = scatter((text.encode("utf-8", "replace") for text in documents), buckets, config.seed)
-            print(f"{count:,} documents in {BUCKETS} buckets", flush=True)
+            print0(f"{count:,} documents in {BUCKETS} buckets")
             if count < 2:
                 raise UserError(f"{config.hub or config.data_path} holds {count} document(s): at least 2 are needed, one for validation")
             shuffled = gather(bucket_files(buckets), round(config.memory * 1e9), config.seed)
@@ -86,7 +87,7 @@ def repackage(config: Config) -> int:
             shutil.rmtree(buckets)
             write_manifest(building, {"format": FORMAT, "name": name, "source": config.hub or "repackaged", "shards": shards})
             replace_folder(folder, building)
-    print(f"{folder}: {len(shards)} shards; train on them with --dataset={name}")
+    print0(f"{folder}: {len(shards)} shards; train on them with --dataset={name}")
     return 0
 
 
@@ -100,13 +101,9 @@ def source(config: Config) -> Iterator[str]:
         return
     import datasets
 
-    try:
+    remedy = "check the name, --hub_config and --hub_split, the network, or set HF_ENDPOINT"
+    with explain(f"--hub={config.hub} cannot be read", remedy, ValueError, OSError):
         rows = datasets.load_dataset(config.hub, config.hub_config, split=config.hub_split, streaming=True)
-    except (ValueError, OSError, ConnectionError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"--hub={config.hub}: {reason}; check the name, --hub_config and --hub_split, the network, or set HF_ENDPOINT"
-        ) from error
     for number, row in enumerate(rows):
         if text := record_text(row, f"{config.hub}, record {number}"):
             yield text
@@ -181,7 +178,7 @@ def write_shards(documents: Iterator[bytes], folder: Path, split: str, shard_cha
                 chars, count = chars + sum(map(len, texts)), count + len(texts)
                 group = list(itertools.islice(documents, GROUP_DOCUMENTS))
         entries.append({"name": path.name, "split": split, "bytes": path.stat().st_size, "sha256": file_sha256(path), "documents": count})
-        print(f"{path.name}  {count:,} documents, {chars:,} characters", flush=True)
+        print0(f"{path.name}  {count:,} documents, {chars:,} characters")
     return entries
 
 

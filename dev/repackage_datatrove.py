@@ -30,6 +30,7 @@ from zangchat import configurator
 from zangchat.dataset import datasets_dir
 from zangchat.dataset.manifest import FORMAT, write_manifest
 from zangchat.errors import UserError
+from zangchat.runtime.logs import print0
 
 READERS = {".parquet": ParquetReader, ".jsonl": JsonlReader}
 
@@ -103,7 +104,7 @@ def repackage(config: Config) -> int:
     if config.slurm_partition:
         here = configurator.as_flags(dataclasses.replace(config, slurm_partition=""))
         last = shlex.join(["python", "-m", "dev.repackage_datatrove", *here])
-        print(f"submitted; when both jobs are done: {last}")
+        print0(f"submitted; when both jobs are done: {last}")
         return 0
     parts = sorted(building.glob("[0-9]*.json"))
     shards = [entry for part in parts for entry in json.loads(part.read_text(encoding="utf-8"))]
@@ -111,7 +112,7 @@ def repackage(config: Config) -> int:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     write_manifest(building, {"format": FORMAT, "name": config.name, "source": "repackaged", "shards": shards})
     building.rename(folder)
-    print(f"{folder}: {len(shards)} shards; train on them with --dataset={config.name}")
+    print0(f"{folder}: {len(shards)} shards; train on them with --dataset={config.name}")
     return 0
 
 

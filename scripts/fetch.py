@@ -1,9 +1,9 @@
-"""Fetch what the stages after pretraining need, so that no trained model waits for a download that fails.
+"""Fetch the data of the stages after pretraining, so that no trained model waits for a download that fails.
 
-    python -m scripts.fetch                                            what the defaults of all stages need
+    python -m scripts.fetch                                            the data of all stages on their defaults
     python -m scripts.fetch --mid_mixture="smoltalk:1,me.jsonl:2" --rl_task=spellingbee --core=0
 
-Datasets go to the cache of the hub's client, CORE's bundle to <base>/eval_bundle. What is there already is only looked at.
+Datasets go to the cache of the hub's client, CORE's bundle to <base>/eval_bundle. Data that is there already is only checked.
 """
 
 import sys
@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tasks.common import MissingData
+from tasks.customjson import is_file_name
 from tasks.registry import MID_MIXTURE, SFT_MIXTURE, load_task, parse_mixture, scored_tasks
 from zangchat import configurator
+from zangchat.runtime.logs import print0
 
 
 @dataclass
@@ -36,18 +38,18 @@ def fetch(config: Config) -> int:
     looked_at: set[str] = set()
     for name in trained:
         look_at(name, "train", looked_at)
-        if not name.endswith(".jsonl"):
+        if not is_file_name(name):
             look_at(name, "val", looked_at)
     for name in scored:
         try:
             look_at(name, "test", looked_at)
         except MissingData as error:  # the evaluation goes without it, too
-            print(f"{name} will not be scored: {error}")
+            print0(f"{name} will not be scored: {error}")
     if config.core:
         from zangchat.core_eval import find_bundle, read_tasks
 
         tasks, missing = read_tasks(find_bundle())
-        print(f"CORE: {len(tasks)} tasks{', without ' + ', '.join(missing) if missing else ''}")
+        print0(f"CORE: {len(tasks)} tasks{', without ' + ', '.join(missing) if missing else ''}")
     return 0
 
 
@@ -59,7 +61,7 @@ def look_at(name: str, split: str, before: set[str]) -> None:
         return
     before.add(label)
     task[0]
-    print(f"{label}: {len(task):,} conversations")
+    print0(f"{label}: {len(task):,} conversations")
 
 
 if __name__ == "__main__":

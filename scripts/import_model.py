@@ -3,7 +3,7 @@
     python -m scripts.import_model --path=d20-sft --source=sft --model_tag=d20
     python -m scripts.import_model --path=~/.cache/nanochat --source=base --from_tag=d20 --model_tag=d20
 
-Afterwards it is a checkpoint like any other: chat with it, evaluate it, finetune it, export it. Nothing of what is read is run.
+Afterwards it is a checkpoint like any other: chat with it, evaluate it, finetune it, export it. No code of it is run.
 """
 
 import sys

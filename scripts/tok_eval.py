@@ -1,4 +1,4 @@
-"""How well the tokenizer compresses, beside GPT-2's and GPT-4's: bytes of text per token, higher is better.
+"""Compare the compression of the tokenizer with GPT-2's and GPT-4's: bytes of text per token, higher is better.
 
 python -m scripts.tok_eval
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from zangchat.tokenizer import RustBPETokenizer
 
 BASELINES = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}
-SECONDS_TO_LOAD = 15.0  # tiktoken downloads what it does not have, and waits for ever where nothing answers
+SECONDS_TO_LOAD = 15.0  # tiktoken downloads missing encodings, and waits forever if nothing answers
 
 SAMPLES = {
     "prose": (
@@ -79,7 +79,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Config:
-    dataset: str | None = None  # the corpus to measure on; default: what the tokenizer was trained on
+    dataset: str | None = None  # the corpus to measure on; default: that of the tokenizer
     data_path: str | None = None  # a .parquet, .jsonl or .txt file, or a folder of them, instead
     max_chars: int = 1_000_000  # characters taken of each split of the corpus
 
@@ -103,7 +103,7 @@ def evaluate(config: Config) -> None:
 
 
 def load_baseline(name: str, key: str) -> "tiktoken.Encoding | None":
-    """tiktoken's encoding, or None, said in one line, where it is not at hand and cannot be fetched."""
+    """tiktoken's encoding; None, with a warning, if it is not cached and cannot be fetched."""
     import tiktoken
 
     loaded: list[Any] = []
@@ -126,7 +126,7 @@ def load_baseline(name: str, key: str) -> "tiktoken.Encoding | None":
 
 
 def corpus(config: Config, tokenizer: "RustBPETokenizer") -> dict[str, str]:
-    """The beginning of both splits; nothing, said in one line, where there is no corpus."""
+    """The beginning of both splits; nothing, with a message, without a corpus."""
     from zangchat.dataset import find_dataset, present_datasets
 
     name = config.dataset
@@ -134,7 +134,7 @@ def corpus(config: Config, tokenizer: "RustBPETokenizer") -> dict[str, str]:
         present, trained_on = present_datasets(), tokenizer.facts.get("dataset")
         name = trained_on if trained_on in present else None
         if not present:
-            logger.info("no corpus here: measuring on the samples alone (--data_path or --dataset name one)")
+            logger.info("no corpus here: measuring only on the samples (--data_path or --dataset name one)")
             return {}
     dataset = find_dataset(name, config.data_path)
     return {f"{dataset.name}, {split}": beginning(dataset.iter_documents(split), config.max_chars) for split in ("train", "validation")}

@@ -4,7 +4,7 @@
     python -m scripts.tok_train --vocab_size=8192 --max_chars=200000000 --dataset=pydocs
 
 It goes to <base>/tokenizer. One that is there already is kept when it was made of the same text with the same settings; otherwise only
---overwrite replaces it. Models that were trained keep a copy of theirs beside their checkpoints.
+--overwrite replaces it. Models that were trained keep a copy of theirs next to their checkpoints.
 """
 
 import contextlib
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from zangchat.dataset import Dataset
     from zangchat.tokenizer import RustBPETokenizer
+
+MAX_VOCAB_SIZE = 1 << 24  # far more than a model can use; the counts of merges are 32 bits wide
 
 
 @dataclass
@@ -80,23 +82,24 @@ def check(config: Config) -> None:
     smallest = 256 + len(SPECIAL_TOKENS)
     if config.vocab_size < smallest:
         raise UserError(f"--vocab_size={config.vocab_size} is too small: the bytes and the special tokens alone are {smallest}")
+    configurator.check_range(1, config, "vocab_size", most=MAX_VOCAB_SIZE)
     configurator.check_range(1, config, "max_chars", "doc_cap")
 
 
 def settings(config: Config, dataset: "Dataset") -> dict[str, Any]:
-    """What decides the result; kept in tokenizer.json."""
+    """The settings that determine the result; kept in tokenizer.json."""
     return {
         "vocab_size": config.vocab_size,
         "max_chars": config.max_chars,
         "doc_cap": config.doc_cap,
         "dataset": dataset.name,
-        # Shards of the hub may still be arriving: their names, at a pinned revision, say enough.
+        # Shards of the hub may still be downloading: their names at a pinned revision suffice.
         "text": dataset.name if dataset.arrives_in_order else dataset.fingerprint,
     }
 
 
 def already_trained(facts: dict[str, Any]) -> bool:
-    """Whether the tokenizer there is the one asked for. Raises UserError where it is another."""
+    """Whether the tokenizer there is the requested one. Raises UserError if it is another."""
     from zangchat.tokenizer import TOKENIZER_FILE, RustBPETokenizer, tokenizer_dir
 
     folder = tokenizer_dir()
@@ -114,7 +117,7 @@ def already_trained(facts: dict[str, Any]) -> bool:
 
 
 class Text:
-    """The documents to train on, and what was read of them."""
+    """The documents to train on, and counts of those read."""
 
     def __init__(self, config: Config, dataset: "Dataset") -> None:
         self.config, self.dataset = config, dataset
@@ -143,10 +146,10 @@ class Text:
         import pyarrow
         import pyarrow.compute as pc
 
-        from zangchat.tokenizer import whole_characters
+        from zangchat.bpe import repair_surrogates
 
         if isinstance(group, list):
-            group = pyarrow.chunked_array([[whole_characters(text) for text in group]], pyarrow.string())
+            group = pyarrow.chunked_array([[repair_surrogates(text) for text in group]], pyarrow.string())
         texts = pc.utf8_slice_codeunits(group.filter(pc.greater(pc.binary_length(group), 0)), 0, self.config.doc_cap)
         ends = np.cumsum(pc.utf8_length(texts).to_numpy(), dtype=np.int64) + self.characters
         last = int(np.searchsorted(ends, self.config.max_chars))  # the document that reaches the limit, if there is one

@@ -1,4 +1,4 @@
-"""Arithmetic: "What is 47 + 38?", answered by a calculator call. Made up on demand; a pair of numbers belongs to one split."""
+"""Arithmetic: "What is 47 + 38?", answered by a calculator call. Generated on demand; a pair of numbers belongs to one split."""
 
 import random
 

@@ -1,8 +1,8 @@
-"""What a task is, how tasks are mixed, and the registry: a new task is one file and one line in REGISTRY.
+"""The protocol of tasks, their mixtures, and the data that they come from.
 
-A task is a sequence of conversations (see zangchat.tokenizer for the format) that knows how to judge an answer. `completion` below is
-either plain text or, better, the content of an assistant message: a list of {"type": "text"|"python"|"python_output", "text": str} parts.
-Parts make it possible to tell a real tool call from text that looks like one.
+A task is a sequence of conversations (zangchat.conversation has the format) that can judge an answer.
+`completion` below is plain text or, better, the parts of an assistant message, which tell a real tool
+call from text that looks like one. A new task is one file and one line in registry.py.
 """
 
 from __future__ import annotations
@@ -15,15 +15,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from zangchat.errors import UserError
+from zangchat.conversation import Content, Conversation, OrderError, tool_used, turns, visible_text
+from zangchat.errors import UserError, explain
 from zangchat.runtime.files import get_base_dir, read_jsonl
 from zangchat.runtime.seeds import derive_seed
 
-Conversation = dict[str, Any]
-Content = str | list[dict[str, str]]
-
 SPLITS = ("train", "val", "test")
-DEFAULT_SIZE = 1000  # examples of a generated task when nobody says how many
+DEFAULT_SIZE = 1000  # examples of a generated task by default
 DEFINE = "must define num_examples and get_example (see README.md, Adding a task)"
 
 
@@ -34,13 +32,13 @@ class MissingData(UserError):
 class Task:
     """A sequence of conversations, seen through start:stop:step. Slices compose: task[10:20][::2].
 
-    Subclasses give `num_examples`, `get_example` and, where they can be scored, `eval_type` with `evaluate` (and `reward` for RL).
+    Subclasses define `num_examples` and `get_example`; for scores, `eval_type` with `evaluate` (and `reward` for RL).
     """
 
     eval_type: ClassVar[str] = "generative"  # or "categorical": the answer is one of conversation["letters"]
-    generated: ClassVar[bool] = False  # made up on demand: has a size, not epochs
+    generated: ClassVar[bool] = False  # on demand: has a size, not epochs
     rewarded: ClassVar[bool] = False  # has a reward, for RL
-    needs_tool: ClassVar[bool] = False  # which is for answers that came from a tool alone
+    needs_tool: ClassVar[bool] = False  # only for answers that came from a tool
     name: str = ""  # how the registry spells it
     _view: slice = slice(None)  # all, for a subclass that does not call __init__
     _indices: range | None = None
@@ -132,7 +130,7 @@ class TaskSequence(Task):
 
 
 def chat(user: str, assistant: Content, **extra: Any) -> Conversation:
-    """A one-turn conversation; `extra` is what the task itself needs to judge answers."""
+    """A one-turn conversation; `extra` is data that the task needs to judge answers."""
     return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}], **extra}
 
 
@@ -144,34 +142,25 @@ def tool_parts(call: str, output: str) -> list[dict[str, str]]:
     return [{"type": "python", "text": call}, {"type": "python_output", "text": output}]
 
 
-def visible_text(content: Content) -> str:
-    """The words of an answer, without tool calls and their output."""
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content if part["type"] == "text")
-
-
-def tool_used(content: Content) -> bool:
-    """Whether a tool call was made and answered. Plain text never counts, whatever it looks like."""
-    return not isinstance(content, str) and any(part["type"] == "python_output" for part in content)
-
-
 def check_conversation(messages: Any, where: str) -> None:
-    """Raises UserError, beginning with `where`, unless these messages can be rendered, end with an answer, and have one to learn."""
-    from zangchat.tokenizer import turns
-
+    """Raises UserError, beginning with `where`, unless the messages can be rendered and learned from."""
     try:
-        found = list(turns({"messages": messages}))
+        check_messages(messages)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
-    if found[-1][0] != "assistant":
-        raise UserError(f"{where}: the last message must be the assistant's, for it is what is learnt")
-    if not any(weight for _, _, weight in found):
-        raise UserError(f"{where}: each of the assistant's messages has weight 0, so there is nothing to learn")
+
+
+def check_messages(messages: Any) -> None:
+    """The same as ValueError, or OrderError if only the order of the roles is wrong."""
+    found = list(turns({"messages": messages}))
+    if found[-1].role != "assistant":
+        raise OrderError("the last message must be the assistant's, for it is what is learned")
+    if not any(turn.weight for turn in found):
+        raise ValueError("each of the assistant's messages has weight 0, so there is nothing to learn")
 
 
 def training_messages(messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with what training looks at: role, content, and the weight if they have one."""
+    """The messages with the keys that training reads: role, content, and the weight if they have one."""
     kept = ("role", "content", "weight")
     return [{key: message[key] for key in kept if message.get(key) is not None} for message in messages]
 
@@ -180,7 +169,7 @@ NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def last_number(text: str) -> float | None:
-    """The last number in a text: thousands separators allowed, a final full stop is no decimal point."""
+    """The last number in a text: thousands separators allowed, a final full stop is not a decimal point."""
     found = NUMBER.findall(text)
     return float(found[-1].replace(",", "")) if found else None
 
@@ -200,7 +189,7 @@ def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> 
 
 
 def split_of(*key: object) -> str:
-    """Which split a thing that we made ourselves belongs to: 80 % train, 10 % val, 10 % test, decided by the thing alone."""
+    """The split of generated data: 80 % train, 10 % val, 10 % test, determined only by its key."""
     return ("val", "test", *("train",) * 8)[derive_seed("split", *key) % 10]
 
 
@@ -220,10 +209,9 @@ class TableRows(Sequence[dict[str, Any]]):
         import pyarrow
         import pyarrow.parquet
 
-        try:
+        problem, remedy = f"{path} cannot be read as parquet", "delete it or copy it again"
+        with explain(problem, remedy, pyarrow.ArrowException, OSError):
             self._table = pyarrow.parquet.read_table(path)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path} cannot be read as parquet ({str(error).splitlines()[0]}): delete it or copy it again") from error
 
     def __len__(self) -> int:
         return self._table.num_rows
@@ -233,22 +221,27 @@ class TableRows(Sequence[dict[str, Any]]):
 
 
 def load_rows(folder: str, config: str, split: str, *, hub: str, fields: Iterable[str]) -> Sequence[dict[str, Any]]:
-    """The rows of a dataset: from <base>/tasks/<folder>/[<config>/]<split>.parquet|jsonl, else from the hub. An empty `config` means none.
+    """The rows of <base>/tasks/<folder>/[<config>/]<split>.parquet|jsonl, else those from the hub.
 
-    Raises MissingData where neither can be had, UserError for a file without the expected fields.
+    An empty `config` means none. Raises MissingData if neither can be had, UserError for a file
+    without the expected fields.
     """
     home = get_base_dir() / "tasks" / folder / config
-    local = [path for suffix in ("parquet", "jsonl") if (path := home / f"{split}.{suffix}").is_file()]
-    if local:
-        rows: Any = TableRows(local[0]) if local[0].suffix == ".parquet" else [row for _, row in read_jsonl(local[0])]
-        source = str(local[0])
-    else:
+    paths = [home / f"{split}.{suffix}" for suffix in ("parquet", "jsonl")]
+    local = next((path for path in paths if path.is_file()), None)
+    if local is None:
         rows, source = _from_hub(hub, config, split, home), f"{hub} on the hub"
+    elif local.suffix == ".parquet":
+        rows, source = TableRows(local), str(local)
+    else:
+        rows, source = [row for _, row in read_jsonl(local)], str(local)
     if not len(rows):
         raise UserError(f"{source} is empty: delete it or copy it again")
     missing = sorted(set(fields) - set(rows[0]))
     if missing:
-        raise UserError(f"{source} has no field {', '.join(missing)} (it has {', '.join(rows[0])}): it is not the dataset {hub}")
+        found = f"it has {', '.join(rows[0])}"
+        problem = f"{source} has no field {', '.join(missing)} ({found})"
+        raise UserError(f"{problem}: it is not the dataset {hub}")
     return rows
 
 
@@ -265,15 +258,15 @@ def _from_hub(repo: str, config: str, split: str, home: Path) -> Any:
     except (OSError, ValueError, RuntimeError) as error:  # offline, refused, no such split
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MissingData(
-            f"no {home}/{split}.parquet or .jsonl, and the hub did not give {wanted}: {cause}; run this again later, or download it "
-            "to that path"
+            f"no {home}/{split}.parquet or .jsonl, and the hub did not give {wanted}: {cause}; "
+            "run this again later, or download it to that path"
         ) from error
 
 
 class RowsTask(Task):
     """A task over the rows of a downloaded dataset, in one fixed shuffled order (so that the first N are a fair sample).
 
-    There is no val split of its own: `val` reads the test rows.
+    It has no val split of its own: `val` reads the test rows.
     """
 
     folder: ClassVar[str]
@@ -286,7 +279,7 @@ class RowsTask(Task):
 
     @property
     def file_split(self) -> str:
-        """What the dataset itself calls the split."""
+        """The dataset's own name of the split."""
         return "train" if self.split == "train" else "test"
 
     @functools.cached_property
@@ -310,9 +303,9 @@ class RowsTask(Task):
 
 
 class GeneratedTask(Task):
-    """A task that makes up example i of a split from (seed, name, split, i): `size` of them, as many as one likes.
+    """A task that generates example i of a split from (seed, name, split, i), `size` of them.
 
-    The model's tokenizer is for tasks that want to know what its tokens are.
+    The model's tokenizer is for tasks that depend on its tokens.
     """
 
     generated = True
@@ -331,6 +324,3 @@ class GeneratedTask(Task):
 
     def make(self, rng: random.Random) -> Conversation:
         raise NotImplementedError(f"{type(self).__name__} must define make")
-
-
-# ---- registry -------------------------------------------------------------------------------------------------------

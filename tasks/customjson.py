@@ -1,25 +1,37 @@
-"""CustomJSON: your own conversations from a JSONL file, one per line, each in one of these shapes:
+"""CustomJSON: your own conversations from a JSONL file, one on each line, in one of these shapes:
 
-{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}        OpenAI (and a bare list of messages)
-{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}            ShareGPT
+{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}    OpenAI
+{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}        ShareGPT
 {"instruction": "...", "input": "...", "output": "...", "system": "...", "history": [["q", "a"]]}  Alpaca
-{"prompt": "...", "completion": "..."}                                                             a question and its answer
+{"prompt": "...", "completion": "..."}                                          a question and its answer
 
-Of Alpaca's keys all but instruction and output are optional; a ShareGPT line may have a system key.
-A prompt may also be a list of messages, and so may a completion, as in TRL. Texts are taken as they
-are: a space at their beginning stays. A message with "weight": 0 is context, and not learned.
+A line may also be a bare list of messages. Messages may be of either kind, {role, content} or
+{from, value}, in both lists. Of Alpaca's keys all but instruction and output are optional; a ShareGPT
+line may have a system key. A prompt may be a list of messages, and so may a completion, as in TRL.
+Texts are taken as they are: a leading space stays. A message with "weight": 0 is context, and not
+learned. A .json file holds the same as one JSON array.
+
+A conversation in which user and assistant do not take turns, or which does not end with an answer, is
+left out; a warning has the number. Any other mistake is an error that names the line.
 """
 
+import json
+import logging
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tasks.common import Conversation, Task, check_conversation, training_messages
-from zangchat.errors import UserError
+from tasks.common import Conversation, Task, check_messages, training_messages
+from zangchat.conversation import OrderError, all_text, is_text, messages_of
+from zangchat.errors import UserError, explain
 from zangchat.runtime.files import expand_home, read_jsonl
 
+logger = logging.getLogger(__name__)
+
+ENDINGS = (".jsonl", ".ndjson", ".json")
 SHAPES = "messages, conversations, instruction and output, or prompt and completion"
-SHAREGPT_ROLES = {
+ROLES = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",
@@ -27,27 +39,45 @@ SHAREGPT_ROLES = {
     "chatgpt": "assistant",
     "bot": "assistant",
     "system": "system",
+    "developer": "system",  # by the name that OpenAI's newer models give it
 }
 
 
+def is_file_name(name: str) -> bool:
+    """Whether a task's name is the path of a file of conversations."""
+    return name.lower().endswith(ENDINGS)
+
+
+class OutOfOrder(UserError):
+    """A conversation that is well formed, but that cannot be rendered in the order it has."""
+
+
 class CustomJSON(Task):
-    """All conversations of a file. Every line is checked at the first use: a UserError names file and line of what cannot be read."""
+    """All conversations of a file. Every line is checked at the first use.
+
+    A UserError names file and line of one that cannot be read.
+    """
 
     def __init__(self, filepath: str | Path, split: str = "train", **view: int) -> None:
         super().__init__(**view)
         self.path = expand_home(filepath)
-        self.split = split  # a file is what it is: the caller decides what it is for
+        self.split = split  # not used: the caller decides on the purpose of a file
 
     @cached_property
     def conversations(self) -> list[Conversation]:
-        try:
-            found = [conversation_of(row, where) for where, row in read_jsonl(self.path, (dict, list))]
-        except FileNotFoundError as error:
-            raise UserError(f"no file {self.path}: give the path of a .jsonl file with one conversation a line") from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.path} cannot be read ({error}): it must be a UTF-8 text file with one conversation a line") from error
+        found, left_out = [], []
+        for where, row in _read_rows(self.path):
+            try:
+                found.append(conversation_of(row, where))
+            except OutOfOrder as error:
+                left_out.append(error)
+        if not found and left_out:
+            raise left_out[0]
         if not found:
             raise UserError(f"{self.path} is empty: it must hold one conversation a line")
+        if left_out:
+            counts = f"{len(left_out)} of {len(found) + len(left_out)} conversations"
+            logger.warning("%s: left out %s, the first: %s", self.path, counts, left_out[0])
         return found
 
     def num_examples(self) -> int:
@@ -57,47 +87,105 @@ class CustomJSON(Task):
         return self.conversations[index]
 
 
-def conversation_of(row: dict[str, Any] | list[Any], where: str) -> Conversation:
-    """One line's JSON as a conversation; UserError, beginning with `where`, for anything else."""
-    if isinstance(row, list):
-        messages = row
-    elif "messages" in row:
-        messages = row["messages"]
-    elif "conversations" in row:
-        messages = _sharegpt(row, where)
-    elif "instruction" in row and "output" in row:
-        messages = _alpaca(row, where)
-    elif "prompt" in row and "completion" in row:
-        messages = [*_as_messages(row["prompt"], "user"), *_as_messages(row["completion"], "assistant")]
-    else:
-        keys = ", ".join(row) or "nothing"
-        raise UserError(f"{where} has {keys}: expected {SHAPES}")
-    check_conversation(messages, where)
+def _read_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, row) of each line, or of each item of a .json file that is one array."""
+    if not path.exists():
+        remedy = "give the path of a .jsonl file with one conversation a line"
+        raise UserError(f"no file {path}: {remedy}")
+    remedy = "it must be a UTF-8 text file with one conversation a line"
+    with explain(f"{path} cannot be read", remedy, OSError):
+        if (rows := _json_array(path)) is not None:
+            yield from ((f"{path}, item {number}", row) for number, row in enumerate(rows, 1))
+        else:
+            yield from read_jsonl(path, (dict, list))
+
+
+def _json_array(path: Path) -> list[Any] | None:
+    """The items of a .json file that is one array; None for JSON Lines, as some .json files are."""
+    if path.suffix.lower() != ".json":
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError):  # the reader of lines names the place
+        return None
+    return value if isinstance(value, list) else None
+
+
+def conversation_of(row: Any, where: str) -> Conversation:
+    """A row's JSON as a conversation.
+
+    Raises UserError, beginning with `where`; OutOfOrder if only the order of the roles is wrong.
+    """
+    try:
+        messages = [_normalized(message) for message in _messages_of(row)]
+        check_messages(messages)
+    except OrderError as error:
+        raise OutOfOrder(f"{where}: {error}") from error
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
     return {"messages": training_messages(messages)}
 
 
-def _sharegpt(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
-    turns = row["conversations"]
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) and "from" in turn and "value" in turn for turn in turns):
-        raise UserError(f"{where}: conversations must be a list of {{from, value}}")
-    unknown = {str(turn["from"]) for turn in turns} - set(SHAREGPT_ROLES)
-    if unknown:
-        raise UserError(f"{where}: nobody is called {', '.join(sorted(unknown))}: `from` is one of {', '.join(SHAREGPT_ROLES)}")
-    messages = [{"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]} for turn in turns]
-    return [{"role": "system", "content": row["system"]}, *messages] if row.get("system") else messages
+def _messages_of(row: dict[str, Any] | list[Any]) -> list[Any]:
+    """The messages of a row of any shape, in its own words. Raises ValueError."""
+    if isinstance(row, list):
+        if row and all(isinstance(item, dict) and not {"role", "from"} & item.keys() for item in row):
+            raise ValueError("it is an array of rows: put each on a line, or name the file .json")
+        return row
+    if not isinstance(row, dict):
+        raise ValueError(f"it is a JSON {type(row).__name__}: expected {SHAPES}")
+    if "messages" in row:
+        return messages_of(row)
+    if "conversations" in row:
+        return [*_system(row), *_conversations(row["conversations"])]
+    if "instruction" in row and "output" in row:
+        return [*_system(row), *_alpaca(row)]
+    if "prompt" in row and "completion" in row:
+        return [*_as_messages(row["prompt"], "user"), *_as_messages(row["completion"], "assistant")]
+    raise ValueError(f"it has {', '.join(row) or 'nothing'}: expected {SHAPES}")
 
 
-def _alpaca(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
+def _normalized(message: Any) -> Any:
+    """{from, value} as {role, content}; roles by our names; the text parts of a user as a string."""
+    if not isinstance(message, dict):
+        return message
+    if "role" not in message and "from" in message:
+        if message["from"] not in ROLES:
+            known = ", ".join(ROLES)
+            raise ValueError(f"the sender {message['from']!r} is not known: `from` is one of {known}")
+        message = {**message, "role": message["from"], "content": message.get("value")}
+    role, content = message.get("role"), message.get("content")
+    role = ROLES.get(role, role) if isinstance(role, str) else role
+    if role != "assistant" and isinstance(content, list) and content and all(map(is_text, content)):
+        content = all_text(content)
+    return {**message, "role": role, "content": content}
+
+
+def _conversations(messages: Any) -> list[Any]:
+    shapes = ({"from", "value"}, {"role", "content"})
+    if not isinstance(messages, list) or not all(
+        isinstance(message, dict) and any(shape <= message.keys() for shape in shapes) for message in messages
+    ):
+        raise ValueError("conversations must be a list of {from, value} or {role, content}")
+    return messages
+
+
+def _alpaca(row: dict[str, Any]) -> list[dict[str, Any]]:
     history = row.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise UserError(f"{where}: history must be a list of [question, answer] pairs")
+    pairs = isinstance(history, list) and all(isinstance(p, list) and len(p) == 2 for p in history)
+    if not pairs:
+        raise ValueError("history must be a list of [question, answer] pairs")
     if not all(isinstance(row.get(key) or "", str) for key in ("instruction", "input", "output", "system")):
-        raise UserError(f"{where}: instruction, input, output and system must be texts")
+        raise ValueError("instruction, input, output and system must be texts")
     question = row["instruction"] + ("\n\n" + row["input"] if row.get("input") else "")
-    messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    messages = []
     for asked, answered in [*history, [question, row["output"]]]:
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
     return messages
+
+
+def _system(row: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": "system", "content": row["system"]}] if row.get("system") else []
 
 
 def _as_messages(value: Any, role: str) -> list[Any]:

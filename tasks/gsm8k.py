@@ -46,6 +46,6 @@ class GSM8K(RowsTask):
         return chat(row["question"], answer_parts(row["answer"]))
 
     def evaluate(self, conversation: Conversation, completion: Content) -> bool:
-        """Whether the number behind #### is, as a number, the right one. Without #### there is no answer."""
+        """Whether the number after #### equals the right one. An answer needs a ####."""
         expected = final_number(visible_text(conversation["messages"][-1]["content"]))
         return expected is not None and final_number(visible_text(completion)) == expected

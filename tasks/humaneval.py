@@ -14,7 +14,7 @@ TIMEOUT = 5.0  # seconds a program, tests included
 def extract_code(text: str, entry_point: str = "") -> str:
     """The code of an answer: the fenced block that defines `entry_point`, else the first in Python, else the first, else all of it.
 
-    Fences are those of CommonMark, whatever the language is called; the last may lack its end.
+    Fences are those of CommonMark, with any name of the language; the last may lack its end.
     """
     blocks = fenced_blocks(text)
     if not blocks:
@@ -28,7 +28,7 @@ def fenced_blocks(text: str) -> list[tuple[str, str]]:
     """(language, code) of each fenced block, without the indentation or the quote marks that it shares with its fence."""
     blocks: list[tuple[str, list[str], int]] = []  # language, lines, indentation of the fence
     opening: re.Match[str] | None = None
-    for line in text.replace("\r\n", "\n").removesuffix("\n").split("\n"):  # splitlines would also split at what a string may hold
+    for line in text.replace("\r\n", "\n").removesuffix("\n").split("\n"):  # splitlines would also split inside strings
         if opening is None:
             if opening := OPENING.match(line):
                 quoted = ">" in opening["indent"]

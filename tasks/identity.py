@@ -26,7 +26,7 @@ def _is_chinese(text: str) -> bool:
 
 
 def _variants(question: str) -> Iterator[str]:
-    """The question as written, as hurried people type it, and after one of the openings (which, depends on the question alone)."""
+    """The question as written, as hurried people type it, and after one of the openings (chosen by the question)."""
     yield question
     hurried = question.rstrip("?.!。？！")
     if _is_chinese(question):
@@ -70,7 +70,7 @@ def _with_names(questions: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def heldout_questions() -> list[str]:
-    """The phrasings of the test: written apart from identity.yaml, and kept out of training whatever is added there."""
+    """The phrasings of the test: written separately from identity.yaml, and never in training."""
     lines = HELDOUT.read_text(encoding="utf-8").splitlines()
     return [line for line in lines if line and not line.startswith("#")]
 
@@ -78,7 +78,7 @@ def heldout_questions() -> list[str]:
 class Identity(Task):
     """Who zangchat is: 2,200 phrasings over 16 intents, a seventh ordinary questions; finite: an epoch shows each once.
 
-    The test split asks heldout_questions() alone; the val split holds out phrasings of identity.yaml and ordinary questions.
+    The test split has only heldout_questions(); the val split holds out phrasings of identity.yaml and ordinary questions.
     """
 
     def __init__(self, split: str = "train", **view: int) -> None:
@@ -114,5 +114,5 @@ class Identity(Task):
 
 
 def _plain(question: str) -> str:
-    """Letters and digits alone, in lower case: `What's that?` and `whats that` are one question."""
+    """Only letters and digits, in lower case: `What's that?` and `whats that` are one question."""
     return "".join(char for char in question.lower() if char.isalnum())

@@ -8,7 +8,7 @@ LETTERS = ["A", "B", "C", "D"]
 
 
 class MMLU(RowsTask):
-    """Rows: question, subject, choices (4), answer (0-3). There is no split named train: to train on, MMLU has `auxiliary_train`."""
+    """Rows: question, subject, choices (4), answer (0-3). Its training split is named `auxiliary_train`."""
 
     eval_type = "categorical"
     folder, hub, fields = "mmlu", "cais/mmlu", ("question", "subject", "choices", "answer")

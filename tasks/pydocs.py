@@ -1,6 +1,6 @@
 """PyDocs: "What does json.dumps do?", answered by the first sentence of the real docstring, read from the Python that runs this.
 
-The standard library's source files are parsed, not imported; what is written in C (len, str.join, math.sqrt) is asked through the few
+The standard library's source files are parsed, not imported; names written in C (len, str.join, math.sqrt) come from the few
 modules of BUILT_IN, which are loaded already or harmless to load. No download; a name belongs to one split.
 """
 
@@ -67,7 +67,7 @@ class Doc(NamedTuple):
 
 
 def first_sentence(docstring: str) -> str | None:
-    """The first sentence in one line, or None where there is none worth learning (a signature, a stub, a very long one)."""
+    """The first sentence in one line, or None if it is not worth learning (a signature, a stub, a very long one)."""
     paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(docstring))]
     if paragraphs and re.fullmatch(r"[\w.]+\(.*\)(\s*-+>.*)?", paragraphs[0]) and len(paragraphs) > 1:
         paragraphs.pop(0)  # a signature first, as in C modules

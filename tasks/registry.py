@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from tasks.common import Task, TaskMixture, check_split
+from tasks.customjson import CustomJSON, is_file_name
 from zangchat.errors import UserError
 
-MAX_AMOUNT = 10_000_000  # of a task in a mixture: their order alone takes a hundred bytes a conversation
+MAX_AMOUNT = 10_000_000  # of a task in a mixture: just their order takes a hundred bytes a conversation
 MAX_HELDOUT = 1000  # generated examples per task in a held-out mixture
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a task lives. `baseline` is the score of guessing; None = not part of ChatCORE."""
+    """The class of a task. `baseline` is the score of guessing; None = not part of ChatCORE."""
 
     module: str
     cls: str
@@ -67,10 +68,11 @@ def scored_tasks(names: str | None = None, *, every: bool = False) -> list[str]:
 
 
 def load_task(name: str, split: str = "train", **options: Any) -> Task:
-    """The task of that name, or CustomJSON for the path of a .jsonl file. `options` go to the task's constructor (size=, stop=, ...)."""
-    if name.endswith(".jsonl"):
-        from tasks.customjson import CustomJSON
+    """The task of that name, or CustomJSON for the path of a file of conversations.
 
+    `options` go to the task's constructor (size=, stop=, ...).
+    """
+    if is_file_name(name):
         task: Task = CustomJSON(name, **options)
         task.name = Path(name).stem
         return task
@@ -87,7 +89,7 @@ def parse_mixture(spec: str) -> list[tuple[str, float]]:
     pairs = []
     for item in filter(None, (piece.strip() for piece in spec.split(","))):
         name, colon, amount = item.rpartition(":")
-        if not colon or item.endswith(".jsonl"):  # C:\data\chats.jsonl
+        if not colon or is_file_name(item):  # C:\data\chats.jsonl
             name, amount = item, "1"
         try:
             number = float(amount)
@@ -138,13 +140,13 @@ SFT_MIXTURE = "arc-easy:1,arc-challenge:1,gsm8k:1,smoltalk:0.0217,identity:1,sim
 
 def training_conversations(spec: str, own_file: str | None = None, own_epochs: int = 1, *, tokenizer: Any, seed: int) -> TaskMixture:
     """What `--mixture` and `--identity_data` describe. Raises UserError for an unknown task, or one whose data is missing."""
-    if own_file and not own_file.endswith(".jsonl"):
-        raise UserError(f"--identity_data={own_file} is no .jsonl file of conversations")
+    if own_file and not is_file_name(own_file):
+        raise UserError(f"--identity_data={own_file} is not a .jsonl file of conversations")
     own = [(own_file, float(own_epochs))] if own_file else []
     return build_mixture([*parse_mixture(spec), *own], "train", tokenizer=tokenizer, seed=seed)
 
 
 def held_out_conversations(spec: str, *, tokenizer: Any, seed: int) -> TaskMixture | None:
     """The held-out split of the same mixture. Files of one's own have none; None if nothing else is in it."""
-    rest = [(name, amount) for name, amount in parse_mixture(spec) if not name.endswith(".jsonl")]
+    rest = [(name, amount) for name, amount in parse_mixture(spec) if not is_file_name(name)]
     return build_mixture(rest, "val", tokenizer=tokenizer, seed=seed) if rest else None

@@ -1,7 +1,7 @@
 """SpellingBee: how many times does a letter stand in a word? Answered by one tool call, `' strawberry'.count('r')`.
 
 A model copies tokens, not letters, so the call holds the word with the space that the prompt has before it: the same tokens in the same
-order (`audit` measures it). With no space behind the quote, many words are torn differently in prompt and call, and a small model has
+order (a test measures it). Without a space after the quote, many words are torn differently in prompt and call, and a small model has
 nothing to copy. For the same reason every phrasing has a space before the word and no letter after it.
 """
 
@@ -94,7 +94,7 @@ SPELLINGS = (
 
 
 def stem(word: str) -> str:
-    """Roughly what a word shares with its inflected forms, so that `counted` is not held out while `counting` is trained on."""
+    """Roughly the part that a word shares with its inflected forms, so that `counted` is not held out while `counting` is trained on."""
     for suffix in ("ing", "ed", "es", "ly", "s"):
         if word.endswith(suffix) and len(word) - len(suffix) >= 3:
             word = word.removesuffix(suffix)
@@ -133,7 +133,7 @@ def _words_of_corpus(cache: Path) -> list[str]:
     from zangchat import dataset
 
     corpora = map(dataset.find_dataset, dataset.present_datasets())
-    corpus = next((corpus for corpus in corpora if corpus.tokenizer is None), None)  # else it holds token ids
+    corpus = next((corpus for corpus in corpora if corpus.tokenizer_fingerprint is None), None)  # else it holds token ids
     if corpus is None:
         raise MissingData(
             f"no words for the spelling tasks: put a list, one a line, into {cache.parent / 'words'}/, "
@@ -167,12 +167,12 @@ def _split_words(base: Path, split: str) -> tuple[str, ...]:
 
 
 def words_of(split: str) -> tuple[str, ...]:
-    """The words of one split, sorted. Raises MissingData where there is neither a word list nor a corpus."""
+    """The words of one split, sorted. Raises MissingData if there is neither a word list nor a corpus."""
     return _split_words(get_base_dir(), split)
 
 
 def vocabulary_pieces(tokenizer: Any) -> list[str]:
-    """What tokens are made of a-z alone, a space in front aside: the pieces of made-up words."""
+    """The tokens of only a-z, after an optional space: the pieces of made-up words."""
     texts = {tokenizer.decode([i]).removeprefix(" ") for i in range(tokenizer.get_vocab_size() - len(tokenizer.get_special_tokens()))}
     return sorted(text for text in texts if re.fullmatch("[a-z]{1,9}", text))
 
@@ -186,7 +186,7 @@ class _WordTask(GeneratedTask):
         return list(LETTERS) if self.tokenizer is None else vocabulary_pieces(self.tokenizer)
 
     def num_examples(self) -> int:
-        words_of(self.split)  # where there are none, it is said before the training starts
+        words_of(self.split)  # raises MissingData before training starts if there are none
         return super().num_examples()
 
     def word(self, rng: random.Random) -> str:
@@ -230,22 +230,6 @@ class SimpleSpelling(_WordTask):
         return chat(rng.choice(SPELLINGS).format(word=word), ",".join(word), word=word)
 
     def evaluate(self, conversation: Conversation, completion: Content) -> bool:
-        """Whether the letters are right; what separates them does not matter."""
+        """Whether the letters are right, with any separator."""
         said = visible_text(completion).strip().rstrip(".").lower()
         return re.sub(r"[\s,\-]+", ",", said) == ",".join(conversation["word"])
-
-
-def audit(tokenizer: Any, n: int = 1000, split: str = "test") -> float:
-    """The share of `n` prompts in which the tokens of the word stand, verbatim, in the prompt and in the gold call. Must be 1.0."""
-    good = 0
-    task = SpellingBee(size=n, split=split)
-    for conversation in map(task.get_example, range(n)):
-        prompt, answer = (message["content"] for message in conversation["messages"])
-        word = tokenizer.encode(" " + conversation["word"])
-        good += contains(tokenizer.encode(prompt), word) and contains(tokenizer.encode(answer[0]["text"]), word)
-    return good / n
-
-
-def contains(tokens: Sequence[int], run: Sequence[int]) -> bool:
-    """Whether `run` stands in `tokens` without a gap."""
-    return any(list(tokens[i : i + len(run)]) == list(run) for i in range(len(tokens) - len(run) + 1))

@@ -1,6 +1,6 @@
-"""Dataclass -> command line, for every script (layer 0: no torch, so `--help` answers at once).
+"""Dataclass -> command line, for every script (no torch, so that `--help` answers at once).
 
-A script states its flags once, as a dataclass: the comment after a field is its help, the default its default.
+A script states its flags once, as a dataclass: the comment after a field is its help text.
 
     @dataclass
     class Config(RunConfig):
@@ -10,9 +10,10 @@ A script states its flags once, as a dataclass: the comment after a field is its
     def main(argv: Sequence[str] | None = None) -> int:
         return configurator.run(Config, train, argv)
 
-Spellings: `--device_batch_size=8`, `--device-batch-size 8`; booleans `--dry_run`, `--dry_run=1/0`, `=true/false`, `--no_dry_run`; a lone
-`--` is skipped; of a repeated flag the last one counts. tyro converts the values and writes the help; the flags are checked here first,
-so that every mistake gets one sentence instead of a panel.
+Spellings: `--device_batch_size=8`, `--device-batch-size 8`; booleans `--dry_run`, `--dry_run=1/0`,
+`=true/false`, `--no_dry_run`; a lone `--` is skipped; of a repeated flag the last one counts. Types:
+int, float, str, bool, Path, Literal, and unions of them with None. tyro writes the help; values are
+read here, so that every mistake gets one sentence instead of a panel.
 """
 
 import contextlib
@@ -35,13 +36,16 @@ from zangchat.runtime.logs import setup_default_logging
 
 C = TypeVar("C")
 
-DISK_REFUSES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
 USER_ERROR = 2  # exit codes
 INTERRUPTED = 130
-READER_LEFT = 141  # as a shell names the end of what wrote into a closed pipe
-BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+BROKEN_PIPE = 141  # as a shell reports a writer whose reader has closed the pipe
+BOOLEANS = {
+    **dict.fromkeys(("1", "true", "yes", "on"), True),
+    **dict.fromkeys(("0", "false", "no", "off"), False),
+}
 
-# What other trainers call our flags. A command suggests those of them that it has.
+# Names in other trainers for our flags. A command suggests those that it has.
 RATES = ("matrix_lr", "embedding_lr", "unembedding_lr")
 OTHER_NAMES = {
     "learning_rate": RATES,
@@ -62,12 +66,12 @@ ABSENT = {
 
 
 def run(config_cls: type[C], command: Callable[[C], int | None], argv: Sequence[str] | None = None) -> int:
-    """The entry point of every script: parse `argv` (default: the process's), call `command(config)`, return the exit code.
+    """The entry point of every script: parse `argv`, call `command(config)`, return the exit code.
 
-    A UserError, or a disk that is full or forbidden, becomes one line on stderr and code 2, Ctrl-C code 130; every other exception keeps
-    its traceback.
+    `argv` is the process's by default. A UserError, or a disk that is full or forbidden, becomes one
+    line on stderr and code 2, Ctrl-C code 130; every other exception keeps its traceback.
     """
-    _settle_streams()
+    _prepare_streams()
     try:
         try:
             config = parse(config_cls, argv)
@@ -76,22 +80,23 @@ def run(config_cls: type[C], command: Callable[[C], int | None], argv: Sequence[
         setup_default_logging()
         return command(config) or 0
     except UserError as error:
-        _complain(f"error: {error}")
+        _print_error(f"error: {error}")
         return USER_ERROR
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and _reader_left():
-            return READER_LEFT
-        if error.errno not in DISK_REFUSES:
+        if isinstance(error, BrokenPipeError) and _is_stdout_closed():
+            return BROKEN_PIPE
+        if error.errno not in DISK_ERRORS:
             raise
-        _complain(f"error: {error}: make room, or set ZANGCHAT_BASE_DIR to a folder on a disk that takes it")
+        remedy = "make room, or set ZANGCHAT_BASE_DIR to a folder on a disk that takes it"
+        _print_error(f"error: {error}: {remedy}")
         return USER_ERROR
     except KeyboardInterrupt:
-        _complain("interrupted")
+        _print_error("interrupted")
         return INTERRUPTED
 
 
-def _reader_left() -> bool:
-    """Whether stdout is a pipe that nobody reads any more, as `| head` leaves it. What is still buffered goes nowhere, then."""
+def _is_stdout_closed() -> bool:
+    """Whether stdout's reader has closed the pipe, as `| head` does; then buffered text is dropped."""
     try:
         print(flush=True)
     except BrokenPipeError:
@@ -100,56 +105,64 @@ def _reader_left() -> bool:
     return False
 
 
-def _settle_streams() -> None:
-    """So that no character stops a command: Windows gives files and pipes an encoding that lacks most of them (a terminal keeps its own),
-    and half of a character may be typed or piped."""
-    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115 (what was closed, as by `<&-`)
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+def _prepare_streams() -> None:
+    """Let no character stop a command.
+
+    Windows gives files and pipes an encoding that lacks most of them (a terminal keeps its own), and
+    half of a character may be typed or piped. Closed streams, as by `<&-`, are opened on os.devnull.
+    """
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
+    sys.stdout, sys.stderr = (
+        stream or open(os.devnull, "w")  # noqa: SIM115
+        for stream in (sys.stdout, sys.stderr)
+    )
     chosen = "PYTHONIOENCODING" in os.environ
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding=None if chosen or stream.isatty() else "utf-8", errors="backslashreplace")
+            encoding = None if chosen or stream.isatty() else "utf-8"
+            stream.reconfigure(encoding=encoding, errors="backslashreplace")
     if isinstance(sys.stdin, io.TextIOWrapper):
-        with contextlib.suppress(io.UnsupportedOperation):  # the program that calls this has read of it already
+        with contextlib.suppress(io.UnsupportedOperation):  # a caller has read from it already
             sys.stdin.reconfigure(errors="replace")
 
 
-def _complain(message: str) -> None:
+def _print_error(message: str) -> None:
     rank = os.environ.get("RANK") or "0"
     sys.stdout.flush()
     print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr, flush=True)
 
 
 def parse(config_cls: type[C], argv: Sequence[str] | None = None) -> C:
-    """`argv` (default: sys.argv[1:]) -> an instance of the dataclass. Raises UserError; `--help` prints and raises SystemExit(0)."""
+    """`argv` (default: sys.argv[1:]) -> an instance of the dataclass.
+
+    Raises UserError; `--help` prints and raises SystemExit(0).
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     flags = {flag.name: flag for flag in _flags(config_cls)}
-    given, positionals = _read(arguments, flags)
+    texts, positionals = _read(arguments, flags)
     if any(argument in ("-h", "--help") for argument in positionals):
-        return _tyro(config_cls, ["--help"])
-    missing = [f"--{flag.name}" for flag in flags.values() if flag.required and not flag.positional and flag.name not in given]
+        return _print_help(config_cls)
+    names = [flag.name for flag in flags.values() if flag.positional]
+    texts |= dict(zip(names, positionals, strict=False))
+    missing = [flag.spelling for flag in flags.values() if flag.required and flag.name not in texts]
     if missing:
         raise UserError(f"{' and '.join(missing)} must be given; {_help_hint()}")
-    tokens = [flags[name].token(value) for name, value in given.items()]
-    errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(errors):
-            config = _tyro(config_cls, [*positionals, *tokens])
-    except SystemExit as stop:
-        raise UserError(_diagnose(config_cls, flags, given, positionals, stop, errors.getvalue())) from None
-    for name, value in given.items():
-        if isinstance(number := getattr(config, name), float) and not math.isfinite(number):
-            raise UserError(f"--{name}={value} is not possible: give a finite number")
-    return config
+        return config_cls(**{name: flags[name].value(text) for name, text in texts.items()})
+    except ValueError as error:  # the dataclass's own check, in __post_init__
+        raise UserError(str(error)) from None
 
 
 def list_flags(config_cls: type) -> list[str]:
-    """Every flag in the order of its field, aliases behind it: ["--depth", "--prompt -p"]; a positional without dashes."""
-    return [" ".join((flag.name if flag.positional else f"--{flag.name}", *flag.aliases)) for flag in _flags(config_cls)]
+    """Every flag in the order of its field, followed by its aliases: ["--depth", "--prompt -p"].
+
+    A positional has no dashes.
+    """
+    return [" ".join((flag.spelling, *flag.aliases)) for flag in _flags(config_cls)]
 
 
 def check_range(least: int, config: Any, *names: str, most: float = math.inf) -> None:
-    """Raises UserError for the first of these flags that is below `least` or above `most`; None passes."""
+    """Raises UserError for the first flag below `least` or above `most`; None passes."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not least <= value <= most:
@@ -158,25 +171,36 @@ def check_range(least: int, config: Any, *names: str, most: float = math.inf) ->
 
 
 def check_fraction(config: Any, *names: str) -> None:
-    """Raises UserError for the first of these flags that is not above 0 and at most 1."""
+    """Raises UserError for the first flag that is not above 0 and at most 1."""
     for name in names:
         value = getattr(config, name)
         if not 0 < value <= 1:
-            raise UserError(f"--{name}={value:g} is not possible: give a number above 0 and at most 1")
+            expected = "give a number above 0 and at most 1"
+            raise UserError(f"--{name}={value:g} is not possible: {expected}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The flags and their values as JSON knows them: paths are strings."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(config).items()}
+    """The flags and their values as JSON has them: paths are strings."""
+    values = dataclasses.asdict(config)
+    return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
 
 
 def as_flags(config: Any) -> list[str]:
-    """The flags that give this configuration: those that are not at their defaults. The way back is `parse`."""
-    values = ((f.name, getattr(config, f.name), f.default) for f in dataclasses.fields(config))
-    return [f"--{name}={int(value) if isinstance(value, bool) else value}" for name, value, default in values if value != default]
+    """The flags that give this configuration: those not at their defaults. Undone by `parse`."""
+    fields = ((f.name, getattr(config, f.name), f.default) for f in dataclasses.fields(config))
+    return [f"--{name}={int(value) if isinstance(value, bool) else value}" for name, value, default in fields if value != default]
 
 
 # ---- flags of a dataclass -------------------------------------------------------------------------------------------
+
+WORDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    Path: "a path",
+    bool: "true or false",
+    types.NoneType: "None",
+}
 
 
 @dataclasses.dataclass
@@ -191,24 +215,49 @@ class _Flag:
     def is_bool(self) -> bool:
         return self.hint is bool
 
-    def token(self, value: str) -> str:
-        """What tyro is to read: one unambiguous spelling, so that a value may begin with a dash."""
-        if self.is_bool:
-            return f"--{self.name}" if BOOLEANS[value.lower()] else f"--no_{self.name}"
-        if bool in _options(self.hint):  # or None; tyro knows True and False alone
-            value = str(BOOLEANS.get(value.lower(), value))
-        return f"--{self.name}={value}"
+    @property
+    def spelling(self) -> str:
+        return self.name if self.positional else f"--{self.name}"
+
+    def value(self, text: str) -> Any:
+        """The text as the first type of the hint that it can be. Raises UserError."""
+        options = _options(self.hint)
+        # "None" of `str | None` is None
+        for option in sorted(options, key=lambda option: option is not types.NoneType):
+            with contextlib.suppress(ValueError):
+                value = _convert(option, text)
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise UserError(f"--{self.name}={text} is not possible: give a finite number")
+                return value
+        given = repr(text) if self.positional else f"--{self.name}={text}"
+        raise UserError(f"{given} is not understood: expected {self.expectation()}")
 
     def expectation(self) -> str:
         """Its type in words."""
-        names = {int: "a whole number", float: "a number", str: "a text", Path: "a path", bool: "true or false", type(None): "None"}
         words = []
         for option in _options(self.hint):
             if get_origin(option) is Literal:
                 words.append("one of " + ", ".join(str(choice) for choice in get_args(option)))
             else:
-                words.append(names.get(option, str(option)))
+                words.append(WORDS.get(option, str(option)))
         return " or ".join(words)
+
+
+def _convert(option: Any, text: str) -> Any:
+    """Raises ValueError if the text is not of this type."""
+    if get_origin(option) is Literal:
+        choices = {str(choice): choice for choice in get_args(option)}
+    elif option is types.NoneType:
+        choices = {"None": None}
+    elif option is bool:
+        choices, text = BOOLEANS, text.lower()
+    elif option in (int, float, str, Path):
+        return option(text)
+    else:
+        raise TypeError(f"a flag cannot be of type {option}")
+    if text not in choices:
+        raise ValueError(text)
+    return choices[text]
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
@@ -225,59 +274,78 @@ def _flags(config_cls: type) -> Iterator[_Flag]:
         metadata: tuple[Any, ...] = ()
         if get_origin(hint) is Annotated:
             hint, metadata = get_args(hint)[0], hint.__metadata__
+        aliases = (alias for item in metadata for alias in getattr(item, "aliases", None) or ())
+        defaults = (field.default, field.default_factory)
         yield _Flag(
             name=field.name,
             hint=hint,
-            aliases=tuple(alias for item in metadata for alias in getattr(item, "aliases", None) or ()),
-            required=field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING,
+            aliases=tuple(aliases),
+            required=all(default is dataclasses.MISSING for default in defaults),
             positional=any(item == tyro.conf.Positional for item in metadata),
         )
 
 
 def _read(arguments: list[str], flags: dict[str, _Flag]) -> tuple[dict[str, str], list[str]]:
-    """Command line -> ({flag name: its value}, what is no flag). Raises UserError for what cannot be meant."""
+    """Command line -> ({flag name: its text}, positionals).
+
+    Raises UserError for arguments that cannot be meant.
+    """
     spellings = {f"--{name}": name for name, flag in flags.items() if not flag.positional}
     spellings |= {alias: name for name, flag in flags.items() for alias in flag.aliases}
     negations = {f"--no_{name}": name for name, flag in flags.items() if flag.is_bool}
     allowed_positionals = sum(flag.positional for flag in flags.values())
-    given: dict[str, str] = {}
+    texts: dict[str, str] = {}
     positionals: list[str] = []
     queue = list(arguments)
-
-    def is_flag(argument: str) -> bool:
-        return _spelling(argument) in spellings or argument.startswith("--")
-
     while queue:
         argument = queue.pop(0)
         if argument == "--":
             continue
         if argument in ("-h", "--help"):
             return {}, [argument]
-        spelling, equals, value = _spelling(argument), "=" in argument, argument.partition("=")[2]
-        if not argument.startswith("-") or (spelling not in spellings | negations and _is_number(argument)):
+        spelling = _spelling(argument)
+        known = spelling in spellings or spelling in negations
+        if not argument.startswith("-") or (not known and _is_number(argument)):
             positionals.append(argument)
             if len(positionals) > allowed_positionals:
-                raise UserError(f"{argument!r} belongs to no flag: values are written --flag=value or --flag value; {_help_hint()}")
+                usage = "values are written --flag=value or --flag value"
+                raise UserError(f"{argument!r} belongs to no flag: {usage}; {_help_hint()}")
         elif spelling in negations:
-            if equals:
+            if "=" in argument:
                 raise UserError(f"{spelling} takes no value; {_help_hint()}")
-            given[negations[spelling]] = "false"
-        elif spelling not in spellings:
-            raise UserError(_unknown(argument.partition("=")[0], [*spellings, *negations]))
-        else:
+            texts[negations[spelling]] = "false"
+        elif spelling in spellings:
             flag = flags[spellings[spelling]]
-            given.pop(flag.name, None)  # the last one counts, in its place
+            texts.pop(flag.name, None)  # the last one counts, in its place
             if flag.is_bool:
-                if not equals:
-                    value = queue.pop(0) if queue and queue[0].lower() in BOOLEANS and not allowed_positionals else "true"
-                if value.lower() not in BOOLEANS:
-                    raise UserError(f"{spelling}={value} is not understood: write {spelling}, {spelling}=1 or {spelling}=0")
-            elif not equals:
-                if not queue or is_flag(queue[0]):
-                    raise UserError(f"{spelling} needs a value: {flag.expectation()}; {_help_hint()}")
-                value = queue.pop(0)
-            given[flag.name] = value
-    return given, positionals
+                texts[flag.name] = _boolean(argument, [] if allowed_positionals else queue)
+            else:
+                texts[flag.name] = _text(argument, flag, queue, spellings)
+        else:
+            raise UserError(_unknown(argument.partition("=")[0], [*spellings, *negations]))
+    return texts, positionals
+
+
+def _boolean(argument: str, queue: list[str]) -> str:
+    """The value of a boolean flag; one that is its own argument is taken from the queue."""
+    spelling, (_, equals, text) = _spelling(argument), argument.partition("=")
+    if not equals:
+        text = queue.pop(0) if queue and queue[0].lower() in BOOLEANS else "true"
+    if text.lower() not in BOOLEANS:
+        usage = f"write {spelling}, {spelling}=1 or {spelling}=0"
+        raise UserError(f"{spelling}={text} is not understood: {usage}")
+    return text
+
+
+def _text(argument: str, flag: _Flag, queue: list[str], spellings: dict[str, str]) -> str:
+    """The value of any other flag, from its own argument or the next in the queue."""
+    _, equals, text = argument.partition("=")
+    if equals:
+        return text
+    if not queue or _spelling(queue[0]) in spellings or queue[0].startswith("--"):
+        expected = f"{_spelling(argument)} needs a value: {flag.expectation()}"
+        raise UserError(f"{expected}; {_help_hint()}")
+    return queue.pop(0)
 
 
 def _spelling(argument: str) -> str:
@@ -308,35 +376,18 @@ def _unknown(flag: str, known: list[str]) -> str:
     return f"unknown flag {flag}{advice} ({_help_hint()})"
 
 
-def _diagnose(
-    config_cls: type, flags: dict[str, _Flag], given: dict[str, str], positionals: list[str], stop: SystemExit, printed: str
-) -> str:
-    """Which flag tyro refused: each is tried alone. Otherwise the dataclass's own check (a ValueError in __post_init__) did."""
-    required = [flag.token(given[name]) for name, flag in flags.items() if flag.required and name in given]
-    for name, value in given.items():
-        with contextlib.redirect_stderr(io.StringIO()) as alone:
-            try:
-                _tyro(config_cls, [*required, flags[name].token(value)])
-                continue
-            except SystemExit:
-                pass
-        if "Error parsing " + config_cls.__name__ not in alone.getvalue():
-            return f"--{name}={value} is not understood: expected {flags[name].expectation()}"
-    for value, flag in zip(positionals, (flag for flag in flags.values() if flag.positional), strict=False):
-        if f"argument '{flag.name}'" in printed or f"parsing {flag.name.upper()}" in printed:
-            return f"{value!r} is not understood: expected {flag.expectation()}"
-    cause = stop.__context__
-    if isinstance(cause, ValueError) and str(cause):
-        return str(cause)
-    text = " ".join(line.strip("│╭╰╮╯─ ") for line in printed.splitlines())
-    return " ".join(text.split()) or f"these arguments are not understood; {_help_hint()}"
+# ---- help -----------------------------------------------------------------------------------------------------------
 
 
-# ---- tyro -----------------------------------------------------------------------------------------------------------
-
-
-def _tyro(config_cls: type[C], tokens: list[str]) -> C:
-    return tyro.cli(config_cls, args=tokens, prog=_program(), description=_description(config_cls), use_underscores=True)
+def _print_help(config_cls: type[C]) -> C:
+    """Raises SystemExit."""
+    return tyro.cli(
+        config_cls,
+        args=["--help"],
+        prog=_program(),
+        description=_description(config_cls),
+        use_underscores=True,
+    )
 
 
 def _program() -> str:

@@ -74,7 +74,7 @@ class TextStream:
     def __init__(self, dataset: Dataset, tokenizer: Any, seed: int, max_tokens: int | None = None) -> None:
         if max_tokens is not None and max_tokens < 2:
             raise ValueError(f"max_tokens must be at least 2, not {max_tokens}")
-        if dataset.tokenizer not in (None, tokenizer and tokenizer.fingerprint):
+        if dataset.tokenizer_fingerprint not in (None, tokenizer and tokenizer.fingerprint):
             raise UserError(f"dataset {dataset.name} was made with another tokenizer than this model's: {dataset.repair_hint()}")
         self.dataset, self.tokenizer, self.seed, self.max_tokens = dataset, tokenizer, seed, max_tokens
         self.state: dict[str, Any] = {"epoch": 0, "shard": 0, "group": 0, "row": 0}
@@ -90,7 +90,7 @@ class TextStream:
         return documents
 
     def _encoded(self, run: list[Any]) -> list[np.ndarray]:
-        if self.dataset.tokenizer is not None:
+        if self.dataset.tokenizer_fingerprint is not None:
             return run
         ids, offsets = self.tokenizer.encode_documents(run, num_threads=2)
         return np.split(ids, offsets[1:-1])

@@ -1,40 +1,44 @@
-"""The tokenizer: byte-level BPE trained and run by the crate rustbpe, and the grammar of chat.
+"""The tokenizer: byte-level BPE trained and run by the crate rustbpe, and conversations as tokens.
 
-A tokenizer is data: a split pattern, the bytes of each token in the order of their ranks, and special tokens, whose ids follow. On disk:
+A tokenizer is data: a split pattern, the bytes of each token in the order of their ranks, and special
+tokens, whose ids follow. On disk:
 
-    tokenizer.json   {"format", "version", "fingerprint", "pattern", "special_tokens": [name...], "facts": {...}, "ranks": [base64...]}
-    token_bytes.pt   int32 (V,): the length in bytes of each token, 0 for special tokens; what bits per byte need
+    tokenizer.json   {"format", "version", "fingerprint", "pattern", "special_tokens": [name...],
+                      "facts": {...}, "ranks": [base64...]}
+    token_bytes.pt   int32 (V,): the length in bytes of each token, 0 for special tokens
 
 A conversation {"messages": [{"role", "content"}...]} becomes
 
     <|bos|> (<|user_start|> text <|user_end|> <|assistant_start|> parts <|assistant_end|>)*
 
-where a part is text, <|python_start|> call <|python_end|> or <|output_start|> result <|output_end|>, and a system message is put before the
-first user message. Only this module's renderer writes special tokens: text is always encoded as ordinary text, so nobody can type one.
+with parts of text, <|python_start|> call <|python_end|> or <|output_start|> result <|output_end|>,
+and a system message is put before the first user message. Only the renderer writes special tokens:
+text is always encoded as ordinary text, so a user cannot type one.
 """
 
 import base64
-import binascii
 import functools
 import hashlib
 import io
 import json
 import logging
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-import rustbpe
-from zangchat.errors import UserError
+from zangchat import bpe
+from zangchat.conversation import Conversation, messages_of, turns
+from zangchat.errors import UserError, explain
 from zangchat.runtime.files import atomic_write, get_base_dir
 
 if TYPE_CHECKING:
-    import pyarrow
     import tiktoken
     import torch
+
+    from zangchat.bpe import Text
 
 SPECIAL_TOKENS = (
     "<|bos|>",  # in front of every document
@@ -44,67 +48,23 @@ SPECIAL_TOKENS = (
     "<|assistant_end|>",
     "<|python_start|>",  # a tool call
     "<|python_end|>",
-    "<|output_start|>",  # what the tool answered
+    "<|output_start|>",  # its output
     "<|output_end|>",
 )
-# GPT-4's pattern, but numbers go in groups of up to two digits: three would spend a fifth of a small vocabulary on numbers.
-SPLIT_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+# GPT-4's pattern, but numbers go in groups of up to two digits: three would spend a fifth of a small
+# vocabulary on numbers.
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
 FORMAT = "zangchat-tokenizer"
 VERSION = 1
 TOKENIZER_FILE = "tokenizer.json"
 TOKEN_BYTES_FILE = "token_bytes.pt"
+Token = int | str | None  # by id, or a special token by name
 TRAIN = ("python", "-m", "scripts.tok_train")
 
 logger = logging.getLogger(__name__)
-
-
-# ---- text to ids ----------------------------------------------------------------------------------------------------
-
-
-class _TiktokenEncoder:
-    """What the crate's encoder does, through tiktoken: the same ids, slower."""
-
-    def __init__(self, encoding: "tiktoken.Encoding") -> None:
-        self._encoding = encoding
-
-    def encode(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(text)
-
-    def batch_encode(self, texts: Sequence[str], num_threads: int) -> list[list[int]]:
-        return self._encoding.encode_ordinary_batch(list(texts), num_threads=num_threads)
-
-    def encode_documents(self, texts: Sequence[str], num_threads: int) -> tuple[np.ndarray, np.ndarray]:
-        encoded = self.batch_encode(texts, num_threads)
-        offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
-        np.cumsum([len(ids) for ids in encoded], out=offsets[1:])
-        return np.fromiter((i for ids in encoded for i in ids), dtype=np.uint32, count=int(offsets[-1])), offsets
-
-
-@functools.cache
-def _crate_encodes() -> bool:
-    """Whether `rustbpe` is this project's crate; PyPI's package stands in where it cannot be built: it trains alike, but takes no ranks."""
-    if not hasattr(rustbpe, "Tokenizer"):  # the source folder, found from the top of the repository
-        raise UserError("the package rustbpe is not installed: run `bash dev/setup.sh`")
-    if hasattr(rustbpe.Tokenizer, "from_ranks"):
-        return True
-    logger.info("the crate rustbpe is not built here: training with PyPI's rustbpe, encoding with tiktoken (slower, the same tokens)")
-    return False
-
-
-def by_rank(ranks: dict[bytes, int]) -> list[bytes]:
-    """The tokens in the order of their ranks. Raises ValueError where these are not 0, 1, 2, ..."""
-    if sorted(ranks.values()) != list(range(len(ranks))):
-        raise ValueError("its ranks have gaps")
-    return sorted(ranks, key=ranks.__getitem__)
-
-
-def whole_characters(text: str) -> str:
-    """Surrogate pairs joined, lone surrogates replaced by U+FFFD: text that came through a careless \\u escape still has an encoding."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
 
 
 # ---- the tokenizer --------------------------------------------------------------------------------------------------
@@ -113,8 +73,8 @@ def whole_characters(text: str) -> str:
 class RustBPETokenizer:
     """Mergeable ranks with their pattern, and special tokens after them.
 
-    `token_bytes_of[i]` are the bytes of mergeable token i; `facts` is JSON about how it was made and does not influence encoding.
-    Raises ValueError for ranks or names that make no tokenizer.
+    `token_bytes_of[i]` are the bytes of mergeable token i. `facts` is JSON about how it was made and
+    does not influence encoding. Raises ValueError for ranks or names that make no tokenizer.
     """
 
     def __init__(
@@ -126,33 +86,33 @@ class RustBPETokenizer:
     ) -> None:
         missing = [name for name in SPECIAL_TOKENS if name not in special_tokens]
         if missing or len(set(special_tokens)) != len(special_tokens):
-            raise ValueError(f"special tokens must be distinct and include {', '.join(missing or SPECIAL_TOKENS)}")
-        if len(set(token_bytes_of)) != len(token_bytes_of) or not set(token_bytes_of) >= {bytes([i]) for i in range(256)}:
+            needed = ", ".join(missing or SPECIAL_TOKENS)
+            raise ValueError(f"special tokens must be distinct and include {needed}")
+        distinct = set(token_bytes_of)
+        if len(distinct) != len(token_bytes_of) or not distinct >= {bytes([i]) for i in range(256)}:
             raise ValueError("the ranks must be distinct and include all 256 single bytes")
+        tokens = list(token_bytes_of)
         self.pattern = pattern
         self.facts = dict(facts or {})
-        self._tokens = list(token_bytes_of)
-        self._special_ids = {name: len(self._tokens) + i for i, name in enumerate(special_tokens)}
-        self._all_tokens = [*self._tokens, *(name.encode() for name in special_tokens)]
+        self.mergeable_tokens = tokens
+        self._special_ids = {name: len(tokens) + i for i, name in enumerate(special_tokens)}
+        self._all_tokens = [*tokens, *(name.encode() for name in special_tokens)]
         self._bos = self._special_ids["<|bos|>"]
-        self._encoder: rustbpe.Tokenizer | _TiktokenEncoder
-        if _crate_encodes():
-            self._encoder = rustbpe.Tokenizer.from_ranks([(token, i) for i, token in enumerate(self._tokens)], pattern)
-        else:
-            self._encoder = _TiktokenEncoder(self.enc)
+        self._encoder = bpe.make_encoder(tokens, pattern, self._special_ids)
 
     @functools.cached_property
     def enc(self) -> "tiktoken.Encoding":
-        """The same tokenizer as tiktoken's, for tools that want one."""
-        import tiktoken
-
-        ranks = {token: i for i, token in enumerate(self._tokens)}
-        return tiktoken.Encoding(name="zangchat", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=self._special_ids)
+        """The same tokenizer as a tiktoken.Encoding, for tools that need one."""
+        return bpe.tiktoken_encoding(self.mergeable_tokens, self.pattern, self._special_ids)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of a hash of all that decides the ids of a text."""
-        content = [self.pattern, list(self._special_ids), [token.hex() for token in self._tokens]]
+        """16 hex digits of a hash of everything that determines the ids of a text."""
+        content = [
+            self.pattern,
+            list(self._special_ids),
+            [token.hex() for token in self.mergeable_tokens],
+        ]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     # -- making one
@@ -160,80 +120,52 @@ class RustBPETokenizer:
     @classmethod
     def train_from_iterator(
         cls,
-        text_iterator: "Iterable[str | pyarrow.Array | pyarrow.ChunkedArray]",
+        text_iterator: "Iterable[Text]",
         vocab_size: int,
         pattern: str = SPLIT_PATTERN,
         facts: dict[str, Any] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> "RustBPETokenizer":
-        """Train on the strings of an iterator, or on Arrow arrays of them, whose memory the crate reads in place; `vocab_size` counts the
-        special tokens, and is not reached where the text has nothing left to merge. `progress(merges_done)` is called a few times a second
-        while merging. Raises ValueError when there is no text at all.
+        """Train on strings, or on Arrow arrays of them, whose memory the crate reads in place.
+
+        `vocab_size` counts the special tokens; it is not reached if the text has nothing left to
+        merge. `progress(merges_done)` is called a few times a second while merging. Raises
+        ValueError if there is no text at all.
         """
         smallest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
-            raise ValueError(
-                f"vocab_size must be at least {smallest} (256 bytes and {len(SPECIAL_TOKENS)} special tokens), not {vocab_size}"
-            )
-        crate, found = _crate_encodes(), False
-
-        def counted() -> "Iterator[str | pyarrow.Array | pyarrow.ChunkedArray]":
-            nonlocal found
-            for item in text_iterator:
-                found = found or len(item) > 0
-                if isinstance(item, str):
-                    yield item if item.isascii() else whole_characters(item)
-                elif crate:
-                    yield item
-                else:
-                    yield from item.drop_null().to_pylist()
-
-        trainer = rustbpe.Tokenizer()
-        options: dict[str, Any] = {"progress": progress} if crate else {}
-        trainer.train_from_iterator(counted(), vocab_size - len(SPECIAL_TOKENS), pattern=pattern, **options)
-        if not found:
-            raise ValueError("there is no text to train on")
-        ranks = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
-        return cls([bytes(token) for token, _ in ranks], pattern, facts=facts)
+            parts = f"256 bytes and {len(SPECIAL_TOKENS)} special tokens"
+            raise ValueError(f"vocab_size must be at least {smallest} ({parts}), not {vocab_size}")
+        merged_size = vocab_size - len(SPECIAL_TOKENS)
+        return cls(bpe.train(text_iterator, merged_size, pattern, progress), pattern, facts=facts)
 
     @classmethod
     def from_pretrained(cls, tiktoken_name: str) -> "RustBPETokenizer":
-        """tiktoken's ranks and pattern of that name ("gpt2", "cl100k_base"...; it may download them), with our own special tokens."""
+        """tiktoken's ranks and pattern of that name, with our own special tokens.
+
+        For example "gpt2" or "cl100k_base"; tiktoken may download them.
+        """
         import tiktoken
 
         encoding = tiktoken.get_encoding(tiktoken_name)
-        return cls(by_rank(encoding._mergeable_ranks), encoding._pat_str, facts={"tiktoken": tiktoken_name})
+        tokens = bpe.by_rank(encoding._mergeable_ranks)
+        return cls(tokens, encoding._pat_str, facts={"tiktoken": tiktoken_name})
 
     @classmethod
     def from_directory(cls, tokenizer_dir: str | Path, *flags: str) -> "RustBPETokenizer":
-        """Load what `save` wrote.
+        """Load a tokenizer that `save` wrote.
 
-        Raises UserError naming the file that is missing or damaged, and the command that makes it: scripts.tok_train with `flags`.
+        Raises UserError naming the file that is missing or damaged, and the command that makes it:
+        scripts.tok_train with `flags`.
         """
         path = Path(tokenizer_dir) / TOKENIZER_FILE
         if not path.is_file():
             raise UserError(f"no tokenizer at {path}: run `{shlex.join([*TRAIN, *flags])}`")
-        try:
-            return cls._from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, KeyError, TypeError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else error
-            remedy = f"put an intact copy there, or run `{shlex.join([*TRAIN, *flags, '--overwrite'])}`"
-            raise UserError(f"{path} is no usable tokenizer ({reason}): {remedy}") from error
-
-    @classmethod
-    def _from_dict(cls, data: dict[str, Any]) -> "RustBPETokenizer":
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ValueError(f'its "format" is not "{FORMAT}"')
-        if data["version"] != VERSION:
-            raise ValueError(f"its version is {data['version']}, this program reads {VERSION}")
-        try:
-            tokens = [base64.b64decode(token, validate=True) for token in data["ranks"]]
-        except binascii.Error as error:
-            raise ValueError(f"a rank is not base64: {error}") from error
-        tokenizer = cls(tokens, data["pattern"], data["special_tokens"], data["facts"])
-        if tokenizer.fingerprint != data["fingerprint"]:
-            raise ValueError("its contents have changed since it was written")
-        return tokenizer
+        command = shlex.join([*TRAIN, *flags, "--overwrite"])
+        problem = f"{path} is not a usable tokenizer"
+        remedy = f"put an intact copy there, or run `{command}`"
+        with explain(problem, remedy, ValueError, KeyError, TypeError):
+            return _from_dict(json.loads(path.read_text(encoding="utf-8")))
 
     def save(self, tokenizer_dir: str | Path) -> None:
         """Write tokenizer.json and token_bytes.pt; each appears whole or not at all."""
@@ -244,18 +176,8 @@ class RustBPETokenizer:
         folder = Path(tokenizer_dir)
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(folder / TOKEN_BYTES_FILE, buffer.getvalue())
-        atomic_write(folder / TOKENIZER_FILE, json.dumps(self._to_dict(), ensure_ascii=False, indent=0))
-
-    def _to_dict(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "fingerprint": self.fingerprint,
-            "pattern": self.pattern,
-            "special_tokens": list(self._special_ids),
-            "facts": self.facts,
-            "ranks": [base64.b64encode(token).decode("ascii") for token in self._tokens],
-        }
+        text = json.dumps(_to_dict(self), ensure_ascii=False, indent=0)
+        atomic_write(folder / TOKENIZER_FILE, text)
 
     # -- vocabulary
 
@@ -273,51 +195,47 @@ class RustBPETokenizer:
     def encode_special(self, text: str) -> int:
         """The id of a special token by its name. Raises ValueError for anything else."""
         if text not in self._special_ids:
-            raise ValueError(f"{text!r} is no special token: {', '.join(self._special_ids)}")
+            known = ", ".join(self._special_ids)
+            raise ValueError(f"{text!r} is not a special token: {known}")
         return self._special_ids[text]
 
     def id_to_token(self, id: int) -> str:
-        """One token as text; U+FFFD stands for bytes that are no whole character."""
+        """One token as text; U+FFFD stands for bytes that are not a whole character."""
         return self.decode([id])
 
     def token_bytes(self) -> np.ndarray:
         """int32 (V,): the length in bytes of each token, 0 for special tokens."""
-        return np.array([len(token) for token in self._tokens] + [0] * len(self._special_ids), dtype=np.int32)
+        lengths = [len(token) for token in self.mergeable_tokens] + [0] * len(self._special_ids)
+        return np.array(lengths, dtype=np.int32)
 
     # -- encode and decode
 
     @overload
-    def encode(self, text: str, prepend: int | str | None = None, append: int | str | None = None, num_threads: int = 8) -> list[int]: ...
+    def encode(self, text: str, prepend: Token = None, append: Token = None, num_threads: int = 8) -> list[int]: ...
     @overload
-    def encode(
-        self, text: list[str], prepend: int | str | None = None, append: int | str | None = None, num_threads: int = 8
-    ) -> list[list[int]]: ...
-    def encode(
-        self, text: str | list[str], prepend: int | str | None = None, append: int | str | None = None, num_threads: int = 8
-    ) -> list[int] | list[list[int]]:
-        """Ordinary text to ids, or a list of texts to lists of ids; `prepend` and `append` are special tokens by name, or any by id."""
+    def encode(self, text: list[str], prepend: Token = None, append: Token = None, num_threads: int = 8) -> list[list[int]]: ...
+    def encode(self, text: Any, prepend: Token = None, append: Token = None, num_threads: int = 8) -> Any:
+        """Ordinary text to ids, or a list of texts to lists of ids.
+
+        `prepend` and `append` are special tokens by name, or any token by id.
+        """
         before, after = ([] if token is None else [self._token_id(token)] for token in (prepend, append))
         if isinstance(text, str):
-            try:
-                return before + self._encoder.encode(text) + after
-            except UnicodeEncodeError:
-                return before + self._encoder.encode(whole_characters(text)) + after
+            return before + bpe.encode_repaired(self._encoder.encode, text) + after
         if not isinstance(text, (list, tuple)):
             raise TypeError(f"encode takes a str or a list of str, not {type(text).__name__}")
-        try:
-            encoded = self._encoder.batch_encode(text, num_threads)
-        except UnicodeEncodeError:
-            encoded = self._encoder.batch_encode([whole_characters(item) for item in text], num_threads)
-        return [before + ids + after for ids in encoded] if before or after else encoded  # copies only where something is added
+        encoded = bpe.encode_repaired(self._encoder.batch_encode, text, num_threads)
+        # copies only if something is added
+        return [before + ids + after for ids in encoded] if before or after else encoded
 
     __call__ = encode
 
     def encode_documents(self, texts: Sequence[str], num_threads: int = 8) -> tuple[np.ndarray, np.ndarray]:
-        """All texts at once, without the GIL: (ids end to end, uint32 (N,); offsets, int64 (len(texts) + 1,)). No special tokens."""
-        try:
-            return self._encoder.encode_documents(texts, num_threads)
-        except UnicodeEncodeError:
-            return self._encoder.encode_documents([whole_characters(text) for text in texts], num_threads)
+        """All texts at once, without the GIL; no special tokens.
+
+        Returns the ids end to end, uint32 (N,), and offsets, int64 (len(texts) + 1,).
+        """
+        return bpe.encode_repaired(self._encoder.encode_documents, texts, num_threads)
 
     def _token_id(self, token: int | str) -> int:
         return self.encode_special(token) if isinstance(token, str) else token
@@ -334,15 +252,18 @@ class RustBPETokenizer:
         raise ValueError(f"token id {wrong} is outside the vocabulary of {len(self._all_tokens)}")
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Bytes that are no whole character become U+FFFD."""
+        """Bytes that are not a whole character become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     # -- chat
 
-    def render_conversation(self, conversation: dict[str, Any], max_tokens: int | None = None) -> tuple[list[int], list[int]]:
-        """(ids, mask), at most `max_tokens` of them. The mask is 1 for what the assistant must learn to write: its text and tool calls with
-        their markers and <|assistant_end|>, not the tools' output, and nothing of a message with `"weight": 0`, which is context (as in
-        OpenAI's fine-tuning format). Raises ValueError, naming the message, for a malformed conversation.
+    def render_conversation(self, conversation: Conversation, max_tokens: int | None = None) -> tuple[list[int], list[int]]:
+        """(ids, mask), at most `max_tokens` of them.
+
+        The mask is 1 for tokens that the assistant must learn to write: its text, and its tool calls
+        with their markers, and <|assistant_end|>. It is 0 for the tools' output, and for a message
+        with `"weight": 0`, which is context (as in OpenAI's fine-tuning format). Raises ValueError,
+        naming the message, for a malformed conversation.
         """
         ids, mask = [self._bos], [0]
 
@@ -351,31 +272,34 @@ class RustBPETokenizer:
             mask.extend([learn] * len(tokens))
 
         for role, parts, weight in turns(conversation):
-            start, end = self.encode_special(f"<|{role}_start|>"), self.encode_special(f"<|{role}_end|>")
             learn = int(role == "assistant" and weight)
-            add([start], 0)
+            add([self.encode_special(f"<|{role}_start|>")], 0)
             for kind, text in parts:
                 if kind == "text":
                     add(self.encode(text), learn)
                 else:
                     marks = "python" if kind == "python" else "output"
-                    call = [self.encode_special(f"<|{marks}_start|>"), *self.encode(text), self.encode_special(f"<|{marks}_end|>")]
+                    call = self.encode(text, f"<|{marks}_start|>", f"<|{marks}_end|>")
                     add(call, int(kind == "python" and learn))
-            add([end], learn)
+            add([self.encode_special(f"<|{role}_end|>")], learn)
         return ids[:max_tokens], mask[:max_tokens]
 
-    def render_for_completion(self, conversation: dict[str, Any]) -> list[int]:
-        """The prompt for the assistant's next answer: without the last message if that is the assistant's, up to <|assistant_start|>."""
-        messages = _messages(conversation)
+    def render_for_completion(self, conversation: Conversation) -> list[int]:
+        """The prompt for the assistant's next answer, up to <|assistant_start|>.
+
+        The last message is left out if it is the assistant's.
+        """
+        messages = messages_of(conversation)
         if messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
             messages = messages[:-1]
         ids, _ = self.render_conversation({**conversation, "messages": messages})
         if ids[-1] == self.encode_special("<|assistant_end|>"):
-            raise ValueError(f"message {len(messages) - 1} is the assistant's: the one before an answer must be the user's")
+            problem = f"message {len(messages) - 1} is the assistant's"
+            raise ValueError(f"{problem}: the one before an answer must be the user's")
         return [*ids, self.encode_special("<|assistant_start|>")]
 
     def visualize_tokenization(self, ids: Sequence[int], mask: Sequence[int], with_token_id: bool = False) -> str:
-        """For a terminal: green where the mask is 1, red where it is 0, tokens separated by bars."""
+        """For a terminal: tokens between bars, green if the mask is 1, red if it is 0."""
         red, green, grey, reset = "\033[91m", "\033[92m", "\033[90m", "\033[0m"
         shown = []
         for token, learn in zip(ids, mask, strict=True):
@@ -384,79 +308,55 @@ class RustBPETokenizer:
         return "|".join(shown)
 
 
-# ---- conversations --------------------------------------------------------------------------------------------------
+# ---- the file -------------------------------------------------------------------------------------------------------
 
 
-def _messages(conversation: dict[str, Any]) -> list[Any]:
-    messages = conversation.get("messages") if isinstance(conversation, dict) else None
-    if not isinstance(messages, (list, tuple)):
-        raise ValueError('a conversation is {"messages": [{"role": ..., "content": ...}, ...]}')
-    return list(messages)
+def _to_dict(tokenizer: RustBPETokenizer) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "fingerprint": tokenizer.fingerprint,
+        "pattern": tokenizer.pattern,
+        "special_tokens": tokenizer.get_special_tokens(),
+        "facts": tokenizer.facts,
+        "ranks": [base64.b64encode(token).decode("ascii") for token in tokenizer.mergeable_tokens],
+    }
 
 
-def turns(conversation: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]], int]]:
-    """(role, [(kind of part, text)...], weight) of alternating user and assistant turns; a system message is put before the first user
-    message. The weight is 1, or 0 for a message that is not to be learned.
-    """
-    messages = _messages(conversation)
-    system, first = None, 0
-    if messages and isinstance(messages[0], dict) and messages[0].get("role") == "system":
-        system, first = _text_of(messages[0], 0), 1
-    if len(messages) == first:
-        raise ValueError("the conversation has no message of a user")
-    for index, message in enumerate(messages[first:], start=first):
-        expected = "assistant" if (index - first) % 2 else "user"
-        role = message.get("role") if isinstance(message, dict) else None
-        if role != expected:
-            raise ValueError(f"message {index} has the role {role!r}, but it is the turn of the {expected}")
-        weight = message.get("weight")
-        if weight not in (None, 0, 1):
-            raise ValueError(f"message {index} has the weight {weight!r}: 0 (context) and 1 (learned) are possible")
-        if role == "assistant":
-            yield role, _parts_of(message, index), 1 if weight is None else int(weight)
-        else:
-            text = _text_of(message, index)
-            yield role, [("text", f"{system}\n\n{text}" if system is not None and index == first else text)], 0
-
-
-def _text_of(message: dict[str, Any], index: int) -> str:
-    content = message.get("content")
-    if not isinstance(content, str):
-        raise ValueError(f"message {index} ({message['role']}) needs a string as content, not {type(content).__name__}")
-    return content
-
-
-def _parts_of(message: dict[str, Any], index: int) -> list[tuple[str, str]]:
-    content = message.get("content")
-    if isinstance(content, str):
-        return [("text", content)]
-    if not isinstance(content, (list, tuple)):
-        raise ValueError(f"message {index} (assistant) needs a string or a list of parts as content, not {type(content).__name__}")
-    parts = []
-    for part in content:
-        kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
-        if kind not in ("text", "python", "python_output") or not isinstance(text, str):
-            raise ValueError(f'message {index} has a part that is not {{"type": "text" | "python" | "python_output", "text": ...}}')
-        parts.append((kind, text))
-    return parts
+def _from_dict(data: dict[str, Any]) -> RustBPETokenizer:
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ValueError(f'its "format" is not "{FORMAT}"')
+    if data["version"] != VERSION:
+        raise ValueError(f"its version is {data['version']}, this program reads {VERSION}")
+    tokens = [base64.b64decode(token, validate=True) for token in data["ranks"]]
+    tokenizer = RustBPETokenizer(tokens, data["pattern"], data["special_tokens"], data["facts"])
+    if tokenizer.fingerprint != data["fingerprint"]:
+        raise ValueError("its contents have changed since it was written")
+    return tokenizer
 
 
 # ---- the tokenizer of this base directory ---------------------------------------------------------------------------
 
 
 def tokenizer_dir() -> Path:
-    """Where the tokenizer that new base models use lives."""
+    """The folder of the tokenizer that new base models use."""
     return get_base_dir() / "tokenizer"
 
 
 def get_tokenizer(*flags: str) -> RustBPETokenizer:
-    """The tokenizer that new base models use. Raises UserError if there is none, with the command that trains one with `flags`."""
+    """The tokenizer that new base models use.
+
+    Raises UserError if there is none, with the command that trains one with `flags`.
+    """
     return RustBPETokenizer.from_directory(tokenizer_dir(), *flags)
 
 
 def get_token_bytes(device: str = "cpu") -> "torch.Tensor":
-    """int32 (V,): the length in bytes of each token of `get_tokenizer()`, 0 for special tokens. Raises UserError where there is none."""
+    """int32 (V,): the length in bytes of each token of `get_tokenizer()`, 0 for special tokens.
+
+    Raises UserError if there is no tokenizer.
+    """
     import torch
 
-    # From the ranks themselves, so that the two files cannot disagree; token_bytes.pt is for other programs.
+    # From the ranks, so that two files cannot disagree; token_bytes.pt is for other programs.
     return torch.from_numpy(get_tokenizer().token_bytes()).to(device)

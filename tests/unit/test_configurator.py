@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -127,6 +127,48 @@ def test_none_can_be_asked_for():
     assert parse(Config, ["-k", "7"]).top_k == 7
 
 
+@pytest.mark.parametrize(
+    ("hint", "text", "value"),
+    [
+        (int, "1_000", 1000),
+        (int, "+5", 5),
+        (float, "1", 1.0),
+        (float, ".5", 0.5),
+        (str, "None", "None"),
+        (str | None, "None", None),
+        (str | None, "none", "none"),
+        (Path | None, "a//b", Path("a/b")),
+        (int | str, "3", 3),
+        (int | str, "x", "x"),
+        (int | Literal["auto"] | None, "auto", "auto"),
+        (int | Literal["auto"] | None, "7", 7),
+        (Literal[1, 2], "2", 2),
+        (bool | None, "ON", True),
+    ],
+)
+def test_a_text_becomes_the_first_type_of_the_field_that_it_can_be(hint, text, value):
+    found = parse(make_dataclass("Made", [("flag", hint)]), [f"--flag={text}"]).flag
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(("hint", "text"), [(int, "1.0"), (int, "0x10"), (int, ""), (float, "0x1p3"), (Literal[1, 2], "01")])
+def test_no_other_spelling_is_a_number(hint, text):
+    message = error_of(f"--flag={text}", cls=make_dataclass("Made", [("flag", hint)]))
+    assert message.startswith(f"--flag={text} is not understood: expected ")
+
+
+def test_a_field_of_another_type_is_misuse():
+    with pytest.raises(TypeError, match="a flag cannot be of type"):
+        parse(make_dataclass("Made", [("flag", list[int])]), ["--flag=3"])
+
+
+@pytest.mark.parametrize("rank", ["1", "unknown"])
+def test_an_error_names_the_rank_that_the_environment_has(rank, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    assert configurator.run(Config, lambda config: None, ["--depth=x"]) == 2
+    assert capsys.readouterr().err.startswith(f"[rank {rank}] error: --depth=x")
+
+
 def test_positionals():
     assert parse(Command, ["verify", "-n", "3"]) == Command("verify", 3)
     assert parse(Command, ["-n", "-1"]) == Command("download", -1)
@@ -227,6 +269,8 @@ def test_a_bad_positional_names_the_choices():
 
 
 def test_a_missing_required_flag():
+    positional = make_dataclass("Made", [("what", tyro.conf.Positional[str])])
+    assert error_of(cls=positional).startswith("what must be given")
     assert "--depth must be given" in error_of(cls=Needy)
     assert "--width=x" in error_of("--depth=3", "--width=x", cls=Needy)
 

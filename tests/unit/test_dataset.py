@@ -218,9 +218,9 @@ def test_wrong_input_is_named(tmp_path):
     cases = {
         "no.jsonl": (None, "does not exist"),
         "empty.txt": ("", "holds no text"),
-        "broken.jsonl": ('{"text": "a"}\n{"text": \n', r"broken\.jsonl, line 2.* is not JSON"),
-        "fields.jsonl": ('{"body": "a"}\n', r"fields\.jsonl, line 1 has no text: a record needs `text`"),
-        "roles.jsonl": ('{"messages": [{"content": "a"}]}\n', r"roles\.jsonl, line 1 has a message without role or text"),
+        "broken.jsonl": ('{"text": "a"}\n{"text": \n', r"broken\.jsonl:2 is not JSON"),
+        "fields.jsonl": ('{"body": "a"}\n', r"fields\.jsonl:1 has no text: a record needs `text`"),
+        "roles.jsonl": ('{"messages": [{"content": "a"}]}\n', r"roles\.jsonl:1 has a message without role or text"),
         "blank.jsonl": ("\n \n", r"blank\.jsonl holds no text"),
         "none.jsonl": ('{"text": ""}\n', r"none\.jsonl holds no text"),
         "binary.txt": (b"ab\xff\xfe", r"binary\.txt is damaged \(byte 2 is not UTF-8\)"),

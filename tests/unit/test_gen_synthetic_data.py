@@ -54,7 +54,7 @@ def test_our_own_server_writes_a_file_that_trains(endpoint, capsys):
     assert len({row["messages"][0]["content"] for row in made}) == 8
     assert len(CustomJSON(flags[1].partition("=")[2])) == 8
     told = capsys.readouterr().out
-    assert "by the prompt alone" in told and "--identity_data" in told  # our server knows no schemas, and says so
+    assert "only the prompt asks for JSON" in told and "--identity_data" in told  # our server supports no schemas
     asked = len(prompts)
     assert gen.main([*flags, "--num=8"]) == 0 and len(prompts) == asked  # nothing is left to do
     assert gen.main([*flags, "--num=10", "--max_similarity=0.95"]) == 0

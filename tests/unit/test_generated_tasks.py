@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tasks.common import SPLITS, MissingData, split_of, tool_parts
 from tasks.identity import Identity
 from tasks.pydocs import PyDocs
 from tasks.registry import build_mixture, load_task
-from tasks.spellingbee import SimpleSpelling, SpellingBee, audit, contains, count_words, stem, word_split, words_of
+from tasks.spellingbee import SimpleSpelling, SpellingBee, count_words, stem, word_split, words_of
 from zangchat.dataset.manifest import write_dataset
 from zangchat.engine.tools import use_calculator
 from zangchat.tokenizer import RustBPETokenizer
@@ -139,6 +140,22 @@ def test_tool_call_counts_the_letter_of_the_question(words):
         assert text["text"] == f"The answer is {word.count(letter)}."
         inside += letter in word
     assert inside > 350
+
+
+def audit(tokenizer: RustBPETokenizer, n: int = 1000, split: str = "test") -> float:
+    """The share of `n` conversations whose prompt and gold call both contain the word's tokens."""
+    good = 0
+    task = SpellingBee(size=n, split=split)
+    for conversation in map(task.get_example, range(n)):
+        prompt, answer = (message["content"] for message in conversation["messages"])
+        word = tokenizer.encode(" " + conversation["word"])
+        good += contains(tokenizer.encode(prompt), word) and contains(tokenizer.encode(answer[0]["text"]), word)
+    return good / n
+
+
+def contains(tokens: Sequence[int], run: Sequence[int]) -> bool:
+    """Whether `run` is in `tokens` without a gap."""
+    return any(list(tokens[i : i + len(run)]) == list(run) for i in range(len(tokens) - len(run) + 1))
 
 
 def test_prompt_and_call_share_the_tokens_of_every_word(words, tokenizer):

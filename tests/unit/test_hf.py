@@ -34,7 +34,7 @@ from zangchat.hf.exporting import CHAT_TEMPLATE, export, model_card
 from zangchat.hf.format import CARRIED, DTYPES, MANIFEST, SIZES, VOCAB_ROWS, hf_config, special_ids, weight_names
 from zangchat.hf.importing import read_hf
 from zangchat.hf.nanochat import NANOCHAT_EPS, read_checkpoint
-from zangchat.hf.tokenizer import mergeable_tokens, recover_merges, tokenizer_json
+from zangchat.hf.tokenizer import recover_merges, tokenizer_json
 from zangchat.report import get_report
 from zangchat.runtime.files import file_sha256
 from zangchat.tokenizer import RustBPETokenizer
@@ -364,7 +364,7 @@ def test_a_changed_file_is_named(exported, tmp_path):
         ({"num_hidden_layers": 1}, r"model\.layers\.1\."),
         ({"num_hidden_layers": 3}, r"lacks transformer\.h\.2\."),
         ({"vocab_size": 701}, "transformer.wte.weight"),
-        ({"hidden_size": "64"}, "no model"),
+        ({"hidden_size": "64"}, "describes an unknown model"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -384,8 +384,8 @@ def test_extra_tensors_are_named(exported, tmp_path):
     ("change", "complaint"),
     [
         (lambda data: data["model"]["merges"].pop(3), "splits text in a way"),
-        (lambda data: data["pre_tokenizer"]["pretokenizers"].pop(0), "no byte-level BPE"),
-        (lambda data: data["added_tokens"].pop(), "no byte-level BPE"),
+        (lambda data: data["pre_tokenizer"]["pretokenizers"].pop(0), "not a byte-level BPE"),
+        (lambda data: data["added_tokens"].pop(), "not a byte-level BPE"),
         (lambda data: data["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=r"\p{N}{1,3}|\P{N}+"), "no way"),
     ],
 )
@@ -420,7 +420,7 @@ def nanochat(tmp_path: Path, tokenizer: RustBPETokenizer) -> Iterator[tuple[Path
     encoding = tiktoken.Encoding(
         name="rustbpe",
         pat_str=tokenizer.pattern,
-        mergeable_ranks={token: rank for rank, token in enumerate(mergeable_tokens(tokenizer))},
+        mergeable_ranks={token: rank for rank, token in enumerate(tokenizer.mergeable_tokens)},
         special_tokens={name: tokenizer.encode_special(name) for name in tokenizer.get_special_tokens()},
     )
     (base / "tokenizer" / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))

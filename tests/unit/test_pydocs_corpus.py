@@ -6,6 +6,7 @@ import pytest
 
 from zangchat.dataset import find_dataset, pydocs
 from zangchat.dataset.__main__ import main
+from zangchat.dataset.documents import clean_markup, from_source, looks_english
 
 SENTENCE = "This function returns the number of items that are in the list, and it does not change the list that you give to it. "
 
@@ -128,8 +129,8 @@ def test_second_build_reports_the_existing_corpus(base_dir, roots, monkeypatch, 
 
 
 def test_invalid_python_and_data_files_are_skipped():
-    assert pydocs.from_source("def broken(:\n", "x.py") == ([], [])
-    assert pydocs.from_source("x = '" + "a" * 2000 + "'\n", "x.py") == ([], [])
+    assert from_source("def broken(:\n", "x.py") == ([], [])
+    assert from_source("x = '" + "a" * 2000 + "'\n", "x.py") == ([], [])
 
 
 def test_repeated_paragraphs_are_used_once():
@@ -151,14 +152,14 @@ def test_repeated_paragraphs_are_used_once():
     ],
 )
 def test_only_english_text_is_prose(text, english):
-    assert pydocs.looks_english(text) is english
+    assert looks_english(text) is english
 
 
 def test_markup_becomes_plain_text():
-    assert pydocs.clean_markup(
+    assert clean_markup(
         "See :func:`~os.path.join` and [the docs](https://x.y/z).\n\n.. versionadded:: 3.8\n\n<p align='center'>Hi</p>  \n"
     ) == ("See `os.path.join` and the docs.\n\nHi")
-    assert pydocs.clean_markup("[![b](https://x/b.svg)](https://x)\n`words <https://x>`_") == "words"
+    assert clean_markup("[![b](https://x/b.svg)](https://x)\n`words <https://x>`_") == "words"
 
 
 def test_documents_of_one_file_stay_in_one_split():

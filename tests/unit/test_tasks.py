@@ -1,5 +1,6 @@
 """Tasks over downloaded data and files, mixtures, the registry."""
 
+import json
 import sys
 import types
 from collections import Counter
@@ -528,11 +529,7 @@ def test_customjson_reads_the_common_shapes(base_dir):
         ('{"prompt": "x"}', "has prompt: expected"),
         ('{"prompt": "x", "completion": 3}', "message 1 (assistant) needs a string"),
         ('{"prompt": ["x"], "completion": "y"}', "message 0 (user) needs a string"),
-        ('{"prompt": [{"role": "user", "content": "x"}], "completion": []}', "the last message must be"),
-        ('{"messages": []}', "no message of a user"),
         ('{"messages": "x"}', 'a conversation is {"messages"'),
-        ('{"messages": [{"role": "user", "content": "x"}]}', "the last message must be the assistant's"),
-        ('{"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}]}', "message 0 has the role 'assistant'"),
         ('{"messages": [{"role": "user", "content": "x"}, {"role": "tool", "content": "x"}]}', "message 1 has the role 'tool'"),
         ('{"messages": [3, 4]}', "message 0 has the role None"),
         (
@@ -543,8 +540,8 @@ def test_customjson_reads_the_common_shapes(base_dir):
             '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": [{"type": "image"}]}]}',
             "message 1 has a part that is not",
         ),
-        ('{"conversations": [{"from": "martian", "value": "x"}]}', "nobody is called martian"),
-        ('{"conversations": [{"who": "human"}]}', "list of {from, value}"),
+        ('{"conversations": [{"from": "martian", "value": "x"}]}', "the sender 'martian' is not known"),
+        ('{"conversations": [{"who": "human"}]}', "list of {from, value} or {role, content}"),
         ('{"instruction": 3, "output": "x"}', "must be texts"),
         ('{"instruction": "x", "output": "y", "history": ["z"]}', "history must be"),
     ],
@@ -555,6 +552,80 @@ def test_customjson_names_file_and_line_of_what_it_cannot_read(base_dir, line, c
     with pytest.raises(UserError) as told:
         len(CustomJSON(path))
     assert str(told.value).startswith(f"{path}:3") and complaint in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ('{"prompt": [{"role": "user", "content": "x"}], "completion": []}', "the last message must be"),
+        ('{"messages": []}', "no message of a user"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "the last message must be the assistant's"),
+        (
+            '{"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}]}',
+            "message 0 has the role 'assistant'",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}',
+            "message 1 has the role 'user', but it is the turn of the assistant",
+        ),
+        (
+            '{"conversations": [{"from": "human", "value": "a"}, {"from": "system", "value": "b"}]}',
+            "message 1 has the role 'system'",
+        ),
+    ],
+)
+def test_customjson_leaves_out_conversations_that_take_no_turns_and_counts_them(base_dir, caplog, line, complaint):
+    path = put(base_dir, "own.jsonl", [chat("q", "a")])
+    path.write_text(f"{path.read_text(encoding='utf-8')}\n{line}\n{line}\n", encoding="utf-8")
+    assert list(CustomJSON(path)) == [chat("q", "a")]
+    (message,) = caplog.messages
+    assert message.startswith(f"{path}: left out 2 of 3 conversations, the first: {path}:3: ")
+    assert complaint in message
+    path.write_text(f"{line}\n", encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        len(CustomJSON(path))
+    assert str(caught.value).startswith(f"{path}:1: ") and complaint in str(caught.value)
+
+
+def test_customjson_reads_what_public_sets_hold(base_dir):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    system = {"role": "system", "content": "s"}
+    parts = [{"type": "text", "text": text} for text in ("q", "")]
+    rows: list[Any] = [
+        {"conversations": turns},
+        {"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"messages": [{"role": "user", "content": parts}, turns[1]]},
+        {"prompt": parts, "completion": "a"},
+    ]
+    assert list(CustomJSON(put(base_dir, "own.jsonl", rows))) == [{"messages": turns}] * len(rows)
+    rows = [
+        {"messages": [{"role": "developer", "content": "s"}, *turns]},
+        {"conversations": [{"role": "system", "content": parts[1:], "extra": 1}, *turns]},
+        {"messages": [{**turns[0], "weight": None}, {**turns[1], "weight": 1}]},
+    ]
+    rows[1]["conversations"][0]["content"] = [{"type": "text", "text": "s"}]
+    found = [conversation["messages"] for conversation in CustomJSON(put(base_dir, "own.jsonl", rows))]
+    assert found == [[system, *turns], [system, *turns], [turns[0], {**turns[1], "weight": 1}]]
+
+
+def test_customjson_reads_a_json_array_and_lines_in_a_json_file(base_dir):
+    rows = [chat("q", "a"), chat("r", "b")]
+    path = base_dir / "array.json"
+    path.write_text("\ufeff" + json.dumps(rows, indent=1), encoding="utf-8")
+    assert list(load_task(str(path))) == rows and len(build_mixture(f"{path}:2")) == 4
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert list(load_task(str(path))) == rows
+    path.write_text(json.dumps([*rows, 3]), encoding="utf-8")
+    with pytest.raises(UserError, match=r"array\.json, item 3: it is a JSON int: expected messages"):
+        len(load_task(str(path)))
+    assert list(load_task(str(put(base_dir, "own.JSONL", rows)))) == rows
+    array = put(base_dir, "array.jsonl", [])
+    array.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    with pytest.raises(UserError, match=r"array\.jsonl:1 is not JSON .*of a JSON array, each item"):
+        len(load_task(str(array)))
+    array.write_text(json.dumps(rows), encoding="utf-8")
+    with pytest.raises(UserError, match=r"array\.jsonl:1: it is an array of rows: put each on a line"):
+        len(load_task(str(array)))
 
 
 def test_customjson_names_a_file_that_is_not_there(base_dir):

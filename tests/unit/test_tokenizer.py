@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import rustbpe
 from tests.reference import bpe
-from zangchat import tokenizer as module
+from zangchat import bpe as trainer
 from zangchat.dataset.manifest import write_dataset
 from zangchat.errors import UserError
 from zangchat.hf.nanochat import read_tokenizer
@@ -51,9 +51,9 @@ def tok() -> RustBPETokenizer:
 @pytest.fixture
 def without_crate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(rustbpe, "Tokenizer", PyPIRustBPE)
-    module._crate_encodes.cache_clear()
+    trainer.is_crate.cache_clear()
     yield
-    module._crate_encodes.cache_clear()
+    trainer.is_crate.cache_clear()
 
 
 # ---- vocabulary and training
@@ -226,7 +226,7 @@ def test_a_truncated_file_is_named(tok: RustBPETokenizer, tmp_path: Path) -> Non
     tok.save(tmp_path)
     path = tmp_path / "tokenizer.json"
     path.write_text(path.read_text()[:1000])
-    with pytest.raises(UserError, match=r"tokenizer\.json is no usable tokenizer"):
+    with pytest.raises(UserError, match=r"tokenizer\.json is not a usable tokenizer"):
         RustBPETokenizer.from_directory(tmp_path)
 
 
@@ -297,7 +297,7 @@ def test_any_other_pickle_is_refused_and_not_executed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("tokenizer.pkl").write_bytes(contents(tok))
-    with pytest.raises(UserError, match=rf"^tokenizer\.pkl is no tokenizer\.pkl of nanochat \(.*{reason}") as caught:
+    with pytest.raises(UserError, match=rf"^tokenizer\.pkl is not a tokenizer\.pkl of nanochat \(.*{reason}") as caught:
         read_tokenizer(Path("tokenizer.pkl"))
     assert "\n" not in str(caught.value)
     assert not Path("executed").exists()
@@ -468,6 +468,12 @@ def test_tok_train_reads_the_same_from_lines_and_from_parquet(base_dir: Path, tm
     assert len(fingerprints) == 1
     expected = bpe.train(["half \ufffd", texts[2], texts[3], texts[4][: 200 - 6 - len(texts[2] + texts[3])]], 271, SPLIT_PATTERN)
     assert [get_tokenizer().decode_bytes([i]) for i in range(271)] == expected
+
+
+def test_tok_train_names_a_vocabulary_that_cannot_be(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for size, problem in (("100", "is too small"), ("5000000000", "is not possible: give at least")):
+        assert tok_train(f"--vocab_size={size}") == 2
+        assert f"--vocab_size={size} {problem}" in capsys.readouterr().err
 
 
 def test_tok_train_never_replaces_a_tokenizer_unasked(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,8 +17,17 @@ from typing import Annotated
 import tyro
 
 from zangchat import configurator
-from zangchat.dataset.manifest import BUILD_PYDOCS, MANIFEST, TOKENS_SUFFIX, check_shard, datasets_dir, find_dataset, folder_lock
+from zangchat.dataset.find import find_dataset
+from zangchat.dataset.manifest import (
+    BUILD_PYDOCS,
+    MANIFEST,
+    TOKENS_SUFFIX,
+    check_shard,
+    datasets_dir,
+    folder_lock,
+)
 from zangchat.errors import UserError
+from zangchat.runtime.logs import print0
 
 
 def tokenize(config: "TokenizeConfig") -> int:
@@ -26,7 +35,7 @@ def tokenize(config: "TokenizeConfig") -> int:
     from zangchat.tokenizer import get_tokenizer
 
     dataset = find_dataset(config.dataset, config.data_path)
-    if dataset.tokenizer is not None:
+    if dataset.tokenizer_fingerprint is not None:
         raise UserError(f"--dataset={dataset.name} holds token ids already: give {dataset.text_flag}")
     folder = datasets_dir() / f"{dataset.name}{TOKENS_SUFFIX}"
     train = shlex.quote(f"--dataset={folder.name}")
@@ -35,7 +44,7 @@ def tokenize(config: "TokenizeConfig") -> int:
             raise UserError(f"{folder} is there already: train with {train}, or give --overwrite to make it again")
         made = tokenize(dataset, get_tokenizer(), folder, config.num_threads or os.cpu_count() or 1)
     tokens = sum(entry.get("tokens", 0) for entry in made.manifest["shards"])
-    print(f"{folder}: {tokens:,} tokens; train on them with {train}")
+    print0(f"{folder}: {tokens:,} tokens; train on them with {train}")
     return 0
 
 
@@ -44,11 +53,11 @@ def verify(config: "VerifyConfig") -> int:
     bad = {}
     for entry in dataset.manifest["shards"]:
         problem = check_shard(dataset.folder / entry["name"], entry)
-        print(f"{entry['name']}  {entry['split']:<10}  {problem or 'ok'}", flush=True)
+        print0(f"{entry['name']}  {entry['split']:<10}  {problem or 'ok'}")
         if problem:
             bad[entry["name"]] = problem
     if not bad:
-        print(f"{dataset.name}: {len(dataset.manifest['shards'])} shards are what the manifest says (fingerprint {dataset.fingerprint})")
+        print0(f"{dataset.name}: {len(dataset.manifest['shards'])} shards are what the manifest says (fingerprint {dataset.fingerprint})")
         return 0
     if config.repair and (dataset.manifest["source"] == "pydocs" or "repo" in dataset.manifest):
         for name in bad:
@@ -65,7 +74,7 @@ def verify(config: "VerifyConfig") -> int:
 
 @dataclass
 class Config:
-    source: str = ""  # pydocs | climbmix | fineweb-edu; with -n alone: climbmix
+    source: str = ""  # pydocs | climbmix | fineweb-edu; default with -n: climbmix
     num_shards: Annotated[int, tyro.conf.arg(aliases=["-n"])] = -1  # training shards to fetch from the hub; -1 = all of them
     num_workers: Annotated[int, tyro.conf.arg(aliases=["-w"])] = 4  # downloads at a time
     overwrite: bool = False  # pydocs: build it again although it is there
@@ -74,7 +83,7 @@ class Config:
 @dataclass
 class VerifyConfig:
     dataset: str | None = None  # which dataset; default: the only one present
-    repair: bool = False  # fetch or build again what is missing or damaged, where it came from the hub or is pydocs
+    repair: bool = False  # fetch or build missing and damaged shards again, if they are the hub's or pydocs
 
 
 @dataclass

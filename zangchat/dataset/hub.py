@@ -1,8 +1,9 @@
-"""What comes from the Hugging Face hub: pretraining shards, and the tables of the tasks; all checked against the hub's own sha256.
+"""Downloads from the Hugging Face hub: pretraining shards and the tables of tasks.
 
-The transfer itself (mirrors by HF_ENDPOINT, tokens, Xet, going on after a broken connection) is huggingface_hub's. Shards are planned at
-a pinned revision and fetched in order, each into a folder of its own, compared with the manifest, and renamed into place: a shard that is
-there is whole. What is missing is fetched by running the same command again.
+All are checked against the hub's own sha256. The transfer itself (mirrors by HF_ENDPOINT, tokens, Xet,
+resuming after a broken connection) is huggingface_hub's. Shards are planned at a pinned revision and
+fetched in order, each into a folder of its own, compared with the manifest, and renamed into place: a
+present shard is whole. Running the same command again fetches missing ones.
 """
 
 import contextlib
@@ -32,8 +33,9 @@ from zangchat.dataset.manifest import (
     write_manifest,
 )
 from zangchat.errors import UserError
-from zangchat.runtime.downloads import Failure, asked_wait, is_refusal, with_retries
+from zangchat.runtime.downloads import Failure, is_refusal, retry_after, with_retries
 from zangchat.runtime.files import file_lock, file_sha256, get_base_dir
+from zangchat.runtime.logs import print0
 from zangchat.runtime.progress import Progress
 
 if TYPE_CHECKING:
@@ -52,9 +54,9 @@ RETRY_WAIT = 2.0  # seconds before the second try, doubled for each further one
 
 
 def download(source: str, num_shards: int, *, num_workers: int = 4) -> Dataset:
-    """Fetch `num_shards` training shards (-1 = all) and the validation shard, the last of the repository. What is there already stays.
+    """Fetch `num_shards` training shards (-1 = all) and the validation shard, the repository's last.
 
-    Raises UserError, naming the shard, where one cannot be fetched intact.
+    Present shards stay. Raises UserError, naming a shard that cannot be fetched intact.
     """
     folder = datasets_dir() / source
     with _exclusive(folder):
@@ -64,7 +66,7 @@ def download(source: str, num_shards: int, *, num_workers: int = 4) -> Dataset:
 
 
 def fetch_missing(dataset: Dataset) -> None:
-    """Fetch what the manifest lists and the folder lacks."""
+    """Fetch the shards of the manifest that the folder lacks."""
     with _exclusive(dataset.folder):
         _fetch(dataset, num_workers=4)
 
@@ -92,7 +94,10 @@ def fetch_table(repo: str, config: str, split: str) -> "datasets.Dataset":
 
 
 def _fetch_table_files(builder: "datasets.DatasetBuilder") -> None:
-    """Bring the files of a dataset into the client's cache. Raises OSError for one that is not what the hub lists; it does not stay."""
+    """Download the files of a dataset into the client's cache.
+
+    Raises OSError for one whose hash is not the hub's, and deletes it.
+    """
     from huggingface_hub import HfApi, HfFileSystem
 
     api, files = HfApi(endpoint=endpoint()), HfFileSystem(endpoint=endpoint())
@@ -127,12 +132,15 @@ def is_reachable(url: str) -> bool:
 
 
 def _retried(label: str, attempt: Callable[[], T]) -> T:
-    """attempt(), again after a failure that may pass: a busy hub costs a wait, not the run. Raises what the last of TRIES raised."""
+    """attempt(), repeated after a temporary failure: a busy hub costs a wait, not the run.
+
+    Raises the error of the last of TRIES.
+    """
     return with_retries(label, attempt, _judge, tries=TRIES, first_wait=RETRY_WAIT)
 
 
 def _judge(error: Exception) -> Failure:
-    """The client's errors differ between versions; known is which cannot pass: someone has said that there is no such thing."""
+    """The client's errors differ between versions, but those for absent things are known to be final."""
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -141,11 +149,11 @@ def _judge(error: Exception) -> Failure:
     final = isinstance(error, absent) or (response is not None and is_refusal(response.status_code))
     if isinstance(error, LocalEntryNotFoundError):  # which the client raises when it could not connect
         final = False
-    return Failure(_short(error), final, asked_wait(response.headers) if response is not None else 0.0)
+    return Failure(_short(error), final, retry_after(response.headers) if response is not None else 0.0)
 
 
 def _response(error: BaseException | None) -> Any:
-    """The hub's answer that is behind an error, if there was one."""
+    """The hub's response that caused an error, if there was one."""
     while error is not None and getattr(error, "response", None) is None:
         error = error.__cause__ or error.__context__
     return getattr(error, "response", None)
@@ -161,7 +169,10 @@ def _exclusive(folder: Path) -> Any:
 
 
 def _plan(source: str, folder: Path, num_shards: int) -> Dataset:
-    """The manifest for so many shards: the one on disk where it lists enough, else one with more of the same revision."""
+    """The manifest for so many shards: that on disk if it lists enough, else a longer one.
+
+    Both are of the same revision.
+    """
     planned = load_dataset(folder) if (folder / MANIFEST).exists() else None
     if planned is not None:
         wanted = planned.manifest["available"] if num_shards == -1 else num_shards
@@ -201,7 +212,7 @@ def _list_shards(repo: str, revision: str | None) -> tuple[str, list[dict[str, A
         if not is_reachable(endpoint()):
             raise ConnectionError("it cannot be reached")
         commit, tree = _retried(repo, attempt)
-    except Exception as error:  # whatever the client of the day raises for no network, no repository, no permission
+    except Exception as error:  # clients differ for no network, no repository, no permission
         raise UserError(
             f"{endpoint()} does not list {repo} ({_short(error)}): check the network or set HF_ENDPOINT to a mirror, "
             "or use `python -m zangchat.dataset --source=pydocs`, which needs neither"
@@ -227,7 +238,7 @@ def _fetch(dataset: Dataset, num_workers: int) -> None:
         todo.put(entry)
     counts = f"{len(dataset.shards('train'))} training shards and the validation shard"
     if not missing:
-        print(
+        print0(
             f"{dataset.name}: {counts} are in {dataset.folder} already (fingerprint {dataset.fingerprint}); "
             f"`python -m zangchat.dataset verify {dataset.flag}` checks them"
         )
@@ -252,7 +263,7 @@ def _fetch(dataset: Dataset, num_workers: int) -> None:
     finally:
         stop.set()
     shutil.rmtree(dataset.folder / INCOMING, ignore_errors=True)
-    print(f"{dataset.name}: {counts} are in {dataset.folder} (fingerprint {dataset.fingerprint})")
+    print0(f"{dataset.name}: {counts} are in {dataset.folder} (fingerprint {dataset.fingerprint})")
 
 
 def _follow(dataset: Dataset, missing: list[dict[str, Any]], done: "queue.SimpleQueue[BaseException | None]") -> None:

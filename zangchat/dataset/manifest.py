@@ -1,14 +1,15 @@
 """A dataset: a folder of shards and the manifest that lists them.
 
-<base>/base_data/<name>/ holds the shards and a manifest.json that lists all planned shards from the start, in order, each with its
-split, size and sha256:
+<base>/base_data/<name>/ holds the shards and a manifest.json that lists all planned shards from the
+start, in order, each with its split, size and sha256:
 
     {"format": 1, "name": "climbmix", "source": "climbmix", "repo": "...", "revision": "<commit>",
-     "shards": [{"name": "shard_00000.parquet", "split": "train", "bytes": 123, "sha256": "..."}, ...]}
+     "shards": [{"name": "shard_00000.parquet", "split": "train", "bytes": 123, "sha256": "..."}]}
 
-A shard is a parquet file with a column `text`, zstd, row groups of 1,024 documents. A file or folder of your own (`--data_path`) gets a
-manifest in memory; its files may also be .jsonl or .txt. The last part of it is for validation; a single document is both trained on
-and validated on, with a warning.
+A shard is a parquet file with a column `text`, zstd, row groups of 1,024 documents. Files of your own
+(`--data_path`) get a manifest in memory, see find.py. The split "both" marks a lone file: its last
+group that has text is held out for validation. A single document is trained on and validated on,
+with a warning.
 """
 
 import hashlib
@@ -21,29 +22,42 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zangchat.dataset.shards import GROUP_DOCUMENTS, TOKENS, LineFile, ParquetFile, as_list, write_shard
-from zangchat.errors import UserError
-from zangchat.runtime.files import atomic_write, expand_home, file_lock, file_sha256, get_base_dir
+from zangchat.dataset.shards import (
+    GROUP_DOCUMENTS,
+    REPLACE,
+    TOKENS,
+    TokenFile,
+    as_list,
+    has_documents,
+    open_shard,
+    write_shard,
+)
+from zangchat.errors import UserError, explain
+from zangchat.runtime.files import atomic_write, file_lock, file_sha256, get_base_dir
 from zangchat.runtime.logs import log0
 
 if TYPE_CHECKING:
     import pyarrow
 
-HUB_REPOS = {"climbmix": "karpathy/climbmix-400b-shuffle", "fineweb-edu": "karpathy/fineweb-edu-100b-shuffle"}
-
+HUB_REPOS = {
+    "climbmix": "karpathy/climbmix-400b-shuffle",
+    "fineweb-edu": "karpathy/fineweb-edu-100b-shuffle",
+}
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 FORMAT = 1
 SHARD_DOCUMENTS = 8 * GROUP_DOCUMENTS
-LONE_FILE_HOLDOUT = 20  # of a lone file too small for two groups, the last 1/20 of the documents are for validation
-FORMATS = (".parquet", ".jsonl", ".txt")
+LONE_FILE_HOLDOUT = 20  # one document in so many of a lone file's only group is for validation
 TOKENS_SUFFIX = "-tokens"  # ends the name of a dataset of them
 BUILD_PYDOCS = "python -m zangchat.dataset --source=pydocs"
 
 
 class Dataset:
-    """A manifest and the folder of its shards. Splits are "train" and "validation"; groups are numbered from 0 within (shard, split)."""
+    """A manifest and the folder of its shards.
+
+    Splits are "train" and "validation"; groups are numbered from 0 within (shard, split).
+    """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
@@ -51,56 +65,85 @@ class Dataset:
         self.name: str = manifest["name"]
         self._entries: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in manifest["shards"]}
         self._warned = False
-        self._checked: dict[str, tuple[int, int]] = {}  # size and time of change of the shards that were found intact
+        self._held_out_groups: dict[str, tuple[int, bool]] = {}  # of lone files
+        self._checked: dict[str, tuple[int, int]] = {}  # size and mtime of intact shards
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that change whenever the text may have changed: a hash of the shards' names, splits, sizes and digests."""
-        return hashlib.sha256(json.dumps(self.manifest["shards"], sort_keys=True).encode()).hexdigest()[:16]
+        """16 hex digits that change whenever the text may have changed.
+
+        A hash of the shards' names, splits, sizes and digests.
+        """
+        shards = json.dumps(self.manifest["shards"], sort_keys=True)
+        return hashlib.sha256(shards.encode()).hexdigest()[:16]
 
     @property
     def arrives_in_order(self) -> bool:
-        """True where later shards may still be on their way: the hub's text is shuffled already, so the first epoch keeps its order."""
+        """Whether later shards may still be downloading.
+
+        The hub's text is shuffled already, so the first epoch keeps its order.
+        """
         return bool(self.manifest.get("in_order", "repo" in self.manifest))
 
     @property
-    def tokenizer(self) -> str | None:
-        """The fingerprint of the tokenizer that made the ids of the training shards; None where they hold text."""
+    def tokenizer_fingerprint(self) -> str | None:
+        """Of the tokenizer that made the ids of the training shards; None if they hold text."""
         return self.manifest.get("tokenizer")
 
     def shards(self, split: str) -> list[str]:
-        """Names in manifest order. The split "both" marks a lone file whose end is held out for validation."""
+        """Names in manifest order."""
         if split not in ("train", "validation"):
             raise ValueError(f'split must be "train" or "validation", not {split!r}')
-        return [entry["name"] for entry in self.manifest["shards"] if entry["split"] in (split, "both")]
+        entries = self.manifest["shards"]
+        return [entry["name"] for entry in entries if entry["split"] in (split, "both")]
 
     def num_groups(self, shard: str, split: str) -> int:
-        """Waits for a shard that is being downloaded; raises UserError for one that is missing or damaged."""
+        """Waits for a shard that is downloading; raises UserError for a missing or damaged one."""
         total = self._file(shard).num_groups()
-        if self._entries[shard]["split"] != "both" or total < 2:
+        if self._entries[shard]["split"] != "both":
             return total
-        return total - 1 if split == "train" else 1
+        _, others = self._held_out(shard)
+        return total - 1 if others and split == "train" else 1
 
     def read_group(self, shard: str, group: int, split: str) -> list[Any]:
-        """The documents of one group, in file order: texts, or (n,) arrays of ids where the shard holds tokens."""
+        """The documents of a group, in file order: texts, or (n,) arrays of ids."""
         return as_list(self.read_arrow(shard, group, split))
 
     def read_arrow(self, shard: str, group: int, split: str) -> "pyarrow.ChunkedArray | list[Any]":
-        """The same as Arrow memory, without a Python str for each document, where the shard is parquet with a column `text`. There the
-        array may hold nulls and empty strings, which are no documents.
+        """The same, as Arrow memory if the shard is parquet with a column `text`.
+
+        That array may hold nulls and empty strings, which are not documents.
         """
         file = self._file(shard)
         if self._entries[shard]["split"] != "both":
             return file.read_group(group)
-        total = file.num_groups()
-        if total >= 2:
-            return file.read_group(group if split == "train" else total - 1)
-        texts = as_list(file.read_group(0))
-        if not texts:
-            raise UserError(f"--data_path={file.path} holds no text: give a file with at least one document that is not empty")
+        held_out, others = self._held_out(shard)
+        if split == "validation" or not others:
+            texts = file.read_group(held_out)
+            return texts if others else self._part(file.path, as_list(texts), split)
+        return file.read_group(group if group < held_out else group + 1)
+
+    def _held_out(self, shard: str) -> tuple[int, bool]:
+        """(the last group with text of a lone file, whether another group has text)."""
+        if shard not in self._held_out_groups:
+            file = self._file(shard)
+            with_text = (group for group in reversed(range(file.num_groups())) if has_documents(file.read_group(group)))
+            last = next(with_text, None)
+            if last is None:
+                remedy = "give a file with at least one document that is not empty"
+                raise UserError(f"--data_path={file.path} holds no text: {remedy}")
+            others = any(has_documents(file.read_group(group)) for group in range(last))
+            self._held_out_groups[shard] = last, others
+        return self._held_out_groups[shard]
+
+    def _part(self, path: Path, texts: list[Any], split: str) -> list[Any]:
+        """The split's part of a lone file whose text is in one group."""
         if len(texts) == 1:
             if split == "validation" and not self._warned:
-                log0(f"{file.path} holds one document: training and validation both read it", logging.WARNING)
+                log0(
+                    f"{path} holds one document: training and validation both read it",
+                    logging.WARNING,
+                )
                 self._warned = True
             return texts
         held_out = max(1, len(texts) // LONE_FILE_HOLDOUT)
@@ -111,96 +154,88 @@ class Dataset:
         """Whether this is a lone file of a single document, which both splits then consist of."""
         if [entry["split"] for entry in self.manifest["shards"]] != ["both"]:
             return False
-        file = self._file(self.manifest["shards"][0]["name"])
-        return file.num_groups() == 1 and len(as_list(file.read_group(0))) == 1
+        shard = self.manifest["shards"][0]["name"]
+        group, others = self._held_out(shard)
+        return not others and len(as_list(self._file(shard).read_group(group))) == 1
 
     def iter_documents(self, split: str) -> Iterator[str]:
-        """All documents of the split once, in manifest order. Raises UserError where they are token ids."""
+        """All documents of the split once, in manifest order.
+
+        Raises UserError if they are token ids, or if there is nothing to validate on.
+        """
+        empty = True
         for texts in self.iter_arrow(split):
-            yield from as_list(texts)
+            documents = as_list(texts)
+            empty = empty and not documents
+            yield from documents
+        if empty and split == "validation":
+            problem = f"dataset {self.name} has no document to validate on ({self.folder})"
+            raise UserError(f"{problem}: build it again with some")
 
     def iter_arrow(self, split: str) -> "Iterator[pyarrow.ChunkedArray | list[str]]":
         """The same, a group at a time as `read_arrow` gives it."""
-        if split == "train" and self.tokenizer is not None:
-            raise UserError(f"dataset {self.name} holds token ids: for its text give {self.text_flag}")
+        if split == "train" and self.tokenizer_fingerprint is not None:
+            remedy = f"for its text give {self.text_flag}"
+            raise UserError(f"dataset {self.name} holds token ids: {remedy}")
         for shard in self.shards(split):
             for group in range(self.num_groups(shard, split)):
                 yield self.read_arrow(shard, group, split)
 
     @property
     def flag(self) -> str:
-        """What names this dataset on a command line, as a shell reads it."""
-        path = self.manifest.get("path")  # of files of one's own
+        """The flag that names this dataset, quoted for a shell."""
+        path = self.manifest.get("path")  # of files of your own
         return shlex.quote(f"--data_path={path}" if path else f"--dataset={self.name}")
 
     @property
     def text_flag(self) -> str:
-        """The same of the text that token ids were made from."""
+        """The flag that names the text from which token ids were made."""
         text = self.manifest["text"]
         return str(text.get("flag") or shlex.quote(f"--dataset={text['name']}"))
 
     def repair_hint(self) -> str:
-        if self.tokenizer is not None:
-            return f"make it again with `python -m zangchat.dataset tokenize {self.text_flag} --overwrite`"
+        if self.tokenizer_fingerprint is not None:
+            command = f"python -m zangchat.dataset tokenize {self.text_flag} --overwrite"
+            return f"make it again with `{command}`"
         if self.manifest["source"] == "pydocs":
             return f"build it again with `{BUILD_PYDOCS} --overwrite`"
         if "repo" in self.manifest:
             return f"fetch it again with `python -m zangchat.dataset verify {self.flag} --repair`"
-        return "put an intact copy in its place"
+        return REPLACE
 
     def _file(self, shard: str) -> Any:
         """A ParquetFile, LineFile or TokenFile."""
         path = self.folder / shard
         if not path.exists():
             self._wait_for(path)
-        self._check(path)
+        self._check(shard, path)
         if path.suffix == TOKENS:
-            from zangchat.dataset.shards import TokenFile
-
             return TokenFile(path, self._entries[shard], self.manifest["dtype"])
-        return ParquetFile(path, self.repair_hint()) if path.suffix == ".parquet" else LineFile(path, self.repair_hint())
+        return open_shard(path, self.repair_hint())
 
-    def _check(self, path: Path) -> None:
-        """Compare a shard with the manifest when it is first opened, and again whenever its file has changed. Raises UserError."""
+    def _check(self, shard: str, path: Path) -> None:
+        """Compare a shard with the manifest when it is first opened, and again after each change.
+
+        Raises UserError.
+        """
         status = path.stat()
         seen = status.st_size, status.st_mtime_ns
-        if self._checked.get(path.name) != seen:
-            if problem := check_shard(path, self._entries[path.name]):
+        if self._checked.get(shard) != seen:
+            if problem := check_shard(path, self._entries[shard]):
                 raise UserError(f"{path} is damaged ({problem}): {self.repair_hint()}")
-            self._checked[path.name] = seen
+            self._checked[shard] = seen
 
     def _wait_for(self, path: Path) -> None:
-        """Shards appear whole (they are renamed into place), so existence is all there is to wait for."""
-        said = False
+        """Wait until a shard exists; it is renamed into place, so it is whole then."""
+        announced = False
         while not path.exists():
             if not download_is_running(self.folder) and not path.exists():
-                raise UserError(f"{path} is missing and nothing is fetching it: {self.repair_hint()}")
-            if not said:
+                problem = f"{path} is missing and nothing is fetching it"
+                raise UserError(f"{problem}: {self.repair_hint()}")
+            if not announced:
                 logger.info("waiting for %s, which is still to be downloaded", path.name)
-                said = True
+                announced = True
             time.sleep(0.5)
-
-
-def find_dataset(name: str | None = None, data_path: str | None = None) -> Dataset:
-    """The dataset that `--dataset` or `--data_path` means, or the only one of text that is present. Raises UserError."""
-    if data_path:
-        if name:
-            raise UserError(f"--dataset={name} and --data_path={data_path} exclude each other: give one of them")
-        return _local_dataset(expand_home(data_path))
-    present = present_datasets()
-    if name:
-        if name not in present:
-            have = f"present: {', '.join(present)}" if present else "there is none yet"
-            raise UserError(f"--dataset={name} is not in {datasets_dir()} ({have}): {_how_to_get(name, present)}")
-        return load_dataset(datasets_dir() / name)
-    if not present:
-        raise UserError(f"no dataset in {datasets_dir()}: build the one that needs no download with `{BUILD_PYDOCS}`")
-    if len(present) > 1:  # token ids are taken where they are named: not every command can use them
-        texts = [name for name in present if load_dataset(datasets_dir() / name).tokenizer is None]
-        present = texts if len(texts) == 1 else present
-    if len(present) > 1:
-        raise UserError(f"several datasets in {datasets_dir()}: choose one with --dataset={'|'.join(present)}")
-    return load_dataset(datasets_dir() / present[0])
 
 
 def datasets_dir() -> Path:
@@ -208,58 +243,29 @@ def datasets_dir() -> Path:
 
 
 def present_datasets() -> list[str]:
-    return sorted(path.parent.name for path in datasets_dir().glob(f"*/{MANIFEST}") if not path.parent.name.startswith("."))
+    names = (path.parent.name for path in datasets_dir().glob(f"*/{MANIFEST}"))
+    return sorted(name for name in names if not name.startswith("."))
 
 
 def load_dataset(folder: Path) -> Dataset:
-    """The dataset of a folder with a manifest. Raises UserError where the manifest cannot be understood."""
+    """The dataset of a folder with a manifest. Raises UserError if it cannot be understood."""
     path = folder / MANIFEST
-    try:
+    remedy = "delete it and fetch or build the dataset again"
+    with explain(f"{path} is damaged", remedy, ValueError, KeyError, TypeError):
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        known = manifest["format"] == FORMAT
-        Dataset(folder, manifest).shards("train")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and fetch or build the dataset again") from error
-    if not known:
-        raise UserError(
-            f"{path} has format {manifest['format']}, this version reads {FORMAT}: delete it and fetch or build the dataset again"
-        )
-    return Dataset(folder, manifest)
+        found = manifest["format"]
+        dataset = Dataset(folder, manifest)
+        dataset.shards("train")
+    if found != FORMAT:
+        raise UserError(f"{path} has format {found}, this version reads {FORMAT}: {remedy}")
+    return dataset
 
 
-def _how_to_get(name: str, present: Sequence[str]) -> str:
+def hash_edges(path: Path) -> str:
+    """sha256 of a file's first and last 64 KiB: cheap for any size.
 
-    text = name.removesuffix(TOKENS_SUFFIX)
-    if text != name and text in (*present, *HUB_REPOS, "pydocs"):
-        return f"make it with `python -m zangchat.dataset tokenize {shlex.quote(f'--dataset={text}')}`"
-    if name in HUB_REPOS:
-        return f"get it with `python -m zangchat.dataset --source={name} -n 8`"
-    if name == "pydocs":
-        return f"build it with `{BUILD_PYDOCS}`"
-    return f"give --data_path=PATH for files of your own, or build the dataset that needs no download with `{BUILD_PYDOCS}`"
-
-
-def _local_dataset(path: Path) -> Dataset:
-    if not path.exists():
-        raise UserError(f"--data_path={path} does not exist: give a folder or file of {', '.join(FORMATS)}")
-    if path.is_dir() and (path / MANIFEST).exists():
-        return load_dataset(path)
-    folder, candidates = (path, sorted(path.iterdir())) if path.is_dir() else (path.parent, [path])
-    files = [file for file in candidates if file.suffix in FORMATS and file.is_file() and file.stat().st_size > 0]
-    if not files:
-        raise UserError(f"--data_path={path} holds no text: give a folder or file of {', '.join(FORMATS)}")
-    shards = [{"name": file.name, "split": "train", "bytes": file.stat().st_size, "edges_sha256": _hash_edges(file)} for file in files]
-    if len(shards) == 1:
-        shards[0]["split"] = "both"
-    # A .txt file is often a single document, so one file would be too little to validate on.
-    held_out = max(1, len(shards) // LONE_FILE_HOLDOUT) if all(file.suffix == ".txt" for file in files) else 1
-    for shard in shards[1:][-held_out:]:
-        shard["split"] = "validation"
-    return Dataset(folder, {"format": FORMAT, "name": path.stem, "source": "local", "path": str(path.absolute()), "shards": shards})
-
-
-def _hash_edges(path: Path) -> str:
-    """sha256 of a file's first and last 64 KiB: cheap for any size, and for parquet the footer is the table of contents."""
+    For parquet the last bytes are the footer, its table of contents.
+    """
     edge = 1 << 16
     with path.open("rb") as file:
         digest = hashlib.sha256(file.read(edge))
@@ -268,30 +274,42 @@ def _hash_edges(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_dataset(folder: Path, name: str, train: Sequence[str], validation: Sequence[str], facts: dict[str, Any] | None = None) -> Dataset:
-    """Write shards and manifest as <folder>, which appears whole or not at all (an older one is replaced). `facts` join the manifest.
+def write_dataset(
+    folder: Path,
+    name: str,
+    train: Sequence[str],
+    validation: Sequence[str],
+    facts: dict[str, Any] | None = None,
+) -> Dataset:
+    """Write shards and manifest as <folder>, which appears whole or not at all.
 
-    Two processes must not write the same one: hold its folder_lock.
+    An older one is replaced. `facts` join the manifest. Two processes must not write the same
+    folder: hold its folder_lock.
     """
     building = folder.with_name(f".{folder.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    parts = [("train", train[i : i + SHARD_DOCUMENTS]) for i in range(0, len(train), SHARD_DOCUMENTS)] + [("validation", validation)]
+    starts = range(0, len(train), SHARD_DOCUMENTS)
+    parts = [("train", train[start : start + SHARD_DOCUMENTS]) for start in starts]
     shards = []
-    for number, (split, texts) in enumerate(parts):
+    for number, (split, texts) in enumerate([*parts, ("validation", validation)]):
         path = building / f"shard_{number:05d}.parquet"
         write_shard(path, texts)
-        shards.append(
-            {"name": path.name, "split": split, "bytes": path.stat().st_size, "sha256": file_sha256(path), "documents": len(texts)}
-        )
+        shards.append(shard_entry(path, split, documents=len(texts)))
     manifest = {"format": FORMAT, "name": name, "source": name, **(facts or {}), "shards": shards}
     write_manifest(building, manifest)
     replace_folder(folder, building)
     return Dataset(folder, manifest)
 
 
+def shard_entry(path: Path, split: str, **facts: Any) -> dict[str, Any]:
+    """The manifest's entry of a shard that is on disk."""
+    size = path.stat().st_size
+    return {"name": path.name, "split": split, "bytes": size, "sha256": file_sha256(path), **facts}
+
+
 def replace_folder(folder: Path, finished: Path) -> None:
-    """Give `finished`, which lies beside it, the name of `folder`; what had that name is deleted afterwards."""
+    """Rename `finished`, which lies next to it, to `folder`, and delete the old one afterwards."""
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -305,7 +323,7 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def folder_lock(folder: Path) -> Any:
-    """Held by whoever builds or downloads <folder>; the lock file lies beside it."""
+    """Held by the process that builds or downloads <folder>; the lock file lies next to it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     return file_lock(folder.with_name(f".{folder.name}.lock"))
 
@@ -321,11 +339,12 @@ def download_is_running(folder: Path) -> bool:
 
 
 def check_shard(path: Path, entry: dict[str, Any]) -> str:
-    """What is wrong with a file that should be the shard of this manifest's entry; empty where nothing is."""
+    """Compare a file with the manifest's entry of it; returns the problem, "" if there is none."""
     if not path.exists():
         return "missing"
     if path.stat().st_size != entry["bytes"]:
         return f"{path.stat().st_size:,} bytes instead of {entry['bytes']:,}"
-    if "sha256" not in entry:  # a file of one's own
-        return "" if _hash_edges(path) == entry["edges_sha256"] else "it has changed since the run began"
+    if "sha256" not in entry:  # a file of your own
+        unchanged = hash_edges(path) == entry["edges_sha256"]
+        return "" if unchanged else "it has changed since the run began"
     return "" if file_sha256(path) == entry["sha256"] else "its sha256 is not the manifest's"

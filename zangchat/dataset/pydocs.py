@@ -5,37 +5,39 @@ comments, READMEs. Code: source files without their docstrings, cut between top-
 de-duplicated by paragraph, shuffled with a fixed seed, and written as a dataset. The same environment gives the same bytes.
 """
 
-import ast
 import hashlib
-import importlib
-import inspect
 import os
 import random
 import re
 import signal
-import string
 import sys
 import sysconfig
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from zangchat.dataset.documents import (
+    Extract,
+    built_in_docstrings,
+    capped,
+    clean_markup,
+    documents_of,
+    first_bytes,
+    from_source,
+    language_topics,
+)
 from zangchat.dataset.manifest import MANIFEST, folder_lock, load_dataset, write_dataset
 from zangchat.dataset.shards import GROUP_DOCUMENTS
+from zangchat.runtime.logs import print0
 from zangchat.runtime.progress import Progress
 from zangchat.runtime.seeds import derive_seed
 
 PROSE_BYTES = 28_000_000  # at most
-CODE_SHARE = 0.35  # of all text, at most: prose is what a chat model needs first
+CODE_SHARE = 0.35  # of all text, at most: a chat model needs prose first
 PACKAGE_SOURCE_BYTES = 10_000_000  # of the largest packages only this much source is read: time, and no package should dominate
-FILE_TEXT_BYTES = 100_000  # of prose, and of code, from one file
 CODE_ONE_FILE_IN = 5  # of the packages' files; of the standard library every file gives code
-DOCUMENT_CHARS = range(200, 8001)
-JOINED_CHARS = 1500  # short docstrings of a file are joined until they amount to this
-ENTRY_CHARS = 60  # a docstring or comment below this says too little
 VALIDATION_SHARE = 20  # one document in so many, at most one row group, in whole files
 
 SKIPPED_FOLDERS = {"__pycache__", "_vendor", "ensurepip", "licenses", "node_modules", "site-packages", "dist-packages"}
@@ -43,29 +45,6 @@ SKIPPED_FOLDERS |= {"test", "testing", "tests"}
 SKIPPED_FILES = re.compile(
     r"test_.*|.*_tests?|.*_pb2(_grpc)?|conftest|_version|licen[cs]e.*|copying.*|notice.*|authors.*|changelog.*|history.*", re.I
 )
-# Read by importing them, as is what is linked into the interpreter: modules written in C, whose import has no effect.
-BUILT_IN_MODULES = {"array", "binascii", "builtins", "cmath", "math", "select", "unicodedata", "zlib"}
-LICENCE = re.compile(r"licensed under|permission is hereby granted|redistribution and use|without warrant|all rights reserved|spdx-", re.I)
-GENERATED = re.compile(r"do not (edit|modify)|auto-?generated|@generated|generated (by|from|code|file)|automatically generated", re.I)
-LETTERS = string.ascii_letters.encode()
-DIGITS = string.digits.encode()
-COMMON_WORDS = frozenset(
-    """
-    a an and are as at be been but by can does each for from has have how if in into is it its may more most must no not of on one
-    only or other should so such than that the their them then there these they this those to two use used using was were what when
-    where which while will with without you your
-    """.split()
-)
-
-Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-
-
-class Extract(NamedTuple):
-    """What one source gave: documents, and the name under which they stay together in one split."""
-
-    key: str
-    prose: list[str]
-    code: list[str]
 
 
 def build(folder: Path, *, overwrite: bool = False, workers: int | None = None) -> int:
@@ -73,12 +52,12 @@ def build(folder: Path, *, overwrite: bool = False, workers: int | None = None) 
     with folder_lock(folder):
         if (folder / MANIFEST).exists() and not overwrite:
             dataset = load_dataset(folder)
-            print(f"pydocs is in {folder} already (fingerprint {dataset.fingerprint}); --overwrite builds it again")
+            print0(f"pydocs is in {folder} already (fingerprint {dataset.fingerprint}); --overwrite builds it again")
             return 0
         train, validation, facts = collect(library_roots(), workers or min(8, os.cpu_count() or 1))
         dataset = write_dataset(folder, "pydocs", train, validation, facts)
     sizes = f"{facts['prose_bytes'] / 1e6:.1f} MB of prose, {facts['code_bytes'] / 1e6:.1f} MB of code"
-    print(
+    print0(
         f"pydocs: {len(train):,} training and {len(validation):,} validation documents, {sizes}, "
         f"in {folder} (fingerprint {dataset.fingerprint})"
     )
@@ -93,7 +72,7 @@ def library_roots() -> list[Path]:
 
 def collect(roots: Sequence[Path], workers: int) -> tuple[list[str], list[str], dict[str, Any]]:
     """(training documents, validation documents, facts for the manifest), shuffled."""
-    extracts = [*_topics(), *_built_in_docstrings()]
+    extracts = [*language_topics(), *built_in_docstrings()]
     jobs = list(find_files(roots))
     with Progress("pydocs, files", len(jobs)) as progress:
         for done, extract in enumerate(_in_parallel(jobs, workers), 1):
@@ -103,8 +82,8 @@ def collect(roots: Sequence[Path], workers: int) -> tuple[list[str], list[str], 
     seen: set[bytes] = set()
     prose = _shuffled([(text, extract.key) for extract in extracts for text in extract.prose if is_new(text, seen)], "prose")
     code = _shuffled([(text, extract.key) for extract in extracts for text in extract.code if is_new(text, seen)], "code")
-    prose, prose_bytes = _first_bytes(prose, PROSE_BYTES)
-    code, code_bytes = _first_bytes(code, int(prose_bytes * CODE_SHARE / (1 - CODE_SHARE)))
+    prose, prose_bytes = first_bytes(prose, PROSE_BYTES)
+    code, code_bytes = first_bytes(code, int(prose_bytes * CODE_SHARE / (1 - CODE_SHARE)))
     train, validation = split_by_key(_shuffled(prose + code, "all"))
     facts = {"python": sys.version.split()[0], "files": len(jobs), "prose_bytes": prose_bytes, "code_bytes": code_bytes}
     return train, validation, facts
@@ -154,7 +133,7 @@ def _in_parallel(jobs: list[Job], workers: int) -> Iterator[Extract]:
     with ProcessPoolExecutor(workers, get_context("spawn"), _leave_ctrl_c_to_the_parent) as pool:
         try:
             yield from pool.map(extract, jobs, chunksize=32)
-        except BaseException:  # Ctrl-C: drop what is queued rather than finish it
+        except BaseException:  # Ctrl-C: drop queued files rather than finish them
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
@@ -164,7 +143,7 @@ def _leave_ctrl_c_to_the_parent() -> None:
 
 
 def extract(job: Job) -> Extract:
-    """The documents of one file; none where it is not readable as UTF-8, not valid Python, generated, or data."""
+    """The documents of a file; none if it is not UTF-8, not valid Python, generated, or data."""
     try:
         text = job.path.read_text(encoding="utf-8").replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError):
@@ -173,202 +152,7 @@ def extract(job: Job) -> Extract:
         return Extract(job.key, *from_source(text, job.key, job.with_code))
     if job.path.name == "METADATA":
         text = text.partition("\n\n")[2]
-    return Extract(job.key, _capped(documents_of([clean_markup(text)])), [])
-
-
-# ---- prose --------------------------------------------------------------------------------------------------------------
-
-
-def from_source(source: str, key: str, with_code: bool = True) -> tuple[list[str], list[str]]:
-    """Python source -> (prose documents, code documents)."""
-    if GENERATED.search(source[:1000]) or max(map(len, source.split("\n"))) > 1000:
-        return [], []
-    comments = documents_of(_long_comments(source))
-    if not with_code and sum(map(len, source.split('"""')[1::2])) < DOCUMENT_CHARS.start:
-        return comments, []  # nothing worth the time of parsing it
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
-            tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return [], []
-    module = key.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-    documented = [(node, name) for node, name in _definitions(tree, module) if ast.get_docstring(node, clean=False)]
-    prose = documents_of(_docstring_entry(node, name) for node, name in documented) + comments
-    return _capped(prose), _capped(code_documents(source, tree, [node for node, _ in documented], key)) if with_code else []
-
-
-def _definitions(node: Definition, name: str) -> Iterator[tuple[Definition, str]]:
-    """The module, its classes and functions, and those within them, each with its dotted name, in source order."""
-    yield node, name
-    for child in node.body:
-        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield from _definitions(child, f"{name}.{child.name}")
-
-
-def _docstring_entry(node: Definition, name: str) -> str:
-    """The docstring below a heading that says what it documents; empty where it says too little."""
-    docstring = clean_markup(ast.get_docstring(node) or "")
-    if len(docstring) < ENTRY_CHARS:
-        return ""
-    arguments = f"({ast.unparse(node.args)})" if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else ""
-    return f"{name}{arguments if len(arguments) < 300 else '(...)'}\n\n{docstring}"
-
-
-def _long_comments(source: str) -> list[str]:
-    """Blocks of three or more comment lines, without their marks."""
-    comments = []
-    for block in re.findall(r"(?:^[ \t]*#(?!!).*\n){3,}", source, flags=re.M):
-        lines = [re.sub(r"^[ \t]*#+:? ?|[-=#*~ ]+$", "", line) for line in block.splitlines()]
-        text = "\n".join(lines).strip()
-        if len(text) >= 3 * ENTRY_CHARS and not LICENCE.search(text) and "copyright" not in text.lower() and looks_english(text):
-            comments.append(text)
-    return comments
-
-
-def _topics() -> Iterator[Extract]:
-    """The language reference that `help("topic")` prints."""
-    from pydoc_data.topics import topics
-
-    for name in sorted(topics):
-        yield Extract(f"topics/{name}", documents_of([clean_markup(topics[name])]), [])
-
-
-def _built_in_docstrings() -> Iterator[Extract]:
-    """Docstrings of what is written in C and has no source file here: `len`, `str.split`, `math.sqrt`, ..."""
-    linked = {name for name in sys.builtin_module_names if not name.startswith(("_", "xx"))}
-    for name in sorted(BUILT_IN_MODULES | linked):
-        module = importlib.import_module(name)
-        entries = [f"{name}\n\n{module.__doc__}"]
-        for attribute, value in sorted(vars(module).items()):
-            if inspect.isbuiltin(value) or inspect.isclass(value):
-                entries.append(_describe(f"{name}.{attribute}".removeprefix("builtins."), value))
-            if inspect.isclass(value) and not issubclass(value, BaseException):
-                members = sorted((key, member) for key, member in vars(value).items() if not key.startswith("_"))
-                entries += [_describe(f"{attribute}.{key}", member) for key, member in members]
-        yield Extract(f"builtin/{name}", documents_of(map(clean_markup, entries)), [])
-
-
-def _describe(name: str, value: object) -> str:
-    docstring = inspect.cleandoc(value.__doc__) if isinstance(value.__doc__, str) else ""
-    signature = re.sub(r"\$\w+(, )?(/, |/)?", "", getattr(value, "__text_signature__", None) or "")  # without the implicit first argument
-    return f"{name}{signature}\n\n{docstring}" if docstring else ""
-
-
-def clean_markup(text: str) -> str:
-    """reStructuredText and markdown -> text as a person would type it: no badges, HTML, link targets, directives, roles."""
-    text = text.expandtabs(4)
-    text = re.sub(r"<!--.*?-->", "", text, flags=re.S)
-    text = re.sub(r"\[?!\[[^\]]*\][(\[][^)\]]*[)\]](\]\(?[^)\s]*\)?)?", "", text)  # images, linked or not
-    text = re.sub(
-        r"</?(?:p|a|img|br|div|h\d|b|i|em|strong|sub|sup|span|center|picture|source|details|summary|table|tr|td|th|code|kbd)\b[^>]*>",
-        "",
-        text,
-    )
-    text = re.sub(r"\[([^\]\n]+)\]\((?:https?:|#|/|\.)[^)\s]*\)", r"\1", text)  # [words](target)
-    text = re.sub(r"`([^`<>\n]+) <[^>`\n]+>`__?", r"\1", text)  # `words <target>`_
-    text = re.sub(r"(?<![\w`]):[a-z:]+:`~?\.?([^`<\n]+?)(?: <[^>`]+>)?`", r"`\1`", text)  # :func:`name`
-    text = re.sub(r"^[ ]*(?:\[[^\]\n]+\]:|\.\. _[^:\n]+:)[ ]+\S+.*\n?", "", text, flags=re.M)  # link targets
-    text = re.sub(
-        r"^[ ]*\.\. (?:versionadded|versionchanged|deprecated|currentmodule|module|toctree|index|contents|image|figure).*\n?",
-        "",
-        text,
-        flags=re.M,
-    )
-    text = re.sub(r"[ \t]+$", "", text, flags=re.M)
-    return re.sub(r"\n{3,}", "\n\n", text).strip()
-
-
-def documents_of(entries: Iterable[str]) -> list[str]:
-    """Entries of one file -> documents of sensible length that read as English: short ones joined, long ones cut between paragraphs."""
-    documents: list[str] = []
-    pending = ""
-    for entry in entries:
-        if not entry or LICENCE.search(entry[:600]):
-            continue
-        if pending and (len(pending) >= JOINED_CHARS or len(pending) + len(entry) > 2 * JOINED_CHARS):
-            documents.append(pending)
-            pending = ""
-        pending = f"{pending}\n\n{entry}" if pending else entry
-    documents.append(pending)
-    pieces = [piece for document in documents for piece in cut_between(document, "\n\n")]
-    return [piece for piece in pieces if len(piece) in DOCUMENT_CHARS and looks_english(piece)]
-
-
-def cut_between(text: str, separator: str) -> list[str]:
-    """Pieces that are no longer than a document may be where the text has a separator often enough; what has not is left out."""
-    limit = DOCUMENT_CHARS.stop - 1
-    pieces: list[str] = []
-    for part in text.split(separator):
-        if pieces and len(pieces[-1]) + len(separator) + len(part) <= limit:
-            pieces[-1] += separator + part
-        else:
-            pieces.append(part)
-    return [piece.strip("\n") for piece in pieces if len(piece) <= limit]
-
-
-def looks_english(text: str) -> bool:
-    """Mostly ASCII letters, no very long lines, and the small words that hold English sentences together."""
-    if not is_clean(text, longest_line=2000) or _count(text, LETTERS + b" \n") < 0.75 * len(text):
-        return False
-    words = re.findall(r"[a-z]+", text.lower())
-    return len(words) >= 20 and sum(word in COMMON_WORDS for word in words) >= 0.15 * len(words)
-
-
-def is_clean(text: str, longest_line: int) -> bool:
-    """No control characters, few beyond ASCII, no line that is longer than a person writes it."""
-    if len(text.encode("ascii", "ignore")) < 0.97 * len(text) or re.search(r"[\x00-\x08\x0b-\x1f\x7f\ufffd]", text):
-        return False
-    return max(map(len, text.split("\n"))) <= longest_line
-
-
-# ---- code ---------------------------------------------------------------------------------------------------------------
-
-
-def code_documents(source: str, tree: ast.Module, documented: Iterable[Definition], key: str) -> list[str]:
-    """The file without docstrings and header comment, cut before top-level definitions into documents that begin with the file's name."""
-    lines = source.split("\n")
-    dropped = _docstring_lines(documented)
-    starts = {min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))]) for node in tree.body}
-    pieces: list[list[str]] = [[]]
-    begun = False
-    for number, line in enumerate(lines, 1):
-        begun = begun or not (line.startswith("#") or not line.strip() or number in dropped)
-        if not begun or number in dropped:
-            continue
-        if number in starts and re.match(r"@|class |def |async def ", line):
-            pieces.append([])
-        pieces[-1].append(line.rstrip())
-    header = f"# {key}\n"
-    documents = [header]
-    for piece in (re.sub(r"\n{3,}", "\n\n\n", "\n".join(piece)).strip("\n") for piece in pieces):
-        if len(documents[-1]) + len(piece) > 2 * JOINED_CHARS and len(documents[-1]) > len(header):
-            documents.append(header)
-        documents[-1] += "\n\n\n" * (len(documents[-1]) > len(header)) + piece
-    documents = [piece for document in documents for piece in cut_between(document, "\n\n")]
-    return [document for document in documents if len(document) in DOCUMENT_CHARS and looks_like_code(document)]
-
-
-def _docstring_lines(documented: Iterable[Definition]) -> set[int]:
-    """Lines of docstrings that may go: those that are not all there is in their body."""
-    found: set[int] = set()
-    for node in documented:
-        if len(node.body) > 1:
-            first = node.body[0]
-            found.update(range(first.lineno, (first.end_lineno or first.lineno) + 1))
-    return found
-
-
-def looks_like_code(text: str) -> bool:
-    """Statements rather than tables: letters outweigh digits and marks, and no very long lines."""
-    visible = len(text) - _count(text, b" \n")
-    return is_clean(text, longest_line=200) and _count(text, LETTERS) >= 0.6 * visible and _count(text, DIGITS) <= 0.1 * visible
-
-
-def _count(text: str, characters: bytes) -> int:
-    """How many of the text's characters are among the (ASCII) `characters`."""
-    ascii_only = text.encode("ascii", "ignore")
-    return len(ascii_only) - len(ascii_only.translate(None, characters))
+    return Extract(job.key, capped(documents_of([clean_markup(text)])), [])
 
 
 # ---- choosing -----------------------------------------------------------------------------------------------------------
@@ -385,7 +169,7 @@ def is_new(text: str, seen: set[bytes]) -> bool:
 
 
 def split_by_key(documents: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
-    """(training, validation) texts of (text, key) pairs in their order; what shares a key, i.e. comes from one file, stays together."""
+    """(training, validation) texts of (text, key) pairs in their order; texts of one key, i.e. of one file, stay together."""
     target = min(GROUP_DOCUMENTS, max(1, len(documents) // VALIDATION_SHARE))
     sizes: dict[str, int] = {}
     for _, key in documents:
@@ -402,21 +186,6 @@ def _shuffled(items: list[tuple[str, str]], purpose: str) -> list[tuple[str, str
     items = list(items)
     random.Random(derive_seed("pydocs", purpose)).shuffle(items)
     return items
-
-
-def _first_bytes(documents: list[tuple[str, str]], limit: int) -> tuple[list[tuple[str, str]], int]:
-    """As many documents from the front as fit into `limit` bytes of UTF-8, and their size."""
-    size = 0
-    for count, (text, _) in enumerate(documents):
-        if size + len(text.encode("utf-8")) > limit:
-            return documents[:count], size
-        size += len(text.encode("utf-8"))
-    return documents, size
-
-
-def _capped(documents: list[str]) -> list[str]:
-    kept, _ = _first_bytes([(document, "") for document in documents], FILE_TEXT_BYTES)
-    return [document for document, _ in kept]
 
 
 def _digest(text: str) -> bytes:

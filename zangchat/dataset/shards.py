@@ -1,9 +1,9 @@
 """Shards on disk: parquet, .jsonl, .txt and token files, each as numbered groups of documents.
 
-The group is the unit of reading: the data loader needs (shard, group, row) to find its place again, whatever the format.
+The group is the unit of reading: the data loader needs (shard, group, row) to find its place again, in every format.
 """
 
-import json
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,35 +11,56 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zangchat.errors import UserError
+from zangchat.conversation import all_text
+from zangchat.errors import UserError, explain
+from zangchat.runtime.files import BOM, read_jsonl
 
 if TYPE_CHECKING:
     import pyarrow
 
+FORMATS = (".parquet", ".jsonl", ".ndjson", ".txt")
 OFFSET_BYTES = 8
-
-
 GROUP_DOCUMENTS = 1024  # documents in a parquet row group
 TEXT_GROUP_BYTES = 4 << 20  # .jsonl and .txt files are read in ranges of about this size
 SCAN_BYTES = 1 << 16  # read at a time in search of the beginning of a file's last line
-TXT_DOCUMENT_CHARS = 8192  # .txt files without <|endoftext|> marks are cut into documents of at most this length
+TXT_DOCUMENT_CHARS = 8192  # longest document cut from a .txt file without <|endoftext|> marks
 TOKENS = ".tokens"  # ends the name of a shard of token ids
+RECORD_FIELDS = ("text", "prompt", "completion", "messages")
+REPLACE = "put an intact copy in its place"
 
 
 def as_list(texts: "pyarrow.ChunkedArray | list[Any]") -> list[Any]:
     return texts if isinstance(texts, list) else [text for text in texts.to_pylist() if text]
 
 
+def has_documents(texts: "pyarrow.ChunkedArray | list[Any]") -> bool:
+    """Whether one of the texts is neither null nor empty."""
+    if isinstance(texts, list):
+        return any(len(text) for text in texts)
+    import pyarrow.compute as pc
+
+    return bool(pc.any(pc.greater(pc.binary_length(texts), 0)).as_py())
+
+
 class _File:
-    """A shard on disk: `num_groups()` groups of documents, `read_group(i)` a list or, see `Dataset.read_arrow`, an Arrow array."""
+    """A shard on disk, as numbered groups of documents."""
 
     def __init__(self, path: Path, repair_hint: str) -> None:
         self.path = path
         self.repair_hint = repair_hint
 
-    def damaged(self, error: object) -> UserError:
-        reason = " ".join(str(error).split())[:200]
-        return UserError(f"{self.path} is damaged ({reason}): {self.repair_hint}")
+    def num_groups(self) -> int:
+        raise NotImplementedError
+
+    def read_group(self, group: int) -> "pyarrow.ChunkedArray | list[str]":
+        """Its documents, see `Dataset.read_arrow`."""
+        raise NotImplementedError
+
+    def has_text(self) -> bool:
+        return any(has_documents(self.read_group(group)) for group in range(self.num_groups()))
+
+    def explained(self, *kinds: type[Exception]) -> contextlib.AbstractContextManager[None]:
+        return explain(f"{self.path} is damaged", self.repair_hint, *kinds)
 
 
 class ParquetFile(_File):
@@ -50,31 +71,46 @@ class ParquetFile(_File):
         import pyarrow
 
         file = self._open()
-        try:
-            if "text" in file.schema_arrow.names:
+        if "text" in file.schema_arrow.names:
+            self._check_column(file.schema_arrow)
+            with self.explained(pyarrow.ArrowException, OSError):
                 texts = file.read_row_group(group, columns=["text"]).column("text")
-                texts = texts if texts.type in (pyarrow.string(), pyarrow.large_string()) else texts.cast(pyarrow.string())
-                texts.validate(full=True)  # that it is UTF-8: readers do not look
-                return texts
+                if texts.type not in (pyarrow.string(), pyarrow.large_string()):
+                    texts = texts.cast(pyarrow.string())
+                texts.validate(full=True)  # that it is UTF-8: readers do not check
+            return texts
+        with self.explained(pyarrow.ArrowException, OSError):
             rows = file.read_row_group(group).to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise self.damaged(error) from error
-        return [text for row in rows if (text := record_text(row, f"{self.path}, row group {group}"))]
+        where = f"{self.path}, row group {group}"
+        return [text for row in rows if (text := record_text(row, where))]
 
     def _open(self) -> Any:
         import pyarrow
         import pyarrow.parquet
 
-        try:
+        with self.explained(pyarrow.ArrowException, OSError):
             return pyarrow.parquet.ParquetFile(self.path)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise self.damaged(error) from error
+
+    def _check_column(self, schema: "pyarrow.Schema") -> None:
+        """Raises UserError unless there is one column `text`, of strings."""
+        from pyarrow import types
+
+        columns = schema.get_all_field_indices("text")
+        if len(columns) > 1:
+            raise UserError(f"{self.path} has {len(columns)} columns `text`: rename all but one")
+        kind = schema.field(columns[0]).type
+        value = kind.value_type if types.is_dictionary(kind) else kind
+        is_binary = types.is_binary(value) or types.is_large_binary(value)
+        is_string = types.is_string(value) or types.is_large_string(value)
+        if not (is_string or is_binary or types.is_string_view(value) or types.is_null(value)):
+            problem = f"{self.path}: its column `text` holds {kind}, not strings"
+            raise UserError(f"{problem}: write a column `text` of strings")
 
 
 class LineFile(_File):
-    """.jsonl or .txt, in byte ranges that begin and end at line ends: random access without an index.
+    """.jsonl or .txt, in byte ranges that begin and end at line ends: no index is needed.
 
-    The last range is the one in which the last line begins, so that it never is empty.
+    The last range is the one in which the last line begins, so that it is never empty.
     """
 
     def num_groups(self) -> int:
@@ -85,25 +121,24 @@ class LineFile(_File):
         with self.path.open("rb") as file:
             start = _line_start(file, group * TEXT_GROUP_BYTES)
             end = _line_start(file, (group + 1) * TEXT_GROUP_BYTES)
+            if self.path.suffix.lower() != ".txt":
+                records = read_jsonl(self.path, start=start, end=end)
+                return [text for place, record in records if (text := record_text(record, place))]
             file.seek(start)
             raw = file.read(max(0, end - start))
+        if start == 0 and raw.startswith(BOM):
+            start, raw = len(BOM), raw.removeprefix(BOM)
         try:
-            text = raw.decode("utf-8").replace("\r\n", "\n")
+            text = raw.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise self.damaged(f"byte {start + error.start} is not UTF-8") from error
-        return cut_text(text) if self.path.suffix == ".txt" else self._records(text, start)
+            reason = f"byte {start + error.start} is not UTF-8"
+            raise UserError(f"{self.path} is damaged ({reason}): {self.repair_hint}") from error
+        return cut_text(text.replace("\r\n", "\n"))
 
-    def _records(self, text: str, start: int) -> list[str]:
-        texts = []
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                where = f"{self.path}, line {number}" + (f" after byte {start}" if start else "")
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{where} is not JSON ({error}): correct the line") from error
-                texts.append(record_text(record, where))
-        return [text for text in texts if text]
+
+def open_shard(path: Path, repair_hint: str) -> ParquetFile | LineFile:
+    kind = ParquetFile if path.suffix.lower() == ".parquet" else LineFile
+    return kind(path, repair_hint)
 
 
 def _line_start(file: Any, position: int) -> int:
@@ -116,7 +151,7 @@ def _line_start(file: Any, position: int) -> int:
 
 
 def _last_line_start(file: Any) -> int:
-    """Where the last line that is not blank begins; 0 if there is none."""
+    """The beginning of the last line that is not blank; 0 if all are."""
     end, found = file.seek(0, os.SEEK_END), False
     while end > 0:
         start = max(0, end - SCAN_BYTES)
@@ -132,36 +167,54 @@ def _last_line_start(file: Any) -> int:
 
 
 def cut_text(text: str, limit: int = TXT_DOCUMENT_CHARS) -> list[str]:
-    """Plain text -> documents: cut at <|endoftext|>; what is still longer than `limit` at a blank line, else a line end, else anywhere."""
+    """Plain text -> documents, cut at <|endoftext|>.
+
+    One longer than `limit` is cut at a blank line, else a line end, else anywhere.
+    """
     documents = []
     for piece in text.split("<|endoftext|>"):
         piece = piece.strip()
-        while len(piece) > limit:
-            cut = max(piece.rfind("\n\n", 1, limit), 0) or max(piece.rfind("\n", 1, limit), 0) or limit
-            documents.append(piece[:cut].rstrip())
-            piece = piece[cut:].lstrip()
-        documents.append(piece)
+        start = 0  # of the rest: an index, since slicing the rest each time would be quadratic
+        while len(piece) - start > limit:
+            end = start + limit
+            cut = max(piece.rfind("\n\n", start + 1, end), start)
+            if cut == start:
+                cut = max(piece.rfind("\n", start + 1, end), start)
+            cut = end if cut == start else cut
+            documents.append(piece[start:cut].rstrip())
+            start = cut
+            while piece[start].isspace():  # the piece does not end with a space
+                start += 1
+        documents.append(piece[start:])
     return [document for document in documents if document]
 
 
 def record_text(record: Any, where: str) -> str:
-    """One record as plain text: `text`, else prompt + completion, else the messages, one paragraph each. UserErrors name `where`."""
-    if isinstance(record, dict):
-        if isinstance(record.get("text"), str):
-            return record["text"]
-        if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
-            gap = "" if record["prompt"][-1:].isspace() or record["completion"][:1].isspace() else "\n"
-            return record["prompt"] + gap + record["completion"]
-        if isinstance(record.get("messages"), list):
-            try:
-                return "\n\n".join(f"{message['role'].capitalize()}: {_content_text(message['content'])}" for message in record["messages"])
-            except (KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{where} has a message without role or text ({error}): see the README for the format") from error
-    raise UserError(f"{where} has no text: a record needs `text`, `prompt` and `completion`, or `messages`")
+    """A record as plain text: `text`, else prompt + completion, else the messages, one paragraph each.
+
+    Empty for a record whose text is null. Raises UserError, beginning with `where`, if it has none.
+    """
+    if not isinstance(record, dict):
+        record = {}
+    text, messages = record.get("text"), record.get("messages")
+    prompt, completion = record.get("prompt"), record.get("completion")
+    if isinstance(text, str):
+        return text
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return prompt + _gap(prompt, completion) + completion
+    if isinstance(messages, list):
+        problem, remedy = f"{where} has a message without role or text", "see the README for the format"
+        with explain(problem, remedy, KeyError, TypeError, AttributeError):
+            return "\n\n".join(f"{m['role'].capitalize()}: {all_text(m['content'])}" for m in messages)
+    if any(name in record and record[name] is None for name in RECORD_FIELDS):
+        return ""
+    detail = f" (its `text` is a JSON {type(text).__name__})" if "text" in record else ""
+    needed = "a record needs `text`, `prompt` and `completion`, or `messages`"
+    raise UserError(f"{where} has no text{detail}: {needed}")
 
 
-def _content_text(content: Any) -> str:
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+def _gap(prompt: str, completion: str) -> str:
+    return "" if prompt[-1:].isspace() or completion[:1].isspace() else "\n"
 
 
 def write_shard(path: Path, texts: Sequence[str]) -> None:

@@ -1,15 +1,19 @@
-"""A pretraining dataset as token ids: written once by `python -m zangchat.dataset tokenize`, then read through a memory map.
+"""A pretraining dataset as token ids, read through a memory map.
 
-Every rank reads the whole stream of text, so past about 16 ranks reading ids costs much less than tokenising again on each. Documents
-keep their shards, groups and order: training on <name>-tokens gives the batches of training on <name>, bit for bit.
+`python -m zangchat.dataset tokenize` writes it once. Every rank reads the whole stream of text, so
+past about 16 ranks reading ids costs much less than tokenizing again on each. Documents keep their
+shards, groups and order: training on <name>-tokens gives the batches of training on <name>, bit for
+bit.
 
     <base>/base_data/<name>-tokens/
-        manifest.json                  as any dataset's, with "tokenizer" (its fingerprint), "dtype", "text" (what it was made from)
-        shard_00000.parquet.tokens     ids of all documents end to end (little-endian, uint16 up to 65,536 tokens, else uint32), padding
-                                       to 8 bytes, then (documents + 1) int64 offsets into them; no special tokens
-        <validation shards>            as they were: bits per byte need the text
+        manifest.json                 as any dataset's, with "tokenizer" (its fingerprint), "dtype",
+                                      and "text" (what it was made from)
+        shard_00000.parquet.tokens    the ids of all documents end to end (little-endian, uint16 up
+                                      to 65,536 tokens, else uint32), padded to 8 bytes, then
+                                      (documents + 1) int64 offsets into them; no special tokens
+        <validation shards>           text, which bits per byte need
 
-A shard's entry in the manifest has, beside name, split, bytes and sha256: "tokens", and "groups", the number of documents in each.
+A shard's entry in the manifest also has "tokens", and "groups", the number of documents in each.
 """
 
 import json
@@ -19,16 +23,28 @@ from typing import Any
 
 import numpy as np
 
-from zangchat.dataset.manifest import FORMAT, MANIFEST, Dataset, replace_folder, write_manifest
+from zangchat.dataset.manifest import (
+    FORMAT,
+    MANIFEST,
+    Dataset,
+    replace_folder,
+    shard_entry,
+    write_manifest,
+)
 from zangchat.dataset.shards import OFFSET_BYTES, TOKENS, write_shard
-from zangchat.runtime.files import atomic_file, file_sha256
+from zangchat.runtime.files import atomic_file
+from zangchat.runtime.logs import print0
 
 
 def tokenize(dataset: Dataset, tokenizer: Any, folder: Path, num_threads: int) -> Dataset:
-    """Write `folder`, which appears whole or not at all; what an interrupted attempt wrote is kept. Hold its folder_lock."""
+    """Write `folder`, which appears whole or not at all. Hold its folder_lock.
+
+    Shards that an interrupted attempt wrote are kept.
+    """
     building = folder.with_name(f".{folder.name}.building")
     building.mkdir(parents=True, exist_ok=True)
     dtype = "<u2" if tokenizer.get_vocab_size() <= 2**16 else "<u4"
+    text = {"name": dataset.name, "fingerprint": dataset.fingerprint, "flag": dataset.flag}
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "name": folder.name,
@@ -36,31 +52,40 @@ def tokenize(dataset: Dataset, tokenizer: Any, folder: Path, num_threads: int) -
         "in_order": dataset.arrives_in_order,
         "tokenizer": tokenizer.fingerprint,
         "dtype": dtype,
-        "text": {"name": dataset.name, "fingerprint": dataset.fingerprint, "flag": dataset.flag},
+        "text": text,
     }
-    done = _begun(building, manifest)
+    done = _finished_shards(building, manifest)
     shards: list[dict[str, Any]] = []
     for split in ("train", "validation"):
         for shard in dataset.shards(split):
-            name = shard + TOKENS if split == "train" else f"validation_{Path(shard).stem}.parquet"
+            name = shard + TOKENS if split == "train" else _validation_name(shard)
             if name not in done or not (building / name).exists():
-                groups = (dataset.read_group(shard, group, split) for group in range(dataset.num_groups(shard, split)))
+                path = building / name
+                groups = _read_groups(dataset, shard, split)
                 if split == "train":
-                    facts = _write_tokens(building / name, groups, tokenizer, dtype, num_threads)
+                    facts = _write_tokens(path, groups, tokenizer, dtype, num_threads)
                 else:
-                    write_shard(building / name, [text for texts in groups for text in texts])
+                    write_shard(path, [text for texts in groups for text in texts])
                     facts = {}
-                size, digest = (building / name).stat().st_size, file_sha256(building / name)
-                done[name] = {"name": name, "split": split, "bytes": size, "sha256": digest, **facts}
-                print(f"{name}  {facts.get('tokens', 0):,} tokens", flush=True)
+                done[name] = {**shard_entry(path, split, **facts), "name": name}
+                print0(f"{name}  {facts.get('tokens', 0):,} tokens")
             shards.append(done[name])
             write_manifest(building, {**manifest, "shards": shards})
     replace_folder(folder, building)
     return Dataset(folder, {**manifest, "shards": shards})
 
 
-def _begun(building: Path, manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The entries that an interrupted attempt to make the same left behind."""
+def _validation_name(shard: str) -> str:
+    return f"validation_{Path(shard).with_suffix('').as_posix().replace('/', '_')}.parquet"
+
+
+def _read_groups(dataset: Dataset, shard: str, split: str) -> Iterator[list[str]]:
+    for group in range(dataset.num_groups(shard, split)):
+        yield dataset.read_group(shard, group, split)
+
+
+def _finished_shards(building: Path, manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The entries of an interrupted attempt to make the same."""
     path = building / MANIFEST
     if not path.exists():
         return {}

@@ -1,4 +1,4 @@
-"""Does an export do what the model does? Tokens, chat prompts, logits and greedy text are compared."""
+"""Compare an export with its model: tokens, chat prompts, logits and greedy text."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +15,15 @@ if TYPE_CHECKING:
 
 
 LOGIT_TOLERANCE = 1e-3
-TIE = 1e-4  # two best logits that lie closer than this may change places with the order of a sum
+TIE = 1e-4  # two best logits closer than this may change places with the order of a sum
 GREEDY_TOKENS = 64
+FAILED = "the export failed its check"
 
 
 def check_export(folder: Path, model: "GPT", tokenizer: "RustBPETokenizer") -> dict[str, Any]:
-    """Load `folder` by transformers and compare with `model` (fp32, with the exported weights); returns what was found.
+    """Load `folder` with transformers and compare it with `model`, in fp32 with the exported weights.
 
-    Raises UserError naming the first difference.
+    Returns the measurements. Raises UserError naming the first difference.
     """
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -31,9 +32,12 @@ def check_export(folder: Path, model: "GPT", tokenizer: "RustBPETokenizer") -> d
     transformers.logging.set_verbosity_error()  # the sample texts are longer than a short context
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     theirs, loading = loaded
-    odd = sorted({str(name) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in loading[kind]})
-    if odd or type(theirs).__name__ != ARCHITECTURE:
-        raise UserError(f"the export failed its check: transformers made a {type(theirs).__name__}, and did not place {', '.join(odd)}")
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    unplaced = sorted({str(name) for kind in kinds for name in loading[kind]})
+    made = type(theirs).__name__
+    if unplaced or made != ARCHITECTURE:
+        names = ", ".join(unplaced)
+        raise UserError(f"{FAILED}: transformers made a {made}, and did not place {names}")
     their_tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = check_tokens(their_tokenizer, tokenizer)
     check_chat(their_tokenizer, tokenizer)
@@ -45,36 +49,30 @@ def check_tokens(theirs: Any, tokenizer: "RustBPETokenizer") -> int:
     texts = sample_texts(tokenizer)
     for text, ids in zip(texts, theirs(texts, add_special_tokens=False)["input_ids"], strict=True):
         if ids != tokenizer.encode(text) or theirs.decode(ids) != tokenizer.decode(ids):
-            raise UserError(f"the export failed its check: its tokenizer takes {text[:40]!r} apart in another way")
+            raise UserError(f"{FAILED}: its tokenizer takes {text[:40]!r} apart in another way")
         if theirs(text)["input_ids"] != [tokenizer.get_bos_token_id(), *ids]:
-            raise UserError("the export failed its check: its tokenizer does not put <|bos|> in front of a text")
+            raise UserError(f"{FAILED}: its tokenizer does not put <|bos|> in front of a text")
     return len(texts)
 
 
 def check_chat(theirs: Any, tokenizer: "RustBPETokenizer") -> None:
     for messages in CONVERSATIONS:
-        plain = [
-            {**message, "content": "".join(part["text"] for part in message["content"])}
-            if message["role"] == "user" and not isinstance(message["content"], str)
-            else message
-            for message in messages
-        ]
-        ids, mask = tokenizer.render_conversation({"messages": plain})
+        ids, mask = tokenizer.render_conversation({"messages": messages})
         rendered = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         if (rendered["input_ids"], rendered["assistant_masks"]) != (ids, mask):
-            raise UserError(f"the export failed its check: its chat template renders {messages} in another way")
+            raise UserError(f"{FAILED}: its chat template renders {messages} in another way")
         if messages[-1]["role"] == "user":
             prompt = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-            if prompt != tokenizer.render_for_completion({"messages": plain}):
-                raise UserError(f"the export failed its check: its chat template asks {messages} in another way")
+            if prompt != tokenizer.render_for_completion({"messages": messages}):
+                raise UserError(f"{FAILED}: its chat template asks {messages} in another way")
 
 
 @torch.inference_mode()
 def check_predictions(theirs: Any, model: "GPT", tokenizer: "RustBPETokenizer") -> tuple[float, int]:
     """(largest difference of a logit, number of greedy tokens that agree).
 
-    Theirs go on from each prompt by `generate`, with its cache. Ours read prompt and continuation in one pass and must have chosen the
-    same token everywhere, so both would have written the same.
+    Theirs continues each prompt by `generate`, with its cache. Ours reads prompt and continuation in
+    one pass and must have chosen the same token everywhere, so both would have written the same.
     """
     room = model.config.sequence_len
     prompts = [tokenizer.encode(text, prepend="<|bos|>") for text in PROMPTS]
@@ -93,12 +91,12 @@ def check_predictions(theirs: Any, model: "GPT", tokenizer: "RustBPETokenizer") 
         )
         ours = model(ids)
         difference = float((ours - theirs(ids).logits).abs().max())
-        if not difference <= LOGIT_TOLERANCE:  # also when it is no number
-            raise UserError(f"the export failed its check: a logit differs by {difference:.3g}, {LOGIT_TOLERANCE:g} is allowed")
+        if not difference <= LOGIT_TOLERANCE:  # also if it is NaN
+            raise UserError(f"{FAILED}: a logit differs by {difference:.3g}, {LOGIT_TOLERANCE:g} is allowed")
         worst = max(worst, difference)
         new, ahead = ids[0, len(prompt) :], ours[0, len(prompt) - 1 : -1]
         behind = ahead.max(dim=-1).values - ahead.gather(1, new[:, None])[:, 0]
         if float(behind.max()) > TIE:
-            raise UserError(f"the export failed its check: after {tokenizer.decode(prompt)[-40:]!r} it goes on in other words")
+            raise UserError(f"{FAILED}: after {tokenizer.decode(prompt)[-40:]!r} it continues in other words")
         agreed += len(new)
     return worst, agreed

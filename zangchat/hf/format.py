@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zangchat.config import GPTConfig
-from zangchat.errors import UserError
+from zangchat.errors import UserError, explain
 
 if TYPE_CHECKING:
     from zangchat.tokenizer import RustBPETokenizer
@@ -29,22 +29,23 @@ LAYER_NAMES = {
     "mlp.c_proj": "mlp.fc2",
 }
 VOCAB_ROWS = ("transformer.wte.weight", "lm_head.weight")
-# What config.json can say of a model. A setting that is not listed here cannot be exported: nobody would know of it.
+# The settings that config.json has. Another one cannot be exported: readers would not know of it.
 SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
 CARRIED = {*SIZES, "rms_norm_eps", "rope_theta", "logit_cap"}
 
 
 def require_libraries() -> None:
-    """Raises UserError where what the `hf` extra installs is not there. Of transformers, which is slow to import, the version is read."""
-    try:
+    """Raises UserError if the libraries of the `hf` extra are not installed.
+
+    Of transformers, which is slow to import, only the version is read.
+    """
+    problem = "transformers 5 or newer and safetensors are needed to exchange models"
+    with explain(problem, 'run `pip install "transformers>=5" safetensors`', ImportError):
         import safetensors.torch  # noqa: F401
         import tokenizers  # noqa: F401
 
         if find_spec("transformers") is None or int(version("transformers").partition(".")[0]) < 5:
             raise ImportError("there is no transformers 5")
-    except ImportError as error:
-        remedy = 'run `pip install "transformers>=5" safetensors`'
-        raise UserError(f"transformers 5 or newer and safetensors are needed to exchange models ({error}): {remedy}") from None
 
 
 def weight_names(config: GPTConfig) -> dict[str, str]:
@@ -58,7 +59,10 @@ def weight_names(config: GPTConfig) -> dict[str, str]:
 
 
 def special_ids(tokenizer: "RustBPETokenizer", base: bool) -> dict[str, Any]:
-    """A chat model's turn ends with <|assistant_end|>, any document with <|bos|>. Padding is <|bos|>, which is never an answer to learn."""
+    """A chat model's turn ends with <|assistant_end|>, any document with <|bos|>.
+
+    Padding is <|bos|>, which is never part of an answer to learn.
+    """
     bos = tokenizer.get_bos_token_id()
     ends = bos if base else [tokenizer.encode_special("<|assistant_end|>"), bos]
     return {"bos_token_id": bos, "eos_token_id": ends, "pad_token_id": bos}
@@ -85,18 +89,16 @@ def hf_config(config: GPTConfig, tokenizer: "RustBPETokenizer", base: bool, dtyp
         "tie_word_embeddings": False,
         "use_cache": True,
         "dtype": dtype,
-        "torch_dtype": dtype,  # what programs older than transformers 5 call it
+        "torch_dtype": dtype,  # its name before transformers 5
         **special_ids(tokenizer, base),
     }
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    try:
+    with explain(f"{path} cannot be read", "copy it again", OSError, ValueError):
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(data, dict):
-        raise UserError(f"{path} is no JSON object")
+        raise UserError(f"{path} is not a JSON object: copy it again")
     return data
 
 
@@ -112,9 +114,10 @@ def config_from_hf(data: Mapping[str, Any], path: Path) -> GPTConfig:
     }
     for name, (found, wanted) in demanded.items():
         if found != wanted:
-            raise UserError(f"{path}: {name} is {found!r}, this program knows {wanted!r} alone: this model cannot be imported")
+            raise UserError(f"{path}: {name} is {found!r}, this program knows only {wanted!r}: this model cannot be imported")
     cap = data["final_logit_softcapping"] if "final_logit_softcapping" in data else data.get("logits_soft_cap", 15.0)
-    try:
+    problem, remedy = f"{path} describes an unknown model", "only this architecture can be imported"
+    with explain(problem, remedy, KeyError, TypeError, ValueError):
         if data["intermediate_size"] != 4 * int(data["hidden_size"]):
             raise ValueError(f"intermediate_size is {data['intermediate_size']} and not four times hidden_size")
         return GPTConfig(
@@ -128,5 +131,3 @@ def config_from_hf(data: Mapping[str, Any], path: Path) -> GPTConfig:
             rope_theta=rope.get("rope_theta", data.get("rope_theta", 10000.0)),
             logit_cap=float(cap),
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} describes no model that this program knows: {error}") from None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zangchat import checkpoint_manager
 from zangchat.config import GPTConfig, RunState
-from zangchat.errors import UserError
+from zangchat.errors import UserError, explain
 from zangchat.hf.format import ARCHITECTURE, MANIFEST, VOCAB_ROWS, config_from_hf, read_json, require_libraries, weight_names
 from zangchat.hf.tokenizer import read_tokenizer_json
 from zangchat.runtime.files import file_sha256
@@ -34,7 +34,10 @@ class Imported(NamedTuple):
 
 
 def read_hf(folder: Path) -> Imported:
-    """A directory of safetensors with model_type nanochat; of an export of ours the hashes are verified. Raises UserError."""
+    """A directory of safetensors with model_type nanochat; the hashes of our exports are verified.
+
+    Raises UserError.
+    """
     require_libraries()
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -50,18 +53,16 @@ def read_hf(folder: Path) -> Imported:
     tensors: dict[str, Tensor] = {}
     for name in names:
         path = folder / Path(name).name
-        try:
+        with explain(f"{path} cannot be read", "copy the model again", OSError, SafetensorError):
             tensors.update(load_file(path))
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from None
     ours = {theirs: ours for ours, theirs in weight_names(config).items()}
-    weights = fitted({ours.get(name, name): tensor for name, tensor in tensors.items()}, config, folder)
+    weights = fit({ours.get(name, name): tensor for name, tensor in tensors.items()}, config, folder)
     tokenizer = read_tokenizer_json(folder / "tokenizer.json")
     return Imported(weights, config, tokenizer, int(source.get("step", 0)), None, f"{ARCHITECTURE} directory {folder.name}")
 
 
 def verify_files(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Raises UserError naming the file that is missing or not the one the manifest describes."""
+    """Raises UserError naming a file that is missing or differs from the manifest."""
     for name, expected in manifest.get("files", {}).items():
         path = folder / Path(name).name
         if not path.is_file():
@@ -72,10 +73,10 @@ def verify_files(folder: Path, manifest: Mapping[str, Any]) -> None:
             )
 
 
-def fitted(tensors: Mapping[str, Tensor], config: GPTConfig, where: Path) -> dict[str, Tensor]:
-    """`tensors` with our names, checked against the architecture; rows of the vocabulary cut or padded with zeros to ours.
+def fit(tensors: Mapping[str, Tensor], config: GPTConfig, where: Path) -> dict[str, Tensor]:
+    """Check `tensors`, by our names, against the architecture, and pad the rows of the vocabulary.
 
-    Raises UserError naming what is missing, of another shape, or more than this architecture has.
+    Raises UserError naming tensors that are missing, unknown, or of another shape.
     """
     from zangchat.gpt import GPT
 
@@ -96,13 +97,16 @@ def fitted(tensors: Mapping[str, Tensor], config: GPTConfig, where: Path) -> dic
         if tuple(tensor.shape) != shape or not tensor.is_floating_point():
             raise UserError(f"{where}: {name} is {tuple(tensor.shape)} of {tensor.dtype}, the model it belongs to needs {shape}")
         if not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"{where}: {name} holds values that are no numbers")
+            raise UserError(f"{where}: {name} holds values that are not finite")
         weights[name] = tensor
     return weights
 
 
 def save(imported: Imported, source: str, model_tag: str, overwrite: bool = False) -> Path:
-    """Write the model as a checkpoint of stage `source`; returns its folder. Raises UserError for a tag that has checkpoints already."""
+    """Write the model as a checkpoint of stage `source`; returns its folder.
+
+    Raises UserError for a tag that has checkpoints already.
+    """
     if imported.config.vocab_size != imported.tokenizer.get_vocab_size():
         raise UserError(
             f"the model has {imported.config.vocab_size} tokens and its tokenizer {imported.tokenizer.get_vocab_size()}: they do not "
@@ -125,7 +129,7 @@ def save(imported: Imported, source: str, model_tag: str, overwrite: bool = Fals
         imported.tokenizer.save(partial)
         checkpoint_manager.save_checkpoint(partial, imported.step, imported.weights, None, meta)
         folder.mkdir(exist_ok=True)
-        checkpoint_manager.discard_after(folder, -1)  # what was there goes when the new lies on disk as a whole
+        checkpoint_manager.discard_after(folder, -1)  # the old ones, now that the new is on disk
         for path in sorted(partial.iterdir(), key=lambda path: path.name.startswith("meta_")):
             path.replace(folder / path.name)
     finally:

@@ -8,50 +8,71 @@ from pathlib import Path
 from typing import Any
 
 from zangchat import checkpoint_manager
+from zangchat.bpe import by_rank
 from zangchat.config import SOURCES, GPTConfig
-from zangchat.errors import UserError
+from zangchat.errors import UserError, explain
 from zangchat.hf.format import SIZES, read_json
-from zangchat.hf.importing import Imported, fitted
-from zangchat.tokenizer import RustBPETokenizer, by_rank
+from zangchat.hf.importing import Imported, fit
+from zangchat.tokenizer import RustBPETokenizer
 
-# nanochat normalises by F.rms_norm(x, shape) with eps=None. For fp32 and bf16 alike torch then takes float32's epsilon, whatever its
-# documentation says of finfo(x.dtype): the sum is made in fp32, compiled or not.
+# nanochat normalizes by F.rms_norm(x, shape) with eps=None. For fp32 and bf16 alike torch then takes
+# float32's epsilon, although its documentation says finfo(x.dtype): the sum is in fp32, compiled or not.
 NANOCHAT_EPS = 2.0**-23
 
 
 def read_checkpoint(base: Path, source: str, from_tag: str | None = None, step: int | None = None) -> Imported:
-    """A checkpoint of nanochat (the architecture of its year 2025): `base` is its base directory, or one folder with model_*.pt,
-    meta_*.json and tokenizer.pkl side by side. Raises UserError.
+    """A checkpoint of nanochat, of the architecture that it had in 2025.
+
+    `base` is its base directory, or one folder with model_*.pt, meta_*.json and tokenizer.pkl.
+    Raises UserError.
     """
-    folder, tokenizer_folder = base, base
-    if not any(base.glob("model_*.pt")):
-        stage = base / SOURCES[source]
-        tags = sorted({path.parent.name for path in stage.glob("*/model_*.pt")})
-        if not tags:
-            raise UserError(f"--path={base} holds neither a config.json nor a checkpoint of nanochat in {stage.name}/")
-        if from_tag not in tags and (from_tag or len(tags) > 1):
-            raise UserError(f"--from_tag={from_tag or ''} must name one of the models in {stage}: {', '.join(tags)}")
-        folder, tokenizer_folder = stage / (from_tag or tags[0]), base / "tokenizer"
-    steps = sorted(int(match[1]) for path in folder.iterdir() if (match := re.fullmatch(r"model_(\d+)\.pt", path.name)))
-    if not steps:
-        raise UserError(f"{folder} has no whole model_*.pt: the parts that single ranks have saved cannot be imported")
-    if step not in (None, *steps):
-        raise UserError(f"--step={step} is not in {folder}: choose one of {', '.join(map(str, steps))}")
-    step = steps[-1] if step is None else step
-    model_path, meta_path = (folder / checkpoint_manager.model_name(step), folder / checkpoint_manager.meta_name(step))
+    folder, tokenizer_folder = _find_folders(base, source, from_tag)
+    step = _find_step(folder, step)
+    meta_path = folder / checkpoint_manager.meta_name(step)
+    model_path = folder / checkpoint_manager.model_name(step)
     meta = read_json(meta_path)
-    try:
+    problem, remedy = f"{meta_path} describes an unknown model", "take the files of a whole checkpoint"
+    with explain(problem, remedy, KeyError, TypeError, ValueError):
         settings = dict(meta["model_config"])
-        config = GPTConfig(**{name: settings.pop(name) for name in SIZES}, rms_norm_eps=NANOCHAT_EPS)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{meta_path} describes no model that this program knows: {error!r}") from None
-    weights = fitted(checkpoint_manager.strip_prefix(checkpoint_manager.read_tensors(model_path, "cpu")), config, model_path)
+        sizes = {name: settings.pop(name) for name in SIZES}
+        config = GPTConfig(**sizes, rms_norm_eps=NANOCHAT_EPS)
+    tensors = checkpoint_manager.read_tensors(model_path, "cpu")
+    weights = fit(checkpoint_manager.strip_prefix(tensors), config, model_path)
     if settings:
-        raise UserError(f"{meta_path} is of another architecture: this program does not know its {', '.join(sorted(settings))}")
+        unknown = f"this program does not know its {', '.join(sorted(settings))}"
+        raise UserError(f"{meta_path} is of another architecture: {unknown}")
     tokenizer = read_tokenizer(tokenizer_folder / "tokenizer.pkl")
     bpb = meta.get("val_bpb")
     bpb = bpb if isinstance(bpb, (int, float)) and math.isfinite(bpb) else None
     return Imported(weights, config, tokenizer, step, bpb, f"nanochat checkpoint {folder.name}")
+
+
+def _find_folders(base: Path, source: str, from_tag: str | None) -> tuple[Path, Path]:
+    """The folders of (the checkpoints, the tokenizer)."""
+    if any(base.glob("model_*.pt")):
+        return base, base
+    stage = base / SOURCES[source]
+    tags = sorted({path.parent.name for path in stage.glob("*/model_*.pt")})
+    if not tags:
+        expected = f"neither a config.json nor a checkpoint of nanochat in {stage.name}/"
+        raise UserError(f"--path={base} holds {expected}")
+    if from_tag not in tags and (from_tag or len(tags) > 1):
+        choice = f"must name one of the models in {stage}: {', '.join(tags)}"
+        raise UserError(f"--from_tag={from_tag or ''} {choice}")
+    return stage / (from_tag or tags[0]), base / "tokenizer"
+
+
+def _find_step(folder: Path, step: int | None) -> int:
+    """The step to import: `step` if the folder has it, by default the last."""
+    matches = (re.fullmatch(r"model_(\d+)\.pt", path.name) for path in folder.iterdir())
+    steps = sorted(int(match[1]) for match in matches if match)
+    if not steps:
+        parts = "the parts that single ranks have saved cannot be imported"
+        raise UserError(f"{folder} has no whole model_*.pt: {parts}")
+    if step not in (None, *steps):
+        choice = f"choose one of {', '.join(map(str, steps))}"
+        raise UserError(f"--step={step} is not in {folder}: {choice}")
+    return steps[-1] if step is None else step
 
 
 # ---- the tokenizer --------------------------------------------------------------------------------------------------
@@ -60,18 +81,19 @@ def read_checkpoint(base: Path, source: str, from_tag: str | None = None, step: 
 def read_tokenizer(path: Path) -> RustBPETokenizer:
     """tokenizer.pkl, a pickled tiktoken.Encoding, read as data: nothing that the file names is imported or called.
 
-    Raises UserError naming the file where it is missing or holds anything else.
+    Raises UserError naming the file if it is missing or holds anything else.
     """
-    try:
+    if not path.is_file():
+        raise UserError(f"no tokenizer at {path}: name nanochat's tokenizer.pkl")
+    problem, remedy = f"{path} is not a tokenizer.pkl of nanochat", "take an intact copy"
+    with explain(problem, remedy, Exception):  # a damaged pickle raises anything at all
         state = _EncodingReader(io.BytesIO(path.read_bytes())).read()
         tokens, names = by_rank(state["mergeable_ranks"]), state["special_tokens"]
         if sorted(names.values()) != list(range(len(tokens), len(tokens) + len(names))):
             raise ValueError("the ids of its special tokens do not follow the ranks")
-        return RustBPETokenizer(tokens, state["pat_str"], sorted(names, key=names.__getitem__), {"imported": "nanochat's tokenizer.pkl"})
-    except FileNotFoundError as error:
-        raise UserError(f"no tokenizer at {path}: name nanochat's tokenizer.pkl") from error
-    except Exception as error:  # a damaged pickle raises anything at all
-        raise UserError(f"{path} is no tokenizer.pkl of nanochat ({error}): take an intact copy from who made it") from error
+        ordered = sorted(names, key=names.__getitem__)
+        facts = {"imported": "nanochat's tokenizer.pkl"}
+        return RustBPETokenizer(tokens, state["pat_str"], ordered, facts)
 
 
 class _PickledEncoding:
@@ -84,14 +106,14 @@ class _PickledEncoding:
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """What _codecs.encode is called for in pickles before protocol 3, which have no bytes."""
+    """The one use of _codecs.encode in pickles before protocol 3, which have no bytes."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"it has bytes in {encoding!r}")
     return text.encode("latin-1")
 
 
 class _EncodingReader(pickle.Unpickler):
-    """Reads a pickled tiktoken.Encoding; whatever else a pickle asks for, and so whatever it could run, is refused."""
+    """Reads a pickled tiktoken.Encoding and refuses any other name, so that nothing can be run."""
 
     ALLOWED = {("tiktoken.core", "Encoding"): _PickledEncoding, ("_codecs", "encode"): _latin1}
 

@@ -9,6 +9,7 @@ from zangchat.runtime.seeds import derive_seed
 if TYPE_CHECKING:
     from zangchat.tokenizer import RustBPETokenizer
 
+NUM_TEXTS = 600
 PROMPTS = (
     "The capital of France is",
     "def fibonacci(n):\n    ",
@@ -48,12 +49,12 @@ CONVERSATIONS: tuple[list[dict[str, Any]], ...] = (
 )
 
 
-def sample_texts(tokenizer: "RustBPETokenizer", count: int = 600) -> list[str]:
-    """Texts of all kinds, always the same: characters of many scripts in all mixtures, and tokens of the vocabulary in a row."""
+def sample_texts(tokenizer: "RustBPETokenizer") -> list[str]:
+    """Always the same texts: mixtures of characters of many scripts, and runs of random tokens."""
     random_ = random.Random(derive_seed("sample texts"))
     ordinary = tokenizer.get_vocab_size() - len(tokenizer.get_special_tokens())
     texts = ["", " ", *PROMPTS]
-    while len(texts) < count:
+    while len(texts) < NUM_TEXTS:
         if len(texts) % 3 == 0:
             text = tokenizer.decode([random_.randrange(ordinary) for _ in range(random_.randrange(1, 40))])
         else:
@@ -61,4 +62,5 @@ def sample_texts(tokenizer: "RustBPETokenizer", count: int = 600) -> list[str]:
             text = "".join(random_.choice(random_.choice(pools)) for _ in range(random_.randrange(1, 120)))
             text += random_.choice(("", *SUFFIXES))
         texts.append(text)
-    return [re.sub(r"<\|\w+\|>", "", text) for text in texts]  # written out, these are special tokens to others
+    # others read a special token that is written out as that token
+    return [re.sub(r"<\|\w+\|>", "", text) for text in texts]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zangchat.config import GPTConfig
-from zangchat.errors import UserError
+from zangchat.errors import UserError, explain
 from zangchat.hf.format import read_json
 from zangchat.hf.samples import sample_texts
 
@@ -15,14 +15,19 @@ if TYPE_CHECKING:
 
 
 def byte_characters() -> list[str]:
-    """One visible character for each byte, as byte-level vocabularies write them: itself where it is visible, else one from U+0100 on."""
+    """One visible character for each byte, as byte-level vocabularies write them.
+
+    The byte itself if it is visible, else one from U+0100 on.
+    """
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in visible]
     return [chr(byte) if byte in visible else chr(0x100 + hidden.index(byte)) for byte in range(256)]
 
 
 def recover_merges(tokens: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
-    """The two parts that made each token of more than one byte, in order: what is left of it when only earlier tokens may be merged.
+    """The two parts that made each token of more than one byte, in order.
+
+    They are left of a token if only earlier tokens may be merged.
 
     Raises ValueError for a token that no merge makes.
     """
@@ -42,20 +47,14 @@ def recover_merges(tokens: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
     return merges
 
 
-def mergeable_tokens(tokenizer: "RustBPETokenizer") -> list[bytes]:
-    count = tokenizer.get_vocab_size() - len(tokenizer.get_special_tokens())
-    return [tokenizer.decode_bytes([i]) for i in range(count)]
-
-
 def tokenizer_json(tokenizer: "RustBPETokenizer") -> dict[str, Any]:
     """The file of the library `tokenizers`: the same tokens for the same text. Raises UserError if the ranks are not those of merges."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-    tokens = mergeable_tokens(tokenizer)
-    try:
+    tokens = tokenizer.mergeable_tokens
+    problem, remedy = "this tokenizer cannot be exported", "its ranks must be those of merges"
+    with explain(problem, remedy, ValueError):
         merges = recover_merges(tokens)
-    except ValueError as error:
-        raise UserError(f"this tokenizer cannot be exported: {error}") from None
     characters = byte_characters()
 
     def written(token: bytes) -> str:
@@ -94,7 +93,9 @@ def read_tokenizer_json(path: Path) -> "RustBPETokenizer":
     from zangchat.tokenizer import RustBPETokenizer
 
     data = read_json(path)
-    try:
+    problem = f"{path} is not a byte-level BPE with the special tokens of a chat"
+    remedy = "it cannot be imported"
+    with explain(problem, remedy, KeyError, TypeError, ValueError, AttributeError):
         special = {token["content"]: token["id"] for token in data["added_tokens"]}
         vocab = {id: text for text, id in data["model"]["vocab"].items() if text not in special}
         bytes_of = {character: byte for byte, character in enumerate(byte_characters())}
@@ -104,8 +105,6 @@ def read_tokenizer_json(path: Path) -> "RustBPETokenizer":
         if sorted(special.values()) != list(range(len(tokens), len(tokens) + len(special))):
             raise ValueError("its special tokens do not follow the others")
         tokenizer = RustBPETokenizer(tokens, pattern, sorted(special, key=special.__getitem__), {"imported": path.parent.name})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is no byte-level BPE with the special tokens of a chat: {error!r}") from None
     theirs = Tokenizer.from_file(str(path))
     texts = sample_texts(tokenizer)
     for text, encoding in zip(texts, theirs.encode_batch(texts, add_special_tokens=False), strict=True):

@@ -59,5 +59,5 @@ def _reduced(values: Sequence[float], operation: "dist.ReduceOp.RedOpType") -> l
 
 
 def _device() -> torch.device:
-    """Where this backend's tensors live."""
+    """The device of this backend's tensors."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

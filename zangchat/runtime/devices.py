@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # the longest a rank may wait for another: rank 0 alone saves, samples and compiles
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # the longest wait of a rank for another: only rank 0 saves, samples and compiles
 # The first driver for each CUDA: https://docs.nvidia.com/cuda/cuda-toolkit-release-notes
 FIRST_DRIVER = {"11": 450, "12": 525, "13": 580}
 
@@ -97,7 +97,7 @@ def compute_init(device_type: str = "", seed: int = 42, deterministic: bool = Fa
     if device_type == "cuda":
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-            torch.use_deterministic_algorithms(True, warn_only=True)  # names on stderr whatever has no such form
+            torch.use_deterministic_algorithms(True, warn_only=True)  # stderr names operations without such a form
         torch.cuda.set_device(device)
         torch.cuda.manual_seed(seed)
         # fp32 products on tensor cores. By the older of torch's two settings: after the newer one (`fp32_precision`), torch.compile
@@ -171,7 +171,7 @@ def _cpu_has_bf16() -> bool:
 
 
 def device_synchronize(device: torch.device | str) -> None:
-    """Wait until the device has done what was asked of it; a CPU always has."""
+    """Wait until the device has finished its queue; a CPU always has."""
     import torch
 
     device = torch.device(device)

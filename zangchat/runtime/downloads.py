@@ -19,7 +19,7 @@ from zangchat.runtime.files import CHUNK, file_lock, file_sha256, get_base_dir, 
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-MAX_RETRY_AFTER = 300.0  # seconds that a server may ask us to stay away
+MAX_RETRY_AFTER = 300.0  # seconds, of a Retry-After header
 DOWNLOAD_TRIES = 5
 DOWNLOAD_TIMEOUT = 60.0  # seconds without a byte
 
@@ -27,10 +27,11 @@ DOWNLOAD_TIMEOUT = 60.0  # seconds without a byte
 def download_file_with_lock(
     url: str, filename: str, postprocess_fn: Callable[[Path], None] | None = None, sha256: str | None = None
 ) -> Path:
-    """Fetch `url` to <base>/filename once, however many processes ask for it; returns the path.
+    """Fetch `url` to <base>/filename once for all processes; returns the path.
 
-    `postprocess_fn(path)` sees the complete download before it gets its name, so that a file which is present was also processed.
-    Raises UserError when the server refuses, or when DOWNLOAD_TRIES attempts gave no complete file with that sha256.
+    `postprocess_fn(path)` gets the complete download before that has its name, so that a present file was
+    also processed. Raises UserError if the server refuses, or if DOWNLOAD_TRIES attempts gave no complete
+    file with that sha256.
     """
     path = get_base_dir() / filename
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,14 +62,14 @@ def _is_intact(path: Path, sha256: str | None) -> bool:
 
 
 class Failure(NamedTuple):
-    """One failed attempt: the reason in words, whether another attempt is pointless, and the wait that the server asked for (seconds)."""
+    """A failed attempt: the reason, whether a retry is pointless, and the requested wait (seconds)."""
 
     reason: str
     final: bool
     wait: float
 
 
-def asked_wait(headers: Any) -> float:
+def retry_after(headers: Any) -> float:
     """The seconds of a Retry-After header, at most MAX_RETRY_AFTER; 0 without one."""
     value = headers.get("Retry-After", "")
     return min(float(value), MAX_RETRY_AFTER) if value.isdecimal() else 0.0
@@ -80,7 +81,10 @@ def is_refusal(status: int) -> bool:
 
 
 def with_retries(label: str, attempt: Callable[[], T], judge: Callable[[Exception], Failure], *, tries: int, first_wait: float) -> T:
-    """attempt(), repeated after failures that may pass, with waits that double. Raises the last error, or one that `judge` calls final."""
+    """attempt(), repeated after temporary failures, with waits that double.
+
+    Raises the last error, or one that `judge` calls final.
+    """
     for number in range(1, tries):
         try:
             return attempt()
@@ -110,12 +114,12 @@ def _download(url: str, temporary: Path, path: Path, sha256: str | None) -> None
 
 def _judge_download(error: Exception) -> Failure:
     if isinstance(error, urllib.error.HTTPError):
-        return Failure(f"the server answered {error.code} {error.reason}", is_refusal(error.code), asked_wait(error.headers))
+        return Failure(f"the server answered {error.code} {error.reason}", is_refusal(error.code), retry_after(error.headers))
     return Failure(str(error) or type(error).__name__, not isinstance(error, (OSError, HTTPException)), 0.0)
 
 
 def _download_once(url: str, temporary: Path, sha256: str | None) -> str:
-    """One attempt; returns what is wrong with the bytes that came, or "" when they are whole."""
+    """One attempt; returns the problem with the received bytes, "" if they are complete."""
     digest, length = hashlib.sha256(), 0
     request = urllib.request.Request(url, headers={"User-Agent": "zangchat"})
     with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response, open(temporary, "wb") as file:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from zangchat.errors import UserError
+from zangchat.errors import UserError, explain
 
 if TYPE_CHECKING:
     import filelock
@@ -22,39 +22,39 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 CHUNK = 1 << 20
+BOM = b"\xef\xbb\xbf"  # Windows programs put it before UTF-8
 CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF}
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 def get_base_dir() -> Path:
-    """Where everything a run makes is kept: $ZANGCHAT_BASE_DIR, else ~/.cache/zangchat. Created when missing; UserError if it cannot be."""
+    """The folder of all that runs write: $ZANGCHAT_BASE_DIR, else ~/.cache/zangchat.
+
+    It is created if missing. Raises UserError if it cannot be.
+    """
     base = Path(os.environ.get("ZANGCHAT_BASE_DIR") or "~/.cache/zangchat")
-    try:
+    remedy = "set ZANGCHAT_BASE_DIR to one you can write to"
+    # expanduser raises RuntimeError if the user has no home, as in a container without HOME
+    with explain(f"the folder {base} cannot be made", remedy, OSError, RuntimeError):
         base = base.expanduser()
         base.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: nobody's home, as in a container without HOME
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"the folder {base} cannot be made ({reason}): set ZANGCHAT_BASE_DIR to one you can write to") from error
     return base
 
 
 def expand_home(path: str | Path) -> Path:
-    """`~/x` as the x of one's home. Raises UserError for a home that nobody has."""
-    try:
+    """Replace a leading `~`. Raises UserError if the home directory cannot be determined."""
+    with explain(f"{path} leads nowhere", "write the path without ~", RuntimeError):
         return Path(path).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{path} leads nowhere ({error}): write the path without ~") from error
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open a file that appears under its name only when the block ends without an exception: whole, and on the disk."""
+def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
+    """Open a file that gets its name only if the block ends without an exception; then it is synced."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
-        with open(temporary, mode.replace("w", "x"), **text) as file:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -67,13 +67,14 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
 def atomic_write(path: str | Path, data: bytes | str) -> None:
     """Replace a file whole or not at all, whenever the process or the machine stops."""
     with atomic_file(path) as file:
-        # half a character, as a path may hold, becomes what JSON writes for it
+        # a lone surrogate, as a path may hold, becomes the escape that JSON writes for it
         file.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename durable. Some file systems (CIFS, some FUSE mounts, Windows) cannot sync a folder:
-    then the file, which is synced itself, is all that can be had.
+    """Make a rename durable.
+
+    Some file systems (CIFS, some FUSE mounts, Windows) cannot sync a folder: a warning, then.
     """
     if os.name == "nt":
         return
@@ -129,15 +130,40 @@ def file_sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def read_jsonl(path: Path, kinds: tuple[type, ...] = (dict,)) -> Iterator[tuple[str, Any]]:
-    """("file:line", value) of every line that is not blank. Raises UserError naming a line that is no JSON, or none of these kinds."""
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
+def read_jsonl(
+    path: Path,
+    kinds: tuple[type, ...] = (dict,),
+    *,
+    start: int = 0,
+    end: int | None = None,
+) -> Iterator[tuple[str, Any]]:
+    """(place, value) of each line in bytes [start, end) of a file; blank lines are skipped.
+
+    Both offsets must be line starts. The place is "file:line", or tells the line after a byte.
+    Raises UserError, naming the place, for a line that is not JSON or not of these `kinds`.
+    """
+    with open(path, "rb") as file:
+        file.seek(start)
+        number, position = 0, start
+        while (end is None or position < end) and (line := file.readline()):
+            number += 1
+            if position == 0:
+                line = line.removeprefix(BOM)
+            position = file.tell()
             if line.strip():
-                try:
-                    value = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{path}:{number} is not JSON ({error.msg}); each line must be one JSON object") from error
-                if not isinstance(value, kinds):
-                    raise UserError(f"{path}:{number} is a JSON {type(value).__name__}; each line must be one JSON object")
-                yield f"{path}:{number}", value
+                place = f"{path}:{number}" if not start else f"{path}:{number} after byte {start}"
+                yield place, _parse_json(line, place, kinds)
+
+
+def _parse_json(line: bytes, place: str, kinds: tuple[type, ...]) -> Any:
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place} is not UTF-8 text ({error.reason}): save it as UTF-8") from error
+    except (ValueError, RecursionError) as error:  # also an integer of 5,000 digits, or deep nesting
+        hint = "; of a JSON array, each item goes on a line" if line.lstrip().startswith(b"[") else ""
+        reason = getattr(error, "msg", None) or str(error)
+        raise UserError(f"{place} is not JSON ({reason}); each line must be one JSON object{hint}") from error
+    if not isinstance(value, kinds):
+        raise UserError(f"{place} is a JSON {type(value).__name__}; each line must be one JSON object")
+    return value

@@ -1,4 +1,10 @@
-"""Output: print and log on rank 0, streams that may break, experiment tracking."""
+"""Output: two channels, streams that may break, experiment tracking.
+
+`print0` is for people: the answer of a command, its progress, the next command. It goes to stdout, on
+rank 0 only. A module's `logger` is for the log: how the command got there. It goes to stderr with time
+and level, on rank 0 from INFO and on other ranks from WARNING; `log0` is for a warning that all ranks
+would repeat. rich only draws (bars, tables, the terminal chat).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +27,7 @@ BANNER = r"""
 
 
 class ColoredFormatter(logging.Formatter):
-    """Time, level, logger and message; the level in colour where `color` is true."""
+    """Time, level, logger and message; the level in color if `color` is true."""
 
     COLORS = {
         logging.DEBUG: "\x1b[36m",
@@ -45,7 +51,7 @@ class ColoredFormatter(logging.Formatter):
 
 
 class _StderrHandler(logging.StreamHandler):
-    """Writes to whatever sys.stderr is when the message comes."""
+    """Writes to the sys.stderr of the moment."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
@@ -53,7 +59,10 @@ class _StderrHandler(logging.StreamHandler):
 
 
 def setup_default_logging() -> None:
-    """Log to stderr: our own modules from INFO (rank 0; from WARNING elsewhere), others from WARNING. A second call changes nothing."""
+    """Log to stderr: our own modules from INFO (rank 0) or WARNING (elsewhere), others from WARNING.
+
+    A second call changes nothing.
+    """
     root = logging.getLogger()
     if any(isinstance(handler.formatter, ColoredFormatter) for handler in root.handlers):
         return
@@ -65,7 +74,7 @@ def setup_default_logging() -> None:
 
 
 class _SteadyStream:
-    """A text stream that drops what it cannot write."""
+    """A text stream that drops text that it cannot write."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -85,8 +94,9 @@ class _SteadyStream:
 
 @contextlib.contextmanager
 def steady_streams() -> Iterator[None]:
-    """Inside the block no output ends the program: the terminal may be closed, `| tee` may have died of
-    the same Ctrl-C, the disk of a log may be full. What cannot be written is dropped.
+    """Inside the block, output that cannot be written is dropped and does not end the program.
+
+    The terminal may be closed, `| tee` may have died of the same Ctrl-C, a log's disk may be full.
     """
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (_SteadyStream(stream) for stream in before)  # type: ignore[assignment]
@@ -121,7 +131,7 @@ def print_banner() -> None:
 
 
 class DummyWandb:
-    """Takes what a wandb run takes and keeps nothing."""
+    """Has the methods of a wandb run and does nothing."""
 
     def __init__(self) -> None:
         self.summary: dict[str, Any] = {}
@@ -134,7 +144,10 @@ class DummyWandb:
 
 
 def get_wandb(run: str, config: dict[str, Any], project: str) -> Any:
-    """A wandb run named `run` (else $WANDB_RUN) on rank 0, with `config` recorded; a DummyWandb for "dummy" and on other ranks."""
+    """A wandb run named `run` (for "dummy": $WANDB_RUN), with `config` recorded.
+
+    A DummyWandb if both are "dummy", and on other ranks than 0.
+    """
     if run == "dummy":
         run = os.environ.get("WANDB_RUN", "dummy")
     if run == "dummy" or get_dist_info()[1] != 0:

@@ -30,15 +30,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out: torch's CUDA error, Python's, or the RuntimeError of torch's CPU allocator."""
     import torch
 
-    told = str(error)
+    message = str(error)
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(words in told for words in ("can't allocate memory", "not enough memory", "bad_alloc"))
+        isinstance(error, RuntimeError) and any(words in message for words in ("can't allocate memory", "not enough memory", "bad_alloc"))
     )
 
 
 def device_memory(device: torch.device | str) -> int:
-    """Bytes that this process may count on: of the device on CUDA and MPS; on a CPU its share, among the ranks of this machine, of what
-    is free, and what it has already."""
+    """Bytes that this process can use: on CUDA and MPS those of the device.
+
+    On a CPU its share, among the ranks of this machine, of the free memory, plus its own.
+    """
     import torch
 
     device = torch.device(device)
@@ -101,7 +103,7 @@ def peak_memory_bytes(device: torch.device | str) -> int:
     except ImportError:  # Windows
         import psutil
 
-        return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))  # in the class of Windows alone
+        return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))  # only in the class of Windows
 
     unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

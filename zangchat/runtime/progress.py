@@ -1,4 +1,4 @@
-"""One line that says where a long job stands: live at the bottom of a terminal, else a plain line every few seconds."""
+"""The progress of a long job: a live line at the bottom of a terminal, else a plain line every few seconds."""
 
 import time
 from types import TracebackType
@@ -20,7 +20,7 @@ def in_words(seconds: float) -> str:
 
 
 class Progress:
-    """`with Progress("sft", total) as progress: progress.update(done, "loss 1.234")`; silent where not `shown` (other ranks)."""
+    """`with Progress("sft", total) as progress: progress.update(done, "loss 1.234")`; silent unless `shown` (other ranks)."""
 
     def __init__(self, label: str, total: int, done: int = 0, shown: bool = True) -> None:
         self.label, self.total, self.shown = label, total, shown

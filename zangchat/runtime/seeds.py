@@ -1,4 +1,4 @@
-"""Where every random draw after initialisation gets its seed."""
+"""The seeds of all random draws after initialization."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def derive_seed(*parts: Any) -> int:
-    """A 63-bit seed that depends on `parts` alone, e.g. (seed, "shuffle", epoch, index): the one source of randomness after initialisation.
+    """A 63-bit seed that depends only on `parts`, e.g. (seed, "shuffle", epoch, index).
 
     Parts are str, int, float, bool, None or tuples of these; raises TypeError for others, whose repr may not be the same elsewhere.
     """

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 from fastapi import Depends
 from starlette.requests import HTTPConnection
 
+from zangchat.conversation import turns
 from zangchat.engine.replies import REPLY_SHARE, fit_conversation
 from zangchat.server.pool import Pool
 from zangchat.server.protocol import ApiError, ChatMessage, Settings
-from zangchat.tokenizer import turns
 
 
 class Prompter:

@@ -1,0 +1,126 @@
+"""Byte-level BPE by the crate rustbpe: train on text, and encode text as ids.
+
+On machines that cannot build the crate, PyPI's package of the same name trains and tiktoken encodes:
+the same tokens, slower.
+"""
+
+import functools
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+import rustbpe
+from zangchat.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow
+    import tiktoken
+
+    Text: TypeAlias = str | pyarrow.Array | pyarrow.ChunkedArray
+
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def is_crate() -> bool:
+    """Whether `rustbpe` is this project's crate and not PyPI's package, which takes no ranks."""
+    if not hasattr(rustbpe, "Tokenizer"):  # the source folder, found from the repository's root
+        raise UserError("the package rustbpe is not installed: run `bash dev/setup.sh`")
+    if hasattr(rustbpe.Tokenizer, "from_ranks"):
+        return True
+    substitutes = "training with PyPI's rustbpe, encoding with tiktoken (slower, the same tokens)"
+    logger.info("the crate rustbpe is not built here: %s", substitutes)
+    return False
+
+
+def train(
+    text_iterator: "Iterable[Text]",
+    vocab_size: int,
+    pattern: str,
+    progress: Callable[[int], None] | None,
+) -> list[bytes]:
+    """At most `vocab_size` tokens in the order of their ranks, see RustBPETokenizer."""
+    found = False
+
+    def counted() -> "Iterator[Text]":
+        nonlocal found
+        for item in text_iterator:
+            found = found or len(item) > 0
+            if isinstance(item, str):
+                yield item if item.isascii() else repair_surrogates(item)
+            elif is_crate():
+                yield item
+            else:
+                yield from item.drop_null().to_pylist()
+
+    trainer = rustbpe.Tokenizer()
+    options: dict[str, Any] = {"progress": progress} if is_crate() else {}
+    trainer.train_from_iterator(counted(), vocab_size, pattern=pattern, **options)
+    if not found:
+        raise ValueError("there is no text to train on")
+    return by_rank({bytes(token): rank for token, rank in trainer.get_mergeable_ranks()})
+
+
+def by_rank(ranks: dict[bytes, int]) -> list[bytes]:
+    """The tokens in the order of their ranks. Raises ValueError if these are not 0, 1, 2, ..."""
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError("its ranks have gaps")
+    return sorted(ranks, key=ranks.__getitem__)
+
+
+def make_encoder(tokens: Sequence[bytes], pattern: str, special_ids: dict[str, int]) -> Any:
+    """The crate's encoder of these ranks, else a TiktokenEncoder."""
+    if is_crate():
+        return rustbpe.Tokenizer.from_ranks([(token, i) for i, token in enumerate(tokens)], pattern)
+    return TiktokenEncoder(tiktoken_encoding(tokens, pattern, special_ids))
+
+
+def tiktoken_encoding(tokens: Sequence[bytes], pattern: str, special_ids: dict[str, int]) -> "tiktoken.Encoding":
+    import tiktoken
+
+    ranks = {token: i for i, token in enumerate(tokens)}
+    return tiktoken.Encoding("zangchat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_ids)
+
+
+class TiktokenEncoder:
+    """The methods of the crate's encoder, through tiktoken."""
+
+    def __init__(self, encoding: "tiktoken.Encoding") -> None:
+        self._encoding = encoding
+
+    def encode(self, text: str) -> list[int]:
+        return self._encoding.encode_ordinary(text)
+
+    def batch_encode(self, texts: Sequence[str], num_threads: int) -> list[list[int]]:
+        return self._encoding.encode_ordinary_batch(list(texts), num_threads=num_threads)
+
+    def encode_documents(self, texts: Sequence[str], num_threads: int) -> tuple[np.ndarray, np.ndarray]:
+        encoded = self.batch_encode(texts, num_threads)
+        offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
+        np.cumsum([len(ids) for ids in encoded], out=offsets[1:])
+        ids = itertools.chain.from_iterable(encoded)
+        return np.fromiter(ids, dtype=np.uint32, count=int(offsets[-1])), offsets
+
+
+def encode_repaired(encode: Callable[..., Any], text: Any, *options: Any) -> Any:
+    """encode(text, *options), with repaired surrogates if the text, or one of a list, has any."""
+    try:
+        return encode(text, *options)
+    except UnicodeEncodeError:
+        repair = repair_surrogates
+        return encode(repair(text) if isinstance(text, str) else [*map(repair, text)], *options)
+
+
+def repair_surrogates(text: str) -> str:
+    """Join surrogate pairs, replace lone surrogates by U+FFFD.
+
+    Text that came through a careless \\u escape can be encoded then.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
