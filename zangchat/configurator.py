@@ -30,6 +30,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import tyro
 
+from zangchat.config import MAX_TEMPERATURE, SAMPLING_LIMITS
 from zangchat.errors import UserError
 from zangchat.runtime.logs import setup_default_logging
 
@@ -163,6 +164,15 @@ def check_fraction(config: Any, *names: str) -> None:
         value = getattr(config, name)
         if not 0 < value <= 1:
             raise UserError(f"--{name}={value:g} is not possible: give a number above 0 and at most 1")
+
+
+def check_sampling(config: Any) -> None:
+    """Raises UserError for the first of a command's sampling flags that is outside of its limits."""
+    limits = {**SAMPLING_LIMITS, "temperature": dataclasses.replace(SAMPLING_LIMITS["temperature"], most=MAX_TEMPERATURE)}
+    for name in ("temperature", "top_k", "top_p"):
+        value = getattr(config, name, None)
+        if value is not None and not limits[name].allow(value):
+            raise UserError(f"--{name}={value:g} is not possible: give a number {limits[name]}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -50,9 +50,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, backend:
 
 
 class WithinDocuments:
-    """Attention that stays within each document of a row, for gpt.GPT in the place of a cache. A document begins with the token `start`.
+    """Attention that stays within each document of a row: a gpt.AttentionContext.
 
-    Positions go on through the row: rotary attention sees their differences alone.
+    A document begins with the token `start`. Positions continue through the row: rotary attention
+    only depends on their differences.
     """
 
     def __init__(self, idx: Tensor, start: int) -> None:
@@ -64,7 +65,7 @@ class WithinDocuments:
         return k, v, self.mask
 
     def advance(self, num_tokens: int) -> None:
-        """Nothing is stored."""
+        """Does nothing: no token is stored."""
 
 
 def candidates(device: torch.device | str, dtype: torch.dtype) -> tuple[str, ...]:

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
 
+from zangchat.config import MAX_LOGPROBS
 from zangchat.engine.replies import REPLY_SHARE, fit_conversation
-from zangchat.engine.sampling import MAX_LOGPROBS
 from zangchat.engine.sampling import Request as Continuation
 from zangchat.tokenizer import turns
 
