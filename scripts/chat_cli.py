@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from zangchat import configurator
-from zangchat.config import CheckpointConfig
+from zangchat.config import USER_LIMITS, CheckpointConfig
 from zangchat.errors import UserError
 from zangchat.runtime.files import expand_home
 
@@ -104,10 +104,8 @@ def chat(config: Config) -> int:
 
 
 def check(config: Config) -> None:
-    configurator.check_range(0, config, "temperature", most=100)
-    configurator.check_range(0, config, "top_k")
+    configurator.check_sampling(config)
     configurator.check_range(1, config, "max_tokens")
-    configurator.check_fraction(config, "top_p")
 
 
 def answer_once(session: Chat, question: str) -> int:
@@ -212,10 +210,10 @@ def obey(session: Chat, line: str, note: Callable[[str], None]) -> bool:
             session.system = argument
             note("the instructions are set" if argument else "there are no instructions")
         elif command == "/temperature":
-            session.temperature = number(float, argument, "/temperature 0.6", lambda value: 0 <= value <= 100)
+            session.temperature = number(float, argument, "/temperature 0.6", USER_LIMITS["temperature"].allow)
             note(f"temperature {session.temperature:g}")
         elif command == "/topk":
-            session.top_k = number(int, argument, "/topk 50", lambda value: value >= 0)
+            session.top_k = number(int, argument, "/topk 50", USER_LIMITS["top_k"].allow)
             note(f"top_k {session.top_k or 'off'}")
         elif command == "/seed":
             session.seed = number(int, argument, "/seed 42", lambda value: True) if argument else None

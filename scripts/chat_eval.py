@@ -81,7 +81,7 @@ def check(config: Config) -> None:
     if config.task_name and config.all_tasks:
         raise configurator.UserError("--task_name and --all_tasks exclude each other: give one of them")
     configurator.check_range(1, config, "max_new_tokens", "num_samples", "batch_size", "max_problems")
-    configurator.check_range(0, config, "temperature", "top_k")
+    configurator.check_sampling(config)
     if config.num_samples > 1 and config.temperature == 0:
         raise configurator.UserError(
             f"--num_samples={config.num_samples} at --temperature=0 gives the same answer each time: add --temperature=1"

@@ -32,9 +32,8 @@ class Limits:
         return least + (f" and at most {self.most:g}" if self.most < math.inf else "")
 
 
-MAX_TEMPERATURE = 100.0  # of commands and clients
 MAX_LOGPROBS = 20  # most likely tokens that a request may ask for at each position
-SAMPLING_LIMITS = {  # of the fields of engine.Request, and of the flags that have their names
+SAMPLING_LIMITS = {  # of the fields of engine.Request
     "max_tokens": Limits(0),
     "temperature": Limits(0),
     "top_k": Limits(0),
@@ -42,6 +41,11 @@ SAMPLING_LIMITS = {  # of the fields of engine.Request, and of the flags that ha
     "min_p": Limits(0, 1),
     "repetition_penalty": Limits(0, above=True),
     "logprobs": Limits(0, MAX_LOGPROBS),
+}
+USER_LIMITS = {  # of flags and HTTP requests: those, and a bound on typing errors
+    **SAMPLING_LIMITS,
+    "temperature": Limits(0, 100),
+    "repetition_penalty": Limits(0, 100, above=True),
 }
 
 

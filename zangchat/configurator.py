@@ -30,7 +30,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import tyro
 
-from zangchat.config import MAX_TEMPERATURE, SAMPLING_LIMITS
+from zangchat.config import USER_LIMITS
 from zangchat.errors import UserError
 from zangchat.runtime.logs import setup_default_logging
 
@@ -168,11 +168,10 @@ def check_fraction(config: Any, *names: str) -> None:
 
 def check_sampling(config: Any) -> None:
     """Raises UserError for the first of a command's sampling flags that is outside of its limits."""
-    limits = {**SAMPLING_LIMITS, "temperature": dataclasses.replace(SAMPLING_LIMITS["temperature"], most=MAX_TEMPERATURE)}
     for name in ("temperature", "top_k", "top_p"):
-        value = getattr(config, name, None)
-        if value is not None and not limits[name].allow(value):
-            raise UserError(f"--{name}={value:g} is not possible: give a number {limits[name]}")
+        value, limits = getattr(config, name, None), USER_LIMITS[name]
+        if value is not None and not limits.allow(value):
+            raise UserError(f"--{name}={value:g} is not possible: give a number {limits}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
