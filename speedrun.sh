@@ -7,34 +7,34 @@
 #   DRY_RUN=1 bash speedrun.sh                        prints its commands, the plan and the memory; touches nothing
 #
 # One GPU: dev/rungpu.sh has sizes for 8 to 80 GB. Many nodes: dev/slurm.sbatch, dev/skypilot.yaml.
-# Run it again after an interruption: every stage goes on where it stopped, and what is finished is skipped.
+# After an interruption, run it again: every stage resumes, and finished stages are skipped.
 # In `screen` or `tmux`, or under nohup, it survives a lost connection; to keep a log: bash speedrun.sh 2>&1 | tee speedrun.log
 #
-# The same chain at depth 2 on two CPU processes: sizes are set, and nothing else (minutes, 2 GB of downloads, no good model):
+# To rehearse the chain at depth 2 on two CPU processes, set only sizes (minutes, 2 GB of downloads, no good model):
 #   DEPTH=2 NPROC_PER_NODE=2 NUM_SHARDS=2 VOCAB_SIZE=1024 MAX_CHARS=1000000 MAX_SEQ_LEN=128 DEVICE_BATCH_SIZE=4 TOTAL_BATCH_SIZE=2048 \
 #   NUM_ITERATIONS=20 BASE_FLAGS="--eval_tokens=4096 --core_metric_max_per_task=4" LOSS_FLAGS="--split_tokens=4096" \
 #   CORE_FLAGS="--max_per_task=4" MID_FLAGS="--num_iterations=10 --eval_tokens=4096" SFT_FLAGS="--num_iterations=10 --eval_steps=2" \
 #   RL_FLAGS="--num_iterations=2 --examples_per_step=2 --num_samples=4 --eval_examples=4 --max_new_tokens=16" \
 #   EVAL_FLAGS="--max_problems=4 --max_new_tokens=8" bash speedrun.sh
 #
-# ---- The numbers, and the arithmetic behind them -----------------------------------------------------------------------------
+# ---- The numbers and their arithmetic ----------------------------------------------------------------------------------------
 # DEPTH=20       width 20 x 64 = 1280, 10 heads of 128. Per layer 12 x 1280^2 matrix parameters: 20 layers 393M; embedding and
 #                head 65,536 x 1280 = 84M each. Together 561M.
-# RATIO=12       tokens per matrix and head parameter: 12 x (393M + 84M) = 5.73B tokens. With all parameters counted and 20 tokens
-#                each, an older rule of thumb, the same model would see 11.2B: RATIO=23.5.
+# RATIO=12       tokens per matrix and head parameter: 12 x (393M + 84M) = 5.73B tokens. An older rule of thumb, 20 tokens for
+#                every parameter, would give the same model 11.2B: RATIO=23.5.
 # batch          512 rows of 2,048 = 2^20 tokens a step, chosen from the number of tokens (README, "Schedules"): 5,460 steps.
 #                8 GPUs x 32 rows = 2^19 tokens in a pass, so two passes a step.
 # NUM_SHARDS=115 5.73B tokens x about 4.8 characters per token = 27.5B characters; a shard has about 250M: 110, and 5 % in
-#                reserve, as 4.8 depends on the tokenizer. About 100 MB of disk each. Too few would only mean that some text comes twice.
+#                reserve, as 4.8 depends on the tokenizer. About 100 MB of disk each. With too few, some text is read twice.
 # MAX_CHARS=2e9  the tokenizer learns from the first 8 shards; more text hardly changes the most frequent pairs.
 # cost           3.5 GFLOPs a token x 5.73B = 2.0e19 FLOPs. 8 H100s have 8 x 989 TFLOP/s in bf16; at 40 % of that pretraining
-#                would take 1.8 hours. That is arithmetic and not a measurement: the report says what it really took.
+#                would take 1.8 hours. That is an estimate, not a measurement; the report has the real time.
 # ------------------------------------------------------------------------------------------------------------------------------
-# shellcheck disable=SC2086  # in the whole file: what is in *_FLAGS is to be split at spaces
+# shellcheck disable=SC2086  # in the whole file: split *_FLAGS at spaces
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-# What one may want to change, each by an environment variable of the same name.
+# Settings, each an environment variable of the same name.
 DEPTH=${DEPTH:-20}
 RATIO=${RATIO:-12}
 DATASET=${DATASET:-climbmix} # climbmix | fineweb-edu | pydocs (made on this machine, small)
@@ -42,20 +42,20 @@ NUM_SHARDS=${NUM_SHARDS:-115}
 VOCAB_SIZE=${VOCAB_SIZE:-65536}
 MAX_CHARS=${MAX_CHARS:-2000000000}
 MAX_SEQ_LEN=${MAX_SEQ_LEN:-2048}
-DEVICE_BATCH_SIZE=${DEVICE_BATCH_SIZE:-32} # rows per GPU in one pass, or auto: what fits; the result stays the same
+DEVICE_BATCH_SIZE=${DEVICE_BATCH_SIZE:-32} # rows per GPU in one pass, or auto: as many as fit; the result stays the same
 TOTAL_BATCH_SIZE=${TOTAL_BATCH_SIZE:--1}   # -1: from the number of tokens
 NUM_ITERATIONS=${NUM_ITERATIONS:--1}       # -1: from RATIO
 SEED=${SEED:-42}
 MID_MIXTURE=${MID_MIXTURE:-} # empty: the default in tasks/registry.py; else "task:epochs,generated_task:examples"
 SFT_MIXTURE=${SFT_MIXTURE:-} # likewise
-IDENTITY_DATA=${IDENTITY_DATA:-} # a .jsonl file of conversations of your own
+IDENTITY_DATA=${IDENTITY_DATA:-} # a .jsonl file of your own conversations
 RL=${RL:-1}                  # 0: stop after finetuning
 RL_TASK=${RL_TASK:-GSM8K}
 CORE=${CORE:-1}              # 0: no CORE evaluation (it downloads its bundle)
 EVAL_TASKS=${EVAL_TASKS:-}   # of the chat evaluations, separated by |; empty: every task that can be scored
 DOLLARS_PER_HOUR=${DOLLARS_PER_HOUR:-24} # of the whole machine, for the sum at the end
 MODEL_TAG=${MODEL_TAG:-d$DEPTH}
-# More flags for single stages, separated by spaces.
+# Extra flags for single stages, separated by spaces.
 TOK_FLAGS=${TOK_FLAGS:-} BASE_FLAGS=${BASE_FLAGS:-} LOSS_FLAGS=${LOSS_FLAGS:-} CORE_FLAGS=${CORE_FLAGS:-} MID_FLAGS=${MID_FLAGS:-}
 SFT_FLAGS=${SFT_FLAGS:-} RL_FLAGS=${RL_FLAGS:-} EVAL_FLAGS=${EVAL_FLAGS:-}
 
@@ -80,7 +80,7 @@ if [ -z "${NPROC_PER_NODE:-}" ]; then
     fi
 fi
 
-elsewhere="" # the line that a new shell needs before any command of this run
+elsewhere="" # the line that a new shell needs before commands of this run
 [ -z "${ZANGCHAT_BASE_DIR:-}" ] || elsewhere="  export ZANGCHAT_BASE_DIR=$(printf '%q' "$ZANGCHAT_BASE_DIR")"$'\n'
 export ZANGCHAT_BASE_DIR=${ZANGCHAT_BASE_DIR:-$HOME/.cache/zangchat}
 export WANDB_RUN=${WANDB_RUN:-dummy}
@@ -106,7 +106,7 @@ started=$SECONDS
 finished_stages="$ZANGCHAT_BASE_DIR/speedrun/$MODEL_TAG"
 [ -n "$dry" ] || mkdir -p "$finished_stages"
 downloading=
-again="" # 1: what succeeded before counts for nothing
+again="" # 1: repeat stages even if they succeeded before
 nothing=/nonexistent # of the two stages before the first checkpoint
 
 clock() { printf '%d h %02d min' $((SECONDS / 3600)) $((SECONDS / 60 % 60)); }
@@ -135,15 +135,15 @@ stage() {
     printf '\n\033[1;34m=== %s  (%s so far)\033[0m\n' "$title" "$(clock)"
     "$@" || code=$?
     if [ "$code" != 0 ]; then
-        printf '\n%s stopped with exit code %d. That command alone:\n' "$title" "$code" >&2
+        printf '\n%s stopped with exit code %d. To repeat only this command:\n' "$title" "$code" >&2
         printf '  source .venv/bin/activate\n%s  ' "$elsewhere" >&2
         in_words "$@" >&2
-        printf 'The whole chain, from here on (with the same variables):\n  bash %s\n' "${CHAIN:-speedrun.sh}" >&2
+        printf 'To continue the whole chain from here (with the same variables):\n  bash %s\n' "${CHAIN:-speedrun.sh}" >&2
         exit "$code"
     fi
 }
 
-# once NAME CHECKPOINTS TITLE COMMAND...: a stage that leaves no checkpoint; skipped when this very command has succeeded
+# once NAME CHECKPOINTS TITLE COMMAND...: a stage that leaves no checkpoint; skipped if the same command has succeeded
 # since the newest checkpoint in the folder CHECKPOINTS was written.
 once() {
     local mark="$finished_stages/$1" checkpoints=$2 title=$3
@@ -157,14 +157,14 @@ once() {
     [ -n "$dry" ] || printf '%s' "$*" > "$mark"
 }
 
-# Under nohup a closed terminal means nothing; torchrun would set its own handler and end the run.
+# Under nohup a closed terminal must not end the run; torchrun would set its own handler and do so.
 signals=""
 case $(trap -p HUP) in *"''"*) signals=--signals-to-handle=SIGTERM,SIGINT,SIGQUIT ;; esac
 
 # on_all SCRIPT FLAGS...: the command line that runs a script on every GPU, in the array `command`. The `--` keeps torchrun
 # from taking --run for one of its own flags.
 on_all() {
-    # --local-addr: a host name that does not resolve, as on some Macs, would make torchrun wait for ever
+    # --local-addr: without it, torchrun waits for ever if the host name does not resolve, as on some Macs
     local launcher=(torchrun --standalone --local-addr=127.0.0.1 --nproc_per_node="$NPROC_PER_NODE" ${signals:+"$signals"})
     if [ -n "${LAUNCH:-}" ]; then # several machines: see dev/slurm.sbatch
         read -ra launcher <<< "$LAUNCH"
@@ -175,7 +175,7 @@ on_all() {
     command=("${launcher[@]}" -m "$1" -- "${@:2}")
 }
 
-# evaluate SOURCE FOLDER TITLE: the chat tasks on the model of a stage, whose checkpoints lie in FOLDER_checkpoints.
+# evaluate SOURCE FOLDER TITLE: the chat tasks on the model of a stage, with its checkpoints in FOLDER_checkpoints.
 evaluate() {
     local tasks=--all_tasks
     [ -z "$EVAL_TASKS" ] || tasks=--task_name=$EVAL_TASKS
@@ -188,7 +188,7 @@ evaluate() {
     stage "Report: its clock starts" python -m zangchat.report reset
 
 # ---- data and tokenizer --------------------------------------------------------------------------------------------------------------
-# The rest of the shards comes while the tokenizer trains; pretraining waits for the shard that it needs next.
+# The other shards are downloaded while the tokenizer trains; pretraining waits for the shard that it needs next.
 download_all() {
     local all=(python -m zangchat.dataset --source="$DATASET" -n "$NUM_SHARDS")
     if [ -n "$dry" ]; then
@@ -200,7 +200,7 @@ download_all() {
     echo "all $NUM_SHARDS shards are being downloaded, see $ZANGCHAT_BASE_DIR/download.log"
     manifest="$ZANGCHAT_BASE_DIR/base_data/$DATASET/manifest.json"
     planned() { [ "$(grep -o '"shard_[0-9]*\.parquet"' "$manifest" | wc -l)" -gt "$NUM_SHARDS" ]; }
-    until planned; do # the order of the text depends on the plan, so nothing reads it before
+    until planned; do # the order of the text depends on the plan, so nothing may read the text before
         if ! kill -0 "$downloading" 2> /dev/null && ! planned; then
             cat "$ZANGCHAT_BASE_DIR/download.log" >&2
             exit 1
@@ -217,7 +217,7 @@ else
     download_all
 fi
 
-# What later stages train on and are scored on: better missed now than after hours of pretraining.
+# Fetch the data of later stages first: a missing dataset should end the run now, not after hours of pretraining.
 rl_task=$RL_TASK
 [ "$RL" = 1 ] || rl_task=
 once fetch "$nothing" "Conversations, questions and CORE" python -m scripts.fetch --core="$CORE" --rl_task="$rl_task" \

@@ -1,4 +1,4 @@
-"""How often rounded weights change what a trained model says: bf16, fp16 and int8 against fp32, greedy. JSON.
+"""Measure how often bf16, fp16 or int8 weights change the greedy answers of a trained model. JSON.
 
 python -m dev.agreement -i sft --task=pydocs --questions=200
 """
@@ -19,10 +19,10 @@ KINDS = (("bfloat16", ""), ("float32", "fp16"), ("float32", "int8"), ("bfloat16"
 
 @dataclass
 class Config(CheckpointConfig):
-    task: str = "pydocs"  # whose test questions are asked
+    task: str = "pydocs"  # the test questions come from this task
     questions: int = 100
     max_tokens: int = 64
-    dtype: str = "float32"  # of what the others are compared with
+    dtype: str = "float32"  # of the reference
     quantize: str = ""
 
 
@@ -48,7 +48,7 @@ def compare(config: Config) -> int:
     chosen = sum(sum(result.mask) for result in said)
 
     def logits(engine: Any) -> list[Any]:
-        """At the places of the tokens that the reference chose."""
+        """Logits (tokens, vocabulary) at the positions of the tokens chosen by the reference."""
         found = []
         with torch.inference_mode():
             for request, result in zip(requests, said, strict=True):

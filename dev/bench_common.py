@@ -1,5 +1,4 @@
-"""What benchmarks share: a machine that is busy with something else is refused, every figure says where it was taken, each repetition
-is a process of its own, and of several the median counts."""
+"""Shared by the benchmarks: refuse a busy machine, describe it, repeat in new processes, take medians."""
 
 import json
 import os
@@ -18,13 +17,16 @@ from zangchat.configurator import as_flags
 from zangchat.errors import UserError
 from zangchat.report import cpu_name
 
-BUSY = 0.2  # cores that others use, above which a timing is worth nothing
+BUSY = 0.2  # cores used by others, above which a timing is worthless
 BUSY_TIMES = ("user", "nice", "system", "irq", "softirq", "steal")  # of psutil.cpu_times, as far as the system has them
 
 
 def taken_meanwhile(work: Callable[[], Any]) -> tuple[float, Any]:
-    """(cores that others used while `work` ran, its result). Others are all but this process and its finished children; other machines on
-    the same hardware, too."""
+    """(cores that others used while `work` ran, its result).
+
+    Others are all processes except this one and its finished children, and other virtual machines
+    on the same hardware.
+    """
 
     def seconds() -> float:
         times = psutil.cpu_times()._asdict()
@@ -36,7 +38,7 @@ def taken_meanwhile(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def machine(allowed: bool) -> dict[str, Any]:
-    """Where a figure is taken. Raises UserError on a machine that is busy, unless that is allowed."""
+    """The machine, for the output. Raises UserError if it is busy and that is not `allowed`."""
     busy, _ = taken_meanwhile(lambda: time.sleep(1))
     if busy > BUSY and not allowed:
         raise UserError(f"{busy:.1f} cores are busy with something else: wait, or add --busy and do not quote the figures")
@@ -51,7 +53,7 @@ def machine(allowed: bool) -> dict[str, Any]:
 
 
 def repetition(module: str, config: Any) -> Any:
-    """What `python -m MODULE`, with the flags that make `config` of its defaults, prints in its last line: JSON."""
+    """Run `python -m MODULE` with the flags of `config`; return the JSON of its last output line."""
     command = [sys.executable, "-m", module, *as_flags(config)]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=Path(__file__).parents[1])
     if done.returncode:

@@ -1,11 +1,12 @@
-"""How fast CORE is scored: items per second, batched with shared prompts and one by one. JSON.
+"""Measure how fast CORE is scored: items per second, batched with shared prompts and one by one. JSON.
 
     python -m dev.bench_core --depth=6
     python -m dev.bench_core --depth=6 --items=16 --tasks="hellaswag|lambada_openai"
 
-The model has the size of `--depth` and random weights; data and tokenizer are those of <base>. One by one means: an item at a time, each of
-its rows in a forward pass of its own over all its tokens, with the logits of all of them. Both score the same
-items; `verdicts_differ` counts those that do not agree, which rounding alone can cause.
+The model has the size of `--depth` and random weights; data and tokenizer are those of <base>. One
+by one means one item at a time: each row has its own forward pass over all its tokens, with the
+logits of all of them. Both ways score the same items; `verdicts_differ` counts the disagreements,
+which rounding is enough to cause.
 """
 
 import json
@@ -28,10 +29,10 @@ class Config:
     max_seq_len: int = 2048
     items: int = 8  # of each task
     repeats: int = 3
-    tasks: str = ""  # labels separated by |; default: all that are there
+    tasks: str = ""  # labels separated by |; default: all with data
     device_type: str = ""
     dtype: str = ""
-    busy: bool = False  # measure although the machine is busy; the output says so
+    busy: bool = False  # measure even if the machine is busy; the output records it
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,10 +1,11 @@
-"""How fast a model answers here: reading prompts, writing tokens, requests that come and go; the share of what memory allows. JSON.
+"""Measure inference: prefill, decoding, continuous batching, share of the memory bandwidth. JSON.
 
     python -m dev.bench_infer --depth=6 --max_seq_len=512 --vocab_size=8192
     python -m dev.bench_infer ... --peer=PATH      the same model in the nanochat checkout at PATH, in turns with ours
     python -m dev.bench_infer ... --quantize=int8 --batches=1,8
 
-The weights are random, greedy decoding never ends early. Each repetition is a process of its own; every figure is the median of them.
+The weights are random, so greedy decoding never ends early. Each repetition is a separate process;
+every figure is the median over repetitions.
 """
 
 import dataclasses
@@ -34,12 +35,12 @@ class Config:
     contexts: str = "64,256"  # tokens of a prompt
     steps: int = 64  # timed decoding steps
     repeats: int = 3
-    quantize: str = ""  # int8: weights of the products, ours alone
+    quantize: str = ""  # int8: weights of the products, only ours
     device_type: str = ""  # cuda | mps | cpu; empty = the best one present
-    dtype: str = ""  # bfloat16 | float16 | float32; empty = what the device is really fast with
-    peer: str = ""  # the folder of a nanochat checkout to measure beside ours
-    busy: bool = False  # measure although the machine is busy; the output says so
-    worker: str = ""  # internal: what a repetition measures, "zangchat" or "nanochat"
+    dtype: str = ""  # bfloat16 | float16 | float32; empty = the fastest the device supports
+    peer: str = ""  # folder of a nanochat checkout to compare with
+    busy: bool = False  # measure even if the machine is busy; the output records it
+    worker: str = ""  # internal: the side that a repetition measures, "zangchat" or "nanochat"
 
     def model(self) -> GPTConfig:
         return schedule.model_config_for_depth(
@@ -47,7 +48,7 @@ class Config:
         )
 
     def sweep(self) -> list[tuple[int, int]]:
-        """(rows, tokens of a prompt). Raises UserError for what is no list of numbers, or does not fit the context."""
+        """(rows, tokens of a prompt). Raises UserError for a malformed list or too long a context."""
         try:
             batches, contexts = ([int(number) for number in text.split(",")] for text in (self.batches, self.contexts))
         except ValueError:
@@ -126,7 +127,7 @@ def zangchat(config: Config, device: Any, dtype: Any) -> dict[str, Any]:
     number = random.Random(1)
 
     def batch_of(prompts: Sequence[tuple[int, int]], rows: int) -> tuple[Any, list[Any]]:
-        """A running batch with a request of so many tokens and so many new ones for each."""
+        """A running batch with a request for each (prompt tokens, new tokens)."""
         batch = RunningBatch(engine.model, engine.tokenizer, rows)
         requests = [Request([number.randrange(gpt.vocab_size - 8) for _ in range(read)], new, temperature=0) for read, new in prompts]
         return batch, [batch.submit(request) for request in requests]
@@ -140,13 +141,14 @@ def zangchat(config: Config, device: Any, dtype: Any) -> dict[str, Any]:
     point(1, 16)  # the first pass of a process allocates, and loads kernels
     points = [point(*where) for where in config.sweep()]
 
-    # requests of one length, which join and leave together, against mixed lengths of the same means
+    # requests of one length, which join and leave together, against mixed lengths of the same mean
     rows, (read, new) = max(rows for rows, _ in config.sweep()), (min(64, gpt.sequence_len // 4), min(64, gpt.sequence_len // 4))
     batch, live = batch_of([(read, new)] * rows, rows)
     static = rows * new / sum(timed(batch.step, device, until=lambda: not batch.busy))
     mixed = [(number.randint(read // 2, read * 3 // 2), number.randint(new // 2, new * 3 // 2)) for _ in range(4 * rows)]
     batch, live = batch_of(mixed, rows)
-    # as long as somebody waits for each row that gets free; at first all begin at once, and read more than their share of prompts
+    # Time only while a request waits for each free row; at the start all begin at once, and prompts
+    # take more than their usual share.
     timed(batch.step, device, until=lambda: sum(generation.stop_reason is not None for generation in live) >= rows)
     before = sum(len(generation.tokens) for generation in live)
     times = timed(batch.step, device, until=lambda: not batch.waiting)
@@ -191,7 +193,7 @@ def nanochat(config: Config, device: Any, dtype: Any) -> dict[str, Any]:
 
 
 class Tokenizer:
-    """No text, and special tokens that greedy decoding of random weights does not meet: rows end by their length alone."""
+    """No text, and special tokens that random weights never produce: rows end only by their length."""
 
     def encode_special(self, name: str) -> int:
         return -1
@@ -204,7 +206,7 @@ def known_name(dtype: Any) -> str:
 
 
 def randomise(model: Any) -> None:
-    """The same small random weights in either model; zeros, as some start, may be faster or slower than numbers."""
+    """Give both models the same small random weights; zeros could be faster or slower to multiply."""
     import torch
 
     generator = torch.Generator(next(model.parameters()).device).manual_seed(1)
@@ -237,7 +239,7 @@ def quantile(times: Sequence[float], share: float) -> float:
 
 
 def memory_bandwidth(device: Any) -> tuple[float, str]:
-    """(bytes per second, where that comes from): on paper for a known GPU, else what adding up a large tensor reaches."""
+    """(bytes per second, source): the data sheet of a known GPU, else measured by summing a tensor."""
     import torch
 
     if device.type == "cuda" and (known := flops.memory_bandwidth(torch.cuda.get_device_name(device))):

@@ -1,15 +1,16 @@
-"""Bits per byte after the same tokens, and after the same minutes, beside nanochat. JSON.
+"""Compare bits per byte with nanochat, after the same tokens and after the same minutes. JSON.
 
     python -m dev.bench_quality --data=FOLDER --seeds=3 --peer=PATH,PATH      FOLDER holds parquet shards, each PATH a nanochat checkout
 
-Ours and each peer are trained by their own scripts.base_train, in turns, with their own settings; what is the same is the text, the
-tokenizer (a peer trains it with its script, ours takes it over; that all peers got the same is checked), depth, width and context, and,
-unless --our_batch and --our_steps say otherwise, tokens per step and steps. Every `--every` steps a checkpoint is kept; of ours there are
-as many. One evaluator scores them all, on the same validation rows. Seconds run from the launch of a command to the moment that a
-checkpoint's weights lie on disk, so compiling and saving count. (An older nanochat also writes a few samples before its last
-checkpoint: some seconds.)
+Each side is trained by its own scripts.base_train, in turns, with its own settings. All share the
+text, the tokenizer (a peer trains it with its script and ours takes it over; the peers' tokenizers
+are checked to be equal), depth, width, context, and, without --our_batch and --our_steps, the
+tokens per step and the steps. A checkpoint is kept every `--every` steps; ours has as many. One
+evaluator scores all of them on the same validation rows. Seconds run from the launch of a command
+until a checkpoint's weights are on disk, so compiling and saving count. (An older nanochat also
+writes a few samples before its last checkpoint, which takes some seconds.)
 
-What is there already is not trained again: the command goes on where it was stopped.
+Finished runs are not trained again: after an interruption the command resumes.
 """
 
 import contextlib
@@ -46,7 +47,7 @@ runpy.run_module("scripts.base_train", run_name="__main__", alter_sys=True)
 class Config:
     data: str = ""  # a folder of parquet shards with a column `text`; the last one is for validation
     peer: str = ""  # folders of nanochat checkouts, separated by commas
-    out: str = ""  # where the runs are kept; default <base>/bench_quality
+    out: str = ""  # folder for the runs; default <base>/bench_quality
     seeds: int = 3  # runs of each, with seeds 1, 2, ...
     depth: int = 4
     vocab_size: int = 8192
@@ -56,13 +57,13 @@ class Config:
     device_batch_size: int = 8
     steps: int = 150
     every: int = 50  # steps between checkpoints
-    eval_tokens: int = 131072  # targets that the score is of
+    eval_tokens: int = 131072  # targets to score
     our_batch: int = 0  # tokens per step of ours; 0 = as the peers
-    our_steps: int = 0  # steps of ours; 0 = as many as give the same tokens in all
+    our_steps: int = 0  # steps of ours; 0 = the same tokens in total
     flags: str = ""  # further flags for our training, "--matrix_lr=0.01 --seed=3"
-    busy: bool = False  # measure although the machine is busy: bits per byte count, seconds do not
+    busy: bool = False  # measure even if the machine is busy: bits per byte count, seconds do not
     score: str = ""  # internal: the folder of checkpoints to score, as JSON
-    code: str = ""  # internal: the checkout that it belongs to
+    code: str = ""  # internal: the checkout of those checkpoints
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,7 +103,7 @@ def check(config: Config) -> None:
 
 
 def summary(runs: dict[str, list[list[dict[str, Any]]]]) -> dict[str, Any]:
-    """Per contender the medians over seeds, and how long ours took to reach what each peer ended with."""
+    """Medians over seeds for each side, and our time to reach each peer's final score."""
     result: dict[str, Any] = {}
     for name, seeds in runs.items():
         middle = [{key: statistics.median(point[key] for point in points) for key in points[0]} for points in zip(*seeds, strict=True)]
@@ -116,7 +117,7 @@ def summary(runs: dict[str, list[list[dict[str, Any]]]]) -> dict[str, Any]:
 
 
 def seconds_to(points: Sequence[dict[str, float]], bpb: float) -> float | None:
-    """When the curve first came down to `bpb`, by straight lines between its points; None if it never did."""
+    """Seconds until the curve, linear between its points, first reaches `bpb`; None if it never does."""
     before = None
     for point in points:
         if point["bpb"] <= bpb:
@@ -132,7 +133,10 @@ def seconds_to(points: Sequence[dict[str, float]], bpb: float) -> float | None:
 
 
 def make_tokenizers(config: Config, bases: dict[Path, str]) -> None:
-    """The same one in every base folder. A script's last document is cut by its own rule, so ours is the peers', not trained again."""
+    """Put the peers' tokenizer into every base folder.
+
+    We do not train ours: each script cuts its last document by its own rule, so it would differ.
+    """
     settings = {"max_chars": config.tokenizer_chars, "vocab_size": config.vocab_size}
     pickles = []
     for base, code in bases.items():
@@ -140,7 +144,7 @@ def make_tokenizers(config: Config, bases: dict[Path, str]) -> None:
             continue
         pickles.append(base / "tokenizer" / "tokenizer.pkl")
         base.mkdir(parents=True, exist_ok=True)
-        for name in ("base_data", "base_data_climbmix"):  # the older and the newer state look for it in different places
+        for name in ("base_data", "base_data_climbmix"):  # of the older and the newer nanochat
             if not (base / name).exists():
                 (base / name).symlink_to(Path(config.data).absolute())
         if not pickles[-1].is_file():
@@ -158,7 +162,7 @@ def make_tokenizers(config: Config, bases: dict[Path, str]) -> None:
 
 
 def curve(config: Config, base: Path, code: str, seed: int) -> list[dict[str, Any]]:
-    """Steps, tokens, seconds and bits per byte of the checkpoints of one run, which is made where it is missing."""
+    """Steps, tokens, seconds and bits per byte of the checkpoints of one run; train it if missing."""
     tag = f"seed{seed}"
     folder, done = base / "base_checkpoints" / tag, base / f"{tag}.json"
     batch, steps = config.total_batch_size, config.steps
@@ -193,14 +197,14 @@ def curve(config: Config, base: Path, code: str, seed: int) -> list[dict[str, An
 
 
 def spelled(settings: dict[str, Any], code: str = "", script: str = "") -> list[str]:
-    """As flags, with hyphens where the script of a nanochat checkout spells them so."""
+    """Command-line flags, spelled with hyphens if the script of the nanochat checkout does so."""
     text = (Path(code) / "scripts" / f"{script}.py").read_text(encoding="utf-8") if code else ""
     hyphens = {name: name.replace("_", "-") for name in settings if re.search(rf"""["']--{name.replace("_", "-")}["']""", text)}
     return [f"--{hyphens.get(name, name)}={value}" for name, value in settings.items()]
 
 
 def launch(command: Sequence[str], base: Path, code: str, log: Path) -> str:
-    """What the command printed; it runs in the checkout `code` (empty: in ours), with `base` for its files."""
+    """Run a command in the checkout `code` (empty: ours) with `base` for its files; return its output."""
     base.mkdir(parents=True, exist_ok=True)
     root = code or str(Path(__file__).parents[1])
     bases = {"NANOCHAT_BASE_DIR": str(base)} if code else {"ZANGCHAT_BASE_DIR": str(base)}
@@ -223,7 +227,7 @@ def checkpoints(folder: Path) -> dict[int, Path]:
 
 
 def scored(config: Config, folder: Path, code: str) -> dict[int, float]:
-    """In a process of its own: two checkouts both call themselves nanochat."""
+    """Score in a separate process: two checkouts both define a package `nanochat`."""
     ours = folder.parents[1].parent / OURS
     flags = {"data": config.data, "max_seq_len": config.max_seq_len, "device_batch_size": config.device_batch_size, "code": code}
     flags |= {"eval_tokens": config.eval_tokens, "score": str(folder)}
@@ -257,7 +261,7 @@ def score(config: Config, folder: Path) -> dict[int, float]:
 
 
 def peer_model(code: str, path: Path, device: Any) -> Any:
-    """A nanochat model behind the interface that evaluate_bpb asks for."""
+    """A nanochat model with the interface that evaluate_bpb needs."""
     sys.path.insert(0, code)
     with contextlib.redirect_stdout(sys.stderr):
         from nanochat.gpt import GPT, GPTConfig  # type: ignore[import-not-found]

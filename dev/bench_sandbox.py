@@ -1,10 +1,11 @@
-"""What the sandbox costs a program: JSON with the time of one program at a time and of many at once.
+"""Measure the cost of the sandbox for a program, one at a time and many at once. JSON.
 
     python -m dev.bench_sandbox
     python -m dev.bench_sandbox --programs=400 --layers
 
-Times are those of a program that does nothing, from the call to the verdict; `cpu_ms` is the processor time of it and of the caller
-(bubblewrap left out, which waits for its own). With --layers the same for single layers, to see where the time goes.
+Times are those of a program that does nothing, from the call to the verdict. `cpu_ms` is the
+processor time of the program and the caller, without bubblewrap, which waits for its own child.
+--layers also measures single layers, to show the cost of each.
 """
 
 import json
@@ -25,8 +26,8 @@ from zangchat.execution import ExecutionResult, Jail, find_sandbox, run_in_jail
 class Config:
     programs: int = 200  # of each kind
     at_once: int = 4  # programs running at the same time
-    layers: bool = False  # single layers, too
-    busy: bool = False  # measure although the machine is busy; the output says so
+    layers: bool = False  # also measure single layers
+    busy: bool = False  # measure even if the machine is busy; the output records it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +57,7 @@ def bench(config: Config) -> None:
 
 
 def measure(run: Callable[[], ExecutionResult], programs: int, at_once: int) -> dict[str, float]:
-    """Milliseconds a program, and programs a second, after a few that do not count."""
+    """Milliseconds per program and programs per second, after a few warm-up runs."""
 
     def one(_: int) -> float:
         start = time.perf_counter()
@@ -80,7 +81,7 @@ def measure(run: Callable[[], ExecutionResult], programs: int, at_once: int) -> 
 
 
 def cpu_seconds() -> float:
-    """Of this process and all that it has waited for: what a program costs whatever else is running."""
+    """Processor seconds of this process and its finished children, independent of other load."""
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 

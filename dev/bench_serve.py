@@ -1,10 +1,11 @@
-"""How a chat server holds up under many clients: tokens per second, waiting times, errors, what is left behind. JSON.
+"""Measure a chat server under many clients: tokens per second, latency, errors, leaks. JSON.
 
     python -m dev.bench_serve -i sft                      the model in the base directory, served by scripts.chat_web
     python -m dev.bench_serve -i sft --requests=2000      long enough to see a leak
 
-Requests of mixed lengths come one at a time first, then over so many connections at once; some clients leave in the middle of a reply,
-some ask what is refused. All the while /health is asked. The clients take processor time too, from the same machine.
+Requests of mixed lengths first come one at a time, then over `--streams` connections at once. Some
+clients leave in the middle of a reply, some send requests that are refused. /health is polled
+throughout. The clients use processor time of the same machine.
 """
 
 import asyncio
@@ -30,11 +31,17 @@ from zangchat import configurator
 from zangchat.config import CheckpointConfig
 
 try:
-    from uvloop import run  # the clients share the machine with the server: what they take, it lacks
+    from uvloop import run  # the clients share the machine with the server, so they must be cheap
 except ImportError:  # on Windows
     from asyncio import run
 
-QUESTIONS = ("Who are you?", "How many r are in strawberry?", "What is 12 * 34?", "What does json.dumps do?", "Tell me about words. " * 12)
+QUESTIONS = (
+    "Who are you?",
+    "How many r are in strawberry?",
+    "What is 12 * 34?",
+    "What does json.dumps do?",
+    "Tell me about words. " * 12,
+)
 
 
 @dataclass
@@ -44,16 +51,17 @@ class Config(CheckpointConfig):
     alone: int = 24  # of the same mixture, one after the other
     leaving: float = 0.1  # share of clients that leave in the middle of a reply
     refused: float = 0.05  # share of requests that are refused: roles out of order
-    longest: int = 96  # tokens of the longest reply that is asked for
+    longest: int = 96  # tokens of the longest reply requested
     quantize: str = ""
-    busy: bool = False  # measure although the machine is busy; the output says so
+    busy: bool = False  # measure even if the machine is busy; the output records it
 
 
 @dataclass
-class Seen:
-    """What the clients saw, in seconds."""
+class Measurements:
+    """Measurements of the clients, in seconds."""
 
-    first: list[float] = field(default_factory=list)  # from the question to the first piece of the reply
+    # from the question to the first piece of the reply
+    first: list[float] = field(default_factory=list)
     between: list[float] = field(default_factory=list)  # from piece to piece
     health: list[float] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
@@ -80,7 +88,7 @@ def bench(config: Config) -> int:
             assert server.stdout is not None
             found = re.search(r"127\.0\.0\.1:(\d+)", server.stdout.readline())
             if not found:
-                raise configurator.UserError("the server did not start: its complaint stands above")
+                raise configurator.UserError("the server did not start; its error is printed above")
             result = run(measure(config, int(found[1]), server.pid))
         finally:
             server.send_signal(signal.SIGINT)
@@ -89,94 +97,108 @@ def bench(config: Config) -> int:
     return 0
 
 
-async def measure(config: Config, port: int, pid: int) -> dict[str, Any]:
+def make_plan(config: Config) -> list[dict[str, Any]]:
+    """The requests, with the number of pieces after which the client disconnects."""
     number = random.Random(1)
-    plan = [
-        {
-            "messages": [{"role": "assistant" if number.random() < config.refused else "user", "content": number.choice(QUESTIONS)}],
+    plan = []
+    for i in range(config.requests):
+        role = "assistant" if number.random() < config.refused else "user"
+        question = {
+            "messages": [{"role": role, "content": number.choice(QUESTIONS)}],
             "max_tokens": number.randint(config.longest // 8, config.longest),
             "seed": i,
-            "leaves_after": number.randint(0, 12) if number.random() < config.leaving else None,
         }
-        for i in range(config.requests)
-    ]
-    await ask(port, {**plan[0], "leaves_after": None}, Seen())  # the first pass of a process allocates
-    alone_seen, alone = await phase(port, plan[: config.alone], 1)
+        leaves = number.random() < config.leaving
+        plan.append({**question, "leaves_after": number.randint(0, 12) if leaves else None})
+    return plan
+
+
+async def measure(config: Config, port: int, pid: int) -> dict[str, Any]:
+    plan = make_plan(config)
+    await ask(port, {**plan[0], "leaves_after": None}, Measurements())  # the first pass allocates
+    alone_measured, alone = await phase(port, plan[: config.alone], 1)
     server = psutil.Process(pid)
-    memory, tokens, (loop, engine) = [resident_mib(server)], await generated(port), processor_seconds(server)
-    seen, rate = Seen(), []
+    memory, before = [resident_mib(server)], processor_seconds(server)
+    tokens = await generated(port)
+    measured, rates = Measurements(), []
     third = -(-len(plan) // 3)
     for part in range(0, len(plan), third):
-        _, found = await phase(port, plan[part : part + third], config.streams, seen)
-        rate.append(found)
+        _, rate = await phase(port, plan[part : part + third], config.streams, measured)
+        rates.append(rate)
         memory.append(resident_mib(server))
     tokens = await generated(port) - tokens
-    loop, engine = (round((now - before) / tokens * 1e3, 3) for now, before in zip(processor_seconds(server), (loop, engine), strict=True))
+    spent = zip(processor_seconds(server), before, strict=True)
+    loop, engine = (round((now - then) / tokens * 1e3, 3) for now, then in spent)
     stats = json.loads(await get(port, "/stats"))
-    together = statistics.median(rate)
+    pending = sum(worker["running"] + worker["waiting"] for worker in stats["workers"])
+    together = statistics.median(rates)
     return {
         "one_at_a_time_tok_per_sec": round(alone, 1),
         "tok_per_sec": round(together, 1),
         "speedup": round(together / alone, 2),
-        "first_piece_ms": quantiles(seen.first),
-        "between_pieces_ms": quantiles(seen.between),
-        "alone_between_pieces_ms": quantiles(alone_seen.between),
-        "health_ms": quantiles(seen.health),
-        "replies": seen.replies,
-        "left": seen.left,
-        "refused": seen.refused,
-        "errors": len(seen.errors),
-        "error_examples": sorted(set(seen.errors))[:3],
-        "left_in_hand": stats["in_hand"] + sum(worker["running"] + worker["waiting"] for worker in stats["workers"]),
+        "first_piece_ms": quantiles(measured.first),
+        "between_pieces_ms": quantiles(measured.between),
+        "alone_between_pieces_ms": quantiles(alone_measured.between),
+        "health_ms": quantiles(measured.health),
+        "replies": measured.replies,
+        "left": measured.left,
+        "refused": measured.refused,
+        "errors": len(measured.errors),
+        "error_examples": sorted(set(measured.errors))[:3],
+        "left_in_hand": stats["in_hand"] + pending,
         "processor_ms_per_token": {"event_loop": loop, "other_threads": engine},
         "server_memory_mib": memory,  # before, and after each third of the requests
     }
 
 
-async def phase(port: int, plan: list[dict[str, Any]], streams: int, seen: Seen | None = None) -> tuple[Seen, float]:
-    """Carry out a plan over so many clients; (what they saw, tokens per second by the server's own count while all of them were at it)."""
-    seen, waiting = seen or Seen(), list(reversed(plan))
+async def phase(port: int, plan: list[dict[str, Any]], streams: int, measured: Measurements | None = None) -> tuple[Measurements, float]:
+    """Send the requests of a plan from `streams` clients.
+
+    Returns (measurements, tokens per second by the server's own count while all clients were busy).
+    """
+    measured, waiting = measured or Measurements(), list(reversed(plan))
     before, start, rates = await generated(port), time.perf_counter(), []
 
     async def client() -> None:
         while waiting:
-            await ask(port, waiting.pop(), seen)
+            await ask(port, waiting.pop(), measured)
         rates.append((await generated(port) - before) / (time.perf_counter() - start))
 
     over = threading.Event()
-    examining = asyncio.create_task(asyncio.to_thread(examine, port, seen, over))
+    examining = asyncio.create_task(asyncio.to_thread(examine, port, measured, over))
     await asyncio.gather(*(client() for _ in range(streams)))
     over.set()
     await examining
     while json.loads(await get(port, "/stats"))["in_hand"]:
         await asyncio.sleep(0.02)
-    return seen, rates[0]
+    return measured, rates[0]
 
 
-def examine(port: int, seen: Seen, over: threading.Event) -> None:
-    """Ask /health twenty times a second, from a thread of its own: what the clients' event loop is late does not count."""
+def examine(port: int, measured: Measurements, over: threading.Event) -> None:
+    """Poll /health twenty times a second, in a thread: delays of the event loop do not count."""
     while not over.wait(0.05):
-        asked = time.perf_counter()
+        start = time.perf_counter()
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         connection.request("GET", "/health")
         connection.getresponse().read()
         connection.close()
-        seen.health.append(time.perf_counter() - asked)
+        measured.health.append(time.perf_counter() - start)
 
 
-async def ask(port: int, question: dict[str, Any], seen: Seen) -> None:
-    """One request over a connection of its own, as nanochat's page sends it."""
+async def ask(port: int, question: dict[str, Any], measured: Measurements) -> None:
+    """Send one request over its own connection, as nanochat's page does."""
     body = json.dumps({key: value for key, value in question.items() if key != "leaves_after"}).encode()
     start = last = time.perf_counter()
     pieces = 0
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         try:
-            head = f"POST /chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\nConnection: close\r\n"
+            head = f"POST /chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
+            head += "Content-Type: application/json\r\nConnection: close\r\n"
             writer.write(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
             status = int((await reader.readline()).split()[1])
             if status == 400 and question["messages"][0]["role"] == "assistant":
-                seen.refused += 1
+                measured.refused += 1
                 return
             if status != 200:
                 raise ValueError(f"status {status}")
@@ -187,18 +209,19 @@ async def ask(port: int, question: dict[str, Any], seen: Seen) -> None:
                 if "error" in event:
                     raise ValueError(event["error"])
                 if event.get("done"):
-                    seen.replies += 1
+                    measured.replies += 1
                     return
-                (seen.between if pieces else seen.first).append(now - last)
+                (measured.between if pieces else measured.first).append(now - last)
                 pieces, last = pieces + 1, now
                 if question["leaves_after"] is not None and pieces > question["leaves_after"]:
-                    seen.left += 1
+                    measured.left += 1
                     return
             raise ValueError("the stream broke off")
         finally:
             writer.close()
     except (OSError, ValueError) as error:
-        seen.errors.append(f"{type(error).__name__} after {time.perf_counter() - start:.1f} s: {error}")
+        seconds = time.perf_counter() - start
+        measured.errors.append(f"{type(error).__name__} after {seconds:.1f} s: {error}")
 
 
 async def generated(port: int) -> int:
@@ -207,7 +230,8 @@ async def generated(port: int) -> int:
 
 async def get(port: int, path: str) -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n".encode())
+    head = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n"
+    writer.write(head.encode())
     answer = await reader.read()
     writer.close()
     return answer.split(b"\r\n\r\n", 1)[1]
@@ -216,7 +240,9 @@ async def get(port: int, path: str) -> bytes:
 def quantiles(times: Sequence[float]) -> dict[str, float]:
     ordered = sorted(times) or [float("nan")]
     shares = {"p50": 0.5, "p99": 0.99, "max": 1.0}
-    return {name: round(ordered[min(len(ordered) - 1, int(share * len(ordered)))] * 1e3, 2) for name, share in shares.items()}
+    last = len(ordered) - 1
+    places = {name: min(last, int(share * len(ordered))) for name, share in shares.items()}
+    return {name: round(ordered[place] * 1e3, 2) for name, place in places.items()}
 
 
 def resident_mib(process: psutil.Process) -> int:
@@ -224,7 +250,10 @@ def resident_mib(process: psutil.Process) -> int:
 
 
 def processor_seconds(process: psutil.Process) -> tuple[float, float]:
-    """(of the main thread, where the event loop runs; of all others, the engine's among them). On Linux, threads are told apart."""
+    """(of the main thread, which runs the event loop; of all other threads, the engine's included).
+
+    Only Linux reports threads separately.
+    """
     spent = {thread.id: thread.user_time + thread.system_time for thread in process.threads()}
     loop = spent.get(process.pid, 0.0)
     return loop, sum(spent.values()) - loop

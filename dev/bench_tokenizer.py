@@ -1,15 +1,18 @@
-"""How fast the tokenizer trains and encodes here, beside every other one that is installed: MB/s and memory, as JSON.
+"""Compare the tokenizer's speed and memory with other installed ones: training, encoding, decoding. JSON.
 
     python -m dev.bench_tokenizer                                          20 MB of pydocs, vocabulary 32,768
     python -m dev.bench_tokenizer --data_path=base_data --megabytes=1000 --vocab_size=65536 --tasks=train --only=zangchat
     python -m dev.bench_tokenizer --peers=rustbpe=FOLDER,gigatoken=FOLDER  packages that were installed with `pip install --target FOLDER`
 
-Peers: rustbpe (PyPI's; its name is ours, so it needs a folder of its own), tokenizers, tiktoken, gigatoken. All train on the same text and
-encode it with the same vocabulary, ours, with rustbpe's default pattern. Each repetition is a process of its own, the peers take turns, and
-a median is of --repeats. "core MB/s" is the core's own speed around a repetition: a virtual core may be half of one, or share it with
-another machine, and then the same work takes up to twice as long. "cold" is the first time that a process encodes the text, "warm" the
-second. Where the corpus is smaller than --megabytes it is read again from its beginning: the output says how often. Trainers are given an
-iterator over str in memory, and "peak_MB_beyond_text" is what they need besides. A machine that does other work as well gives no result.
+Peers: rustbpe (PyPI's, in a separate folder because it shares our crate's name), tokenizers,
+tiktoken, gigatoken. All train on the same text and encode it with the same vocabulary, ours, with
+rustbpe's default pattern. Each repetition is a separate process, the peers take turns, and figures
+are medians of --repeats. "core MB/s" is the core's own speed around a repetition: a virtual core
+may share a physical one with another machine, and then the same work takes up to twice as long.
+"cold" is the first time that a process encodes the text, "warm" the second. If the corpus is
+smaller than --megabytes, it is repeated from its beginning; the output says how often. Trainers get
+an iterator over str in memory; "peak_MB_beyond_text" is their memory in addition to that text. A
+machine that is busy with other work gives no result.
 """
 
 import hashlib
@@ -40,16 +43,16 @@ SEPARATOR = b"\0"  # between documents, for gigatoken's trainer
 class Config:
     dataset: str | None = None  # the corpus; default: pydocs
     data_path: str | None = None  # a .parquet, .jsonl or .txt file, or a folder of them, instead
-    megabytes: float = 20.0  # of text, from its beginning; again and again, where the corpus has less
+    megabytes: float = 20.0  # of text, from its beginning; a smaller corpus is repeated
     vocab_size: int = 32_768  # without special tokens
     threads: int = 0  # for all of them; 0: as many as there are cores
     peers: str = ""  # folders of packages that are not in this environment, name=FOLDER,...
-    only: str = ""  # names of what is measured, as in the output; default: all of them
+    only: str = ""  # measure only these names, as in the output; default: all of them
     tasks: str = "train,encode,decode"
     repeats: int = 3
-    busy: bool = False  # measure although the machine is busy; the output says so
-    worker: str = ""  # internal: what a repetition measures, as task:name
-    folder: str = ""  # internal: where its input is
+    busy: bool = False  # measure even if the machine is busy; the output records it
+    worker: str = ""  # internal: the measurement of a repetition, as task:name
+    folder: str = ""  # internal: the folder of its input
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,7 +130,7 @@ def versions(folders: dict[str, str]) -> dict[str, str]:
 
 
 def until(megabytes: float, texts: Iterable[str]) -> Iterator[str]:
-    """Texts up to the one with which they have so many megabytes."""
+    """Texts, up to the one that reaches `megabytes` in total."""
     size = 0
     for text in texts:
         yield text
@@ -137,7 +140,7 @@ def until(megabytes: float, texts: Iterable[str]) -> Iterator[str]:
 
 
 def documents(folder: Path, megabytes: float) -> list[str]:
-    """So much text: where the corpus has less, its documents come again, the same objects."""
+    """`megabytes` of text; a smaller corpus is repeated, as the same objects."""
     import pyarrow.parquet as pq
 
     corpus = pq.read_table(folder / "text.parquet")["text"].to_pylist()
@@ -200,7 +203,7 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def core_speed() -> float:
-    """MB/s of SHA-256 within the nearest cache, in processor time: nothing but the core decides it."""
+    """MB/s of SHA-256 in the nearest cache, in processor time: it depends only on the core."""
     page, started = bytes(4096), time.process_time()
     for _ in range(2000):
         hashlib.sha256(page)
@@ -212,14 +215,14 @@ def digest(data: bytes) -> str:
 
 
 def forget_peak() -> float:
-    """Makes `peak_megabytes` count from here, where the system lets it, and returns what there is."""
+    """Reset the peak of `peak_megabytes` if the system allows it; return the peak from then on."""
     if Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")
     return peak_megabytes()
 
 
 def peak_megabytes() -> float:
-    """Of this process since its program began or forgot; ru_maxrss would count what it was forked from."""
+    """Peak since the program's start or the last reset; ru_maxrss would include the parent's memory."""
     status = Path("/proc/self/status")
     if not status.exists():
         return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
@@ -303,7 +306,7 @@ def encode(name: str, texts: list[str], folder: Path, vocab_size: int) -> dict[s
     }
 
 
-# A folder and a number of threads -> (what encodes documents, what makes all ids of its result).
+# (folder, threads) -> (encode documents, flatten the result to all ids)
 Encode = tuple[Callable[[list[str]], Any], Callable[[Any], np.ndarray]]
 
 
@@ -339,7 +342,8 @@ def encode_tokenizers(folder: Path, threads: int) -> Encode:
     return lambda texts: tokenizer.encode_batch_fast(texts), lambda result: flat([encoding.ids for encoding in result])
 
 
-# gigatoken splits by a few patterns only. This one differs from ours in runs of white space, and so in a few ids and the digest.
+# gigatoken supports only a few patterns. This one differs from ours in runs of white space, and so
+# in a few ids and in the digest.
 LLAMA_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
@@ -384,7 +388,7 @@ def decode(name: str, texts: list[str], folder: Path, vocab_size: int) -> dict[s
     return {"MB/s": round(len(data) / 1e6 / seconds, 2), "digest": digest(data)}
 
 
-# A folder and a number of threads -> ids and offsets -> what decodes them.
+# (folder, threads) -> (ids, offsets) -> a function that decodes them
 Decode = Callable[[np.ndarray, np.ndarray], Callable[[], Any]]
 
 

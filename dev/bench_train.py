@@ -1,12 +1,13 @@
-"""How fast a model trains here: tokens per second, share of what matrix products reach, time to the first step, memory. JSON.
+"""Measure training speed: tokens per second, share of matrix-product speed, first step, memory. JSON.
 
     python -m dev.bench_train --depth=6 --head_dim=64 --max_seq_len=512 --vocab_size=8192 --total_batch_size=16384 --device_batch_size=8
     python -m dev.bench_train ... --peer=PATH      the same model in the nanochat checkout at PATH, in turns with ours
-    python -m dev.bench_train ... --profile=trace.json      where one step goes: a table, and a trace for chrome://tracing or perfetto
+    python -m dev.bench_train ... --profile=trace.json      the time of one step: a table, and a trace for chrome://tracing or perfetto
 
-Steps are whole ones on random tokens: forward, backward, clipping, optimizer. Each side is one process, so that a compiler's minutes are
-spent once; the time to its first step, taken before the other is there, holds what a user waits for (imports, building, compiling).
-Repetitions take turns. A machine that does other work as well gives no result.
+A step is complete, on random tokens: forward, backward, clipping, optimizer. Each side is one
+process, so it compiles only once. Its time to the first step is taken before the other side starts
+and includes all that a user waits for (imports, building, compiling). Repetitions take turns. A
+machine that is busy with other work gives no result.
 """
 
 import dataclasses
@@ -31,15 +32,15 @@ from zangchat.runtime.memory import keep_freed_memory, peak_memory_bytes
 @dataclass
 class Config(base_train.Config):
     vocab_size: int = 65536
-    device_batch_size: int = 32  # type: ignore[assignment]  # rows in one pass; nothing is chosen here
+    device_batch_size: int = 32  # rows in one pass; "auto" is not available here
     compile: bool | None = None  # torch.compile of the model; default: as in training, on CUDA
     steps: int = 8  # timed steps of a repetition
     repeats: int = 3
-    peer: str = ""  # the folder of a nanochat checkout to measure beside ours
-    busy: bool = False  # measure although the machine is busy; the output says so
+    peer: str = ""  # folder of a nanochat checkout to compare with
+    busy: bool = False  # measure even if the machine is busy; the output records it
     profile: str = ""  # write a trace of one step to this file, and print the costliest operations
-    worker: str = ""  # internal: what a process measures, "zangchat" or "nanochat"
-    launched: float = 0.0  # internal: when its process was started
+    worker: str = ""  # internal: the side that a process measures, "zangchat" or "nanochat"
+    launched: float = 0.0  # internal: start time of its process
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,7 +75,7 @@ def bench(config: Config) -> int:
 
 
 class Side:
-    """A process that makes its first step, says so by a line of JSON, and then measures whenever it is asked."""
+    """A process that takes its first step, reports it as a line of JSON, then measures on request."""
 
     def __init__(self, config: Config, name: str) -> None:
         self.name, self.errors = name, tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (open as long as the process)
@@ -96,7 +97,7 @@ class Side:
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
-        for line in self.process.stdout:  # a peer's code may print, too
+        for line in self.process.stdout:  # a peer's code may also print
             if line.startswith("{"):
                 return json.loads(line)
         self.errors.seek(0)
@@ -128,7 +129,7 @@ def work(config: Config) -> int:
 
 
 def step_times(step: Callable[[], Any], device: Any, steps: int) -> list[float]:
-    """Seconds of each of so many steps."""
+    """Seconds of each of `steps` steps."""
     times = []
     for _ in range(steps):
         start = time.perf_counter()
@@ -174,7 +175,7 @@ def zangchat(config: Config, device: Any) -> tuple[Callable[[], Any], Any]:
     model = checkpoint_manager.empty_model(gpt, device, str(dtype).removeprefix("torch."))
     model.init_weights(0.0, torch.Generator(device).manual_seed(1))
     model.attention_backend, reason = choose_backend(device, dtype, gpt.head_dim)
-    if device.type != "cpu":  # which has no choice
+    if device.type != "cpu":  # nothing to choose on a CPU
         print(f"attention: {reason}", file=sys.stderr)
     optimizer = build_optimizer(
         model, embedding_lr=1e-3, unembedding_lr=1e-3, matrix_lr=1e-3, weight_decay=config.weight_decay, kind=config.optimizer
@@ -195,7 +196,7 @@ def zangchat(config: Config, device: Any) -> tuple[Callable[[], Any], Any]:
 
 
 def nanochat(config: Config, device: Any) -> tuple[Callable[[], Any], Any]:
-    """A step of nanochat's pretraining, made of its model and optimizers as its own script puts them together."""
+    """A step of nanochat's pretraining: its model and optimizers, combined as in its own script."""
     import contextlib
 
     import torch
@@ -212,7 +213,7 @@ def nanochat(config: Config, device: Any) -> tuple[Callable[[], Any], Any]:
     model.init_weights()
     made = model.setup_optimizers() if hasattr(model, "setup_optimizers") else [model.setup_optimizer()]
     dtype = getattr(peer_common, "COMPUTE_DTYPE", torch.bfloat16 if device.type == "cuda" or config.dtype == "bfloat16" else torch.float32)
-    # its newer states cast by themselves, its older ones autocast on CUDA
+    # newer versions cast by themselves, older ones use autocast on CUDA
     cast = hasattr(peer_common, "COMPUTE_DTYPE") or dtype == torch.float32
     autocast = contextlib.nullcontext() if cast else torch.amp.autocast(device.type, dtype=dtype)
     compiled = torch.compile(model, dynamic=False)
@@ -237,7 +238,7 @@ def nanochat(config: Config, device: Any) -> tuple[Callable[[], Any], Any]:
 
 
 def gemm_rate(config: Config, device: Any, dtype: Any) -> float:
-    """FLOP/s that a plain matrix product of the model's largest shape reaches in `dtype`."""
+    """FLOP/s of a plain matrix product with the model's largest shape in `dtype`."""
     import torch
 
     gpt = base_train.model_config(config, config.vocab_size)

@@ -1,12 +1,13 @@
-"""Conversations about who the model is, written by another model behind an OpenAI-compatible endpoint: a file for --identity_data.
+"""Have another model write conversations about who the model is, through an OpenAI-compatible endpoint.
 
     python -m dev.gen_synthetic_data --base_url=http://127.0.0.1:8000/v1 --num=500
     OPENAI_API_KEY=... python -m dev.gen_synthetic_data --base_url=https://api.example.com/v1 --model=NAME --facts=me.txt --num=1000
     python -m scripts.mid_train --identity_data=identity.jsonl
 
-Conversation i is asked for with a language, a kind of user, a topic, a tone and a length drawn from (seed, i): that is where the variety
-comes from. The endpoint is asked for JSON by a schema, or, where it knows none, by the prompt alone; every reply is checked either way.
-An opening that is too similar to an earlier one is left out. Run again, it goes on where it stopped.
+The output is a file for --identity_data. For variety, the request for conversation i has a
+language, a kind of user, a topic, a tone and a length drawn from (seed, i). The endpoint gets a
+JSON schema, or, if it supports none, only the prompt; every reply is checked either way.
+Conversations that open too much like an earlier one are dropped. A second run resumes the first.
 """
 
 import json
@@ -82,14 +83,14 @@ class Config:
     base_url: str = "http://127.0.0.1:8000/v1"  # of the endpoint; the default is scripts.chat_web
     model: str = ""  # default: the first that the endpoint lists
     num: int = 500  # conversations in the file at the end
-    output: str = "identity.jsonl"  # what it holds already counts
-    facts: str = ""  # a text file with what is true of the assistant; default: about zangchat
+    output: str = "identity.jsonl"  # existing conversations in it count
+    facts: str = ""  # a text file with facts about the assistant; default: about zangchat
     languages: str = "English:3,Chinese:1"  # NAME:WEIGHT
-    max_turns: int = 3  # questions with their answers, at most
-    max_similarity: float = 0.7  # of an opening to every earlier one: the share of runs of three letters that they have in common
+    max_turns: int = 3  # maximum number of questions with answers
+    max_similarity: float = 0.7  # of an opening to every earlier one: share of common letter trigrams
     temperature: float = 1.0
     max_tokens: int = 1024  # per conversation
-    at_once: int = 4  # requests at a time; changes nothing but the pace
+    at_once: int = 4  # concurrent requests; changes only the speed
     seed: int = 42
 
 
@@ -108,7 +109,7 @@ def generate(config: Config) -> int:
         openings.add(opening(conversation))
     have, dropped = len(written), {"not a conversation": 0, "too similar": 0}
     writer = Writer(config)
-    last = 3 * config.num  # a model that repeats itself is not asked for ever
+    last = 3 * config.num  # give up on a model that repeats itself
     with open(output, "a", encoding="utf-8", newline="\n") as file, ThreadPoolExecutor(config.at_once) as pool:
         for first in range(progress_of(output), last, config.at_once):
             if have >= config.num:
@@ -163,7 +164,7 @@ def position_file(output: Path) -> Path:
 
 
 def progress_of(output: Path) -> int:
-    """Requests made so far for the file, so that no conversation is asked for twice."""
+    """Requests made so far for the file, so that no conversation is requested twice."""
     path = position_file(output)
     return int(path.read_text(encoding="utf-8")) if output.exists() and path.exists() else 0
 
@@ -172,7 +173,7 @@ def progress_of(output: Path) -> int:
 
 
 def make_prompt(facts: str, languages: dict[str, float], config: Config, index: int) -> str:
-    """What is asked for as conversation `index`; the same whenever it is asked."""
+    """The request for conversation `index`; always the same for the same index."""
     rng = random.Random(derive_seed(config.seed, "synthetic", index))
     turns = rng.randint(1, config.max_turns)
     (language,) = rng.choices(list(languages), list(languages.values()))
@@ -186,7 +187,7 @@ Reply with nothing but JSON: {{"messages": [{{"role": "user", "content": "..."}}
 
 
 class Writer:
-    """The endpoint. Raises UserError where it cannot be reached or refuses."""
+    """The endpoint. Raises UserError if it cannot be reached or refuses."""
 
     def __init__(self, config: Config) -> None:
         try:
@@ -194,7 +195,7 @@ class Writer:
         except ImportError as error:
             raise UserError("the openai client is not installed: run `pip install openai`") from error
         self.openai, self.config = openai, config
-        key = os.environ.get("OPENAI_API_KEY", "none")  # a server of one's own wants none
+        key = os.environ.get("OPENAI_API_KEY", "none")  # your own server needs none
         self.client = openai.OpenAI(base_url=config.base_url, api_key=key, max_retries=4, timeout=600.0)
         self.knows_schemas = True
         self.model = config.model or self._called(lambda: self.client.models.list().data[0].id)
@@ -236,7 +237,7 @@ class Writer:
 
 
 def read_reply(reply: str) -> Conversation | None:
-    """The conversation in a reply, perhaps with words or a fence around it; None for anything else."""
+    """The conversation in a reply, with or without text or a fence around it; None if there is none."""
     found = re.search(r"\{.*\}", reply, re.DOTALL)
     try:
         conversation = conversation_of(json.loads(found[0] if found else ""), "the reply")
@@ -251,7 +252,7 @@ def opening(conversation: Conversation) -> str:
 
 
 class Openings:
-    """First questions so far. `add` tells whether one is new: no earlier one shares more than a share of its runs of three letters."""
+    """First questions so far. `add` returns whether one is new: not too similar to an earlier one."""
 
     def __init__(self, max_similarity: float) -> None:
         self.max_similarity = max_similarity

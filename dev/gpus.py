@@ -1,4 +1,4 @@
-"""The number of GPUs that torch can use. If nvidia-smi finds one that torch cannot use: an error.
+"""Print the number of GPUs that torch can use; fail if nvidia-smi finds one that torch cannot use.
 
     python -m dev.gpus
 

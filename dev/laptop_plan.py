@@ -1,9 +1,10 @@
-"""How many steps of each stage fit into the minutes that dev/runcpu.sh has: measured on this machine, printed as shell variables.
+"""Plan the steps of each stage for the minutes of dev/runcpu.sh, from this machine's measured speed.
 
     python -m dev.laptop_plan --minutes=25 --depth=4 --n_embd=192 --head_dim=32 --max_seq_len=256 --total_batch_size=2048
 
-A schedule needs to know its length beforehand, and a run that is resumed needs the same length again; so the pace is measured once,
-before the first stage, and the plan is kept (runcpu.sh writes it to <base>/runcpu.plan).
+The plan is printed as shell variables. A schedule needs its length beforehand, and a resumed run
+needs the same length again. So the speed is measured once, before the first stage, and runcpu.sh
+keeps the plan in <base>/runcpu.plan.
 """
 
 import statistics
@@ -18,14 +19,15 @@ from zangchat.tokenizer import get_tokenizer
 
 OVERHEAD_MINUTES = 7.5  # setup, corpus, tokenizer, evaluations, report, starting ten processes
 SHARES = {"MID_STEPS": 0.34, "SFT_STEPS": 0.13, "RL_STEPS": 0.05}
-COST = {"MID_STEPS": 1.0, "SFT_STEPS": 1.0, "RL_STEPS": 2.2}  # of a step, in steps of pretraining: RL samples 64 answers first
-LEAST = {"BASE_STEPS": 50, "MID_STEPS": 50, "SFT_STEPS": 20, "RL_STEPS": 5}  # below this a stage means nothing
-MOST = {"MID_STEPS": 1500, "SFT_STEPS": 400, "RL_STEPS": 80}  # beyond this it learns nothing more; pretraining does
+# The cost of a step, in steps of pretraining; RL first samples 64 answers.
+COST = {"MID_STEPS": 1.0, "SFT_STEPS": 1.0, "RL_STEPS": 2.2}
+LEAST = {"BASE_STEPS": 50, "MID_STEPS": 50, "SFT_STEPS": 20, "RL_STEPS": 5}  # a useful minimum
+MOST = {"MID_STEPS": 1500, "SFT_STEPS": 400, "RL_STEPS": 80}  # more helps only in pretraining
 
 
 @dataclass
 class Config(bench_train.Config):
-    minutes: float = 25.0  # for all of runcpu.sh; the other flags are those of its pretraining
+    minutes: float = 25.0  # for all of runcpu.sh; the other flags configure its pretraining
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +45,7 @@ def plan(config: Config) -> int:
 
 
 def steps_that_fit(minutes: float, pace: float) -> dict[str, int]:
-    """Steps per stage for a pace in seconds per training step; pretraining gets what the others leave."""
+    """Steps per stage for a pace in seconds per training step; pretraining gets the remaining time."""
     left = 60 * max(minutes - OVERHEAD_MINUTES, 0) / pace  # in units of a training step
     later = {name: min(MOST[name], int(left * SHARES[name] / COST[name])) for name in SHARES}
     base = int(left - sum(steps * COST[name] for name, steps in later.items()))
@@ -51,7 +53,7 @@ def steps_that_fit(minutes: float, pace: float) -> dict[str, int]:
 
 
 def seconds_per_step(config: Config, steps: int = 12) -> float:
-    """The median step of the real training loop on random tokens, the first few left out."""
+    """The median step of the real training loop on random tokens, without the first few."""
     device = compute_init("")[-1]
     step, _ = bench_train.zangchat(config, device)
     times = bench_train.step_times(step, device, steps)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Renews requirements.lock from pyproject.toml: exact versions and hashes for every Python >= 3.10 and platform.
-# torch and what only torch needs stay out: dev/setup.sh installs torch first, in the build that suits the machine.
+# It leaves out torch and its own dependencies: dev/setup.sh installs torch first, in the build for the machine.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 torch_version=$(sed -n 's/^TORCH_VERSION=//p' dev/setup.sh)

@@ -1,5 +1,5 @@
-# shellcheck shell=bash disable=SC2034  # the variables are for those who source it
-# Questions about the machine, for setup.sh, speedrun.sh, rungpu.sh and test.sh to source.
+# shellcheck shell=bash disable=SC2034  # the variables are for the scripts that source it
+# Functions that examine the machine, sourced by setup.sh, speedrun.sh, rungpu.sh and test.sh.
 # Bash 3.2 and the tools of macOS are enough.
 
 # at_least MAJOR.MINOR TEXT: whether the first version in TEXT ("cargo 1.84.0") is that or newer.
@@ -11,7 +11,7 @@ at_least() {
         { [ "${found% *}" -eq "${1%%.*}" ] && [ "${found#* }" -ge "${1#*.}" ]; }
 }
 
-# free_gb FOLDER: free space of the disk that holds the folder, or will hold it.
+# free_gb FOLDER: free space on the disk of a folder, which need not exist yet.
 free_gb() {
     local folder=$1
     until [ -e "$folder" ]; do folder=$(dirname "$folder"); done
@@ -19,7 +19,7 @@ free_gb() {
         awk '{ printf "%d", $1 * 1024 / 1e9 }'
 }
 
-# cargo_problem: why cargo cannot build the crate, or nothing. For the top of the repository.
+# cargo_problem: the reason if cargo cannot build the crate, else nothing. Run it in the top folder.
 cargo_problem() {
     local needed version
     needed=$(sed -n 's/^rust-version = "\([0-9.]*\)".*/\1/p' rustbpe/Cargo.toml)
@@ -33,9 +33,9 @@ cargo_problem() {
     fi
 }
 
-# find_gpus: sets gpus, the number of GPUs that a program may use by CUDA_VISIBLE_DEVICES and MIG
-# (as torch.cuda.device_count() has it), and
-#   gpu_problem  why it is 0
+# find_gpus: sets gpus, the number of GPUs that CUDA_VISIBLE_DEVICES and MIG let a program use
+# (equal to torch.cuda.device_count()), and
+#   gpu_problem  the reason if it is 0
 #   gpu_first    the first of them, as nvidia-smi -i takes it
 #   gpu_mig      its memory in GB if it is a MIG instance
 find_gpus() {
@@ -62,9 +62,9 @@ find_gpus() {
     fi
 }
 
-# The lines of `nvidia-smi -L` -> "number, first GPU, its MIG memory". CUDA reads its list up to the
-# first entry that is no device, and takes a list with repetitions for empty; a process sees one MIG
-# instance, however many there are.
+# The lines of `nvidia-smi -L` -> "number, first GPU, its MIG memory". CUDA reads CUDA_VISIBLE_DEVICES
+# up to the first entry that is not a device, and treats a list with repetitions as empty. A process
+# sees one MIG instance, however many there are.
 # shellcheck disable=SC2016
 GPU_COUNT='
 BEGIN { n = m = count = 0 }
@@ -107,7 +107,7 @@ END {
     else print count, count ? used[0] : ""
 }'
 
-# nvidia_driver: "driver 550.54.14", or that there is none.
+# nvidia_driver: "driver 550.54.14" or "no NVIDIA driver".
 nvidia_driver() {
     local version
     version=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2> /dev/null |

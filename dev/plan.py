@@ -1,9 +1,9 @@
-"""The plan of a pretraining run, its memory and its hours, computed without touching anything.
+"""Print the plan of a pretraining run, its memory and its hours, without touching anything.
 
     python -m dev.plan --vocab_size=32768 --memory_gb=24 --depth=14 --device_batch_size=auto
 
-The other flags are those of scripts.base_train: `DRY_RUN=1 bash speedrun.sh` passes the very ones
-that it would train with.
+The other flags are those of scripts.base_train: `DRY_RUN=1 bash speedrun.sh` passes the flags of
+the real run.
 """
 
 import dataclasses

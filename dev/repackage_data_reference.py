@@ -1,17 +1,20 @@
-"""A dataset of the hub or a corpus of one's own, of any size -> shuffled shards as `--dataset` takes them, in bounded memory.
+"""Turn a dataset of the hub or your own corpus, of any size, into shuffled shards, in bounded memory.
 
     python -m dev.repackage_data_reference --hub=HuggingFaceFW/fineweb-edu --hub_config=sample-100BT --name=edu
     python -m dev.repackage_data_reference --data_path=corpus/ --name=mine
     python -m scripts.base_train --dataset=mine
 
-Shards are parquet files of about 250 million characters, zstd, in row groups of 1,024 documents: small enough to fetch one by one, large
-enough to read fast, and any run of them is a fair sample of the whole. Texts need not fit into memory, so they are shuffled in two passes:
+Shards are parquet files of about 250 million characters, zstd, in row groups of 1,024 documents:
+small enough to download one by one, large enough to read fast. Any few of them are a fair sample of
+the whole. Texts need not fit into memory, so they are shuffled in two passes:
 
     scatter   each document goes to one of 64 files, its bucket, drawn at random
-    gather    each bucket is read, shuffled in memory and written out, one after the other; one that is too large is scattered again
+    gather    buckets are read, shuffled in memory and written, one after the other; a bucket that
+              is too large is scattered again
 
-Where one machine takes too long, dev/repackage_datatrove.py runs the same two passes on many.
-The first documents of the shuffled order are the validation shard. The order depends on --seed and the order of the source alone.
+If one machine takes too long, dev/repackage_datatrove.py runs the same two passes on many.
+The first documents of the shuffled order become the validation shard. The order depends only on
+--seed and on the order of the source.
 """
 
 import contextlib
@@ -34,8 +37,8 @@ from zangchat.runtime.files import file_sha256
 from zangchat.runtime.seeds import derive_seed
 
 BUCKETS = 64
-HELD_OUT = 20  # at most one document in so many is for validation
-LENGTH = struct.Struct("<I")  # in front of each document in a bucket: its bytes
+HELD_OUT = 20  # at most one document in 20 is for validation
+LENGTH = struct.Struct("<I")  # precedes each document in a bucket: its number of bytes
 
 
 @dataclass
@@ -44,13 +47,13 @@ class Config:
     hub_config: str | None = None  # its configuration
     hub_split: str = "train"
     data_path: str | None = None  # a .parquet, .jsonl or .txt file, or a folder of them, instead
-    name: str = ""  # the dataset to make, in <base>/base_data; default: that of the source
-    max_documents: int = -1  # take only the first so many; -1 = all
+    name: str = ""  # the dataset to make, in <base>/base_data; default: the name of the source
+    max_documents: int = -1  # use only the first N; -1 = all
     validation_documents: int = 10_000  # in the validation shard, but at most one in 20
-    shard_chars: int = 250_000_000  # characters in a shard, at least; it ends with a whole row group
-    memory: float = 2.0  # GB that the texts in hand may take
+    shard_chars: int = 250_000_000  # minimum characters in a shard; it ends with a whole row group
+    memory: float = 2.0  # GB for the texts in memory
     seed: int = 1337
-    overwrite: bool = False  # make it again although it is there
+    overwrite: bool = False  # replace an existing dataset
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,7 +91,7 @@ def repackage(config: Config) -> int:
 
 
 def source(config: Config) -> Iterator[str]:
-    """The documents of the source that have text, in its order."""
+    """The documents of the source that contain text, in its order."""
     if config.data_path:
         dataset = find_dataset(data_path=config.data_path)
         yield from dataset.iter_documents("train")
@@ -113,7 +116,7 @@ def source(config: Config) -> Iterator[str]:
 
 
 def scatter(documents: Iterable[bytes], folder: Path, *seed: Any, part: int = 0, buckets: int = BUCKETS) -> int:
-    """Deal documents to <folder>/<bucket>/<part>; returns how many. Parts may be written by different processes."""
+    """Deal documents to <folder>/<bucket>/<part>; returns their number. Each process writes its own part."""
     draw = random.Random(derive_seed("scatter", part, *seed))
     count = 0
     with contextlib.ExitStack() as stack:
@@ -133,10 +136,10 @@ def bucket_files(folder: Path) -> list[list[Path]]:
 
 
 def gather(buckets: Iterable[Sequence[Path]], memory: int, *seed: Any) -> Iterator[bytes]:
-    """All documents of the buckets in random order, with never more than about `memory` bytes of them at hand. Empties the buckets."""
+    """Yield all documents of the buckets in random order, in about `memory` bytes. Empties the buckets."""
     for number, files in enumerate(buckets):
         size = sum(path.stat().st_size for path in files)
-        if size <= memory // 2:  # the rest is for what Python adds to small objects, and for the row group being written
+        if size <= memory // 2:  # the rest is for Python's overhead and the row group being written
             documents = [document for path in files for document in _read(path)]
             random.Random(derive_seed("gather", number, *seed)).shuffle(documents)
             yield from documents
@@ -161,7 +164,7 @@ def _read(path: Path) -> Iterator[bytes]:
 
 
 def write_shards(documents: Iterator[bytes], folder: Path, split: str, shard_chars: int, first: int = 0) -> list[dict[str, Any]]:
-    """Fill shard after shard, numbered from `first` (the validation shard has a name of its own); returns their manifest entries."""
+    """Fill shards numbered from `first` (or the one validation shard); return their manifest entries."""
     import pyarrow
     import pyarrow.parquet
 

@@ -1,12 +1,14 @@
-"""dev/repackage_data_reference.py on as many processes or machines as there are, by datatrove (pip install -e '.[datatrove]').
+"""Run dev/repackage_data_reference.py on many processes or machines, by datatrove (pip install -e '.[datatrove]').
 
     python -m dev.repackage_datatrove --data_path=corpus/ --name=mine --num_shards=400 --tasks=64 --workers=16
     python -m dev.repackage_datatrove ... --slurm_partition=cpu --slurm_time=12:00:00
 
-Both passes are datatrove pipelines. In the first, each of --tasks tasks deals the documents of its share of the files to --num_shards
-buckets; in the second, each bucket becomes a shard, so it must fit into the memory of one task (give about one shard for 250 million
-characters). The last step writes the manifest. A task that was finished is not run again: start the same command once more after a
-failure. On Slurm the folder must be one that all nodes see, and the command is for the head node; the Slurm executor is untried.
+Both passes are datatrove pipelines. In the first, each of --tasks tasks deals the documents of its
+share of the files to --num_shards buckets. In the second, each bucket becomes a shard, so it must
+fit into the memory of one task (use about one shard per 250 million characters). The last step
+writes the manifest. Finished tasks are not repeated: after a failure, run the same command again.
+On Slurm, run the command on the head node, with a folder that all nodes see; the Slurm executor is
+untried.
 """
 
 import dataclasses
@@ -34,16 +36,16 @@ READERS = {".parquet": ParquetReader, ".jsonl": JsonlReader}
 
 @dataclass
 class Config:
-    data_path: str  # a folder (or an fsspec address, hf://datasets/OWNER/NAME say) of .parquet or .jsonl files with `text`
+    data_path: str  # a folder (or fsspec address, e.g. hf://datasets/OWNER/NAME) of .parquet or .jsonl files with `text`
     name: str  # the dataset to make, in <base>/base_data
-    format: str = ".parquet"  # .parquet | .jsonl: which files of the folder
-    num_shards: int = 64  # buckets of the shuffle: training shards and a validation shard, the last
-    tasks: int = 8  # shares that each pass is cut into
-    workers: int = 4  # tasks at a time on this machine
-    memory: float = 4.0  # GB that the texts of one task may take
+    format: str = ".parquet"  # .parquet | .jsonl: the files of the folder to read
+    num_shards: int = 64  # buckets of the shuffle: training shards, and the last is the validation shard
+    tasks: int = 8  # shares of the work in each pass
+    workers: int = 4  # concurrent tasks on this machine
+    memory: float = 4.0  # GB for the texts of one task
     seed: int = 1337
     slurm_partition: str = ""  # run the tasks on this partition instead of here
-    slurm_time: str = "12:00:00"  # limit of a task there
+    slurm_time: str = "12:00:00"  # time limit of a task on Slurm
 
 
 class Scatter(PipelineStep):
@@ -62,7 +64,7 @@ class Scatter(PipelineStep):
 
 
 class Gather(PipelineStep):
-    """Shuffles this task's buckets, each into a shard, with its manifest entry beside it."""
+    """Shuffles each of this task's buckets into a shard, and writes its manifest entry next to it."""
 
     name, type = "gather", "shuffle"
 

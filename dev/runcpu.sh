@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# The whole pipeline on a laptop: from a bare machine to a chat, without a GPU and with nothing but the package registries.
+# The whole pipeline on a laptop: from a bare machine to a chat, without a GPU, downloading only packages.
 #
 #   bash dev/runcpu.sh                 about 25 minutes on two cores
 #   MINUTES=10 bash dev/runcpu.sh      shorter and worse: every stage gets fewer steps
 #
-# What it makes is small (4 layers, 2.5 million parameters, a vocabulary of 2,048) and trained on the documentation found on this
-# machine. It knows who it is, counts letters and adds numbers with its tools, and repeats bits of documentation: no more than that.
-# Run it again after Ctrl-C or a power cut: every stage goes on where it stopped. A new start: remove $ZANGCHAT_BASE_DIR.
+# The model is small (4 layers, 2.6 million parameters, a vocabulary of 2,048) and trained on the documentation found on this
+# machine. It says who it is, counts letters and adds numbers with its tools, and repeats bits of documentation, nothing else.
+# After Ctrl-C or a power cut, run it again: every stage resumes. To start over, remove $ZANGCHAT_BASE_DIR.
 #
-# Why these numbers: README.md, "What a laptop can learn".
+# The reasons for the numbers: README.md, "Results on a laptop".
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 started=$SECONDS
@@ -24,14 +24,14 @@ MINUTES=${MINUTES:-25}
 SEED=${SEED:-42}
 
 stage_number=0
-stage() { # stage TITLE COMMAND...: says what begins; where it fails, how to repeat it
+stage() { # stage TITLE COMMAND...: prints the title and runs the command; if it fails, prints how to resume
     stage_number=$((stage_number + 1))
     printf '\n\033[1;34m=== [%d/11] %s  (%d min %02d s so far)\033[0m\n' "$stage_number" "$1" $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60))
     shift
     local code=0
     "$@" || code=$?
     [ "$code" = 0 ] && return
-    printf '\nThis stage did not finish (exit code %d). Nothing that was saved is lost; go on with:\n  bash dev/runcpu.sh\n' "$code" >&2
+    printf '\nThis stage did not finish (exit code %d). Nothing that was saved is lost; resume with:\n  bash dev/runcpu.sh\n' "$code" >&2
     exit "$code"
 }
 train() { stage "$1" python -m "${@:2}" --seed="$SEED" --resume=latest; }
@@ -42,13 +42,13 @@ train() { stage "$1" python -m "${@:2}" --seed="$SEED" --resume=latest; }
 stage "Corpus: documentation and code found on this machine" python -m zangchat.dataset --source=pydocs
 stage "Tokenizer: 2,048 tokens" python -m scripts.tok_train --dataset=pydocs --vocab_size=2048 --max_chars=8000000
 
-# Width 192 is what two cores train on two to three million tokens in ten minutes; many small steps beat few large ones at this size.
+# Two cores train width 192 on two to three million tokens in ten minutes. At this size many small steps beat few large ones.
 MODEL="--depth=4 --n_embd=192 --head_dim=32 --max_seq_len=256 --total_batch_size=2048 --device_batch_size=8"
 
-# How many steps fit is measured once on this machine and then kept, so that an interrupted run goes on with the same plan.
+# The steps that fit are measured once on this machine and then kept, so that an interrupted run resumes with the same plan.
 plan="$ZANGCHAT_BASE_DIR/runcpu.plan"
 if [ ! -s "$plan" ]; then
-    # shellcheck disable=SC2086  # flags are to be split at spaces
+    # shellcheck disable=SC2086  # split the flags at spaces
     python -m dev.laptop_plan --minutes="$MINUTES" $MODEL > "$plan.new"
     mv "$plan.new" "$plan"
 fi
@@ -57,8 +57,8 @@ source "$plan"
 head -n 1 "$plan"
 
 # ---- training --------------------------------------------------------------------------------------------------------------
-# Copying a word from the question into a tool call is the hard part at this size, and it is learned best early: so conversations
-# are mixed into pretraining from the first step, and the head starts from the embedding (--head_init_scale).
+# At this size the hardest part is to copy a word from the question into a tool call, and it is best learned early. So
+# conversations are mixed into pretraining from the first step, and the head starts from the embedding (--head_init_scale).
 # shellcheck disable=SC2086
 train "Pretraining" scripts.base_train $MODEL --head_init_scale=0.05 \
     --dataset=pydocs --mixture="spellingbee:30000,arithmetic:20000,identity:4,pydocs:1" --mixture_ratio=0.3 \
@@ -71,7 +71,7 @@ train "Finetuning" scripts.chat_sft --mixture="spellingbee:6000,arithmetic:4000,
 train "Reinforcement learning" scripts.chat_rl --task=spellingbee --examples_per_step=8 --num_samples=8 --max_new_tokens=48 \
     --num_iterations="$RL_STEPS" --eval_every=-1
 
-# ---- what came of it -------------------------------------------------------------------------------------------------------
+# ---- results ---------------------------------------------------------------------------------------------------------------
 stage "Evaluation of the base model" python -m scripts.base_loss --split_tokens=50000
 for source in mid sft rl; do
     stage "Evaluation after $source" python -m scripts.chat_eval --source="$source" \

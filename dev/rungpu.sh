@@ -5,12 +5,12 @@
 #   bash dev/rungpu.sh 24            8 | 12 | 16 | 24 | 48 | 80 GB
 #   DRY_RUN=1 bash dev/rungpu.sh 24  prints its commands, the plan and the memory; touches nothing
 #
-# Every number is speedrun.sh's environment variable and can be set in front, e.g. DEPTH=12 bash dev/rungpu.sh 24. Run it again after an
-# interruption. Out of memory all the same: `DEVICE_BATCH_SIZE=4 bash dev/rungpu.sh 24` gives the same model.
+# Every number is an environment variable of speedrun.sh, e.g. DEPTH=12 bash dev/rungpu.sh 24. After an
+# interruption, run it again. If memory still runs out, `DEVICE_BATCH_SIZE=4 bash dev/rungpu.sh 24` gives the same model.
 #
-# How the sizes were chosen: of the depths whose pretraining takes about a day or less on a usual card of that memory, the largest; the
-# rows of a pass are what the memory planner (zangchat/flops.py, fitting_batch) finds to fit the card as it is when a stage starts; up to
-# 24 GB a vocabulary of 32,768, for a larger one would be most of the model. A test computes all this again.
+# How the sizes were chosen: the depth is the largest whose pretraining takes about a day or less on a usual card of that memory.
+# The memory planner (zangchat/flops.py, fitting_batch) chooses the rows of a pass from the free memory when a stage starts. Up to
+# 24 GB the vocabulary is 32,768, because a larger one would be most of the model. A test recomputes all this.
 # Untried on GPUs so far: hours, dollars and bits per byte are predictions, in dev/docs/en/scaling.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Makes this checkout ready to use: .venv, the pinned dependencies, the Rust tokenizer, the project in editable mode.
 #
-#   bash dev/setup.sh          what runcpu.sh, speedrun.sh and the scripts need
-#   bash dev/setup.sh --dev    also what the tests need
+#   bash dev/setup.sh          all dependencies of runcpu.sh, speedrun.sh and the scripts
+#   bash dev/setup.sh --dev    also those of the tests
 #
-# Run it as often as you like: it takes a second if nothing has changed. It reaches package registries and
-# PyTorch's index, and, if no Python here is recent enough, the downloads that uv takes Python from.
+# Run it as often as you like: it takes a second if nothing has changed. It needs the package registries and
+# PyTorch's index and, if no Python here is recent enough, uv's downloads of Python.
 #
 #   PYTHON_VERSION=3.12    the Python of a new .venv, 3.10 to 3.14
 #   TORCH_BACKEND=pypi     the ordinary build of torch, from PyPI or its mirror
@@ -38,7 +38,7 @@ fingerprint() {
     ls -d .venv/lib/python*/site-packages/*.dist-info 2>/dev/null | cksum # uv sync removes packages
 }
 stamp=.venv/setup-stamp
-up_to_date() { # what the tests need includes what a run needs, and a build for GPUs runs on a CPU
+up_to_date() { # --dev includes the plain kind, and a build for GPUs runs on a CPU
     local wanted done_kind done_gpu
     [ -x .venv/bin/python ] && [ -s "$stamp" ] || return 1
     wanted=$(fingerprint)
@@ -71,7 +71,7 @@ while read -r path; do
     fi
 done <<< "$candidates"
 
-# --- uv: the one on the PATH, else from PyPI, beside the project ----------------------------------
+# --- uv: the one on the PATH, else from PyPI, into the project's folder ---------------------------
 uv_works() { at_least 0.8 "$("$1" --version 2>/dev/null)"; }
 install_uv() {
     local path pip=""
@@ -102,7 +102,7 @@ if ! uv_works uv; then
 fi
 
 # --- the environment ------------------------------------------------------------------------------
-need_room() { # need_room GB: there, and in uv's cache
+need_room() { # need_room GB: on the disks of .venv and of uv's cache
     local folder free
     for folder in .venv "$(uv cache dir)"; do
         free=$(free_gb "$folder")
@@ -194,7 +194,7 @@ if ! build_crate; then
     install -r pyproject.toml --extra norust || die "the PyPI package rustbpe could not be installed either"
 fi
 
-# --- does what we installed really work? ----------------------------------------------------------
+# --- does the environment really work? ------------------------------------------------------------
 .venv/bin/python - "$TORCH_VERSION" <<'PYTHON' || die "the environment is broken: remove .venv and run this again"
 import importlib, sys
 for name in "torch numpy tyro rich filelock pyarrow huggingface_hub datasets tiktoken fastapi uvicorn pydantic nh3 rustbpe zangchat".split():

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets everything up and runs the tests: Rust, lint, types, Python, end to end.
 #
-#   bash dev/test.sh            what every change must pass (minutes)
+#   bash dev/test.sh            every change must pass these (minutes)
 #   bash dev/test.sh --full     also the long ones (marked slow)
 #   bash dev/test.sh -k muon    any other argument goes to pytest, and only pytest runs
 set -euo pipefail
@@ -36,5 +36,5 @@ ruff format --check .
 mypy
 lint-imports
 say "Python"
-# one worker per core, whole files to a worker (the tests of a file may build on each other), the long ones of tests/e2e early
+# one worker per core, whole files per worker (the tests of a file may build on each other), the long ones of tests/e2e early
 python -m pytest -m "$markers" --durations=15 --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder "$@"

@@ -105,7 +105,6 @@ def chat(config: Config) -> int:
 
 def check(config: Config) -> None:
     configurator.check_sampling(config)
-    configurator.check_range(1, config, "max_tokens")
 
 
 def answer_once(session: Chat, question: str) -> int:

@@ -4,7 +4,7 @@
     python -m scripts.chat_web -i base --port=8080
     OPENAI_BASE_URL=http://127.0.0.1:8000/v1        # for OpenAI's clients
 
-Only this machine can reach it unless --host says otherwise.
+Only this machine can reach it by default; --host=0.0.0.0 admits others.
 """
 
 import gc
@@ -29,15 +29,16 @@ if TYPE_CHECKING:
 class Config(CheckpointConfig):
     host: str = "127.0.0.1"  # 0.0.0.0 lets other machines in; then set --api_key
     port: Annotated[int, tyro.conf.arg(aliases=["-p"])] = 8000  # 0 = any free one
-    temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.8  # where a request names none, as the next three
+    # this and the next three are defaults for requests without a value of their own
+    temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.8  # 0 = the likeliest token
     top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50  # 0 = off
-    top_p: float = 1.0  # draw among the likeliest tokens that reach this probability together; 1 = off
+    top_p: float = 1.0  # draw among the likeliest tokens with this total probability; 1 = off
     max_tokens: Annotated[int, tyro.conf.arg(aliases=["-m"])] = 512  # longest reply
     num_gpus: int = 1  # one engine on each
     max_batch: int = 64  # replies written at the same time, per device
     queue: int = 64  # requests that may wait; more are answered 429
-    api_key: str | None = None  # asked of every client, as a bearer token
-    quantize: str = ""  # int8: weights in a quarter of fp32's bytes; fp16: half of them, for x86 CPUs; empty = as they are
+    api_key: str | None = None  # required of every client, as a bearer token
+    quantize: str = ""  # int8: a quarter of fp32's bytes; fp16: half of them, for x86 CPUs
 
 
 def serve(config: Config) -> None:
@@ -51,19 +52,20 @@ def serve(config: Config) -> None:
         host, port = listener.getsockname()[:2]
         print(f"chat at http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C stops it)", flush=True)
         app = create_app(engines, settings)
-        gc.freeze()  # looking again and again through all that torch consists of would stop the server for a tenth of a second
+        gc.freeze()  # else each collection walks through torch's objects, for a tenth of a second
         http_server(app).run(sockets=[listener])
 
 
 def make_settings(config: Config) -> "Settings":
     configurator.check_sampling(config)
     configurator.check_range(0, config, "queue")
-    configurator.check_range(1, config, "max_tokens", "num_gpus", "max_batch")
+    configurator.check_range(1, config, "num_gpus", "max_batch")
     configurator.check_range(0, config, "port", most=65535)
 
     from zangchat.server.protocol import LOCAL_HOSTS, Settings
 
-    anywhere = config.host in ("0.0.0.0", "::", "")
+    host = config.host.lower()
+    any_host = host in ("0.0.0.0", "::", "")
     return Settings(
         model_name=f"zangchat-{config.source}",
         temperature=config.temperature,
@@ -73,19 +75,19 @@ def make_settings(config: Config) -> "Settings":
         max_batch=config.max_batch,
         queue=config.queue,
         api_key=config.api_key or None,
-        hosts=None if anywhere else frozenset({*LOCAL_HOSTS, config.host.lower(), f"[{config.host.lower()}]"}),
+        hosts=None if any_host else frozenset({*LOCAL_HOSTS, host, f"[{host}]"}),
     )
 
 
 def listen(config: Config) -> socket.socket:
-    """Take the port before a model is loaded, so that a mistake shows at once."""
+    """Bind the port before a model is loaded, so that a mistake shows at once."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
         return socket.create_server((config.host, config.port), family=family, backlog=512)
     except OSError as error:
-        raise UserError(
-            f"--host={config.host} --port={config.port} cannot be listened on ({error.strerror or error}): choose another --port"
-        ) from None
+        address, reason = f"--host={config.host} --port={config.port}", error.strerror or error
+        message = f"{address} cannot be listened on ({reason}): choose another --port"
+        raise UserError(message) from None
 
 
 def load_engines(config: Config) -> "list[Engine]":
@@ -99,7 +101,8 @@ def load_engines(config: Config) -> "list[Engine]":
     device_type = config.device_type or autodetect_device_type()
     present = torch.cuda.device_count() if device_type == "cuda" else 0
     if config.num_gpus > present:
-        raise UserError(f"--num_gpus={config.num_gpus}, but {present} CUDA devices are present here: lower it, or leave it out")
+        found = f"{present} CUDA devices are present here"
+        raise UserError(f"--num_gpus={config.num_gpus}, but {found}: lower it, or leave it out")
     return [engine_for_chat(config, torch.device("cuda", i)) for i in range(config.num_gpus)]
 
 

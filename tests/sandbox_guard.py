@@ -19,6 +19,7 @@ from typing import Any
 
 from zangchat import execution
 from zangchat.execution import ExecutionResult, Jail
+from zangchat.execution.probe import attack
 
 UNSHARE = ["unshare", "--pid", "--net", "--ipc", "--mount", "--fork", "--kill-child", "--mount-proc"]
 MEMORY = 256 * 2**20
@@ -95,7 +96,7 @@ def serve() -> None:
         jail = Jail(**request["jail"]) if request["jail"] else sandbox.jail
         answer: dict[str, Any] = {}
         try:
-            answer["answer"] = execution.attack(jail) if request["do"] == "attack" else run(request, jail)
+            answer["answer"] = attack(jail) if request["do"] == "attack" else run(request, jail)
         except (execution.SandboxError, OSError) as error:
             answer["broken"] = str(error)
         if canary.poll() is not None:

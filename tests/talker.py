@@ -87,7 +87,7 @@ def serving(*engines: Engine, **settings: Any) -> Iterator[tuple[str, Any]]:
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield f"http://127.0.0.1:{port}", app.state.pool
+        yield f"http://127.0.0.1:{port}", app.state.service.pool
     finally:
         server.should_exit = True
         thread.join(timeout=20)

@@ -20,7 +20,7 @@ from zangchat.sharded import ShardedOptimizer
 class AdamW(ShardedOptimizer):
     """`step()` reads lr, betas, eps and weight_decay from its param groups, so schedules may change them.
 
-    State of an own slice: exp_avg and exp_avg_sq like it (fp32), step (scalar), and master where the parameter is not fp32.
+    State of an owned slice: exp_avg and exp_avg_sq of its shape (fp32), step (scalar), and master if the parameter is not fp32.
     """
 
     def __init__(

@@ -32,7 +32,6 @@ class Limits:
         return least + (f" and at most {self.most:g}" if self.most < math.inf else "")
 
 
-MAX_LOGPROBS = 20  # most likely tokens that a request may ask for at each position
 SAMPLING_LIMITS = {  # of the fields of engine.Request
     "max_tokens": Limits(0),
     "temperature": Limits(0),
@@ -40,11 +39,13 @@ SAMPLING_LIMITS = {  # of the fields of engine.Request
     "top_p": Limits(0, 1, above=True),
     "min_p": Limits(0, 1),
     "repetition_penalty": Limits(0, above=True),
-    "logprobs": Limits(0, MAX_LOGPROBS),
+    "logprobs": Limits(0, 20),  # most likely tokens to report at each position
 }
-USER_LIMITS = {  # of flags and HTTP requests: those, and a bound on typing errors
+USER_LIMITS = {  # of flags and HTTP requests
     **SAMPLING_LIMITS,
+    "max_tokens": Limits(1, 1_000_000),
     "temperature": Limits(0, 100),
+    "top_k": Limits(0, 1_000_000),
     "repetition_penalty": Limits(0, 100, above=True),
 }
 

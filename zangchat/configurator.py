@@ -116,9 +116,9 @@ def _settle_streams() -> None:
 
 
 def _complain(message: str) -> None:
-    rank = int(os.environ.get("RANK", "0"))
+    rank = os.environ.get("RANK") or "0"
     sys.stdout.flush()
-    print(message if rank == 0 else f"[rank {rank}] {message}", file=sys.stderr, flush=True)
+    print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr, flush=True)
 
 
 def parse(config_cls: type[C], argv: Sequence[str] | None = None) -> C:
@@ -168,7 +168,7 @@ def check_fraction(config: Any, *names: str) -> None:
 
 def check_sampling(config: Any) -> None:
     """Raises UserError for the first of a command's sampling flags that is outside of its limits."""
-    for name in ("temperature", "top_k", "top_p"):
+    for name in ("max_tokens", "temperature", "top_k", "top_p"):
         value, limits = getattr(config, name, None), USER_LIMITS[name]
         if value is not None and not limits.allow(value):
             raise UserError(f"--{name}={value:g} is not possible: give a number {limits}")

@@ -1,6 +1,6 @@
-"""What a model costs, from its GPTConfig alone: parameters, FLOPs, bytes moved, memory, and the limits of known devices.
+"""The cost of a model, computed from its GPTConfig: parameters, FLOPs, bytes moved, memory; and the peaks of known devices.
 
-Layer 0: nothing here imports torch. FLOPs count a multiplication and an addition as two; bytes are bytes.
+Nothing here imports torch. FLOPs count a multiplication and an addition as two; bytes are bytes.
 """
 
 from collections.abc import Iterator
@@ -92,16 +92,16 @@ def memory_estimate(
     """Bytes one rank needs to train with `device_batch_size` rows: weights, gradients, optimizer, casts, activations, recomputed, logits,
     sent, update, total.
 
-    What is not there at the same time counts once in the total: what is sent of gradients in 16 bits comes while the activations go, the
-    update of the optimizer after them and the casts, and a block is recomputed (with `grad_checkpoint`) when the logits are gone. For the
-    uncompiled model; the optimizer's state is sharded over ranks, with `fsdp` weights and gradients as well. An estimate: the allocator's
-    waste and the libraries' workspaces come on top (see `USABLE`). `dtype` is that of the products.
+    The total is the peak, so parts that never exist together count once: 16-bit gradients are sent as the activations are freed, the
+    optimizer updates after the activations and casts are gone, and a block is recomputed (with `grad_checkpoint`) after the logits are.
+    The estimate is for the uncompiled model. The optimizer's state is sharded over ranks; with `fsdp`, so are weights and gradients. The
+    allocator's waste and the libraries' workspaces come on top (see `USABLE`). `dtype` is the compute dtype.
     """
     size = BYTES[str(dtype).removeprefix("torch.")]
     weights = weight_bytes(config, dtype)
     casts = 0 if size == 4 else size * scaling_params(config)  # kept from the forward pass for the backward pass
     tokens = device_batch_size * config.sequence_len
-    if fsdp:  # its rows, and what is gathered at a time: two blocks with their gradients, and the head
+    if fsdp:  # this rank's rows, and two gathered blocks with their gradients and the head
         gathered = 2 * 2 * 4 * count_params(config)["matrices"] // config.n_layer + 4 * count_params(config)["lm_head"]
         weights = weights // world_size
         casts += gathered
@@ -135,10 +135,10 @@ def update_bytes(config: GPTConfig, kind: str = "muon", world_size: int = 1, ort
 def activation_bytes_per_token(config: GPTConfig, size: int = 2, device_type: str = "cuda", grad_checkpoint: bool = False) -> int:
     """Bytes that the forward pass keeps for the backward pass, per token, with `size` bytes a number.
 
-    With `grad_checkpoint` each block keeps its input alone.
+    With `grad_checkpoint` each block keeps only its input.
     """
     kept = size * config.n_embd if grad_checkpoint else block_bytes_per_token(config, size, device_type)
-    ends = size * 3 * config.n_embd + 8  # the first norm, the last one and what it hands on; the loss's gradient
+    ends = size * 3 * config.n_embd + 8  # the first norm, the last norm and its output; the loss's gradient
     return config.n_layer * kept + ends
 
 
@@ -146,8 +146,8 @@ def block_bytes_per_token(config: GPTConfig, size: int = 2, device_type: str = "
     """Bytes that one block's forward pass keeps for its backward pass, per token.
 
     In widths: inputs of its norms (x twice, q; and k), x normed twice, q normed, attention's output as computed and in rows,
-    relu and its square (4 each), k normed and v. On a CPU the norm of functional.py keeps its output alone, and in 16 bits attention
-    keeps its probabilities (attention.py, `blocks`) in the place of its output as computed. Row statistics are fp32: one number for
+    relu and its square (4 each), k normed and v. On a CPU the norm of functional.py keeps only its output, and in 16 bits attention
+    keeps its probabilities (attention.py, `blocks`) instead of its output as computed. Row statistics are fp32: one number for
     each norm of x, and per head those of q, k and softmax.
     """
     width, kv_width = config.n_embd, config.n_kv_head * config.head_dim
@@ -170,18 +170,18 @@ def logits_bytes(config: GPTConfig, tokens: int, size: int = 2, device_type: str
     return chunk * config.vocab_size * (2 * 4 + half) + head * (4 + half)
 
 
-# ---- what fits ------------------------------------------------------------------------------------------------------
+# ---- batch size -----------------------------------------------------------------------------------------------------
 
 CARDS = (8, 16, 24, 40, 80, 141)  # GB of the GPUs that people have
-USABLE = 0.88  # of the memory: the rest goes to fragmentation and to what libraries keep for themselves
+USABLE = 0.88  # share of the memory; fragmentation and the libraries' workspaces take the rest
 CONTEXT = {"cuda": 6e8}  # bytes that a process takes on the device before its first tensor
-PASS_TOKENS = {"cuda": 2**16, "mps": 2**14, "cpu": 2**13}  # the products are at full speed by then: longer passes gain nothing
+PASS_TOKENS = {"cuda": 2**16, "mps": 2**14, "cpu": 2**13}  # longer passes gain nothing: the products run at full speed
 
 
 def fitting_batch(config: GPTConfig, rows: int, memory: float, *, even: bool = True, **settings: Any) -> int:
-    """The most rows that one pass may hold, of a rank's `rows` in a step, within `memory` bytes of the device; 0 where not one fits.
+    """The largest number of rows in one pass, of a rank's `rows` in a step, that fits `memory` bytes; 0 if one row does not fit.
 
-    `even`: a number that divides `rows`. `settings` as in memory_estimate.
+    With `even` the result divides `rows`. `settings` as in memory_estimate.
     """
     device_type = settings.get("device_type", "cuda")
     most = min(rows, max(1, PASS_TOKENS[device_type] // config.sequence_len))
@@ -195,22 +195,22 @@ def fitting_batch(config: GPTConfig, rows: int, memory: float, *, even: bool = T
 def what_fits(config: GPTConfig, rows: int, **settings: Any) -> Iterator[str]:
     """For each of CARDS a line: the rows of a pass and the passes of a step of `rows` rows, and what --grad_checkpoint=1 would change."""
     for gigabytes in CARDS:
-        told = []
+        options = []
         for checkpoint in (False, True):
             size = fitting_batch(config, rows, gigabytes * 1e9, grad_checkpoint=checkpoint, **settings)
             if size:
                 needed = memory_estimate(config, size, grad_checkpoint=checkpoint, **settings)["total"]
-                told.append(f"{size} rows x {-(-rows // size)} passes ({needed / 1e9:.1f} GB)")
+                options.append(f"{size} rows x {-(-rows // size)} passes ({needed / 1e9:.1f} GB)")
             else:
-                told.append("not one row")
-        yield f"{gigabytes:>3} GB: {told[0]}" + (f"; with --grad_checkpoint=1 {told[1]}" if told[1] != told[0] else "")
+                options.append("not one row")
+        yield f"{gigabytes:>3} GB: {options[0]}" + (f"; with --grad_checkpoint=1 {options[1]}" if options[1] != options[0] else "")
 
 
 # ---- devices --------------------------------------------------------------------------------------------------------
 
 
 class Device(NamedTuple):
-    """Peaks on paper, dense: TFLOP/s of bf16/fp16, of fp8 and of fp32 (as TF32 where the device has it; 0 = none), and GB/s of memory."""
+    """Dense peaks from data sheets: TFLOP/s of bf16/fp16, fp8 and fp32 (as TF32 if the device has it; 0 = none), and GB/s of memory."""
 
     half: float
     fp8: float
@@ -218,8 +218,8 @@ class Device(NamedTuple):
     bandwidth: float
 
 
-# The first name that occurs in the device's own name counts, so the longer names come first. From the makers' data sheets, halved
-# where they count structured sparsity. Consumer cards: tensor cores with fp32 accumulation.
+# The first entry found in the device's name counts, so longer names come first. From the makers' data sheets, halved if they assume
+# structured sparsity. Consumer cards: tensor cores with fp32 accumulation.
 DEVICES = {
     "GB200": Device(2500, 5000, 1250, 8000),
     "B200": Device(2250, 4500, 1100, 8000),
@@ -266,9 +266,9 @@ def find_device(name: str) -> Device | None:
 
 
 def peak_flops(device_name: str, dtype: Any = "bfloat16") -> float | None:
-    """FLOP/s on paper of a known device in bfloat16, float16, float32 or fp8 (or the torch.dtype); None where not known.
+    """Data-sheet FLOP/s of a device in bfloat16, float16, float32 or fp8 (or the torch.dtype); None if unknown.
 
-    Without a peak there is no utilisation to report: a caller leaves it out rather than inventing one.
+    Callers then report no utilisation instead of an invented one.
     """
     device = find_device(device_name)
     if device is None:
@@ -286,6 +286,6 @@ def peak_flops(device_name: str, dtype: Any = "bfloat16") -> float | None:
 
 
 def memory_bandwidth(device_name: str) -> float | None:
-    """Bytes/s on paper between a known device and its memory; None where not known."""
+    """Data-sheet bytes/s between a device and its memory; None if unknown."""
     device = find_device(device_name)
     return device.bandwidth * 1e9 if device else None

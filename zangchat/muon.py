@@ -4,7 +4,7 @@ Per matrix and step:
   1. Nesterov momentum on the gradient (https://kellerjordan.github.io/posts/muon);
   2. orthogonalisation by five Polar Express iterations (arXiv:2505.16932): the nearest semi-orthogonal matrix, from products only;
   3. NorMuon (arXiv:2510.05491): each neuron's row is divided by a running root mean square of its updates, the norm kept;
-  4. cautious weight decay (arXiv:2510.12402): only where it pulls the weight the same way as the update.
+  4. cautious weight decay (arXiv:2510.12402): applied only if it pulls the weight the same way as the update.
 
 Matrices of one shape are stacked and go through one batched product. With several ranks the matrices of a shape are dealt round
 robin; a rank keeps state for its own and updates those (sharded.py).

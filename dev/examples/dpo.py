@@ -25,7 +25,7 @@ class Config:
     output: Path  # directory to make
     rank: int = 16  # of the adapters
     lr: float = 5e-5
-    beta: float = 0.1  # how dear it is to move away from the reference
+    beta: float = 0.1  # cost of moving away from the reference
     epochs: int = 1
     batch_size: int = 8  # pairs in a step
     seed: int = 42

@@ -6,7 +6,7 @@
     python -m scripts.import_model --path=d20-lora --source=sft --model_tag=d20-lora
 
 A line of the data is {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}. Only the adapters are
-trained; at the end they are merged into the weights, so that what is written is again a whole model.
+trained; at the end they are merged into the weights, so the output is a complete model again.
 """
 
 import json

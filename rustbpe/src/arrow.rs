@@ -74,8 +74,12 @@ impl<T: Released> Owned<T> {
 
     fn take(capsule: &Bound<'_, PyAny>) -> PyResult<Self> {
         let place = capsule.cast::<PyCapsule>()?.pointer_checked(Some(T::NAME))?.cast::<T>().as_ptr();
-        // SAFETY: a capsule of this name holds this struct. Moving it means to copy it and to mark the original as released.
+        // SAFETY: a capsule of this name holds this struct. Moving it means to copy it and to mark the original as released;
+        // one that is released already owns nothing, and its pointers lead to freed memory.
         unsafe {
+            if (*place).release().is_none() {
+                return Err(PyValueError::new_err(format!("the Arrow capsule {:?} was read before: each can be read once", T::NAME)));
+            }
             let taken = Owned(std::ptr::read(place));
             *(*place).release() = None;
             Ok(taken)
@@ -221,6 +225,7 @@ fn offset_bytes(schema: &Owned<ArrowSchema>) -> PyResult<usize> {
     match format.to_bytes() {
         b"u" if schema.0.dictionary.is_null() => Ok(4),
         b"U" if schema.0.dictionary.is_null() => Ok(8),
+        b"vu" => Err(PyTypeError::new_err("Arrow's string_view is not read: cast the column to large_string")),
         _ => Err(PyTypeError::new_err(format!("an Arrow array of strings is needed, not of the format {format:?}"))),
     }
 }

@@ -210,9 +210,9 @@ impl Counter {
         let (send, batches) = channel::<Vec<T>>();
         let (finish, finished) = channel();
         let batches = Arc::new(Mutex::new(batches));
-        let threads = (0..threads).map(|_| {
+        let threads = (0..threads).map_while(|_| {
             let (batches, finish) = (batches.clone(), finish.clone());
-            scope.spawn(move || {
+            let thread = std::thread::Builder::new().spawn_scoped(scope, move || {
                 let mut local = LocalCounter::new(self);
                 loop {
                     let batch = batches.lock().expect("no thread panics while it waits").recv();
@@ -223,25 +223,36 @@ impl Counter {
                     }
                 }
                 self.take(&mut local.table);
-            })
+            });
+            thread.ok() // a system that gives no more threads is left in peace
         });
-        Pool { threads: threads.collect(), send, finished, under_way: 0 }
+        let threads: Vec<_> = threads.collect();
+        let own = threads.is_empty().then(|| (LocalCounter::new(self), finish));
+        Pool { threads, own, send, finished, under_way: 0 }
     }
 }
 
 /// Threads that count batches while others are read.
 pub struct Pool<'scope, T> {
     threads: Vec<ScopedJoinHandle<'scope, ()>>,
+    /// Counts here if no thread could be started.
+    own: Option<(LocalCounter<'scope>, Sender<Counted<T>>)>,
     send: Sender<Vec<T>>,
-    finished: Receiver<(Vec<T>, Result<(), Error>)>,
+    finished: Receiver<Counted<T>>,
     under_way: usize,
 }
 
-impl<T> Pool<'_, T> {
+/// A batch, and how counting it ended.
+type Counted<T> = (Vec<T>, Result<(), Error>);
+
+impl<T: AsRef<[u8]>> Pool<'_, T> {
     /// Texts that one thread counts, in one go. They are UTF-8; where they are not, `finished` returns an error.
     pub fn add(&mut self, batch: Vec<T>) {
         self.under_way += 1;
-        self.send.send(batch).expect("the threads live as long as the pool");
+        let Some((own, finish)) = &mut self.own else { return self.send.send(batch).expect("the threads live as long as the pool") };
+        let counted = batch.iter().try_for_each(|text| own.add(text.as_ref()));
+        own.counter.take(&mut own.table);
+        finish.send((batch, counted)).expect("the receiver is ours");
     }
 
     /// Whether every thread has work, and the next.
@@ -254,7 +265,7 @@ impl<T> Pool<'_, T> {
     }
 
     /// Waits for a batch to be finished, but no longer than `patience`. It is returned, for its owner to drop.
-    pub fn finished(&mut self, patience: Duration) -> Option<(Vec<T>, Result<(), Error>)> {
+    pub fn finished(&mut self, patience: Duration) -> Option<Counted<T>> {
         match self.finished.recv_timeout(patience) {
             Ok(finished) => {
                 self.under_way -= 1;

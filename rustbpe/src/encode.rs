@@ -18,7 +18,7 @@ use std::sync::Mutex;
 use rustc_hash::{FxHashMap, FxHasher};
 
 use crate::split::{Splitter, WINDOW};
-use crate::{ask_for_huge_pages, in_parallel, key_of, mix, prefetch, runs_of, Error, KEY_BYTES, RUN_BYTES};
+use crate::{ask_for_huge_pages, in_parallel, key_of, mix, prefetch, runs_of, worker_threads, Error, KEY_BYTES, RUN_BYTES};
 
 const NONE: u32 = u32::MAX;
 /// Three ids fit in 64 bits, and all bits set are no ids.
@@ -38,8 +38,6 @@ const WAITING: usize = 64;
 const INLINE_IDS: usize = 3;
 /// Parts for which memory is kept for the next piece.
 const KEPT_PARTS: usize = 1 << 20;
-/// Caches kept for the next call.
-const KEPT_SCRATCHES: usize = 64;
 
 /// A vocabulary and its pattern, ready to encode. Immutable but for its caches: any number of threads may share it.
 pub struct Encoder {
@@ -277,7 +275,9 @@ impl Encoder {
     }
 
     /// Encodes the documents on up to `threads` threads; several share a long one where the pattern allows it.
-    pub fn encode_documents(&self, texts: &[&str], threads: usize) -> Result<Documents<u32>, Error> {
+    ///
+    /// `keep_going` is asked by each thread after every 256 KiB or so; an answer of false ends the call with `Error::Interrupted`.
+    pub fn encode_documents(&self, texts: &[&str], threads: usize, keep_going: impl Fn() -> bool + Sync) -> Result<Documents<u32>, Error> {
         let (mut parts, mut ends) = (Vec::with_capacity(texts.len()), Vec::with_capacity(texts.len()));
         for &text in texts {
             let mut rest = text;
@@ -290,7 +290,7 @@ impl Encoder {
             ends.push(parts.len());
         }
         let Documents { runs, lengths } =
-            self.in_runs(&parts, |text| text.len() / 4, threads, |text, out, scratch| self.encode_into(text, out, scratch))?;
+            self.in_runs(&parts, |text| text.len() / 4, threads, &keep_going, |text, out, scratch| self.encode_into(text, out, scratch))?;
         let starts = std::iter::once(&0).chain(&ends);
         let lengths = starts.zip(&ends).map(|(&start, &end)| lengths[start..end].iter().sum()).collect();
         Ok(Documents { runs, lengths })
@@ -322,8 +322,13 @@ impl Encoder {
     }
 
     /// Decodes the documents on up to `threads` threads.
-    pub fn decode_documents(&self, documents: &[&[u32]], threads: usize) -> Result<Documents<u8>, Error> {
-        self.in_runs(documents, |ids| 4 * ids.len(), threads, |ids, out, _| self.decode_into(ids, out))
+    pub fn decode_documents(
+        &self,
+        documents: &[&[u32]],
+        threads: usize,
+        keep_going: impl Fn() -> bool + Sync,
+    ) -> Result<Documents<u8>, Error> {
+        self.in_runs(documents, |ids| 4 * ids.len(), threads, keep_going, |ids, out, _| self.decode_into(ids, out))
     }
 
     /// Calls `work` with every document, which will give about so many items, in runs of them, wherever a thread is free.
@@ -332,6 +337,7 @@ impl Encoder {
         documents: &[D],
         expected: impl Fn(D) -> usize + Sync,
         threads: usize,
+        keep_going: impl Fn() -> bool + Sync,
         work: impl Fn(D, &mut Vec<T>, &mut Scratch) -> Result<(), Error> + Sync,
     ) -> Result<Documents<T>, Error> {
         let runs = runs_of(documents.iter().map(|&document| expected(document) * size_of::<T>()));
@@ -353,6 +359,9 @@ impl Encoder {
                     lengths.push(items.len() - before);
                 }
                 done.push((index, items, lengths));
+                if !keep_going() {
+                    return Err(Error::Interrupted);
+                }
             }
             scratches.lock().expect("held for a moment only").push(scratch);
             Ok(done)
@@ -380,7 +389,7 @@ impl Encoder {
     fn keep_scratches(&self, scratches: Vec<Scratch>) {
         if let Ok(mut kept) = self.scratches.try_lock() {
             kept.extend(scratches);
-            kept.truncate(KEPT_SCRATCHES);
+            kept.truncate(worker_threads(None)); // 16 MB each
         }
     }
 }
@@ -847,7 +856,7 @@ mod tests {
         texts.push("ab".repeat(600_000));
         let texts: Vec<&str> = texts.iter().map(|text| &text[..]).collect();
         for threads in [1, 2, 7] {
-            let Documents { runs, lengths } = encoder.encode_documents(&texts, threads).unwrap();
+            let Documents { runs, lengths } = encoder.encode_documents(&texts, threads, || true).unwrap();
             let ids = runs.concat();
             let mut start = 0;
             assert_eq!(lengths.len(), texts.len());

@@ -19,6 +19,7 @@ pub mod split;
 pub mod train;
 
 use std::fmt;
+use std::sync::Mutex;
 
 /// What can go wrong; every variant is the caller's data, not a bug.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -142,15 +143,21 @@ fn runs_of(lengths: impl ExactSizeIterator<Item = usize>) -> Vec<(usize, usize)>
     runs
 }
 
-/// Does the work for each item on a thread of its own, for the first on this one, and returns what it returned, in this order. The threads
-/// end with the call: a pool that lives on would deadlock in a forked child, and starting a thread costs microseconds.
+/// Does the work for each item on a thread of its own, for the first on this one, and returns the results in this order. Items for
+/// which the system gives no thread are worked on here, too. The threads end with the call: a pool that lives on would deadlock in a
+/// forked child, and starting a thread costs microseconds.
 fn in_parallel<I: Send, T: Send>(items: impl IntoIterator<Item = I>, work: impl Fn(I) -> Result<T, Error> + Sync) -> Result<Vec<T>, Error> {
-    let (work, mut items) = (&work, items.into_iter());
-    let Some(first) = items.next() else { return Ok(Vec::new()) };
+    let items: Vec<_> = items.into_iter().map(|item| Mutex::new(Some(item))).collect();
+    let work = |item: &Mutex<Option<I>>| work(item.lock().expect("taken once").take().expect("taken once"));
+    let (work, Some((first, others))) = (&work, items.split_first()) else { return Ok(Vec::new()) };
     std::thread::scope(|scope| {
-        let others: Vec<_> = items.map(|item| scope.spawn(move || work(item))).collect();
+        let start = |item| (item, std::thread::Builder::new().spawn_scoped(scope, move || work(item)));
+        let others: Vec<_> = others.iter().map(start).collect();
         let first = work(first);
-        let others = others.into_iter().map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        let others = others.into_iter().map(|(item, thread)| match thread {
+            Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+            Err(_) => work(item),
+        });
         std::iter::once(first).chain(others).collect()
     })
 }

@@ -2,22 +2,24 @@
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::mpsc::{channel, RecvTimeoutError};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::thread::{current, Builder, ThreadId};
+use std::time::Instant;
 
-use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
-use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
+use pyo3::pybacked::PyBackedBytes;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBytes, PyList, PyString};
 
 use crate::arrow::Strings;
 use crate::count::Counter;
 use crate::encode::{Documents, Encoder};
-use crate::reader::{count_all, CALL_EVERY};
+use crate::reader::{count_all, Utf8, CALL_EVERY};
 use crate::split::{Splitter, DEFAULT_PATTERN};
 use crate::train::{check_vocab_size, train};
-use crate::{worker_threads, Error};
+use crate::{worker_threads, Error, RUN_BYTES};
 
 impl From<Error> for PyErr {
     fn from(error: Error) -> PyErr {
@@ -99,14 +101,20 @@ impl Tokenizer {
         let (progressed, stop) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
         let (send, mut done) = channel();
         let (merges, stopped) = (progressed.clone(), stop.clone());
-        std::thread::spawn(move || {
+        let merge = move || {
             let keep_going = |number| {
                 merges.store(number, Relaxed);
                 !stopped.load(Relaxed)
             };
             let _ = send.send(counter.into_words(threads).and_then(|words| train(words, vocab_size, keep_going)));
             // nobody may be there any more
-        });
+        };
+        let merge = Arc::new(Mutex::new(Some(merge)));
+        let theirs = merge.clone();
+        let take = |merge: &Mutex<Option<_>>| merge.lock().expect("held for a moment only").take();
+        if Builder::new().spawn(move || take(&theirs).map(|merge| merge())).is_err() {
+            py.detach(|| take(&merge).map(|merge| merge())); // no thread to be had: here, deaf to Ctrl-C
+        }
         let tokens = loop {
             let told = progress.as_ref().map_or(Ok(()), |call| call.call1(py, (progressed.load(Relaxed),)).map(drop));
             if let Err(error) = told.and_then(|()| py.check_signals()) {
@@ -127,7 +135,10 @@ impl Tokenizer {
     /// The ids of a text.
     fn encode<'py>(&self, py: Python<'py>, text: &str) -> PyResult<Bound<'py, PyList>> {
         let encoder = self.encoder(py)?;
-        let ids = py.detach(|| encoder.encode(text))?;
+        let ids = match text.len() {
+            0..=RUN_BYTES => py.detach(|| encoder.encode(text))?,
+            _ => Watch::over(py, |watch| encoder.encode_documents(&[text], 1, || watch.keep_going()))?.runs.concat(),
+        };
         self.list(py, &ids)
     }
 
@@ -173,7 +184,7 @@ impl Tokenizer {
         // SAFETY: of these types; that no other thread writes to them meanwhile is up to the caller, as everywhere in numpy.
         let (bytes, offsets) = unsafe { (&*memory_of::<u8>(&bytes)?, &*memory_of::<i64>(&offsets)?) };
         let encoder = self.encoder(py)?;
-        let runs = py.detach(|| encode_utf8(encoder, cut(bytes, offsets)?, num_threads))?;
+        let runs = Watch::over(py, |watch| encode_utf8(encoder, cut(bytes, offsets)?, num_threads, watch))?;
         arrays_of(py, runs, "uint32")
     }
 
@@ -191,7 +202,8 @@ impl Tokenizer {
         // SAFETY: as in encode_documents.
         let (ids, offsets) = unsafe { (&*memory_of::<u32>(&ids)?, &*memory_of::<i64>(&offsets)?) };
         let encoder = self.encoder(py)?;
-        let runs = py.detach(|| encoder.decode_documents(&cut(ids, offsets)?, worker_threads(num_threads)))?;
+        let threads = worker_threads(num_threads);
+        let runs = Watch::over(py, |watch| encoder.decode_documents(&cut(ids, offsets)?, threads, || watch.keep_going()))?;
         arrays_of(py, runs, "uint8")
     }
 
@@ -209,7 +221,7 @@ impl Tokenizer {
             let ids = unsafe { &*memory_of::<u32>(&ids)? };
             py.detach(|| encoder.decode(ids))
         } else {
-            encoder.decode(&ids.extract::<Vec<u32>>()?)
+            encoder.decode(&ids_of(ids)?)
         };
         Ok(PyBytes::new(py, &bytes?))
     }
@@ -217,6 +229,18 @@ impl Tokenizer {
     /// The pieces that the pattern cuts a text into; merges never cross their borders.
     fn split<'t>(&self, py: Python<'_>, text: &'t str) -> PyResult<Vec<&'t str>> {
         Ok(self.encoder(py)?.split(text)?)
+    }
+
+    /// For pickle and copy: the bytes of all tokens and the pattern, no code.
+    fn __reduce__<'py>(slf: &Bound<'py, Self>) -> PyResult<(Bound<'py, PyAny>, (), State)> {
+        let this = slf.borrow();
+        let tokens = this.tokens.iter().map(|token| PyBackedBytes::from(PyBytes::new(slf.py(), token)));
+        Ok((slf.get_type().into_any(), (), (tokens.collect(), this.pattern.clone())))
+    }
+
+    fn __setstate__(&mut self, state: State) {
+        let (tokens, pattern) = state;
+        *self = Tokenizer::of(tokens.iter().map(|token| Box::from(&token[..])).collect(), pattern);
     }
 
     #[getter]
@@ -259,20 +283,22 @@ impl Tokenizer {
                 return Err(PyValueError::new_err("the Arrow array has nulls, which are no texts: leave them out (drop_null)"));
             }
             let texts = arrays.iter().flat_map(|strings| strings.rows.iter().map(|row| &strings.data()[row.clone()]));
-            return Ok(py.detach(|| encode_utf8(encoder, texts.collect(), num_threads))?);
+            let texts: Vec<&[u8]> = texts.collect();
+            return Watch::over(py, |watch| encode_utf8(encoder, texts, num_threads, watch));
         }
-        let texts = texts.try_iter()?.enumerate().map(|(index, text)| borrow(index, &text?)).collect::<PyResult<Vec<_>>>()?;
-        let texts: Vec<&str> = texts.iter().map(|text| &text[..]).collect();
-        Ok(py.detach(|| encoder.encode_documents(&texts, worker_threads(num_threads)))?)
+        let texts = texts.try_iter()?.enumerate().map(|(index, text)| utf8_of(index, &text?)).collect::<PyResult<Vec<_>>>()?;
+        let texts: Vec<&[u8]> = texts.iter().map(Utf8::bytes).collect();
+        Watch::over(py, |watch| encode_utf8(encoder, texts, num_threads, watch))
     }
 }
 
-fn encode_utf8(encoder: &Encoder, texts: Vec<&[u8]>, num_threads: Option<usize>) -> Result<Documents<u32>, Error> {
+fn encode_utf8(encoder: &Encoder, texts: Vec<&[u8]>, num_threads: Option<usize>, watch: &Watch) -> Result<Documents<u32>, Error> {
     let checked = texts.into_iter().map(std::str::from_utf8).enumerate();
     let texts: Result<Vec<_>, _> = checked.map(|(i, text)| text.map_err(|e| Error::Text(format!("text {i}, {e}")))).collect();
-    encoder.encode_documents(&texts?, worker_threads(num_threads))
+    encoder.encode_documents(&texts?, worker_threads(num_threads), || watch.keep_going())
 }
 
+type State = (Vec<PyBackedBytes>, String);
 type Arrays<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>);
 
 /// The parts of `items` between neighbouring offsets.
@@ -327,15 +353,57 @@ fn memory_of<T>(array: &Bound<'_, PyAny>) -> PyResult<*mut [T]> {
     })
 }
 
-/// The UTF-8 of a Python str, kept alive. A lone surrogate has none: UnicodeEncodeError, which is a ValueError.
-fn borrow(index: usize, text: &Bound<'_, PyAny>) -> PyResult<PyBackedStr> {
+fn utf8_of(index: usize, text: &Bound<'_, PyAny>) -> PyResult<Utf8> {
     let Ok(text) = text.cast::<PyString>() else {
         return Err(PyTypeError::new_err(format!("text {index} is a {}, not a str", text.get_type().name()?)));
     };
-    PyBackedStr::try_from(text.clone())
+    Utf8::of(text)
 }
 
-#[pymodule]
+/// The ids of a sequence of int; ValueError for an int that cannot be an id.
+fn ids_of(ids: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
+    ids.extract().map_err(|error: PyErr| match error.is_instance_of::<PyOverflowError>(ids.py()) {
+        true => PyValueError::new_err(format!("an id is negative or above {}", u32::MAX)),
+        false => error,
+    })
+}
+
+/// Answers Ctrl-C during a computation without the GIL: the thread that called looks for it a few times a second.
+struct Watch {
+    caller: ThreadId,
+    looked: Mutex<Instant>,
+    stop: AtomicBool,
+    raised: Mutex<Option<PyErr>>,
+}
+
+impl Watch {
+    /// The result of `compute`, which asks `keep_going` now and then and returns an error when the answer is no.
+    fn over<T: Send>(py: Python<'_>, compute: impl FnOnce(&Watch) -> Result<T, Error> + Send) -> PyResult<T> {
+        let (looked, raised) = (Mutex::new(Instant::now()), Mutex::new(None));
+        let watch = Watch { caller: current().id(), looked, stop: AtomicBool::new(false), raised };
+        let result = py.detach(|| compute(&watch));
+        match watch.raised.into_inner().expect("held for a moment only") {
+            Some(error) => Err(error),
+            None => Ok(result?),
+        }
+    }
+
+    fn keep_going(&self) -> bool {
+        if current().id() == self.caller {
+            let mut looked = self.looked.lock().expect("only the caller takes it");
+            if looked.elapsed() > CALL_EVERY {
+                *looked = Instant::now();
+                if let Err(error) = Python::attach(|py| py.check_signals()) {
+                    *self.raised.lock().expect("held for a moment only") = Some(error);
+                    self.stop.store(true, Relaxed);
+                }
+            }
+        }
+        !self.stop.load(Relaxed)
+    }
+}
+
+#[pymodule(gil_used = true)]
 fn rustbpe(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Tokenizer>()
 }

@@ -17,6 +17,29 @@ const BATCH_BYTES: usize = 1 << 20;
 /// How often a long computation looks for Ctrl-C and reports its progress.
 pub const CALL_EVERY: Duration = Duration::from_millis(200);
 
+/// The UTF-8 of a Python str, kept alive. A lone surrogate has none: UnicodeEncodeError, which is a ValueError.
+pub enum Utf8 {
+    Str(PyBackedStr),
+    Bytes(PyBackedBytes),
+}
+
+impl Utf8 {
+    /// Of text other than ASCII a copy: Python would keep the UTF-8 beside the text for as long as that lives.
+    pub fn of(text: &Bound<'_, PyString>) -> PyResult<Self> {
+        Ok(match text.call_method0(intern!(text.py(), "isascii"))?.is_truthy()? {
+            true => Utf8::Str(PyBackedStr::try_from(text.clone())?),
+            false => Utf8::Bytes(text.encode_utf8()?.into()),
+        })
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        match self {
+            Utf8::Str(text) => text.as_bytes(),
+            Utf8::Bytes(bytes) => bytes,
+        }
+    }
+}
+
 /// A text, or a part of one.
 pub struct Text {
     owner: Owner,
@@ -25,8 +48,7 @@ pub struct Text {
 }
 
 enum Owner {
-    Str(PyBackedStr),
-    Bytes(PyBackedBytes),
+    Python(Utf8),
     Strings(Arc<Strings>),
     Shared(Arc<Owner>), // by the parts of a long text
 }
@@ -34,8 +56,7 @@ enum Owner {
 impl Owner {
     fn bytes(&self) -> &[u8] {
         match self {
-            Owner::Str(text) => text.as_bytes(),
-            Owner::Bytes(bytes) => bytes,
+            Owner::Python(text) => text.bytes(),
             Owner::Strings(strings) => strings.data(),
             Owner::Shared(owner) => owner.bytes(),
         }
@@ -79,11 +100,7 @@ impl<'py> Reader<'_, 'py> {
     fn read(&mut self, item: Bound<'py, PyAny>) -> PyResult<()> {
         match item.cast::<PyString>() {
             Ok(text) => {
-                // Python would keep the UTF-8 of other text than ASCII beside the text for as long as that lives.
-                let owner = match text.call_method0(intern!(self.py, "isascii"))?.is_truthy()? {
-                    true => Owner::Str(PyBackedStr::try_from(text.clone())?),
-                    false => Owner::Bytes(text.encode_utf8()?.into()),
-                };
+                let owner = Owner::Python(Utf8::of(text)?);
                 let end = owner.bytes().len();
                 self.push(owner, 0, end)
             }

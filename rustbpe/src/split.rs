@@ -15,7 +15,7 @@
 //! encoding 4 % faster; bits are spread in groups of eight, which alone gave nothing. Text that is not ASCII goes a
 //! character at a time, 300 to 600 MB/s; there a flat table of the first 65,536 code points is a third faster on Chinese than
 //! blocks found through an index.
-use std::sync::OnceLock;
+use std::sync::Arc;
 
 use fancy_regex::Regex;
 
@@ -33,7 +33,12 @@ pub struct Splitter(Kind);
 
 #[derive(Clone)]
 enum Kind {
-    Gpt4 { max_digits: usize },
+    /// The classes belong to the splitter: a table that all share would be made at an unknown moment, and a process forked at that
+    /// moment would wait for it forever.
+    Gpt4 {
+        max_digits: usize,
+        classes: Arc<Classes>,
+    },
     Other(Box<Regex>),
 }
 
@@ -41,9 +46,9 @@ impl Splitter {
     pub fn new(pattern: &str) -> Result<Self, Error> {
         let digits = pattern.strip_prefix(BEFORE_DIGITS).and_then(|rest| rest.strip_suffix(AFTER_DIGITS));
         Ok(Splitter(match digits {
-            Some("1") => Kind::Gpt4 { max_digits: 1 },
-            Some("2") => Kind::Gpt4 { max_digits: 2 },
-            Some("3") => Kind::Gpt4 { max_digits: 3 },
+            Some(digits @ ("1" | "2" | "3")) => {
+                Kind::Gpt4 { max_digits: digits.parse().expect("a digit"), classes: Arc::new(Classes::build()) }
+            }
             _ => return Self::with_regex(pattern),
         }))
     }
@@ -68,8 +73,8 @@ impl Splitter {
     pub fn for_each_batch(&self, text: &str, mut f: impl FnMut(&[usize]) -> Result<(), Error>) -> Result<(), Error> {
         let mut borders = [0; WINDOW + 1];
         match &self.0 {
-            Kind::Gpt4 { max_digits } => {
-                let scanner = Scanner { bytes: text.as_bytes(), classes: classes(), max_digits: *max_digits };
+            Kind::Gpt4 { max_digits, classes } => {
+                let scanner = Scanner { bytes: text.as_bytes(), classes, max_digits: *max_digits };
                 while borders[0] < text.len() {
                     let [start, rest @ ..] = &mut borders;
                     let pieces = match scanner.piece_ends(*start) {
@@ -293,11 +298,6 @@ struct Classes {
     ranges: Vec<(u32, u32, Class)>, // first and last code point, of the others; ascending
 }
 
-fn classes() -> &'static Classes {
-    static TABLE: OnceLock<Classes> = OnceLock::new();
-    TABLE.get_or_init(Classes::build)
-}
-
 impl Classes {
     fn build() -> Self {
         let mut classes = Classes { plane: vec![Class::Other; 0x10000], ranges: Vec::new() };
@@ -349,7 +349,7 @@ fn contraction_length(rest: &[u8]) -> Option<usize> {
 
 struct Scanner<'t> {
     bytes: &'t [u8], // valid UTF-8, and positions are always on a character boundary
-    classes: &'static Classes,
+    classes: &'t Classes,
     max_digits: usize,
 }
 
@@ -504,9 +504,9 @@ mod tests {
 
     #[test]
     fn the_default_pattern_is_split_by_hand() {
-        assert!(matches!(Splitter::new(DEFAULT_PATTERN).unwrap().0, Kind::Gpt4 { max_digits: 3 }));
+        assert!(matches!(Splitter::new(DEFAULT_PATTERN).unwrap().0, Kind::Gpt4 { max_digits: 3, .. }));
         let two = DEFAULT_PATTERN.replace("{1,3}", "{1,2}");
-        assert!(matches!(Splitter::new(&two).unwrap().0, Kind::Gpt4 { max_digits: 2 }));
+        assert!(matches!(Splitter::new(&two).unwrap().0, Kind::Gpt4 { max_digits: 2, .. }));
         assert!(matches!(Splitter::new(r"\w+").unwrap().0, Kind::Other(_)));
     }
 
@@ -536,7 +536,7 @@ mod tests {
         for digits in ["{1,1}", "{1,2}", "{1,3}"] {
             let pattern = DEFAULT_PATTERN.replace("{1,3}", digits);
             let (hand, engine) = (Splitter::new(&pattern).unwrap(), Splitter::with_regex(&pattern).unwrap());
-            let Kind::Gpt4 { max_digits } = hand.0 else { panic!("{pattern} is split by hand") };
+            let Kind::Gpt4 { max_digits, classes } = &hand.0 else { panic!("{pattern} is split by hand") };
             for case in 0..cases / 3 {
                 let mut text = String::new();
                 let (length, one_odd_in) = if case % 4 > 0 { (draw(14), 1) } else { (draw(170), 1 + draw(100)) };
@@ -547,7 +547,7 @@ mod tests {
                 }
                 let found = pieces(&hand, &text);
                 assert_eq!(found, pieces(&engine, &text), "{text:?}");
-                let scanner = Scanner { bytes: text.as_bytes(), classes: classes(), max_digits };
+                let scanner = Scanner { bytes: text.as_bytes(), classes, max_digits: *max_digits };
                 let mut start = 0;
                 for piece in found {
                     start += piece.len();

@@ -212,9 +212,10 @@ def test_on_macos_humaneval_is_not_scored_and_its_answers_are_not_run(base, caps
     """The real search for a sandbox, on a system that has none."""
     programs = []
     run = execution.run_in_jail
-    monkeypatch.setattr(execution, "sys", types.SimpleNamespace(**{**vars(sys), "platform": "darwin"}))
+    for module in (execution, execution.probe):
+        monkeypatch.setattr(module, "sys", types.SimpleNamespace(**{**vars(sys), "platform": "darwin"}))
+        monkeypatch.setattr(module, "run_in_jail", lambda code, *rest, **more: programs.append(code) or run(code, *rest, **more))
     monkeypatch.setattr(execution, "find_sandbox", functools.cache(execution.find_sandbox.__wrapped__))
-    monkeypatch.setattr(execution, "run_in_jail", lambda code, *rest, **more: programs.append(code) or run(code, *rest, **more))
     row = {
         "task_id": "0",
         "prompt": "def one():\n",

@@ -13,6 +13,7 @@ import torch
 
 from zangchat import checkpoint_manager as cm
 from zangchat.errors import UserError
+from zangchat.runtime.files import file_sha256
 
 MODEL = {"transformer.wte.weight": torch.arange(12.0).view(4, 3), "lm_head.weight": torch.ones(4, 3, dtype=torch.bfloat16)}
 META = {"val_bpb": 1.5, "model_config": {"n_layer": 2}, "user_config": {"depth": 2}, "run_state": {"step": 1}}
@@ -102,7 +103,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 
     torch.save({"weight": Evil()}, tmp_path / "model_000001.pt")
     size = (tmp_path / "model_000001.pt").stat().st_size
-    files = {"model_000001.pt": {"size": size, "sha256": cm.common.file_sha256(tmp_path / "model_000001.pt")}}
+    files = {"model_000001.pt": {"size": size, "sha256": file_sha256(tmp_path / "model_000001.pt")}}
     (tmp_path / "meta_000001.json").write_text(json.dumps({**META, "step": 1, "files": files, "format_version": cm.FORMAT_VERSION}))
     with pytest.raises(UserError, match="model_000001.pt cannot be read"):
         cm.load_checkpoint(tmp_path, 1, "cpu")

@@ -17,14 +17,14 @@ import pytest
 import torch
 
 from tests.machines import gpus, nvidia_smi
-from zangchat import checkpoint_manager, common
+from zangchat import checkpoint_manager, common, configurator
 from zangchat.configurator import to_dict
 from zangchat.errors import UserError
 from zangchat.runtime.devices import device_synchronize, resolve_dtype
 from zangchat.runtime.downloads import DOWNLOAD_TRIES
 from zangchat.runtime.files import atomic_file, atomic_write, expand_home
 from zangchat.runtime.logs import get_wandb, log0
-from zangchat.runtime.memory import available_memory, peak_memory_bytes
+from zangchat.runtime.memory import available_memory, device_memory, peak_memory_bytes
 from zangchat.runtime.seeds import derive_seed
 from zangchat.training.flags import RunConfig
 
@@ -333,6 +333,35 @@ def test_a_rank_alone_is_not_a_process_group(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert common.get_dist_info() == (True, 3, 1, 4)
+
+
+LEFTOVERS = {  # of Slurm, Azure, Kubeflow and their like, and how a command takes them: None = as one process
+    "RANK= LOCAL_RANK= WORLD_SIZE=": None,
+    "RANK=0 LOCAL_RANK=0 WORLD_SIZE=1": None,
+    "RANK=unknown": None,
+    "RANK=0 LOCAL_RANK= WORLD_SIZE=4": None,
+    "LOCAL_WORLD_SIZE=": None,
+    "RANK=0 LOCAL_RANK=0 WORLD_SIZE=2": "RANK, LOCAL_RANK, WORLD_SIZE are set and MASTER_ADDR is not: start with torchrun, or unset these",
+    "RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1": "are set and MASTER_PORT is not",
+    "RANK=x LOCAL_RANK=0 WORLD_SIZE=2": "the environment has RANK=x, which is not a number of processes",
+    "RANK=-1 LOCAL_RANK=0 WORLD_SIZE=2": "the environment has RANK=-1",
+}
+
+
+@pytest.mark.parametrize("leftovers", LEFTOVERS)
+def test_what_a_cluster_leaves_in_the_environment(leftovers, monkeypatch, capsys):
+    for setting in leftovers.split():
+        monkeypatch.setenv(*setting.split("="))
+
+    def command(config):
+        assert common.compute_init("cpu")[3] == 1 and device_memory("cpu") > 0
+        common.compute_cleanup()
+        raise UserError("the end")
+
+    assert configurator.run(RunConfig, command, []) == 2
+    problem = LEFTOVERS[leftovers]
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and (problem or "error: the end") in error
 
 
 def test_compute_init_on_a_cpu_seeds_and_cleans_up():

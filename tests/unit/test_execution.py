@@ -1,11 +1,14 @@
 """The sandbox, attacked from inside namespaces of the test's own (see tests/sandbox_guard.py), so that a hole in it hurts nobody."""
 
+import functools
 import os
+import struct
 import sys
 import tempfile
 import textwrap
 from collections import Counter, OrderedDict, namedtuple
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +18,21 @@ from hypothesis import strategies as st
 from tests.sandbox_guard import Guard
 from zangchat import execution
 from zangchat.errors import UserError
-from zangchat.execution import ExecutionResult, Jail, Sandbox, SandboxLevel, execute_code, execute_tests, find_sandbox, jail, run_in_jail
+from zangchat.execution import (
+    ExecutionResult,
+    Jail,
+    Sandbox,
+    SandboxLevel,
+    command,
+    execute_code,
+    execute_tests,
+    find_sandbox,
+    jail,
+    probe,
+    run_in_jail,
+    supervisor,
+)
+from zangchat.execution.jail import seccomp, wire
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
 MEMORY = 256 * 2**20
@@ -426,7 +443,7 @@ def same(a: Any, b: Any) -> bool:
 @given(literals)
 @settings(deadline=None, max_examples=100)
 def test_literals_come_back_as_they_were(value):
-    assert same(jail.decode(jail.encode(value)), value)
+    assert same(wire.decode(wire.encode(value)), value)
 
 
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: repr(value)[:20] if not isinstance(value, int) else "int")
@@ -434,7 +451,7 @@ def test_every_kind_of_literal(value):
     limit = sys.get_int_max_str_digits()
     sys.set_int_max_str_digits(0)
     try:
-        assert same(jail.decode(jail.encode(value)), value)
+        assert same(wire.decode(wire.encode(value)), value)
     finally:
         sys.set_int_max_str_digits(limit)
 
@@ -451,20 +468,61 @@ def test_literals_travel_both_ways(run):
 def test_subclasses_travel_as_what_they_are_made_of():
     point = namedtuple("point", "x y")(1, 2)
     for value, plain in ((Counter("aab"), {"a": 2, "b": 1}), (OrderedDict(a=1), {"a": 1}), (point, (1, 2)), (type("I", (int,), {})(3), 3)):
-        assert same(jail.decode(jail.encode([value])), [plain])
+        assert same(wire.decode(wire.encode([value])), [plain])
     for value in (object(), iter([]), range(3), len, type):
         with pytest.raises(TypeError, match="no literal"):
-            jail.encode([value])
+            wire.encode([value])
 
 
 @given(st.binary(max_size=60) | st.text("ltdezifcsbaNTFE0123456789:-_ +", max_size=60).map(str.encode))
 @settings(deadline=None, max_examples=300)
 def test_nonsense_is_refused_and_makes_nothing_but_literals(data):
     try:
-        value = jail.decode(data)
+        value = wire.decode(data)
     except (ValueError, TypeError, OverflowError):
         return
-    jail.encode(value)  # a literal
+    wire.encode(value)  # a literal
+
+
+# -- the filter, simulated ---------------------------------------------------------------------------------------------
+
+
+def verdict(machine: str, writes: bool, number: int, *arguments: int) -> int:
+    """What the kernel would decide about a call of process 7: the filter, instruction by instruction."""
+    arguments += (0,) * (6 - len(arguments))
+    data = struct.pack("=iIQ6Q", number, seccomp.AUDIT_ARCH[machine], 0, *arguments)
+    program, place, value = seccomp.filter_program(machine, 7, writes), 0, 0
+    tests = {seccomp.JUMP_EQUAL: int.__eq__, seccomp.JUMP_GREATER: int.__gt__, seccomp.JUMP_SET: lambda a, b: bool(a & b)}
+    while True:
+        operation, if_true, if_false, operand = program[place]
+        place += 1
+        if operation == seccomp.LEAVE:
+            return operand
+        if operation == seccomp.LOAD:
+            (value,) = struct.unpack_from("=I", data, operand)
+        else:
+            place += if_true if tests[operation](value, operand) else if_false
+
+
+@pytest.mark.parametrize("machine", seccomp.DENIED)
+def test_the_filter_refuses_what_it_lists_and_allows_computing(machine):
+    decide, known = functools.partial(verdict, machine), seccomp.BY_ARGUMENT[machine]
+    for name, number in {**seccomp.DENIED[machine], **seccomp.NEWER}.items():
+        assert decide(True, number) == decide(False, number) == seccomp.REFUSE, name
+    for name, number in seccomp.CHANGES[machine].items():
+        assert (decide(True, number), decide(False, number)) == (seccomp.ALLOW, seccomp.REFUSE), name
+    read, write, mmap = {"x86_64": (0, 1, 9), "aarch64": (63, 64, 222)}[machine]
+    assert {decide(False, number) for number in (read, write, mmap)} == {seccomp.ALLOW}
+    assert {decide(True, number) for number in (seccomp.CLONE3, seccomp.LAST_KNOWN + 1, 1 << 30)} == {seccomp.UNKNOWN}
+    assert (decide(True, known["kill"], 7), decide(True, known["kill"], 8)) == (seccomp.ALLOW, seccomp.REFUSE)
+    assert decide(True, known["prlimit64"], 0) == seccomp.ALLOW and decide(True, known["prlimit64"], 8) == seccomp.REFUSE
+    assert decide(True, known["clone"], seccomp.CLONE_THREAD) == seccomp.ALLOW
+    for flags in (0, seccomp.CLONE_THREAD | 0x10000000):  # a process; a thread in a user namespace of its own
+        assert decide(True, known["clone"], flags) == seccomp.REFUSE
+    for flags in (os.O_WRONLY, os.O_RDWR, os.O_CREAT):
+        assert decide(True, known["openat"], 0, 0, flags) == seccomp.ALLOW
+        assert decide(False, known["openat"], 0, 0, flags) == seccomp.REFUSE
+    assert decide(False, known["openat"], 0, 0, os.O_RDONLY) == seccomp.ALLOW
 
 
 # -- what it must not reach --------------------------------------------------------------------------------------------
@@ -599,6 +657,23 @@ def test_new_processes_programs_and_powers_are_refused(run):
     assert lines[2:] in ([], ["[-1, -1, -1, -1, -1]", "[38]"])  # clone3: ENOSYS, so that libc falls back to clone
 
 
+def test_the_jails_own_modules_are_out_of_reach(run):
+    """All parts arrive in the interpreter, and none can be imported or looked up there."""
+    names = sorted(path.stem for path in Path(jail.__file__).parent.glob("[a-z]*.py"))
+    assert sorted(jail.PARTS) == names
+    result = run(
+        """
+        import sys
+        print([name for name in sys.modules if "zangchat" in name], hasattr(sys.modules["__main__"], "module"))
+        try:
+            import zangchat.execution.jail.main
+        except ModuleNotFoundError as error:
+            print(error)
+        """
+    )
+    assert result.stdout == "[] False\nNo module named 'zangchat'\n"
+
+
 def test_other_processes_are_out_of_reach(guard, run):
     result = run(
         f"""
@@ -633,12 +708,12 @@ def test_no_core_file_and_no_priority(run):
 # -- single layers, the others taken away ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layer", execution.HOLDS)
+@pytest.mark.parametrize("layer", probe.BLOCKED_BY)
 def test_each_layer_holds_by_itself_what_it_is_there_for(attacked, layer):
     through = attacked(Jail(layer) if layer in WORLDS else Jail(**{layer: True}))
-    assert not any(through[name] for name in execution.HOLDS[layer])
+    assert not any(through[name] for name in probe.BLOCKED_BY[layer])
     nothing = attacked(Jail())
-    assert all(nothing[name] for name in execution.HOLDS[layer] if name != "signal" or os.getuid() == 0), (
+    assert all(nothing[name] for name in probe.BLOCKED_BY[layer] if name != "signal" or os.getuid() == 0), (
         nothing
     )  # else this proves nothing
     assert not nothing["memory"]
@@ -710,7 +785,7 @@ try:
 except BlockingIOError:
     print(children)
 """
-    assert 0 < int(guard.run(code, timeout=10.0, jail=Jail(world, drop=True)).stdout) < execution.PROCESSES
+    assert 0 < int(guard.run(code, timeout=10.0, jail=Jail(world, drop=True)).stdout) < supervisor.PROCESSES
 
 
 def test_a_bomb_of_forks_is_no_bomb(run):
@@ -767,12 +842,12 @@ def test_a_layer_that_breaks_or_leaks_is_left_out_and_the_level_falls(monkeypatc
             raise execution.SandboxError("unshare: Operation not permitted")
         return {**clean, "read": True} if jail.world == "bubblewrap" or not jail.landlock else {**clean, "process": not jail.seccomp}
 
-    monkeypatch.setattr(execution, "attack", attack)
+    monkeypatch.setattr(probe, "attack", attack)
     found = execution.find_sandbox.__wrapped__()
     assert found.level == SandboxLevel.ISOLATED and (found.jail.world, found.jail.landlock, found.jail.seccomp) == ("none", True, True)
-    monkeypatch.setattr(execution, "attack", lambda jail: {**clean, "read": jail.landlock, "network": jail.seccomp})
+    monkeypatch.setattr(probe, "attack", lambda jail: {**clean, "read": jail.landlock, "network": jail.seccomp})
     assert not execution.find_sandbox.__wrapped__().jail.landlock
-    monkeypatch.setattr(execution, "attack", lambda jail: {**clean, "memory": True})
+    monkeypatch.setattr(probe, "attack", lambda jail: {**clean, "memory": True})
     assert execution.find_sandbox.__wrapped__().level == SandboxLevel.NONE
 
 
@@ -783,7 +858,7 @@ def test_the_level_is_told_in_words():
 
 
 def test_a_jail_that_breaks_is_no_verdict(monkeypatch):
-    monkeypatch.setattr(execution, "_interpreter", lambda: "/bin/false")
+    monkeypatch.setattr(command, "interpreter", lambda: "/bin/false")
     with pytest.raises(execution.SandboxError):
         run_in_jail("print(1)", Jail(), timeout=5.0, memory_bytes=MEMORY)
 

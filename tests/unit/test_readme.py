@@ -510,6 +510,20 @@ def test_the_tables_of_predictions_are_computed():
             assert float(hours) == pytest.approx(expected, abs=0.06) and float(dollars) == pytest.approx(24 * expected, abs=0.6)
 
 
+@pytest.mark.parametrize("name", READMES)
+def test_the_readmes_quote_the_tables_of_predictions(name):
+    text, page = text_of(name), text_of("dev/docs/en/scaling.md")
+    for card, memory in (("RTX 4090", 24), ("H100", 80)):
+        row = rf"^\| {card}\D+{memory} GB \| `bash dev/rungpu.sh` \| (d\d+)\D+(\d+M) \| ([\d.]+) h"
+        ((model, size, hours),) = re.findall(row, text, re.M)
+        assert re.search(rf"^\| {memory} GB \| {model}, {size} .*\b{hours} h {card}\b", page, re.M)
+    for script, model in (("speedrun.sh", "d20"), ("run1000.sh", r"d32, ratio 20 \(`run1000.sh`\)")):
+        row = rf"`bash {script}` \| .* \| ([\d.]+)\D+([\d.]+) h\D+(\d+)\D+(\d+)\D*\|$"
+        ((hours, more_hours, dollars, more_dollars),) = re.findall(row, text, re.M)
+        cells = f"{more_hours} h, ${more_dollars} | {hours} h, ${dollars} |"  # at 40 and at 50 %
+        assert re.search(rf"^\| {model} \| .* \| {re.escape(cells)}", page, re.M)
+
+
 def test_one_gpu_gets_sizes_for_its_memory(chain):
     code, output, calls = chain("dev/rungpu.sh", smi="24564", NPROC_PER_NODE="1")
     assert code == 0 and "the preset for 24 GB" in output

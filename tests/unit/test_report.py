@@ -11,7 +11,8 @@ import pytest
 
 from zangchat import report as report_module
 from zangchat.errors import UserError
-from zangchat.report import Card, Report, get_report, main, read_curve, stage_of, summary_table
+from zangchat.report import Card, Report, get_report, read_curve, stage_of, summary_table
+from zangchat.report.__main__ import main
 
 
 @pytest.fixture
@@ -143,7 +144,7 @@ def test_the_header_tells_machine_versions_and_revision(report):
     text = report.generate(dollars_per_hour=24.0).read_text(encoding="utf-8")
     for fact in ("CPU", "memory", "torch", "Python", "wall-clock", "cost"):
         assert f"| {fact} |" in text
-    if (Path(report_module.__file__).parent.parent / ".git").exists():
+    if (Path(report_module.__file__).parents[2] / ".git").exists():
         assert re.search(r"\| git \| [0-9a-f]{12} on ", text)
 
 

@@ -1,13 +1,16 @@
 """The crate: it splits, trains and encodes exactly as the slow reference and as tiktoken do, and never panics."""
 
 import contextlib
+import copy
 import gc
 import inspect
 import itertools
 import multiprocessing
 import os
+import pickle
 import random
 import signal
+import subprocess
 import sys
 import threading
 import unicodedata
@@ -113,6 +116,29 @@ def test_merges_of_the_package_on_pypi() -> None:
     assert trained.get_pattern() == SPLIT_PATTERN.replace("{1,2}", "{1,3}")
 
 
+WITHOUT_THREADS = """
+import rustbpe
+texts = [f"the cat {i % 97} sat on the mat {i} " * 50 for i in range(3000)]
+tokenizer = rustbpe.Tokenizer()
+tokenizer.train_from_iterator(iter(texts), 1000, num_threads=2)
+ids, offsets = tokenizer.encode_documents(texts, num_threads=2)
+text, _ = tokenizer.decode_documents(ids, offsets, num_threads=2)
+assert text.tobytes().decode() == "".join(texts)
+print(len(tokenizer.get_mergeable_ranks()), ids.sum())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="another system may grant a stack of any size")
+def test_without_threads_the_caller_does_all_the_work() -> None:
+    """With a stack larger than the address space no thread starts."""
+    results = set()
+    for stack in ({}, {"RUST_MIN_STACK": str(1 << 47)}):
+        done = subprocess.run([sys.executable, "-c", WITHOUT_THREADS], env={**os.environ, **stack}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        results.add(done.stdout)
+    assert len(results) == 1
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_the_result_depends_on_the_documents_alone(data: st.DataObject) -> None:
@@ -213,6 +239,14 @@ def sizes_over_trainings(as_arrow: bool) -> list[int]:
 def test_memory_does_not_grow_over_repeated_trainings(as_arrow: bool) -> None:
     sizes = in_a_fresh_process(sizes_over_trainings, as_arrow)
     assert max(sizes[20:]) - max(sizes[5:20]) < 2_000_000  # keeping one text a training would add 10 MB
+
+
+def test_texts_do_not_grow_when_they_are_encoded() -> None:
+    """Python would keep the UTF-8 of each beside it."""
+    texts = [f"{i} élan vital " * 4000 for i in range(10)]
+    before = [sys.getsizeof(text) for text in texts]
+    rustbpe.Tokenizer().encode_documents(texts)
+    assert [sys.getsizeof(text) for text in texts] == before
 
 
 def growth_over_a_long_text() -> int:
@@ -392,6 +426,14 @@ def test_other_python_threads_run_meanwhile() -> None:
     assert after - before > 1000
 
 
+def test_a_tokenizer_can_be_pickled_and_copied() -> None:
+    tokenizer = train(["the cat sat on the mat"] * 9, 280, pattern=GPT2_PATTERN)
+    for other in (pickle.loads(pickle.dumps(tokenizer)), copy.deepcopy(tokenizer)):
+        assert other.get_pattern() == GPT2_PATTERN
+        assert other.get_mergeable_ranks() == tokenizer.get_mergeable_ranks()
+        assert other.encode("the cat élan") == tokenizer.encode("the cat élan")
+
+
 def test_ranks_round_trip() -> None:
     trained = train(["some words and more words"], 280)
     again = rustbpe.Tokenizer.from_ranks(trained.get_mergeable_ranks(), trained.get_pattern())
@@ -451,6 +493,33 @@ def test_ctrl_c_is_answered_while_counting_one_long_document() -> None:
         train([text], 300, pattern=GPT2_PATTERN)
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("kind", ["list", "one text", "arrow"])
+def test_ctrl_c_is_answered_while_encoding(kind: str, num_threads: int) -> None:
+    """The third signal raises: only one that is handled during the call, not at its end, has successors."""
+    words = "".join(random.Random(4).choices("abcdefghijklmnopqrstuvwxyz   ", k=500_000))
+    tokenizer = rustbpe.Tokenizer.from_ranks(BYTES, GPT2_PATTERN)  # through the regex engine: seconds
+    texts: Any = pa.array([words] * 80) if kind == "arrow" else [words] * 80
+    text, handled = words * 400, []
+
+    def interrupt(*_: object) -> None:
+        handled.append(1)
+        if len(handled) == 3:
+            raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            if kind == "one text":
+                rustbpe.Tokenizer().encode(text)
+            else:
+                tokenizer.encode_documents(texts, num_threads=num_threads)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
 @pytest.mark.parametrize("word_length", [5, 3_000_000])
 def test_ctrl_c_is_answered_between_counting_and_merging_and_while_merging(word_length: int) -> None:
     """`progress` is first called when words are counted; many are sorted before the first merge, a long one is merged for seconds."""
@@ -504,6 +573,32 @@ def test_bad_arrow_arrays() -> None:
             train([array_of(offsets, b"abc")], 300)
 
 
+class Exporter:
+    """Gives the same capsules on every call, as no library should."""
+
+    def __init__(self, array: pa.Array, method: str) -> None:
+        capsules = getattr(pa.chunked_array([array]) if "stream" in method else array, method)()
+        setattr(type(self), method, lambda self: capsules)
+
+
+@pytest.mark.parametrize("method", ["__arrow_c_stream__", "__arrow_c_array__"])
+@pytest.mark.parametrize("use", ["train", "encode"])
+def test_a_capsule_that_was_read_is_refused(method: str, use: str) -> None:
+    exporter = type("Exporter", (Exporter,), {})(pa.array(["some text"] * 1000), method)
+    tokenizer = rustbpe.Tokenizer()
+    for refused in (False, True, True):
+        with pytest.raises(ValueError, match="capsule .* was read before") if refused else contextlib.nullcontext():
+            if use == "train":
+                tokenizer.train_from_iterator([exporter], 300)
+            else:
+                tokenizer.encode_documents(exporter)
+
+
+def test_string_views_are_refused_with_the_way_out() -> None:
+    with pytest.raises(TypeError, match="cast the column to large_string"):
+        train([pa.array(["a"]).cast(pa.string_view())], 300)
+
+
 def test_bad_arguments_of_encoding() -> None:
     tokenizer = rustbpe.Tokenizer()
     for encode in (tokenizer.batch_encode, tokenizer.encode_documents):
@@ -526,8 +621,11 @@ def test_bad_ids() -> None:
     with pytest.raises(UnicodeDecodeError):
         tokenizer.decode([0xC3])
     assert tokenizer.decode_bytes([0xC3]) == b"\xc3"
-    with pytest.raises(OverflowError):
-        tokenizer.decode([-1])
+    for ids in ([-1], [2**32], [2**70], np.array([-1]), np.array([2**32])):
+        with pytest.raises(ValueError, match="negative or above 4294967295|values of uint32"):
+            tokenizer.decode(ids)
+    with pytest.raises(TypeError):
+        tokenizer.decode(["a"])
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,8 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from tests.talker import VOCAB, engine, eventually, serving
 from zangchat.server import http as server_module
-from zangchat.server.answers import render_markdown, rendered_parts
-from zangchat.server.app import load_page
-from zangchat.server.protocol import PageChat, Settings
+from zangchat.server.page_api import PageChat, load_page, render_markdown, render_parts
+from zangchat.server.protocol import Settings
 
 
 def reply(question: str) -> str:
@@ -582,9 +581,9 @@ def test_metrics_can_be_scraped(server: tuple[str, Any]) -> None:
     response = httpx.get(url + "/metrics")
     assert response.headers["content-type"].startswith("text/plain")
     lines = [line for line in response.text.splitlines() if not line.startswith("#")]
-    assert all(re.fullmatch(r'zangchat_[a-z_]+(\{gpu="0"\})? \d+', line) for line in lines)
+    assert all(re.fullmatch(r'zangchat_[a-z_]+(\{gpu="0"\})? \d+\.0', line) for line in lines)
     numbers = dict(line.rsplit(" ", 1) for line in lines)
-    assert int(numbers["zangchat_requests_total"]) == pool.served and int(numbers['zangchat_tokens_total{gpu="0"}']) > 0
+    assert float(numbers["zangchat_requests_total"]) == pool.served and float(numbers['zangchat_tokens_total{gpu="0"}']) > 0
 
 
 def test_an_api_key_guards_all_but_the_page() -> None:
@@ -632,7 +631,7 @@ def test_rendered_markdown_is_harmless(text: str, forbidden: str) -> None:
 
 
 def test_markdown_is_rendered_part_by_part() -> None:
-    parts = rendered_parts([{"type": "text", "text": "| a |\n|---|\n| `b` |\n"}, {"type": "python", "text": "*1*"}])
+    parts = render_parts([{"type": "text", "text": "| a |\n|---|\n| `b` |\n"}, {"type": "python", "text": "*1*"}])
     assert "<table>" in parts[0]["html"] and "<code>b</code>" in parts[0]["html"]
     assert parts[1] == {"type": "python", "text": "*1*"}
     assert 'class="language-python"' in render_markdown("```python\nx\n")  # an unfinished block while it streams in

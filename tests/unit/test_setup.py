@@ -369,7 +369,7 @@ def mac(tmp_path):
         shutil.copy(ROOT / name, folder / name)
     (folder / "dev/setup.sh").write_text(f"TORCH_VERSION={TORCH}\n")
     machine = Machine(tmp_path / "machine", "Darwin")
-    for name in ("python", "torchrun", "ruff", "mypy", "uv"):
+    for name in ("python", "torchrun", "ruff", "mypy", "lint-imports", "uv"):
         program = folder / ".venv/bin" / name
         program.parent.mkdir(parents=True, exist_ok=True)
         program.write_text(FAKE)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zangchat.errors import UserError
-from zangchat.runtime.processes import get_dist_info, is_ddp
+from zangchat.runtime.processes import check_meeting_place, get_dist_info, is_ddp, ranks_here
 
 if TYPE_CHECKING:
     import torch
@@ -103,11 +103,11 @@ def compute_init(device_type: str = "", seed: int = 42, deterministic: bool = Fa
         # fp32 products on tensor cores. By the older of torch's two settings: after the newer one (`fp32_precision`), torch.compile
         # stops with "mix of the legacy and new APIs", since parts of it still read the older (seen in 2.9 to 2.13).
         torch.set_float32_matmul_precision("high")
-    if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it to 1 where the user did not
-        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        if local_world_size > 1:  # ranks that each take every core slow each other down
-            torch.set_num_threads(max(1, _usable_cores() // local_world_size))
+    # Ranks that each take every core slow each other down. torchrun sets the variable to 1 if the user did not set it.
+    if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ and ranks_here() > 1:
+        torch.set_num_threads(max(1, _usable_cores() // ranks_here()))
     if ddp and not torch.distributed.is_initialized():
+        check_meeting_place()
         torch.distributed.init_process_group(
             backend="nccl" if device_type == "cuda" else "gloo",
             timeout=COLLECTIVE_TIMEOUT,

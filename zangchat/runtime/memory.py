@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from zangchat.runtime.processes import ranks_here
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +48,7 @@ def device_memory(device: torch.device | str) -> int:
         return int(torch.mps.recommended_max_memory())
     import psutil
 
-    return available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + psutil.Process().memory_info().rss
+    return available_memory() // ranks_here() + psutil.Process().memory_info().rss
 
 
 def available_memory(root: Path = Path("/")) -> int:

@@ -1,29 +1,59 @@
-"""The ranks that torchrun started."""
-
-from __future__ import annotations
+"""The processes of one run, as torchrun starts them and tells them by the environment."""
 
 import os
 import sys
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
+from zangchat.errors import UserError
+
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
 def is_ddp() -> bool:
-    """Whether torchrun started this process. RANK alone, as some clusters set it, does not count."""
-    return all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    """Whether torchrun, or a cluster's launcher like it, started this process as one of several.
+
+    RANK by itself, as some clusters set it, does not count. One process of one needs no others, so
+    without MASTER_ADDR, where they would meet, it is an ordinary process.
+    """
+    ranks = [os.environ.get(name) for name in RANK_VARIABLES]
+    return all(ranks) and not (ranks[2] == "1" and not os.environ.get("MASTER_ADDR"))
 
 
 def get_dist_info() -> tuple[bool, int, int, int]:
-    """(ddp, rank, local_rank, world_size); (False, 0, 0, 1) without torchrun."""
+    """(ddp, rank, local_rank, world_size); (False, 0, 0, 1) without torchrun.
+
+    Raises UserError if the environment has something else than ranks.
+    """
     if not is_ddp():
         return False, 0, 0, 1
-    return True, int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, local_rank, world_size = (_whole_number(name) for name in RANK_VARIABLES)
+    return True, rank, local_rank, world_size
+
+
+def check_meeting_place() -> None:
+    """Raises UserError if the processes of the run do not know where to meet."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise UserError(
+                f"{', '.join(RANK_VARIABLES)} are set and {name} is not: start with torchrun, or unset these three for a single process"
+            )
+
+
+def ranks_here() -> int:
+    """How many processes of the run are on this machine."""
+    ddp, _, _, world_size = get_dist_info()
+    return _whole_number("LOCAL_WORLD_SIZE") if ddp and os.environ.get("LOCAL_WORLD_SIZE") else world_size
+
+
+def _whole_number(name: str) -> int:
+    if not os.environ[name].isdecimal():
+        raise UserError(
+            f"the environment has {name}={os.environ[name]}, which is not a number of processes: unset it, or start with torchrun"
+        )
+    return int(os.environ[name])
 
 
 def compute_cleanup() -> None:
-    """Leave the process group, where there is one. Whoever stopped the import of torch gets no second one, which would fail."""
+    """Leave the process group, if there is one. Does not import torch: an interrupted import cannot be retried."""
     torch = sys.modules.get("torch")
     if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

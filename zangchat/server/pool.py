@@ -1,7 +1,8 @@
-"""Who is served when: one worker thread per device owns a RunningBatch; requests join and leave it between two tokens.
+"""Worker pool: one thread per device owns a RunningBatch; requests come and go between tokens.
 
-The event loop only posts to a worker's inbox and reads streams of tokens, so it never waits for the model. Whoever opens a stream
-closes it; its place in the batch is free at the next token, however the request ended.
+The event loop only posts to a worker's inbox and reads token streams, so it never waits for the
+model. The code that opens a stream closes it, which frees its rows at the next token. Knows nothing
+of HTTP.
 """
 
 import asyncio
@@ -13,55 +14,69 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from zangchat.engine import Engine, Event, Generation, RunningBatch
+from zangchat.engine import Engine, Event, Generation, Request, RunningBatch
 from zangchat.engine.sampling import Logprob
-from zangchat.engine.sampling import Request as Continuation
-from zangchat.server.protocol import ApiError, Settings
 
 logger = logging.getLogger(__name__)
 
-PIECES_PER_SECOND = 1000  # that a worker hands to the event loop; where rows make more tokens, several travel in one piece
+# A worker hands at most this many pieces to the event loop; above, a piece holds several tokens.
+PIECES_PER_SECOND = 1000
+
+
+class PoolError(Exception):
+    """The pool cannot serve a request; the message is for the client."""
+
+
+class QueueFull(PoolError):
+    """Too many continuations are in the pool already; a later attempt may succeed."""
+
+
+class EngineFailed(PoolError):
+    """The engine raised an exception while it computed this request."""
 
 
 class Token(NamedTuple):
-    """One step of one choice, as it reaches the event loop. A stop_reason ends the choice; "error" means that the engine failed."""
+    """One step of a choice. A stop_reason ends the choice; "error" means that the engine failed."""
 
     choice: int
-    token: int | None  # None where it ended without another one
+    token: int | None  # None if the choice ended without a further token
     stop_reason: str | None
     stop_token: int | None = None
     logprob: Logprob | None = None
 
 
 class Stream:
-    """The tokens of one API request (one or more choices) on the event loop. Whoever opens it closes it, whatever happens."""
+    """The tokens of one API request (one or more choices), on the event loop. Must be closed."""
 
-    def __init__(self, pool: "Pool", worker: "Worker", requests: Sequence[Continuation]) -> None:
+    def __init__(self, pool: "Pool", worker: "Worker", requests: Sequence[Request]) -> None:
         self.pool, self.worker, self.requests = pool, worker, requests
-        self.generations: list[Generation] = []  # the worker's own
-        self.before = max(0, worker.load - worker.max_rows + 1)  # continuations that must end before this one begins
-        self.deadline = time.monotonic() + pool.settings.request_seconds
+        self.generations: list[Generation] = []  # filled by the worker
+        self.before = max(0, worker.load - worker.max_rows + 1)  # continuations ahead in the queue
+        self.deadline = time.monotonic() + pool.request_seconds
         self.loop = asyncio.get_running_loop()
         self._arrived: list[Token] = []
-        self._news = asyncio.Event()
+        self._has_arrived = asyncio.Event()
         self._open = len(requests)  # choices that have not ended
         self._closed = False
 
     async def __aiter__(self) -> AsyncIterator[list[Token]]:
-        """What has arrived since: one step's tokens, or several steps' where the reader is slower than the engine."""
+        """The tokens of one step, or of several if the reader is slower than the engine.
+
+        Raises EngineFailed.
+        """
         while self._open:
-            await self._news.wait()
-            self._news.clear()
+            await self._has_arrived.wait()
+            self._has_arrived.clear()
             tokens, self._arrived = self._arrived, []
             if any(token.stop_reason == "error" for token in tokens):
-                raise ApiError(500, "the engine failed on this request; the server's log has the reason", "engine_error")
+                raise EngineFailed("the engine failed on this request; the server's log has the reason")
             self._open -= sum(token.stop_reason is not None for token in tokens)
             yield tokens
 
     def feed(self, tokens: list[Token]) -> None:
-        """On the event loop, by the worker's order."""
+        """Called on the event loop, by the worker's order."""
         self._arrived += tokens
-        self._news.set()
+        self._has_arrived.set()
 
     def close(self) -> None:
         if not self._closed:
@@ -77,20 +92,20 @@ class Worker(threading.Thread):
     def __init__(self, engine: Engine, number: int, max_rows: int) -> None:
         super().__init__(name=f"engine-{number}", daemon=True)
         self.engine, self.number, self.max_rows = engine, number, max_rows
-        self.load = 0  # choices given to this worker and not closed; the event loop's own count
+        self.load = 0  # choices given to this worker and not closed; only the event loop changes it
         self.tokens = 0  # generated since the start
-        self.rows = self.waiting = 0  # of the batch, for others to read
+        self.rows = self.waiting = 0  # of the batch, for other threads to read
         self.batch = self._new_batch()
         self._inbox: deque[tuple[Literal["join", "leave"], Stream]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
-        self._streams: dict[int, tuple[Stream, int]] = {}  # id of a live generation -> its stream and choice
-        self._outgoing: dict[int, tuple[Stream, list[Token]]] = {}  # id of a stream -> what it gets next
+        self._streams: dict[int, tuple[Stream, int]] = {}  # id of a generation -> stream, choice
+        self._outgoing: dict[int, tuple[Stream, list[Token]]] = {}  # id of a stream -> next piece
         self._next_delivery = 0.0
 
-    def post(self, what: Literal["join", "leave"], stream: Stream) -> None:
+    def post(self, action: Literal["join", "leave"], stream: Stream) -> None:
         with self._wake:
-            self._inbox.append((what, stream))
+            self._inbox.append((action, stream))
             self._wake.notify()
 
     def stop(self) -> None:
@@ -107,12 +122,12 @@ class Worker(threading.Thread):
                 posted = list(self._inbox)
                 self._inbox.clear()
             try:
-                for what, stream in posted:
-                    self._join(stream) if what == "join" else self._leave(stream)
+                for action, stream in posted:
+                    self._join(stream) if action == "join" else self._leave(stream)
                 self._end_overdue()
                 self._collect(self.batch.step())
                 self.rows, self.waiting = self.batch.num_rows, len(self.batch.waiting)
-            except Exception:  # whatever the engine raised must not end the thread that serves everybody
+            except Exception:  # must not end the thread that serves all requests
                 logger.exception("the engine failed; the requests in its batch are given up")
                 self._give_up()
                 self.batch = self._new_batch()
@@ -146,7 +161,8 @@ class Worker(threading.Thread):
             stream, choice = self._streams[id(generation)]
             if generation.stop_reason is not None:
                 del self._streams[id(generation)]
-            self._send(stream, Token(choice, token, generation.stop_reason, generation.stop_token, logprob))
+            stop_reason, stop_token = generation.stop_reason, generation.stop_token
+            self._send(stream, Token(choice, token, stop_reason, stop_token, logprob))
             self.tokens += token is not None
 
     def _give_up(self) -> None:
@@ -158,7 +174,10 @@ class Worker(threading.Thread):
         self._outgoing.setdefault(id(stream), (stream, []))[1].append(token)
 
     def _deliver(self) -> None:
-        """Hand over what there is, all streams in one call: each call and each piece makes the event loop compete with this thread."""
+        """Hand over the pieces of all streams in one call.
+
+        Each call and each piece makes the event loop compete with this thread for the interpreter.
+        """
         now = time.monotonic()
         if not self._outgoing or (now < self._next_delivery and self.batch.busy):
             return
@@ -176,17 +195,19 @@ def _hand_out(outgoing: list[tuple[Stream, list[Token]]]) -> None:
 
 @dataclass
 class Pool:
-    """All workers, and the bound on what they may have in hand. Used from the event loop only."""
+    """All workers, and the bound on the continuations in them. Used from the event loop only."""
 
     engines: Sequence[Engine]
-    settings: Settings
+    max_batch: int  # rows of each running batch
+    queue: int  # continuations that may wait, all devices together
+    request_seconds: float  # wall-clock limit of one request, waiting included
     workers: list[Worker] = field(default_factory=list)
-    load: int = 0  # choices in hand
+    load: int = 0  # choices that have not been closed
     served: int = 0
     refused: int = 0
 
     def start(self) -> None:
-        self.workers = [Worker(engine, number, self.settings.max_batch) for number, engine in enumerate(self.engines)]
+        self.workers = [Worker(engine, number, self.max_batch) for number, engine in enumerate(self.engines)]
         for worker in self.workers:
             worker.start()
 
@@ -200,14 +221,12 @@ class Pool:
     def healthy(self) -> bool:
         return bool(self.workers) and all(worker.is_alive() for worker in self.workers)
 
-    def open(self, requests: Sequence[Continuation]) -> Stream:
-        """Hand requests to the least loaded worker. Raises ApiError 429 when too many are waiting already."""
-        capacity = self.settings.max_batch * len(self.workers) + self.settings.queue
+    def open(self, requests: Sequence[Request]) -> Stream:
+        """Give requests to the least loaded worker. Raises QueueFull if too many are waiting."""
+        capacity = self.max_batch * len(self.workers) + self.queue
         if self.load + len(requests) > capacity:
             self.refused += 1
-            raise ApiError(
-                429, f"the server is busy: {self.load} continuations are in hand; try again soon", "queue_full", {"Retry-After": "2"}
-            )
+            raise QueueFull(f"the server is busy: {self.load} continuations are in hand; try again soon")
         worker = min(self.workers, key=lambda w: w.load)
         stream = Stream(self, worker, requests)
         self.load += len(requests)
