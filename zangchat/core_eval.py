@@ -1,8 +1,9 @@
 """CORE: the 22 tasks of DCLM (arXiv:2406.11794), in three kinds, scored without generating anything.
 
-    multiple_choice     query + each choice: the choice whose tokens have the least mean loss
-    schema              each context + one continuation: the context under which the continuation has the least mean loss
-    language_modeling   context + continuation: right if every token of the continuation is the most likely one
+    multiple_choice     query + each choice: the choice with the least mean loss of its tokens
+    schema              each context + one continuation: the context after which the continuation
+                        has the least mean loss
+    language_modeling   context + continuation: correct if greedy decoding gives the continuation
 
 Prompts are those of DCLM's evaluator (llm-foundry): a line break separates examples and question, the
 task's delimiter question and answer; the answer takes the context's trailing space to its front;
@@ -64,7 +65,8 @@ CORE_TASKS = (
     "boolq",
     "bigbench_language_identification",
 )
-BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # ZANGCHAT_EVAL_BUNDLE_URL names a mirror
+# ZANGCHAT_EVAL_BUNDLE_URL names a mirror
+BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 MAX_BUNDLE_BYTES = 2 * 2**30  # unpacked; a zip that claims more is not the bundle
 EXAMPLE_DELIMITER = "\n"
 FEWSHOT_SEED = 1234
@@ -81,7 +83,7 @@ class CoreTask:
     path: Path
     num_fewshot: int
     delimiter: str = " "  # between a question and its answer
-    has_categories: bool = False  # scored, and few-shot examples drawn, per category; the mean over categories counts
+    has_categories: bool = False  # examples are drawn per category; the score is the mean over them
     chance: float = 0.0  # accuracy of guessing
 
 
@@ -96,7 +98,7 @@ class Row(NamedTuple):
 
 
 def find_bundle(download: bool = True) -> Path:
-    """The bundle's folder, fetched first where it is missing and `download` allows. Raises UserError."""
+    """The bundle's folder, downloaded first if missing and `download` is set. Raises UserError."""
     folder = get_base_dir() / "eval_bundle"
     if not (folder / "core.yaml").is_file():
         if not download:
@@ -110,9 +112,10 @@ def find_bundle(download: bool = True) -> Path:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """The folder eval_bundle/ of a zip file, as `folder`: unpacked beside it and renamed, so that half a bundle never has that name.
+    """Unpack the folder eval_bundle/ of a zip file as `folder`: whole or not at all.
 
-    Raises UserError for a zip with members that would leave the folder, with links, or beyond MAX_BUNDLE_BYTES.
+    Raises UserError for a zip whose members would leave the folder, are links, or exceed
+    MAX_BUNDLE_BYTES.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".eval_bundle.") as temporary:
@@ -131,13 +134,13 @@ def unpack(archive: Path, folder: Path) -> None:
         found = [path.parent for path in sorted(Path(temporary).rglob("core.yaml"))]
         if not found:
             raise UserError(f"{archive} has no core.yaml: delete the file, it is not the bundle")
-        if folder.exists():  # without a core.yaml, or nobody would unpack
+        if folder.exists():  # without a core.yaml
             shutil.rmtree(folder)
         found[0].rename(folder)
 
 
 def read_tasks(bundle: Path) -> tuple[list[CoreTask], list[str]]:
-    """(the tasks whose data is there, the labels of CORE tasks that are missing), both in the order of CORE. Raises UserError."""
+    """(tasks with data, labels of missing ones), both in the order of CORE. Raises UserError."""
     try:
         settings = yaml.safe_load((bundle / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
         with open(bundle / "eval_meta_data.csv", encoding="utf-8", newline="") as file:
@@ -164,7 +167,7 @@ def read_tasks(bundle: Path) -> tuple[list[CoreTask], list[str]]:
 
 
 def read_items(task: CoreTask) -> list[dict[str, Any]]:
-    """The items of a task, the white space around their texts removed. Raises UserError naming file and line."""
+    """The items of a task, their texts stripped. Raises UserError with file and line."""
     items = []
     for where, item in read_jsonl(task.path):
         missing = [field for field in FIELDS[task.kind] if field not in item]
@@ -179,7 +182,8 @@ def read_items(task: CoreTask) -> list[dict[str, Any]]:
 # ---- items to rows --------------------------------------------------------------------------------------------------
 
 
-ROWS: dict[str, Callable[[dict[str, Any]], list[tuple[str, str]]]] = {  # item -> its (context, answer) pairs
+# item -> its (context, answer) pairs
+ROWS: dict[str, Callable[[dict[str, Any]], list[tuple[str, str]]]] = {
     "multiple_choice": lambda item: [(item["query"], choice) for choice in item["choices"]],
     "schema": lambda item: [(context, item["continuation"]) for context in item["context_options"]],
     "language_modeling": lambda item: [(item["context"], item["continuation"])],
@@ -192,7 +196,7 @@ FIELDS = {
 
 
 def fewshot_indices(index: int, count: int, num_fewshot: int) -> list[int]:
-    """Which other items of `count` are shown before item `index`; all of them where there are too few."""
+    """The other items of `count` to show before item `index`; all if there are too few."""
     others = [i for i in range(count) if i != index]
     return random.Random(FEWSHOT_SEED + index).sample(others, min(num_fewshot, len(others)))
 
@@ -204,9 +208,12 @@ def preamble(task: CoreTask, examples: Sequence[dict[str, Any]]) -> str:
 
 
 def item_rows(task: CoreTask, item: dict[str, Any], examples: Sequence[dict[str, Any]], tokenizer: Any, context_len: int) -> list[Row]:
-    """The rows of one item: one per choice, or a single one. What does not fit is cut from the left, <|bos|> and the answer excepted."""
+    """The rows of an item: one per choice, or a single one.
+
+    A context that does not fit is cut from the left, after <|bos|>.
+    """
     before = preamble(task, examples)
-    # a schema's continuation just goes on from its context; the other kinds have a question and an answer
+    # a schema's continuation continues its context; the other kinds have a question and an answer
     delimiter = "" if task.kind == "schema" and not before else task.delimiter
     head = tokenizer.encode(before) if before else []
     rows = []
@@ -215,7 +222,7 @@ def item_rows(task: CoreTask, item: dict[str, Any], examples: Sequence[dict[str,
         answer_ids = tokenizer.encode(answer if answer.startswith(" ") else f" {answer}")
         context_ids = [*head, *tokenizer.encode(question)]
         answer_ids = answer_ids[:context_len]
-        room = context_len - len(answer_ids)  # <|bos|> has a place of its own: the last token is only a target
+        room = context_len - len(answer_ids)  # <|bos|> needs no room: the last token is only a target
         kept = context_ids[max(0, len(context_ids) - room) :] if room else []
         rows.append(Row([tokenizer.get_bos_token_id(), *kept, *answer_ids], 1 + len(kept)))
     return rows
@@ -243,7 +250,7 @@ def judge(model: Any, kind: str, items: Sequence[Sequence[Row]], golds: Sequence
 
 
 def groups_of(task: CoreTask, items: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The items by category, in the order of first appearance; one group where the task has none."""
+    """The items by category, in the order of first appearance; one group without categories."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for item in items:
         groups.setdefault(str(item.get("category", "")) if task.has_categories else "", []).append(item)
@@ -251,7 +258,7 @@ def groups_of(task: CoreTask, items: Sequence[dict[str, Any]]) -> list[list[dict
 
 
 def chosen_items(groups: Sequence[Sequence[Any]], max_per_task: int) -> list[tuple[int, int]]:
-    """(group, index) of the items to score: all, or a fixed random `max_per_task` of them, in order."""
+    """(group, index) of the items to score, in order: all, or a fixed random `max_per_task`."""
     places = [(g, i) for g, group in enumerate(groups) for i in range(len(group))]
     if 0 < max_per_task < len(places):
         places = sorted(random.Random(SUBSET_SEED).sample(places, max_per_task))
@@ -261,7 +268,7 @@ def chosen_items(groups: Sequence[Sequence[Any]], max_per_task: int) -> list[tup
 def render(
     task: CoreTask, groups: Sequence[Sequence[dict[str, Any]]], places: Sequence[tuple[int, int]], tokenizer: Any, context_len: int
 ) -> tuple[list[list[Row]], list[int]]:
-    """(rows, gold row) of the items at `places`, each behind its own few-shot examples."""
+    """(rows, gold row) of the items at `places`, each after its own few-shot examples."""
     rows, golds = [], []
     for g, i in places:
         examples = [groups[g][j] for j in fewshot_indices(i, len(groups[g]), task.num_fewshot)]
@@ -291,7 +298,7 @@ def evaluate_core_task(model: "GPT", tokenizer: Any, task: CoreTask, max_per_tas
 
 
 def core_name(missing: Sequence[str]) -> str:
-    """What the figure is called: "CORE", or "CORE (21/22, no coqa)"."""
+    """The name of the figure: "CORE", or "CORE (21/22, no coqa)"."""
     if not missing:
         return "CORE"
     return f"CORE ({len(CORE_TASKS) - len(missing)}/{len(CORE_TASKS)}, no {', '.join(missing)})"
@@ -306,10 +313,12 @@ def evaluate_core(
     on_task: Callable[[str, float, float], None] | None = None,
     show_progress: bool = False,
 ) -> dict[str, Any]:
-    """Score every CORE task that is there. `max_per_task` > 0 takes that many items of each; `on_task` hears (label, accuracy, centred).
+    """Score every CORE task in the bundle. `max_per_task` > 0 limits the items of each.
 
-    {"name": core_name(missing), "core_metric": mean of the centred, "results": {label: accuracy}, "centered_results": {label: centred},
-    "missing": [label]}. The same on every rank. Raises UserError where the bundle is none or holds none of the tasks.
+    `on_task` is called with (label, accuracy, centred). Returns {"name": core_name(missing),
+    "core_metric": mean of the centred, "results": {label: accuracy}, "centered_results":
+    {label: centred}, "missing": [label]}, the same on every rank. Raises UserError for a bundle
+    without any of the tasks.
     """
     tasks, missing = read_tasks(bundle)
     if not tasks:

@@ -1,7 +1,8 @@
-"""Tasks scored with a chat model: letters by their logits (categorical), answers by generating them (generative, pass@k).
+"""Tasks scored with a chat model: letters by their logits, other answers by generating them (pass@k).
 
-The problems are dealt out to the ranks; each answer depends on (seed, task, problem, sample) alone, so neither the batch nor the number
-of ranks changes a verdict, up to rounding in the logits. Tasks come in as objects: this module knows their protocol, not their names.
+The ranks share the problems. An answer only depends on (seed, task, problem, sample), so neither the
+batch nor the number of ranks changes a verdict, up to rounding in the logits. This module knows the
+protocol of tasks, not their names.
 """
 
 import json
@@ -26,14 +27,14 @@ VERDICT_THREADS = 4
 
 @dataclass
 class Item:
-    """One problem and what became of it."""
+    """A problem with its completions and verdicts."""
 
     index: int  # in the task
     prompt: str
     expected: Any  # the content of the task's own answer
     completions: list[str] = field(default_factory=list)  # as the model wrote them, special tokens visible
     verdicts: list[bool] = field(default_factory=list)
-    note: str = ""  # why there is no completion
+    note: str = ""  # the reason if there are no completions
 
     @property
     def passed(self) -> bool:
@@ -53,7 +54,7 @@ class TaskResult:
         return sum(item.passed for item in self.items) / max(len(self.items), 1)
 
     def pass_at(self, k: int) -> float:
-        """The chance that k of the samples, drawn at random, hold a right one: the unbiased estimate of arXiv:2107.03374."""
+        """The probability that one of k random samples is correct, unbiased (arXiv:2107.03374)."""
         if not 1 <= k <= self.k:
             raise ValueError(f"pass@{k} of {self.k} samples")
         ways = math.comb(self.k, k)
@@ -81,7 +82,8 @@ def evaluate_task(
 ) -> TaskResult:
     """Score `task` (the first `max_problems` of it); the same result, whole, on every rank.
 
-    A categorical task takes one answer per problem, whatever num_samples. A prompt that leaves no room in the context counts as not solved.
+    A categorical task has one answer per problem, for any num_samples. A prompt that leaves no room
+    in the context counts as not solved.
     """
     if num_samples < 1 or batch_size < 1:
         raise ValueError(f"num_samples and batch_size must be at least 1, not {num_samples} and {batch_size}")
@@ -150,8 +152,9 @@ def _letter_id(tokenizer: Any, letter: str) -> int:
 def sample_answers(
     engine: Engine, conversations: Sequence[dict[str, Any]], seeds: Sequence[int], num_samples: int, max_rows: int, **sampling: Any
 ) -> list[tuple[list[int], list[Result]]]:
-    """(prompt, `num_samples` answers) for the question of each conversation; no answers where the prompt fills the context.
+    """(prompt, `num_samples` answers) for the question of each conversation.
 
+    No answers if the prompt fills the context.
     `sampling`: max_tokens, temperature, top_k of engine.Request.
     """
     prompts = [engine.tokenizer.render_for_completion(conversation) for conversation in conversations]
