@@ -3,7 +3,7 @@
     python -m scripts.base_eval --max_per_task=500
     torchrun --standalone --nproc_per_node=8 -m scripts.base_eval
 
-Data from <base>/eval_bundle, downloaded where it is missing. The scores go into a CSV file beside the report, and into the report.
+Data from <base>/eval_bundle, downloaded if missing. The scores go into the report and a CSV file.
 """
 
 import sys
@@ -40,10 +40,10 @@ def evaluate(config: Config) -> int:
         bundle = find_bundle()
         start = time.monotonic()
 
-        def told(label: str, accuracy: float, centred: float) -> None:
+        def print_task(label: str, accuracy: float, centred: float) -> None:
             print0(f"{label:<34} accuracy {accuracy:.4f}   centred {centred:+.4f}")
 
-        result = evaluate_core(model, tokenizer, bundle, max_per_task=config.max_per_task, on_task=told, show_progress=True)
+        result = evaluate_core(model, tokenizer, bundle, max_per_task=config.max_per_task, on_task=print_task, show_progress=True)
         minutes = (time.monotonic() - start) / 60
         print0(f"{result['name']}: {result['core_metric']:.4f} in {minutes:.1f} minutes")
         write(config, meta, result, minutes)

@@ -1,6 +1,6 @@
 """Talk to a model in the terminal.
 
-    python -m scripts.chat_cli                                    # a conversation; /help lists what one can type
+    python -m scripts.chat_cli                                    # a conversation; /help lists the commands
     python -m scripts.chat_cli -p "Why is the sky blue?"          # one answer on stdout, nothing else
     echo "Summarise: ..." | python -m scripts.chat_cli -p -       # the question from stdin
 
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from zangchat import configurator
-from zangchat.config import CheckpointConfig
+from zangchat.config import USER_LIMITS, CheckpointConfig
 from zangchat.errors import UserError
 from zangchat.runtime.files import expand_home
 
@@ -64,9 +64,10 @@ class Chat:
         return ([{"role": "system", "content": self.system}] if self.system else []) + self.messages
 
     def answer(self, question: str, note: Callable[[str], None]) -> Generator[tuple[str, str], None, None]:
-        """Ask, and stream the answer as (type of part, text). The exchange joins the history however the answer ends, if it began.
+        """Ask, and stream the answer as (type of part, text).
 
-        `note` is told what the user should know. Raises UserError for a question that the context has no room for.
+        The exchange joins the history, even if the answer is interrupted. `note` is called with
+        messages for the user. Raises UserError for a question that exceeds the context.
         """
         from zangchat.engine.replies import REPLY_SHARE, ReplyDecoder, fit_conversation
 
@@ -98,20 +99,17 @@ def chat(config: Config) -> int:
     from zangchat.engine import engine_for_chat
 
     if question is not None:
-        logging.getLogger("zangchat").setLevel(logging.WARNING)  # one answer, and what is wrong
+        logging.getLogger("zangchat").setLevel(logging.WARNING)  # one answer, and problems
     session = Chat(engine_for_chat(config), config.temperature, config.top_k, config.top_p, config.seed, config.max_tokens)
     return answer_once(session, question) if question is not None else converse(session)
 
 
 def check(config: Config) -> None:
-    configurator.check_range(0, config, "temperature", most=100)
-    configurator.check_range(0, config, "top_k")
-    configurator.check_range(1, config, "max_tokens")
-    configurator.check_fraction(config, "top_p")
+    configurator.check_sampling(config)
 
 
 def answer_once(session: Chat, question: str) -> int:
-    """The answer's text alone on stdout, as it comes; what the tools did is left out."""
+    """Stream the answer's text to stdout, without tool calls."""
     for kind, text in session.answer(question.strip(), note=lambda message: print(message, file=sys.stderr)):
         if kind == "text":
             sys.stdout.write(text)
@@ -124,7 +122,7 @@ def answer_once(session: Chat, question: str) -> int:
 
 
 class Screen:
-    """Text as it is, tool calls set apart, notes dimmed; styles vanish where stdout is no terminal."""
+    """Prints text plainly, tool calls in brackets, notes dimmed; no styles unless on a terminal."""
 
     STYLES = {"text": "", "python": "cyan", "python_output": "bold cyan"}
     BEFORE = {"text": "", "python": "[", "python_output": " = "}
@@ -157,7 +155,7 @@ class Screen:
 
 
 def printable(text: str) -> str:
-    """Without control characters: a model may well have learnt escape sequences, and the terminal would obey them."""
+    """Without control characters: a model may have learnt escape sequences of terminals."""
     return "".join(c for c in text if c in "\n\t" or (ord(c) >= 32 and not 127 <= ord(c) < 160))
 
 
@@ -183,7 +181,7 @@ def converse(session: Chat) -> int:
 
 
 def reply(session: Chat, question: str, screen: Screen) -> None:
-    """Stream one answer; Ctrl-C ends it and keeps what was said."""
+    """Stream one answer; Ctrl-C ends it and keeps its beginning."""
     with closing(session.answer(question, screen.note)) as pieces:
         try:
             for kind, text in pieces:
@@ -212,10 +210,10 @@ def obey(session: Chat, line: str, note: Callable[[str], None]) -> bool:
             session.system = argument
             note("the instructions are set" if argument else "there are no instructions")
         elif command == "/temperature":
-            session.temperature = number(float, argument, "/temperature 0.6", lambda value: 0 <= value <= 100)
+            session.temperature = number(float, argument, "/temperature 0.6", USER_LIMITS["temperature"].allow)
             note(f"temperature {session.temperature:g}")
         elif command == "/topk":
-            session.top_k = number(int, argument, "/topk 50", lambda value: value >= 0)
+            session.top_k = number(int, argument, "/topk 50", USER_LIMITS["top_k"].allow)
             note(f"top_k {session.top_k or 'off'}")
         elif command == "/seed":
             session.seed = number(int, argument, "/seed 42", lambda value: True) if argument else None

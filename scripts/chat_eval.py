@@ -38,7 +38,7 @@ class Config(CheckpointConfig):
     temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.0
     top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50  # 0 = all tokens
     seed: int = 42
-    allow_unsafe_code: bool = False  # run the programs of HumanEval's answers also where no sandbox holds them
+    allow_unsafe_code: bool = False  # run the programs of HumanEval's answers without a sandbox, if there is none
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,7 +81,7 @@ def check(config: Config) -> None:
     if config.task_name and config.all_tasks:
         raise configurator.UserError("--task_name and --all_tasks exclude each other: give one of them")
     configurator.check_range(1, config, "max_new_tokens", "num_samples", "batch_size", "max_problems")
-    configurator.check_range(0, config, "temperature", "top_k")
+    configurator.check_sampling(config)
     if config.num_samples > 1 and config.temperature == 0:
         raise configurator.UserError(
             f"--num_samples={config.num_samples} at --temperature=0 gives the same answer each time: add --temperature=1"
@@ -89,9 +89,9 @@ def check(config: Config) -> None:
 
 
 def ready(config: Config, name: str) -> "Task":
-    """The task, with all it needs at hand before anything is generated.
+    """The task, with its data and sandbox checked before generating anything.
 
-    Raises MissingData or SandboxRefused, and does so on all ranks where it does on one: the others would wait for its part of the answers.
+    Raises MissingData or SandboxRefused on all ranks if on one: the others would wait for it.
     """
     from zangchat.execution import SandboxLevel, SandboxRefused, require_sandbox
     from zangchat.runtime import collectives
@@ -173,7 +173,7 @@ def report(
         for item in result.items[:1]
         if item.completions
     ]
-    # a table of numbers alone is taken for scores: the sizes travel with the model's name
+    # a table of numbers only would count as scores: the sizes go with the model's name
     card: list[str | dict[str, Any]] = [
         summary,
         {"model": model_name, **settings, **sizes},

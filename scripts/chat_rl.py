@@ -84,10 +84,9 @@ def check(config: Config) -> None:
         raise configurator.UserError(
             f"--num_samples={config.num_samples} teaches nothing: a sample is compared with others of its prompt, give 2 or more"
         )
-    if not (config.temperature > 0 and config.top_k >= 0):
-        raise configurator.UserError(
-            f"--temperature={config.temperature:g} must be above 0, for samples have to differ, and --top_k={config.top_k} not below it"
-        )
+    configurator.check_sampling(config)
+    if config.temperature == 0:
+        raise configurator.UserError("--temperature=0 must be above 0, for samples have to differ: give 1, for example")
 
 
 def load(config: Config, split: str, tokenizer: Any) -> "Task":

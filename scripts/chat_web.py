@@ -57,10 +57,9 @@ def serve(config: Config) -> None:
 
 
 def make_settings(config: Config) -> "Settings":
-    configurator.check_range(0, config, "temperature", most=10)
-    configurator.check_range(0, config, "top_k", "queue")
-    configurator.check_fraction(config, "top_p")
-    configurator.check_range(1, config, "max_tokens", "num_gpus", "max_batch")
+    configurator.check_sampling(config)
+    configurator.check_range(0, config, "queue")
+    configurator.check_range(1, config, "num_gpus", "max_batch")
     configurator.check_range(0, config, "port", most=65535)
 
     from zangchat.server.protocol import LOCAL_HOSTS, Settings

@@ -2,6 +2,7 @@
 
 Layer 0: nothing here imports torch, so `--help` and `--dry_run` answer at once."""
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
@@ -12,6 +13,41 @@ OPTIMIZERS = get_args(Optimizer)
 SourceFlag = Annotated[str, tyro.conf.arg(aliases=["-i"])]
 SOURCES = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}  # their folders
 VOCAB_MULTIPLE = 64  # embedding and head rows are padded to this, for tensor cores and even shards
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The values that a setting may have."""
+
+    least: float
+    most: float = math.inf
+    above: bool = False  # `least` itself is excluded
+
+    def allow(self, value: float) -> bool:
+        above_least = value > self.least if self.above else value >= self.least
+        return above_least and value <= self.most and math.isfinite(value)
+
+    def __str__(self) -> str:
+        least = f"above {self.least:g}" if self.above else f"at least {self.least:g}"
+        return least + (f" and at most {self.most:g}" if self.most < math.inf else "")
+
+
+SAMPLING_LIMITS = {  # of the fields of engine.Request
+    "max_tokens": Limits(0),
+    "temperature": Limits(0),
+    "top_k": Limits(0),
+    "top_p": Limits(0, 1, above=True),
+    "min_p": Limits(0, 1),
+    "repetition_penalty": Limits(0, above=True),
+    "logprobs": Limits(0, 20),  # most likely tokens to report at each position
+}
+USER_LIMITS = {  # of flags and HTTP requests
+    **SAMPLING_LIMITS,
+    "max_tokens": Limits(1, 1_000_000),
+    "temperature": Limits(0, 100),
+    "top_k": Limits(0, 1_000_000),
+    "repetition_penalty": Limits(0, 100, above=True),
+}
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import tyro
 
+from zangchat.config import USER_LIMITS
 from zangchat.errors import UserError
 from zangchat.runtime.logs import setup_default_logging
 
@@ -177,6 +178,14 @@ def check_fraction(config: Any, *names: str) -> None:
         if not 0 < value <= 1:
             expected = "give a number above 0 and at most 1"
             raise UserError(f"--{name}={value:g} is not possible: {expected}")
+
+
+def check_sampling(config: Any) -> None:
+    """Raises UserError for the first of a command's sampling flags that is outside of its limits."""
+    for name in ("max_tokens", "temperature", "top_k", "top_p"):
+        value, limits = getattr(config, name, None), USER_LIMITS[name]
+        if value is not None and not limits.allow(value):
+            raise UserError(f"--{name}={value:g} is not possible: give a number {limits}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -1,31 +1,37 @@
 """CORE: the 22 tasks of DCLM (arXiv:2406.11794), in three kinds, scored without generating anything.
 
-    multiple_choice     query + each choice: the choice whose tokens have the least mean loss
-    schema              each context + one continuation: the context under which the continuation has the least mean loss
-    language_modeling   context + continuation: right if every token of the continuation is the most likely one
+    multiple_choice     query + each choice: the choice with the least mean loss of its tokens
+    schema              each context + one continuation: the context after which the continuation
+                        has the least mean loss
+    language_modeling   context + continuation: correct if greedy decoding gives the continuation
 
-Prompts are those of DCLM's evaluator (llm-foundry): examples and question are separated by a line break, question and answer by the task's
-delimiter; the context loses its trailing space, which the answer takes in front; context and answer are tokenised apart, so that the
-answer's tokens are known exactly; jeopardy is the mean over its categories. Ours alone: <|bos|> in front, as in training, and few-shot
-examples drawn per item, by Random(1234 + index), never the item itself. Accuracies are centred, (accuracy - chance) / (1 - chance); CORE is
-their mean. With tasks missing it is another figure, and is called so.
+Prompts are those of DCLM's evaluator (llm-foundry): a line break separates examples and question, the
+task's delimiter question and answer; the answer takes the context's trailing space to its front;
+context and answer are tokenised separately, so that the answer's tokens are known exactly; jeopardy
+is the mean over its categories. Ours only: <|bos|> in front, as in training, and few-shot examples
+drawn per item, by Random(1234 + index), never the item itself. Accuracies are centred,
+(accuracy - chance) / (1 - chance); CORE is their mean. With tasks missing it is another figure, with
+another name.
 
-The bundle (<base>/eval_bundle): core.yaml names tasks, files, shots, delimiters; eval_meta_data.csv has chance; eval_data/ has the items.
+The bundle (<base>/eval_bundle): core.yaml names tasks, files, shots, delimiters; eval_meta_data.csv
+has chance; eval_data/ has the items.
 """
 
 import csv
-import itertools
 import os
 import random
 import shutil
 import stat
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import yaml
+
+from zangchat.engine import score
 from zangchat.errors import UserError
 from zangchat.runtime import collectives
 from zangchat.runtime.downloads import download_file_with_lock
@@ -33,8 +39,6 @@ from zangchat.runtime.files import file_lock, get_base_dir, read_jsonl
 from zangchat.runtime.progress import Progress
 
 if TYPE_CHECKING:
-    import torch
-
     from zangchat.gpt import GPT
 
 CORE_TASKS = (
@@ -61,13 +65,13 @@ CORE_TASKS = (
     "boolq",
     "bigbench_language_identification",
 )
-BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # ZANGCHAT_EVAL_BUNDLE_URL names a mirror
+# ZANGCHAT_EVAL_BUNDLE_URL names a mirror
+BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 MAX_BUNDLE_BYTES = 2 * 2**30  # unpacked; a zip that claims more is not the bundle
 EXAMPLE_DELIMITER = "\n"
 FEWSHOT_SEED = 1234
 SUBSET_SEED = 1337
-TOKENS_PER_BATCH = {"cuda": 16_384, "cpu": 1_024}  # positions, padding included, in one forward pass
-LOGITS_PER_BATCH = 2**27  # numbers in the logits of one forward pass, 512 MiB in fp32
+ITEMS_AT_A_TIME = 64  # rendered and scored together
 
 
 @dataclass(frozen=True)
@@ -79,12 +83,12 @@ class CoreTask:
     path: Path
     num_fewshot: int
     delimiter: str = " "  # between a question and its answer
-    has_categories: bool = False  # scored, and few-shot examples drawn, per category; the mean over categories counts
+    has_categories: bool = False  # examples are drawn per category; the score is the mean over them
     chance: float = 0.0  # accuracy of guessing
 
 
 class Row(NamedTuple):
-    """One sequence to look at: the tokens from `start` on are the answer."""
+    """A sequence to score: the tokens from `start` on are the answer."""
 
     tokens: list[int]
     start: int
@@ -94,7 +98,7 @@ class Row(NamedTuple):
 
 
 def find_bundle(download: bool = True) -> Path:
-    """The bundle's folder, fetched first where it is missing and `download` allows. Raises UserError."""
+    """The bundle's folder, downloaded first if missing and `download` is set. Raises UserError."""
     folder = get_base_dir() / "eval_bundle"
     if not (folder / "core.yaml").is_file():
         if not download:
@@ -108,9 +112,10 @@ def find_bundle(download: bool = True) -> Path:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """The folder eval_bundle/ of a zip file, as `folder`: unpacked beside it and renamed, so that half a bundle never has that name.
+    """Unpack the folder eval_bundle/ of a zip file as `folder`: whole or not at all.
 
-    Raises UserError for a zip with members that would leave the folder, with links, or beyond MAX_BUNDLE_BYTES.
+    Raises UserError for a zip whose members would leave the folder, are links, or exceed
+    MAX_BUNDLE_BYTES.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".eval_bundle.") as temporary:
@@ -129,15 +134,13 @@ def unpack(archive: Path, folder: Path) -> None:
         found = [path.parent for path in sorted(Path(temporary).rglob("core.yaml"))]
         if not found:
             raise UserError(f"{archive} has no core.yaml: delete the file, it is not the bundle")
-        if folder.exists():  # without a core.yaml, or nobody would unpack
+        if folder.exists():  # without a core.yaml
             shutil.rmtree(folder)
         found[0].rename(folder)
 
 
 def read_tasks(bundle: Path) -> tuple[list[CoreTask], list[str]]:
-    """(the tasks whose data is there, the labels of CORE tasks that are missing), both in the order of CORE. Raises UserError."""
-    import yaml
-
+    """(tasks with data, labels of missing ones), both in the order of CORE. Raises UserError."""
     try:
         settings = yaml.safe_load((bundle / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
         with open(bundle / "eval_meta_data.csv", encoding="utf-8", newline="") as file:
@@ -164,7 +167,7 @@ def read_tasks(bundle: Path) -> tuple[list[CoreTask], list[str]]:
 
 
 def read_items(task: CoreTask) -> list[dict[str, Any]]:
-    """The items of a task, the white space around their texts removed. Raises UserError naming file and line."""
+    """The items of a task, their texts stripped. Raises UserError with file and line."""
     items = []
     for where, item in read_jsonl(task.path):
         missing = [field for field in FIELDS[task.kind] if field not in item]
@@ -179,7 +182,8 @@ def read_items(task: CoreTask) -> list[dict[str, Any]]:
 # ---- items to rows --------------------------------------------------------------------------------------------------
 
 
-ROWS: dict[str, Callable[[dict[str, Any]], list[tuple[str, str]]]] = {  # item -> its (context, answer) pairs
+# item -> its (context, answer) pairs
+ROWS: dict[str, Callable[[dict[str, Any]], list[tuple[str, str]]]] = {
     "multiple_choice": lambda item: [(item["query"], choice) for choice in item["choices"]],
     "schema": lambda item: [(context, item["continuation"]) for context in item["context_options"]],
     "language_modeling": lambda item: [(item["context"], item["continuation"])],
@@ -192,7 +196,7 @@ FIELDS = {
 
 
 def fewshot_indices(index: int, count: int, num_fewshot: int) -> list[int]:
-    """Which other items of `count` are shown before item `index`; all of them where there are too few."""
+    """The other items of `count` to show before item `index`; all if there are too few."""
     others = [i for i in range(count) if i != index]
     return random.Random(FEWSHOT_SEED + index).sample(others, min(num_fewshot, len(others)))
 
@@ -204,9 +208,12 @@ def preamble(task: CoreTask, examples: Sequence[dict[str, Any]]) -> str:
 
 
 def item_rows(task: CoreTask, item: dict[str, Any], examples: Sequence[dict[str, Any]], tokenizer: Any, context_len: int) -> list[Row]:
-    """The rows of one item: one per choice, or a single one. What does not fit is cut from the left, <|bos|> and the answer excepted."""
+    """The rows of an item: one per choice, or a single one.
+
+    A context that does not fit is cut from the left, after <|bos|>.
+    """
     before = preamble(task, examples)
-    # a schema's continuation just goes on from its context; the other kinds have a question and an answer
+    # a schema's continuation continues its context; the other kinds have a question and an answer
     delimiter = "" if task.kind == "schema" and not before else task.delimiter
     head = tokenizer.encode(before) if before else []
     rows = []
@@ -215,7 +222,7 @@ def item_rows(task: CoreTask, item: dict[str, Any], examples: Sequence[dict[str,
         answer_ids = tokenizer.encode(answer if answer.startswith(" ") else f" {answer}")
         context_ids = [*head, *tokenizer.encode(question)]
         answer_ids = answer_ids[:context_len]
-        room = context_len - len(answer_ids)  # <|bos|> has a place of its own: the last token is only a target
+        room = context_len - len(answer_ids)  # <|bos|> needs no room: the last token is only a target
         kept = context_ids[max(0, len(context_ids) - room) :] if room else []
         rows.append(Row([tokenizer.get_bos_token_id(), *kept, *answer_ids], 1 + len(kept)))
     return rows
@@ -224,150 +231,26 @@ def item_rows(task: CoreTask, item: dict[str, Any], examples: Sequence[dict[str,
 # ---- scoring --------------------------------------------------------------------------------------------------------
 
 
-class Prompt(NamedTuple):
-    """Tokens that go through the model once, for all the rows (by index) that go on from them."""
-
-    tokens: list[int]
-    rows: list[int]
-
-
-class SharedPrefixes:
-    """Keys and values of prompts, and the rows that go on from them: gpt.KVCacheLike for both forward passes.
-
-    The first pass, over the prompts, stores; after `serve`, every pass reads, as often as wanted. Shapes as in gpt.py, with P prompts.
-    """
-
-    def __init__(self, lengths: Sequence[int], device: "torch.device") -> None:
-        import torch
-
-        self.lengths = torch.tensor(lengths, device=device)
-        self.positions, self.longest = torch.zeros_like(self.lengths), 0
-        self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []  # (P, G, S, D) each
-        self._owners: torch.Tensor | None = None  # (B,) the prompt of each row
-        self._mask: torch.Tensor | None = None
-
-    def serve(self, owners: Sequence[int]) -> "SharedPrefixes":
-        """From now on row i of the batch goes on from prompt owners[i]."""
-        import torch
-
-        self._owners = torch.tensor(owners, device=self.lengths.device)
-        self.positions, self._mask = self.lengths[self._owners], None
-        self.longest = self._layers[0][0].size(2)
-        return self
-
-    def update(self, layer_idx: int, k: "torch.Tensor", v: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor | None"]:
-        import torch
-
-        if self._owners is None:
-            self._layers.append((k, v))
-            return k, v, None
-        if self._mask is None:
-            places = torch.arange(self.longest, device=k.device) < self.positions[:, None]  # (B, S): the rest of a prompt is padding
-            before = places[:, None].expand(-1, k.size(2), -1)
-            new = torch.ones(k.size(2), k.size(2), dtype=torch.bool, device=k.device).tril().expand(len(k), -1, -1)
-            self._mask = torch.cat([before, new], dim=2)[:, None]
-        stored = self._layers[layer_idx]
-        return torch.cat([stored[0][self._owners], k], dim=2), torch.cat([stored[1][self._owners], v], dim=2), self._mask
-
-    def advance(self, num_tokens: int) -> None:
-        """Nothing is counted: what the rows add is not kept."""
-
-
-def prompts_of(items: Sequence[Sequence[Row]]) -> list[Prompt]:
-    """What the rows have in front of their answers, once for all rows of an item that share it, but for the last of those tokens.
-
-    (That one tells what comes first in the answer, so it goes with the row.) The rows are counted through all items.
-    """
-    prompts, first = [], 0
-    for rows in items:
-        shortest = min(row.start for row in rows)
-        columns = zip(*(row.tokens[:shortest] for row in rows), strict=True)
-        shared = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
-        if 2 * shared > shortest:
-            prompts.append(Prompt(rows[0].tokens[: shared - 1], list(range(first, first + len(rows)))))
-        else:  # cut from the left, each its own way, or contexts with nothing shown before
-            prompts += [Prompt(row.tokens[: row.start - 1], [first + i]) for i, row in enumerate(rows)]
-        first += len(rows)
-    return prompts
-
-
-def batches_of(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
-    """Indices in groups of similar length, each at most `limit` positions with its padding; a single one may exceed it."""
-    group: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if group and (len(group) + 1) * lengths[i] > limit:
-            yield group
-            group = []
-        group.append(i)
-    if group:
-        yield group
-
-
-def _padded(sequences: Sequence[Sequence[int]], fill: int, device: "torch.device") -> "torch.Tensor":
-    """(B, T) int64, padded on the right."""
-    import torch
-
-    rows = [torch.tensor(tokens, dtype=torch.int64) for tokens in sequences]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill).to(device)
-
-
-def row_scores(model: "GPT", kind: str, items: Sequence[Sequence[Row]]) -> list[float]:
-    """Of every row: the mean loss (nats) of its answer's tokens; for language modelling 1 where greedy decoding would give the answer.
-
-    Each prompt goes through the model once, the rows' own tokens after it, and only their logits are computed.
-    """
-    import torch
-
+def judge(model: Any, kind: str, items: Sequence[Sequence[Row]], golds: Sequence[int]) -> list[bool]:
+    """Whether each item (its rows, its gold row) is answered correctly."""
     rows = [row for item in items for row in item]
-    prompts = prompts_of(items)
-    device, vocabulary = model.get_device(), model.config.padded_vocab_size
-    tokens_at_once = TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cpu"])
-    scores = [0.0] * len(rows)
-    for group in batches_of([len(prompt.tokens) for prompt in prompts], tokens_at_once):
-        lengths = [len(prompts[p].tokens) for p in group]
-        cache = SharedPrefixes(lengths, device) if max(lengths) else None
-        if cache:
-            first = torch.zeros(len(group), dtype=torch.int64, device=device)
-            model(_padded([prompts[p].tokens for p in group], 0, device), kv_cache=cache, logits_at=first)
-        owned = [(owner, i) for owner, p in enumerate(group) for i in prompts[p].rows]
-        sizes = [len(rows[i].tokens) - 1 - lengths[owner] for owner, i in owned]
-        limit = min(tokens_at_once, LOGITS_PER_BATCH // vocabulary, 4 * tokens_at_once * max(sizes) // (max(lengths) + max(sizes)))
-        for part in batches_of(sizes, limit):
-            inputs, targets = [], []
-            for owner, i in (owned[j] for j in part):
-                tokens, start = rows[i].tokens, lengths[owner]
-                inputs.append(tokens[start:-1])
-                targets.append([-1] * (rows[i].start - 1 - start) + tokens[rows[i].start :])
-            wanted = _padded(targets, -1, device)
-            served = cache.serve([owned[j][0] for j in part]) if cache else None
-            if kind == "language_modeling":
-                right = model(_padded(inputs, 0, device), kv_cache=served).argmax(dim=-1) == wanted
-                found = (right | (wanted < 0)).all(dim=1).float()
-            else:
-                losses = model(_padded(inputs, 0, device), wanted, kv_cache=served, loss_reduction="none")
-                found = losses.cpu().double().sum(dim=1) / (wanted >= 0).sum(dim=1).cpu()
-            for j, score in zip(part, found.tolist(), strict=True):
-                scores[owned[j][1]] = score
-    return scores
-
-
-def judge(model: "GPT", kind: str, items: Sequence[Sequence[Row]], golds: Sequence[int]) -> list[bool]:
-    """Whether each item (its rows, its gold row) is answered rightly; all items go through the model together."""
-    scores = iter(row_scores(model, kind, items))
+    prompts = [row.tokens[: row.start] for row in rows]
+    answers = [row.tokens[row.start :] for row in rows]
+    values = score(model, prompts, answers, greedy=kind == "language_modeling")
+    means = iter(value / len(answer) for value, answer in zip(values, answers, strict=True))
     verdicts = []
     for item, gold in zip(items, golds, strict=True):
-        own = [next(scores) for _ in item]
-        verdicts.append(own[0] == 1.0 if kind == "language_modeling" else own.index(min(own)) == gold)
+        own = [next(means) for _ in item]
+        best = own.index(max(own))
+        verdicts.append(own[0] == 0 if kind == "language_modeling" else best == gold)
     return verdicts
 
 
 # ---- the whole ------------------------------------------------------------------------------------------------------
 
-ITEMS_AT_A_TIME = 64  # rendered and scored together
-
 
 def groups_of(task: CoreTask, items: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The items by category, in the order of first appearance; one group where the task has none."""
+    """The items by category, in the order of first appearance; one group without categories."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for item in items:
         groups.setdefault(str(item.get("category", "")) if task.has_categories else "", []).append(item)
@@ -375,7 +258,7 @@ def groups_of(task: CoreTask, items: Sequence[dict[str, Any]]) -> list[list[dict
 
 
 def chosen_items(groups: Sequence[Sequence[Any]], max_per_task: int) -> list[tuple[int, int]]:
-    """(group, index) of the items to score: all, or a fixed random `max_per_task` of them, in order."""
+    """(group, index) of the items to score, in order: all, or a fixed random `max_per_task`."""
     places = [(g, i) for g, group in enumerate(groups) for i in range(len(group))]
     if 0 < max_per_task < len(places):
         places = sorted(random.Random(SUBSET_SEED).sample(places, max_per_task))
@@ -385,7 +268,7 @@ def chosen_items(groups: Sequence[Sequence[Any]], max_per_task: int) -> list[tup
 def render(
     task: CoreTask, groups: Sequence[Sequence[dict[str, Any]]], places: Sequence[tuple[int, int]], tokenizer: Any, context_len: int
 ) -> tuple[list[list[Row]], list[int]]:
-    """(rows, gold row) of the items at `places`, each behind its own few-shot examples."""
+    """(rows, gold row) of the items at `places`, each after its own few-shot examples."""
     rows, golds = [], []
     for g, i in places:
         examples = [groups[g][j] for j in fewshot_indices(i, len(groups[g]), task.num_fewshot)]
@@ -396,14 +279,12 @@ def render(
 
 def evaluate_core_task(model: "GPT", tokenizer: Any, task: CoreTask, max_per_task: int = -1, show_progress: bool = False) -> float:
     """Accuracy of one task, 0 to 1; the ranks share the items and agree on the result."""
-    import torch
-
     rank, world_size = collectives.world()
     groups = groups_of(task, read_items(task))
     places = chosen_items(groups, max_per_task)
     verdicts = [0.0] * len(places)
     mine = list(range(rank, len(places), world_size))
-    with Progress(f"CORE {task.label}", len(mine), shown=show_progress and rank == 0) as progress, torch.inference_mode():
+    with Progress(f"CORE {task.label}", len(mine), shown=show_progress and rank == 0) as progress:
         for first in range(0, len(mine), ITEMS_AT_A_TIME):
             part = mine[first : first + ITEMS_AT_A_TIME]
             rows, golds = render(task, groups, [places[position] for position in part], tokenizer, model.config.sequence_len)
@@ -417,7 +298,7 @@ def evaluate_core_task(model: "GPT", tokenizer: Any, task: CoreTask, max_per_tas
 
 
 def core_name(missing: Sequence[str]) -> str:
-    """What the figure is called: "CORE", or "CORE (21/22, no coqa)"."""
+    """The name of the figure: "CORE", or "CORE (21/22, no coqa)"."""
     if not missing:
         return "CORE"
     return f"CORE ({len(CORE_TASKS) - len(missing)}/{len(CORE_TASKS)}, no {', '.join(missing)})"
@@ -432,10 +313,12 @@ def evaluate_core(
     on_task: Callable[[str, float, float], None] | None = None,
     show_progress: bool = False,
 ) -> dict[str, Any]:
-    """Score every CORE task that is there. `max_per_task` > 0 takes that many items of each; `on_task` hears (label, accuracy, centred).
+    """Score every CORE task in the bundle. `max_per_task` > 0 limits the items of each.
 
-    {"name": core_name(missing), "core_metric": mean of the centred, "results": {label: accuracy}, "centered_results": {label: centred},
-    "missing": [label]}. The same on every rank. Raises UserError where the bundle is none or holds none of the tasks.
+    `on_task` is called with (label, accuracy, centred). Returns {"name": core_name(missing),
+    "core_metric": mean of the centred, "results": {label: accuracy}, "centered_results":
+    {label: centred}, "missing": [label]}, the same on every rank. Raises UserError for a bundle
+    without any of the tasks.
     """
     tasks, missing = read_tasks(bundle)
     if not tasks:

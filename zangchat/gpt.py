@@ -2,16 +2,18 @@
 
     wte -> norm -> n_layer x [ x += attn(norm(x)); x += mlp(norm(x)) ] -> norm -> lm_head -> cap * tanh(z / cap)
 
-No weights in the norms, no biases, rotary positions, QK-norm, grouped-query attention, relu^2, embedding and head untied: the
-architecture of nanochat at the end of 2025, which transformers knows as NanoChatForCausalLM. Master weights are fp32; the products
-run in `compute_dtype`, which is a value of the model, never of the process.
+No weights in the norms, no biases, rotary positions, QK-norm, grouped-query attention, relu^2,
+embedding and head untied: the architecture of nanochat at the end of 2025, NanoChatForCausalLM in
+transformers. Master weights are fp32; the products run in `compute_dtype`, which is a value of the
+model, never of the process.
 
 Shapes: B batch, T tokens, C width (n_embd), H query heads, G key/value heads, D head dimension, V vocabulary.
 """
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -25,25 +27,33 @@ from zangchat.nn.functional import relu_squared, rms_norm, rotate
 from zangchat.nn.linear import Linear
 from zangchat.nn.loss import softcap, softcapped_cross_entropy
 
-__all__ = ["GPT", "GPTConfig", "KVCacheLike"]
+__all__ = ["GPT", "AttentionContext", "GPTConfig"]
+
+Rotary = tuple[Tensor, Tensor]  # cos, sin
 
 
-class KVCacheLike(Protocol):
-    """What the model asks of a key/value cache; the policy (storage, batching) belongs to the engine."""
+class AttentionContext(Protocol):
+    """The tokens that new ones attend to, other than those before them in the same pass.
+
+    A key/value cache, a shared prefix, or a mask; the policy belongs to whoever makes it.
+    """
 
     @property
     def positions(self) -> Tensor:
-        """(B,) int64: tokens stored so far in each row."""
+        """(B,) int64: the position of each row's first new token."""
 
     @property
     def longest(self) -> int:
         """At least the largest of `positions`, known without asking the device."""
 
     def update(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store k, v (B, G, T, D) behind each row's tokens; return what to attend to and a mask (B, 1, T, S), None if plain causal."""
+        """The new tokens' k, v (B, G, T, D) -> keys and values (B, G, S, D) to attend to, and a mask.
+
+        The mask is (B, 1, T, S), None for plain causal attention.
+        """
 
     def advance(self, num_tokens: int) -> None:
-        """T more tokens are stored in every row; called once, after the last layer."""
+        """T more tokens were read in every row; called once, after the last layer."""
 
 
 class Attention(nn.Module):
@@ -57,13 +67,13 @@ class Attention(nn.Module):
         self.c_v = Linear(config.n_embd, config.n_kv_head * config.head_dim)
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], kv_cache: KVCacheLike | None, backend: str) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, context: AttentionContext | None, backend: str) -> Tensor:
         B, T, C = x.shape
         q, k, v = (project(x).view(B, T, -1, self.head_dim).transpose(1, 2) for project in (self.c_q, self.c_k, self.c_v))
         q, k = (rms_norm(rotate(part, *rotary), self.eps) for part in (q, k))
         mask = None
-        if kv_cache is not None:
-            k, v, mask = kv_cache.update(self.layer_idx, k, v)
+        if context is not None:
+            k, v, mask = context.update(self.layer_idx, k, v)
         y = attend(q, k, v, mask, backend)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -85,13 +95,13 @@ class Block(nn.Module):
         self.attn = Attention(config, layer_idx)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], kv_cache: KVCacheLike | None, backend: str) -> Tensor:
-        x = x + self.attn(rms_norm(x, self.eps), rotary, kv_cache, backend)
+    def forward(self, x: Tensor, rotary: Rotary, context: AttentionContext | None, backend: str) -> Tensor:
+        x = x + self.attn(rms_norm(x, self.eps), rotary, context, backend)
         return x + self.mlp(rms_norm(x, self.eps))
 
 
-def run_block(block: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor], kv_cache: KVCacheLike | None, backend: str) -> Tensor:
-    return block(x, rotary, kv_cache, backend)
+def run_block(block: nn.Module, x: Tensor, rotary: Rotary, context: AttentionContext | None, backend: str) -> Tensor:
+    return block(x, rotary, context, backend)
 
 
 def rotary_tables(config: GPTConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -103,7 +113,10 @@ def rotary_tables(config: GPTConfig, length: int, device: torch.device) -> tuple
 
 
 class GPT(nn.Module):
-    """A decoder-only language model. Parameters are uninitialised until `init_weights` or a checkpoint fills them."""
+    """A decoder-only language model.
+
+    Parameters are uninitialised until `init_weights` or a checkpoint fills them.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -112,9 +125,10 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.attention_backend = "sdpa"  # see attention.choose_backend
-        self.grad_checkpoint = False  # True: keep only each block's input for the backward pass and compute the rest again
-        self.document_start: int | None = None  # a token (<|bos|>) at which a row's next document begins, which does not see those before
-        self.run_block = run_block  # in passes that record gradients, see compile_blocks
+        self.grad_checkpoint = False  # True: keep each block's input only, recompute the rest
+        # a token (<|bos|>) that begins a document; a document does not attend to those before it
+        self.document_start: int | None = None
+        self.run_block = run_block  # for passes that record gradients, see compile_blocks
         self.compile_backend: Any = None
         rows = config.padded_vocab_size
         self.transformer = nn.ModuleDict(
@@ -134,22 +148,26 @@ class GPT(nn.Module):
         return cast(nn.Embedding, self.transformer["wte"])
 
     def set_compute_dtype(self, dtype: torch.dtype, keep_masters: bool = True) -> None:
-        """Run the products in `dtype`. The embedding is stored in bf16 when computing in bf16 (it is only looked up), else in fp32.
+        """Run the products in `dtype`.
 
-        `keep_masters=False` stores every weight in `dtype`: for inference, where casting fp32 masters at each token costs more than
-        the products themselves.
+        The embedding is stored in bf16 when computing in bf16 (it is only looked up), else in fp32.
+        `keep_masters=False` stores every weight in `dtype`: for inference, in which casting fp32
+        masters at each token costs more than the products.
         """
         self.compute_dtype = dtype
-        embedding_dtype = dtype if dtype == torch.bfloat16 or not keep_masters else torch.float32
         for name, parameter in self.named_parameters():
-            is_embedding = name == "transformer.wte.weight"
-            parameter.data = parameter.data.to(embedding_dtype if is_embedding else torch.float32 if keep_masters else dtype)
+            is_bf16_embedding = name == "transformer.wte.weight" and dtype == torch.bfloat16
+            stored = dtype if is_bf16_embedding or not keep_masters else torch.float32
+            parameter.data = parameter.data.to(stored)
 
     @contextlib.contextmanager
     def cast_once(self) -> Iterator[None]:
-        """Inside, where weights do not change, all forward passes share one cast of each. Gradients go on to the masters as ever: what
-        every pass adds there is fp32."""
-        layers = [layer for layer in self.modules() if type(layer) is Linear and layer.weight.dtype != self.compute_dtype]
+        """Cast each weight once and reuse it for all forward passes in the block.
+
+        Weights must not change there. Gradients still accumulate in the fp32 masters.
+        """
+        linear = (layer for layer in self.modules() if type(layer) is Linear)
+        layers = [layer for layer in linear if layer.weight.dtype != self.compute_dtype]
         for layer in layers:
             layer.cast = layer.weight.to(self.compute_dtype)
         try:
@@ -159,19 +177,22 @@ class GPT(nn.Module):
                 layer.cast = None
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """Training passes run compiled from now on, block by block: all blocks share one compilation, which torch keeps on disk for the
-        next launch; and the loss between its products. Evaluation and sampling, whose shapes change from call to call, stay as they are."""
+        """Compile training passes from now on: the blocks, and the loss between its products.
+
+        All blocks share one compilation, which torch keeps on disk for the next launch. Evaluation
+        and sampling, whose shapes change from call to call, stay eager.
+        """
         self.run_block = torch.compile(run_block, backend=backend, dynamic=False)
         self.compile_backend = backend
 
     @torch.no_grad()
     def init_weights(self, head_init_scale: float = 0.0, generator: torch.Generator | None = None) -> None:
-        """Fill every parameter and the rotary tables, wherever they live (built on the meta device and moved by `to_empty`, say).
+        """Fill every parameter and the rotary tables, on any device. Drawn in fp32, then rounded.
 
-        Matrices that read the residual stream: uniform with standard deviation 1/sqrt(n_embd). Matrices that write to it: zero, so
-        that each block starts as the identity. Embedding: normal(0, 1). Head: normal(0, 0.001), or, with `head_init_scale` > 0,
-        `head_init_scale` times the embedding: then the output row of a token is related to its input row from the first step, which
-        lets small models learn to copy far earlier than from nothing. Drawn in fp32 and rounded afterwards.
+        Matrices that read the residual stream: uniform with standard deviation 1/sqrt(n_embd).
+        Matrices that write to it: zero, so that each block starts as the identity. Embedding:
+        normal(0, 1). Head: normal(0, 0.001), or `head_init_scale` (> 0) times the embedding, which
+        relates the output row of a token to its input row: small models learn to copy far earlier.
         """
         bound = math.sqrt(3.0 / self.config.n_embd)
         embedding = torch.empty(self.wte.weight.shape, device=self.get_device()).normal_(generator=generator)
@@ -180,19 +201,22 @@ class GPT(nn.Module):
             if name.endswith("c_proj.weight"):
                 parameter.zero_()
             else:
-                draw = torch.empty(parameter.shape, device=parameter.device).uniform_(-bound, bound, generator=generator)
-                parameter.copy_(draw)
-        head = embedding.mul_(head_init_scale) if head_init_scale > 0 else embedding.normal_(std=0.001, generator=generator)
-        self.lm_head.weight.copy_(head)
+                draw = torch.empty(parameter.shape, device=parameter.device)
+                parameter.copy_(draw.uniform_(-bound, bound, generator=generator))
+        if head_init_scale > 0:
+            self.lm_head.weight.copy_(embedding.mul_(head_init_scale))
+        else:
+            self.lm_head.weight.copy_(embedding.normal_(std=0.001, generator=generator))
         self.init_rotary()
 
     def init_rotary(self, length: int | None = None) -> None:
-        """(Re)compute the rotary tables cos, sin (length, D/2), fp32, for positions 0..length-1 (default: sequence_len).
+        """(Re)compute the rotary tables for positions 0..length-1 (default: sequence_len).
 
-        They are not part of a checkpoint. Call this after a checkpoint was loaded into a model built on the meta device.
+        A checkpoint does not hold them. Call this after loading one into a model built on the meta
+        device.
         """
         length = length or self.config.sequence_len
-        # a table made under inference_mode (sampling) must remain usable by autograd (the next training step)
+        # a table made under inference_mode (sampling) must remain usable by autograd (training)
         with torch.inference_mode(False), torch.no_grad():
             cos, sin = rotary_tables(self.config, length, self.get_device())
             self.register_buffer("cos", cos, persistent=False)
@@ -215,18 +239,15 @@ class GPT(nn.Module):
 
     # -- forward ---------------------------------------------------------------------------------------------------------------
 
-    def _rotary(self, T: int, kv_cache: KVCacheLike | None) -> tuple[Tensor, Tensor]:
+    def _rotary(self, T: int, context: AttentionContext | None) -> Rotary:
         """cos, sin in the compute dtype, (T, D/2), or (B, 1, T, D/2) at each row's own positions."""
-        if kv_cache is None:
-            positions, needed = None, T
-        else:
-            positions = kv_cache.positions[:, None] + torch.arange(T, device=self.get_device())
-            needed = kv_cache.longest + T
+        needed = T if context is None else context.longest + T
         if needed > self.cos.size(0):
             self.init_rotary(max(needed, 2 * self.cos.size(0)))
-        if positions is None:
+        if context is None:
             cos, sin = self.cos[:T], self.sin[:T]
         else:
+            positions = context.positions[:, None] + torch.arange(T, device=self.get_device())
             cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
         return cos.to(self.compute_dtype), sin.to(self.compute_dtype)
 
@@ -234,33 +255,30 @@ class GPT(nn.Module):
         self,
         idx: Tensor,
         targets: Tensor | None = None,
-        kv_cache: KVCacheLike | None = None,
+        kv_cache: AttentionContext | None = None,
         loss_reduction: str = "mean",
         loss_weights: Tensor | None = None,
         logits_at: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, T, vocab_size), fp32, capped; or, given targets (B, T; -1 = ignored), the loss, fp32: one tensor, never a pair.
+        """Logits (B, T, vocab_size), fp32, capped; or, given targets (B, T; -1 = ignored), the loss, fp32.
 
-        loss_reduction: "mean" over supervised tokens, "sum", or "none" -> (B, T) with 0 where ignored; loss_weights (B, T) are
-        factors on each token's loss. logits_at (B,) asks for the logits of one position of each row only -> (B, 1, vocab_size): a
-        prefill needs no others.
+        loss_reduction: "mean" over supervised tokens, "sum", or "none" -> (B, T) with 0 for ignored
+        ones; loss_weights (B, T) are factors on each token's loss. logits_at (B,) selects one
+        position per row -> (B, 1, vocab_size), all that a prefill needs.
         """
-        B, T = idx.shape
-        config = self.config
-        if kv_cache is None and self.document_start is not None:
-            kv_cache = WithinDocuments(idx, self.document_start)
-        rotary = self._rotary(T, kv_cache)
+        (B, T), config, context = idx.shape, self.config, kv_cache
+        if context is None and self.document_start is not None:
+            context = WithinDocuments(idx, self.document_start)
+        rotary = self._rotary(T, context)
         x = rms_norm(self.wte(idx).to(self.compute_dtype), config.rms_norm_eps)
+        run: Callable[..., Any] = self.run_block if torch.is_grad_enabled() else run_block
+        if torch.is_grad_enabled() and self.grad_checkpoint:
+            run = partial(checkpoint, run, use_reentrant=False)
         for block in cast(nn.ModuleList, self.transformer["h"]):
-            if not torch.is_grad_enabled():
-                x = block(x, rotary, kv_cache, self.attention_backend)
-            elif self.grad_checkpoint:
-                x = checkpoint(self.run_block, block, x, rotary, kv_cache, self.attention_backend, use_reentrant=False)
-            else:
-                x = self.run_block(block, x, rotary, kv_cache, self.attention_backend)
+            x = run(block, x, rotary, context, self.attention_backend)
         x = rms_norm(x, config.rms_norm_eps)
-        if kv_cache is not None:
-            kv_cache.advance(T)
+        if context is not None:
+            context.advance(T)
         if targets is None:
             if logits_at is not None:
                 x = x[torch.arange(B, device=x.device), logits_at].unsqueeze(1)

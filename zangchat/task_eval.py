@@ -1,7 +1,8 @@
-"""Tasks scored with a chat model: letters by their logits (categorical), answers by generating them (generative, pass@k).
+"""Tasks scored with a chat model: letters by their logits, other answers by generating them (pass@k).
 
-The problems are dealt out to the ranks; each answer depends on (seed, task, problem, sample) alone, so neither the batch nor the number
-of ranks changes a verdict, up to rounding in the logits. Tasks come in as objects: this module knows their protocol, not their names.
+The ranks share the problems. An answer only depends on (seed, task, problem, sample), so neither the
+batch nor the number of ranks changes a verdict, up to rounding in the logits. This module knows the
+protocol of tasks, not their names.
 """
 
 import json
@@ -10,15 +11,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from zangchat.engine import Engine, Request, Result
+from zangchat.engine.replies import ReplyDecoder
 from zangchat.runtime import collectives
 from zangchat.runtime.files import atomic_write
 from zangchat.runtime.progress import Progress
 from zangchat.runtime.seeds import derive_seed
-
-if TYPE_CHECKING:
-    from zangchat.engine import Engine, Result
 
 MAX_ROWS = 32  # prompts at a time
 CHUNK = 8  # x MAX_ROWS requests between two looks at the clock
@@ -27,14 +27,14 @@ VERDICT_THREADS = 4
 
 @dataclass
 class Item:
-    """One problem and what became of it."""
+    """A problem with its completions and verdicts."""
 
     index: int  # in the task
     prompt: str
     expected: Any  # the content of the task's own answer
     completions: list[str] = field(default_factory=list)  # as the model wrote them, special tokens visible
     verdicts: list[bool] = field(default_factory=list)
-    note: str = ""  # why there is no completion
+    note: str = ""  # the reason if there are no completions
 
     @property
     def passed(self) -> bool:
@@ -54,7 +54,7 @@ class TaskResult:
         return sum(item.passed for item in self.items) / max(len(self.items), 1)
 
     def pass_at(self, k: int) -> float:
-        """The chance that k of the samples, drawn at random, hold a right one: the unbiased estimate of arXiv:2107.03374."""
+        """The probability that one of k random samples is correct, unbiased (arXiv:2107.03374)."""
         if not 1 <= k <= self.k:
             raise ValueError(f"pass@{k} of {self.k} samples")
         ways = math.comb(self.k, k)
@@ -68,7 +68,7 @@ class TaskResult:
 
 
 def evaluate_task(
-    engine: "Engine",
+    engine: Engine,
     task: Any,
     *,
     num_samples: int = 1,
@@ -82,7 +82,8 @@ def evaluate_task(
 ) -> TaskResult:
     """Score `task` (the first `max_problems` of it); the same result, whole, on every rank.
 
-    A categorical task takes one answer per problem, whatever num_samples. A prompt that leaves no room in the context counts as not solved.
+    A categorical task has one answer per problem, for any num_samples. A prompt that leaves no room
+    in the context counts as not solved.
     """
     if num_samples < 1 or batch_size < 1:
         raise ValueError(f"num_samples and batch_size must be at least 1, not {num_samples} and {batch_size}")
@@ -104,7 +105,7 @@ def evaluate_task(
 # ---- categorical ----------------------------------------------------------------------------------------------------
 
 
-def _categorical(engine: "Engine", task: Any, indices: list[int], batch_size: int, progress: Progress) -> list[Item]:
+def _categorical(engine: Engine, task: Any, indices: list[int], batch_size: int, progress: Progress) -> list[Item]:
     items: list[Item] = []
     for start in range(0, len(indices), batch_size):
         conversations = [task[i] for i in indices[start : start + batch_size]]
@@ -119,22 +120,22 @@ def _categorical(engine: "Engine", task: Any, indices: list[int], batch_size: in
     return items
 
 
-def letter_choices(engine: "Engine", prompts: Sequence[Sequence[int]], letters: Sequence[Sequence[str]]) -> list[str]:
-    """For each prompt the one of its letters that the model finds the most likely next token; one forward pass, padded on the right."""
-    import torch
+def letter_choices(engine: Engine, prompts: Sequence[Sequence[int]], letters: Sequence[Sequence[str]]) -> list[str]:
+    """For each prompt the letter that is the most likely next token.
 
-    model, tokenizer = engine.model, engine.tokenizer
-    context = model.config.sequence_len
-    prompts = [list(prompt) if len(prompt) <= context else [prompt[0], *prompt[len(prompt) - context + 1 :]] for prompt in prompts]
-    idx = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
-    last = torch.tensor([len(prompt) - 1 for prompt in prompts])
-    device = model.get_device()
-    with torch.inference_mode():
-        logits = model(idx.to(device), logits_at=last.to(device))[:, 0].cpu()
+    Of a prompt that is longer than the context, the first token and the end are read.
+    """
+    tokenizer, context = engine.tokenizer, engine.model.config.sequence_len
+    rows: list[list[int]] = []
+    for prompt, options in zip(prompts, letters, strict=True):
+        end = max(1, len(prompt) - context + 1)
+        rows += [[*prompt[:1], *prompt[end:]] for _ in options]
+    ids = [[_letter_id(tokenizer, letter)] for options in letters for letter in options]
+    scores = iter(engine.score(rows, ids))
     chosen = []
-    for row, options in enumerate(letters):
-        ids = [_letter_id(tokenizer, letter) for letter in options]
-        chosen.append(options[int(logits[row, ids].argmax())])
+    for options in letters:
+        found = [next(scores) for _ in options]
+        chosen.append(options[found.index(max(found))])
     return chosen
 
 
@@ -149,14 +150,13 @@ def _letter_id(tokenizer: Any, letter: str) -> int:
 
 
 def sample_answers(
-    engine: "Engine", conversations: Sequence[dict[str, Any]], seeds: Sequence[int], num_samples: int, max_rows: int, **sampling: Any
-) -> list[tuple[list[int], list["Result"]]]:
-    """(prompt, `num_samples` answers) for the question of each conversation; no answers where the prompt fills the context.
+    engine: Engine, conversations: Sequence[dict[str, Any]], seeds: Sequence[int], num_samples: int, max_rows: int, **sampling: Any
+) -> list[tuple[list[int], list[Result]]]:
+    """(prompt, `num_samples` answers) for the question of each conversation.
 
+    No answers if the prompt fills the context.
     `sampling`: max_tokens, temperature, top_k of engine.Request.
     """
-    from zangchat.engine import Request
-
     prompts = [engine.tokenizer.render_for_completion(conversation) for conversation in conversations]
     requests = [
         [Request(prompt, **sampling, seed=seed, sample_index=sample) for sample in range(num_samples)]
@@ -169,7 +169,7 @@ def sample_answers(
 
 
 def _generative(
-    engine: "Engine",
+    engine: Engine,
     task: Any,
     indices: list[int],
     name: str,
@@ -183,7 +183,7 @@ def _generative(
     items: list[Item] = []
     per_chunk = max(1, CHUNK * batch_size // num_samples)
 
-    def judge(pair: tuple[dict[str, Any], "Result"]) -> bool:
+    def judge(pair: tuple[dict[str, Any], Result]) -> bool:
         conversation, result = pair
         return bool(task.evaluate(conversation, completion_parts(tokenizer, result.tokens, result.mask)))
 
@@ -205,26 +205,18 @@ def _generative(
 
 
 def completion_parts(tokenizer: Any, tokens: Sequence[int], mask: Sequence[int]) -> list[dict[str, str]]:
-    """Generated tokens as the content of an assistant message.
+    """Generated tokens and their mask -> the content of an assistant message.
 
-    Tool output counts only where the engine put it in (mask 0): output that the model made up is left out, so that it neither passes for a
-    tool call nor for an answer.
+    Only tool output that the engine inserted (mask 0) counts. Output that the model made up is left
+    out, so that it passes neither for a tool call nor for an answer.
     """
-    kinds = {
-        tokenizer.encode_special("<|python_start|>"): "python",
-        tokenizer.encode_special("<|output_start|>"): "python_output",
-        tokenizer.encode_special("<|python_end|>"): "text",
-        tokenizer.encode_special("<|output_end|>"): "text",
-    }
-    specials = {tokenizer.encode_special(name) for name in tokenizer.get_special_tokens()}
-    runs: list[tuple[str, list[int]]] = [("text", [])]
-    for token, sampled in zip(tokens, mask, strict=True):
-        if token in kinds:
-            kind = kinds[token]
-            runs.append(("invented" if kind == "python_output" and sampled else kind, []))
-        elif token not in specials:
-            runs[-1][1].append(token)
-    return [{"type": kind, "text": tokenizer.decode(ids)} for kind, ids in runs if kind != "invented" and ids]
+    decoder = ReplyDecoder(tokenizer)
+    for token, chosen in zip(tokens, mask, strict=True):
+        made_up = chosen and decoder.kind == "python_output" and token not in decoder.kinds
+        if not made_up:
+            decoder.feed(token)
+    decoder.flush()
+    return [part for part in decoder.parts if part["text"]]
 
 
 def _item(index: int, conversation: dict[str, Any]) -> Item:

@@ -24,7 +24,7 @@ from scripts.chat_cli import Chat
 from tests.talker import TOKENIZER, Talker, engine
 from zangchat import checkpoint_manager
 from zangchat.config import GPTConfig
-from zangchat.engine import batch as engine_module
+from zangchat.engine import engine as engine_module
 from zangchat.engine import load_for_chat
 from zangchat.errors import UserError
 from zangchat.gpt import GPT
@@ -133,14 +133,14 @@ import fcntl, sys, termios, time
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 from scripts import chat_cli
 from tests.talker import TOKENIZER, Talker
-from zangchat.engine import batch
+from zangchat.engine import engine
 
 def load(config, device):
     print("loading", flush=True)
     time.sleep(float(sys.argv[1]))
     return Talker(lambda question: question + " word" * 90, pause=0.05), TOKENIZER, {}
 
-batch.load_for_chat = load
+engine.load_for_chat = load
 sys.exit(chat_cli.main([]))
 """
 

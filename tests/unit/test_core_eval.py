@@ -18,6 +18,7 @@ from tests.util import ByteTokenizer, lively_model
 from zangchat import core_eval
 from zangchat.config import GPTConfig
 from zangchat.core_eval import CoreTask, Row
+from zangchat.engine import scoring
 from zangchat.errors import UserError
 from zangchat.gpt import GPT
 from zangchat.runtime import collectives
@@ -95,8 +96,8 @@ def test_language_modelling_counts_only_whole_answers(model, tmp_path):
                 tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
         start = len(tokens) - 3
         rows += [Row(tokens, start), Row([*tokens[:-1], (tokens[-1] + 1) % 200], start)]
-    with torch.no_grad():
-        assert core_eval.row_scores(model, "language_modeling", [[row] for row in rows]) == [1.0, 0.0] * 8
+    items = [[row] for row in rows]
+    assert core_eval.judge(model, "language_modeling", items, [0] * len(rows)) == [True, False] * 8
 
 
 def test_categories_count_alike_whatever_their_size(model, tmp_path):
@@ -107,19 +108,14 @@ def test_categories_count_alike_whatever_their_size(model, tmp_path):
     assert core_eval.evaluate_core_task(model, TOKENIZER, task) == slow.score_task(model, TOKENIZER, task)
 
 
-def test_what_rows_share_goes_through_the_model_once(model, tmp_path):
-    """And only where they do: a context that is cut from the left differs from choice to choice."""
-    item = [Row([9, 1, 2, 3, 5, 5], 4), Row([9, 1, 2, 3, 5, 6, 7], 4)]
-    assert core_eval.prompts_of([item, item]) == [([9, 1, 2], [0, 1]), ([9, 1, 2], [2, 3])]  # the last shared token goes with the rows
-    cut = [Row([9, 2, 3, 4, 5], 4), Row([9, 3, 4, 5, 6], 3)]
-    assert core_eval.prompts_of([item, cut]) == [([9, 1, 2], [0, 1]), ([9, 2, 3], [2]), ([9, 3], [3])]
-    task = CoreTask("task", "multiple_choice", write_items(tmp_path / "task.jsonl", items("multiple_choice", 20)), 0)
+def test_the_context_of_an_item_goes_through_the_model_once(model, tmp_path):
+    path = write_items(tmp_path / "task.jsonl", items("multiple_choice", 20))
+    task = CoreTask("task", "multiple_choice", path, 0)
     groups = core_eval.groups_of(task, core_eval.read_items(task))
     rows, golds = core_eval.render(task, groups, core_eval.chosen_items(groups, -1), TOKENIZER, 96)
     seen: list[int] = []
     hook = model.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].numel()))
-    with torch.no_grad():
-        core_eval.judge(model, "multiple_choice", rows, golds)
+    core_eval.judge(model, "multiple_choice", rows, golds)
     hook.remove()
     assert sum(seen) < 0.7 * sum(len(row.tokens) for item in rows for row in item)
 
@@ -128,8 +124,9 @@ def test_what_rows_share_goes_through_the_model_once(model, tmp_path):
 def test_the_size_of_the_batches_changes_nothing(model, tmp_path, monkeypatch, kind):
     task = CoreTask("task", kind, write_items(tmp_path / "task.jsonl", items(kind, 25)), 2)
     whole = core_eval.evaluate_core_task(model, TOKENIZER, task)
-    for name, value in (("TOKENS_PER_BATCH", {"cpu": 1}), ("TOKENS_PER_BATCH", {"cpu": 300}), ("ITEMS_AT_A_TIME", 7)):
-        monkeypatch.setattr(core_eval, name, value)
+    settings = [(scoring, "TOKENS_PER_BATCH", {"cpu": n}) for n in (1, 300)]
+    for module, name, value in [*settings, (core_eval, "ITEMS_AT_A_TIME", 7)]:
+        monkeypatch.setattr(module, name, value)
         assert core_eval.evaluate_core_task(model, TOKENIZER, task) == whole
 
 
@@ -289,7 +286,6 @@ def test_the_real_bundle(model):
             core_eval.item_rows(task, item, [sample[i] for i in core_eval.fewshot_indices(j, 3, 2)], TOKENIZER, 512)
             for j, item in enumerate(sample)
         ]
-        with torch.no_grad():
-            verdicts = core_eval.judge(wide, task.kind, ours, [item.get("gold", 0) for item in sample])
+        verdicts = core_eval.judge(wide, task.kind, ours, [item.get("gold", 0) for item in sample])
         two_shots = CoreTask(task.label, task.kind, task.path, 2, task.delimiter)
         assert verdicts == [slow.answered_rightly(wide, TOKENIZER, two_shots, sample, j) for j in range(3)], task.label

@@ -15,9 +15,9 @@ from dev import bench_infer
 from tests.util import ByteTokenizer
 from zangchat.config import GPTConfig
 from zangchat.engine import Engine, KVCache, Request, RunningBatch, kv_cache
-from zangchat.engine.batch import PROMPT_MULTIPLE
 from zangchat.engine.model import InferenceGPT
 from zangchat.engine.replies import ReplyDecoder, StopFinder, StreamDecoder, fit_conversation
+from zangchat.engine.runner import PROMPT_MULTIPLE
 from zangchat.engine.sampling import Sampler
 from zangchat.gpt import GPT
 
@@ -79,11 +79,11 @@ def traffic(draw: Any) -> list[tuple[int, int, int, int | None]]:
     return draw(st.lists(request, min_size=1, max_size=9))
 
 
-@pytest.fixture(params=[0, kv_cache.WORTH_A_CALL], ids=["groups", "together"], scope="module")
+@pytest.fixture(params=[0, kv_cache.MIN_SAVED_BYTES], ids=["groups", "together"], scope="module")
 def worth_a_call(request: pytest.FixtureRequest) -> Iterator[None]:
     """With models this small a group of its own never pays: once as if it always did."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kv_cache, "WORTH_A_CALL", request.param)
+        patch.setattr(kv_cache, "MIN_SAVED_BYTES", request.param)
         yield
 
 
@@ -96,7 +96,7 @@ def test_greedy_tokens_equal_the_plain_forward_pass_in_any_company(
     model: GPT, plan: list[tuple[int, int, int, int | None]], max_rows: int, gap: int, prefill_tokens: int, ahead: bool, multiple: int
 ) -> None:
     batch = RunningBatch(InferenceGPT(model), TOKENIZER, max_rows, prefill_tokens, ahead)
-    batch.prompt_multiple = multiple
+    batch.runner.prompt_multiple = multiple
     live, joined, step = [], 0, 0
     while joined < len(plan) or batch.busy:
         if joined < len(plan) and step >= joined * gap:
@@ -135,7 +135,7 @@ def test_a_16_bit_model_on_a_cpu_keeps_its_keys_and_values_in_fp32(model: GPT, k
     in_bf16 = GPT(model.config, torch.bfloat16)
     in_bf16.load_state_dict(model.state_dict())
     batch = RunningBatch(kind(in_bf16.eval()), TOKENIZER)
-    assert batch.cache.storage.dtype == torch.float32
+    assert batch.runner.cache.storage.dtype == torch.float32
     generations = [batch.submit(Request(prompt(i, 20 + 7 * i), 12, temperature=0, logprobs=0)) for i in range(3)]
     while batch.busy:
         batch.step()
@@ -179,10 +179,10 @@ def test_groups_are_cut_where_that_saves_more_than_a_call_costs(lengths: list[in
     assert sum(sizes) == len(lengths) and all(sizes)
     places = [sum(sizes[:i]) for i in range(len(sizes))]
     read = sum(size * lengths[place] for size, place in zip(sizes, places, strict=True)) * bytes_per_token
-    assert read + (len(sizes) - 1) * kv_cache.WORTH_A_CALL <= len(lengths) * lengths[0] * bytes_per_token
+    assert read + (len(sizes) - 1) * kv_cache.MIN_SAVED_BYTES <= len(lengths) * lengths[0] * bytes_per_token
     for size, place in zip(sizes, places, strict=True):  # no group that is left would gain by one more cut
         most = max((size - i) * (lengths[place] - lengths[place + i]) for i in range(size))
-        assert most * bytes_per_token <= kv_cache.WORTH_A_CALL
+        assert most * bytes_per_token <= kv_cache.MIN_SAVED_BYTES
 
 
 def test_rows_change_places_all_at_once(model: GPT) -> None:
@@ -253,7 +253,7 @@ def test_the_repetition_penalty_holds_for_what_stands_in_the_row(model: GPT) -> 
     logits = torch.tensor([[2.0, 1.5, -1.0], [2.0, 1.5, -1.0]])
     sampler = Sampler(requests_of({"temperature": 0, "repetition_penalty": 1.5}, {"temperature": 0}), 3, "cpu", [[0], [0]])
     assert sampler(logits, [0, 0]).tolist() == [1, 0]
-    sampler.saw(torch.tensor([[1], [1]]))
+    sampler.mark_seen(torch.tensor([[1], [1]]))
     assert sampler(logits, [0, 0]).tolist() == [0, 0]  # 2 / 1.5 against 1.5 / 1.5 and -1
     # a whole generation against the definition, alone and in company
     mine = Request(prompt(4, 12), 30, temperature=0, repetition_penalty=1.3)
@@ -493,7 +493,7 @@ def test_a_request_that_was_cancelled_frees_its_row_at_once(model: GPT) -> None:
     batch.cancel(third)  # while it waits
     assert (batch.live(), [g.stop_reason for g in (first, third)]) == ([second], ["cancelled", "cancelled"])
     batch.step()
-    assert batch.running == [second] and len(first.tokens) == 1
+    assert batch.scheduler.running == [second] and len(first.tokens) == 1
 
 
 # ---- the host one step behind the device ----------------------------------------------------------------------------
@@ -665,7 +665,7 @@ def test_a_stop_string_ends_a_generation_across_token_borders_and_in_its_text_on
         assert TOKENIZER.decode(stopped.tokens).endswith("two -EN and -END") and stopped.stop_token is None
         assert free.stop_token == STOPS[0]
         decoder = ReplyDecoder(TOKENIZER, ("-END", "xyz"))
-        said = [decoder.feed(event.token) for event in events if event.generation is stopped and event.token is not None]
+        said = [decoder.feed(event.token) for event in events if event.sequence is stopped and event.token is not None]
         assert decoder.stopped and decoder.text() == "one two -EN and "
         assert "".join(text for pieces in said for kind, text in pieces if kind == "text") == decoder.text()
         assert decoder.flush() == [] and decoder.feed(65) == []

@@ -133,7 +133,7 @@ def test_inference_never_waits_for_the_gpu() -> None:
         sampler = Sampler(requests, model.config.vocab_size, DEVICE, [[1]] * 4)
         tokens = sampler(logits[:, 0], [0.5] * 4)
         assert tokens.shape == (4,) and tokens.device == DEVICE
-        sampler.saw(tokens[:, None])
+        sampler.mark_seen(tokens[:, None])
         for rows in (cache.fixed_rows(prompts[:, 0], 512), cache.rows(0, 4), cache.rows(0, 4, [2, 2])):
             logits = model(tokens[:, None], kv_cache=rows)
             assert logits.shape == (4, 1, 65536) and logits.device == DEVICE

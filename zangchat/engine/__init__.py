@@ -1,8 +1,14 @@
 """Inference: one engine for the terminal chat, the web server, evaluation and RL."""
 
-from zangchat.engine.batch import Engine, Event, Generation, Request, Result, RunningBatch, engine_for_chat, load_for_chat
+from zangchat.engine.batch import RunningBatch
+from zangchat.engine.engine import Engine, engine_for_chat, load_for_chat
 from zangchat.engine.kv_cache import KVCache
+from zangchat.engine.sampling import Request
+from zangchat.engine.scoring import score
+from zangchat.engine.sequence import Event, Result, Sequence
 from zangchat.engine.tools import use_calculator
+
+Generation = Sequence  # for files in which Sequence is that of collections.abc
 
 __all__ = [
     "Engine",
@@ -12,7 +18,9 @@ __all__ = [
     "Request",
     "Result",
     "RunningBatch",
+    "Sequence",
     "engine_for_chat",
     "load_for_chat",
+    "score",
     "use_calculator",
 ]

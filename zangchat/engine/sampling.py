@@ -1,4 +1,4 @@
-"""What may be asked of a continuation, and how its tokens are drawn, on the device that holds the logits.
+"""Sampling parameters, and the batched sampler on the device that holds the logits.
 
 Shapes: B rows, V vocabulary, K candidates of a row.
 """
@@ -12,75 +12,77 @@ import numpy as np
 import torch
 from torch import Tensor
 
-COLDEST = 1e-5  # temperatures below are taken as 0, before logits / temperature overflows
-MAX_LOGPROBS = 20  # most likely tokens that a request may ask to see at each place
+from zangchat.config import SAMPLING_LIMITS
+
+MIN_TEMPERATURE = 1e-5  # lower ones count as 0, before logits / temperature overflows
 
 
 @dataclass(frozen=True)
 class Request:
-    """One continuation to generate. Raises ValueError for settings that mean nothing."""
+    """One continuation to generate. Raises ValueError for settings out of SAMPLING_LIMITS.
+
+    top_p: arXiv:1904.09751, min_p: arXiv:2407.01082, repetition_penalty: arXiv:1909.05858.
+    """
 
     tokens: Sequence[int]  # the prompt
-    max_tokens: int | None = None  # new tokens at most, forced tool output included; None: as many as the context holds
+    max_tokens: int | None = None  # including tool output; None: as many as the context holds
     temperature: float = 1.0  # 0 takes the most likely token
     top_k: int | None = None  # draw among the k most likely; None or 0: all
-    top_p: float | None = None  # draw among the most likely that reach this probability together (arXiv:1904.09751); None or 1: all
+    top_p: float | None = None  # among the most likely that reach this probability together
     seed: int = 42
     sample_index: int = 0  # tells apart the samples of one prompt under one seed
-    min_p: float | None = None  # draw among those at least this times as likely as the likeliest (arXiv:2407.01082); None or 0: all
-    repetition_penalty: float = 1.0  # > 1 makes tokens that stand before less likely (arXiv:1909.05858)
-    stop: tuple[str, ...] = ()  # the continuation ends where its text has one of these
-    logprobs: int | None = None  # record the log-probability of each new token and of this many most likely ones
+    min_p: float | None = None  # among those at least this times as likely as the likeliest
+    repetition_penalty: float = 1.0  # > 1 makes tokens that are in the row already less likely
+    stop: tuple[str, ...] = ()  # the continuation ends if its text has one of these
+    logprobs: int | None = None  # report log-probabilities of new tokens, and of n likely ones
     prompt_logprobs: bool = False  # the same for the prompt
 
     def __post_init__(self) -> None:
         if not self.tokens:
             raise ValueError("a prompt needs at least one token, <|bos|> for example")
-        if self.max_tokens is not None and self.max_tokens < 0:
-            raise ValueError(f"max_tokens must not be negative, not {self.max_tokens}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be 0 or more, not {self.temperature}")
-        if self.top_k is not None and self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (off) or more, not {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must lie between 0 (off) and 1, not {self.min_p}")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise ValueError(f"repetition_penalty must be above 0 (1 = off), not {self.repetition_penalty}")
+        for name, limits in SAMPLING_LIMITS.items():
+            value = getattr(self, name)
+            if value is not None and not limits.allow(value):
+                raise ValueError(f"{name} must be {limits}, not {value}")
         if not all(self.stop):
             raise ValueError("a stop string must not be empty")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise ValueError(f"logprobs must lie between 0 and {MAX_LOGPROBS}, not {self.logprobs}")
         if self.prompt_logprobs and self.logprobs is None:
             raise ValueError("prompt_logprobs needs logprobs, 0 for example")
 
     @property
     def greedy(self) -> bool:
-        return self.temperature < COLDEST
+        return self.temperature < MIN_TEMPERATURE
 
 
 class Logprob(NamedTuple):
-    """log p of a token under the model itself (temperature 1, nothing left out), and the most likely (token, log p), best first."""
+    """log p of a token under the model itself: temperature 1, all tokens."""
 
     value: float
-    top: list[tuple[int, float]]
+    top: list[tuple[int, float]]  # the most likely (token, log p), best first
+
+    def cut(self, n: int) -> "Logprob":
+        return Logprob(self.value, self.top[:n])
 
 
 class Sampler:
-    """Draws one token per row for a fixed list of requests, whose settings lie on the device as vectors.
+    """Draws one token per row for a fixed list of requests; their settings are vectors on the device.
 
-    Inverse-CDF sampling in the order of the vocabulary: the result moves only if a draw falls within rounding of a boundary, whatever
-    else is in the batch. `histories` are the rows' tokens so far, for the repetition penalty.
+    Inverse-CDF sampling in the order of the vocabulary: other rows of the batch change a result only
+    if the draw is within rounding of a boundary. `histories` are the rows' tokens so far, for the
+    repetition penalty.
     """
 
     def __init__(
-        self, requests: Sequence[Request], vocab_size: int, device: torch.device | str, histories: Sequence[Sequence[int]] = ()
+        self,
+        requests: Sequence[Request],
+        vocab_size: int,
+        device: torch.device | str,
+        histories: Sequence[Sequence[int]] = (),
     ) -> None:
         self.device = torch.device(device)
         self.precise = torch.float32 if self.device.type == "mps" else torch.float64
         self.greedy = all(request.greedy for request in requests)
-        self.seen: Tensor | None = None  # (B, V): which tokens stand in a row already
+        self.seen: Tensor | None = None  # (B, V): the tokens that are in a row already
         if any(request.repetition_penalty != 1 for request in requests):
             self.penalty = self._column([request.repetition_penalty for request in requests])
             self.seen = torch.zeros(len(requests), vocab_size, dtype=torch.bool)
@@ -91,32 +93,34 @@ class Sampler:
             return
         greedy = [request.greedy for request in requests]
         self.is_greedy = self._column(greedy, torch.bool) if any(greedy) else None
-        self.temperature = self._column([1.0 if request.greedy else request.temperature for request in requests])
-        top_k = [vocab_size if request.greedy else min(request.top_k or vocab_size, vocab_size) for request in requests]
-        top_p = [1.0 if request.greedy else request.top_p or 1.0 for request in requests]
+        self.temperature = self._column([1.0 if r.greedy else r.temperature for r in requests])
+        top_k = [vocab_size if r.greedy else min(r.top_k or vocab_size, vocab_size) for r in requests]
+        top_p = [1.0 if r.greedy else r.top_p or 1.0 for r in requests]
         limited = [k < vocab_size for k in top_k]
         self.limited = self._column(limited, torch.bool) if any(limited) else None
         self.candidates = max((k for k in top_k if k < vocab_size), default=0)
-        self.unlimited = not all(a or b for a, b in zip(limited, greedy, strict=True))  # some row draws from its whole vocabulary,
-        self.nucleus = any(p < 1 and k == vocab_size for k, p in zip(top_k, top_p, strict=True))  # or from what top_p leaves of it
+        # some row draws from its whole vocabulary, or from the part that top_p leaves of it
+        self.unlimited = not all(a or b for a, b in zip(limited, greedy, strict=True))
+        self.nucleus = any(p < 1 and k == vocab_size for k, p in zip(top_k, top_p, strict=True))
         self.top_k = self._column(top_k, torch.int64)
-        self.top_p = self._column([p if p < 1 else 2.0 for p in top_p], self.precise)  # 2: no sum reaches it
-        self.has_top_p, self.has_min_p = min(top_p) < 1, any(request.min_p for request in requests if not request.greedy)
+        self.top_p = self._column([p if p < 1 else 2.0 for p in top_p], self.precise)  # 2: never reached
+        self.has_top_p = min(top_p) < 1
+        self.has_min_p = any(request.min_p for request in requests if not request.greedy)
         self.min_p = self._column([request.min_p or 0.0 for request in requests])
 
     def _column(self, values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
         return to_device(values, dtype, self.device)[:, None]
 
-    def saw(self, tokens: Tensor) -> None:
-        """Tokens (B, 1) that were put behind the rows since."""
+    def mark_seen(self, tokens: Tensor) -> None:
+        """Tokens (B, 1) that were appended to the rows since."""
         if self.seen is not None:
             self.seen.scatter_(1, tokens, True)
 
     def __call__(self, logits: Tensor, uniforms: Sequence[float]) -> Tensor:
-        """One token per row from logits (B, V): (B,) int64. `uniforms` are the rows' draws from [0, 1)."""
+        """Logits (B, V) and the rows' draws from [0, 1) -> one token per row, (B,) int64."""
         if self.seen is not None:
-            punished = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)
-            logits = torch.where(self.seen, punished, logits)
+            penalised = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)
+            logits = torch.where(self.seen, penalised, logits)
         if self.greedy:
             return _best(logits)
         scores = logits / self.temperature
@@ -124,7 +128,7 @@ class Sampler:
         drawn: Tensor | None = None  # (B, 1)
         if self.unlimited:
             likely = scores
-            if self.nucleus:  # a token as likely as the last one that top_p takes is taken, too
+            if self.nucleus:  # with all tokens as likely as the last one that top_p takes
                 best = _descending(scores)
                 likely = scores.masked_fill(scores < best.gather(1, self._last_likely(best)), -math.inf)
             drawn = self._drawn(likely, targets)
@@ -138,45 +142,51 @@ class Sampler:
             among = ids.gather(1, self._drawn(best.gather(1, order), targets))
             drawn = among if drawn is None else torch.where(self.limited, among, drawn)
         assert drawn is not None  # else all rows are greedy
-        return (drawn if self.is_greedy is None else torch.where(self.is_greedy, _best(logits)[:, None], drawn)).squeeze(1)
+        if self.is_greedy is not None:
+            drawn = torch.where(self.is_greedy, _best(logits)[:, None], drawn)
+        return drawn.squeeze(1)
 
     def _drawn(self, scores: Tensor, uniforms: Tensor) -> Tensor:
-        """Where in `scores` (B, K) each row's draw from its probabilities falls: (B, 1)."""
-        probabilities = scores.softmax(dim=-1)
+        """Index into `scores` (B, K) of each row's draw from its probabilities: (B, 1)."""
+        p = scores.softmax(dim=-1)
         if self.has_min_p:
-            probabilities = probabilities.masked_fill(probabilities < self.min_p * probabilities.amax(dim=-1, keepdim=True), 0.0)
-        cdf = self._summed(probabilities)
+            p = p.masked_fill(p < self.min_p * p.amax(dim=-1, keepdim=True), 0.0)
+        cdf = self._summed(p)
         return torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True).clamp_(max=cdf.size(-1) - 1)
 
     def _summed(self, probabilities: Tensor) -> Tensor:
-        """The sum of each (B, K) and those before it; one pass more than cumsum(dtype=...), and on a CPU a quarter of its time."""
+        """Cumulative sums (B, K). On a CPU a quarter of the time of cumsum(dtype=...)."""
         return probabilities.to(self.precise).cumsum(dim=-1)
 
     def _last_likely(self, best: Tensor) -> Tensor:
-        """In scores (B, K), best first: where those end that reach top_p together, (B, 1)."""
+        """Index of the last score that top_p takes, in scores (B, K), best first: (B, 1)."""
         reached = self._summed(best.softmax(dim=-1))
         return torch.searchsorted(reached, self.top_p).clamp_(max=best.size(-1) - 1)
 
 
 def _descending(scores: Tensor) -> Tensor:
-    """Each row (B, V) in order, largest first. On a CPU numpy sorts twenty times as fast as torch."""
-    return torch.from_numpy(-np.sort(-scores.numpy(), axis=-1)) if scores.is_cpu else scores.sort(dim=-1, descending=True).values
+    """Each row (B, V) sorted, largest first. On a CPU numpy sorts twenty times as fast as torch."""
+    if scores.is_cpu:
+        return torch.from_numpy(-np.sort(-scores.numpy(), axis=-1))
+    return scores.sort(dim=-1, descending=True).values
 
 
 def _best(logits: Tensor) -> Tensor:
-    """Where the largest of each row (B, V) is: (B,). On a CPU numpy finds it ten times as fast as torch."""
-    return torch.from_numpy(logits.numpy().argmax(axis=-1)) if logits.is_cpu else logits.argmax(dim=-1)
+    """Argmax of each row (B, V): (B,). On a CPU numpy finds it ten times as fast as torch."""
+    if logits.is_cpu:
+        return torch.from_numpy(logits.numpy().argmax(axis=-1))
+    return logits.argmax(dim=-1)
 
 
 def to_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A small tensor on the device without waiting for what the device is doing."""
+    """A small tensor on the device, without waiting for the device."""
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
 class LogprobTensors(NamedTuple):
-    """Log-probabilities of N places: values (N,), top values and top ids (N, n)."""
+    """Log-probabilities at N positions: values (N,), top values and top ids (N, n)."""
 
     values: Tensor
     top_values: Tensor
@@ -184,10 +194,12 @@ class LogprobTensors(NamedTuple):
 
     @classmethod
     def of(cls, logits: Tensor, tokens: Tensor, n: int) -> "LogprobTensors":
-        """From logits (N, V) and the tokens (N,) that stand there."""
+        """From logits (N, V) and the tokens (N,) at these positions."""
         logprobs = logits.log_softmax(dim=-1)
-        return cls(logprobs.gather(-1, tokens[:, None]).squeeze(-1), *logprobs.topk(min(n, logits.size(-1)), dim=-1))
+        values = logprobs.gather(-1, tokens[:, None]).squeeze(-1)
+        return cls(values, *logprobs.topk(min(n, logits.size(-1)), dim=-1))
 
     def on_host(self, n: int) -> list[Logprob]:
-        rows = zip(self.values.tolist(), self.top_ids[:, :n].tolist(), self.top_values[:, :n].tolist(), strict=True)
-        return [Logprob(value, list(zip(ids, values, strict=True))) for value, ids, values in rows]
+        columns = (self.values, self.top_ids[:, :n], self.top_values[:, :n])
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        return [Logprob(value, list(zip(ids, top, strict=True))) for value, ids, top in rows]

@@ -1,12 +1,12 @@
-"""The calculator that a model may call: arithmetic on numbers, and counting in a string. Parsed, never evaluated as code.
+"""The calculator of the models: arithmetic and counting in a string, parsed, never run as code.
 
     use_calculator("(1,250 - 50) / 4")            -> "300"
     use_calculator("' strawberry'.count('r')")    -> "3"
     use_calculator("open('x')")                   -> None
 
-What the model writes is untrusted text. It is cut down to a small alphabet first, then parsed, and only the node types below are
-walked; sizes are checked before each operation, so that no input costs noticeable time or memory. No signals and no state: it works
-in any thread.
+The expression is untrusted text. It is restricted to a small alphabet, then parsed, and only the node
+types below are evaluated. Sizes are checked before each operation, so that no input costs noticeable
+time or memory. No signals and no state: it works in any thread.
 """
 
 import ast
@@ -29,19 +29,19 @@ _ALPHABET = re.compile(r"(?:[0-9.+\-*/%() eE]|\.count\()*")
 
 
 class _RefusedError(Exception):
-    """The expression is outside of what the calculator does."""
+    """The calculator does not compute this expression."""
 
 
 def use_calculator(expr: str) -> str | None:
-    """The value of an expression, as text, or None for anything that is not plain arithmetic or counting.
+    """The value of an expression as text; None unless it is plain arithmetic or counting.
 
-    Numbers with + - * / // % ** and parentheses (1,000 is a thousand), and "text".count("part") wherever a number may stand. Whole
-    results come without a decimal point, others with up to 12 significant digits.
+    Numbers with + - * / // % ** and parentheses (1,000 is a thousand), and "text".count("part") as a
+    number. Whole results have no decimal point, others up to 12 significant digits.
     """
     try:
         return _format(_value(_parse(expr)))
     except (_RefusedError, SyntaxError, ArithmeticError, ValueError, RecursionError, MemoryError):
-        return None  # a refusal is an answer: the conversation goes on without a result
+        return None  # a refusal is an answer: the conversation continues without a result
 
 
 def _parse(expr: str) -> ast.expr:

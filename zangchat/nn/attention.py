@@ -1,10 +1,11 @@
 """One attention interface, several backends.
 
-`sdpa` (torch's scaled_dot_product_attention, whatever kernel it takes by itself) runs everywhere and is the default. `cudnn` (cuDNN's
-kernel behind it), `flex` (torch's flex_attention), `flash` (flash-attn 4 or 3, where installed) and `blocks` (products of bf16 matrices,
-for CPUs) compute the same function for the plain causal case; anything with a mask goes through sdpa. A backend is a value: for training on
-a GPU `choose_backend` lets them race, and only those take part whose output and gradients agree with sdpa's, because that an import works
-proves nothing about the kernel, the driver or the GPU.
+`sdpa` (torch's scaled_dot_product_attention with the kernel it chooses) runs everywhere and is the
+default. `cudnn` (its cuDNN kernel), `flex` (torch's flex_attention), `flash` (flash-attn 4 or 3, if
+installed) and `blocks` (products of bf16 matrices, for CPUs) compute the same function for plain
+causal attention; with a mask sdpa is used. A backend is a value: to train on a GPU, `choose_backend`
+times those whose output and gradients agree with sdpa's, because a successful import proves nothing
+about the kernel, the driver or the GPU.
 
 Shapes: B batch, H query heads, G key/value heads (G divides H), T new tokens, S tokens attended to, D head dimension.
 """
@@ -24,18 +25,18 @@ from torch import Tensor
 from zangchat.runtime.devices import device_synchronize
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v -> output
-BACKENDS = ("sdpa", "cudnn", "flex", "flash", "blocks")
-BLOCK = 128  # queries that `blocks` takes at a time: few enough for the caches, enough for full-rate products
+BLOCK = 128  # queries at a time in `blocks`: they fit the caches, and products run at full rate
 TRIAL_TOKENS = 2048  # context of the timed trial
-TRIAL_HEADS = 64  # heads times rows of it: enough to fill a GPU
-TRIALS = 5  # of which the median counts
+TRIAL_HEADS = 64  # times rows: enough to fill a GPU
+TRIALS = 5  # for a median
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, backend: str = "sdpa") -> Tensor:
-    """Softmax attention of q (B, H, T, D) over k, v (B, G, S, D) -> (B, H, T, D); query head h reads key/value head h // (H/G).
+    """Softmax attention of q (B, H, T, D) over k, v (B, G, S, D) -> (B, H, T, D).
 
-    `mask` is boolean, broadcastable to (B, H, T, S), True where attention is allowed. Without a mask attention is causal and the
-    T queries are the last T of the S positions. Keys and values of another dtype than q decide in which one it is computed.
+    Query head h reads key/value head h // (H/G). `mask` is broadcastable to (B, H, T, S): boolean,
+    True to attend, or to be added. Without one attention is causal and the T queries are the last T
+    of the S positions. The computation runs in the dtype of the keys and values.
     """
     if q.dtype != k.dtype:
         return attend(q.to(k.dtype), k, v, mask, backend).to(q.dtype)
@@ -44,15 +45,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, backend:
         raise ValueError(f"{T} queries cannot be the last of {S} positions")
     if mask is None and T == S and T > 1:
         return _causal_kernel(backend)(q, k, v)
-    if mask is None and T > 1:  # a chunk after stored tokens: is_causal of SDPA would align the triangle at the wrong corner
+    if mask is None and T > 1:  # is_causal of SDPA would align the triangle at the wrong corner
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.size(1) != k.size(1))
 
 
 class WithinDocuments:
-    """Attention that stays within each document of a row, for gpt.GPT in the place of a cache. A document begins with the token `start`.
+    """Attention that stays within each document of a row: a gpt.AttentionContext.
 
-    Positions go on through the row: rotary attention sees their differences alone.
+    A document begins with the token `start`. Positions continue through the row: rotary attention
+    only depends on their differences.
     """
 
     def __init__(self, idx: Tensor, start: int) -> None:
@@ -64,12 +66,15 @@ class WithinDocuments:
         return k, v, self.mask
 
     def advance(self, num_tokens: int) -> None:
-        """Nothing is stored."""
+        """Does nothing: no token is stored."""
 
 
 def candidates(device: torch.device | str, dtype: torch.dtype) -> tuple[str, ...]:
-    """The backends that may be the fastest one there. Deterministic runs do without a race, whose winner may be another one tomorrow,
-    and so do CPUs: in bf16 torch's own kernel takes three times as long as `blocks`, in fp32 little longer and keeps less."""
+    """The backends that may be the fastest.
+
+    One for deterministic runs, as the fastest may change from run to run. One for CPUs: in bf16
+    torch's kernel takes three times as long as `blocks`, in fp32 little longer, with less memory.
+    """
     if torch.device(device).type == "cpu":
         return ("blocks",) if dtype == torch.bfloat16 else ("sdpa",)
     if torch.device(device).type != "cuda" or torch.are_deterministic_algorithms_enabled():
@@ -77,28 +82,33 @@ def candidates(device: torch.device | str, dtype: torch.dtype) -> tuple[str, ...
     return ("flash", "cudnn", "flex", "sdpa") if dtype in (torch.bfloat16, torch.float16) else ("flex", "sdpa")
 
 
-def choose_backend(device: torch.device | str, dtype: torch.dtype, head_dim: int, backends: Sequence[str] | None = None) -> tuple[str, str]:
-    """(backend, reason): which of `backends` (default: `candidates`) is right and fastest here, and one sentence for the log.
+def choose_backend(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    head_dim: int,
+    backends: Sequence[str] | None = None,
+) -> tuple[str, str]:
+    """(the fastest correct one of `backends`, default `candidates`; the reason, for the log).
 
-    Each is tried on a small problem, and timed on a larger one if its output and gradients agree with sdpa's. With one that works
-    nothing is timed; with none sdpa is taken. Raises ValueError for an unknown name.
+    Those whose output and gradients agree with sdpa's on a small problem are timed on a larger one.
+    If only one works, nothing is timed; if none, it is sdpa. Raises ValueError for an unknown name.
     """
     device = torch.device(device)
     backends = candidates(device, dtype) if backends is None else backends
-    if unknown := set(backends) - set(BACKENDS):
-        raise ValueError(f"unknown attention backend {sorted(unknown)[0]!r}; there are {', '.join(BACKENDS)}")
+    if unknown := set(backends) - set(_BUILDERS):
+        raise ValueError(f"unknown attention backend {sorted(unknown)[0]!r}; there are {', '.join(_BUILDERS)}")
     failures = {name: _smoke(name, device, dtype, head_dim) for name in backends if name != "sdpa"}
     usable = [name for name in backends if failures.get(name) is None] or ["sdpa"]
-    seconds = {name: _seconds(name, device, dtype, head_dim) for name in usable} if len(usable) > 1 else dict.fromkeys(usable, 0.0)
-    best = min(usable, key=lambda name: seconds[name])
-    reasons = [f"{name} is not usable here ({why})" for name, why in failures.items() if why is not None]
+    reasons = [f"{name} is not usable here ({why})" for name, why in failures.items() if why]
+    best = usable[0]
     if len(usable) > 1:
-        reasons = [f"forward and backward in {_times(seconds)}", *reasons]
-    return best, f"{best}: {'; '.join(reasons) or f'nothing else is tried on {device.type} in {dtype}'}"
-
-
-def _times(seconds: dict[str, float]) -> str:
-    return ", ".join(f"{1000 * value:.2f} ms ({name})" for name, value in sorted(seconds.items(), key=lambda item: item[1]))
+        seconds = {name: _seconds(name, device, dtype, head_dim) for name in usable}
+        ranking = sorted(usable, key=lambda name: seconds[name])
+        best = ranking[0]
+        times = ", ".join(f"{1000 * seconds[name]:.2f} ms ({name})" for name in ranking)
+        reasons = [f"forward and backward in {times}", *reasons]
+    reason = "; ".join(reasons) or f"nothing else is tried on {device.type} in {dtype}"
+    return best, f"{best}: {reason}"
 
 
 def _forward_backward(backend: str, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
@@ -108,22 +118,24 @@ def _forward_backward(backend: str, q: Tensor, k: Tensor, v: Tensor) -> list[Ten
 
 
 def _smoke(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """None if the backend's output and gradients agree with sdpa's on a small problem, else what went wrong."""
+    """None if output and gradients agree with sdpa's on a small problem, else the problem."""
     generator = torch.Generator(device=device).manual_seed(0)
     shapes = ((1, 2, 128, head_dim), (1, 1, 128, head_dim), (1, 1, 128, head_dim))
-    inputs = [torch.randn(s, generator=generator, device=device).to(dtype).requires_grad_() for s in shapes]
+    draws = (torch.randn(s, generator=generator, device=device) for s in shapes)
+    inputs = [draw.to(dtype).requires_grad_() for draw in draws]
     try:
         results = [_forward_backward(name, *inputs) for name in (backend, "sdpa")]
-    except Exception as error:  # any failure of a third-party kernel means the same: do not use it; the reason is reported
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    except Exception as error:  # any failure of a third-party kernel: do not use it, and say why
+        message = str(error) or "no message"
+        return f"{type(error).__name__}: {message.splitlines()[0]}"
     worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*results, strict=True))
-    # float32 kernels may sum in another order or use TF32; 16-bit ones round at 2^-8 (bf16) several times
+    # fp32 kernels may sum in another order or use TF32; 16-bit ones round at 2^-8 several times
     tolerance = 5e-3 if dtype == torch.float32 else 5e-2
     return None if worst <= tolerance else f"it differs from sdpa by {worst:.2g}"
 
 
 def _seconds(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> float:
-    """Median time of a forward and backward pass at a realistic size, after one that compiles."""
+    """Median time of a forward and backward pass at a realistic size, without compilation."""
     shape = (8, TRIAL_HEADS // 8, TRIAL_TOKENS, head_dim)
     inputs = [torch.ones(shape, device=device, dtype=dtype).requires_grad_() for _ in range(3)]
     times = []
@@ -136,32 +148,24 @@ def _seconds(backend: str, device: torch.device, dtype: torch.dtype, head_dim: i
     return statistics.median(times[1:])
 
 
-_kernels: dict[str, Kernel] = {}  # not functools.cache, which torch.compile does not see: it would build them anew
+_kernels: dict[str, Kernel] = {}  # not functools.cache: torch.compile does not see it
 
 
 def _causal_kernel(backend: str) -> Kernel:
-    """The causal self-attention function (T == S) of one backend. Raises ImportError where a package is missing."""
+    """The causal self-attention (T == S) of a backend. Raises ImportError if a package is missing."""
     if backend not in _kernels:
-        _kernels[backend] = _build_kernel(backend)
+        if backend not in _BUILDERS:
+            raise ValueError(f"unknown attention backend {backend!r}; there are {', '.join(_BUILDERS)}")
+        _kernels[backend] = _BUILDERS[backend]()
     return _kernels[backend]
 
 
-def _build_kernel(backend: str) -> Kernel:
-    if backend == "sdpa":
-        return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
-    if backend == "cudnn":
-        return _cudnn_kernel()
-    if backend == "flex":
-        return _flex_kernel()
-    if backend == "flash":
-        return _flash_kernel()
-    if backend == "blocks":
-        return _CausalBlocks.apply
-    raise ValueError(f"unknown attention backend {backend!r}; there are {', '.join(BACKENDS)}")
+def _sdpa_kernel() -> Kernel:
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
 
 
 def _cudnn_kernel() -> Kernel:
-    """cuDNN's kernel alone: sdpa raises where it does not support the problem."""
+    """cuDNN's kernel only: sdpa raises if it does not support the problem."""
     choice: Any = import_module("torch.nn.attention")
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -173,20 +177,22 @@ def _cudnn_kernel() -> Kernel:
 
 def _flex_kernel() -> Kernel:
     flex: Any = import_module("torch.nn.attention.flex_attention")
-    compiled = torch.compile(flex.flex_attention, dynamic=False)  # uncompiled it materialises the whole score matrix
-    block_mask = lru_cache(maxsize=8)(
-        lambda T, device: flex.create_block_mask(lambda b, h, i, j: i >= j, B=None, H=None, Q_LEN=T, KV_LEN=T, device=device)
-    )
+    compiled = torch.compile(flex.flex_attention, dynamic=False)  # eager makes all scores at once
+
+    @lru_cache(maxsize=8)
+    def causal(T: int, device: torch.device) -> Any:
+        return flex.create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         function = compiled if q.device.type == "cuda" else flex.flex_attention
-        return function(q, k, v, block_mask=block_mask(q.size(-2), q.device), enable_gqa=q.size(1) != k.size(1))
+        mask = causal(q.size(-2), q.device)
+        return function(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
 
     return run
 
 
 def _flash_kernel() -> Kernel:
-    """flash-attn 4 (package flash-attn-4) or 3 (flash_attn_interface), whichever is installed; both want (B, T, H, D)."""
+    """The installed one of flash-attn 4 (package flash-attn-4) and 3; both take (B, T, H, D)."""
     errors = []
     for module in ("flash_attn.cute", "flash_attn_interface"):
         try:
@@ -205,16 +211,17 @@ def _flash_kernel() -> Kernel:
 
 
 class _CausalBlocks(torch.autograd.Function):
-    """Some queries at a time against the keys up to them, in the dtype of q; probabilities are kept for the backward pass.
+    """BLOCK queries at a time against the keys up to them, in the dtype of q.
 
-    Heads that share keys are stacked: N = B*G problems of r = H/G heads each.
+    The backward pass reuses the probabilities. Heads that share keys are stacked: N = B*G problems
+    of r = H/G heads each.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (B, H, T, D), G = q.shape, k.size(1)
         q, k, v = q.reshape(B * G, H // G, T, D), k.reshape(B * G, T, D), v.reshape(B * G, T, D)
-        out = q.new_empty(B, T, H, D).transpose(1, 2)  # in memory as the next layer wants it
+        out = q.new_empty(B, T, H, D).transpose(1, 2)  # the memory layout of the next layer
         later = torch.full((BLOCK, BLOCK), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
         kept = []
         for start, end in _blocks(T):
@@ -247,3 +254,12 @@ class _CausalBlocks(torch.autograd.Function):
 
 def _blocks(T: int) -> list[tuple[int, int]]:
     return [(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK)]
+
+
+_BUILDERS: dict[str, Callable[[], Kernel]] = {
+    "sdpa": _sdpa_kernel,
+    "cudnn": _cudnn_kernel,
+    "flex": _flex_kernel,
+    "flash": _flash_kernel,
+    "blocks": lambda: _CausalBlocks.apply,
+}

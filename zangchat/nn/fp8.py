@@ -1,9 +1,10 @@
 """fp8 products in the linear layers of a model, as a pass over an ordinary model.
 
-Each operand is scaled as a whole so that its largest magnitude just fits: activations and weights in e4m3, gradients in e5m2. The
-three products of a layer (forward, both backward) then run through torch._scaled_mm on GPUs of compute capability 9.0 and later;
-elsewhere the same rounded operands are multiplied in the dtype of the activations, which is slow and exists to test the numerics.
-The products by _scaled_mm are untested on a GPU so far; the emulation is what the tests run.
+Each operand has one scale, for its largest magnitude: activations and weights in e4m3, gradients in
+e5m2. The three products of a layer (forward, both backward) run through torch._scaled_mm on GPUs of
+compute capability 9.0 and later. Elsewhere the same rounded operands are multiplied in the dtype of
+the activations: a slow emulation, to test the numerics. The products by _scaled_mm are untested on a
+GPU so far.
 
 Shapes: M tokens, K inputs, N outputs of one layer.
 """
@@ -21,7 +22,7 @@ MULTIPLE = 16  # _scaled_mm wants every dimension to be a multiple of this
 
 
 def use_fp8(model: nn.Module, device: torch.device) -> str:
-    """Convert the model where the device multiplies fp8 numbers rightly. Returns a sentence for the log."""
+    """Convert the model if the device's fp8 products are correct. Returns a line for the log."""
     why = unusable(device)
     if why is not None:
         return f"fp8: not used ({why}); the products stay in --dtype"
@@ -29,16 +30,17 @@ def use_fp8(model: nn.Module, device: torch.device) -> str:
 
 
 def unusable(device: torch.device) -> str | None:
-    """None if the device's product of two small fp8 matrices is that of the emulation, else what is wrong."""
+    """None if the device's product of two small matrices equals the emulation's, else the problem."""
     if device.type != "cuda":
         return f"no GPU: {device.type}"
     if torch.cuda.get_device_capability(device) < CAPABILITY:
         return f"{torch.cuda.get_device_name(device)} has no fp8 products"
     generator = torch.Generator(device).manual_seed(0)
-    (a, scale_a), (b, scale_b) = (quantise(torch.randn(32, 64, generator=generator, device=device), E4M3) for _ in range(2))
+    draws = (torch.randn(32, 64, generator=generator, device=device) for _ in range(2))
+    (a, scale_a), (b, scale_b) = (quantise(draw, E4M3) for draw in draws)
     try:
         got = scaled_product(a, b, scale_a, scale_b, torch.bfloat16).float()
-    except RuntimeError as error:  # what torch raises where its build or driver lacks the kernel
+    except RuntimeError as error:  # torch's build or the driver lacks the kernel
         return str(error).splitlines()[0]
     expected = (a.float() @ b.float().T) * (scale_a * scale_b)
     worst = float((got - expected).abs().max() / expected.abs().max())
@@ -46,11 +48,11 @@ def unusable(device: torch.device) -> str | None:
 
 
 def convert_to_fp8(model: nn.Module, min_size: int = 2**20) -> int:
-    """Replace, in place, the Linear layers of at least `min_size` weights by fp8 ones that share the same parameters.
+    """Replace Linear layers by fp8 ones with the same parameters, in place; returns their number.
 
-    Names and checkpoints do not change. Left alone: small layers, where scaling costs more than it saves, layers whose sizes are no
-    multiples of 16, and lm_head, whose product belongs to the loss. Returns how many layers were converted. Call it before building
-    optimizers or after: the parameters stay the same objects.
+    Names, checkpoints and optimizers do not change. Exceptions: layers of fewer than `min_size`
+    weights, for which scaling costs more than it saves, of sizes that are not multiples of 16, and
+    lm_head, whose product belongs to the loss.
     """
     converted = 0
     for module in list(model.modules()):
@@ -78,7 +80,7 @@ class Fp8Linear(Linear):
 
 
 def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(x / scale rounded to the fp8 `dtype`, scale), scale an fp32 scalar chosen by the largest magnitude of x."""
+    """(x / scale rounded to the fp8 `dtype`, scale); scale, fp32, fits the largest magnitude of x."""
     largest = torch.finfo(dtype).max
     scale = x.abs().amax().float().clamp(min=1e-12) / largest
     return (x.float() / scale).clamp(-largest, largest).to(dtype), scale
@@ -87,7 +89,8 @@ def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
     """(M, N) in `dtype` from fp8 a (M, K) and b (N, K), both row-major: scale_a * scale_b * a b^T."""
     if a.is_cuda and torch.cuda.get_device_capability(a.device) >= CAPABILITY:
-        return torch._scaled_mm(a, b.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=dtype)  # b^T is column-major, as it must be
+        # b^T is column-major, as _scaled_mm requires
+        return torch._scaled_mm(a, b.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=dtype)
     return ((a.to(dtype) @ b.to(dtype).T).float() * (scale_a * scale_b)).to(dtype)
 
 

@@ -1,8 +1,9 @@
 """The three elementwise operations of a block, each with its backward pass written out.
 
-Left to autograd they cost twice the memory traffic: it differentiates every small step of a formula, and on a CPU, where nothing
-fuses them, each step is a pass over memory. Under torch.compile the same formulas are fused like any others. Without gradients
-the plain expressions run. The slow twins are torch's own operations (tests/unit/test_functional.py).
+Autograd would double the memory traffic: it differentiates every step of a formula, and on a CPU,
+without fusion, each step is a pass over memory. torch.compile fuses these formulas like any others.
+Without gradients the plain expressions run. The slow twins are torch's own operations
+(tests/unit/test_functional.py).
 """
 
 from typing import Any
@@ -16,21 +17,27 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
     """x (..., D) / sqrt(mean(x^2) + eps), without weights, in the dtype of x; sums in fp32 (arXiv:1910.07467)."""
     if not (x.is_cpu and x.dtype in (torch.float32, torch.bfloat16)):
         return F.rms_norm(x, (x.size(-1),), eps=eps)
-    # on a CPU torch's own takes twice the time, five times in bf16, which counts in decoding too
-    return _RMSNorm.apply(x, eps) if torch.is_grad_enabled() and x.requires_grad else x * _inverse_rms(x, eps)
+    # on a CPU torch's own takes twice the time, five times in bf16, also in decoding
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _RMSNorm.apply(x, eps)
+    return x * _inverse_rms(x, eps)
 
 
 def relu_squared(x: Tensor) -> Tensor:
     """relu(x)^2 (arXiv:2109.08668)."""
-    return _ReluSquared.apply(x) if torch.is_grad_enabled() and x.requires_grad else F.relu(x).square()
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _ReluSquared.apply(x)
+    return F.relu(x).square()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (arXiv:2104.09864) on x (B, heads, T, D): channel i pairs with i + D/2, rotated by -theta as in nanochat.
+    """Rotary positions (arXiv:2104.09864) on x (B, heads, T, D); cos, sin (..., T, D/2).
 
-    cos, sin (..., T, D/2) carry no gradient.
+    Channel i pairs with i + D/2, rotated by -theta as in nanochat. No gradient for cos and sin.
     """
-    return _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() and x.requires_grad else _rotated(x, cos, sin)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Rotate.apply(x, cos, sin)
+    return _rotated(x, cos, sin)
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -65,7 +72,7 @@ class _ReluSquared(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
         (h,) = ctx.saved_tensors
-        return torch.addcmul(grad.new_zeros(()), grad, h, value=2)  # h is 0 where relu cuts
+        return torch.addcmul(grad.new_zeros(()), grad, h, value=2)
 
 
 class _Rotate(torch.autograd.Function):
@@ -82,8 +89,9 @@ class _Rotate(torch.autograd.Function):
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x1, x2 = x.chunk(2, dim=-1)
-    # on a CPU head by head in memory: that makes up for itself here, and again in the norm and in attention
-    out = x.clone(memory_format=torch.contiguous_format if x.is_cpu else torch.preserve_format)
+    # on a CPU head by head in memory: faster here, in the norm and in attention
+    layout = torch.contiguous_format if x.is_cpu else torch.preserve_format
+    out = x.clone(memory_format=layout)
     out1, out2 = out.chunk(2, dim=-1)
     out1.mul_(cos).addcmul_(x2, sin)
     out2.mul_(cos).addcmul_(x1, sin, value=-1)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Linear(nn.Module):
-    """x W^T in the dtype of x. The weight keeps its own dtype (fp32 master while training) and is cast where it differs."""
+    """x W^T in the dtype of x. The weight keeps its own dtype (fp32 master in training)."""
 
     cast: Tensor | None = None  # the weight in the compute dtype, see GPT.cast_once
 

@@ -13,9 +13,10 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 from starlette.types import Receive
 
+from zangchat.config import USER_LIMITS
 from zangchat.engine import Generation, Request
 from zangchat.engine.replies import ReplyDecoder, StreamDecoder
-from zangchat.engine.sampling import MAX_LOGPROBS, Logprob
+from zangchat.engine.sampling import Logprob
 from zangchat.server.http import EventStream, Incoming, from_pool, unless_disconnected
 from zangchat.server.pool import PoolError, Stream, Token
 from zangchat.server.protocol import (
@@ -28,6 +29,7 @@ from zangchat.server.protocol import (
     Text,
     event,
     join_pieces,
+    limited,
 )
 from zangchat.server.service import CurrentService, Service
 
@@ -91,9 +93,9 @@ class OpenAIRequest(Sampling):
 
 class OpenAIChat(OpenAIRequest):
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_completion_tokens: StrictInt | None = Field(None, ge=1, le=1_000_000)
+    max_completion_tokens: StrictInt | None = limited("max_tokens")
     logprobs: StrictBool = False
-    top_logprobs: StrictInt | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    top_logprobs: StrictInt | None = limited("logprobs")
     truncate: StrictBool = False
 
     @property
@@ -109,9 +111,9 @@ class OpenAIChat(OpenAIRequest):
 
 class OpenAICompletion(OpenAIRequest):
     prompt: Text | list[Text] | list[StrictInt] | list[list[StrictInt]]
-    max_tokens: StrictInt | None = Field(16, ge=0, le=1_000_000)
+    max_tokens: StrictInt | None = Field(16, ge=0, le=USER_LIMITS["max_tokens"].most)
     echo: StrictBool = False
-    logprobs: StrictInt | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    logprobs: StrictInt | None = limited("logprobs")
 
     def prompts(self) -> list[str | list[int]]:
         if isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int):

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi.responses import JSONResponse
-from pydantic import AfterValidator, BaseModel, Field, StrictFloat, StrictInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictFloat, StrictInt
 
+from zangchat.config import USER_LIMITS
 from zangchat.engine import Request
 
 MAX_MESSAGES = 500
@@ -120,15 +121,25 @@ class ChatMessage(BaseModel):
 StopText = Annotated[str, AfterValidator(check_surrogates), Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 
+def limited(name: str) -> Any:
+    """The optional field of a sampling parameter, with its limits."""
+    limits = USER_LIMITS[name]
+    if limits.above:
+        return Field(None, gt=limits.least, le=limits.most)
+    return Field(None, ge=limits.least, le=limits.most)
+
+
 class Sampling(BaseModel):
     """Sampling parameters. Strict: JSON's `true` and "1" are not the number 1."""
 
-    temperature: StrictFloat | None = Field(None, ge=0, le=10, allow_inf_nan=False)
-    top_k: StrictInt | None = Field(None, ge=0, le=1_000_000)
-    top_p: StrictFloat | None = Field(None, gt=0, le=1)
-    min_p: StrictFloat | None = Field(None, ge=0, le=1)
-    repetition_penalty: StrictFloat | None = Field(None, gt=0, le=100, allow_inf_nan=False)
-    max_tokens: StrictInt | None = Field(None, ge=1, le=1_000_000)
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    temperature: StrictFloat | None = limited("temperature")
+    top_k: StrictInt | None = limited("top_k")
+    top_p: StrictFloat | None = limited("top_p")
+    min_p: StrictFloat | None = limited("min_p")
+    repetition_penalty: StrictFloat | None = limited("repetition_penalty")
+    max_tokens: StrictInt | None = limited("max_tokens")
     seed: StrictInt | None = Field(None, ge=-(2**63), lt=2**64)
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
 

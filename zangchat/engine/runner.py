@@ -1,0 +1,175 @@
+"""Forward passes and draws of a running batch: all its tensors are here.
+
+Shapes: B rows, P prompts, T new tokens, V vocabulary.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from zangchat.engine.kv_cache import CACHE_BLOCK, DecodeGraphs, KVCache, storage_dtype
+from zangchat.engine.sampling import Logprob, LogprobTensors, Sampler, to_device
+from zangchat.engine.scheduler import Chunk, Prompt
+from zangchat.engine.sequence import Event, Sequence
+from zangchat.runtime.seeds import derive_seed
+
+# bf16 on a CPU: torch keeps the product that it generates for each shape, some 2 MB per prompt
+# length (d6), so prompts are padded to a multiple of this.
+PROMPT_MULTIPLE = 16
+
+
+class Draw(NamedTuple):
+    """The tokens (B,) of one step on their way to the host."""
+
+    sequences: list[Sequence]
+    tokens: Tensor
+    rows: list[int]  # those that want log-probabilities
+    logprobs: LogprobTensors | None
+    arrived: Any  # a CUDA event, or None
+
+    def accept(self) -> list[Event]:
+        """Wait for the tokens and give them to their sequences."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        logprobs: dict[int, Logprob] = {}
+        if self.logprobs is not None:
+            most = max(self.sequences[row].request.logprobs or 0 for row in self.rows)
+            logprobs = dict(zip(self.rows, self.logprobs.on_host(most), strict=True))
+        drawn = zip(self.sequences, self.tokens.tolist(), strict=True)
+        return [
+            sequence.accept(token, logprobs.get(row))
+            for row, (sequence, token) in enumerate(drawn)
+            if sequence.stop_reason is None  # else it ended while the draw was under way
+        ]
+
+
+class Runner:
+    """The model and its cache, row i for the i-th running sequence."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.device = model, model.get_device()
+        dtype, on_cpu = model.compute_dtype, self.device.type == "cpu"
+        self.prompt_multiple = PROMPT_MULTIPLE if on_cpu and dtype == torch.bfloat16 else 1
+        stored = storage_dtype(dtype, self.device)
+        self.cache = KVCache(model.config, 1, CACHE_BLOCK, stored, self.device)
+        self.graphs = DecodeGraphs(model) if self.device.type == "cuda" else None
+        self._sampler: Sampler | None = None  # of the running rows; None after they changed
+        self._newest: Tensor | None = None  # (B,) the last draw, in the order of the running rows
+
+    @property
+    def rows_changed(self) -> bool:
+        """The next draw must know all tokens of the running rows."""
+        return self._sampler is None
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Price of attending too far; 0 if all rows attend equally far, as in a CUDA graph."""
+        return self.cache.bytes_per_token if self.graphs is None else 0
+
+    def move_rows(self, sources: list[int]) -> None:
+        """Put into each row what was in its source, and drop the rows after them."""
+        self.cache.copy_rows({row: source for row, source in enumerate(sources) if row != source})
+        if self._newest is not None:
+            self._newest = self._newest[to_device(sources, torch.int64, self.device)]
+        self._sampler = None
+
+    def fork(self, source: int, rows: range) -> None:
+        """Continue the prompt in row `source` in each of `rows`."""
+        for row in rows:
+            if row != source:
+                self.cache.reserve(row + 1, 0)
+                self.cache.copy_rows({row: source})
+        if rows:
+            self._sampler = None
+
+    def decode(self, running: list[Sequence], groups: list[int]) -> Tensor:
+        """Feed each running row its newest token -> logits (B, V)."""
+        idx = self._newest_tokens(running)[:, None]
+        if self._sampler is not None:
+            self._sampler.mark_seen(idx)
+        if self.graphs is not None:
+            return self.graphs(self.cache, idx)
+        rows = len(running)
+        self.cache.reserve(rows, max(self.cache.lengths[:rows]) + 1)
+        return self.model(idx, kv_cache=self.cache.rows(0, rows, groups))[:, 0]
+
+    def _newest_tokens(self, running: list[Sequence]) -> Tensor:
+        known = [sequence.last_token for sequence in running]
+        if None not in known:
+            return to_device(known, torch.int64, self.device)  # type: ignore[arg-type]
+        assert self._newest is not None
+        if all(token is None for token in known):
+            return self._newest
+        # tool output replaces the token that was drawn
+        forced = [-1 if token is None else token for token in known]
+        replacing = to_device(forced, torch.int64, self.device)
+        return torch.where(replacing < 0, self._newest, replacing)
+
+    def read(self, chunk: Chunk, num_rows: int) -> Tensor:
+        """One forward pass over a chunk -> logits (P, V) after the last token of each prompt.
+
+        Prompts are padded on the right: causal attention never looks there, and the tokens to come
+        overwrite the padding. `num_rows`: of the cache, for all prompts that are being read.
+        """
+        prompts, cache = chunk.prompts, self.cache
+        parts = [prompt.tokens[prompt.read : prompt.read + chunk.size] for prompt in prompts]
+        rows, start = [prompt.row for prompt in prompts], prompts[0].read
+        padded = -(-chunk.size // self.prompt_multiple) * self.prompt_multiple
+        size = min(padded, self.model.config.sequence_len - start)
+        cache.reserve(num_rows, start + size)  # at once, since growing copies
+        for prompt in prompts:
+            cache.lengths[prompt.row] = prompt.read
+        flat = [token for part in parts for token in [*part, *[0] * (size - len(part))]]
+        idx = to_device(flat, torch.int64, self.device).view(len(prompts), size)
+        last = to_device([len(part) - 1 for part in parts], torch.int64, self.device)
+        context = cache.some_rows(rows)
+        if prompts[0].logprobs is None:
+            logits = self.model(idx, kv_cache=context, logits_at=last)[:, 0]
+        else:
+            everywhere = self.model(idx, kv_cache=context)
+            for prompt, part, at in zip(prompts, parts, everywhere, strict=True):
+                self._report_prompt(prompt, at[: len(part)])
+            logits = everywhere[torch.arange(len(prompts), device=self.device), last]
+        for prompt, part in zip(prompts, parts, strict=True):
+            prompt.read += len(part)
+            cache.lengths[prompt.row] = prompt.read
+        return logits
+
+    def _report_prompt(self, prompt: Prompt, logits: Tensor) -> None:
+        """Log-probabilities of the prompt tokens that follow the positions of `logits` (T, V)."""
+        following = prompt.tokens[prompt.read + 1 : prompt.read + 1 + len(logits)]
+        if not following:
+            return
+        tokens = to_device(following, torch.int64, self.device)
+        tensors = LogprobTensors.of(logits[: len(following)], tokens, prompt.logprobs or 0)
+        for sequence in prompt.sequences:
+            if sequence.request.prompt_logprobs:
+                sequence.prompt_logprobs += tensors.on_host(sequence.request.logprobs or 0)
+
+    def draw(self, running: list[Sequence], logits: Tensor) -> Draw:
+        """Logits (B, V) -> the next token of each running row, on its way to the host."""
+        requests = [sequence.request for sequence in running]
+        if self._sampler is None:
+            histories = [[*sequence.request.tokens, *sequence.tokens] for sequence in running]
+            vocab_size = self.model.config.vocab_size
+            self._sampler = Sampler(requests, vocab_size, self.device, histories)
+        uniforms = [0.0] * len(running)
+        for i, (request, sequence) in enumerate(zip(requests, running, strict=True)):
+            if not request.greedy:
+                seed = derive_seed(request.seed, "sample", request.sample_index, sequence.drawn)
+                uniforms[i] = (seed >> 10) / 2**53  # the 53 bits that a float holds: below 1
+            sequence.drawn += 1
+        tokens = self._newest = self._sampler(logits, uniforms)
+        rows = [i for i, request in enumerate(requests) if request.logprobs is not None]
+        logprobs, arrived = None, None
+        if rows:
+            at = to_device(rows, torch.int64, self.device)
+            most = max(requests[i].logprobs or 0 for i in rows)
+            logprobs = LogprobTensors.of(logits[at], tokens[at], most)
+        if self.device.type == "cuda":
+            host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            tokens = host.copy_(tokens, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        return Draw(list(running), tokens, rows, logprobs, arrived)

@@ -1,0 +1,158 @@
+"""The order of work in a running batch: which requests join, which prompts are read, which row is whose. No tensors.
+
+Rows 0..len(running)-1 of the cache belong to the running sequences, the rows after them to the
+prompts being read.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from zangchat.engine.kv_cache import groups_by_length
+from zangchat.engine.sequence import Event, Sequence
+
+
+@dataclass
+class Prompt:
+    """A prompt that is read once for all the sequences that continue it."""
+
+    tokens: tuple[int, ...]
+    sequences: list[Sequence]
+    row: int  # in the cache; the rows after it are kept free for all but one of the sequences
+    read: int = 0  # tokens stored
+
+    @property
+    def left(self) -> int:
+        return len(self.tokens) - self.read
+
+    @property
+    def logprobs(self) -> int | None:
+        """Most likely tokens to report at each position of the prompt; None if not requested."""
+        requests = [sequence.request for sequence in self.sequences]
+        return max((r.logprobs or 0 for r in requests if r.prompt_logprobs), default=None)
+
+
+@dataclass
+class Chunk:
+    """The next `size` tokens of some prompts, for one forward pass; of each at most what is left."""
+
+    prompts: list[Prompt]
+    size: int
+
+
+class Scheduler:
+    """Admits requests in their order while rows are free, and reads prompts within a budget.
+
+    prefill_tokens: prompt positions to read in a step, padding included. logprob_tokens: the most
+    positions of a pass that keeps the logits of all of them.
+    """
+
+    def __init__(self, max_rows: int, prefill_tokens: int, logprob_tokens: int) -> None:
+        self.max_rows, self.prefill_tokens = max_rows, prefill_tokens
+        self.logprob_tokens = max(1, logprob_tokens)
+        self.waiting: deque[Sequence] = deque()
+        self.reading: deque[Prompt] = deque()  # in the order of their rows
+        self.running: list[Sequence] = []
+        self.groups: list[int] = []  # sizes of the groups of running rows that attend together
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.running or self.reading or self.waiting)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in use."""
+        return len(self.running) + sum(len(prompt.sequences) for prompt in self.reading)
+
+    @property
+    def first_free_row(self) -> int:
+        if not self.reading:
+            return len(self.running)
+        return self.reading[-1].row + len(self.reading[-1].sequences)
+
+    def live(self) -> list[Sequence]:
+        """All sequences that have not ended."""
+        reading = (sequence for prompt in self.reading for sequence in prompt.sequences)
+        return [*self.running, *reading, *self.waiting]
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence that has not begun to run."""
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        for prompt in self.reading:
+            prompt.sequences = [other for other in prompt.sequences if other is not sequence]
+        self.reading = deque(prompt for prompt in self.reading if prompt.sequences)
+
+    def admit(self) -> list[Event]:
+        """Move waiting requests to `reading` while rows are free. Equal prompts are read once.
+
+        Returns the ends of those that have nothing to do.
+        """
+        events: list[Event] = []
+        prompts: dict[tuple[int, ...], list[Sequence]] = {}
+        row = self.first_free_row
+        free = self.max_rows - row
+        while self.waiting and free > 0:
+            sequence = self.waiting.popleft()
+            if sequence.limit > 0 or sequence.request.prompt_logprobs:
+                prompts.setdefault(tuple(sequence.request.tokens), []).append(sequence)
+                free -= 1
+            else:
+                events.append(sequence.end("length"))
+        for tokens in sorted(prompts, key=len):  # similar lengths will share a pass
+            self.reading.append(Prompt(tokens, prompts[tokens], row))
+            row += len(prompts[tokens])
+        return events
+
+    def next_chunk(self, budget: int) -> Chunk | None:
+        """The prompts to read next with a rest of the step's budget.
+
+        Whole prompts share a pass, padded on the right. A prompt that is longer than the budget is
+        read by itself, one chunk per step.
+        """
+        if not self.reading or budget <= 0:
+            return None
+        first = self.reading[0]
+        if first.left > budget < self.prefill_tokens:
+            return None  # a whole chunk in the next step rather than a part in this one
+        most = budget if first.logprobs is None else min(budget, self.logprob_tokens)
+        together, size = [first], min(first.left, most)
+        if first.read == 0 and size == first.left:
+            for prompt in list(self.reading)[1:]:
+                widest = max(size, prompt.left)
+                alike = (prompt.logprobs is None) == (first.logprobs is None)
+                if (len(together) + 1) * widest > most or not alike:
+                    break
+                together.append(prompt)
+                size = widest
+        return Chunk(together, size)
+
+    def join(self) -> tuple[list[Sequence], list[Event]]:
+        """Give each sequence of the first prompt a row after the running ones.
+
+        Returns (those that run, the ends of those that wanted the prompt's log-probabilities only).
+        """
+        sequences = self.reading.popleft().sequences
+        joined = [sequence for sequence in sequences if sequence.limit > 0]
+        self.running += joined
+        return joined, [sequence.end("length") for sequence in sequences if sequence.limit == 0]
+
+    def arrange(self, lengths: list[int], bytes_per_token: int) -> list[int] | None:
+        """Free the rows of ended sequences, and group the others by length, longest first.
+
+        A group attends as far as its longest row. All rows grow alike, so rows only move after one
+        joined or left: into the place of one that ended, or to another group. Returns the former
+        row of each row, or None if nothing changes.
+        """
+        live = [row for row, s in enumerate(self.running) if s.stop_reason is None]
+        if len(live) == len(self.running) == sum(self.groups):
+            return None
+        live.sort(key=lambda row: -lengths[row])
+        self.groups = groups_by_length([lengths[row] for row in live], bytes_per_token)
+        sources: list[int] = []
+        for size in self.groups:
+            places = range(len(sources), len(sources) + size)
+            members = live[len(sources) : len(sources) + size]
+            moving = [row for row in members if row not in places]
+            sources += [place if place in members else moving.pop() for place in places]
+        self.running = [self.running[source] for source in sources]
+        return sources
