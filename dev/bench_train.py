@@ -27,6 +27,7 @@ from scripts import base_train
 from zangchat import configurator, flops
 from zangchat.runtime.devices import compute_init, device_synchronize, resolve_dtype
 from zangchat.runtime.memory import keep_freed_memory, peak_memory_bytes
+from zangchat.training import planning
 
 
 @dataclass
@@ -56,7 +57,7 @@ def bench(config: Config) -> int:
     for _ in range(config.repeats):
         for name, side in sides.items():
             runs[name].append(side.repetition())
-    gpt = base_train.model_config(config, config.vocab_size)
+    gpt = planning.model_config(config, config.vocab_size)
     result: dict[str, Any] = {
         "model": dataclasses.asdict(gpt),
         "parameters": flops.count_params(gpt)["total"],
@@ -144,7 +145,7 @@ def timed_steps(config: Config, step: Callable[[], Any], device: Any, dtype: Any
 
     times = step_times(step, device, config.steps)
     pace = tokens_per_step(config) / statistics.median(times)
-    gpt = base_train.model_config(config, config.vocab_size)
+    gpt = planning.model_config(config, config.vocab_size)
     return {
         "tok_per_sec": round(pace, 1),
         "step_seconds": round(statistics.median(times), 4),
@@ -170,7 +171,7 @@ def zangchat(config: Config, device: Any) -> tuple[Callable[[], Any], Any]:
 
     if device.type == "cpu":
         keep_freed_memory()
-    gpt = base_train.model_config(config, config.vocab_size)
+    gpt = planning.model_config(config, config.vocab_size)
     dtype = resolve_dtype(config.dtype, device)
     model = checkpoint_manager.empty_model(gpt, device, str(dtype).removeprefix("torch."))
     model.init_weights(0.0, torch.Generator(device).manual_seed(1))
@@ -205,7 +206,7 @@ def nanochat(config: Config, device: Any) -> tuple[Callable[[], Any], Any]:
     from nanochat import common as peer_common  # type: ignore[import-not-found]
     from nanochat.gpt import GPT, GPTConfig  # type: ignore[import-not-found]
 
-    gpt = base_train.model_config(config, config.vocab_size)
+    gpt = planning.model_config(config, config.vocab_size)
     sizes = {name: getattr(gpt, name) for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")}
     with torch.device("meta"):
         model = GPT(GPTConfig(**sizes))
@@ -241,7 +242,7 @@ def gemm_rate(config: Config, device: Any, dtype: Any) -> float:
     """FLOP/s of a plain matrix product with the model's largest shape in `dtype`."""
     import torch
 
-    gpt = base_train.model_config(config, config.vocab_size)
+    gpt = planning.model_config(config, config.vocab_size)
     tokens = min(tokens_per_step(config), config.device_batch_size * gpt.sequence_len)
     a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((tokens, gpt.n_embd), (4 * gpt.n_embd, gpt.n_embd)))
     times = []

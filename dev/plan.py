@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from scripts import base_train
 from zangchat import configurator, flops
+from zangchat.training import planning
+from zangchat.training.settings import check_batch
 
 CARDS = ("RTX 3090", "RTX 4090", "L40S", "A100", "H100")
 UTILISATION = 0.4
@@ -31,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def show(config: Config) -> int:
     base_train.check(config)
-    gpt, plan = base_train.make_plan(config, config.vocab_size, config.world_size)
+    gpt, plan = base_train.make_plan(config, config.vocab_size)
+    check_batch(plan.total_batch_size, gpt.sequence_len, config.device_batch_size, config.world_size)
     rows = plan.total_batch_size // (gpt.sequence_len * config.world_size)
     settings = {"world_size": config.world_size, "grad_checkpoint": config.grad_checkpoint, "fsdp": config.fsdp}
     if config.device_batch_size == "auto":
@@ -40,7 +43,7 @@ def show(config: Config) -> int:
             raise configurator.UserError(f"not even one row of this model fits into {config.memory_gb} GB: choose a smaller DEPTH")
     else:
         fitting = min(config.device_batch_size, rows)
-    base_train.print_plan(dataclasses.replace(config, device_batch_size=fitting), gpt, plan, config.world_size)
+    planning.print_plan(dataclasses.replace(config, device_batch_size=fitting), gpt, plan, config.world_size)
     memory = flops.memory_estimate(gpt, fitting, **settings)["total"] / 2**30
     print(f"memory         {memory:.1f} GiB on each GPU with {fitting} rows in a pass, estimated")
     work = flops.flops_per_token(gpt) * plan.tokens

@@ -35,8 +35,9 @@ def evaluate(config: Config) -> None:
     import torch
 
     from zangchat import checkpoint_manager
-    from zangchat.dataloader import TextStream, packed_batches, validation_batches
+    from zangchat.dataloader import packed_batches, validation_batches
     from zangchat.dataset import find_dataset
+    from zangchat.documents import TextStream
     from zangchat.loss_eval import evaluate_bpb
     from zangchat.report import get_report
     from zangchat.training import hooks

@@ -1,9 +1,10 @@
-"""Finetune on conversations: each step takes a number of whole conversations and learns the assistant's words alone.
+"""Finetune on conversations: a step takes whole conversations and learns only the assistant's words.
 
     python -m scripts.chat_sft                                from the midtrained model
     python -m scripts.chat_sft --source=base --num_epochs=2 --mixture="identity:3,arithmetic:2000"
 
-Starts from <base>/mid_checkpoints/<model_tag> with its settings and writes <base>/chatsft_checkpoints/<model_tag>; --resume=latest goes on.
+Starts from <base>/mid_checkpoints/<model_tag> with its settings, and writes to chatsft_checkpoints;
+--resume=latest continues.
 """
 
 import math
@@ -16,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.registry import SFT_MIXTURE, held_out_conversations, training_conversations
 from zangchat import configurator, schedule
+from zangchat.errors import UserError
 from zangchat.runtime.logs import print0
 from zangchat.training.flags import BatchSize, FinetuneConfig
-from zangchat.training.run import Run, open_run
 
 if TYPE_CHECKING:
     from tasks.common import Task
     from zangchat.dataloader import Batch
+    from zangchat.training.run import Run
     from zangchat.training.trainer import Every, Stage
 
 
@@ -32,18 +34,18 @@ class Config(FinetuneConfig):
     # the data
     mixture: str | None = None  # NAME:EPOCHS, or NAME:EXAMPLES if generated, with commas between; default: SFT_MIXTURE in tasks/registry.py
     identity_data: str | None = None  # a .jsonl file of conversations of your own, added to the mixture: seen once per epoch
-    # how long, and in what batches
+    # length and batches
     num_epochs: int = 1  # times through the mixture
     num_iterations: int = -1  # optimizer steps; -1 = from --num_epochs
     target_examples_per_step: int = 32  # conversations per step, all ranks
     block_diagonal: bool = False  # conversations that share a row do not see each other
-    device_batch_size: BatchSize | None = None  # rows per rank in one pass, at most; auto = what fits the memory; None = as that model
+    device_batch_size: BatchSize | None = None  # rows per rank in one pass, at most; auto = as many as fit the memory; None = as that model
     # the optimizer
-    load_optimizer: bool = False  # go on with the optimizer's state of the model it starts from
+    load_optimizer: bool = False  # continue with the optimizer's state of the model it starts from
     init_lr_frac: float = 0.02  # factor on all rates, which then fall to 0
-    grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, a third more time
-    fsdp: bool = False  # spread the model over the ranks, where one device cannot hold it
-    # looking on
+    grad_checkpoint: bool = False  # recompute activations in backward: less memory, a third more time
+    fsdp: bool = False  # spread the model over the ranks, if one device cannot hold it
+    # evaluation
     eval_every: int = 100  # steps between validations; -1 = none
     eval_steps: int = 100  # held-out batches of target_examples_per_step conversations, at most
 
@@ -53,57 +55,67 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(config: Config) -> int:
+    from zangchat.training.run import Run
+
     check(config)
-    with open_run("sft", config, source=config.source) as run:
-        if run.finished:
+    with Run.open(
+        "sft",
+        config,
+        source=config.source,
+        rows=config.target_examples_per_step,
+        defaults={"mixture": SFT_MIXTURE},
+    ) as run:
+        if run is None:
             return 0
-        run.start_from_source()
-        tokenizer, model = run.tokenizer(), run.new_model()
-        run.settle(model.config, mixture=SFT_MIXTURE)
-        settled = run.choose_batch(model.config, run.config.target_examples_per_step, even=False)
-        model.document_start = tokenizer.get_bos_token_id() if settled.block_diagonal else None
-        task = training_conversations(settled.mixture, settled.identity_data, tokenizer=tokenizer, seed=settled.seed)
-        steps = run.steps(lambda: math.ceil(len(task) * settled.num_epochs / settled.target_examples_per_step))
-        print0(f"sft: {len(task):,} conversations ({task}); {steps:,} steps of {settled.target_examples_per_step}")
-        plan = run.plan(model.config)._replace(num_iterations=steps)
-        stage = make_stage(run, steps, task, tokenizer)
-        trainer = run.trainer(model, stage, plan, tokenizer, keep_optimizer=settled.load_optimizer)
-        trainer.fit()
-        if not trainer.exit_code:
-            loss = trainer.state.extra.get("val_loss")
-            run.report("Chat SFT", trainer, conversations=len(task), mixture=str(task), **{"validation loss": loss})
-        return trainer.exit_code
+        mixture, own = run.config.mixture, run.config.identity_data
+        seed, tokenizer = run.config.seed, run.tokenizer
+        task = training_conversations(mixture, own, tokenizer=tokenizer, seed=seed)
+        epochs, per_step = run.config.num_epochs, run.config.target_examples_per_step
+        steps = run.steps(lambda: math.ceil(len(task) * epochs / per_step))
+        print0(f"sft: {len(task):,} conversations ({task}); {steps:,} steps of {per_step}")
+        plan, stage = run.plan._replace(num_iterations=steps), make_stage(run, steps, task)
+        results = {"conversations": len(task), "mixture": str(task)}
+        return run.fit(stage, plan, "Chat SFT", results)
 
 
 def check(config: Config) -> None:
     if config.source not in ("mid", "base"):
-        raise configurator.UserError(f"--source={config.source} is no stage to finetune: choose mid or base")
+        raise UserError(f"--source={config.source} is no stage to finetune: choose mid or base")
     configurator.check_range(1, config, "num_epochs", "target_examples_per_step", "eval_steps")
 
 
-def make_stage(run: Run, steps: int, task: "Task", tokenizer: Any) -> "Stage":
+def make_stage(run: "Run", steps: int, task: "Task") -> "Stage":
+    from zangchat.training import data
     from zangchat.training.trainer import Stage
 
     config = run.config
+    size, seed, init_lr_frac = config.target_examples_per_step, config.seed, config.init_lr_frac
 
     def batches(cursor: dict[str, Any] | None) -> Iterator["Batch"]:
-        return run.examples(task, tokenizer, config.target_examples_per_step, seed=config.seed, cursor=cursor)
+        return data.examples(run, task, size, seed=seed, cursor=cursor)
 
-    multipliers = partial(schedule.finetune_multipliers, num_iterations=steps, init_lr_frac=config.init_lr_frac)
-    return Stage("sft", batches, multipliers, make_hooks(run, tokenizer))
+    multipliers = partial(
+        schedule.finetune_multipliers,
+        num_iterations=steps,
+        init_lr_frac=init_lr_frac,
+    )
+    return Stage("sft", batches, multipliers, make_hooks(run))
 
 
-def make_hooks(run: Run, tokenizer: Any) -> list["Every"]:
+def make_hooks(run: "Run") -> list["Every"]:
     """The loss of held-out conversations of the same mixture."""
-    from zangchat.training import hooks
+    from zangchat.training import data, hooks
 
-    config = run.config
-    held_out = held_out_conversations(config.mixture, tokenizer=tokenizer, seed=config.seed) if config.eval_every > 0 else None
+    config, tokenizer = run.config, run.tokenizer
+    if config.eval_every <= 0:
+        return []
+    held_out = held_out_conversations(config.mixture, tokenizer=tokenizer, seed=config.seed)
     if held_out is None:
         return []
 
     def batches() -> Iterator["Batch"]:
-        return islice(run.examples(held_out, tokenizer, config.target_examples_per_step, seed=0, num_epochs=1), config.eval_steps)
+        size = config.target_examples_per_step
+        return islice(data.examples(run, held_out, size, seed=0, num_epochs=1), config.eval_steps)
 
     return [hooks.validation_loss(config.eval_every, batches)]
 

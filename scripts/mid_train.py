@@ -1,11 +1,12 @@
-"""Midtrain: a base model learns the form of conversations, multiple choice and tools, on a mixture of tasks and, if wanted, text.
+"""Midtrain a base model on conversations, multiple choice and tools, optionally mixed with text.
 
     python -m scripts.mid_train
     python -m scripts.mid_train --mixture="pydocs:1,identity:4,spellingbee:4000" --mixture_ratio=0.9
-    python -m scripts.mid_train --identity_data=me.jsonl      the default mixture, and twice the conversations of your own
-    python -m scripts.mid_train --from_tag=d4 --model_tag=me --identity_data=me.jsonl     a second model beside the first
+    python -m scripts.mid_train --identity_data=me.jsonl      and your own conversations, twice
+    python -m scripts.mid_train --from_tag=d4 --model_tag=me       a second model next to the first
 
-Starts from <base>/base_checkpoints/<model_tag> with its settings and writes <base>/mid_checkpoints/<model_tag>; --resume=latest goes on.
+Starts from <base>/base_checkpoints/<model_tag> with its settings, and writes to mid_checkpoints;
+--resume=latest continues.
 """
 
 import sys
@@ -16,15 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.registry import MID_MIXTURE, held_out_conversations, training_conversations
 from zangchat import configurator, schedule
-from zangchat.config import GPTConfig
+from zangchat.config import TrainPlan
 from zangchat.runtime.logs import print0
 from zangchat.training.flags import BatchSize, FinetuneConfig
-from zangchat.training.run import Run, check_batch, open_run
 
 if TYPE_CHECKING:
     from tasks.common import Task
     from zangchat.dataloader import Batch
+    from zangchat.training.run import Run
     from zangchat.training.trainer import Every, Stage
+
+SAMPLE = 512  # conversations from which the length of the mixture is estimated
 
 
 @dataclass
@@ -33,21 +36,21 @@ class Config(FinetuneConfig):
     mixture: str | None = None  # NAME:EPOCHS, or NAME:EXAMPLES if generated, with commas between; default: MID_MIXTURE in tasks/registry.py
     identity_data: str | None = None  # a .jsonl file of conversations of your own, added to the mixture and seen twice
     mixture_ratio: float = 1.0  # share of the tokens that come from the mixture, above 0; the rest is pretraining text
-    dataset: str | None = None  # the pretraining text (also for validation where mixture_ratio < 1); default: as the base model
+    dataset: str | None = None  # the pretraining text (also for validation if mixture_ratio < 1); default: as the base model
     data_path: str | None = None
-    # how long, and in what batches
+    # length and batches
     num_iterations: int = -1  # optimizer steps; -1 = about once through the mixture
     block_diagonal: bool = False  # conversations that share a row do not see each other
     total_batch_size: int | None = None  # tokens per step, all ranks; None here and below: as the base model
-    device_batch_size: BatchSize | None = None  # rows per rank in one pass, at most; auto = what fits the memory
+    device_batch_size: BatchSize | None = None  # rows per rank in one pass, at most; auto = as many as fit the memory
     # the optimizer
-    load_optimizer: bool = True  # go on with the optimizer's state of the base model
+    load_optimizer: bool = True  # continue with the optimizer's state of the base model
     init_lr_frac: float = 1.0  # factor on all rates
     warmdown_ratio: float = 0.2  # share of the run with falling rates
     final_lr_frac: float = 0.0
-    grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, a third more time
-    fsdp: bool = False  # spread the model over the ranks, where one device cannot hold it
-    # looking on
+    grad_checkpoint: bool = False  # recompute activations in backward: less memory, a third more time
+    fsdp: bool = False  # spread the model over the ranks, if one device cannot hold it
+    # evaluation
     eval_every: int = 150  # steps between validations; -1 = none
     eval_tokens: int = 20 * 524288  # validation tokens at most
 
@@ -57,47 +60,40 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(config: Config) -> int:
-    check(config)
-    with open_run("mid", config, source="base") as run:
-        if run.finished:
-            return 0
-        run.start_from_source()
-        tokenizer, model = run.tokenizer(), run.new_model()
-        settled = run.settle(model.config, mixture=MID_MIXTURE)
-        model.document_start = tokenizer.get_bos_token_id() if settled.block_diagonal else None
-        task = training_conversations(settled.mixture, settled.identity_data, 2, tokenizer=tokenizer, seed=settled.seed)
-        plan = make_plan(run, model.config, task, tokenizer)
-        stage = make_stage(run, plan, task, tokenizer)
-        trainer = run.trainer(model, stage, plan, tokenizer, keep_optimizer=settled.load_optimizer)
-        trainer.fit()
-        if not trainer.exit_code:
-            run.report("Midtraining", trainer, conversations=len(task), mixture=str(task))
-        return trainer.exit_code
+    from zangchat.training.run import Run
 
-
-def check(config: Config) -> None:
     configurator.check_fraction(config, "mixture_ratio")
     configurator.check_range(1, config, "eval_tokens")
+    with Run.open("mid", config, source="base", defaults={"mixture": MID_MIXTURE}) as run:
+        if run is None:
+            return 0
+        mixture, own = run.config.mixture, run.config.identity_data
+        seed, tokenizer = run.config.seed, run.tokenizer
+        task = training_conversations(mixture, own, 2, tokenizer=tokenizer, seed=seed)
+        plan = make_plan(run, task)
+        results = {"conversations": len(task), "mixture": str(task)}
+        return run.fit(make_stage(run, plan, task), plan, "Midtraining", results)
 
 
-def make_plan(run: Run, model_config: GPTConfig, task: "Task", tokenizer: Any) -> schedule.TrainPlan:
-    """Batch and rates as the base model had them; the length that is asked for, or once through the mixture."""
-    plan = run.plan(model_config)
-    config = run.choose_batch(model_config, plan.total_batch_size // run.config.max_seq_len)
-    check_batch(plan.total_batch_size, config.max_seq_len, config.device_batch_size, run.world_size)
-    steps = run.steps(lambda: tokens_in(task, tokenizer, config.max_seq_len) / config.mixture_ratio / plan.total_batch_size)
-    print0(f"mid: {len(task):,} conversations ({task}); {steps:,} steps of {plan.total_batch_size:,} tokens")
-    return plan._replace(num_iterations=steps, tokens=steps * plan.total_batch_size)
+def make_plan(run: "Run", task: "Task") -> TrainPlan:
+    """Batch and rates of the base model; the given length, or about once through the mixture."""
+    config, batch = run.config, run.plan.total_batch_size
+    length, ratio = config.max_seq_len, config.mixture_ratio
+    steps = run.steps(lambda: tokens_in(task, run.tokenizer, length) / ratio / batch)
+    print0(f"mid: {len(task):,} conversations ({task}); {steps:,} steps of {batch:,} tokens")
+    return run.plan._replace(num_iterations=steps, tokens=steps * batch)
 
 
-def tokens_in(task: "Task", tokenizer: Any, max_tokens: int, sample: int = 512) -> float:
-    """The tokens of all conversations, estimated from an even sample of them: the same on every rank, and at once."""
-    count = min(sample, len(task))
-    lengths = [len(tokenizer.render_conversation(task[i * len(task) // count], max_tokens=max_tokens)[0]) for i in range(count)]
-    return len(task) * sum(lengths) / count
+def tokens_in(task: "Task", tokenizer: Any, max_tokens: int) -> float:
+    """The tokens of all conversations, estimated from an even sample, the same on every rank."""
+    count = min(SAMPLE, len(task))
+    sample = (task[i * len(task) // count] for i in range(count))
+    rendered = (tokenizer.render_conversation(chat, max_tokens=max_tokens) for chat in sample)
+    return len(task) * sum(len(ids) for ids, _ in rendered) / count
 
 
-def make_stage(run: Run, plan: schedule.TrainPlan, task: "Task", tokenizer: Any) -> "Stage":
+def make_stage(run: "Run", plan: TrainPlan, task: "Task") -> "Stage":
+    from zangchat.training import data
     from zangchat.training.trainer import Stage
 
     config = run.config
@@ -108,22 +104,25 @@ def make_stage(run: Run, plan: schedule.TrainPlan, task: "Task", tokenizer: Any)
         warmdown_ratio=config.warmdown_ratio,
         final_lr_frac=config.final_lr_frac,
     )
-    dataset = run.dataset() if config.mixture_ratio < 1 else None
-    batches = run.packed(tokenizer, config.max_seq_len, plan.total_batch_size, dataset, task, config.mixture_ratio)
-    return Stage("mid", batches, multipliers, make_hooks(run, tokenizer))
+    dataset = data.pretraining_text(run) if config.mixture_ratio < 1 else None
+    batches = data.packed(run, task, config.mixture_ratio, dataset)
+    return Stage("mid", batches, multipliers, make_hooks(run))
 
 
-def make_hooks(run: Run, tokenizer: Any) -> list["Every"]:
+def make_hooks(run: "Run") -> list["Every"]:
     """Bits per byte of the answers in held-out conversations of the same mixture."""
-    from zangchat.training import hooks
+    from zangchat.training import data, hooks
 
-    config = run.config
-    held_out = held_out_conversations(config.mixture, tokenizer=tokenizer, seed=config.seed) if config.eval_every > 0 else None
+    config, tokenizer = run.config, run.tokenizer
+    if config.eval_every <= 0:
+        return []
+    held_out = held_out_conversations(config.mixture, tokenizer=tokenizer, seed=config.seed)
     if held_out is None:
         return []
 
     def batches() -> Iterator["Batch"]:
-        examples = run.examples(held_out, tokenizer, 4 * config.device_batch_size * run.world_size, seed=0, num_epochs=1)
+        size = 4 * config.device_batch_size * run.world_size
+        examples = data.examples(run, held_out, size, seed=0, num_epochs=1)
         return hooks.first_tokens(examples, config.eval_tokens, run.world_size)
 
     return [hooks.validation_bpb(config.eval_every, batches)]

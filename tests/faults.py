@@ -32,7 +32,7 @@ from zangchat.training import trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 SAVE_EVERY = 3
-SAVING = ("checkpoint_manager.py", "files.py")  # the files whose code writes a checkpoint
+SAVING = ("checkpoint_manager.py", "checkpoint_files.py", "saves.py", "files.py")  # the files whose code writes a checkpoint
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "base": base_train.main,
     "mid": mid_train.main,

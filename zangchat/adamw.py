@@ -1,10 +1,10 @@
-"""AdamW (arXiv:1711.05101) whose state is sharded over ranks; one implementation for one and for many ranks.
+"""AdamW (arXiv:1711.05101) with its state sharded over ranks; one implementation for one and many ranks.
 
-How parameters are dealt to the ranks is sharded.py's matter. The maths is that of torch.optim.AdamW: decoupled weight decay, and eps
-added after the bias correction.
+sharded.py deals the parameters to the ranks. The maths is that of torch.optim.AdamW: decoupled weight
+decay, and eps added after the bias correction.
 
-A parameter that is not fp32 (an embedding stored in bf16) is updated through an fp32 master copy of the own rows, kept in the
-state: late in training the steps are smaller than bf16 can represent.
+A parameter that is not fp32 (an embedding stored in bf16) is updated through an fp32 master copy of the
+own rows, kept in the state: late in training the steps are smaller than bf16 can represent.
 """
 
 from collections.abc import Iterable
@@ -43,17 +43,17 @@ class AdamW(ShardedOptimizer):
     def _update(self, p: Tensor, group: dict[str, Any]) -> None:
         piece = self.own_piece(p)
         assert piece is not None and p.grad is not None
-        mine, grad = piece.of(p), piece.of(p.grad)
+        rows, grad = piece.of(p), piece.of(p.grad)
         state = self.state[p]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-            state["exp_avg"] = torch.zeros_like(mine, dtype=torch.float32)
-            state["exp_avg_sq"] = torch.zeros_like(mine, dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(rows, dtype=torch.float32)
+            state["exp_avg_sq"] = torch.zeros_like(rows, dtype=torch.float32)
         if p.dtype == torch.float32:
             state.pop("master", None)  # from a run that stored this parameter in 16 bits
         elif "master" not in state:
-            state["master"] = mine.float()
-        target = state.get("master", mine)
+            state["master"] = rows.float()
+        target = state.get("master", rows)
         beta1, beta2 = group["betas"]
         fused_adamw(
             [target],
@@ -71,5 +71,5 @@ class AdamW(ShardedOptimizer):
             eps=group["eps"],
             maximize=False,
         )
-        if target is not mine:
-            mine.copy_(target)
+        if target is not rows:
+            rows.copy_(target)

@@ -2,52 +2,51 @@
 
     <base>/<stage>_checkpoints/<model_tag>/
         model_NNNNNN.pt           {parameter name: tensor}
-        optim_NNNNNN_rank<r>.pt   {parameter name: {"shape", "slice", "tensors"}}: what rank r keeps
-                                  of the optimizer's state; a loop of your own may save another form
-        meta_NNNNNN.json          step val_bpb model_config user_config run_state files format_version; written last
+        optim_NNNNNN_rank<r>.pt   {parameter name: {"shape", "slice", "tensors"}}: rank r's part of
+                                  the optimizer's state; a loop of your own may save another form
+        meta_NNNNNN.json          step val_bpb model_config user_config run_state files format_version
         metrics.jsonl  tokenizer.json  token_bytes.pt
 
-A step exists if its meta does: every file is written beside its name, synced and renamed, and rank 0 writes the meta, with the size and the
-sha256 of each file, when all ranks are done. Whatever kills a save leaves the previous step as it was.
-
-Files hold tensors and plain containers, and are read with weights_only=True.
+A step exists if its meta does, which is written last (checkpoint_files.py). Files hold tensors and
+plain containers, and are read with weights_only=True.
 """
 
-import contextlib
-import hashlib
 import json
 import logging
 import re
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from zangchat.config import SOURCES, GPTConfig
+from zangchat.checkpoint_files import (
+    FORMAT_VERSION,
+    CheckpointError,
+    Save,
+    meta_name,
+    model_name,
+    optim_name,
+    read_tensors,
+    strip_prefix,
+    to_json,
+)
+from zangchat.config import COMMANDS, SOURCES, GPTConfig
 from zangchat.errors import UserError
 from zangchat.optim import is_shards, merge_shards
 from zangchat.runtime import collectives
 from zangchat.runtime.devices import resolve_dtype
-from zangchat.runtime.files import atomic_file, atomic_write, file_sha256, get_base_dir
+from zangchat.runtime.files import atomic_write, file_sha256, get_base_dir
 from zangchat.runtime.logs import log0
 
 if TYPE_CHECKING:
     from zangchat.gpt import GPT
     from zangchat.tokenizer import RustBPETokenizer
 
-FORMAT_VERSION = 1
-COMMANDS = {"base": "scripts.base_train", "mid": "scripts.mid_train", "sft": "scripts.chat_sft", "rl": "scripts.chat_rl"}
 META = re.compile(r"^meta_(\d+)\.json$")
 STEP_FILE = re.compile(r"^(?:model|optim|meta)_(\d+)(?:_rank\d+)?\.(?:pt|json)$")
 
 logger = logging.getLogger(__name__)
-
-
-class CheckpointError(UserError):
-    """A checkpoint file that is missing, damaged or from another world; the message names it."""
 
 
 def checkpoints_dir(source: str) -> Path:
@@ -58,25 +57,15 @@ def checkpoints_dir(source: str) -> Path:
 
 
 def tag_folder(source: str, model_tag: str, flag: str = "--model_tag") -> Path:
-    """The folder of a stage's model, which need not be there; raises UserError, naming the flag, for a tag that cannot name one."""
+    """The folder of a stage's model, whether it exists or not; raises UserError, naming the flag, for
+    a tag that cannot be a folder's name."""
     if not re.fullmatch(r"[\w.+-]+", model_tag) or model_tag in (".", ".."):
-        raise UserError(f"{flag}={model_tag!r} cannot name a folder: use letters, digits and . _ + -")
+        advice = "use letters, digits and . _ + -"
+        raise UserError(f"{flag}={model_tag!r} cannot name a folder: {advice}")
     return checkpoints_dir(source) / model_tag
 
 
-def model_name(step: int) -> str:
-    return f"model_{step:06d}.pt"
-
-
-def optim_name(step: int, rank: int) -> str:
-    return f"optim_{step:06d}_rank{rank}.pt"
-
-
-def meta_name(step: int) -> str:
-    return f"meta_{step:06d}.json"
-
-
-# ---- save -----------------------------------------------------------------------------------------------------------
+# ---- save -----------------------------------------------------------------------------------------
 
 
 def save_checkpoint(
@@ -87,185 +76,52 @@ def save_checkpoint(
     meta_data: Mapping[str, Any],
     rank: int = 0,
 ) -> None:
-    """Write one step; every rank calls it. `model_data` and `meta_data` count on rank 0.
+    """Write one step; every rank calls it. Only rank 0's `model_data` and `meta_data` are used.
 
     `optimizer_data` is each rank's own: the group's state_shards(), tensors in other plain containers,
     as [opt.state_dict() for opt in optimizers], or None.
 
-    Raises OSError on every rank if any of them could not write (a full disk, say): then the step does not exist; older ones are untouched.
+    Raises OSError on every rank if any of them could not write (a full disk, say): then the step does
+    not exist, and older ones are untouched.
     """
     Save(checkpoint_dir, step, model_data, optimizer_data, meta_data, rank).commit()
 
 
-class Save:
-    """One step on its way to the disk: a thread writes this rank's files, and `commit` makes the step exist.
-
-    Making one and committing it wait for the other ranks, so every rank does both, in the same order and on its main thread; the writer
-    talks to no other rank. With `snapshot` the tensors are copied first, so that training may go on while they are written.
-    Until `commit` returns, the step does not exist, and `meta_data` may still be changed.
-    """
-
-    def __init__(
-        self,
-        checkpoint_dir: str | Path,
-        step: int,
-        model_data: Mapping[str, torch.Tensor] | None,
-        optimizer_data: Any,
-        meta_data: Mapping[str, Any],
-        rank: int = 0,
-        snapshot: bool = False,
-    ) -> None:
-        self.directory, self.step, self.rank, self.meta_data = Path(checkpoint_dir), step, rank, meta_data
-        self._files: dict[str, tuple[int, str]] = {}  # written so far: (size, sha256)
-        self._failure: BaseException | None = RuntimeError(f"the writer of step {step} ended before it began")
-        parts: dict[str, Any] = {}
-        obstacle: OSError | None = None
-        if rank == 0:
-            assert model_data is not None
-            try:
-                (self.directory / meta_name(step)).unlink(missing_ok=True)  # a step that is saved again must not be half old, half new
-            except OSError as error:
-                obstacle = error
-            parts[model_name(step)] = _on_cpu(strip_prefix(model_data), copy=snapshot)
-        if optimizer_data is not None:
-            parts[optim_name(step, rank)] = _on_cpu(optimizer_data, copy=snapshot)
-        obstacle = collectives.from_rank_0(obstacle)  # also: nobody writes before the old meta is gone
-        self._writer = threading.Thread(target=self._write, args=(parts, obstacle), name="zangchat-save", daemon=True)
-        self._writer.start()
-
-    def _write(self, parts: dict[str, Any], obstacle: OSError | None) -> None:
-        try:
-            if obstacle is not None:
-                raise obstacle
-            self.directory.mkdir(parents=True, exist_ok=True)  # on every rank: disks may be local to a node
-            for name, data in parts.items():
-                self._files[name] = _write_tensors(self.directory / name, data)
-            self._failure = None
-        except BaseException as error:  # raised by commit
-            self._failure = error
-        finally:
-            parts.clear()  # the copies are not needed any longer
-
-    @property
-    def writing(self) -> bool:
-        return self._writer.is_alive()
-
-    def commit(self) -> None:
-        """Wait for the writers of all ranks, and let rank 0 write the meta. Raises OSError on every rank if any of them could not write."""
-        self._writer.join()
-        if self._failure is not None and not isinstance(self._failure, OSError):
-            raise self._failure
-        failure: BaseException | None = self._failure
-        files: dict[str, tuple[int, str]] = {}
-        for rank, (problem, written) in enumerate(collectives.gather((self._failure, self._files))):
-            if problem is not None:
-                failure = failure or OSError(f"rank {rank} could not write its part: {problem}")
-            files |= written
-        if failure is None and self.rank == 0:
-            listed = {name: {"size": size, "sha256": digest} for name, (size, digest) in sorted(files.items())}
-            meta = {**self.meta_data, "step": self.step, "files": listed, "format_version": FORMAT_VERSION}
-            try:
-                atomic_write(self.directory / meta_name(self.step), _json(meta))
-            except OSError as error:
-                failure = error
-        failure = collectives.from_rank_0(failure)
-        if failure is not None:
-            for name in (model_name(self.step), optim_name(self.step, self.rank)):
-                with contextlib.suppress(OSError):  # best effort: the space is wanted back, and purging looks again
-                    (self.directory / name).unlink(missing_ok=True)
-            raise failure
-
-
-def strip_prefix(model_data: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Names as in the plain model: a compiled one says `_orig_mod.` before each."""
-    return {name.removeprefix("_orig_mod."): tensor for name, tensor in model_data.items()}
-
-
-class _HashingWriter:
-    """A file that torch.save can write to, which counts and hashes what passes."""
-
-    def __init__(self, file: IO[bytes]):
-        self.file, self.hash, self.size = file, hashlib.sha256(), 0
-        self.error: OSError | None = None
-
-    def write(self, data: bytes) -> int:
-        try:
-            self.file.write(data)
-        except OSError as error:  # torch replaces it by a RuntimeError of its own
-            self.error = error
-            raise
-        self.hash.update(data)
-        self.size += len(data)
-        return len(data)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def _write_tensors(path: Path, data: Mapping[str, Any]) -> tuple[int, str]:
-    """(size, sha256) of the file; OSError leaves whatever was at `path`."""
-    with atomic_file(path) as file:
-        sink = _HashingWriter(file)
-        try:
-            torch.save(data, cast(IO[bytes], sink))
-        except RuntimeError:
-            if sink.error is not None:
-                raise sink.error from None
-            raise
-    return sink.size, sink.hash.hexdigest()
-
-
-def _on_cpu(value: Any, copy: bool = False) -> Any:
-    """Tensors detached and on the CPU (`copy`: in memory of their own), without the rest of a storage they only look at (torch.save
-    would write all of it)."""
-    if isinstance(value, torch.Tensor):
-        here = value.detach().cpu()
-        part = here.untyped_storage().nbytes() != here.numel() * here.element_size()
-        return here.clone() if part or (copy and here.data_ptr() == value.data_ptr()) else here
-    if isinstance(value, Mapping):
-        return {key: _on_cpu(item, copy) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_on_cpu(item, copy) for item in value)
-    return value
-
-
 def update_meta(checkpoint_dir: str | Path, step: int, changes: Mapping[str, Any]) -> None:
-    """Replace some entries of a step's meta, at once or not at all (rank 0 only): what was measured after the save. Raises OSError."""
+    """Replace some entries of a step's meta, all or none of them; for rank 0 only. Raises OSError."""
     meta = {**read_meta(checkpoint_dir, step), **changes}
-    atomic_write(Path(checkpoint_dir) / meta_name(step), _json(meta))
-
-
-def _json(meta: Mapping[str, Any]) -> str:
-    return json.dumps(meta, indent=1, allow_nan=False) + "\n"
+    atomic_write(Path(checkpoint_dir) / meta_name(step), to_json(meta))
 
 
 def purge(checkpoint_dir: str | Path, keep_last: int, keep_every: int = -1) -> None:
-    """Delete all but the newest `keep_last` steps and the multiples of `keep_every` (where that is positive), and what no step owns.
-
-    The newest never goes. A file that stays put is only reported.
-    """
-    steps = valid_steps(checkpoint_dir)
-    if steps:
-        keep = {*steps[-max(keep_last, 1) :], *(step for step in steps if keep_every > 0 and step % keep_every == 0)}
-        _delete(checkpoint_dir, lambda step: step not in keep)
+    """Delete all steps but the newest `keep_last` and the multiples of `keep_every` (if positive), and
+    files that belong to no step. At least one step stays. Files that cannot be deleted are reported."""
+    present = list(steps(checkpoint_dir))
+    if present:
+        kept = set(present[: max(keep_last, 1)])
+        kept |= {step for step in present if keep_every > 0 and step % keep_every == 0}
+        _delete(checkpoint_dir, lambda step: step not in kept)
 
 
 def discard_after(checkpoint_dir: str | Path, step: int) -> list[int]:
-    """Delete the steps that lie beyond `step` (-1: all of them): a run that goes on from there makes them anew. Returns which."""
-    later = [later for later in valid_steps(checkpoint_dir) if later > step]
+    """Delete the steps after `step` (-1: all of them), ascending; a run that continues from there
+    makes them again. Returns them."""
+    later = sorted(other for other in steps(checkpoint_dir) if other > step)
     _delete(checkpoint_dir, lambda other: other > step)
     return later
 
 
 def remove_temporary_files(checkpoint_dir: str | Path) -> None:
-    """Delete what a killed save left half written."""
+    """Delete files that a killed save left half written."""
     for path in Path(checkpoint_dir).glob(".*.tmp"):
         _unlink(path)
 
 
-def _delete(checkpoint_dir: str | Path, unwanted: Callable[[int], bool]) -> None:
-    paths = [path for path in _listing(checkpoint_dir) if (match := STEP_FILE.match(path.name)) and unwanted(int(match[1]))]
-    for path in sorted(paths, key=lambda path: not META.match(path.name)):  # metas first: a step never exists in part
+def _delete(checkpoint_dir: str | Path, is_unwanted: Callable[[int], bool]) -> None:
+    files = ((path, STEP_FILE.match(path.name)) for path in _listing(checkpoint_dir))
+    paths = [path for path, match in files if match and is_unwanted(int(match[1]))]
+    # metas first, so that a step never exists in part
+    for path in sorted(paths, key=lambda path: not META.match(path.name)):
         _unlink(path)
 
 
@@ -284,24 +140,26 @@ def _listing(folder: str | Path) -> list[Path]:
 
 
 def read_meta(checkpoint_dir: str | Path, step: int) -> dict[str, Any]:
-    """Raises CheckpointError, naming the file, if there is no such step or its meta cannot be understood."""
+    """Raises CheckpointError, naming the file, if the step does not exist or its meta is damaged."""
     path = Path(checkpoint_dir) / meta_name(step)
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        present = ", ".join(map(str, valid_steps(checkpoint_dir))) or "none"
+        present = ", ".join(map(str, sorted(steps(checkpoint_dir)))) or "none"
         raise CheckpointError(f"there is no step {step} in {checkpoint_dir} (present: {present})") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     if not isinstance(meta, dict) or not isinstance(meta.get("files"), dict) or meta.get("step") != step:
         raise CheckpointError(f"{path} is damaged: it does not describe step {step}")
-    if meta.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format version {meta.get('format_version')}, this code reads version {FORMAT_VERSION}")
+    version = meta.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{path} has format version {version}, this code reads version {FORMAT_VERSION}")
     return meta
 
 
 def verify_checkpoint(checkpoint_dir: str | Path, step: int, hashes: bool = False) -> dict[str, Any]:
-    """The meta of a step whose files are all there in the right sizes (`hashes`: and unaltered); raises CheckpointError naming the file."""
+    """The meta of a step whose files are all there in the right sizes (`hashes`: and unaltered);
+    raises CheckpointError naming the file."""
     meta = read_meta(checkpoint_dir, step)
     for name, expected in meta["files"].items():
         path = Path(checkpoint_dir) / name
@@ -316,62 +174,58 @@ def verify_checkpoint(checkpoint_dir: str | Path, step: int, hashes: bool = Fals
     return meta
 
 
-def valid_steps(checkpoint_dir: str | Path) -> list[int]:
-    """The steps whose meta can be read and whose files have the right sizes, ascending."""
-    steps = []
-    for step in _begun_steps(checkpoint_dir):
-        with contextlib.suppress(CheckpointError):
-            verify_checkpoint(checkpoint_dir, step)
-            steps.append(step)
-    return steps
-
-
-def _begun_steps(checkpoint_dir: str | Path) -> list[int]:
-    """The steps that have a meta, whole or not, ascending."""
-    return sorted(int(match[1]) for path in _listing(checkpoint_dir) if (match := META.match(path.name)))
+def steps(checkpoint_dir: str | Path, check: Literal["", "sizes", "hashes"] = "sizes") -> Iterator[int]:
+    """The steps of a folder, newest first: those with files of the right sizes, with the right hashes
+    (reporting damaged ones), or, with an empty `check`, all that have a meta, whole or not."""
+    found = (META.match(path.name) for path in _listing(checkpoint_dir))
+    for step in sorted((int(match[1]) for match in found if match), reverse=True):
+        try:
+            if check:
+                verify_checkpoint(checkpoint_dir, step, hashes=check == "hashes")
+        except CheckpointError as error:
+            if check == "hashes":
+                log0(f"skipping step {step}: {error}", logging.WARNING)
+            continue
+        yield step
 
 
 def find_last_step(checkpoint_dir: str | Path) -> int:
-    """The newest step that is whole (by size); raises UserError if there is none, naming what is damaged."""
-    steps = valid_steps(checkpoint_dir)
-    if not steps:
-        for step in reversed(_begun_steps(checkpoint_dir)):
-            try:
-                verify_checkpoint(checkpoint_dir, step)
-            except CheckpointError as error:
-                raise CheckpointError(f"{error}; no step there is whole: copy it anew, or take another --model_tag") from None
-        raise UserError(f"no checkpoint in {checkpoint_dir}: {_next_command(checkpoint_dir)}")
-    return steps[-1]
+    """The newest whole step (by size); raises UserError if there is none, naming a damaged file."""
+    for step in steps(checkpoint_dir):
+        return step
+    for step in steps(checkpoint_dir, check=""):
+        try:
+            verify_checkpoint(checkpoint_dir, step)
+        except CheckpointError as error:
+            advice = "copy it again, or take another --model_tag"
+            raise CheckpointError(f"{error}; no step there is whole: {advice}") from None
+    raise UserError(f"no checkpoint in {checkpoint_dir}: {_next_command(checkpoint_dir)}")
 
 
 def find_verified_step(checkpoint_dir: str | Path, step: int | None = None) -> int | None:
-    """The newest step that verifies, hashes included, reporting those it skips; None if there is none. All ranks get rank 0's answer.
+    """The newest step that verifies, hashes included, reporting those it skips; None if there is none.
+    All ranks get rank 0's answer.
 
-    With `step`, that one alone: raises CheckpointError if it does not verify.
+    With `step`, only that one: raises CheckpointError if it does not verify.
     """
     if step is not None:
         verify_checkpoint(checkpoint_dir, step, hashes=True)
         return step
-    found = -1
+    found = None
     if collectives.world()[0] == 0:
-        for candidate in reversed(_begun_steps(checkpoint_dir)):
-            try:
-                verify_checkpoint(checkpoint_dir, candidate, hashes=True)
-                found = candidate
-                break
-            except CheckpointError as error:
-                log0(f"skipping step {candidate}: {error}", logging.WARNING)
-    found = collectives.from_rank_0(found)
-    return found if found >= 0 else None
+        found = next(steps(checkpoint_dir, check="hashes"), None)
+    return collectives.from_rank_0(found)
 
 
 def find_largest_model(checkpoints_dir: str | Path) -> str:
-    """The tag to take where the user names none: the deepest `d<number>`, else the newest with a checkpoint. Raises UserError if none."""
+    """The default tag: the deepest `d<number>`, else the newest. Raises UserError if there is none."""
     tags = model_tags(checkpoints_dir)
     if not tags:
         raise UserError(f"no checkpoint in {checkpoints_dir}: {_next_command(checkpoints_dir)}")
     depths = [(int(match[1]), tag) for tag in tags if (match := re.fullmatch(r"d(\d+)", tag))]
-    chosen = max(depths)[1] if depths else max(tags, key=lambda tag: (_newest_meta(Path(checkpoints_dir) / tag), tag))
+    metas = {tag: (Path(checkpoints_dir) / tag).glob("meta_[0-9]*.json") for tag in tags}
+    ages = [(max(path.stat().st_mtime for path in paths), tag) for tag, paths in metas.items()]
+    chosen = max(depths or ages)[1]
     if len(tags) > 1:
         log0(f"model_tag {chosen}, out of {', '.join(tags)} (choose with --model_tag)")
     return chosen
@@ -379,15 +233,11 @@ def find_largest_model(checkpoints_dir: str | Path) -> str:
 
 def model_tags(checkpoints_dir: str | Path) -> list[str]:
     """Folders that hold at least one whole step."""
-    return [path.name for path in _listing(checkpoints_dir) if path.is_dir() and valid_steps(path)]
-
-
-def _newest_meta(directory: Path) -> float:
-    return max(path.stat().st_mtime for path in _listing(directory) if META.match(path.name))
+    return [path.name for path in _listing(checkpoints_dir) if path.is_dir() and any(True for _ in steps(path))]
 
 
 def _next_command(folder: str | Path) -> str:
-    """What makes the checkpoints that are missing in `folder` (a stage's folder or a tag's)."""
+    """How to make the checkpoints that are missing in `folder` (a stage's or a tag's)."""
     for source, name in SOURCES.items():
         if name in (Path(folder).name, Path(folder).parent.name):
             return f"run `python -m {COMMANDS[source]}` first"
@@ -398,48 +248,56 @@ def _next_command(folder: str | Path) -> str:
 
 
 def load_checkpoint(
-    checkpoint_dir: str | Path, step: int, device: torch.device | str, load_optimizer: bool = False, rank: int = 0
+    checkpoint_dir: str | Path,
+    step: int,
+    device: torch.device | str,
+    load_optimizer: bool = False,
+    rank: int = 0,
 ) -> tuple[dict[str, torch.Tensor], Any, dict[str, Any]]:
-    """(model tensors on `device`, the optimizer's state merged over the ranks that saved it, meta); sizes are checked, hashes are not.
+    """(model tensors on `device`, optimizer state or None, meta); checks sizes, not hashes.
 
-    The merged state is what one rank alone would have saved (see optim.py), on the CPU: each rank cuts
-    its own part out of it, whatever their number. State of another form, such as torch's state dicts,
-    comes back as `rank` saved it.
+    The optimizer state is merged over the ranks that saved it, and on the CPU: each rank cuts its own
+    part out of it, whatever their number (see optim.py). State of another form, such as torch's state
+    dicts, is returned as `rank` saved it.
     """
     meta = verify_checkpoint(checkpoint_dir, step)
     model_data = strip_prefix(read_tensors(Path(checkpoint_dir) / model_name(step), device))
     if not load_optimizer:
         return model_data, None, meta
-    names = sorted((name for name in meta["files"] if name.startswith("optim_")), key=lambda name: int(name[:-3].rpartition("rank")[2]))
+    optimizer_data = _load_optimizer(Path(checkpoint_dir), step, list(meta["files"]), rank)
+    return model_data, optimizer_data, meta
+
+
+def _load_optimizer(directory: Path, step: int, files: list[str], rank: int) -> Any:
+    names = [name for name in files if name.startswith("optim_")]
+    names.sort(key=lambda name: int(name.removesuffix(".pt").rpartition("rank")[2]))
     if not names:
-        raise CheckpointError(f"step {step} in {checkpoint_dir} holds no optimizer state: it can be used, but not gone on from")
-    shards = [read_tensors(Path(checkpoint_dir) / name, "cpu") for name in names]
+        limit = "the model can be used, but its training cannot be resumed"
+        raise CheckpointError(f"step {step} in {directory} holds no optimizer state: {limit}")
+    shards = [read_tensors(directory / name, "cpu") for name in names]
     if not all(map(is_shards, shards)):
         own = optim_name(step, rank)
         if own not in names:
-            saved_by = f"the optimizer state of step {step} was saved by {len(names)} ranks, each for itself"
-            raise CheckpointError(f"{Path(checkpoint_dir) / own} is missing: {saved_by}")
-        return model_data, shards[names.index(own)], meta
+            saved_by = f"{len(names)} ranks, each for itself"
+            problem = f"the optimizer state of step {step} was saved by {saved_by}"
+            raise CheckpointError(f"{directory / own} is missing: {problem}")
+        return shards[names.index(own)]
     try:
-        return model_data, merge_shards(shards), meta
+        return merge_shards(shards)
     except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{checkpoint_dir}: the optimizer files of step {step} do not make one state: {error}") from None
-
-
-def read_tensors(path: Path, device: torch.device | str) -> dict[str, Any]:
-    """Tensors and plain containers; raises CheckpointError for a file that holds anything else, or cannot be read."""
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except UnpicklingError:
-        raise CheckpointError(f"{path} cannot be read: it holds more than tensors and plain containers, or is damaged") from None
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+        problem = f"the optimizer files of step {step} do not make one state"
+        raise CheckpointError(f"{directory}: {problem}: {error}") from None
 
 
 def build_model(
-    checkpoint_dir: str | Path, step: int, device: torch.device | str, phase: str, dtype: str = ""
+    checkpoint_dir: str | Path,
+    step: int,
+    device: torch.device | str,
+    phase: str,
+    dtype: str = "",
 ) -> tuple["GPT", "RustBPETokenizer", dict[str, Any]]:
-    """(model, tokenizer, meta) of a step; `phase` is "train" or "eval", `dtype` the compute dtype (empty: what the device is fast with)."""
+    """(model, tokenizer, meta) of a step; `phase` is "train" or "eval", `dtype` the compute dtype
+    (empty: the one that is fast on the device)."""
     if phase not in ("train", "eval"):
         raise ValueError(f"phase is 'train' or 'eval', not {phase!r}")
     model_data, _, meta = load_checkpoint(checkpoint_dir, step, device)
@@ -452,10 +310,10 @@ def build_model(
 
 
 def empty_model(config: GPTConfig, device: torch.device | str, dtype: str = "") -> "GPT":
-    """A model on `device` whose weights `init_weights` or `load_weights` fills.
+    """A model on `device`, to be filled by `init_weights` or `load_weights`.
 
-    Not by way of the meta device: GPT only reserves memory anyway, and what is done to meta tensors imports torch's compiler, which
-    costs seconds of every launch.
+    It is not made on the meta device: GPT only reserves memory anyway, and operations on meta tensors
+    import torch's compiler, which takes seconds.
     """
     from zangchat.gpt import GPT
 
@@ -468,31 +326,34 @@ def model_config(meta: Mapping[str, Any], checkpoint_dir: str | Path) -> GPTConf
     try:
         return GPTConfig.from_dict(meta["model_config"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint_dir}/{meta_name(meta['step'])} describes no model that this code knows: {error}") from None
+        path = f"{checkpoint_dir}/{meta_name(meta['step'])}"
+        raise CheckpointError(f"{path} describes no model that this code knows: {error}") from None
 
 
-def load_weights(model: torch.nn.Module, model_data: Mapping[str, torch.Tensor], where: str) -> None:
-    """Copy the tensors into the model; raises CheckpointError naming what is missing or foreign."""
+def load_weights(model: torch.nn.Module, model_data: Mapping[str, torch.Tensor], name: str) -> None:
+    """Fill the model; raises CheckpointError with the file's `name` if names or shapes differ."""
     try:
         model.load_state_dict(dict(model_data), strict=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{where} does not fit the model that its meta describes: {error}") from None
+        raise CheckpointError(f"{name} does not fit the model that its meta describes: {error}") from None
 
 
 def load_tokenizer(checkpoint_dir: str | Path, meta: Mapping[str, Any]) -> "RustBPETokenizer":
-    """The tokenizer that the model was trained with: the copy beside its checkpoint. Raises CheckpointError for another one."""
+    """The tokenizer in the checkpoint's folder; raises CheckpointError if it is not the model's."""
     from zangchat.tokenizer import RustBPETokenizer
 
-    path = Path(checkpoint_dir) / "tokenizer.json"
+    path, step = Path(checkpoint_dir) / "tokenizer.json", meta["step"]
     advice = "copy there the tokenizer that this model was trained with"
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: {advice}")
     tokenizer = RustBPETokenizer.from_directory(str(checkpoint_dir))
     size, rows = tokenizer.get_vocab_size(), meta["model_config"]["vocab_size"]
     if size > rows:
-        raise CheckpointError(f"{path} has {size} tokens, the model of step {meta['step']} only {rows}: {advice}")
-    if meta.get("tokenizer", digest := file_sha256(path)) != digest:
-        raise CheckpointError(f"{path} is not the one that step {meta['step']} was trained with (its sha256 differs): {advice}")
+        problem = f"has {size} tokens, the model of step {step} only {rows}"
+        raise CheckpointError(f"{path} {problem}: {advice}")
+    if meta.get("tokenizer") not in (None, file_sha256(path)):
+        problem = f"is not the one that step {step} was trained with (its sha256 differs)"
+        raise CheckpointError(f"{path} {problem}: {advice}")
     return tokenizer
 
 
@@ -504,29 +365,41 @@ def load_model_from_dir(
     step: int | None = None,
     dtype: str = "",
 ) -> tuple["GPT", "RustBPETokenizer", dict[str, Any]]:
-    """build_model on `model_tag` (default: find_largest_model) and `step` (default: the newest that is whole)."""
+    """build_model on `model_tag` (default: find_largest_model) and `step` (default: find_last_step)."""
     directory = resolve_tag(checkpoints_dir, model_tag)
     step = find_last_step(directory) if step is None else step
     log0(f"loading {directory.parent.name}/{directory.name}, step {step}")
     return build_model(directory, step, device, phase, dtype)
 
 
-def resolve_tag(checkpoints_dir: str | Path, model_tag: str | None, flag: str = "--model_tag", hint: str = "") -> Path:
-    """The folder of a tag; if it is not there, raises UserError that names the flag, lists those present and ends with `hint`."""
+def resolve_tag(
+    checkpoints_dir: str | Path,
+    model_tag: str | None,
+    flag: str = "--model_tag",
+    hint: str = "",
+) -> Path:
+    """The folder of a tag; raises UserError with the flag, the tags present and `hint` if it is missing."""
     tag = model_tag or find_largest_model(checkpoints_dir)
     directory = Path(checkpoints_dir) / tag
     if not directory.is_dir():
         tags = model_tags(checkpoints_dir)
         if not tags:
             raise UserError(f"no checkpoint in {checkpoints_dir}: {_next_command(checkpoints_dir)}")
-        raise UserError(f"{flag}={tag} is not in {checkpoints_dir}: choose one of {', '.join(tags)}{hint}")
+        advice = f"choose one of {', '.join(tags)}{hint}"
+        raise UserError(f"{flag}={tag} is not in {checkpoints_dir}: {advice}")
     return directory
 
 
 def load_model(
-    source: str, device: torch.device | str, phase: str, model_tag: str | None = None, step: int | None = None, dtype: str = ""
+    source: str,
+    device: torch.device | str,
+    phase: str,
+    model_tag: str | None = None,
+    step: int | None = None,
+    dtype: str = "",
 ) -> tuple["GPT", "RustBPETokenizer", dict[str, Any]]:
-    """(model, tokenizer, meta) of a stage: base, mid, sft or rl. A `model_tag` that is no tag but names a stage is taken as the source."""
+    """(model, tokenizer, meta) of a stage: base, mid, sft or rl. A `model_tag` that does not exist but
+    is the name of a stage is taken as the source."""
     if model_tag in SOURCES and not (checkpoints_dir(source) / model_tag).is_dir():
         log0(f"--model_tag={model_tag} names a stage: loading --source={model_tag}", logging.WARNING)
         source, model_tag = model_tag, None

@@ -1,8 +1,10 @@
-"""The plain data of a run: what a model is, what every training command shares, where a run stands.
+"""The plain data of a run: the shape of a model, the plan of a run and its state.
 
-Layer 0: nothing here imports torch, so `--help` and `--dry_run` answer at once."""
+Layer 0: nothing here imports torch, so `--help` and `--dry_run` answer at once.
+"""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
@@ -11,8 +13,20 @@ import tyro
 Optimizer = Literal["muon", "adamw", "sgd"]  # for the matrices, see optim.build_optimizer
 OPTIMIZERS = get_args(Optimizer)
 SourceFlag = Annotated[str, tyro.conf.arg(aliases=["-i"])]
-SOURCES = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}  # their folders
-VOCAB_MULTIPLE = 64  # embedding and head rows are padded to this, for tensor cores and even shards
+# stage -> folder of its checkpoints, and the command that makes them
+SOURCES = {
+    "base": "base_checkpoints",
+    "mid": "mid_checkpoints",
+    "sft": "chatsft_checkpoints",
+    "rl": "chatrl_checkpoints",
+}
+COMMANDS = {
+    "base": "scripts.base_train",
+    "mid": "scripts.mid_train",
+    "sft": "scripts.chat_sft",
+    "rl": "scripts.chat_rl",
+}
+VOCAB_MULTIPLE = 64  # rows of embedding and head are padded to this: tensor cores, even shards
 
 
 @dataclass(frozen=True)
@@ -54,7 +68,7 @@ USER_LIMITS = {  # of flags and HTTP requests
 class GPTConfig:
     """The architecture of one model; saved in every checkpoint and enough to rebuild it.
 
-    Raises ValueError, naming the field, where the sizes do not fit together.
+    Raises ValueError, naming the field, if the sizes do not fit together.
     """
 
     sequence_len: int = 1024  # longest context the model is trained on, tokens
@@ -74,9 +88,13 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})")
+            raise ValueError(
+                f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})",
+            )
         if self.head_dim % 2:
-            raise ValueError(f"the head dimension n_embd/n_head ({self.head_dim}) must be even: RoPE rotates pairs")
+            raise ValueError(
+                f"the head dimension n_embd/n_head ({self.head_dim}) must be even: RoPE rotates pairs",
+            )
 
     @property
     def head_dim(self) -> int:
@@ -100,16 +118,28 @@ class GPTConfig:
 
 
 class StepMultipliers(NamedTuple):
-    """What a schedule says of one step: factors on each group's base learning rate and weight decay, and Muon's momentum."""
+    """A schedule's values for one step: factors on each group's base learning rate and weight decay,
+    and Muon's momentum."""
 
     lr: float = 1.0
     momentum: float = 0.95
     weight_decay: float = 1.0
 
 
+class TrainPlan(NamedTuple):
+    """The length and batch of a run; the scales are factors on the base rates given as flags."""
+
+    tokens: int  # num_iterations * total_batch_size
+    total_batch_size: int  # tokens per step, all ranks
+    num_iterations: int
+    lr_scale: float  # of the matrices
+    adamw_lr_scale: float  # of embedding and head
+    weight_decay_scale: float
+
+
 @dataclass
 class RunState:
-    """Everything a run needs to go on, saved and restored whole with each checkpoint (times excepted, JSON types only)."""
+    """All that a run needs to continue, saved and restored whole with each checkpoint (as JSON)."""
 
     step: int = 0  # optimizer steps done
     tokens: int = 0  # input positions processed, all ranks
@@ -118,26 +148,61 @@ class RunState:
     smooth_loss: float = 0.0  # exponential moving average of the training loss, not debiased
     last_val_bpb: float | None = None
     min_val_bpb: float | None = None
-    skipped_steps: int = 0  # steps refused because of a non-finite loss or gradient
+    skipped_steps: int = 0  # steps without an update: nothing supervised, or not finite
+    skips_in_a_row: int = 0  # non-finite steps since the last update
+    loss_scale: float | None = None  # fp16 only
+    steps_at_scale: int = 0  # updates since the loss scale changed
     training_seconds: float = 0.0  # wall-clock inside steps, over all attempts
-    cursor: dict[str, Any] = field(default_factory=dict)  # the data loader's position after `step` steps
-    extra: dict[str, Any] = field(default_factory=dict)  # what one stage alone counts
+    cursor: dict[str, Any] = field(default_factory=dict)  # of the data loader, after `step` steps
+    batch_metrics: dict[str, float] = field(default_factory=dict)  # of the last batch (RL's rewards)
+    hooks_done: int = -1  # the step whose hooks have run
+    metrics_lines: int = 0  # lines of metrics.jsonl that belong to the run so far
+    # the latest figures of each evaluation, by name, for the report
+    results: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    # fixed when the run was new
+    plan: TrainPlan | None = None
+    source: str | None = None  # the model it started from: "base d20 step 5000"
+    source_sha256: str | None = None  # of that model's weights
+    dataset: str | None = None  # fingerprint of the pretraining text
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "plan": self.plan and self.plan._asdict()}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "RunState":
-        known = {f.name for f in fields(cls)}
-        return cls(**{k: v for k, v in values.items() if k in known})
+    def from_dict(cls, values: Mapping[str, Any]) -> "RunState":
+        """Unknown keys are ignored; checkpoints with the older `extra` are understood."""
+        values = _without_extra(values) if "extra" in values else values
+        known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+        if known.get("plan"):
+            known["plan"] = TrainPlan(**known["plan"])
+        return cls(**known)
+
+
+def _without_extra(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The run state of a checkpoint whose `extra` held these fields under keys of its own, and
+    whose data cursor carried RL's rewards."""
+    extra, cursor = dict(values["extra"]), dict(values.get("cursor") or {})
+    results = {name: extra.pop(name) for name in ("core", "held_out") if extra.get(name)}
+    if "val_loss" in extra:
+        results["validation"] = {"validation loss": extra.pop("val_loss")}
+    rewards = {key: cursor.pop(key) for key in ("reward", "sample_tokens", "solved") if key in cursor}
+    facts = extra.pop("facts", {})
+    return {
+        **values,
+        **facts,
+        **extra,
+        "cursor": cursor,
+        "batch_metrics": rewards,
+        "results": results,
+    }
 
 
 @dataclass
 class CheckpointConfig:
-    """Flags that every command shares which takes a trained model."""
+    """Flags of every command that takes a trained model."""
 
     source: SourceFlag = "sft"  # base | mid | sft | rl
     model_tag: Annotated[str | None, tyro.conf.arg(aliases=["-g"])] = None  # default: the largest model
     step: Annotated[int | None, tyro.conf.arg(aliases=["-s"])] = None  # default: the last
     device_type: str = ""  # cuda | mps | cpu; empty = the best one present
-    dtype: str = ""  # bfloat16 | float16 | float32; empty = what the device is really fast with
+    dtype: str = ""  # bfloat16 | float16 | float32; empty = the one that is really fast on the device

@@ -1,13 +1,14 @@
-"""--fsdp: models that one device cannot hold, by torch's FSDP2 (arXiv:2304.11277); the one place that knows of it.
+"""--fsdp: models that one device cannot hold, by torch's FSDP2 (arXiv:2304.11277); the only place that knows of it.
 
-Each rank keeps the rows of every parameter and gradient that are its part. A block's parameters are gathered for its own forward and
-backward pass alone, and its gradients are summed and cut up again behind it. The optimizers are those of optim.py on whole matrices: as
-many at a time as there are ranks are gathered, each rank updates the one it keeps state for, and everybody takes its rows back. So
-the maths of a step, the files of a checkpoint and its loading are the same as without: a run may go on with or without --fsdp.
+Each rank keeps its rows of every parameter and gradient. A block's parameters are gathered only for its
+own forward and backward pass, and its gradients are summed and cut up again after it. The optimizers are
+those of optim.py on whole matrices: as many at a time as there are ranks are gathered, each rank updates
+the one it keeps state for, and every rank takes its rows back. So the maths of a step, the files of a
+checkpoint and its loading are the same as without: a run may continue with or without --fsdp.
 
-Seen to run: 2 processes on CPUs by gloo (tests/unit/test_fsdp.py). Untested: more of them, CUDA and NCCL, bf16, models that need it.
-The model is filled on the CPU before it is cut up, so each process needs the whole model, and its own part of the optimizer's state, in
-main memory once.
+Tested: 2 processes on CPUs by gloo (tests/unit/test_fsdp.py). Untested: more of them, CUDA and NCCL, bf16,
+models that need it. The model is filled on the CPU before it is cut up, so each process needs the whole
+model, and its own part of the optimizer's state, in main memory once.
 """
 
 from collections.abc import Iterator
@@ -22,14 +23,14 @@ from zangchat.optim import OptimizerGroup
 from zangchat.runtime import collectives
 
 
-class ShardedGroup(OptimizerGroup):
+class FSDPGroup(OptimizerGroup):
     """The optimizers of `group`, made and loaded for the whole model, after `model` was cut up over the ranks in place."""
 
     lockstep = True
 
     def __init__(self, group: OptimizerGroup, model: nn.Module, device: torch.device) -> None:
         super().__init__(group.optimizers, group.names, group.comm_dtype)
-        self._sums = None  # FSDP sums behind each block
+        self._sums = None  # FSDP sums after each block
         self.rank, self.world_size = collectives.world()
         _shard(model, device, group.comm_dtype)
         named = dict(model.named_parameters())
@@ -42,14 +43,14 @@ class ShardedGroup(OptimizerGroup):
 
     def _step(self, optimizer: Any) -> None:
         groups = optimizer.param_groups
-        for some in _portions(optimizer, self.world_size):
-            for p in (p for group in some for p in group["params"]):
+        for portion in _portions(optimizer, self.world_size):
+            for p in (p for group in portion for p in group["params"]):
                 part = self._parts[p]
                 p.data = part.detach().full_tensor()
                 p.grad = None if part.grad is None else part.grad.full_tensor()
-            optimizer.param_groups = some
+            optimizer.param_groups = portion
             optimizer.step()
-            for p in (p for group in some for p in group["params"]):
+            for p in (p for group in portion for p in group["params"]):
                 local = self._parts[p].detach().to_local()
                 rows = p.data.chunk(self.world_size)
                 if self.rank < len(rows):  # of few rows the last ranks have none
@@ -64,8 +65,8 @@ class ShardedGroup(OptimizerGroup):
     def gradients(self) -> dict[str, Tensor]:
         return {name: self._parts[p].grad.to_local() for p, name in self.names.items() if self._parts[p].grad is not None}
 
-    def weights(self, model: nn.Module) -> dict[str, Tensor]:
-        """Whole, and on rank 0 alone: one parameter after the other is gathered."""
+    def model_weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """Gathers one parameter after the other, and keeps them on rank 0 only."""
         whole = {}
         for name, part in ((name, self._parts[p]) for p, name in self.names.items()):
             tensor = part.detach().full_tensor().cpu()
@@ -95,6 +96,6 @@ def _release(p: Tensor, device: torch.device) -> None:
 
 def _portions(optimizer: Any, world_size: int) -> Iterator[list[dict[str, Any]]]:
     """The optimizer's groups, `world_size` parameters at a time, which mostly belong to as many ranks."""
-    alone = [{**group, "params": [p]} for group in optimizer.param_groups for params in optimizer.together(group) for p in params]
-    for start in range(0, len(alone), world_size):
-        yield alone[start : start + world_size]
+    singles = [{**group, "params": [p]} for group in optimizer.param_groups for params in optimizer.update_groups(group) for p in params]
+    for start in range(0, len(singles), world_size):
+        yield singles[start : start + world_size]

@@ -4,10 +4,10 @@ Per matrix and step:
   1. Nesterov momentum on the gradient (https://kellerjordan.github.io/posts/muon);
   2. orthogonalisation by five Polar Express iterations (arXiv:2505.16932): the nearest semi-orthogonal matrix, from products only;
   3. NorMuon (arXiv:2510.05491): each neuron's row is divided by a running root mean square of its updates, the norm kept;
-  4. cautious weight decay (arXiv:2510.12402): applied only if it pulls the weight the same way as the update.
+  4. cautious weight decay (arXiv:2510.12402): only for weights that it pulls the same way as the update.
 
-Matrices of one shape are stacked and go through one batched product. With several ranks the matrices of a shape are dealt round
-robin; a rank keeps state for its own and updates those (sharded.py).
+Matrices of one shape are stacked and go through one batched product. With several ranks the matrices of
+a shape are dealt round robin; a rank keeps state for its own and updates only those (sharded.py).
 
 Shapes: K matrices of one shape, R rows (outputs), C columns (inputs).
 """
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from zangchat.sharded import Piece, ShardedOptimizer
 
-# Five Polar Express steps for singular values from 1e-3 to 1 after the division by the norm; tests/reference/muon.py derives them.
+# Five Polar Express steps for singular values from 1e-3 to 1 after the division by the norm;
+# tests/reference/muon.py derives them.
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -33,7 +34,8 @@ SAFETY = 1.02  # keeps rounding errors in 16-bit products from pushing a singula
 
 
 def orthogonalise(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The polar factor U V^T of each of the (K, R, C) matrices, approximately (singular values within about 0.2 of 1), in `dtype`."""
+    """The polar factor U V^T of each of the (K, R, C) matrices, in `dtype`; approximately: its singular
+    values are within about 0.2 of 1."""
     x = matrices.to(dtype)
     wide = x.size(-2) <= x.size(-1)
     if not wide:
@@ -46,15 +48,18 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
 
 
 def _neuron_dim(shape: torch.Size) -> int:
-    """The dimension summed over for NorMuon: the shorter one. Along the shorter side all norms are equal after orthogonalising."""
+    """The dimension that NorMuon sums over: the shorter one. Along the shorter side all norms are equal
+    after orthogonalising."""
     return -1 if shape[-2] >= shape[-1] else -2
 
 
 class Muon(ShardedOptimizer):
-    """Muon over 2-D parameters. `step()` reads lr, momentum and weight_decay from its param groups, so schedules may change them.
+    """Muon over 2-D parameters. `step()` reads lr, momentum and weight_decay from its param groups, so
+    schedules may change them.
 
-    The update of a matrix has the root-mean-square size lr * sqrt(max(1, R/C) / max(R, C)). `ortho_dtype` None means bf16 on CUDA,
-    fp32 elsewhere. State of an own parameter: momentum (R, C) and second_moment (R, 1) or (1, C), fp32.
+    The update of a matrix has the root-mean-square size lr * sqrt(max(1, R/C) / max(R, C)).
+    `ortho_dtype` None means bf16 on CUDA, fp32 elsewhere. State of an own parameter: momentum (R, C) and
+    second_moment (R, 1) or (1, C), fp32.
     """
 
     def __init__(
@@ -74,7 +79,7 @@ class Muon(ShardedOptimizer):
             if p.dim() != 2:
                 raise ValueError(f"Muon takes matrices, not a parameter of shape {tuple(p.shape)}")
 
-    def together(self, group: dict[str, Any]) -> list[list[Tensor]]:
+    def update_groups(self, group: dict[str, Any]) -> list[list[Tensor]]:
         """By shape, in the order given."""
         stacks: dict[tuple[torch.Size, torch.dtype, torch.device], list[Tensor]] = {}
         for p in group["params"]:
@@ -83,7 +88,7 @@ class Muon(ShardedOptimizer):
 
     @cached_property
     def pieces(self) -> dict[Tensor, list[Piece]]:
-        stacks = [stack for group in self.param_groups for stack in self.together(group)]
+        stacks = [stack for group in self.param_groups for stack in self.update_groups(group)]
         return {p: [Piece(0, p.size(0), i % self.world_size)] for stack in stacks for i, p in enumerate(stack)}
 
     def update(self, params: list[Tensor], group: dict[str, Any]) -> None:
@@ -100,7 +105,7 @@ class Muon(ShardedOptimizer):
         mean_square = update.square().mean(dim=_neuron_dim(params[0].shape), keepdim=True)  # (K, R, 1) or (K, 1, C)
         second.lerp_(mean_square, 1 - group["beta2"])
         scale = second.clamp(min=1e-10).rsqrt()
-        # all lines have the same length, so means of mean squares compare the norms of whole matrices
+        # all rows have the same length, so means of mean squares compare the norms of whole matrices
         before, after = (m.mean(dim=(-2, -1), keepdim=True) for m in (mean_square, mean_square * scale.square()))
         update.mul_(scale * (before / after.clamp(min=1e-20)).sqrt())
 

@@ -1,11 +1,14 @@
-"""Which parameter goes to which optimizer, and what a training loop needs around them: gradient sums, norms, clipping, state.
+"""Which parameter goes to which optimizer, and the group of them that a training loop steps: gradient
+sums, norms, state.
 
-State is exchanged in *shards*, keyed by parameter name, so that a run saved on some number of ranks goes on with any other:
+State is exchanged in *shards*, keyed by parameter name, so that a run saved on some number of ranks
+continues on any other:
 
     {name: {"shape": [rows, ...] of the whole parameter, "slice": [first, end) rows covered, "tensors": {key: tensor}}}
 
-A tensor of one shard either covers those rows or, where one shard covers the whole parameter, belongs to it as a whole; scalars are
-equal in all shards. `merge_shards` puts the shards of all ranks together into one such dict in which every slice is complete.
+A tensor of a shard either covers those rows or, if the shard covers the whole parameter, belongs to it as
+a whole; scalars are equal in all shards. `merge_shards` joins the shards of all ranks into one such dict in
+which every slice is complete.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -85,12 +88,12 @@ class OptimizerGroup:
     def _step(self, optimizer: ShardedOptimizer) -> None:
         optimizer.step()
 
-    # What is another matter where parameters are cut up over the ranks (fsdp.py):
+    # fsdp.py overrides these for parameters that are cut up over the ranks:
 
-    lockstep = False  # whether ranks must run the same passes, even those without anything to learn
+    lockstep = False  # whether ranks must run the same passes, even those with no supervised token
 
     def last_pass(self) -> None:
-        """The next backward pass is the last of this step: what it makes may be summed over ranks at once."""
+        """The next backward pass is the last of this step: its gradients may be summed over ranks."""
         if self._sums is not None:
             self._sums.last_pass = True
 
@@ -104,8 +107,8 @@ class OptimizerGroup:
         own = ((name, p.grad, self._own[p]) for p, name in self.names.items())
         return {name: piece.of(grad) for name, grad, piece in own if grad is not None and piece is not None}
 
-    def weights(self, model: nn.Module) -> dict[str, Tensor]:
-        """What a checkpoint holds; every rank asks, rank 0 alone needs the answer."""
+    def model_weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """Whole weights, for a checkpoint; every rank calls it, only rank 0 uses the result."""
         return model.state_dict()
 
     def zero_grad(self) -> None:
@@ -113,7 +116,8 @@ class OptimizerGroup:
             p.grad = None
 
     def state_shards(self) -> Shards:
-        """This rank's part of the state: plain containers and tensors (not copies), see the module's docstring."""
+        """This rank's part of the state: plain containers and tensors (not copies), see the module's
+        docstring."""
         shards: Shards = {}
         for optimizer in self.optimizers:
             for p, state in optimizer.state.items():
@@ -123,10 +127,11 @@ class OptimizerGroup:
         return shards
 
     def load_shards(self, merged: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take this rank's part out of a complete state (see merge_shards; on one rank state_shards() is complete).
+        """Take this rank's part out of a complete state (see merge_shards; on one rank state_shards() is
+        complete).
 
-        A parameter without an entry starts without state, as one that has not been stepped yet. Raises ValueError for an unknown
-        name, another shape, an incomplete slice, or a state that is not of this form.
+        A parameter without an entry starts without state, like one that has not been stepped yet. Raises
+        ValueError for an unknown name, another shape, an incomplete slice, or a state of another form.
         """
         if not is_shards(merged):
             raise ValueError("this is not what state_shards() gives: load state dicts with each optimizer's load_state_dict")
@@ -145,7 +150,8 @@ class OptimizerGroup:
                     raise ValueError(f"optimizer state of {name} has shape {list(entry['shape'])}, the parameter {list(p.shape)}")
                 if list(entry["slice"]) != [0, whole]:
                     raise ValueError(f"optimizer state of {name} covers rows {list(entry['slice'])} of {whole}: merge all shards first")
-                part = slice(None) if piece[:2] == (0, whole) else slice(*piece[:2])  # a tensor for the whole may have other rows
+                # a tensor that belongs to the whole parameter may have other rows than it
+                part = slice(None) if piece[:2] == (0, whole) else slice(*piece[:2])
                 for key, tensor in entry["tensors"].items():
                     optimizer.state[p][key] = (tensor[part] if tensor.dim() else tensor).to(p.device, copy=True)
 
@@ -157,7 +163,8 @@ def is_shards(data: Any) -> bool:
 
 
 def merge_shards(shards: Iterable[Mapping[str, Mapping[str, Any]]]) -> Shards:
-    """The complete state from the shards of all ranks, in any order. Raises ValueError where rows of a parameter are missing."""
+    """The complete state from the shards of all ranks, in any order. Raises ValueError if rows of a
+    parameter are missing."""
     pieces: dict[str, list[Mapping[str, Any]]] = {}
     for shard in shards:
         for name, entry in shard.items():
@@ -194,10 +201,11 @@ def build_optimizer(
     rank: int = 0,
     world_size: int = 1,
 ) -> OptimizerGroup:
-    """Embedding and head to AdamW with their learning rates, the matrices of the blocks to `kind`: muon, adamw or sgd (all by SGD).
+    """Embedding and head to AdamW with their learning rates, the matrices of the blocks to `kind`: muon,
+    adamw or sgd (all by SGD).
 
-    Learning rates are used as given (scaling by batch and width is the caller's); weight_decay acts on the matrices only. `ortho_dtype`
-    None means bf16 where the model computes in it, and what Muon takes by itself elsewhere.
+    Learning rates are used as given (scaling by batch and width is the caller's task); weight_decay acts
+    on the matrices only. `ortho_dtype` None means bf16 if the model computes in it, else Muon's default.
     """
     if kind not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer kind {kind!r}; there are {', '.join(OPTIMIZERS)}")
@@ -227,6 +235,7 @@ def build_optimizer(
 
 @torch.no_grad()
 def global_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """The 2-norm of all of them together, an fp32 scalar on their device; not finite if any gradient is not."""
+    """The 2-norm of all of them together, an fp32 scalar on their device; not finite if any gradient is
+    not."""
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())

@@ -1,14 +1,14 @@
-"""The numbers of a run as pure functions: depth -> model, model -> tokens, batch, rate factors; step -> multipliers.
+"""The numbers of a run as pure functions: depth -> model; model -> tokens, batch, rate factors;
+step -> multipliers.
 
-Layer 0: nothing here imports torch. The scaling rules were tuned at one reference, 12 layers of width 768 with a batch of 2^19 tokens,
-and are carried to other sizes relative to it.
+Layer 0: nothing here imports torch. The scaling rules were tuned at one reference, 12 layers of width
+768 with a batch of 2^19 tokens, and scale from there to other sizes. Parameters bear the names of their
+flags, and the ValueErrors about them begin with the name.
 """
 
 import math
-from typing import NamedTuple
 
-from zangchat.config import GPTConfig, StepMultipliers
-from zangchat.errors import UserError
+from zangchat.config import GPTConfig, StepMultipliers, TrainPlan
 from zangchat.flops import flops_per_token, scaling_params
 
 WIDTH_PER_LAYER = 64
@@ -19,41 +19,35 @@ REFERENCE_RATIO = 12.0  # tokens per (matrix + lm_head) parameter
 # Short runs of small batches want more than the root of the batch would give them (dev/LOG.md).
 SMALLEST_LR_SCALE, SMALLEST_ADAMW_LR_SCALE = 1.0, 0.5
 BATCH_EXPONENT = 0.383  # the best batch grows with the tokens D as D^0.383
-DECAY_FACTOR_RANGE = (0.1, 4.0)  # of D_ref / D in the weight decay: beyond what was tuned, runs far from the reference stay near it
+# of D_ref / D in the weight decay: runs far from the reference stay near the range that was tuned
+DECAY_FACTOR_RANGE = (0.1, 4.0)
 
 MOMENTUM_START, MOMENTUM_PEAK, MOMENTUM_END = 0.85, 0.97, 0.90
-MOMENTUM_STEPS = 400  # of the rise: also in a run that ends before it, since high momentum slows the first steps (dev/LOG.md)
+# of the rise, also in a run that ends before it, since high momentum slows the first steps (dev/LOG.md)
+MOMENTUM_STEPS = 400
 WARMUP_STEPS = 40
 
 
-class TrainPlan(NamedTuple):
-    """What a depth implies for a run. The scales are factors on the base learning rates and weight decay given as flags."""
-
-    tokens: int  # num_iterations * total_batch_size
-    total_batch_size: int  # tokens per step, all ranks
-    num_iterations: int
-    lr_scale: float  # of the matrices
-    adamw_lr_scale: float  # of embedding and head
-    weight_decay_scale: float
-
-
 def model_config_for_depth(
-    depth: int, head_dim: int = 128, n_kv_head: int | None = None, *, vocab_size: int, sequence_len: int
+    depth: int,
+    head_dim: int = 128,
+    n_kv_head: int | None = None,
+    *,
+    vocab_size: int,
+    sequence_len: int,
 ) -> GPTConfig:
-    """The model of one dial: width = 64 x depth, rounded up to whole heads. n_kv_head None or 0 = as many as query heads.
-
-    Raises UserError naming the flag.
-    """
+    """The model of one dial: width = 64 x depth, rounded up to whole heads. n_kv_head None or 0 = as many
+    as query heads. Raises ValueError."""
     if depth < 1:
-        raise UserError(f"--depth={depth} is not possible: a model has at least one layer")
+        raise ValueError(f"depth={depth} is not possible: a model has at least one layer")
     if head_dim < 2 or head_dim % 2:
-        raise UserError(f"--head_dim={head_dim} is not possible: rotary positions need an even head dimension, e.g. --head_dim=64")
-    if sequence_len < 1:
-        raise UserError(f"--max_seq_len={sequence_len} is not possible: a row holds at least one token")
+        advice = "rotary positions need an even head dimension, such as 64"
+        raise ValueError(f"head_dim={head_dim} is not possible: {advice}")
     n_head = -(-depth * WIDTH_PER_LAYER // head_dim)
     if n_kv_head and (n_kv_head < 0 or n_head % n_kv_head):
         divisors = ", ".join(str(n) for n in range(1, n_head + 1) if n_head % n == 0)
-        raise UserError(f"--n_kv_head={n_kv_head} does not divide the {n_head} heads of --depth={depth}: choose one of {divisors}")
+        problem = f"n_kv_head={n_kv_head} does not divide the {n_head} heads of depth {depth}"
+        raise ValueError(f"{problem}: choose one of {divisors}")
     return GPTConfig(
         sequence_len=sequence_len,
         vocab_size=vocab_size,
@@ -72,22 +66,29 @@ def plan_run(
     num_iterations: int = -1,
     target_flops: float = -1,
 ) -> TrainPlan:
-    """How long to train, with what batch, and what to multiply the tuned rates with; -1 = derive it. Raises UserError.
+    """The length and batch of a run, and the factors on the tuned rates; -1 = derive it. Raises ValueError.
 
-    The length is num_iterations, else target_flops, else target_param_data_ratio x (matrix + lm_head parameters) tokens. The batch is
-    the power of two (times one row) nearest to 2^19 (D / D_ref)^0.383. D_ref is what the same ratio gives the 12-layer model at the
-    same vocabulary. Rates grow with the root of the batch, but those of the matrices do not fall with it, and the others not below a
-    half (`rate_scales`); weight decay grows with the root of the batch and shrinks with the length of the run, so that what it has
-    forgotten at the end is the same share.
+    The length is num_iterations, else target_flops, else target_param_data_ratio x (matrix + lm_head
+    parameters) tokens. The batch is the power of two (times one row) nearest to 2^19 (D / D_ref)^0.383.
+    D_ref are the tokens of the 12-layer model at the same ratio and vocabulary. Rates grow with the root
+    of the batch; but those of the matrices do not fall with it, and the others not below a half
+    (`rate_scales`). Weight decay grows with the root of the batch and shrinks with the length of the run,
+    so that the share forgotten at the end is the same.
     """
-    for name, value in (("total_batch_size", total_batch_size), ("num_iterations", num_iterations), ("target_flops", target_flops)):
+    lengths = {"num_iterations": num_iterations, "target_flops": target_flops}
+    for name, value in {"total_batch_size": total_batch_size, **lengths}.items():
         if value != -1 and value <= 0:
-            raise UserError(f"--{name}={value:g} is not possible: give a positive number, or -1 to have it derived")
-    derived = num_iterations == -1 and target_flops == -1
-    if target_param_data_ratio <= 0 and derived:
-        raise UserError(f"--target_param_data_ratio={target_param_data_ratio:g} is not possible: give a positive one, or --num_iterations")
+            advice = "give a positive number, or -1 to have it derived"
+            raise ValueError(f"{name}={value:g} is not possible: {advice}")
+    if target_param_data_ratio <= 0 and num_iterations == target_flops == -1:
+        advice = "give a positive one, or the number of steps"
+        raise ValueError(
+            f"target_param_data_ratio={target_param_data_ratio:g} is not possible: {advice}",
+        )
     ratio = target_param_data_ratio if target_param_data_ratio > 0 else REFERENCE_RATIO
-    tokens = target_flops / flops_per_token(config) if target_flops > 0 else ratio * scaling_params(config)
+    tokens = ratio * scaling_params(config)
+    if target_flops > 0:
+        tokens = target_flops / flops_per_token(config)
     reference_tokens = ratio * scaling_params(_reference(config))
     if total_batch_size == -1:
         total_batch_size = _best_batch(tokens / reference_tokens, config.sequence_len)
@@ -108,9 +109,10 @@ def plan_run(
 
 
 def rate_scales(config: GPTConfig, total_batch_size: int) -> tuple[float, float]:
-    """What a batch of so many tokens multiplies the tuned rates with: (of the matrices, of embedding and head)."""
+    """Factors on the tuned rates for a batch of so many tokens: (of the matrices, of embedding and head)."""
     factor = _batch_factor(total_batch_size)
-    return max(factor, SMALLEST_LR_SCALE), max(factor, SMALLEST_ADAMW_LR_SCALE) * (config.n_embd / REFERENCE_WIDTH) ** -0.5
+    width_factor = (config.n_embd / REFERENCE_WIDTH) ** -0.5
+    return max(factor, SMALLEST_LR_SCALE), max(factor, SMALLEST_ADAMW_LR_SCALE) * width_factor
 
 
 def _batch_factor(total_batch_size: int) -> float:
@@ -119,11 +121,12 @@ def _batch_factor(total_batch_size: int) -> float:
 
 def _reference(config: GPTConfig) -> GPTConfig:
     """The 12-layer model at the same vocabulary."""
-    return model_config_for_depth(REFERENCE_DEPTH, vocab_size=config.vocab_size, sequence_len=config.sequence_len)
+    sizes = {"vocab_size": config.vocab_size, "sequence_len": config.sequence_len}
+    return model_config_for_depth(REFERENCE_DEPTH, **sizes)
 
 
 def _best_batch(relative_tokens: float, sequence_len: int) -> int:
-    """Tokens per step: whole rows, their number a power of two, so that ranks and passes can share them."""
+    """Tokens per step: whole rows, their number a power of two, so that ranks and passes share them."""
     best = REFERENCE_BATCH * relative_tokens**BATCH_EXPONENT
     return sequence_len * 2 ** max(0, round(math.log2(best / sequence_len)))
 
@@ -139,10 +142,12 @@ def base_multipliers(
     warmdown_ratio: float = 0.65,
     final_lr_frac: float = 0.05,
 ) -> StepMultipliers:
-    """Pretraining, for the update number `step` (from 0): warm-up, constant, linear warm-down that ends at final_lr_frac.
+    """Pretraining, for the update number `step` (from 0): warm-up, constant, linear warm-down that ends at
+    final_lr_frac.
 
-    Warm-up takes WARMUP_STEPS or warmup_ratio of the run, whichever is less. Momentum rises to its peak and falls during the warm-down;
-    weight decay falls linearly over the whole run. Past the end nothing falls further.
+    Warm-up takes WARMUP_STEPS or warmup_ratio of the run, whichever is less. Momentum rises to its peak
+    and falls during the warm-down; weight decay falls linearly over the whole run. Past the end nothing
+    falls further.
     """
     _check_horizon(step, num_iterations)
     warmup = int(min(WARMUP_STEPS, warmup_ratio * num_iterations))
@@ -150,7 +155,8 @@ def base_multipliers(
     lr = (1 - down) + final_lr_frac * down
     if step < warmup:
         lr = min(lr, (step + 1) / warmup)
-    momentum = MOMENTUM_START + (MOMENTUM_PEAK - MOMENTUM_START) * min(1.0, step / MOMENTUM_STEPS)
+    rise = min(1.0, step / MOMENTUM_STEPS)
+    momentum = MOMENTUM_START + (MOMENTUM_PEAK - MOMENTUM_START) * rise
     momentum = min(momentum, MOMENTUM_PEAK - (MOMENTUM_PEAK - MOMENTUM_END) * down)
     return StepMultipliers(lr=lr, momentum=momentum, weight_decay=max(0.0, 1 - step / num_iterations))
 
@@ -163,8 +169,9 @@ def finetune_multipliers(
     warmdown_ratio: float = 1.0,
     final_lr_frac: float = 0.0,
 ) -> StepMultipliers:
-    """Midtraining, SFT and RL: constant at init_lr_frac, then linear over the last warmdown_ratio of the run (1: all of it) towards
-    final_lr_frac x init_lr_frac, which is reached one step past the last, so that no update is wasted on a rate of zero."""
+    """Midtraining, SFT and RL: constant at init_lr_frac, then linear over the last warmdown_ratio of the
+    run (1: all of it) towards final_lr_frac x init_lr_frac, which is reached one step past the last, so
+    that no update is wasted on a rate of zero."""
     _check_horizon(step, num_iterations)
     down = _warmdown_progress(step, num_iterations, warmdown_ratio)
     return StepMultipliers(lr=init_lr_frac * ((1 - down) + final_lr_frac * down))
@@ -180,4 +187,5 @@ def _warmdown_progress(step: int, num_iterations: int, warmdown_ratio: float) ->
 
 def _check_horizon(step: int, num_iterations: int) -> None:
     if step < 0 or num_iterations < 1:
-        raise ValueError(f"step {step} of {num_iterations}: a step counts from 0, a run has at least one")
+        advice = "a step counts from 0, a run has at least one"
+        raise ValueError(f"step {step} of {num_iterations}: {advice}")

@@ -1,10 +1,13 @@
-"""What the optimizers share: parameters are dealt to the ranks in pieces, and a piece's gradient, state and update are one rank's alone.
+"""The common part of the optimizers: parameters are dealt to the ranks in pieces, and each piece's
+gradient, state and update belong to one rank.
 
 A piece is all rows of a parameter, or one of as many equal slices of them as there are ranks. In a step
-  1. `GradientSums` adds up each piece's gradient on the rank that owns it, while the backward pass still makes the others;
+  1. `GradientSums` adds up each piece's gradient on the rank that owns it, while the backward pass still
+     computes the others;
   2. the owner updates the piece (the subclasses' part);
   3. the result goes to all ranks.
-Together that is what a reduce-scatter and an all-gather move (arXiv:1910.02054), without copies into common buffers.
+Together they move as much as a reduce-scatter and an all-gather (arXiv:1910.02054), without copies into
+common buffers.
 """
 
 import inspect
@@ -32,9 +35,11 @@ class Piece(NamedTuple):
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
-    """A torch optimizer that knows its rank. `state` holds entries only for parameters of which `own_piece` is not None."""
+    """A torch optimizer that knows its rank. `state` has entries only for parameters of which `own_piece`
+    is not None."""
 
-    # torch's own method carries a wrapper whose only effect, outside of torch.compile, is to import the compiler: seconds of start-up
+    # torch's own method has a wrapper whose only effect outside of torch.compile is to import the
+    # compiler, which takes seconds
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
 
     def __init__(
@@ -59,7 +64,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @cached_property
     def pieces(self) -> dict[Tensor, list[Piece]]:
-        """How each parameter is dealt. Here: a large one whose rows divide evenly is cut, the others go round robin."""
+        """How each parameter is dealt. Here: a large one with evenly divisible rows is cut, the others go
+        round robin."""
         dealt = {}
         for index, p in enumerate(p for group in self.param_groups for p in group["params"]):
             rows, share = p.size(0) if p.dim() else 1, 0
@@ -70,24 +76,25 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return dealt
 
     def own_piece(self, p: Tensor) -> Piece | None:
-        """What this rank keeps state for and updates of p."""
+        """The part of p that this rank keeps state for and updates."""
         return next((piece for piece in self.pieces[p] if piece.owner == self.rank), None)
 
-    def together(self, group: dict[str, Any]) -> list[list[Tensor]]:
-        """The group's parameters as lists of those that are updated at once."""
+    def update_groups(self, group: dict[str, Any]) -> list[list[Tensor]]:
+        """The group's parameters, as lists of those that one `update` takes."""
         return [[p] for p in group["params"]]
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every piece on its rank, from gradients that are summed there already, and give the result to all ranks."""
-        under_way = []
+        """Update every piece on its rank, from gradients that are summed there already, and send the
+        result to all ranks."""
+        broadcasts = []
         for group in self.param_groups:
-            for params in self.together(group):
+            for params in self.update_groups(group):
                 self.update([p for p in params if self.own_piece(p)], group)
                 if self.world_size > 1:
                     dealt = [(piece.of(p.data), piece.owner) for p in params for piece in self.pieces[p]]
-                    under_way += [dist.broadcast(rows, src=owner, async_op=True) for rows, owner in dealt]
-        for work in under_way:
+                    broadcasts += [dist.broadcast(rows, src=owner, async_op=True) for rows, owner in dealt]
+        for work in broadcasts:
             work.wait()
 
     def update(self, params: list[Tensor], group: dict[str, Any]) -> None:
@@ -96,22 +103,23 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
 
 class GradientSums:
-    """Adds up gradients over ranks, each piece on the rank that owns it, while the backward pass still makes the others.
+    """Adds up gradients over ranks, each piece on the rank that owns it, while the backward pass still
+    computes the others.
 
-    The sums run in `dtype`. All ranks must begin them in one order, whatever happens to be ready: that of `pieces`, which had best be
-    the order in which a backward pass makes the gradients. A rank without a gradient adds zeros.
+    The sums run in `dtype`. All ranks must begin them in the order of `pieces`, even if later ones are
+    ready; the order of the backward pass is best. A rank without a gradient adds zeros.
     """
 
     def __init__(self, pieces: Mapping[Tensor, list[Piece]], rank: int, dtype: torch.dtype) -> None:
         self.pieces, self.rank, self.dtype = dict(pieces), rank, dtype
-        self.last_pass = False  # set before the last backward pass of a step; those before it only accumulate
+        self.last_pass = False  # set before a step's last backward pass; earlier ones only accumulate
         self._ready: set[Tensor] = set()
         self._waiting = list(self.pieces)  # not begun, in order
-        self._under_way: list[tuple[Any, Tensor, Tensor]] = []  # (work, what travels, where the sum belongs)
+        self._reductions: list[tuple[Any, Tensor, Tensor]] = []  # (work, sent tensor, target of the sum)
         for p in self.pieces:
-            p.register_post_accumulate_grad_hook(self._made)
+            p.register_post_accumulate_grad_hook(self._on_gradient)
 
-    def _made(self, p: Tensor) -> None:
+    def _on_gradient(self, p: Tensor) -> None:
         if self.last_pass:
             self._ready.add(p)
             while self._waiting and self._waiting[0] in self._ready:
@@ -124,18 +132,19 @@ class GradientSums:
         for piece in self.pieces[p]:
             rows = piece.of(p.grad)
             sent = rows.to(self.dtype).contiguous()
-            self._under_way.append((dist.reduce(sent, dst=piece.owner, async_op=True), sent, rows))
+            self._reductions.append((dist.reduce(sent, dst=piece.owner, async_op=True), sent, rows))
 
     @torch.no_grad()
     def finish(self) -> None:
-        """After the last backward pass: gradients hold the sums where this rank owns them, and nothing of use in other rows."""
+        """After the last backward pass: makes gradients hold the sums in the rows that this rank owns;
+        other rows are of no use."""
         while self._waiting:
             self._begin(self._waiting.pop(0))
-        for work, sent, rows in self._under_way:
+        for work, sent, rows in self._reductions:
             work.wait()
             if sent is not rows:
                 rows.copy_(sent)
         for p, pieces in self.pieces.items():
             if all(piece.owner != self.rank for piece in pieces):
                 p.grad = None
-        self.last_pass, self._ready, self._waiting, self._under_way = False, set(), list(self.pieces), []
+        self.last_pass, self._ready, self._waiting, self._reductions = False, set(), list(self.pieces), []

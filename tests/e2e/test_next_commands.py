@@ -38,7 +38,7 @@ from tests.unit.test_train_scripts import (
 )
 from zangchat import checkpoint_manager, configurator
 from zangchat.dataset.hub import HUB_REPOS
-from zangchat.training.run import command
+from zangchat.training.settings import command
 
 Say = Callable[..., str]
 Flags = dict[str, list[str]]

@@ -145,7 +145,8 @@ def check_result(chain: Chain, output: str, tag: str = "d2") -> None:
 RENDER = """
 import json, sys
 from tasks.registry import training_conversations
-from zangchat.dataloader import ConversationStream, example_batches, packed_batches
+from zangchat.dataloader import example_batches, packed_batches
+from zangchat.documents import ConversationStream
 from zangchat.tokenizer import get_tokenizer
 
 tokenizer, seen = get_tokenizer(), {}

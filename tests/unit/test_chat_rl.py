@@ -127,7 +127,7 @@ def test_rl_raises_the_reward_and_leaves_a_model_curves_and_a_report(base):
     assert list(held_out) == [0, 5, 10, 15] and held_out[15] >= held_out[0]
     model, _, meta = checkpoint_manager.load_model("rl", "cpu", "eval")
     assert meta["stage"] == "rl" and meta["step"] == 15
-    first, last = (meta["run_state"]["extra"]["held_out"][f"{when} pass@2"] for when in ("first", "last"))
+    first, last = (meta["run_state"]["results"]["held_out"][f"{when} pass@2"] for when in ("first", "last"))
     assert 0 <= first <= 1 and 0 <= last <= 1
     assert any(card.section == "Chat RL" for card in get_report().cards())
 

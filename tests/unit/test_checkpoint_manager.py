@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from zangchat import checkpoint_files
 from zangchat import checkpoint_manager as cm
 from zangchat.errors import UserError
 from zangchat.runtime.files import file_sha256
@@ -70,7 +71,7 @@ def test_shards_of_several_ranks_make_one_state(tmp_path):
 
 def _add_rank(directory: Path, step: int, rank: int, data: dict[str, Any]) -> None:
     """What rank `rank` of a larger run would have added (real ranks: test_trainer)."""
-    size, digest = cm._write_tensors(directory / cm.optim_name(step, rank), data)
+    size, digest = checkpoint_files.write_tensors(directory / cm.optim_name(step, rank), data)
     files = cm.read_meta(directory, step)["files"] | {cm.optim_name(step, rank): {"size": size, "sha256": digest}}
     cm.update_meta(directory, step, {"files": files})
 
@@ -145,7 +146,7 @@ def test_killed_anywhere_in_a_save_leaves_the_previous_step(tmp_path, monkeypatc
 def test_a_full_disk_leaves_the_previous_step_and_no_rest(tmp_path, monkeypatch):
     save(tmp_path, 1)
     before = sorted(tmp_path.iterdir())
-    write = cm._HashingWriter.write
+    write = checkpoint_files._HashingWriter.write
 
     def full(self: Any, data: bytes) -> int:
         if self.size > 1000:
@@ -153,7 +154,7 @@ def test_a_full_disk_leaves_the_previous_step_and_no_rest(tmp_path, monkeypatch)
             raise self.error
         return write(self, data)
 
-    monkeypatch.setattr(cm._HashingWriter, "write", full)
+    monkeypatch.setattr(checkpoint_files._HashingWriter, "write", full)
     with pytest.raises(OSError, match="No space left on device"):
         save(tmp_path, 2)
     assert sorted(tmp_path.iterdir()) == before
@@ -163,7 +164,7 @@ def test_temporary_files_of_a_killed_save_are_removed(tmp_path):
     save(tmp_path, 1)
     (tmp_path / ".model_000002.pt.1234.tmp").write_bytes(b"half")
     cm.remove_temporary_files(tmp_path)
-    assert cm.valid_steps(tmp_path) == [1] and not list(tmp_path.glob(".*"))
+    assert sorted(cm.steps(tmp_path)) == [1] and not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("name", ["model_000002.pt", "optim_000002_rank0.pt"])
@@ -171,7 +172,7 @@ def test_damage_is_named_and_latest_falls_back(tmp_path, caplog, name):
     save(tmp_path, 1)
     save(tmp_path, 2)
     damage(tmp_path / name)
-    assert cm.valid_steps(tmp_path) == [1, 2]  # the size is right
+    assert sorted(cm.steps(tmp_path)) == [1, 2]  # the size is right
     with pytest.raises(UserError, match=f"{name} is damaged: its sha256"):
         cm.find_verified_step(tmp_path, 2)
     assert cm.find_verified_step(tmp_path) == 1
@@ -184,7 +185,7 @@ def test_truncation_is_seen_without_reading_the_file(tmp_path, caplog, name):
     save(tmp_path, 2)
     path = tmp_path / name
     path.write_bytes(path.read_bytes()[:-20])
-    assert cm.valid_steps(tmp_path) == [1] and cm.find_last_step(tmp_path) == 1
+    assert sorted(cm.steps(tmp_path)) == [1] and cm.find_last_step(tmp_path) == 1
     with pytest.raises(UserError, match=f"{name} is damaged"):
         cm.load_checkpoint(tmp_path, 2, "cpu")
     assert cm.find_verified_step(tmp_path) == 1 and name in caplog.text
@@ -222,22 +223,22 @@ def test_purging_keeps_the_newest_whole_steps(tmp_path):
         save(tmp_path, step)
     (tmp_path / "model_000004.pt").unlink()  # step 4 is no step any more
     cm.purge(tmp_path, keep_last=2)
-    assert cm.valid_steps(tmp_path) == [2, 3]
+    assert sorted(cm.steps(tmp_path)) == [2, 3]
     assert not list(tmp_path.glob("*_000001*")) and not list(tmp_path.glob("*_000004*"))
     cm.purge(tmp_path, keep_last=0)
-    assert cm.valid_steps(tmp_path) == [3]
+    assert sorted(cm.steps(tmp_path)) == [3]
 
 
 def test_purging_keeps_every_nth_step_for_ever(tmp_path):
     for step in (3, 4, 6, 7, 8):
         save(tmp_path, step)
     cm.purge(tmp_path, keep_last=1, keep_every=3)
-    assert cm.valid_steps(tmp_path) == [3, 6, 8]
+    assert sorted(cm.steps(tmp_path)) == [3, 6, 8]
 
 
 def test_a_snapshot_is_not_touched_by_what_comes_after_it(tmp_path, monkeypatch):
-    write, changed, weight = cm._write_tensors, threading.Event(), torch.zeros(3)
-    monkeypatch.setattr(cm, "_write_tensors", lambda path, data: (changed.wait(60), write(path, data))[1])
+    write, changed, weight = checkpoint_files.write_tensors, threading.Event(), torch.zeros(3)
+    monkeypatch.setattr(checkpoint_files, "write_tensors", lambda path, data: (changed.wait(60), write(path, data))[1])
     writing = cm.Save(tmp_path, 1, {"weight": weight}, None, META, snapshot=True)
     weight.fill_(1)
     changed.set()
@@ -257,7 +258,7 @@ def test_purging_touches_nothing_else(tmp_path):
 def test_discarding_what_lies_beyond_a_step(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step)
-    assert cm.discard_after(tmp_path, 1) == [2, 3] and cm.valid_steps(tmp_path) == [1]
+    assert cm.discard_after(tmp_path, 1) == [2, 3] and sorted(cm.steps(tmp_path)) == [1]
     assert cm.discard_after(tmp_path, -1) == [1] and not list(tmp_path.iterdir())
 
 

@@ -15,11 +15,7 @@ from tests.reference import packing as reference
 from tests.util import ByteTokenizer, conversation, make_dataset
 from zangchat import dataloader
 from zangchat.dataloader import (
-    ConversationStream,
-    Document,
-    MixedStream,
     Packer,
-    TextStream,
     example_batches,
     first_fit,
     packed_batches,
@@ -28,6 +24,7 @@ from zangchat.dataloader import (
 )
 from zangchat.dataset import find_dataset, load_dataset
 from zangchat.dataset.tokens import tokenize
+from zangchat.documents import ConversationStream, Document, MixedStream, TextStream
 from zangchat.errors import UserError
 
 TOKENIZER = ByteTokenizer()
@@ -40,12 +37,12 @@ class ListStream:
 
     def __init__(self, documents):
         self.documents = documents
-        self.state = {"next": 0}
+        self.cursor = {"next": 0}
 
     def next_documents(self):
-        start = self.state["next"]
+        start = self.cursor["next"]
         run = self.documents[start : start + 3]
-        self.state = {"next": start + len(run)}
+        self.cursor = {"next": start + len(run)}
         return run
 
 

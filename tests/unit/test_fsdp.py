@@ -13,15 +13,14 @@ from zangchat import checkpoint_manager
 from zangchat.flops import memory_estimate
 from zangchat.runtime import collectives
 from zangchat.runtime.processes import compute_cleanup
+from zangchat.training.hooks import record_validation
 from zangchat.training.trainer import Every, Stage, Trainer
 
 
 def sharded_trainer(*args, **settings) -> Trainer:
-    from zangchat.fsdp import ShardedGroup
+    from zangchat.fsdp import FSDPGroup
 
-    trainer = make_trainer(*args, **settings)
-    trainer.optimizer = ShardedGroup(trainer.optimizer, trainer.model, trainer.device)
-    return trainer
+    return make_trainer(*args, shard=lambda optimizer, model: FSDPGroup(optimizer, model, torch.device("cpu")), **settings)
 
 
 def eval_stage() -> Stage:
@@ -33,7 +32,7 @@ def eval_stage() -> Stage:
     def evaluate(trainer: Trainer) -> None:
         with torch.inference_mode():
             loss = trainer.model(*[part[:1] for part in (make_batch(99).inputs, make_batch(99).targets)])
-        trainer.record_validation(float(loss))
+        record_validation(trainer, float(loss))
 
     def batches(cursor):
         for batch in plain_batches(cursor):

@@ -52,7 +52,7 @@ def command(root: Path, *more: str) -> list[str]:
 
 
 def saved_steps(root: Path) -> list[int]:
-    return checkpoint_manager.valid_steps(root / "base_checkpoints" / "d1")
+    return sorted(checkpoint_manager.steps(root / "base_checkpoints" / "d1"))
 
 
 def lines_until(stream: "Callable[[], bytes]", mark: bytes) -> Iterator[bytes]:

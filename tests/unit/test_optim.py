@@ -116,7 +116,7 @@ def _summing_rank(rank: int, folder: str, world_size: int) -> None:
                 model = build_model(dtype)
                 optimizer = build_optimizer(model, kind=kind, **RATES, comm_dtype=comm_dtype, rank=rank, world_size=world_size)
                 begun: list[int] = []
-                model.wte.weight.register_hook(lambda _, sums=optimizer._sums, begun=begun: begun.append(len(sums._under_way)))
+                model.wte.weight.register_hook(lambda _, sums=optimizer._sums, begun=begun: begun.append(len(sums._reductions)))
 
                 def learn(last_pass, model=model, passes=passes):
                     passed_rows = list(zip(*rows, strict=True))[:passes]

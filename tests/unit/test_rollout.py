@@ -12,7 +12,7 @@ from tests.util import ByteTokenizer, lively_model
 from zangchat.gpt import GPT
 from zangchat.runtime import collectives
 from zangchat.training.rollout import Sample, Sampling, prompt_order, rollout, rollout_batches, to_batch
-from zangchat.training.trainer import sum_loss
+from zangchat.training.step import sum_loss
 
 TOKENIZER = ByteTokenizer()
 SAMPLING = Sampling(num_samples=4, max_new_tokens=6, temperature=1.0, top_k=None)
@@ -84,8 +84,8 @@ def test_only_sampled_tokens_are_targets_and_carry_the_advantage():
     batch = to_batch([tool, short], {"step": 1})
     assert batch.inputs.tolist() == [[9, 1, 2, 3, 4], [9, 1, 0, 0, 0]]
     assert batch.targets.tolist() == [[-1, 2, -1, -1, 5], [-1, 7, -1, -1, -1]]
-    assert batch.weights is not None
-    assert [weight for weight, target in zip(batch.weights.flatten(), batch.targets.flatten(), strict=True) if target >= 0] == [
+    assert batch.loss_weights is not None
+    assert [weight for weight, target in zip(batch.loss_weights.flatten(), batch.targets.flatten(), strict=True) if target >= 0] == [
         0.75,
         0.75,
         -0.25,
@@ -116,7 +116,7 @@ def test_a_step_along_the_gradient_raises_the_reward(model):
     steps = batches(model, examples=8)
     rewards = []
     for batch in islice(steps, 9):
-        rewards.append(batch.cursor["reward"])
+        rewards.append(batch.metrics["reward"])
         optimizer.zero_grad()
         (sum_loss(model, batch) / int((batch.targets >= 0).sum())).backward()
         optimizer.step()
@@ -132,7 +132,11 @@ def test_prompts_come_in_order_each_once_an_epoch():
 
 
 def equal(a: Any, b: Any) -> bool:
-    return a.cursor == b.cursor and all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("inputs", "targets", "weights"))
+    return (
+        a.cursor == b.cursor
+        and a.metrics == b.metrics
+        and all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("inputs", "targets", "loss_weights"))
+    )
 
 
 def test_a_resumed_run_samples_what_the_uninterrupted_one_does(model):
@@ -168,8 +172,8 @@ def test_ranks_share_the_prompts_of_a_step(model, monkeypatch):
         next(batches(model, examples=3))
 
 
-def test_the_cursor_tells_how_the_step_went(model):
+def test_the_metrics_of_a_batch_say_how_the_step_went(model):
     batch = next(batches(model))
-    assert set(batch.cursor) == {"step", "reward", "sample_tokens", "solved"}
-    assert batch.cursor["sample_tokens"] == pytest.approx(int((batch.targets >= 0).sum()) / 16)
-    assert 0 <= batch.cursor["reward"] <= 1
+    assert set(batch.cursor) == {"step"} and set(batch.metrics) == {"reward", "sample_tokens", "solved"}
+    assert batch.metrics["sample_tokens"] == pytest.approx(int((batch.targets >= 0).sum()) / 16)
+    assert 0 <= batch.metrics["reward"] <= 1

@@ -27,9 +27,10 @@ from zangchat.dataset.manifest import write_dataset
 from zangchat.errors import UserError
 from zangchat.flops import checkpoint_bytes
 from zangchat.tokenizer import RustBPETokenizer
-from zangchat.training import run as run_module
-from zangchat.training import trainer
-from zangchat.training.run import REPORTED, TAKEN_OVER, TEXT, check_batch, take_over, warn_if_disk_is_small
+from zangchat.training import batch_size, start, trainer
+from zangchat.training.resolve import REPORTED
+from zangchat.training.settings import INHERITED, TEXT, check_batch, fill, inherited
+from zangchat.training.start import warn_if_disk_is_small
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "the", "dog", "ran", "to", "it", "while", "one", "bird", "sang", "of", "two"]
 MODEL = ["--depth=1", "--n_embd=32", "--head_dim=16", "--max_seq_len=32", "--device_type=cpu", "--dtype=float32"]
@@ -156,7 +157,7 @@ def test_later_stages_inherit_the_settings_of_the_model(base):
         after = checkpoint_manager.read_meta(folder(base, stage), 10)["user_config"]
         for name in ("max_seq_len", "device_batch_size", "matrix_lr", "embedding_lr", "grad_clip", "optimizer"):
             assert after[name] == before[name], name
-    assert checkpoint_manager.read_meta(folder(base, "sft"), 10)["run_state"]["extra"]["facts"]["source"] == "mid d1 step 10"
+    assert checkpoint_manager.read_meta(folder(base, "sft"), 10)["run_state"]["source"] == "mid d1 step 10"
 
 
 # ---- the defaults: a later stage has its own mixture, files and step, whatever the stage before it had ---------------
@@ -213,10 +214,11 @@ def test_what_a_later_stage_takes_over_is_written_down(base, before):
     own = {"model_tag", "from_tag", "model_step", "mixture", "identity_data"}
     for script in (mid_train, chat_sft, chat_rl):
         left_open = {name for name, value in configurator.to_dict(script.Config()).items() if value is None}
-        assert left_open <= own | {*TAKEN_OVER, *TEXT}, script.__name__
+        assert left_open <= own | {*INHERITED, *TEXT}, script.__name__
     settings = dict.fromkeys(configurator.to_dict(mid_train.Config()), "from the model")
-    after = configurator.to_dict(take_over(mid_train.Config(), settings))
-    assert {name for name, value in after.items() if value == "from the model"} == {*TAKEN_OVER, *TEXT}
+    config = mid_train.Config()
+    after = configurator.to_dict(fill(config, inherited(config, settings)))
+    assert {name for name, value in after.items() if value == "from the model"} == {*INHERITED, *TEXT}
 
 
 def test_the_step_to_start_from_is_not_that_of_the_stage_before(base, before):
@@ -252,7 +254,7 @@ def test_a_second_personality_beside_the_first_from_one_base_model(base, before,
         ("rl", "mine", "sft me step 1"),
     ):
         directory = folder(before, stage, tag)
-        assert checkpoint_manager.read_meta(directory, 1)["run_state"]["extra"]["facts"]["source"] == source
+        assert checkpoint_manager.read_meta(directory, 1)["run_state"]["source"] == source
     assert all(path.read_bytes() == content for path, content in weights.items())
     capsys.readouterr()
     assert mid_train.main([*me, "--resume=latest"]) == 0  # a resumed run knows where it started
@@ -312,7 +314,7 @@ def test_another_batch_brings_the_rates_that_pretraining_would_give_it(base, bef
             monkeypatch.setattr(schedule, "SMALLEST_LR_SCALE", floor)
             monkeypatch.setattr(schedule, "SMALLEST_ADAMW_LR_SCALE", floor)
         assert mid_train.main(mid_flags(base, *more, f"--total_batch_size={batch}")) == 0
-        plan = checkpoint_manager.read_meta(folder(before, "mid"), 1)["run_state"]["extra"]["facts"]["plan"]
+        plan = checkpoint_manager.read_meta(folder(before, "mid"), 1)["run_state"]["plan"]
         wanted = schedule.plan_run(config, total_batch_size=batch)
         assert (plan["lr_scale"], plan["adamw_lr_scale"]) == (wanted.lr_scale, wanted.adamw_lr_scale)
 
@@ -409,7 +411,7 @@ def test_the_device_batch_size_may_change_on_the_way(base, before):
 def test_the_rows_of_a_pass_are_chosen_by_the_memory_there_is(base, before, capsys, monkeypatch):
     config = checkpoint_manager.model_config(checkpoint_manager.read_meta(folder(base, "base"), 10), "base")
     needed = {rows: flops.memory_estimate(config, rows, dtype="float32", device_type="cpu")["total"] / flops.USABLE for rows in (1, 3)}
-    monkeypatch.setattr(run_module, "device_memory", lambda device: int(needed[3]) + 1)
+    monkeypatch.setattr(batch_size, "device_memory", lambda device: int(needed[3]) + 1)
     flags = base_flags(base, "--device_batch_size=auto", "--overwrite")
     assert base_train.main(flags) == 0 and "base: --device_batch_size=2, so 4 passes a step" in capsys.readouterr().out
     assert losses(before, "base") == pytest.approx(losses(base, "base"), abs=1e-5)
@@ -417,7 +419,7 @@ def test_the_rows_of_a_pass_are_chosen_by_the_memory_there_is(base, before, caps
     for main, more in ((mid_train.main, mid_flags(base)), (chat_sft.main, sft_flags(base))):
         assert main([*more, "--device_batch_size=auto", "--num_iterations=1", "--eval_every=-1", "--overwrite"]) == 0
         assert "--device_batch_size=" in capsys.readouterr().out
-    monkeypatch.setattr(run_module, "device_memory", lambda device: int(needed[1]) - 10)
+    monkeypatch.setattr(batch_size, "device_memory", lambda device: int(needed[1]) - 10)
     message = refused(base_train.main, flags, capsys)
     assert all(told in message for told in ("--device_batch_size=auto: one row takes", "--grad_checkpoint=1", "--depth")), message
 
@@ -433,7 +435,7 @@ def test_a_resumed_run_keeps_its_own_tokenizer(base, before):
 
 def test_overwriting_starts_over(base, before):
     assert base_train.main([*base_flags(base, "--overwrite"), "--num_iterations=4"]) == 0
-    assert checkpoint_manager.valid_steps(folder(before, "base")) == [4]
+    assert sorted(checkpoint_manager.steps(folder(before, "base"))) == [4]
     assert losses(before, "base") != losses(base, "base")[:4]  # its rates fall sooner
     assert len(losses(before, "base")) == 4
 
@@ -502,7 +504,7 @@ def test_what_does_not_fit_is_named_before_anything_is_made(base, flags, names, 
     tag = "d1" if "--resume=latest" in flags else "new"
     message = refused(base_train.main, base_flags(base, f"--model_tag={tag}", *flags), capsys)
     assert all(name in message for name in names), message
-    assert not folder(base, "base", "new").exists() or not checkpoint_manager.valid_steps(folder(base, "base", "new"))
+    assert not folder(base, "base", "new").exists() or not sorted(checkpoint_manager.steps(folder(base, "base", "new")))
 
 
 def test_what_is_missing_names_the_command_that_makes_it(base, tmp_path, monkeypatch, capsys):
@@ -535,7 +537,7 @@ def test_a_run_none_of_whose_checkpoints_is_intact_does_not_start_over_by_itself
 
 
 def test_two_processes_do_not_train_one_tag(base, capsys, monkeypatch):
-    monkeypatch.setattr(run_module, "LOCK_WAIT", 0.05)
+    monkeypatch.setattr(start, "LOCK_WAIT", 0.05)
     with folder_lock(folder(base, "base")):
         message = refused(base_train.main, base_flags(base, "--resume=latest"), capsys)
         assert "another process is training" in message and "--model_tag" in message

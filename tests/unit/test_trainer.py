@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from zangchat import checkpoint_manager
+from zangchat import checkpoint_files, checkpoint_manager
 from zangchat.config import GPTConfig, RunState, StepMultipliers
 from zangchat.dataloader import Batch
 from zangchat.errors import UserError
@@ -30,7 +30,10 @@ from zangchat.runtime.devices import compute_init
 from zangchat.runtime.processes import compute_cleanup
 from zangchat.runtime.seeds import derive_seed
 from zangchat.training.flags import RunConfig
-from zangchat.training.trainer import MAX_SKIPS_IN_A_ROW, TIMES, Every, Stage, Trainer, sum_loss
+from zangchat.training.hooks import record_validation
+from zangchat.training.saves import SaveSchedule
+from zangchat.training.step import sum_loss
+from zangchat.training.trainer import MAX_SKIPS_IN_A_ROW, TIMES, Every, Stage, Trainer
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=60, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
 ROWS = 8
@@ -65,6 +68,7 @@ def make_trainer(
     resume: int | None = None,
     device_batch_size: int = ROWS,
     kind: str = "muon",
+    shard: Any = None,
     **kw: Any,
 ) -> Trainer:
     model = GPT(CONFIG)
@@ -81,16 +85,16 @@ def make_trainer(
         state = RunState.from_dict(meta["run_state"])
     state.num_iterations = num_iterations
     stage = kw.pop("stage", None) or Stage("base", batches, schedule)
-    run_config = RunConfig(save_every=kw.pop("save_every", 5), keep_last=kw.pop("keep_last", 9))
+    run_config = RunConfig(save_every=kw.pop("save_every", 5), keep_last=kw.pop("keep_last", 9), overwrite=kw.pop("overwrite", False))
+    resume_command = kw.pop("resume_command", "the same command with --resume=latest")
     return Trainer(
         model,
-        optimizer,
+        shard(optimizer, model) if shard else optimizer,
         stage,
         state,
         device="cpu",
         device_batch_size=device_batch_size,
-        checkpoint_dir=directory,
-        run_config=run_config,
+        saves=SaveSchedule(directory, run_config, resume_command),
         **kw,
     )
 
@@ -167,7 +171,7 @@ def test_weights_of_tokens_are_factors_on_their_losses():
     trainer = make_trainer(device_batch_size=3)
     each = trainer.model(batch.inputs, batch.targets, loss_reduction="none").detach()
     expected = float((each * factors).sum() / (batch.targets >= 0).sum())
-    assert trainer.train_step(replace(batch, weights=factors))["loss"] == pytest.approx(expected, rel=1e-4)
+    assert trainer.train_step(replace(batch, loss_weights=factors))["loss"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_gradients_are_clipped_once_by_their_global_norm(monkeypatch):
@@ -205,7 +209,7 @@ def test_a_non_finite_loss_skips_the_step_and_training_goes_on(caplog):
     assert same(before, weights(trainer))
     assert same(shards, {name: shard["tensors"] for name, shard in trainer.optimizer.state_shards().items()})
     assert trainer.state.skipped_steps == 1 and "step 3: loss nan" in caplog.text
-    assert 'in the batch behind {"step": 2}' in caplog.text
+    assert 'in the batch after {"step": 2}' in caplog.text
     assert math.isfinite(trainer.train_step(make_batch(3))["loss"]) and not same(before, weights(trainer))
     assert math.isfinite(trainer.smooth_loss)
 
@@ -227,10 +231,10 @@ def test_a_diverged_run_stops():
 
 def test_in_fp16_an_overflow_lowers_the_loss_scale():
     trainer = make_trainer()
-    trainer.state.extra["loss_scale"] = 2.0**140  # beyond fp32: certain to overflow
+    trainer.state.loss_scale = 2.0**140  # beyond fp32: certain to overflow
     trainer.train_step(make_batch(0))
-    assert trainer.state.skipped_steps == 1 and trainer.state.extra["loss_scale"] == 2.0**139
-    trainer.state.extra["loss_scale"] = 2.0**10
+    assert trainer.state.skipped_steps == 1 and trainer.state.loss_scale == 2.0**139
+    trainer.state.loss_scale = 2.0**10
     plain = make_trainer()
     plain.state.step = 1
     assert trainer.train_step(make_batch(1))["grad_norm"] == pytest.approx(plain.train_step(make_batch(1))["grad_norm"], rel=1e-4)
@@ -254,25 +258,25 @@ def test_hooks_run_when_due():
 
 def test_checkpoints_are_written_when_due_and_old_ones_purged(tmp_path):
     make_trainer(tmp_path, num_iterations=12, save_every=5, keep_last=2).fit()
-    assert checkpoint_manager.valid_steps(tmp_path) == [10, 12]
+    assert sorted(checkpoint_manager.steps(tmp_path)) == [10, 12]
     assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 13))
 
 
 def test_the_clock_saves_where_no_interval_is_given(tmp_path, monkeypatch):
-    monkeypatch.setattr("zangchat.training.trainer.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("zangchat.training.saves.SAVE_SECONDS", 0.0)
     make_trainer(tmp_path, num_iterations=3, save_every=-1).fit()
-    assert checkpoint_manager.valid_steps(tmp_path) == [1, 2, 3]
+    assert sorted(checkpoint_manager.steps(tmp_path)) == [1, 2, 3]
 
 
 def test_what_the_last_hooks_measure_is_in_the_last_checkpoint(tmp_path):
-    hooks = [Every(-1, lambda trainer: trainer.record_validation(1.25))]
+    hooks = [Every(-1, lambda trainer: record_validation(trainer, 1.25))]
     state = make_trainer(tmp_path, num_iterations=3, stage=Stage("base", batches, schedule, hooks)).fit()
     meta = checkpoint_manager.verify_checkpoint(tmp_path, 3, hashes=True)
     assert meta["val_bpb"] == 1.25 and RunState.from_dict(meta["run_state"]) == state
 
 
 def test_a_validation_that_gives_no_number_does_not_lose_the_training(tmp_path, caplog):
-    hooks = [Every(1, lambda trainer: trainer.record_validation(math.inf if trainer.state.step else 1.5), at_start=True)]
+    hooks = [Every(1, lambda trainer: record_validation(trainer, math.inf if trainer.state.step else 1.5), at_start=True)]
     state = make_trainer(tmp_path, num_iterations=2, stage=Stage("base", batches, schedule, hooks)).fit()
     assert checkpoint_manager.find_verified_step(tmp_path) == 2 and state.last_val_bpb == 1.5
     assert "validation gave inf" in caplog.text
@@ -294,26 +298,26 @@ def test_a_crash_in_the_last_evaluation_does_not_lose_the_training(tmp_path):
 
 def full_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """The disk is full whenever one of these steps is written."""
-    write = checkpoint_manager._write_tensors
+    write = checkpoint_files.write_tensors
 
     def writing(path: Path, data: Any) -> tuple[int, str]:
         if any(path.name == checkpoint_manager.model_name(step) for step in steps):
             raise OSError(28, "No space left on device")
         return write(path, data)
 
-    monkeypatch.setattr(checkpoint_manager, "_write_tensors", writing)
+    monkeypatch.setattr(checkpoint_files, "write_tensors", writing)
 
 
 def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path, monkeypatch, caplog):
     full_at(monkeypatch, 10)
     make_trainer(tmp_path, num_iterations=12).fit()
-    assert checkpoint_manager.valid_steps(tmp_path) == [5, 12] and "No space left" in caplog.text
+    assert sorted(checkpoint_manager.steps(tmp_path)) == [5, 12] and "No space left" in caplog.text
 
 
 def test_a_save_that_cannot_even_begin_costs_a_checkpoint_not_the_run(tmp_path, caplog):
     (tmp_path / checkpoint_manager.meta_name(5)).mkdir()  # cannot be deleted as a file
     make_trainer(tmp_path, num_iterations=12).fit()
-    assert checkpoint_manager.valid_steps(tmp_path) == [10, 12] and "could not save step 5" in caplog.text
+    assert sorted(checkpoint_manager.steps(tmp_path)) == [10, 12] and "could not save step 5" in caplog.text
 
 
 def test_a_last_checkpoint_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
@@ -324,7 +328,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(tmp_path, monkeypa
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     """The writer is held back for three steps: what it writes is what there was, and the step exists only when all of it is there."""
-    write, release, seen = checkpoint_manager._write_tensors, threading.Event(), {}
+    write, release, seen = checkpoint_files.write_tensors, threading.Event(), {}
 
     def slowly(path: Path, data: Any) -> tuple[int, str]:
         assert threading.current_thread() is not threading.main_thread() and release.wait(60)
@@ -334,23 +338,23 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
         step = trainer.state.step
         if step == 5:
             seen["weights"] = weights(trainer)
-            trainer.record_validation(1.5)
+            record_validation(trainer, 1.5)
         if step == 7:
-            seen["while writing"] = checkpoint_manager.valid_steps(tmp_path)
+            seen["while writing"] = sorted(checkpoint_manager.steps(tmp_path))
             release.set()
 
-    monkeypatch.setattr(checkpoint_manager, "_write_tensors", slowly)
+    monkeypatch.setattr(checkpoint_files, "write_tensors", slowly)
     make_trainer(tmp_path, num_iterations=9, stage=Stage("base", batches, schedule, [Every(1, look)])).fit()
-    assert seen["while writing"] == [] and checkpoint_manager.valid_steps(tmp_path) == [5, 9]
+    assert seen["while writing"] == [] and sorted(checkpoint_manager.steps(tmp_path)) == [5, 9]
     model, _, meta = checkpoint_manager.load_checkpoint(tmp_path, 5, "cpu")
-    assert same(model, seen["weights"]) and meta["val_bpb"] == 1.5 and meta["run_state"]["extra"]["hooks_done"] == 5
+    assert same(model, seen["weights"]) and meta["val_bpb"] == 1.5 and meta["run_state"]["hooks_done"] == 5
 
 
 def test_a_broken_writer_is_not_silent(tmp_path, monkeypatch):
     def broken(path: Path, data: Any) -> tuple[int, str]:
         raise ArithmeticError("a bug")
 
-    monkeypatch.setattr(checkpoint_manager, "_write_tensors", broken)
+    monkeypatch.setattr(checkpoint_files, "write_tensors", broken)
     trainer = make_trainer(tmp_path, num_iterations=12)
     with pytest.raises(ArithmeticError, match="a bug"):
         trainer.fit()
@@ -376,7 +380,11 @@ def test_metrics_that_a_full_disk_refuses_are_written_later(tmp_path, caplog):
                 raise OSError(28, "No space left on device")
             return self.file.write(data[:7])  # as a nearly full disk does
 
-    stage = Stage("base", batches, schedule, [Every(1, lambda t: setattr(t, "_metrics", Full(t._metrics)) if t.state.step == 1 else None)])
+    def fill_disk(trainer: Trainer) -> None:
+        if trainer.state.step == 1:
+            trainer.metrics._file = Full(trainer.metrics._file)
+
+    stage = Stage("base", batches, schedule, [Every(1, fill_disk)])
     trainer = make_trainer(tmp_path, stage=stage)
     trainer.fit()
     assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 13))
@@ -388,7 +396,7 @@ def test_a_new_run_does_not_write_over_another_unasked(tmp_path):
     with pytest.raises(ValueError, match="another run"):
         make_trainer(tmp_path, num_iterations=5).fit()
     make_trainer(tmp_path, num_iterations=2, overwrite=True).fit()
-    assert checkpoint_manager.valid_steps(tmp_path) == [2] and len(metrics(tmp_path)) == 2
+    assert sorted(checkpoint_manager.steps(tmp_path)) == [2] and len(metrics(tmp_path)) == 2
 
 
 # ---- stopping and going on ------------------------------------------------------------------------------------------
@@ -400,7 +408,7 @@ def evaluating_stage() -> Stage:
     def evaluate(trainer: Trainer) -> None:
         batch = make_batch(1000)
         with torch.no_grad():
-            trainer.record_validation(float(trainer.model(batch.inputs, batch.targets)))
+            record_validation(trainer, float(trainer.model(batch.inputs, batch.targets)))
 
     return Stage("base", batches, schedule, [Every(4, evaluate, at_start=True)])
 
@@ -465,7 +473,7 @@ def test_going_on_from_an_older_step_forgets_what_came_after_it(uninterrupted, t
     again = make_trainer(tmp_path, stage=evaluating_stage(), kind=kind, resume=5)
     again.fit()
     assert same(outcome(again, tmp_path), expected)
-    assert checkpoint_manager.valid_steps(tmp_path) == [5, 10, 12]
+    assert sorted(checkpoint_manager.steps(tmp_path)) == [5, 10, 12]
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(uninterrupted, tmp_path, caplog):
@@ -492,7 +500,7 @@ def test_ctrl_c_twice_stops_at_once(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         make_trainer(tmp_path, stage=Stage("base", batches, schedule, loss=interrupt)).fit()
     assert signal.getsignal(signal.SIGINT) is handler
-    assert checkpoint_manager.valid_steps(tmp_path) == []
+    assert sorted(checkpoint_manager.steps(tmp_path)) == []
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
@@ -500,7 +508,7 @@ def test_a_signal_saves_and_is_the_exit_code(tmp_path, number, code):
     trainer = make_trainer(tmp_path)
     trainer.stage.loss = lambda model, batch: (sum_loss(model, batch), os.kill(os.getpid(), number))[0]
     trainer.fit()
-    assert trainer.exit_code == code and checkpoint_manager.valid_steps(tmp_path) == [1]
+    assert trainer.exit_code == code and sorted(checkpoint_manager.steps(tmp_path)) == [1]
 
 
 # ---- several ranks --------------------------------------------------------------------------------------------------
@@ -632,4 +640,4 @@ def test_one_rank_goes_on_with_the_checkpoint_of_two(ranks):
 def test_ranks_agree_on_skipping_and_stopping_and_hold_the_same_weights(ranks):
     facts = json.loads((ranks / "facts.json").read_text())
     assert facts == {"skipped": [[1], [1]], "stops": [[143, 1], [143, 1]], "equal": True}
-    assert checkpoint_manager.valid_steps(ranks / "stopped") == [1]
+    assert sorted(checkpoint_manager.steps(ranks / "stopped")) == [1]

@@ -5,7 +5,7 @@ from typing import Literal
 
 from zangchat.config import Optimizer
 
-BatchSize = int | Literal["auto"]  # rows in one pass; "auto": what fits the memory of the device
+BatchSize = int | Literal["auto"]  # rows in one pass; "auto": as many as fit the device
 
 
 @dataclass
@@ -15,9 +15,9 @@ class RunConfig:
     run: str = "dummy"  # wandb run name; "dummy" logs nothing to wandb (default: $WANDB_RUN)
     model_tag: str | None = None  # checkpoint folder below <base>/<stage>_checkpoints/; default d<depth>
     device_type: str = ""  # cuda | mps | cpu; empty = the best one present
-    dtype: str = ""  # bfloat16 | float16 | float32; empty = what the device is really fast with
-    fp8: bool = False  # products of the large layers in fp8, where the GPU has it; elsewhere they stay in --dtype
-    grad_comm_dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 halves what ranks send to add up their gradients, and rounds it
+    dtype: str = ""  # bfloat16 | float16 | float32; empty = the one that is really fast on the device
+    fp8: bool = False  # products of the large layers in fp8, if the GPU has it; otherwise they stay in --dtype
+    grad_comm_dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 halves the traffic of summing gradients, and rounds them
     seed: int = 42
     deterministic: bool = False  # CUDA: only operations that give the same bits each time, at some cost; a CPU's always do
     save_every: int = -1  # steps between checkpoints; -1 = every 10 minutes and at the end
@@ -29,7 +29,7 @@ class RunConfig:
 
 @dataclass
 class FinetuneConfig(RunConfig):
-    """Flags of the stages that go on from a trained model; None: as that model was trained."""
+    """Flags of the stages that start from a trained model; None: as that model was trained."""
 
     from_tag: str | None = None  # tag of the model to start from; default: --model_tag, so that a model keeps its tag from stage to stage
     model_step: int | None = None  # of the model to start from; default: its last

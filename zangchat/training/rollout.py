@@ -1,12 +1,14 @@
 """Prompts -> samples -> rewards -> Batch: reinforcement learning on the one training loop.
 
-GRPO (arXiv:2402.03300) cut down to REINFORCE with a baseline, as in nanochat: samples come from the very weights that the step updates, so
-that there is no importance ratio to clip, and there is no KL term. The advantage of a sample is its reward minus the mean reward of its
-prompt's samples (not divided by their standard deviation); a step's loss is the sum over sampled tokens of advantage x (-log p), divided by
-their number over all ranks. Tokens that a tool put in carry no loss.
+GRPO (arXiv:2402.03300) reduced to REINFORCE with a baseline, as in nanochat: samples come from the
+very weights that the step updates, so there is no importance ratio to clip, and no KL term. The
+advantage of a sample is its reward minus the mean reward of its prompt's samples (not divided by
+their standard deviation). A step's loss is the sum over sampled tokens of advantage x (-log p),
+divided by their number over all ranks. Tokens that a tool put in carry no loss.
 
-Step s takes the prompts [s*E, (s+1)*E) of an endless, seeded order of the task's examples, whatever the clock or the ranks do; every draw
-is seeded by (seed, step, prompt, sample). So the cursor is the step, and a resumed run goes on exactly.
+Step s takes the prompts [s*E, (s+1)*E) of an endless, seeded order of the task's examples, whatever
+the clock or the ranks do; every draw is seeded by (seed, step, prompt, sample). So the cursor is the
+step, and a resumed run continues exactly.
 """
 
 import logging
@@ -16,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zangchat.dataloader import IGNORED, Batch, permutation
+from zangchat.dataloader import IGNORED, Batch
+from zangchat.documents import permutation
 from zangchat.engine import Engine
 from zangchat.runtime import collectives
 from zangchat.runtime.seeds import derive_seed
@@ -41,18 +44,24 @@ class Sampling:
 
 @dataclass
 class Sample:
-    """A prompt with one continuation, as it is learnt from."""
+    """A prompt with one continuation, to learn from."""
 
     tokens: list[int]  # prompt, continuation, and the special token with which the model ended
-    sampled: list[int]  # 1 where the model chose the token
+    sampled: list[int]  # 1 if the model chose the token
     reward: float
     advantage: float = 0.0
 
 
 def rollout(
-    model: "GPT", tokenizer: Any, task: Any, examples: Sequence[int], prompt_seeds: Sequence[int], sampling: Sampling
+    model: "GPT",
+    tokenizer: Any,
+    task: Any,
+    examples: Sequence[int],
+    prompt_seeds: Sequence[int],
+    sampling: Sampling,
 ) -> list[list[Sample]]:
-    """The samples of each example of `task`, with rewards and advantages; none for a prompt that fills the context."""
+    """The samples of each example of `task`, with rewards and advantages; none for a prompt that
+    fills the context."""
     conversations = [task[i] for i in examples]
     model.eval()
     answers = sample_answers(
@@ -70,7 +79,7 @@ def rollout(
         group: list[Sample] = []
         for result in results:
             reward = float(task.reward(conversation, completion_parts(tokenizer, result.tokens, result.mask)))
-            ending = [] if result.stop_token is None else [result.stop_token]  # which the model chose, too
+            ending = [] if result.stop_token is None else [result.stop_token]  # chosen by the model
             mask = [0] * len(prompt) + list(result.mask) + [1] * len(ending)
             group.append(Sample([*prompt, *result.tokens, *ending], mask, reward))
         baseline = sum(sample.reward for sample in group) / max(len(group), 1)
@@ -80,8 +89,13 @@ def rollout(
     return groups
 
 
-def to_batch(samples: Sequence[Sample], cursor: dict[str, Any]) -> Batch:
-    """One row per sample, padded on the right: targets are the sampled tokens, weights the advantages. Never without a row."""
+def to_batch(
+    samples: Sequence[Sample],
+    cursor: dict[str, Any],
+    metrics: dict[str, float] | None = None,
+) -> Batch:
+    """One row per sample, padded on the right: targets are the sampled tokens, loss weights the
+    advantages. At least one row, which without samples is all padding."""
     longest = max((len(sample.tokens) - 1 for sample in samples), default=1)
     inputs = torch.zeros(max(len(samples), 1), longest, dtype=torch.int64)
     targets = torch.full_like(inputs, IGNORED)
@@ -92,7 +106,7 @@ def to_batch(samples: Sequence[Sample], cursor: dict[str, Any]) -> Batch:
         inputs[row, :length] = tokens[:-1]
         targets[row, :length] = torch.where(sampled[1:] == 1, tokens[1:], IGNORED)
         weights[row, :length] = sample.advantage
-    return Batch(inputs, targets, cursor, weights)
+    return Batch(inputs, targets, cursor, loss_weights=weights, metrics=metrics or {})
 
 
 def prompt_order(num_examples: int, seed: int, first: int, count: int) -> list[int]:
@@ -114,9 +128,11 @@ def rollout_batches(
     seed: int,
     cursor: dict[str, Any] | None = None,
 ) -> Iterator[Batch]:
-    """Endless steps, each sampled when it is asked for, from the weights of that moment. The ranks share the prompts of a step equally.
+    """Endless steps, each sampled when it is requested, from the weights of that moment. The ranks
+    share the prompts of a step equally.
 
-    The cursor is {"step", "reward" (mean of the step's samples), "sample_tokens" (mean length), "solved" (share of prompts with a reward)}.
+    The metrics of a batch are reward (mean of the step's samples), sample_tokens (mean length) and
+    solved (share of prompts with a reward), over all ranks.
     """
     rank, world_size = collectives.world()
     if examples_per_step % world_size:
@@ -126,7 +142,8 @@ def rollout_batches(
     while True:
         places = range(rank * share, (rank + 1) * share)
         examples = prompt_order(len(task), seed, step * examples_per_step + places.start, share)
-        groups = rollout(model, tokenizer, task, examples, [derive_seed(seed, "rollout", step, place) for place in places], sampling)
+        seeds = [derive_seed(seed, "rollout", step, place) for place in places]
+        groups = rollout(model, tokenizer, task, examples, seeds, sampling)
         samples = [sample for group in groups for sample in group]
         count, reward, tokens, solved, prompts = collectives.sum_over_ranks(
             [
@@ -140,5 +157,9 @@ def rollout_batches(
         if not count:
             logger.warning(f"step {step + 1}: no prompt of this step leaves room for an answer")
         step += 1
-        told = {"reward": reward / max(count, 1), "sample_tokens": tokens / max(count, 1), "solved": solved / max(prompts, 1)}
-        yield to_batch(samples, {"step": step, **told})
+        metrics = {
+            "reward": reward / max(count, 1),
+            "sample_tokens": tokens / max(count, 1),
+            "solved": solved / max(prompts, 1),
+        }
+        yield to_batch(samples, {"step": step}, metrics)

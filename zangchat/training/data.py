@@ -1,0 +1,94 @@
+"""The batches of a run: packed text and conversations, whole conversations, validation rows."""
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from zangchat.dataloader import Batch, example_batches, packed_batches, validation_batches
+from zangchat.dataset import Dataset, find_dataset
+from zangchat.documents import ConversationStream, DocumentStream, MixedStream, TextStream
+from zangchat.errors import UserError
+from zangchat.training.resolve import Resolved
+
+logger = logging.getLogger(__name__)
+
+
+def pretraining_text(run: Resolved) -> Dataset:
+    """The pretraining text of --dataset or --data_path. Raises UserError if it is not the text that
+    the run began with."""
+    dataset = find_dataset(run.config.dataset, run.config.data_path)
+    if run.state.dataset not in (None, dataset.fingerprint):
+        changed = f"dataset {dataset.name} has other shards than when this run began"
+        if not dataset.arrives_in_order:
+            raise UserError(
+                f"{changed}, so its text would continue in another order: restore the old ones, or start over with --overwrite",
+            )
+        logger.warning(f"{changed}: the order of its text changes after the first pass")
+    run.state.dataset = run.state.dataset or dataset.fingerprint
+    return dataset
+
+
+def packed(
+    run: Resolved,
+    task: Any,
+    task_ratio: float,
+    dataset: Dataset | None,
+) -> Callable[[dict[str, Any] | None], Iterator[Batch]]:
+    """Stage.batches: packed rows of text, with `task_ratio` of the tokens from conversations."""
+    sequence_len, seed, tokenizer = run.config.max_seq_len, run.config.seed, run.tokenizer
+    width = sequence_len + 1
+
+    def stream() -> DocumentStream:
+        parts: list[tuple[DocumentStream, float]] = []
+        if task_ratio < 1:
+            assert dataset is not None
+            # A mixture takes text in grains of a row: a long document would shut out
+            # conversations for many rows.
+            grain = width if task_ratio > 0 else None
+            text = TextStream(dataset, tokenizer, seed, max_tokens=grain)
+            parts.append((text, 1 - task_ratio))
+        if task_ratio > 0:
+            chats = ConversationStream(task, tokenizer, seed, max_tokens=width)
+            parts.append((chats, task_ratio))
+        return parts[0][0] if len(parts) == 1 else MixedStream(parts)
+
+    def batches(cursor: dict[str, Any] | None) -> Iterator[Batch]:
+        return packed_batches(
+            stream(),
+            rows_per_step=run.plan.total_batch_size // sequence_len,
+            sequence_len=sequence_len,
+            rank=run.rank,
+            world_size=run.world_size,
+            bos=tokenizer.get_bos_token_id(),
+            cursor=cursor,
+        )
+
+    return batches
+
+
+def examples(run: Resolved, task: Any, examples_per_step: int, **options: Any) -> Iterator[Batch]:
+    """Steps of whole conversations; `options` (seed, cursor, num_epochs) as in example_batches."""
+    return example_batches(
+        task,
+        run.tokenizer,
+        examples_per_step=examples_per_step,
+        sequence_len=run.config.max_seq_len,
+        rank=run.rank,
+        world_size=run.world_size,
+        **options,
+    )
+
+
+def validation(run: Resolved, dataset: Dataset) -> Callable[[], Iterator[Batch]]:
+    """The validation rows of a dataset, again at each call; at most --eval_tokens of them."""
+    return functools.partial(
+        validation_batches,
+        dataset,
+        run.tokenizer,
+        run.config.max_seq_len,
+        eval_tokens=run.config.eval_tokens,
+        rows_per_batch=run.config.device_batch_size,
+        rank=run.rank,
+        world_size=run.world_size,
+    )
