@@ -37,9 +37,9 @@ def evaluate(config: Config) -> None:
     from zangchat import checkpoint_manager
     from zangchat.dataloader import packed_batches, validation_batches
     from zangchat.dataset import find_dataset
-    from zangchat.documents import TextStream
     from zangchat.loss_eval import evaluate_bpb
     from zangchat.report import get_report
+    from zangchat.streams import TextStream
     from zangchat.training import hooks
 
     configurator.check_range(1, config, "split_tokens", "device_batch_size")

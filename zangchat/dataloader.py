@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from zangchat.dataset import Dataset
-from zangchat.documents import ConversationStream, Document, DocumentReader, DocumentStream
+from zangchat.streams import ConversationStream, Document, DocumentReader, DocumentStream
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")

@@ -146,7 +146,7 @@ RENDER = """
 import json, sys
 from tasks.registry import training_conversations
 from zangchat.dataloader import example_batches, packed_batches
-from zangchat.documents import ConversationStream
+from zangchat.streams import ConversationStream
 from zangchat.tokenizer import get_tokenizer
 
 tokenizer, seen = get_tokenizer(), {}

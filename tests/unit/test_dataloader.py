@@ -24,8 +24,8 @@ from zangchat.dataloader import (
 )
 from zangchat.dataset import find_dataset, load_dataset
 from zangchat.dataset.tokens import tokenize
-from zangchat.documents import ConversationStream, Document, MixedStream, TextStream
 from zangchat.errors import UserError
+from zangchat.streams import ConversationStream, Document, MixedStream, TextStream
 
 TOKENIZER = ByteTokenizer()
 BOS = TOKENIZER.get_bos_token_id()

@@ -7,8 +7,8 @@ from typing import Any
 
 from zangchat.dataloader import Batch, example_batches, packed_batches, validation_batches
 from zangchat.dataset import Dataset, find_dataset
-from zangchat.documents import ConversationStream, DocumentStream, MixedStream, TextStream
 from zangchat.errors import UserError
+from zangchat.streams import ConversationStream, DocumentStream, MixedStream, TextStream
 from zangchat.training.resolve import Resolved
 
 logger = logging.getLogger(__name__)

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zangchat.dataloader import IGNORED, Batch
-from zangchat.documents import permutation
 from zangchat.engine import Engine
 from zangchat.runtime import collectives
 from zangchat.runtime.seeds import derive_seed
+from zangchat.streams import permutation
 from zangchat.task_eval import completion_parts, sample_answers
 
 if TYPE_CHECKING:
