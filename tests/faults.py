@@ -187,9 +187,9 @@ def steps_done(root: Path, stage: str) -> int:
 class Range:
     """A stage to inject faults into: the base directory before it and its uninterrupted result."""
 
-    def __init__(self, made: Path, place: Path, stage: str) -> None:
+    def __init__(self, trained: Path, place: Path, stage: str) -> None:
         self.stage, self.place, self.before = stage, place, place / "before"
-        shutil.copytree(made, self.before)
+        shutil.copytree(trained, self.before)
         shutil.rmtree(folder(self.before, stage), ignore_errors=True)
         self.expected = self._uninterrupted("expected")
         self.calls = {saving: self._count(saving) for saving in (False, True)}

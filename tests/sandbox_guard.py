@@ -67,8 +67,8 @@ class Guard:
 
         Raises GuardError if it leaves a process or kills the canary.
         """
-        given = asdict(jail) if jail else None
-        return ExecutionResult(**self.ask(do="run", codes=[code], timeout=timeout, memory=memory, tests=tests, jail=given)[0])
+        fields = asdict(jail) if jail else None
+        return ExecutionResult(**self.ask(do="run", codes=[code], timeout=timeout, memory=memory, tests=tests, jail=fields)[0])
 
     def run_many(self, codes: list[str]) -> list[ExecutionResult]:
         return [ExecutionResult(**one) for one in self.ask(do="run", codes=codes, timeout=10.0, memory=MEMORY, tests=None, jail=None)]
@@ -109,10 +109,10 @@ def serve() -> None:
             answer["escaped"] = f"a signal of the program killed another process ({canary.returncode})"
         # all are killed by now, but the kernel may list them a little longer
         deadline = time.monotonic() + 3.0
-        while (left := processes() - usual) and time.monotonic() < deadline:
+        while (remaining := processes() - usual) and time.monotonic() < deadline:
             time.sleep(0.005)
-        if left:
-            answer["escaped"] = f"processes of the program are left: {left}"
+        if remaining:
+            answer["escaped"] = f"processes of the program are left: {remaining}"
         print(json.dumps(answer), flush=True)
 
 

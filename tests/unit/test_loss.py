@@ -133,16 +133,16 @@ def test_tokens_without_a_loss_are_skipped_in_multiples(monkeypatch: pytest.Monk
 
 
 def test_gradients_are_computed_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
+    computed = []
     original = loss_module._chunked
-    monkeypatch.setattr(loss_module, "_chunked", lambda *a: made.append(a[3] is not None) or original(*a))
+    monkeypatch.setattr(loss_module, "_chunked", lambda *a: computed.append(a[3] is not None) or original(*a))
     x, weight, targets = problem(8, 4, 9, 9)
     with torch.no_grad():
         softcapped_cross_entropy(x, weight, targets, 9, CAP)
     softcapped_cross_entropy(x.detach(), weight.detach(), targets, 9, CAP)
-    assert made == [False, False]
+    assert computed == [False, False]
     softcapped_cross_entropy(x, weight, targets, 9, CAP)
-    assert made == [False, False, True]
+    assert computed == [False, False, True]
 
 
 def test_second_backward_pass_is_refused() -> None:

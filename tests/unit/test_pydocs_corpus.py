@@ -58,8 +58,8 @@ README = "Pack is a small package that shows how a description is read from its 
 
 @pytest.fixture
 def corpus(roots):
-    train, validation, facts = pydocs.collect(roots, workers=1)
-    return train, validation, facts
+    train, validation, manifest_entries = pydocs.collect(roots, workers=1)
+    return train, validation, manifest_entries
 
 
 def test_docstrings_follow_the_signature_they_document(corpus):
@@ -94,11 +94,11 @@ def test_tests_generated_files_and_licences_are_left_out(corpus):
 
 
 def test_documents_have_a_sensible_length_and_prose_comes_first(corpus):
-    train, validation, facts = corpus
+    train, validation, manifest_entries = corpus
     assert all(200 <= len(text) <= 8000 for text in train + validation)
     assert len(set(train + validation)) == len(train) + len(validation)
-    assert 0 < facts["code_bytes"] <= 0.35 / 0.65 * facts["prose_bytes"]
-    assert facts["prose_bytes"] + facts["code_bytes"] == sum(len(text.encode()) for text in train + validation)
+    assert 0 < manifest_entries["code_bytes"] <= 0.35 / 0.65 * manifest_entries["prose_bytes"]
+    assert manifest_entries["prose_bytes"] + manifest_entries["code_bytes"] == sum(len(text.encode()) for text in train + validation)
 
 
 def test_same_installation_gives_the_same_bytes_with_any_number_of_processes(roots, tmp_path, monkeypatch):
