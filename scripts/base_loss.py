@@ -7,13 +7,18 @@ python -m scripts.base_loss --source=mid --model_tag=d12 --step=1000
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zangchat import configurator
 from zangchat.config import CheckpointConfig, SourceFlag
 from zangchat.runtime.devices import compute_init
 from zangchat.runtime.logs import print0
 from zangchat.runtime.processes import compute_cleanup
+
+if TYPE_CHECKING:
+    from zangchat.dataset import Dataset
+    from zangchat.gpt import GPT
+    from zangchat.tokenizer import RustBPETokenizer
 
 UNPROMPTED = 4  # samples that begin with nothing
 
@@ -32,42 +37,64 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(config: Config) -> None:
-    import torch
-
     from zangchat import checkpoint_manager
-    from zangchat.dataloader import packed_batches, validation_batches
     from zangchat.dataset import find_dataset
-    from zangchat.loss_eval import evaluate_bpb
     from zangchat.report import get_report
-    from zangchat.streams import TextStream
-    from zangchat.training import hooks
 
     configurator.check_range(1, config, "split_tokens", "device_batch_size")
     _, rank, _, world_size, device = compute_init(config.device_type)
     try:
         model, tokenizer, meta = checkpoint_manager.load_model(config.source, device, "eval", config.model_tag, config.step, config.dtype)
         trained_on = meta["user_config"] if not (config.dataset or config.data_path) else {}
-        dataset = find_dataset(config.dataset or trained_on.get("dataset"), config.data_path or trained_on.get("data_path"))
-        token_bytes = torch.from_numpy(tokenizer.token_bytes())
-        T, rows, bos = model.config.sequence_len, config.device_batch_size, tokenizer.get_bos_token_id()
-        ranks: dict[str, Any] = {"rank": rank, "world_size": world_size}
-        packed = packed_batches(TextStream(dataset, tokenizer, seed=0), rows_per_step=rows * world_size, sequence_len=T, bos=bos, **ranks)
-        splits = {
-            "train": hooks.first_tokens(packed, config.split_tokens, world_size),
-            "validation": validation_batches(dataset, tokenizer, T, eval_tokens=config.split_tokens, rows_per_batch=rows, **ranks),
-        }
-        bpb = {}
-        for name, batches in splits.items():
-            bpb[f"{name} bpb"] = evaluate_bpb(model, batches, token_bytes)
-            print0(f"{name} bits per byte: {bpb[f'{name} bpb']:.4f}")
-        prompted = hooks.complete(model, tokenizer, hooks.PROMPTS)
-        free = [hooks.complete(model, tokenizer, [""], max_tokens=96, temperature=1.0, seed=seed)[0] for seed in range(UNPROMPTED)]
-        for prompt, completion in prompted + free:
-            print0(hooks.one_line(prompt, completion))
-        samples = [{"prompt": prompt, "completion": completion} for prompt, completion in prompted + free]
-        get_report().log(f"{config.source.capitalize()} model loss", [{"step": meta["step"], "text": dataset.name, **bpb}, *samples])
+        dataset = find_dataset(
+            config.dataset or trained_on.get("dataset"),
+            config.data_path or trained_on.get("data_path"),
+        )
+        bpb = bits_per_byte(config, model, tokenizer, dataset, rank, world_size)
+        samples = sample(model, tokenizer)
+        measured = {"step": meta["step"], "text": dataset.name, **bpb}
+        get_report().log(f"{config.source.capitalize()} model loss", [measured, *samples])
     finally:
         compute_cleanup()
+
+
+def bits_per_byte(
+    config: Config, model: "GPT", tokenizer: "RustBPETokenizer", dataset: "Dataset", rank: int, world_size: int
+) -> dict[str, float]:
+    """{"train bpb", "validation bpb"} over the first `split_tokens` of each; prints them."""
+    import torch
+
+    from zangchat.dataloader import packed_batches, validation_batches
+    from zangchat.loss_eval import evaluate_bpb
+    from zangchat.streams import TextStream
+    from zangchat.training.hooks import first_tokens
+
+    token_bytes = torch.from_numpy(tokenizer.token_bytes())
+    T, rows, bos = model.config.sequence_len, config.device_batch_size, tokenizer.get_bos_token_id()
+    ranks: dict[str, Any] = {"rank": rank, "world_size": world_size}
+    text = TextStream(dataset, tokenizer, seed=0)
+    packed = packed_batches(text, rows_per_step=rows * world_size, sequence_len=T, bos=bos, **ranks)
+    validation = validation_batches(dataset, tokenizer, T, eval_tokens=config.split_tokens, rows_per_batch=rows, **ranks)
+    bpb = {}
+    for name, batches in (
+        ("train", first_tokens(packed, config.split_tokens, world_size)),
+        ("validation", validation),
+    ):
+        bpb[f"{name} bpb"] = evaluate_bpb(model, batches, token_bytes)
+        print0(f"{name} bits per byte: {bpb[f'{name} bpb']:.4f}")
+    return bpb
+
+
+def sample(model: "GPT", tokenizer: "RustBPETokenizer") -> list[dict[str, str]]:
+    """Greedy continuations of a few prompts, and texts drawn from no prompt; prints them."""
+    from zangchat.training.hooks import PROMPTS, complete, one_line
+
+    pairs = complete(model, tokenizer, PROMPTS)
+    for seed in range(UNPROMPTED):
+        pairs += complete(model, tokenizer, [""], max_tokens=96, temperature=1.0, seed=seed)[:1]
+    for prompt, completion in pairs:
+        print0(one_line(prompt, completion))
+    return [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
 
 
 if __name__ == "__main__":

@@ -116,9 +116,14 @@ def memory_estimate(
         "sent": 2 * scaling_params(config) if grad_comm_dtype == "bfloat16" and world_size > 1 and not fsdp else 0,
         "update": update_bytes(config, optimizer, world_size, 2 if device_type == "cuda" else size),
     }
+    return {**parts, "total": peak_bytes(parts)}
+
+
+def peak_bytes(parts: dict[str, int]) -> int:
+    """The sum of the parts of a memory_estimate that exist at the same time, when it is largest."""
     passing = parts["activations"] + max(parts["recomputed"], parts["logits"])
     lasting = parts["weights"] + parts["gradients"] + parts["optimizer"]
-    return {**parts, "total": lasting + max(parts["casts"] + max(passing, parts["sent"]), parts["update"])}
+    return lasting + max(parts["casts"] + max(passing, parts["sent"]), parts["update"])
 
 
 def update_bytes(config: GPTConfig, kind: str = "muon", world_size: int = 1, ortho_size: int = 2) -> int:
