@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return configurator.run(Config, count, argv)
 
 
-def count(config: Config) -> int:
+def count(_: Config) -> int:
     import torch
 
     print(torch.cuda.device_count() if autodetect_device_type() == "cuda" else 0)

@@ -216,7 +216,7 @@ def obey(session: Chat, line: str, note: Callable[[str], None]) -> bool:
             session.top_k = number(int, argument, "/topk 50", USER_LIMITS["top_k"].allow)
             note(f"top_k {session.top_k or 'off'}")
         elif command == "/seed":
-            session.seed = number(int, argument, "/seed 42", lambda value: True) if argument else None
+            session.seed = number(int, argument, "/seed 42", lambda _: True) if argument else None
             note("a new seed for each answer" if session.seed is None else f"seed {session.seed}")
         elif command == "/save":
             save(session, argument, note)

@@ -162,7 +162,7 @@ def count_words(documents: Iterable[str]) -> list[str]:
 
 
 @functools.lru_cache(maxsize=8)
-def _split_words(base: Path, split: str) -> tuple[str, ...]:
+def _split_words(_base: Path, split: str) -> tuple[str, ...]:
     return tuple(word for word in word_list() if word_split(word) == split)
 
 

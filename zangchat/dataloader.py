@@ -12,6 +12,7 @@ unfinished, so it stays small whatever is pending.
 Legend: R rows of a step, T targets in a row, W = T + 1 tokens in a row.
 """
 
+import contextlib
 import itertools
 import logging
 import math
@@ -312,37 +313,32 @@ def prefetched(
 ) -> Iterator[Item]:
     """The items of `produce()`, made by a thread up to `depth` ahead; its exception is raised here.
     Closing it ends the thread."""
-    items: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
+    items: queue.Queue[tuple[Item] | BaseException | None] = queue.Queue(depth)  # None: the end
     stop = threading.Event()
 
-    def put(kind: str, value: Any) -> bool:
+    def put(value: tuple[Item] | BaseException | None) -> None:
         while not stop.is_set():
-            try:
-                items.put((kind, value), timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
+            with contextlib.suppress(queue.Full):
+                return items.put(value, timeout=0.1)
 
     def work() -> None:
+        end = None
         try:
             for item in produce():
-                if not put("item", item):
+                put((item,))
+                if stop.is_set():
                     return
-            put("end", None)
         except BaseException as error:  # for the consumer to raise
-            put("error", error)
+            end = error
+        put(end)
 
     thread = threading.Thread(target=work, name="zangchat-prefetch", daemon=True)
     thread.start()
     try:
-        while True:
-            kind, value = items.get()
-            if kind == "end":
-                return
-            if kind == "error":
-                raise value
-            yield value
+        while isinstance(item := items.get(), tuple):
+            yield item[0]
+        if item is not None:
+            raise item
     finally:
         stop.set()
         # a thread that waits for a shard ends when the shard arrives, or with the process

@@ -65,7 +65,7 @@ class FSDPGroup(OptimizerGroup):
     def gradients(self) -> dict[str, Tensor]:
         return {name: self._parts[p].grad.to_local() for p, name in self.names.items() if self._parts[p].grad is not None}
 
-    def model_weights(self, model: nn.Module) -> dict[str, Tensor]:
+    def model_weights(self, model: nn.Module) -> dict[str, Tensor]:  # noqa: ARG002
         """Gathers one parameter after the other, and keeps them on rank 0 only."""
         whole = {}
         for name, part in ((name, self._parts[p]) for p, name in self.names.items()):

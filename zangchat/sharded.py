@@ -84,7 +84,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return [[p] for p in group["params"]]
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
         """Update every piece on its rank, from gradients that are summed there already, and send the
         result to all ranks."""
         broadcasts = []

@@ -62,7 +62,7 @@ class WithinDocuments:
         self.mask = (document[:, :, None] == document[:, None, :]).tril()[:, None]  # (B, 1, T, T)
         self.positions, self.longest = torch.zeros_like(idx[:, 0]), 0
 
-    def update(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def update(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:  # noqa: ARG002
         return k, v, self.mask
 
     def advance(self, num_tokens: int) -> None:
@@ -181,7 +181,7 @@ def _flex_kernel() -> Kernel:
 
     @lru_cache(maxsize=8)
     def causal(T: int, device: torch.device) -> Any:
-        return flex.create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device)
+        return flex.create_block_mask(lambda _b, _h, i, j: i >= j, None, None, T, T, device)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         function = compiled if q.device.type == "cuda" else flex.flex_attention

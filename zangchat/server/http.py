@@ -137,16 +137,16 @@ def from_pool(error: PoolError) -> ApiError:
     return ApiError(500, str(error), "engine_error")
 
 
-async def _api_error(request: Request, error: Any) -> Response:
+async def _api_error(_: Request, error: Any) -> Response:
     refusal: ApiError = error
     return refusal.response()
 
 
-async def _pool_error(request: Request, error: Any) -> Response:
+async def _pool_error(_: Request, error: Any) -> Response:
     return from_pool(error).response()
 
 
-async def _http_error(request: Request, error: Any) -> Response:
+async def _http_error(_: Request, error: Any) -> Response:
     headers = dict(error.headers or {})
     return ApiError(error.status_code, str(error.detail), headers=headers).response()
 
@@ -165,7 +165,7 @@ async def _invalid_request(request: Request, error: Any) -> Response:
     return ApiError(400, f"{where}: {reason}", "invalid_request").response()
 
 
-async def _server_error(request: Request, error: Any) -> Response:
+async def _server_error(_: Request, _error: Any) -> Response:
     message = "the server failed on this request; its log has the reason"
     return ApiError(500, message).response()
 
@@ -222,7 +222,7 @@ class EventStream(StreamingResponse):
         super().__init__(events, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         self._tokens = tokens
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         loop = asyncio.get_running_loop()
 
         async def send_in_time(message: Message) -> None:

@@ -41,7 +41,7 @@ class StopSignals:
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._previous.clear()
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()
         if not self.received:
             self.received, self._received_at = number, now
