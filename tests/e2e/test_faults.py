@@ -70,7 +70,7 @@ def test_full_file_system(ranges, small_disk, tmp_path):
     code, _ = start("base", root, tmp_path / "log")
     output = (tmp_path / "log").read_text(encoding="utf-8")
     assert code == 2 and "No space left on device" in output.splitlines()[-1] and "--resume=latest" in output.splitlines()[-1]
-    assert "could not save step 3" in output and "training goes on" in output and newest_step(root, "base") == 0
+    assert "could not save step 3" in output and "training continues" in output and newest_step(root, "base") == 0
     ballast.unlink()
     code, _ = start("base", root, tmp_path / "log")
     assert code == 0 and checkpoint_manager.find_last_step(directory) == 10

@@ -139,8 +139,8 @@ def test_ctrl_c_names_the_command_to_resume(
     shutil.rmtree(folder(root, stage))
     with ctrl_c_in_step(4):
         output = run(module_of(stage), *flags_of[stage], code=130)
-    assert "go on with:" in output
-    assert "going on from step 4" in typed(the_command(output))
+    assert "continue with:" in output
+    assert "continuing from step 4" in typed(the_command(output))
     assert same(final(root, stage), expected)
 
 
@@ -185,7 +185,7 @@ def test_ctrl_c_at_a_terminal(ranks: int, root: Path, flags_of: Flags) -> None:
     output = interrupted(f"{launcher} scripts.base_train -- {flags}", "base step 10: validation")
     line = the_command(output, "--resume=latest")
     assert line.startswith(launcher) and "--run=first" in line
-    assert "going on from step" in shell(line)
+    assert "continuing from step" in shell(line)
     assert checkpoint_manager.find_last_step(folder(root, "base")) == 60
 
 
@@ -304,7 +304,7 @@ def test_retrained_source_says_how_to_start_from_it(
     before = final(root, "mid")
     run("scripts.base_train", *flags_of["base"], "--overwrite", "--seed=7")
     output = run("scripts.mid_train", *flags_of["mid"], "--resume=latest")
-    assert "trained anew" in output and "to start over from there" in output
+    assert "trained again" in output and "to start over from there" in output
     typed(the_command(output))
     assert not same(final(root, "mid"), before)
     assert "nothing to do" in run("scripts.mid_train", *flags_of["mid"], "--resume=latest")

@@ -117,7 +117,7 @@ def test_rank_dies_on_one_of_two_hosts(base, hosts, tmp_path, capsys):  # noqa: 
                 agent.kill()
     output = logs(tmp_path, first, second)
     assert codes == [0, 0], output
-    assert "exitcode: -9" in output and "going on from step" in output, output
+    assert "exitcode: -9" in output and "continuing from step" in output, output
     assert checkpoint_manager.find_last_step(folder(roots[1], "base")) == STEPS
     assert differences(result_of(roots[0], "base"), result_of(roots[1], "base")) == []
     with capsys.disabled():

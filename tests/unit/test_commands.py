@@ -133,7 +133,7 @@ def test_every_written_command_is_valid() -> None:
             "torchrun --standalone -m scripts.chat_sft --run=a",
             "`--`",
         ),
-        ("go on with:\n  bash speedrn.sh\n", "bash speedrn.sh", "there is no"),
+        ("continue with:\n  bash speedrn.sh\n", "bash speedrn.sh", "there is no"),
         (
             "e.g. DEPHT=2 bash speedrun.sh, or less",
             "DEPHT=2 bash speedrun.sh",

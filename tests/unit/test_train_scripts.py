@@ -290,7 +290,7 @@ def test_a_source_that_has_moved_on_is_said(base, before, capsys):
     assert base_train.main([*base_flags(base, "--overwrite", "--seed=7"), "--num_iterations=12"]) == 0
     capsys.readouterr()
     assert mid_train.main(mid_flags(base, "--resume=latest")) == 0
-    assert "started from base d1 step 12, and that model has been trained anew" in capsys.readouterr().out
+    assert "started from base d1 step 12, and that model has been trained again" in capsys.readouterr().out
     shutil.rmtree(folder(before, "base"))
     assert mid_train.main(mid_flags(base, "--resume=latest", "--model_tag=d1")) == 0
     assert "nothing to do" in capsys.readouterr().out  # nothing to compare with: the model stands by itself
@@ -601,7 +601,7 @@ def test_one_line_of_prompt_and_completion_trains_a_base_model_and_a_chat_model(
 
 
 def test_samples_and_core_are_reported_where_their_data_is(base, before, capsys):
-    """A bundle with one task of three questions; without one, training goes on and says so."""
+    """A bundle with one task of three questions; without one, training continues and says so."""
     flags = [*MODEL, *BATCH, f"--data_path={base / 'text.jsonl'}", "--num_iterations=2", "--eval_every=-1", "--sample_every=2"]
     assert base_train.main([*flags, "--model_tag=without", "--core_metric_every=2"]) == 0
     out = capsys.readouterr().out

@@ -587,7 +587,7 @@ def collective_copy(parameter: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> Path:
-    """20 steps on one rank in `single`, on two in `run`, on four in `four`; `one` is begun by one rank, and two go on with its step 10."""
+    """20 steps on one rank in `single`, on two in `run`, on four in `four`; `one` is begun by one rank, and two continue from its step 10."""
     root = tmp_path_factory.mktemp("ranks")
     single = make_trainer(root / "single", num_iterations=20, save_every=10)
     single.fit()

@@ -208,7 +208,7 @@ class Run(Resolved):
             keep = wanted and same and origin.has_optimizer
             if wanted and not keep:
                 reason = "it was another" if origin.has_optimizer else "its state was not saved"
-                print0(f"{self.kind.stage}: the optimizer starts anew ({reason})")
+                print0(f"{self.kind.stage}: the optimizer starts afresh ({reason})")
         load_into(self.model, optimizer if keep else None, origin)
 
     def _report(

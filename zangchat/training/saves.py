@@ -121,7 +121,7 @@ class SaveSchedule:
                 remedy = f"make room, then continue with `{self.resume_command}`"
                 raise UserError(f"{problem} ({error}): {remedy}") from error
             logger.warning(
-                f"{problem} ({error}): training goes on, the previous save stays, and the next one is tried in its time",
+                f"{problem} ({error}): training continues, the previous save stays, and the next one comes at its time",
             )
             return
         if self.rank == 0:

@@ -75,7 +75,7 @@ def source_tag(config: Any) -> str:
 def refuse_existing(stage: str, config: RunConfig, directory: Path) -> None:
     """Raises UserError if a new run would overwrite checkpoints."""
     if config.resume and config.overwrite:
-        raise UserError("--resume goes on with a run and --overwrite starts it over: give one of them")
+        raise UserError("--resume continues a run and --overwrite starts it over: give one of them")
     if config.resume and config.resume != "latest" and not config.resume.isdigit():
         raise UserError(
             f"--resume={config.resume} is not understood: write --resume=latest or --resume=STEP",
@@ -86,7 +86,7 @@ def refuse_existing(stage: str, config: RunConfig, directory: Path) -> None:
     if stage != "base":
         another = f"keep it and give the new model another name: --from_tag={source_tag(config)} --model_tag=NAME"
     raise UserError(
-        f"{directory} has checkpoints already: go on with "
+        f"{directory} has checkpoints already: continue with "
         f"`{command(stage, config, resume='latest')}`, or put --overwrite=1 in place of "
         f"--resume=latest to start over, or {another}",
     )
@@ -104,7 +104,7 @@ def find_resumed(stage: str, config: RunConfig, directory: Path) -> Origin | Non
     step = checkpoint_manager.find_verified_step(directory, requested)
     if step is not None:
         if requested is None:
-            print0(f"{stage}: going on from step {step} of {directory}")
+            print0(f"{stage}: continuing from step {step} of {directory}")
         return Origin(directory, step, checkpoint_manager.read_meta(directory, step))
     if any(directory.glob("meta_*.json")):
         again = command(stage, config, resume="", overwrite=True)
@@ -142,7 +142,7 @@ def source_change(stage: str, config: Any, source: str, state: RunState) -> str:
     if now.describe(source) != state.source:
         change = f"that model is at step {step} now"
     elif state.source_sha256 not in (None, now.sha256):
-        change = "that model has been trained anew"
+        change = "that model has been trained again"
     else:
         return ""
     again = command(stage, config, resume="", overwrite=True)

@@ -304,7 +304,7 @@ class Trainer:
 def stop_message(signal_number: int, step: int, saves: SaveSchedule) -> str:
     name = signal.Signals(signal_number).name
     saved = f"saved to {saves.directory}" if saves.directory else "not saved"
-    return f"stopped by {name} after step {step}, {saved}; go on with:\n  {saves.resume_command}"
+    return f"stopped by {name} after step {step}, {saved}; continue with:\n  {saves.resume_command}"
 
 
 def progress_line(metrics: Mapping[str, Any], last_val_bpb: float | None) -> str:
