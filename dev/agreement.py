@@ -14,7 +14,12 @@ from tasks.registry import load_task
 from zangchat import configurator
 from zangchat.config import CheckpointConfig
 
-KINDS = (("bfloat16", ""), ("float32", "fp16"), ("float32", "int8"), ("bfloat16", "int8"))  # (dtype, how weights are stored)
+KINDS = (
+    ("bfloat16", ""),
+    ("float32", "fp16"),
+    ("float32", "int8"),
+    ("bfloat16", "int8"),
+)  # (dtype, how weights are stored)
 
 
 @dataclass
@@ -39,11 +44,21 @@ def compare(config: Config) -> int:
     device = compute_init(config.device_type)[-1]
     reference = engine_for_chat(config, device)
     task = load_task(config.task, "test")
-    prompts = [reference.tokenizer.render_for_completion(task[i]) for i in range(min(config.questions, len(task)))]
+    prompts = [
+        reference.tokenizer.render_for_completion(task[i])
+        for i in range(min(config.questions, len(task)))
+    ]
     room = reference.model.config.sequence_len - config.max_tokens
-    requests = [Request(prompt, config.max_tokens, temperature=0) for prompt in prompts if len(prompt) <= room]
+    requests = [
+        Request(prompt, config.max_tokens, temperature=0)
+        for prompt in prompts
+        if len(prompt) <= room
+    ]
     if not requests:
-        raise configurator.UserError(f"--max_tokens={config.max_tokens} leaves no room for a question in the context: give fewer")
+        raise configurator.UserError(
+            f"--max_tokens={config.max_tokens} leaves no room for a question in the context: give "
+            "fewer"
+        )
     said = reference.generate_many(requests)
     chosen = sum(sum(result.mask) for result in said)
 
@@ -62,18 +77,26 @@ def compare(config: Config) -> int:
     kinds = []
     for dtype, quantize in KINDS:
         try:
-            other = engine_for_chat(dataclasses.replace(config, dtype=dtype, quantize=quantize), device)
+            other = engine_for_chat(
+                dataclasses.replace(config, dtype=dtype, quantize=quantize), device
+            )
         except configurator.UserError as error:  # no kernel here
             kinds.append({"dtype": dtype, "quantize": quantize, "impossible": str(error)})
             continue
         rounded = torch.cat(logits(other))
-        divergence = torch.nn.functional.kl_div(rounded.log_softmax(-1), exact.log_softmax(-1), log_target=True, reduction="batchmean")
-        replies = [a.tokens == b.tokens for a, b in zip(said, other.generate_many(requests), strict=True)]
+        divergence = torch.nn.functional.kl_div(
+            rounded.log_softmax(-1), exact.log_softmax(-1), log_target=True, reduction="batchmean"
+        )
+        replies = [
+            a.tokens == b.tokens for a, b in zip(said, other.generate_many(requests), strict=True)
+        ]
         kinds.append(
             {
                 "dtype": dtype,
                 "quantize": quantize,
-                "same_token": round(float((rounded.argmax(-1) == exact.argmax(-1)).float().mean()), 5),
+                "same_token": round(
+                    float((rounded.argmax(-1) == exact.argmax(-1)).float().mean()), 5
+                ),
                 "same_reply": round(sum(replies) / len(replies), 4),
                 "mean_kl": float(f"{float(divergence):.3g}"),
                 "largest_logit_error": round(float((rounded - exact).abs().max()), 4),

@@ -1,4 +1,6 @@
-"""Shared by the benchmarks: refuse a busy machine, describe it, repeat in new processes, take medians."""
+"""Shared by the benchmarks: refuse a busy machine, describe it, repeat in new processes, take
+medians.
+"""
 
 import json
 import os
@@ -18,7 +20,14 @@ from zangchat.errors import UserError
 from zangchat.report import cpu_name
 
 BUSY = 0.2  # cores used by others, above which a timing is worthless
-BUSY_TIMES = ("user", "nice", "system", "irq", "softirq", "steal")  # of psutil.cpu_times, as far as the system has them
+BUSY_TIMES = (
+    "user",
+    "nice",
+    "system",
+    "irq",
+    "softirq",
+    "steal",
+)  # of psutil.cpu_times, as far as the system has them
 
 
 def taken_meanwhile(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -30,7 +39,9 @@ def taken_meanwhile(work: Callable[[], Any]) -> tuple[float, Any]:
 
     def seconds() -> float:
         times = psutil.cpu_times()._asdict()
-        return sum(times.get(name, 0.0) for name in BUSY_TIMES) - sum(psutil.Process().cpu_times()[:4])
+        return sum(times.get(name, 0.0) for name in BUSY_TIMES) - sum(
+            psutil.Process().cpu_times()[:4]
+        )
 
     before, started = seconds(), time.perf_counter()
     result = work()
@@ -41,7 +52,10 @@ def machine(allowed: bool) -> dict[str, Any]:
     """The machine, for the output. Raises UserError if it is busy and that is not `allowed`."""
     busy, _ = taken_meanwhile(lambda: time.sleep(1))
     if busy > BUSY and not allowed:
-        raise UserError(f"{busy:.1f} cores are busy with something else: wait, or add --busy and do not quote the figures")
+        raise UserError(
+            f"{busy:.1f} cores are busy with something else: wait, or add --busy and do not quote "
+            "the figures"
+        )
     return {
         "cores": os.cpu_count(),
         "busy_cores_before": round(busy, 2),
@@ -53,9 +67,13 @@ def machine(allowed: bool) -> dict[str, Any]:
 
 
 def repetition(module: str, config: Any) -> Any:
-    """Run `python -m MODULE` with the flags of `config`; return the JSON of its last output line."""
+    """Run `python -m MODULE` with the flags of `config`; return the JSON of its last output
+    line.
+    """
     command = [sys.executable, "-m", module, *as_flags(config)]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=Path(__file__).parents[1])
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", cwd=Path(__file__).parents[1]
+    )
     if done.returncode:
         raise UserError(f"{config.worker} could not be measured:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])

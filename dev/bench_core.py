@@ -1,4 +1,5 @@
-"""Measure how fast CORE is scored: items per second, batched with shared prompts and one by one. JSON.
+"""Measure how fast CORE is scored: items per second, batched with shared prompts and one by one.
+JSON.
 
     python -m dev.bench_core --depth=6
     python -m dev.bench_core --depth=6 --items=16 --tasks="hellaswag|lambada_openai"
@@ -49,7 +50,9 @@ def bench(config: Config) -> None:
     tokenizer = get_tokenizer()
     device = compute_init(config.device_type)[-1]
     size = {"vocab_size": tokenizer.get_vocab_size(), "sequence_len": config.max_seq_len}
-    model = checkpoint_manager.empty_model(schedule.model_config_for_depth(config.depth, config.head_dim, **size), device, config.dtype)
+    model = checkpoint_manager.empty_model(
+        schedule.model_config_for_depth(config.depth, config.head_dim, **size), device, config.dtype
+    )
     model.init_weights()
     generator = torch.Generator(device).manual_seed(1)
     for parameter in model.parameters():  # every layer matters, as in a trained model
@@ -59,15 +62,25 @@ def bench(config: Config) -> None:
     wanted = [label for label in config.tasks.split("|") if label] or [task.label for task in tasks]
     unknown = set(wanted) - {task.label for task in tasks}
     if unknown:
-        raise configurator.UserError(f"--tasks: no data of {', '.join(sorted(unknown))}; see core.yaml for the labels")
+        raise configurator.UserError(
+            f"--tasks: no data of {', '.join(sorted(unknown))}; see core.yaml for the labels"
+        )
     ways = {"batched": core_eval.judge, "one_by_one": one_by_one}
     seconds: dict[str, dict[str, float]] = {}
     processor = dict.fromkeys(ways, 0.0)  # seconds: a ratio that holds on a busy machine, too
     differ = total = 0
     for task in (task for task in tasks if task.label in wanted):
         groups = core_eval.groups_of(task, core_eval.read_items(task))
-        rows, golds = core_eval.render(task, groups, core_eval.chosen_items(groups, config.items), tokenizer, config.max_seq_len)
-        core_eval.judge(model, task.kind, rows[:1], golds[:1])  # not timed: the first products of a shape
+        rows, golds = core_eval.render(
+            task,
+            groups,
+            core_eval.chosen_items(groups, config.items),
+            tokenizer,
+            config.max_seq_len,
+        )
+        core_eval.judge(
+            model, task.kind, rows[:1], golds[:1]
+        )  # not timed: the first products of a shape
         verdicts, times = {}, {}
         for name, way in ways.items():
             taken = []
@@ -92,12 +105,17 @@ def bench(config: Config) -> None:
         "items_per_second": {name: round(total / value, 2) for name, value in sums.items()},
         "speedup": round(sums["one_by_one"] / sums["batched"], 2),
         "speedup_in_processor_time": round(processor["one_by_one"] / processor["batched"], 2),
-        "speedup_of": {label: round(times["one_by_one"] / times["batched"], 2) for label, times in seconds.items()},
+        "speedup_of": {
+            label: round(times["one_by_one"] / times["batched"], 2)
+            for label, times in seconds.items()
+        },
     }
     print(json.dumps(figures, indent=1))
 
 
-def one_by_one(model: Any, kind: str, items: Sequence[Sequence[Any]], golds: Sequence[int]) -> list[bool]:
+def one_by_one(
+    model: Any, kind: str, items: Sequence[Sequence[Any]], golds: Sequence[int]
+) -> list[bool]:
     import torch
 
     verdicts = []

@@ -1,7 +1,8 @@
 """Measure inference: prefill, decoding, continuous batching, share of the memory bandwidth. JSON.
 
     python -m dev.bench_infer --depth=6 --max_seq_len=512 --vocab_size=8192
-    python -m dev.bench_infer ... --peer=PATH      the same model in the nanochat checkout at PATH, in turns with ours
+    python -m dev.bench_infer ... --peer=PATH      the same model in the nanochat checkout at PATH,
+                                                   in turns with ours
     python -m dev.bench_infer ... --quantize=int8 --batches=1,8
 
 The weights are random, so greedy decoding never ends early. Each repetition is a separate process;
@@ -44,17 +45,31 @@ class Config:
 
     def model(self) -> GPTConfig:
         return schedule.model_config_for_depth(
-            self.depth, self.head_dim, self.n_kv_head, vocab_size=self.vocab_size, sequence_len=self.max_seq_len
+            self.depth,
+            self.head_dim,
+            self.n_kv_head,
+            vocab_size=self.vocab_size,
+            sequence_len=self.max_seq_len,
         )
 
     def sweep(self) -> list[tuple[int, int]]:
-        """(rows, tokens of a prompt). Raises UserError for a malformed list or too long a context."""
+        """(rows, tokens of a prompt). Raises UserError for a malformed list or too long a
+        context.
+        """
         try:
-            batches, contexts = ([int(number) for number in text.split(",")] for text in (self.batches, self.contexts))
+            batches, contexts = (
+                [int(number) for number in text.split(",")]
+                for text in (self.batches, self.contexts)
+            )
         except ValueError:
-            raise configurator.UserError("--batches and --contexts are numbers with commas between, as in --batches=1,8,64") from None
+            raise configurator.UserError(
+                "--batches and --contexts are numbers with commas between, as in --batches=1,8,64"
+            ) from None
         if min(batches + contexts) < 1 or max(contexts) + self.steps >= self.max_seq_len:
-            raise configurator.UserError(f"--contexts and --steps={self.steps} do not fit into --max_seq_len={self.max_seq_len}")
+            raise configurator.UserError(
+                f"--contexts and --steps={self.steps} do not fit into "
+                f"--max_seq_len={self.max_seq_len}"
+            )
         return [(batch, context) for context in contexts for batch in batches]
 
 
@@ -67,8 +82,14 @@ def bench(config: Config) -> int:
     if config.worker:
         print(json.dumps(work(config)))
         return 0
-    result: dict[str, Any] = {"machine": machine(config.busy), "model": dataclasses.asdict(config.model()), "repeats": config.repeats}
-    runs: dict[str, list[Any]] = {name: [] for name in ("zangchat", "nanochat")[: 2 if config.peer else 1]}
+    result: dict[str, Any] = {
+        "machine": machine(config.busy),
+        "model": dataclasses.asdict(config.model()),
+        "repeats": config.repeats,
+    }
+    runs: dict[str, list[Any]] = {
+        name: [] for name in ("zangchat", "nanochat")[: 2 if config.peer else 1]
+    }
     for _ in range(config.repeats):
         for name, done in runs.items():
             done.append(repetition("dev.bench_infer", dataclasses.replace(config, worker=name)))
@@ -76,7 +97,8 @@ def bench(config: Config) -> int:
     if config.peer:
         ours, peers = (result[name]["decode"] for name in runs)
         result["speedup"] = {
-            f"{a['batch']} rows, {a['context']}": a["tok_per_sec"] / b["tok_per_sec"] for a, b in zip(ours, peers, strict=True)
+            f"{a['batch']} rows, {a['context']}": a["tok_per_sec"] / b["tok_per_sec"]
+            for a, b in zip(ours, peers, strict=True)
         }
     print(json.dumps(rounded(result), indent=1))
     return 0
@@ -91,7 +113,7 @@ def rounded(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-# ---- one repetition -------------------------------------------------------------------------------------------------
+# ---- one repetition ------------------------------------------------------------------------------
 
 
 def work(config: Config) -> dict[str, Any]:
@@ -102,14 +124,33 @@ def work(config: Config) -> dict[str, Any]:
     device = compute_init(config.device_type)[-1]
     dtype = resolve_dtype(config.dtype, device)
     bandwidth, source = memory_bandwidth(device)
-    known = {"dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    found = {**known, "quantize": config.quantize, "bandwidth_gb_per_sec": bandwidth / 1e9, "bandwidth": source}
-    parts = nanochat(config, device, dtype) if config.worker == "nanochat" else zangchat(config, device, dtype)
+    known = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    found = {
+        **known,
+        "quantize": config.quantize,
+        "bandwidth_gb_per_sec": bandwidth / 1e9,
+        "bandwidth": source,
+    }
+    parts = (
+        nanochat(config, device, dtype)
+        if config.worker == "nanochat"
+        else zangchat(config, device, dtype)
+    )
     weights = {"": dtype.itemsize, "fp16": 2, "int8": 1}[config.quantize]
     stored = dtype if config.worker == "nanochat" else kv_cache.storage_dtype(dtype, device)
     for point in parts["decode"]:
         middle_context = point["context"] + config.steps // 2
-        size = flops.decode_bytes(config.model(), middle_context, point["batch"], weight_bytes=weights, kv_bytes=stored.itemsize)
+        size = flops.decode_bytes(
+            config.model(),
+            middle_context,
+            point["batch"],
+            weight_bytes=weights,
+            kv_bytes=stored.itemsize,
+        )
         point["bytes_per_step"] = size
         point["share_of_bandwidth"] = size / (point["p50_ms"] / 1e3) / bandwidth
     return {**found, **parts, "peak_memory_mib": peak_memory_bytes(device) / 2**20}
@@ -129,12 +170,19 @@ def zangchat(config: Config, device: Any, dtype: Any) -> dict[str, Any]:
     def batch_of(prompts: Sequence[tuple[int, int]], rows: int) -> tuple[Any, list[Any]]:
         """A running batch with a request for each (prompt tokens, new tokens)."""
         batch = RunningBatch(engine.model, engine.tokenizer, rows)
-        requests = [Request([number.randrange(gpt.vocab_size - 8) for _ in range(read)], new, temperature=0) for read, new in prompts]
+        requests = [
+            Request([number.randrange(gpt.vocab_size - 8) for _ in range(read)], new, temperature=0)
+            for read, new in prompts
+        ]
         return batch, [batch.submit(request) for request in requests]
 
     def point(rows: int, context: int) -> tuple[dict[str, Any], dict[str, Any]]:
         batch, live = batch_of([(context, config.steps + 1)] * rows, rows)
-        times = {"read": timed(batch.step, device, until=lambda: all(generation.tokens for generation in live))}
+        times = {
+            "read": timed(
+                batch.step, device, until=lambda: all(generation.tokens for generation in live)
+            )
+        }
         times["write"] = timed(batch.step, device, until=lambda: not batch.busy)
         return summary(rows, context, times)
 
@@ -142,22 +190,41 @@ def zangchat(config: Config, device: Any, dtype: Any) -> dict[str, Any]:
     points = [point(*where) for where in config.sweep()]
 
     # requests of one length, which join and leave together, against mixed lengths of the same mean
-    rows, (read, new) = max(rows for rows, _ in config.sweep()), (min(64, gpt.sequence_len // 4), min(64, gpt.sequence_len // 4))
+    rows, (read, new) = (
+        max(rows for rows, _ in config.sweep()),
+        (min(64, gpt.sequence_len // 4), min(64, gpt.sequence_len // 4)),
+    )
     batch, live = batch_of([(read, new)] * rows, rows)
     static = rows * new / sum(timed(batch.step, device, until=lambda: not batch.busy))
-    mixed = [(number.randint(read // 2, read * 3 // 2), number.randint(new // 2, new * 3 // 2)) for _ in range(4 * rows)]
+    mixed = [
+        (number.randint(read // 2, read * 3 // 2), number.randint(new // 2, new * 3 // 2))
+        for _ in range(4 * rows)
+    ]
     batch, live = batch_of(mixed, rows)
     # Time only while a request waits for each free row; at the start all begin at once, and prompts
     # take more than their usual share.
-    timed(batch.step, device, until=lambda: sum(generation.stop_reason is not None for generation in live) >= rows)
+    timed(
+        batch.step,
+        device,
+        until=lambda: sum(generation.stop_reason is not None for generation in live) >= rows,
+    )
     before = sum(len(generation.tokens) for generation in live)
     times = timed(batch.step, device, until=lambda: not batch.waiting)
     rate = (sum(len(generation.tokens) for generation in live) - before) / sum(times)
-    mixed_result = {"rows": rows, "static_tok_per_sec": static, "tok_per_sec": rate, "share_of_static": rate / static}
+    mixed_result = {
+        "rows": rows,
+        "static_tok_per_sec": static,
+        "tok_per_sec": rate,
+        "share_of_static": rate / static,
+    }
     return {
         "prefill": [read for read, _ in points],
         "decode": [write for _, write in points],
-        "continuous": {**mixed_result, "p50_ms": quantile(times, 0.5), "p99_ms": quantile(times, 0.99)},
+        "continuous": {
+            **mixed_result,
+            "p50_ms": quantile(times, 0.5),
+            "p99_ms": quantile(times, 0.99),
+        },
     }
 
 
@@ -172,28 +239,48 @@ def nanochat(config: Config, device: Any, dtype: Any) -> dict[str, Any]:
     from nanochat.gpt import GPT, GPTConfig  # type: ignore[import-not-found]
 
     gpt = config.model()
-    sizes = {name: getattr(gpt, name) for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")}
+    sizes = {
+        name: getattr(gpt, name)
+        for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+    }
     with torch.device("meta"):
         model = GPT(GPTConfig(**sizes))
     model.to_empty(device=device)
     model.init_weights()
     randomise(model)
     engine = Engine(model.eval(), Tokenizer())
-    autocast = contextlib.nullcontext() if dtype == torch.float32 else torch.amp.autocast(device.type, dtype=dtype)
+    autocast = (
+        contextlib.nullcontext()
+        if dtype == torch.float32
+        else torch.amp.autocast(device.type, dtype=dtype)
+    )
 
     def point(rows: int, context: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        stream = engine.generate([i % (gpt.vocab_size - 8) for i in range(context)], rows, max_tokens=config.steps + 1, temperature=0.0)
+        stream = engine.generate(
+            [i % (gpt.vocab_size - 8) for i in range(context)],
+            rows,
+            max_tokens=config.steps + 1,
+            temperature=0.0,
+        )
         with autocast:
-            times = {"read": timed(lambda: next(stream), device, 1), "write": timed(lambda: next(stream), device, config.steps)}
+            times = {
+                "read": timed(lambda: next(stream), device, 1),
+                "write": timed(lambda: next(stream), device, config.steps),
+            }
         return summary(rows, context, times)
 
     point(1, 16)
     points = [point(*where) for where in config.sweep()]
-    return {"prefill": [read for read, _ in points if read["batch"] == 1], "decode": [write for _, write in points]}
+    return {
+        "prefill": [read for read, _ in points if read["batch"] == 1],
+        "decode": [write for _, write in points],
+    }
 
 
 class Tokenizer:
-    """No text, and special tokens that random weights never produce: rows end only by their length."""
+    """No text, and special tokens that random weights never produce: rows end only by their
+    length.
+    """
 
     def encode_special(self, name: str) -> int:
         return -1
@@ -206,7 +293,9 @@ def known_name(dtype: Any) -> str:
 
 
 def randomise(model: Any) -> None:
-    """Give both models the same small random weights; zeros could be faster or slower to multiply."""
+    """Give both models the same small random weights; zeros could be faster or slower to
+    multiply.
+    """
     import torch
 
     generator = torch.Generator(next(model.parameters()).device).manual_seed(1)
@@ -215,7 +304,9 @@ def randomise(model: Any) -> None:
             parameter.normal_(0, 0.02, generator=generator)
 
 
-def timed(step: Callable[[], Any], device: Any, count: int = 0, until: Callable[[], bool] = lambda: False) -> list[float]:
+def timed(
+    step: Callable[[], Any], device: Any, count: int = 0, until: Callable[[], bool] = lambda: False
+) -> list[float]:
     """Seconds of each call, `count` times or until something holds."""
     times: list[float] = []
     while not (until() or 0 < count == len(times)):
@@ -226,7 +317,9 @@ def timed(step: Callable[[], Any], device: Any, count: int = 0, until: Callable[
     return times
 
 
-def summary(rows: int, context: int, times: dict[str, list[float]]) -> tuple[dict[str, Any], dict[str, Any]]:
+def summary(
+    rows: int, context: int, times: dict[str, list[float]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     where, read, write = {"batch": rows, "context": context}, sum(times["read"]), times["write"]
     latency = {"p50_ms": quantile(write, 0.5), "p99_ms": quantile(write, 0.99)}
     prefill = {**where, "tok_per_sec": rows * context / read, "seconds_to_first_token": read}
@@ -239,10 +332,14 @@ def quantile(times: Sequence[float], share: float) -> float:
 
 
 def memory_bandwidth(device: Any) -> tuple[float, str]:
-    """(bytes per second, source): the data sheet of a known GPU, else measured by summing a tensor."""
+    """(bytes per second, source): the data sheet of a known GPU, else measured by summing a
+    tensor.
+    """
     import torch
 
-    if device.type == "cuda" and (known := flops.memory_bandwidth(torch.cuda.get_device_name(device))):
+    if device.type == "cuda" and (
+        known := flops.memory_bandwidth(torch.cuda.get_device_name(device))
+    ):
         return known, "data sheet"
     large = torch.ones(2**26, device=device)
     return large.numel() * 4 / min(timed(large.sum, device, 8)), "measured: the sum of 256 MiB"

@@ -1,6 +1,8 @@
 """Compare bits per byte with nanochat, after the same tokens and after the same minutes. JSON.
 
-    python -m dev.bench_quality --data=FOLDER --seeds=3 --peer=PATH,PATH      FOLDER holds parquet shards, each PATH a nanochat checkout
+    python -m dev.bench_quality --data=FOLDER --seeds=3 --peer=PATH,PATH      FOLDER holds parquet
+                                                                              shards, each PATH a
+                                                                              nanochat checkout
 
 Each side is trained by its own scripts.base_train, in turns, with its own settings. All share the
 text, the tokenizer (a peer trains it with its script and ours takes it over; the peers' tokenizers
@@ -45,7 +47,8 @@ runpy.run_module("scripts.base_train", run_name="__main__", alter_sys=True)
 
 @dataclass
 class Config:
-    data: str = ""  # a folder of parquet shards with a column `text`; the last one is for validation
+    data: str = ""
+    """a folder of parquet shards with a column `text`; the last one is for validation"""
     peer: str = ""  # folders of nanochat checkouts, separated by commas
     out: str = ""  # folder for the runs; default <base>/bench_quality
     seeds: int = 3  # runs of each, with seeds 1, 2, ...
@@ -77,36 +80,60 @@ def bench(config: Config) -> int:
     check(config)
     where = machine(config.busy)
     out = Path(config.out or get_base_dir() / "bench_quality").absolute()
-    contenders = {OURS: "", **{Path(peer).name: str(Path(peer).absolute()) for peer in config.peer.split(",") if peer}}
+    contenders = {
+        OURS: "",
+        **{Path(peer).name: str(Path(peer).absolute()) for peer in config.peer.split(",") if peer},
+    }
     make_tokenizers(config, {out / name: code for name, code in contenders.items()})
     runs: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in contenders}
     for seed in range(1, config.seeds + 1):
         for name, code in contenders.items():
             runs[name].append(curve(config, out / name, code, seed))
             print(f"{name}, seed {seed}: {runs[name][-1]}", file=sys.stderr, flush=True)
-    print(json.dumps({"settings": configurator.to_dict(config), "machine": where, **summary(runs)}, indent=1))
+    print(
+        json.dumps(
+            {"settings": configurator.to_dict(config), "machine": where, **summary(runs)}, indent=1
+        )
+    )
     return 0
 
 
 def check(config: Config) -> None:
     if not config.data or not any(Path(config.data).glob("*.parquet")):
-        raise configurator.UserError(f"--data={config.data} holds no .parquet file: name a folder of shards with a column `text`")
+        raise configurator.UserError(
+            f"--data={config.data} holds no .parquet file: name a folder of shards with a column "
+            "`text`"
+        )
     for peer in filter(None, config.peer.split(",")):
         if not (Path(peer) / "nanochat" / "gpt.py").is_file():
-            raise configurator.UserError(f"--peer={peer} is no checkout of nanochat: it has no nanochat/gpt.py")
+            raise configurator.UserError(
+                f"--peer={peer} is no checkout of nanochat: it has no nanochat/gpt.py"
+            )
     if config.steps % config.every:
-        raise configurator.UserError(f"--steps={config.steps} is not a multiple of --every={config.every}: change one of them")
+        raise configurator.UserError(
+            f"--steps={config.steps} is not a multiple of --every={config.every}: change one of "
+            "them"
+        )
     if config.our_batch < 0 or config.our_batch and config.total_batch_size % config.our_batch:
-        raise configurator.UserError(f"--our_batch={config.our_batch} does not divide --total_batch_size={config.total_batch_size}")
+        raise configurator.UserError(
+            f"--our_batch={config.our_batch} does not divide "
+            f"--total_batch_size={config.total_batch_size}"
+        )
     if config.our_steps < 0 or config.our_steps % (config.steps // config.every):
-        raise configurator.UserError(f"--our_steps={config.our_steps} does not divide into {config.steps // config.every} checkpoints")
+        raise configurator.UserError(
+            f"--our_steps={config.our_steps} does not divide into {config.steps // config.every} "
+            "checkpoints"
+        )
 
 
 def summary(runs: dict[str, list[list[dict[str, Any]]]]) -> dict[str, Any]:
     """Medians over seeds for each side, and our time to reach each peer's final score."""
     result: dict[str, Any] = {}
     for name, seeds in runs.items():
-        middle = [{key: statistics.median(point[key] for point in points) for key in points[0]} for points in zip(*seeds, strict=True)]
+        middle = [
+            {key: statistics.median(point[key] for point in points) for key in points[0]}
+            for points in zip(*seeds, strict=True)
+        ]
         result[name] = {"median": middle, "seeds": seeds}
     for name, found in result.items():
         if name != OURS:
@@ -117,7 +144,9 @@ def summary(runs: dict[str, list[list[dict[str, Any]]]]) -> dict[str, Any]:
 
 
 def seconds_to(points: Sequence[dict[str, float]], bpb: float) -> float | None:
-    """Seconds until the curve, linear between its points, first reaches `bpb`; None if it never does."""
+    """Seconds until the curve, linear between its points, first reaches `bpb`; None if it never
+    does.
+    """
     before = None
     for point in points:
         if point["bpb"] <= bpb:
@@ -129,7 +158,7 @@ def seconds_to(points: Sequence[dict[str, float]], bpb: float) -> float | None:
     return None
 
 
-# ---- training -----------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 def make_tokenizers(config: Config, bases: dict[Path, str]) -> None:
@@ -148,21 +177,36 @@ def make_tokenizers(config: Config, bases: dict[Path, str]) -> None:
             if not (base / name).exists():
                 (base / name).symlink_to(Path(config.data).absolute())
         if not pickles[-1].is_file():
-            command = [sys.executable, "-m", "scripts.tok_train", *spelled(settings, code, "tok_train")]
+            command = [
+                sys.executable,
+                "-m",
+                "scripts.tok_train",
+                *spelled(settings, code, "tok_train"),
+            ]
             launch(command, base, code, base / "tokenizer.log")
     ours = next(base for base, code in bases.items() if not code)
     tokenizers = [read_tokenizer(path) for path in pickles]
     if len({tokenizer.fingerprint for tokenizer in tokenizers}) > 1:
-        raise configurator.UserError(f"the peers' tokenizers differ, so nothing can be compared: see {ours.parent}")
+        raise configurator.UserError(
+            f"the peers' tokenizers differ, so nothing can be compared: see {ours.parent}"
+        )
     if tokenizers:
         tokenizers[0].save(ours / "tokenizer")
     else:
-        command = [sys.executable, "-m", "scripts.tok_train", f"--data_path={config.data}", *spelled(settings)]
+        command = [
+            sys.executable,
+            "-m",
+            "scripts.tok_train",
+            f"--data_path={config.data}",
+            *spelled(settings),
+        ]
         launch(command, ours, "", ours / "tokenizer.log")
 
 
 def curve(config: Config, base: Path, code: str, seed: int) -> list[dict[str, Any]]:
-    """Steps, tokens, seconds and bits per byte of the checkpoints of one run; train it if missing."""
+    """Steps, tokens, seconds and bits per byte of the checkpoints of one run; train it if
+    missing.
+    """
     tag = f"seed{seed}"
     folder, done = base / "base_checkpoints" / tag, base / f"{tag}.json"
     batch, steps = config.total_batch_size, config.steps
@@ -181,57 +225,120 @@ def curve(config: Config, base: Path, code: str, seed: int) -> list[dict[str, An
             "core_metric_every": -1,
         }
         if code:
-            rows = config.device_batch_size * config.max_seq_len  # it validates at its end in any case, on this little
+            rows = (
+                config.device_batch_size * config.max_seq_len
+            )  # it validates at its end in any case, on this little
             settings |= {"eval_every": 10**9, "sample_every": 10**9, "eval_tokens": rows}
-            command = [sys.executable, "-c", SEEDED, str(seed), *spelled(settings, code, "base_train")]
+            command = [
+                sys.executable,
+                "-c",
+                SEEDED,
+                str(seed),
+                *spelled(settings, code, "base_train"),
+            ]
         else:
-            settings |= {"eval_every": -1, "sample_every": -1, "seed": seed, "keep_last": config.steps // config.every, "overwrite": 1}
-            command = [sys.executable, "-m", "scripts.base_train", f"--data_path={config.data}", *spelled(settings), *config.flags.split()]
+            settings |= {
+                "eval_every": -1,
+                "sample_every": -1,
+                "seed": seed,
+                "keep_last": config.steps // config.every,
+                "overwrite": 1,
+            }
+            command = [
+                sys.executable,
+                "-m",
+                "scripts.base_train",
+                f"--data_path={config.data}",
+                *spelled(settings),
+                *config.flags.split(),
+            ]
         start = time.time()
         launch(command, base, code, base / f"{tag}.log")
-        seconds = {step: round(path.stat().st_mtime - start, 1) for step, path in checkpoints(folder).items()}
+        seconds = {
+            step: round(path.stat().st_mtime - start, 1)
+            for step, path in checkpoints(folder).items()
+        }
         done.write_text(json.dumps(seconds), encoding="utf-8")
-    seconds = {int(step): value for step, value in json.loads(done.read_text(encoding="utf-8")).items()}
+    seconds = {
+        int(step): value for step, value in json.loads(done.read_text(encoding="utf-8")).items()
+    }
     scores = scored(config, folder, code)
-    return [{"step": step, "tokens": step * batch, "seconds": seconds[step], "bpb": scores[step]} for step in sorted(seconds)]
+    return [
+        {"step": step, "tokens": step * batch, "seconds": seconds[step], "bpb": scores[step]}
+        for step in sorted(seconds)
+    ]
 
 
 def spelled(settings: dict[str, Any], code: str = "", script: str = "") -> list[str]:
     """Command-line flags, spelled with hyphens if the script of the nanochat checkout does so."""
     text = (Path(code) / "scripts" / f"{script}.py").read_text(encoding="utf-8") if code else ""
-    hyphens = {name: name.replace("_", "-") for name in settings if re.search(rf"""["']--{name.replace("_", "-")}["']""", text)}
+    hyphens = {
+        name: name.replace("_", "-")
+        for name in settings
+        if re.search(rf"""["']--{name.replace("_", "-")}["']""", text)
+    }
     return [f"--{hyphens.get(name, name)}={value}" for name, value in settings.items()]
 
 
 def launch(command: Sequence[str], base: Path, code: str, log: Path) -> str:
-    """Run a command in the checkout `code` (empty: ours) with `base` for its files; return its output."""
+    """Run a command in the checkout `code` (empty: ours) with `base` for its files; return its
+    output.
+    """
     base.mkdir(parents=True, exist_ok=True)
     root = code or str(Path(__file__).parents[1])
     bases = {"NANOCHAT_BASE_DIR": str(base)} if code else {"ZANGCHAT_BASE_DIR": str(base)}
-    environment = {**os.environ, **bases, "PYTHONPATH": root, "WANDB_MODE": "disabled", "PYTHONUTF8": "1"}
+    environment = {
+        **os.environ,
+        **bases,
+        "PYTHONPATH": root,
+        "WANDB_MODE": "disabled",
+        "PYTHONUTF8": "1",
+    }
     with log.open("w", encoding="utf-8") as file:
-        done = subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=file, encoding="utf-8")
+        done = subprocess.run(
+            command,
+            cwd=root,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=file,
+            encoding="utf-8",
+        )
         file.write(done.stdout)
     if done.returncode:
-        raise configurator.UserError(f"{' '.join(command[1:4])} ... failed with code {done.returncode}: see {log}")
+        raise configurator.UserError(
+            f"{' '.join(command[1:4])} ... failed with code {done.returncode}: see {log}"
+        )
     return done.stdout
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
     """step -> weights"""
-    found = {re.fullmatch(r"model_(\d+)\.pt", path.name): path for path in folder.glob("model_*.pt")}
-    return {int(match[1]): path for match, path in sorted(found.items(), key=lambda item: item[1]) if match}
+    found = {
+        re.fullmatch(r"model_(\d+)\.pt", path.name): path for path in folder.glob("model_*.pt")
+    }
+    return {
+        int(match[1]): path
+        for match, path in sorted(found.items(), key=lambda item: item[1])
+        if match
+    }
 
 
-# ---- scoring ------------------------------------------------------------------------------------------------------------
+# ---- scoring -------------------------------------------------------------------------------------
 
 
 def scored(config: Config, folder: Path, code: str) -> dict[int, float]:
     """Score in a separate process: two checkouts both define a package `nanochat`."""
     ours = folder.parents[1].parent / OURS
-    flags = {"data": config.data, "max_seq_len": config.max_seq_len, "device_batch_size": config.device_batch_size, "code": code}
+    flags = {
+        "data": config.data,
+        "max_seq_len": config.max_seq_len,
+        "device_batch_size": config.device_batch_size,
+        "code": code,
+    }
     flags |= {"eval_tokens": config.eval_tokens, "score": str(folder)}
-    printed = launch([sys.executable, "-m", "dev.bench_quality", *spelled(flags)], ours, "", folder / "score.log")
+    printed = launch(
+        [sys.executable, "-m", "dev.bench_quality", *spelled(flags)], ours, "", folder / "score.log"
+    )
     return {int(step): bpb for step, bpb in json.loads(printed.splitlines()[-1]).items()}
 
 
@@ -248,10 +355,16 @@ def score(config: Config, folder: Path) -> dict[int, float]:
     found = {}
     for step, path in checkpoints(folder).items():
         batches = validation_batches(
-            dataset, tokenizer, config.max_seq_len, eval_tokens=config.eval_tokens, rows_per_batch=config.device_batch_size
+            dataset,
+            tokenizer,
+            config.max_seq_len,
+            eval_tokens=config.eval_tokens,
+            rows_per_batch=config.device_batch_size,
         )
         model: Any = (
-            peer_model(config.code, path, device) if config.code else checkpoint_manager.build_model(folder, step, device, "eval")[0]
+            peer_model(config.code, path, device)
+            if config.code
+            else checkpoint_manager.build_model(folder, step, device, "eval")[0]
         )
         with torch.inference_mode():
             found[step] = round(evaluate_bpb(model, batches, get_token_bytes()), 4)
@@ -265,7 +378,11 @@ def peer_model(code: str, path: Path, device: Any) -> Any:
     sys.path.insert(0, code)
     with contextlib.redirect_stdout(sys.stderr):
         from nanochat.gpt import GPT, GPTConfig  # type: ignore[import-not-found]
-    meta = json.loads((path.parent / path.name.replace("model_", "meta_")).with_suffix(".json").read_text(encoding="utf-8"))
+    meta = json.loads(
+        (path.parent / path.name.replace("model_", "meta_"))
+        .with_suffix(".json")
+        .read_text(encoding="utf-8")
+    )
     model = GPT(GPTConfig(**meta["model_config"])).to(device)
     model.init_weights()  # its rotary tables are not part of a checkpoint
     weights = checkpoint_manager.strip_prefix(checkpoint_manager.read_tensors(path, device))

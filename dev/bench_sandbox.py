@@ -43,16 +43,29 @@ def bench(config: Config) -> None:
     kinds: dict[str, Callable[[], ExecutionResult]] = {
         "program": lambda: run_in_jail("pass", sandbox.jail, 5.0, 256 * 2**20),
         "program with tests": lambda: run_in_jail(
-            "def f(x):\n    return x", sandbox.jail, 5.0, 256 * 2**20, ("assert candidate(1) == 1", "f")
+            "def f(x):\n    return x",
+            sandbox.jail,
+            5.0,
+            256 * 2**20,
+            ("assert candidate(1) == 1", "f"),
         ),
     }
     if config.layers:
         jails = {"limits": Jail(), "landlock": Jail(landlock=True), "seccomp": Jail(seccomp=True)}
         jails |= {world: Jail(world) for world in ("bubblewrap", "namespaces")}
-        jails |= {f"all, {world}": Jail(world, landlock=True, seccomp=True, drop=True) for world in ("bubblewrap", "namespaces")}
-        kinds |= {name: (lambda jail=jail: run_in_jail("pass", jail, 5.0, 256 * 2**20)) for name, jail in jails.items()}  # type: ignore[misc]
+        jails |= {
+            f"all, {world}": Jail(world, landlock=True, seccomp=True, drop=True)
+            for world in ("bubblewrap", "namespaces")
+        }
+        kinds |= {
+            name: (lambda jail=jail: run_in_jail("pass", jail, 5.0, 256 * 2**20))
+            for name, jail in jails.items()
+        }  # type: ignore[misc]
     for name, run in kinds.items():
-        figures[name] = {"one_at_a_time": measure(run, config.programs, 1), "at_once": measure(run, config.programs, config.at_once)}
+        figures[name] = {
+            "one_at_a_time": measure(run, config.programs, 1),
+            "at_once": measure(run, config.programs, config.at_once),
+        }
     print(json.dumps(figures, indent=2))
 
 
@@ -82,7 +95,9 @@ def measure(run: Callable[[], ExecutionResult], programs: int, at_once: int) -> 
 
 def cpu_seconds() -> float:
     """Processor seconds of this process and its finished children, independent of other load."""
-    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(
+        sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Measure a chat server under many clients: tokens per second, latency, errors, leaks. JSON.
 
-    python -m dev.bench_serve -i sft                      the model in the base directory, served by scripts.chat_web
+    python -m dev.bench_serve -i sft                      the model in the base directory, served by
+                                                          scripts.chat_web
     python -m dev.bench_serve -i sft --requests=2000      long enough to see a leak
 
 Requests of mixed lengths first come one at a time, then over `--streams` connections at once. Some
@@ -82,8 +83,17 @@ def bench(config: Config) -> int:
         for name in ("source", "model_tag", "step", "quantize", "device_type", "dtype")
         if (value := getattr(config, name))
     ]
-    command = [sys.executable, "-m", "scripts.chat_web", "--port=0", f"--queue={config.streams}", *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as server:
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.chat_web",
+        "--port=0",
+        f"--queue={config.streams}",
+        *flags,
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+    ) as server:
         try:
             assert server.stdout is not None
             found = re.search(r"127\.0\.0\.1:(\d+)", server.stdout.readline())
@@ -93,7 +103,12 @@ def bench(config: Config) -> int:
         finally:
             server.send_signal(signal.SIGINT)
             server.wait(30)
-    print(json.dumps({"machine": where, "streams": config.streams, "requests": config.requests, **result}, indent=1))
+    print(
+        json.dumps(
+            {"machine": where, "streams": config.streams, "requests": config.requests, **result},
+            indent=1,
+        )
+    )
     return 0
 
 
@@ -151,7 +166,9 @@ async def measure(config: Config, port: int, pid: int) -> dict[str, Any]:
     }
 
 
-async def phase(port: int, plan: list[dict[str, Any]], streams: int, measured: Measurements | None = None) -> tuple[Measurements, float]:
+async def phase(
+    port: int, plan: list[dict[str, Any]], streams: int, measured: Measurements | None = None
+) -> tuple[Measurements, float]:
     """Send the requests of a plan from `streams` clients.
 
     Returns (measurements, tokens per second by the server's own count while all clients were busy).
@@ -187,7 +204,9 @@ def examine(port: int, measured: Measurements, over: threading.Event) -> None:
 
 async def ask(port: int, question: dict[str, Any], measured: Measurements) -> None:
     """Send one request over its own connection, as nanochat's page does."""
-    body = json.dumps({key: value for key, value in question.items() if key != "leaves_after"}).encode()
+    body = json.dumps(
+        {key: value for key, value in question.items() if key != "leaves_after"}
+    ).encode()
     start = last = time.perf_counter()
     pieces = 0
     try:

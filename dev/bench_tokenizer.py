@@ -1,8 +1,12 @@
-"""Compare the tokenizer's speed and memory with other installed ones: training, encoding, decoding. JSON.
+r"""Compare the tokenizer's speed and memory with other installed ones. Prints JSON.
 
-    python -m dev.bench_tokenizer                                          20 MB of pydocs, vocabulary 32,768
-    python -m dev.bench_tokenizer --data_path=base_data --megabytes=1000 --vocab_size=65536 --tasks=train --only=zangchat
-    python -m dev.bench_tokenizer --peers=rustbpe=FOLDER,gigatoken=FOLDER  packages that were installed with `pip install --target FOLDER`
+    python -m dev.bench_tokenizer                                          20 MB of pydocs,
+                                                                           vocabulary 32,768
+    python -m dev.bench_tokenizer --data_path=base_data --megabytes=1000 --vocab_size=65536 \
+        --tasks=train --only=zangchat
+    python -m dev.bench_tokenizer --peers=rustbpe=FOLDER,gigatoken=FOLDER  packages that were
+                                                                           installed with `pip
+                                                                           install --target FOLDER`
 
 Peers: rustbpe (PyPI's, in a separate folder because it shares our crate's name), tokenizers,
 tiktoken, gigatoken. All train on the same text and encode it with the same vocabulary, ours, with
@@ -73,9 +77,16 @@ def bench(config: Config) -> int:
     with tempfile.TemporaryDirectory() as folder:
         facts = prepare(config, Path(folder))
         tasks = config.tasks.split(",")
-        during, results = taken_meanwhile(lambda: {task: take_turns(config, task, Path(folder), threads) for task in tasks})
+        during, results = taken_meanwhile(
+            lambda: {task: take_turns(config, task, Path(folder), threads) for task in tasks}
+        )
     taken = max(where["busy_cores_before"], during)
-    known = {"result": taken <= BUSY, "cores_taken_by_others": round(taken, 2), "threads": threads, "repeats": config.repeats}
+    known = {
+        "result": taken <= BUSY,
+        "cores_taken_by_others": round(taken, 2),
+        "threads": threads,
+        "repeats": config.repeats,
+    }
     print(json.dumps({"machine": where, **known, **facts, **results}, indent=1))
     return int(taken > BUSY and not config.busy)
 
@@ -93,16 +104,24 @@ def prepare(config: Config, folder: Path) -> dict[str, Any]:
     from zangchat.hf.tokenizer import tokenizer_json
     from zangchat.tokenizer import RustBPETokenizer
 
-    dataset = find_dataset(config.dataset or (None if config.data_path else "pydocs"), config.data_path)
+    dataset = find_dataset(
+        config.dataset or (None if config.data_path else "pydocs"), config.data_path
+    )
     corpus = list(until(config.megabytes, dataset.iter_documents("train")))
     if not corpus:
-        raise configurator.UserError(f"{dataset.name} has no text: name another --dataset or --data_path")
+        raise configurator.UserError(
+            f"{dataset.name} has no text: name another --dataset or --data_path"
+        )
     pq.write_table(pa.table({"text": corpus}), folder / "text.parquet", compression="none")
     texts, distinct = documents(folder, config.megabytes), megabytes_of(corpus)
     if config.tasks != "train":
-        tokenizer = RustBPETokenizer.train_from_iterator(corpus, config.vocab_size + 9, pattern=rustbpe.Tokenizer().get_pattern())
+        tokenizer = RustBPETokenizer.train_from_iterator(
+            corpus, config.vocab_size + 9, pattern=rustbpe.Tokenizer().get_pattern()
+        )
         tokenizer.save(folder)
-        (folder / "hf.json").write_text(json.dumps({**tokenizer_json(tokenizer), "added_tokens": [], "post_processor": None}))
+        (folder / "hf.json").write_text(
+            json.dumps({**tokenizer_json(tokenizer), "added_tokens": [], "post_processor": None})
+        )
     return {
         "text": dataset.name,
         "documents": len(texts),
@@ -121,8 +140,14 @@ def folders_of(config: Config) -> dict[str, str]:
 def versions(folders: dict[str, str]) -> dict[str, str]:
     from importlib import metadata
 
-    installed = {name: metadata.version(name) for name in ("rustbpe", "tokenizers", "tiktoken", "numpy") if importlib.util.find_spec(name)}
-    result = {"zangchat" if name == "rustbpe" else name: version for name, version in installed.items()}
+    installed = {
+        name: metadata.version(name)
+        for name in ("rustbpe", "tokenizers", "tiktoken", "numpy")
+        if importlib.util.find_spec(name)
+    }
+    result = {
+        "zangchat" if name == "rustbpe" else name: version for name, version in installed.items()
+    }
     for name, folder in folders.items():
         for found in metadata.distributions(name=name, path=[folder]):
             result[name] = found.version
@@ -166,9 +191,16 @@ def take_turns(config: Config, task: str, folder: Path, threads: int) -> dict[st
             if package == "rustbpe" and package not in folders:
                 failed[name] = "give --peers=rustbpe=FOLDER"
             if name not in failed:
-                environment = {**os.environ, "RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true", "THREADS": str(threads)}
+                environment = {
+                    **os.environ,
+                    "RAYON_NUM_THREADS": str(threads),
+                    "TOKENIZERS_PARALLELISM": "true",
+                    "THREADS": str(threads),
+                }
                 if package in folders:
-                    environment["PYTHONPATH"] = os.pathsep.join([folders[package], os.environ.get("PYTHONPATH", "")])
+                    environment["PYTHONPATH"] = os.pathsep.join(
+                        [folders[package], os.environ.get("PYTHONPATH", "")]
+                    )
                 flags = [
                     f"--worker={task}:{name}",
                     f"--folder={folder}",
@@ -176,13 +208,21 @@ def take_turns(config: Config, task: str, folder: Path, threads: int) -> dict[st
                     f"--megabytes={config.megabytes}",
                 ]
                 finished = subprocess.run(
-                    [sys.executable, "-m", "dev.bench_tokenizer", *flags], env=environment, capture_output=True, text=True
+                    [sys.executable, "-m", "dev.bench_tokenizer", *flags],
+                    env=environment,
+                    capture_output=True,
+                    text=True,
                 )
                 if finished.returncode:
                     failed[name] = finished.stderr.strip().rsplit("\n", 1)[-1]
                 else:
-                    done.append(json.loads(finished.stdout.splitlines()[-1]))  # tokenizers and others print, too
-    return {name: {"missing": failed[name]} if name in failed else summary(done) for name, done in runs.items()}
+                    done.append(
+                        json.loads(finished.stdout.splitlines()[-1])
+                    )  # tokenizers and others print, too
+    return {
+        name: {"missing": failed[name]} if name in failed else summary(done)
+        for name, done in runs.items()
+    }
 
 
 def summary(done: list[dict[str, Any]]) -> dict[str, Any]:
@@ -222,7 +262,9 @@ def forget_peak() -> float:
 
 
 def peak_megabytes() -> float:
-    """Peak since the program's start or the last reset; ru_maxrss would include the parent's memory."""
+    """Peak since the program's start or the last reset; ru_maxrss would include the parent's
+    memory.
+    """
     status = Path("/proc/self/status")
     if not status.exists():
         return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
@@ -251,9 +293,16 @@ def train_rustbpe(texts: Iterator[str], vocab_size: int) -> list[bytes]:
 
     tokenizer = rustbpe.Tokenizer()
     # PyPI's asks the environment for threads.
-    options: dict[str, Any] = {"num_threads": int(os.environ["THREADS"])} if hasattr(rustbpe.Tokenizer, "from_ranks") else {}
+    options: dict[str, Any] = (
+        {"num_threads": int(os.environ["THREADS"])}
+        if hasattr(rustbpe.Tokenizer, "from_ranks")
+        else {}
+    )
     tokenizer.train_from_iterator(texts, vocab_size, **options)
-    return [bytes(token) for token, _ in sorted(tokenizer.get_mergeable_ranks(), key=lambda pair: pair[1])]
+    return [
+        bytes(token)
+        for token, _ in sorted(tokenizer.get_mergeable_ranks(), key=lambda pair: pair[1])
+    ]
 
 
 def train_tokenizers(texts: Iterator[str], vocab_size: int) -> list[bytes]:
@@ -265,9 +314,14 @@ def train_tokenizers(texts: Iterator[str], vocab_size: int) -> list[bytes]:
     tokenizer = Tokenizer(models.BPE())
     pattern = Regex(rustbpe.Tokenizer().get_pattern())
     pieces = pre_tokenizers.Split(pattern, "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False),
+    )
     byte_of = {character: byte for byte, character in enumerate(byte_characters())}
     by_id = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return [bytes(byte_of[character] for character in token) for token, _ in by_id]
@@ -276,7 +330,9 @@ def train_tokenizers(texts: Iterator[str], vocab_size: int) -> list[bytes]:
 def train_gigatoken(texts: Iterator[str], vocab_size: int) -> list[bytes]:
     import gigatoken
 
-    vocabulary, _ = gigatoken.train_bpe(SEPARATOR.join(text.encode() for text in texts), vocab_size, [], separator=SEPARATOR)
+    vocabulary, _ = gigatoken.train_bpe(
+        SEPARATOR.join(text.encode() for text in texts), vocab_size, [], separator=SEPARATOR
+    )
     return [vocabulary[i] for i in sorted(vocabulary)]
 
 
@@ -322,7 +378,9 @@ def ours(folder: Path) -> Any:
 
 def encode_zangchat(folder: Path, threads: int) -> Encode:
     tokenizer = ours(folder)
-    return lambda texts: tokenizer.encode_documents(texts, num_threads=threads), lambda result: result[0]
+    return lambda texts: tokenizer.encode_documents(
+        texts, num_threads=threads
+    ), lambda result: result[0]
 
 
 def encode_zangchat_list(folder: Path, threads: int) -> Encode:
@@ -339,12 +397,17 @@ def encode_tokenizers(folder: Path, threads: int) -> Encode:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "hf.json"))
-    return lambda texts: tokenizer.encode_batch_fast(texts), lambda result: flat([encoding.ids for encoding in result])
+    return lambda texts: tokenizer.encode_batch_fast(texts), lambda result: flat(
+        [encoding.ids for encoding in result]
+    )
 
 
 # gigatoken supports only a few patterns. This one differs from ours in runs of white space, and so
 # in a few ids and in the digest.
-LLAMA_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def gigatoken_of(folder: Path) -> Any:
@@ -359,7 +422,9 @@ def encode_gigatoken(folder: Path, threads: int) -> Encode:
     import awkward
 
     tokenizer = gigatoken_of(folder)
-    return lambda texts: tokenizer.encode_batch(texts), lambda result: awkward.to_numpy(awkward.flatten(result)).astype(np.uint32)
+    return lambda texts: tokenizer.encode_batch(texts), lambda result: awkward.to_numpy(
+        awkward.flatten(result)
+    ).astype(np.uint32)
 
 
 def encode_gigatoken_list(folder: Path, threads: int) -> Encode:
@@ -400,7 +465,9 @@ def decode_zangchat(folder: Path, threads: int) -> Decode:
     import rustbpe
 
     tokenizer = rustbpe.Tokenizer.from_ranks(list(ours(folder).enc._mergeable_ranks.items()))
-    return lambda ids, offsets: lambda: [tokenizer.decode_documents(ids, offsets, num_threads=threads)[0]]
+    return lambda ids, offsets: (
+        lambda: [tokenizer.decode_documents(ids, offsets, num_threads=threads)[0]]
+    )
 
 
 def decode_tiktoken(folder: Path, threads: int) -> Decode:

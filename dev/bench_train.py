@@ -1,8 +1,12 @@
-"""Measure training speed: tokens per second, share of matrix-product speed, first step, memory. JSON.
+r"""Measure training speed: tokens per second, share of matrix-product speed, first step, memory.
+JSON.
 
-    python -m dev.bench_train --depth=6 --head_dim=64 --max_seq_len=512 --vocab_size=8192 --total_batch_size=16384 --device_batch_size=8
-    python -m dev.bench_train ... --peer=PATH      the same model in the nanochat checkout at PATH, in turns with ours
-    python -m dev.bench_train ... --profile=trace.json      the time of one step: a table, and a trace for chrome://tracing or perfetto
+    python -m dev.bench_train --depth=6 --head_dim=64 --max_seq_len=512 --vocab_size=8192 \
+        --total_batch_size=16384 --device_batch_size=8
+    python -m dev.bench_train ... --peer=PATH      the same model in the nanochat checkout at PATH,
+                                                   in turns with ours
+    python -m dev.bench_train ... --profile=trace.json      the time of one step: a table, and a
+                                                            trace for chrome://tracing or perfetto
 
 A step is complete, on random tokens: forward, backward, clipping, optimizer. Each side is one
 process, so it compiles only once. Its time to the first step is taken before the other side starts
@@ -52,7 +56,11 @@ def bench(config: Config) -> int:
     if config.worker or config.profile:
         return work(config)
     where = machine(config.busy)
-    sides = {name: Side(config, name) for name in ("zangchat", "nanochat") if name == "zangchat" or config.peer}
+    sides = {
+        name: Side(config, name)
+        for name in ("zangchat", "nanochat")
+        if name == "zangchat" or config.peer
+    }
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     for _ in range(config.repeats):
         for name, side in sides.items():
@@ -76,11 +84,15 @@ def bench(config: Config) -> int:
 
 
 class Side:
-    """A process that takes its first step, reports it as a line of JSON, then measures on request."""
+    """A process that takes its first step, reports it as a line of JSON, then measures on
+    request.
+    """
 
     def __init__(self, config: Config, name: str) -> None:
         self.name, self.errors = name, tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (open as long as the process)
-        flags = configurator.as_flags(dataclasses.replace(config, worker=name, launched=time.time()))
+        flags = configurator.as_flags(
+            dataclasses.replace(config, worker=name, launched=time.time())
+        )
         self.process = subprocess.Popen(
             [sys.executable, "-m", "dev.bench_train", *flags],
             stdin=subprocess.PIPE,
@@ -102,7 +114,9 @@ class Side:
             if line.startswith("{"):
                 return json.loads(line)
         self.errors.seek(0)
-        raise configurator.UserError(f"{self.name} could not be measured:\n{self.errors.read()[-3000:]}")
+        raise configurator.UserError(
+            f"{self.name} could not be measured:\n{self.errors.read()[-3000:]}"
+        )
 
 
 def tokens_per_step(config: Config) -> int:
@@ -110,7 +124,7 @@ def tokens_per_step(config: Config) -> int:
     return config.total_batch_size if config.total_batch_size > 0 else rows
 
 
-# ---- one side -------------------------------------------------------------------------------------------------------
+# ---- one side ------------------------------------------------------------------------------------
 
 
 def work(config: Config) -> int:
@@ -125,7 +139,15 @@ def work(config: Config) -> int:
     rate = gemm_rate(config, device, dtype)
     print("{}", flush=True)  # ready
     for _ in sys.stdin:
-        print(json.dumps({"seconds_to_first_step": round(first, 2), **timed_steps(config, step, device, dtype, rate)}), flush=True)
+        print(
+            json.dumps(
+                {
+                    "seconds_to_first_step": round(first, 2),
+                    **timed_steps(config, step, device, dtype, rate),
+                }
+            ),
+            flush=True,
+        )
     return 0
 
 
@@ -140,7 +162,9 @@ def step_times(step: Callable[[], Any], device: Any, steps: int) -> list[float]:
     return times
 
 
-def timed_steps(config: Config, step: Callable[[], Any], device: Any, dtype: Any, rate: float) -> dict[str, Any]:
+def timed_steps(
+    config: Config, step: Callable[[], Any], device: Any, dtype: Any, rate: float
+) -> dict[str, Any]:
     import torch
 
     times = step_times(step, device, config.steps)
@@ -153,7 +177,9 @@ def timed_steps(config: Config, step: Callable[[], Any], device: Any, dtype: Any
         "mfu_of_gemm": round(pace * flops.flops_per_token(gpt) / rate, 4),
         "peak_memory_mib": round(peak_memory_bytes(device) / 2**20),
         "dtype": str(dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
     }
 
@@ -179,7 +205,12 @@ def zangchat(config: Config, device: Any) -> tuple[Callable[[], Any], Any]:
     if device.type != "cpu":  # nothing to choose on a CPU
         print(f"attention: {reason}", file=sys.stderr)
     optimizer = build_optimizer(
-        model, embedding_lr=1e-3, unembedding_lr=1e-3, matrix_lr=1e-3, weight_decay=config.weight_decay, kind=config.optimizer
+        model,
+        embedding_lr=1e-3,
+        unembedding_lr=1e-3,
+        matrix_lr=1e-3,
+        weight_decay=config.weight_decay,
+        kind=config.optimizer,
     )
     rows = tokens_per_step(config) // gpt.sequence_len
     tokens = torch.randint(gpt.vocab_size, (rows, gpt.sequence_len + 1))
@@ -207,20 +238,37 @@ def nanochat(config: Config, device: Any) -> tuple[Callable[[], Any], Any]:
     from nanochat.gpt import GPT, GPTConfig  # type: ignore[import-not-found]
 
     gpt = planning.model_config(config, config.vocab_size)
-    sizes = {name: getattr(gpt, name) for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")}
+    sizes = {
+        name: getattr(gpt, name)
+        for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+    }
     with torch.device("meta"):
         model = GPT(GPTConfig(**sizes))
     model.to_empty(device=device)
     model.init_weights()
-    made = model.setup_optimizers() if hasattr(model, "setup_optimizers") else [model.setup_optimizer()]
-    dtype = getattr(peer_common, "COMPUTE_DTYPE", torch.bfloat16 if device.type == "cuda" or config.dtype == "bfloat16" else torch.float32)
+    made = (
+        model.setup_optimizers()
+        if hasattr(model, "setup_optimizers")
+        else [model.setup_optimizer()]
+    )
+    dtype = getattr(
+        peer_common,
+        "COMPUTE_DTYPE",
+        torch.bfloat16 if device.type == "cuda" or config.dtype == "bfloat16" else torch.float32,
+    )
     # newer versions cast by themselves, older ones use autocast on CUDA
     cast = hasattr(peer_common, "COMPUTE_DTYPE") or dtype == torch.float32
     autocast = contextlib.nullcontext() if cast else torch.amp.autocast(device.type, dtype=dtype)
     compiled = torch.compile(model, dynamic=False)
     rows = tokens_per_step(config) // gpt.sequence_len
     tokens = torch.randint(gpt.vocab_size, (rows, gpt.sequence_len + 1), device=device)
-    passes = list(zip(tokens[:, :-1].split(config.device_batch_size), tokens[:, 1:].split(config.device_batch_size), strict=True))
+    passes = list(
+        zip(
+            tokens[:, :-1].split(config.device_batch_size),
+            tokens[:, 1:].split(config.device_batch_size),
+            strict=True,
+        )
+    )
 
     def step() -> float:
         total = 0.0
@@ -244,7 +292,10 @@ def gemm_rate(config: Config, device: Any, dtype: Any) -> float:
 
     gpt = planning.model_config(config, config.vocab_size)
     tokens = min(tokens_per_step(config), config.device_batch_size * gpt.sequence_len)
-    a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((tokens, gpt.n_embd), (4 * gpt.n_embd, gpt.n_embd)))
+    a, b = (
+        torch.randn(shape, device=device).to(dtype)
+        for shape in ((tokens, gpt.n_embd), (4 * gpt.n_embd, gpt.n_embd))
+    )
     times = []
     for _ in range(8):
         start = time.perf_counter()
@@ -258,7 +309,9 @@ def gemm_rate(config: Config, device: Any, dtype: Any) -> float:
 def profile(config: Config, step: Callable[[], Any], device: Any) -> int:
     import torch
 
-    kinds = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    kinds = [torch.profiler.ProfilerActivity.CPU] + (
+        [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
+    )
     with torch.profiler.profile(activities=kinds) as profiler:
         step()
     profiler.export_chrome_trace(config.profile)

@@ -1,9 +1,12 @@
-"""How much there is to read: lines of the core, and the largest files, classes and functions, at 100 columns.
+"""How much there is to read: lines of the core, and the largest files, classes and functions, at
+100 columns.
 
-    python -m dev.code_size            JSON: the core by file, the parts beside it, each package, the largest pieces
+    python -m dev.code_size            JSON: the core by file, the parts beside it, each package,
+                                       the largest pieces
 
-The core is the part that a learner reads to know how the model is built, trained and run. Lines are counted after `ruff format
---line-length=100` of a copy, so that wide lines gain nothing; blank lines, comments and docstrings count.
+The core is the part that a learner reads to know how the model is built, trained and run. Lines are
+counted after `ruff format --line-length=100` of a copy, so that wide lines gain nothing; blank
+lines, comments and docstrings count.
 """
 
 import ast
@@ -18,11 +21,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 CORE = (
     "zangchat/gpt.py zangchat/nn zangchat/muon.py zangchat/adamw.py zangchat/sharded.py"
-    " zangchat/optim.py zangchat/bpe.py zangchat/tokenizer.py zangchat/streams.py zangchat/dataloader.py zangchat/training/trainer.py"
+    " zangchat/optim.py zangchat/bpe.py zangchat/tokenizer.py zangchat/streams.py "
+    "zangchat/dataloader.py zangchat/training/trainer.py"
     " zangchat/schedule.py zangchat/engine"
 ).split()
 # Read with the core, and reported beside it: moving code there is no gain.
-BESIDE = ("zangchat/conversation.py zangchat/training zangchat/checkpoint_manager.py zangchat/fsdp.py").split()
+BESIDE = (
+    "zangchat/conversation.py zangchat/training zangchat/checkpoint_manager.py zangchat/fsdp.py"
+).split()
 PACKAGES = "zangchat scripts tasks dev tests rustbpe/src".split()
 
 
@@ -32,7 +38,10 @@ def main() -> int:
         core = {path: lines for name in CORE for path, lines in lines_of(copy, name)}
         beside = {p: n for name in BESIDE for p, n in lines_of(copy, name) if p not in core}
         packages = {name: sum(n for _, n in lines_of(copy, name)) for name in PACKAGES}
-        largest = {kind: [f"{lines} {name}" for lines, name in pieces[:5]] for kind, pieces in measured(copy).items()}
+        largest = {
+            kind: [f"{lines} {name}" for lines, name in pieces[:5]]
+            for kind, pieces in measured(copy).items()
+        }
     sums = {"core": sum(core.values()), "beside": sum(beside.values()), "packages": packages}
     print(json.dumps({**sums, "largest": largest, "files": {**core, **beside}}, indent=1))
     return 0
@@ -41,7 +50,9 @@ def main() -> int:
 def checkout(folder: Path) -> Path:
     """A copy of the code in `folder`, formatted to 100 columns."""
     for package in PACKAGES:
-        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__")
+        )
     ruff = [sys.executable, "-m", "ruff", "format", "--quiet", "--isolated", "--line-length=100"]
     subprocess.run([*ruff, folder], check=True)
     return folder

@@ -1,7 +1,9 @@
-"""Have another model write conversations about who the model is, through an OpenAI-compatible endpoint.
+r"""Have another model write conversations about who the model is, through an OpenAI-compatible
+endpoint.
 
     python -m dev.gen_synthetic_data --base_url=http://127.0.0.1:8000/v1 --num=500
-    OPENAI_API_KEY=... python -m dev.gen_synthetic_data --base_url=https://api.example.com/v1 --model=NAME --facts=me.txt --num=1000
+    OPENAI_API_KEY=... python -m dev.gen_synthetic_data --base_url=https://api.example.com/v1 \
+        --model=NAME --facts=me.txt --num=1000
     python -m scripts.mid_train --identity_data=identity.jsonl
 
 The output is a file for --identity_data. For variety, the request for conversation i has a
@@ -36,20 +38,56 @@ Anyone can read, change and run that code on their own computer. It is not ChatG
 It has a calculator for sums and for counting letters. It cannot browse the web, see pictures or remember earlier conversations.
 It knows little, makes mistakes, and says so when asked."""
 USERS = (
-    *("a curious child", "a student of computer science", "a teacher", "a retired engineer", "a journalist", "a sceptical programmer"),
-    *("somebody in a hurry", "somebody who has never used a chatbot", "a researcher", "a tired night-shift nurse", "a poet", "a parent"),
-    *("a user who takes it for another model", "a user who wants to catch it lying", "a user who is lonely", "a shop owner"),
+    *(
+        "a curious child",
+        "a student of computer science",
+        "a teacher",
+        "a retired engineer",
+        "a journalist",
+        "a sceptical programmer",
+    ),
+    *(
+        "somebody in a hurry",
+        "somebody who has never used a chatbot",
+        "a researcher",
+        "a tired night-shift nurse",
+        "a poet",
+        "a parent",
+    ),
+    *(
+        "a user who takes it for another model",
+        "a user who wants to catch it lying",
+        "a user who is lonely",
+        "a shop owner",
+    ),
 )
 TOPICS = (
-    *("a greeting and what it is called", "who made it", "what it can do", "what it cannot do", "how it was trained", "its size and speed"),
-    *("whether it is another well-known model", "whether it has feelings", "whether its code is open", "where its knowledge comes from"),
+    *(
+        "a greeting and what it is called",
+        "who made it",
+        "what it can do",
+        "what it cannot do",
+        "how it was trained",
+        "its size and speed",
+    ),
+    *(
+        "whether it is another well-known model",
+        "whether it has feelings",
+        "whether its code is open",
+        "where its knowledge comes from",
+    ),
     *(
         "whether it makes mistakes",
         "what happens to what the user tells it",
         "what its name means to it",
         "how to run or change it oneself",
     ),
-    *("its calculator", "how it differs from big models", "an ordinary question first, then who is answering", "what it is good for"),
+    *(
+        "its calculator",
+        "how it differs from big models",
+        "an ordinary question first, then who is answering",
+        "what it is good for",
+    ),
 )
 TONES = (
     "friendly",
@@ -67,7 +105,10 @@ SCHEMA: dict[str, Any] = {
             "type": "array",
             "items": {
                 "type": "object",
-                "properties": {"role": {"type": "string", "enum": ["user", "assistant"]}, "content": {"type": "string"}},
+                "properties": {
+                    "role": {"type": "string", "enum": ["user", "assistant"]},
+                    "content": {"type": "string"},
+                },
                 "required": ["role", "content"],
                 "additionalProperties": False,
             },
@@ -87,7 +128,8 @@ class Config:
     facts: str = ""  # a text file with facts about the assistant; default: about zangchat
     languages: str = "English:3,Chinese:1"  # NAME:WEIGHT
     max_turns: int = 3  # maximum number of questions with answers
-    max_similarity: float = 0.7  # of an opening to every earlier one: share of common letter trigrams
+    max_similarity: float = 0.7
+    """of an opening to every earlier one: share of common letter trigrams"""
     temperature: float = 1.0
     max_tokens: int = 1024  # per conversation
     at_once: int = 4  # concurrent requests; changes only the speed
@@ -103,19 +145,28 @@ def generate(config: Config) -> int:
     languages = parse_languages(config.languages)
     facts = Path(config.facts).read_text(encoding="utf-8") if config.facts else FACTS
     output = Path(config.output)
-    written = [conversation_of(row, where) for where, row in read_jsonl(output)] if output.exists() else []
+    written = (
+        [conversation_of(row, where) for where, row in read_jsonl(output)]
+        if output.exists()
+        else []
+    )
     openings = Openings(config.max_similarity)
     for conversation in written:
         openings.add(opening(conversation))
     have, dropped = len(written), {"not a conversation": 0, "too similar": 0}
     writer = Writer(config)
     last = 3 * config.num  # give up on a model that repeats itself
-    with open(output, "a", encoding="utf-8", newline="\n") as file, ThreadPoolExecutor(config.at_once) as pool:
+    with (
+        open(output, "a", encoding="utf-8", newline="\n") as file,
+        ThreadPoolExecutor(config.at_once) as pool,
+    ):
         for first in range(progress_of(output), last, config.at_once):
             if have >= config.num:
                 break
             indices = range(first, min(first + config.at_once, last))
-            replies = list(pool.map(lambda i: writer.write(make_prompt(facts, languages, config, i)), indices))
+            replies = list(
+                pool.map(lambda i: writer.write(make_prompt(facts, languages, config, i)), indices)
+            )
             for reply in replies:
                 conversation = read_reply(reply)
                 if conversation is None:
@@ -127,9 +178,15 @@ def generate(config: Config) -> int:
                     have += 1
             file.flush()
             atomic_write(position_file(output), str(indices.stop))
-            print0(f"{have} of {config.num} conversations; left out: " + ", ".join(f"{n} {why}" for why, n in dropped.items()))
+            print0(
+                f"{have} of {config.num} conversations; left out: "
+                + ", ".join(f"{n} {why}" for why, n in dropped.items())
+            )
     if have < config.num:
-        print0(f"{output} has {have} conversations: after {last} requests nothing new comes; raise --temperature or --max_similarity")
+        print0(
+            f"{output} has {have} conversations: after {last} requests nothing new comes; raise "
+            "--temperature or --max_similarity"
+        )
         return 1
     following = shlex.join(["python", "-m", "scripts.mid_train", f"--identity_data={output}"])
     print0(f"{output} has {have} conversations; next: {following}")
@@ -139,9 +196,15 @@ def generate(config: Config) -> int:
 def check(config: Config) -> None:
     configurator.check_range(1, config, "num", "max_turns", "max_tokens", "at_once")
     if not 0 < config.max_similarity <= 1 or config.temperature < 0:
-        raise UserError(f"--max_similarity={config.max_similarity:g} must lie in (0, 1], --temperature={config.temperature:g} not below 0")
+        raise UserError(
+            f"--max_similarity={config.max_similarity:g} must lie in (0, 1], "
+            f"--temperature={config.temperature:g} not below 0"
+        )
     if config.facts and not Path(config.facts).is_file():
-        raise UserError(f"--facts={config.facts}: there is no such file; write down what is true of the assistant, as plain text")
+        raise UserError(
+            f"--facts={config.facts}: there is no such file; write down what is true of the "
+            "assistant, as plain text"
+        )
 
 
 def parse_languages(spec: str) -> dict[str, float]:
@@ -169,7 +232,7 @@ def progress_of(output: Path) -> int:
     return int(path.read_text(encoding="utf-8")) if output.exists() and path.exists() else 0
 
 
-# ---- asking ---------------------------------------------------------------------------------------------------------
+# ---- asking --------------------------------------------------------------------------------------
 
 
 def make_prompt(facts: str, languages: dict[str, float], config: Config, index: int) -> str:
@@ -194,7 +257,9 @@ class Writer:
             import openai
         self.openai, self.config = openai, config
         key = os.environ.get("OPENAI_API_KEY", "none")  # your own server needs none
-        self.client = openai.OpenAI(base_url=config.base_url, api_key=key, max_retries=4, timeout=600.0)
+        self.client = openai.OpenAI(
+            base_url=config.base_url, api_key=key, max_retries=4, timeout=600.0
+        )
         self.has_schemas = True
         self.model = config.model or self._called(lambda: self.client.models.list().data[0].id)
 
@@ -206,19 +271,29 @@ class Writer:
             "max_tokens": self.config.max_tokens,
         }
         if self.has_schemas:
-            schema = {"type": "json_schema", "json_schema": {"name": "conversation", "strict": True, "schema": SCHEMA}}
+            schema = {
+                "type": "json_schema",
+                "json_schema": {"name": "conversation", "strict": True, "schema": SCHEMA},
+            }
             try:
                 return self._text({**asked, "response_format": schema})
             except self.openai.BadRequestError as error:
                 if "response_format" not in str(error):
                     raise UserError(f"{self.config.base_url} refuses: {error}") from error
                 if self.has_schemas:
-                    print0("the endpoint does not support JSON schemas: only the prompt asks for JSON")
+                    print0(
+                        "the endpoint does not support JSON schemas: only the prompt asks for JSON"
+                    )
                 self.has_schemas = False
         return self._text(asked)
 
     def _text(self, asked: dict[str, Any]) -> str:
-        return self._called(lambda: self.client.chat.completions.create(**asked)).choices[0].message.content or ""
+        return (
+            self._called(lambda: self.client.chat.completions.create(**asked))
+            .choices[0]
+            .message.content
+            or ""
+        )
 
     def _called(self, call: Any) -> Any:
         try:
@@ -230,26 +305,35 @@ class Writer:
             raise UserError(f"{problem}: start scripts.chat_web, or give another") from error
 
 
-# ---- what came back -------------------------------------------------------------------------------------------------
+# ---- what came back ------------------------------------------------------------------------------
 
 
 def read_reply(reply: str) -> Conversation | None:
-    """The conversation in a reply, with or without text or a fence around it; None if there is none."""
+    """The conversation in a reply, with or without text or a fence around it; None if there is
+    none.
+    """
     found = re.search(r"\{.*\}", reply, re.DOTALL)
     try:
         conversation = conversation_of(json.loads(found[0] if found else ""), "the reply")
     except (ValueError, UserError):
         return None
-    plain = all(isinstance(message["content"], str) and message["content"].strip() for message in conversation["messages"])
+    plain = all(
+        isinstance(message["content"], str) and message["content"].strip()
+        for message in conversation["messages"]
+    )
     return conversation if plain else None
 
 
 def opening(conversation: Conversation) -> str:
-    return next(message["content"] for message in conversation["messages"] if message["role"] == "user")
+    return next(
+        message["content"] for message in conversation["messages"] if message["role"] == "user"
+    )
 
 
 class Openings:
-    """First questions so far. `add` returns whether one is new: not too similar to an earlier one."""
+    """First questions so far. `add` returns whether one is new: not too similar to an earlier
+    one.
+    """
 
     def __init__(self, max_similarity: float) -> None:
         self.max_similarity = max_similarity

@@ -1,6 +1,8 @@
-"""Plan the steps of each stage for the minutes of dev/runcpu.sh, from this machine's measured speed.
+r"""Plan the steps of each stage for the minutes of dev/runcpu.sh, from this machine's measured
+speed.
 
-    python -m dev.laptop_plan --minutes=25 --depth=4 --n_embd=192 --head_dim=32 --max_seq_len=256 --total_batch_size=2048
+    python -m dev.laptop_plan --minutes=25 --depth=4 --n_embd=192 --head_dim=32 --max_seq_len=256 \
+        --total_batch_size=2048
 
 The plan is printed as shell variables. A schedule needs its length beforehand, and a resumed run
 needs the same length again. So the speed is measured once, before the first stage, and runcpu.sh
@@ -38,14 +40,19 @@ def plan(config: Config) -> int:
     config.vocab_size = get_tokenizer().get_vocab_size()
     pace = seconds_per_step(config)
     tokens = config.total_batch_size
-    print(f"# {pace:.3f} s per step of {tokens} tokens ({tokens / pace:,.0f} tok/s), planned for {config.minutes:g} minutes")
+    print(
+        f"# {pace:.3f} s per step of {tokens} tokens ({tokens / pace:,.0f} tok/s), planned for "
+        f"{config.minutes:g} minutes"
+    )
     for name, steps in steps_that_fit(config.minutes, pace).items():
         print(f"{name}={steps}")
     return 0
 
 
 def steps_that_fit(minutes: float, pace: float) -> dict[str, int]:
-    """Steps per stage for a pace in seconds per training step; pretraining gets the remaining time."""
+    """Steps per stage for a pace in seconds per training step; pretraining gets the remaining
+    time.
+    """
     left = 60 * max(minutes - OVERHEAD_MINUTES, 0) / pace  # in units of a training step
     later = {name: min(MOST[name], int(left * SHARES[name] / COST[name])) for name in SHARES}
     base = int(left - sum(steps * COST[name] for name, steps in later.items()))

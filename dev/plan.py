@@ -34,16 +34,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 def show(config: Config) -> int:
     base_train.check(config)
     gpt, plan = base_train.make_plan(config, config.vocab_size)
-    check_batch(plan.total_batch_size, gpt.sequence_len, config.device_batch_size, config.world_size)
+    check_batch(
+        plan.total_batch_size, gpt.sequence_len, config.device_batch_size, config.world_size
+    )
     rows = plan.total_batch_size // (gpt.sequence_len * config.world_size)
-    settings = {"world_size": config.world_size, "grad_checkpoint": config.grad_checkpoint, "fsdp": config.fsdp}
+    settings = {
+        "world_size": config.world_size,
+        "grad_checkpoint": config.grad_checkpoint,
+        "fsdp": config.fsdp,
+    }
     if config.device_batch_size == "auto":
         fitting = flops.fitting_batch(gpt, rows, config.memory_gb * 2**30, **settings)
         if not fitting:
-            raise configurator.UserError(f"not even one row of this model fits into {config.memory_gb} GB: choose a smaller DEPTH")
+            raise configurator.UserError(
+                f"not even one row of this model fits into {config.memory_gb} GB: choose a smaller "
+                "DEPTH"
+            )
     else:
         fitting = min(config.device_batch_size, rows)
-    planning.print_plan(dataclasses.replace(config, device_batch_size=fitting), gpt, plan, config.world_size)
+    planning.print_plan(
+        dataclasses.replace(config, device_batch_size=fitting), gpt, plan, config.world_size
+    )
     memory = flops.memory_estimate(gpt, fitting, **settings)["total"] / 2**30
     print(f"memory         {memory:.1f} GiB on each GPU with {fitting} rows in a pass, estimated")
     work = flops.flops_per_token(gpt) * plan.tokens

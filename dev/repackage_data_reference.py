@@ -1,6 +1,8 @@
-"""Turn a dataset of the hub or your own corpus, of any size, into shuffled shards, in bounded memory.
+r"""Turn a dataset of the hub or your own corpus, of any size, into shuffled shards, in bounded
+memory.
 
-    python -m dev.repackage_data_reference --hub=HuggingFaceFW/fineweb-edu --hub_config=sample-100BT --name=edu
+    python -m dev.repackage_data_reference --hub=HuggingFaceFW/fineweb-edu \
+        --hub_config=sample-100BT --name=edu
     python -m dev.repackage_data_reference --data_path=corpus/ --name=mine
     python -m scripts.base_train --dataset=mine
 
@@ -64,28 +66,52 @@ def main(argv: Sequence[str] | None = None) -> int:
 def repackage(config: Config) -> int:
     if bool(config.hub) == bool(config.data_path):
         raise UserError("give either --hub=OWNER/NAME or --data_path=FOLDER: the text to repackage")
-    name = config.name or (config.hub.rpartition("/")[2] if config.hub else Path(str(config.data_path)).stem)
+    name = config.name or (
+        config.hub.rpartition("/")[2] if config.hub else Path(str(config.data_path)).stem
+    )
     folder = datasets_dir() / name
     with folder_lock(folder):
         if folder.exists() and not config.overwrite:
-            raise UserError(f"{folder} is there already: choose another --name, or give --overwrite to make it again")
+            raise UserError(
+                f"{folder} is there already: choose another --name, or give --overwrite to make it "
+                "again"
+            )
         building = folder.with_name(f".{name}.building")
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-        documents = itertools.islice(source(config), config.max_documents if config.max_documents >= 0 else None)
+        documents = itertools.islice(
+            source(config), config.max_documents if config.max_documents >= 0 else None
+        )
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(shutil.rmtree, building, ignore_errors=True)
             buckets = building / "buckets"
-            count = scatter((text.encode("utf-8", "replace") for text in documents), buckets, config.seed)
+            count = scatter(
+                (text.encode("utf-8", "replace") for text in documents), buckets, config.seed
+            )
             print0(f"{count:,} documents in {BUCKETS} buckets")
             if count < 2:
-                raise UserError(f"{config.hub or config.data_path} holds {count} document(s): at least 2 are needed, one for validation")
+                raise UserError(
+                    f"{config.hub or config.data_path} holds {count} document(s): at least 2 are "
+                    "needed, one for validation"
+                )
             shuffled = gather(bucket_files(buckets), round(config.memory * 1e9), config.seed)
             held_out = max(1, min(config.validation_documents, count // HELD_OUT))
-            shards = [write_shards(itertools.islice(shuffled, held_out), building, "validation", sys.maxsize)[0]]
+            shards = [
+                write_shards(
+                    itertools.islice(shuffled, held_out), building, "validation", sys.maxsize
+                )[0]
+            ]
             shards = [*write_shards(shuffled, building, "train", config.shard_chars), *shards]
             shutil.rmtree(buckets)
-            write_manifest(building, {"format": FORMAT, "name": name, "source": config.hub or "repackaged", "shards": shards})
+            write_manifest(
+                building,
+                {
+                    "format": FORMAT,
+                    "name": name,
+                    "source": config.hub or "repackaged",
+                    "shards": shards,
+                },
+            )
             replace_folder(folder, building)
     print0(f"{folder}: {len(shards)} shards; train on them with --dataset={name}")
     return 0
@@ -103,17 +129,23 @@ def source(config: Config) -> Iterator[str]:
 
     remedy = "check the name, --hub_config and --hub_split, the network, or set HF_ENDPOINT"
     with explain(f"--hub={config.hub} cannot be read", remedy, ValueError, OSError):
-        rows = datasets.load_dataset(config.hub, config.hub_config, split=config.hub_split, streaming=True)
+        rows = datasets.load_dataset(
+            config.hub, config.hub_config, split=config.hub_split, streaming=True
+        )
     for number, row in enumerate(rows):
         if text := record_text(row, f"{config.hub}, record {number}"):
             yield text
 
 
-# ---- shuffling ----------------------------------------------------------------------------------------------------------
+# ---- shuffling -----------------------------------------------------------------------------------
 
 
-def scatter(documents: Iterable[bytes], folder: Path, *seed: Any, part: int = 0, buckets: int = BUCKETS) -> int:
-    """Deal documents to <folder>/<bucket>/<part>; returns their number. Each process writes its own part."""
+def scatter(
+    documents: Iterable[bytes], folder: Path, *seed: Any, part: int = 0, buckets: int = BUCKETS
+) -> int:
+    """Deal documents to <folder>/<bucket>/<part>; returns their number. Each process writes its own
+    part.
+    """
     draw = random.Random(derive_seed("scatter", part, *seed))
     count = 0
     with contextlib.ExitStack() as stack:
@@ -133,7 +165,9 @@ def bucket_files(folder: Path) -> list[list[Path]]:
 
 
 def gather(buckets: Iterable[Sequence[Path]], memory: int, *seed: Any) -> Iterator[bytes]:
-    """Yield all documents of the buckets in random order, in about `memory` bytes. Empties the buckets."""
+    """Yield all documents of the buckets in random order, in about `memory` bytes. Empties the
+    buckets.
+    """
     for number, files in enumerate(buckets):
         size = sum(path.stat().st_size for path in files)
         if size <= memory // 2:  # the rest is for Python's overhead and the row group being written
@@ -143,9 +177,14 @@ def gather(buckets: Iterable[Sequence[Path]], memory: int, *seed: Any) -> Iterat
             del documents
         else:
             again = files[0].parent / "again"
-            count = scatter((document for path in files for document in _read(path)), again, number, *seed)
+            count = scatter(
+                (document for path in files for document in _read(path)), again, number, *seed
+            )
             if count < 2:
-                raise UserError(f"one document of {size / 1e9:.2f} GB does not fit into --memory={memory / 1e9:g}: allow more, or cut it")
+                raise UserError(
+                    f"one document of {size / 1e9:.2f} GB does not fit into "
+                    f"--memory={memory / 1e9:g}: allow more, or cut it"
+                )
             yield from gather(bucket_files(again), memory, number, *seed)
         for path in files:
             path.unlink(missing_ok=True)
@@ -157,11 +196,15 @@ def _read(path: Path) -> Iterator[bytes]:
             yield file.read(LENGTH.unpack(head)[0])
 
 
-# ---- writing ------------------------------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 
 
-def write_shards(documents: Iterator[bytes], folder: Path, split: str, shard_chars: int, first: int = 0) -> list[dict[str, Any]]:
-    """Fill shards numbered from `first` (or the one validation shard); return their manifest entries."""
+def write_shards(
+    documents: Iterator[bytes], folder: Path, split: str, shard_chars: int, first: int = 0
+) -> list[dict[str, Any]]:
+    """Fill shards numbered from `first` (or the one validation shard); return their manifest
+    entries.
+    """
     import pyarrow
     import pyarrow.parquet
 
@@ -169,15 +212,27 @@ def write_shards(documents: Iterator[bytes], folder: Path, split: str, shard_cha
     entries = []
     group = list(itertools.islice(documents, GROUP_DOCUMENTS))
     while group:
-        path = folder / (f"shard_{first + len(entries):05d}.parquet" if split == "train" else f"{split}.parquet")
+        path = folder / (
+            f"shard_{first + len(entries):05d}.parquet" if split == "train" else f"{split}.parquet"
+        )
         chars = count = 0
-        with pyarrow.parquet.ParquetWriter(path, schema, compression="zstd", use_dictionary=False) as writer:
+        with pyarrow.parquet.ParquetWriter(
+            path, schema, compression="zstd", use_dictionary=False
+        ) as writer:
             while group and chars < shard_chars:
                 texts = [document.decode("utf-8") for document in group]
                 writer.write_table(pyarrow.table({"text": texts}, schema=schema))
                 chars, count = chars + sum(map(len, texts)), count + len(texts)
                 group = list(itertools.islice(documents, GROUP_DOCUMENTS))
-        entries.append({"name": path.name, "split": split, "bytes": path.stat().st_size, "sha256": file_sha256(path), "documents": count})
+        entries.append(
+            {
+                "name": path.name,
+                "split": split,
+                "bytes": path.stat().st_size,
+                "sha256": file_sha256(path),
+                "documents": count,
+            }
+        )
         print0(f"{path.name}  {count:,} documents, {chars:,} characters")
     return entries
 

@@ -1,6 +1,8 @@
-"""Run dev/repackage_data_reference.py on many processes or machines, by datatrove (pip install -e '.[datatrove]').
+r"""Run dev/repackage_data_reference.py on many processes or machines, by datatrove (pip install -e
+'.[datatrove]').
 
-    python -m dev.repackage_datatrove --data_path=corpus/ --name=mine --num_shards=400 --tasks=64 --workers=16
+    python -m dev.repackage_datatrove --data_path=corpus/ --name=mine --num_shards=400 --tasks=64 \
+        --workers=16
     python -m dev.repackage_datatrove ... --slurm_partition=cpu --slurm_time=12:00:00
 
 Both passes are datatrove pipelines. In the first, each of --tasks tasks deals the documents of its
@@ -37,10 +39,14 @@ READERS = {".parquet": ParquetReader, ".jsonl": JsonlReader}
 
 @dataclass
 class Config:
-    data_path: str  # a folder (or fsspec address, e.g. hf://datasets/OWNER/NAME) of .parquet or .jsonl files with `text`
+    data_path: str
+    """a folder (or fsspec address, e.g. hf://datasets/OWNER/NAME) of .parquet or .jsonl files
+    with `text`
+    """
     name: str  # the dataset to make, in <base>/base_data
     format: str = ".parquet"  # .parquet | .jsonl: the files of the folder to read
-    num_shards: int = 64  # buckets of the shuffle: training shards, and the last is the validation shard
+    num_shards: int = 64
+    """buckets of the shuffle: training shards, and the last is the validation shard"""
     tasks: int = 8  # shares of the work in each pass
     workers: int = 4  # concurrent tasks on this machine
     memory: float = 4.0  # GB for the texts of one task
@@ -65,19 +71,35 @@ class Scatter(PipelineStep):
 
 
 class Gather(PipelineStep):
-    """Shuffles each of this task's buckets into a shard, and writes its manifest entry next to it."""
+    """Shuffles each of this task's buckets into a shard, and writes its manifest entry next to
+    it.
+    """
 
     name, type = "gather", "shuffle"
 
-    def __init__(self, buckets: Path, folder: Path, num_shards: int, memory: int, seed: int) -> None:
+    def __init__(
+        self, buckets: Path, folder: Path, num_shards: int, memory: int, seed: int
+    ) -> None:
         super().__init__()
-        self.buckets, self.folder, self.num_shards, self.memory, self.seed = buckets, folder, num_shards, memory, seed
+        self.buckets, self.folder, self.num_shards, self.memory, self.seed = (
+            buckets,
+            folder,
+            num_shards,
+            memory,
+            seed,
+        )
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterable[Any]:
         for number in range(rank, self.num_shards, world_size):
             files = bucket_files(self.buckets)[number]
             split = "validation" if number == self.num_shards - 1 else "train"
-            entries = write_shards(gather([files], self.memory, self.seed, number), self.folder, split, sys.maxsize, first=number)
+            entries = write_shards(
+                gather([files], self.memory, self.seed, number),
+                self.folder,
+                split,
+                sys.maxsize,
+                first=number,
+            )
             (self.folder / f"{number:05d}.json").write_text(json.dumps(entries), encoding="utf-8")
         yield from ()
 
@@ -88,7 +110,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def repackage(config: Config) -> int:
     if config.format not in READERS or config.num_shards < 2:
-        raise UserError(f"--format={config.format} must be one of {', '.join(READERS)}, and --num_shards={config.num_shards} at least 2")
+        raise UserError(
+            f"--format={config.format} must be one of {', '.join(READERS)}, and "
+            f"--num_shards={config.num_shards} at least 2"
+        )
     folder = datasets_dir() / config.name
     if folder.exists():
         raise UserError(f"{folder} is there already: choose another --name, or delete it")
@@ -96,9 +121,14 @@ def repackage(config: Config) -> int:
     building.mkdir(parents=True, exist_ok=True)
     buckets, logs = building / "buckets", building / "logs"
     read = READERS[config.format](config.data_path, glob_pattern=f"*{config.format}")
-    first = executor(config, [read, Scatter(buckets, config.num_shards, config.seed)], logs / "scatter")
+    first = executor(
+        config, [read, Scatter(buckets, config.num_shards, config.seed)], logs / "scatter"
+    )
     second = executor(
-        config, [Gather(buckets, building, config.num_shards, round(config.memory * 1e9), config.seed)], logs / "gather", depends=first
+        config,
+        [Gather(buckets, building, config.num_shards, round(config.memory * 1e9), config.seed)],
+        logs / "gather",
+        depends=first,
     )
     second.run()
     if config.slurm_partition:
@@ -110,17 +140,28 @@ def repackage(config: Config) -> int:
     shards = [entry for part in parts for entry in json.loads(part.read_text(encoding="utf-8"))]
     for leftover in (*parts, buckets, logs):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    write_manifest(building, {"format": FORMAT, "name": config.name, "source": "repackaged", "shards": shards})
+    write_manifest(
+        building, {"format": FORMAT, "name": config.name, "source": "repackaged", "shards": shards}
+    )
     building.rename(folder)
     print0(f"{folder}: {len(shards)} shards; train on them with --dataset={config.name}")
     return 0
 
 
 def executor(config: Config, pipeline: list[Any], logs: Path, depends: Any = None) -> Any:
-    common: dict[str, Any] = {"pipeline": pipeline, "tasks": config.tasks, "logging_dir": str(logs), "depends": depends}
+    common: dict[str, Any] = {
+        "pipeline": pipeline,
+        "tasks": config.tasks,
+        "logging_dir": str(logs),
+        "depends": depends,
+    }
     if not config.slurm_partition:
         return LocalPipelineExecutor(workers=config.workers, **common)
-    slurm = {"time": config.slurm_time, "partition": config.slurm_partition, "mem_per_cpu_gb": round(2 * config.memory) + 1}
+    slurm = {
+        "time": config.slurm_time,
+        "partition": config.slurm_partition,
+        "mem_per_cpu_gb": round(2 * config.memory) + 1,
+    }
     return SlurmPipelineExecutor(job_name=logs.name, **slurm, **common)
 
 

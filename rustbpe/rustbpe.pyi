@@ -29,9 +29,14 @@ class Tokenizer:
         num_threads: int | None = None,
     ) -> None: ...
     def encode(self, text: str) -> list[int]: ...
-    def batch_encode(self, texts: Iterable[str] | ArrowArray | ArrowStream, num_threads: int | None = None) -> list[list[int]]: ...
+    def batch_encode(
+        self, texts: Iterable[str] | ArrowArray | ArrowStream, num_threads: int | None = None
+    ) -> list[list[int]]: ...
     def encode_documents(
-        self, texts: Iterable[str] | ArrowArray | ArrowStream | Buffer, num_threads: int | None = None, offsets: npt.ArrayLike | None = None
+        self,
+        texts: Iterable[str] | ArrowArray | ArrowStream | Buffer,
+        num_threads: int | None = None,
+        offsets: npt.ArrayLike | None = None,
     ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]: ...
     def decode_documents(
         self, ids: npt.ArrayLike, offsets: npt.ArrayLike, num_threads: int | None = None

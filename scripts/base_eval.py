@@ -34,7 +34,9 @@ def evaluate(config: Config) -> int:
     from zangchat.engine import load_for_chat
 
     if config.max_per_task < 1 and config.max_per_task != -1:
-        raise configurator.UserError(f"--max_per_task={config.max_per_task} is not possible: give at least 1, or -1 for all")
+        raise configurator.UserError(
+            f"--max_per_task={config.max_per_task} is not possible: give at least 1, or -1 for all"
+        )
     try:
         model, tokenizer, meta = load_for_chat(config)
         bundle = find_bundle()
@@ -43,7 +45,14 @@ def evaluate(config: Config) -> int:
         def print_task(label: str, accuracy: float, centred: float) -> None:
             print0(f"{label:<34} accuracy {accuracy:.4f}   centred {centred:+.4f}")
 
-        result = evaluate_core(model, tokenizer, bundle, max_per_task=config.max_per_task, on_task=print_task, show_progress=True)
+        result = evaluate_core(
+            model,
+            tokenizer,
+            bundle,
+            max_per_task=config.max_per_task,
+            on_task=print_task,
+            show_progress=True,
+        )
         minutes = (time.monotonic() - start) / 60
         print0(f"{result['name']}: {result['core_metric']:.4f} in {minutes:.1f} minutes")
         write(config, meta, result, minutes)
@@ -60,9 +69,18 @@ def write(config: Config, meta: dict[str, Any], result: dict[str, Any], minutes:
 
     report = get_report()
     path = report.base_dir / "base_eval" / f"{checkpoint_name(meta)}.csv"
-    rows = [f"{label},{accuracy:.6f},{result['centered_results'][label]:.6f}" for label, accuracy in result["results"].items()]
+    rows = [
+        f"{label},{accuracy:.6f},{result['centered_results'][label]:.6f}"
+        for label, accuracy in result["results"].items()
+    ]
     rows += [f"{label},," for label in result["missing"]]
-    atomic_write(path, "\n".join(["task,accuracy,centered", *rows, f'"{result["name"]}",,{result["core_metric"]:.6f}']) + "\n")
+    atomic_write(
+        path,
+        "\n".join(
+            ["task,accuracy,centered", *rows, f'"{result["name"]}",,{result["core_metric"]:.6f}']
+        )
+        + "\n",
+    )
     print0(f"written to {path}")
     facts = {
         "model": checkpoint_name(meta),
@@ -71,7 +89,8 @@ def write(config: Config, meta: dict[str, Any], result: dict[str, Any], minutes:
         "minutes": round(minutes, 2),
     }
     report.log(
-        f"{meta['stage'].capitalize()} model evaluation", [facts, {result["name"]: result["core_metric"], **result["centered_results"]}]
+        f"{meta['stage'].capitalize()} model evaluation",
+        [facts, {result["name"]: result["core_metric"], **result["centered_results"]}],
     )
 
 

@@ -26,7 +26,8 @@ UNPROMPTED = 4  # samples that begin with nothing
 @dataclass
 class Config(CheckpointConfig):
     source: SourceFlag = "base"  # base | mid | sft | rl
-    dataset: str | None = None  # the text; default: what the model was trained on, else the only one there
+    dataset: str | None = None
+    """the text; default: what the model was trained on, else the only one there"""
     data_path: str | None = None
     split_tokens: int = 20 * 524288  # tokens of each split at most
     device_batch_size: int = 32  # rows in one pass
@@ -44,7 +45,9 @@ def evaluate(config: Config) -> None:
     configurator.check_range(1, config, "split_tokens", "device_batch_size")
     _, rank, _, world_size, device = compute_init(config.device_type)
     try:
-        model, tokenizer, meta = checkpoint_manager.load_model(config.source, device, "eval", config.model_tag, config.step, config.dtype)
+        model, tokenizer, meta = checkpoint_manager.load_model(
+            config.source, device, "eval", config.model_tag, config.step, config.dtype
+        )
         trained_on = meta["user_config"] if not (config.dataset or config.data_path) else {}
         dataset = find_dataset(
             config.dataset or trained_on.get("dataset"),
@@ -59,7 +62,12 @@ def evaluate(config: Config) -> None:
 
 
 def bits_per_byte(
-    config: Config, model: "GPT", tokenizer: "RustBPETokenizer", dataset: "Dataset", rank: int, world_size: int
+    config: Config,
+    model: "GPT",
+    tokenizer: "RustBPETokenizer",
+    dataset: "Dataset",
+    rank: int,
+    world_size: int,
 ) -> dict[str, float]:
     """{"train bpb", "validation bpb"} over the first `split_tokens` of each; prints them."""
     import torch
@@ -74,7 +82,9 @@ def bits_per_byte(
     ranks: dict[str, Any] = {"rank": rank, "world_size": world_size}
     text = TextStream(dataset, tokenizer, seed=0)
     packed = packed_batches(text, rows_per_step=rows * world_size, sequence_len=T, bos=bos, **ranks)
-    validation = validation_batches(dataset, tokenizer, T, eval_tokens=config.split_tokens, rows_per_batch=rows, **ranks)
+    validation = validation_batches(
+        dataset, tokenizer, T, eval_tokens=config.split_tokens, rows_per_batch=rows, **ranks
+    )
     bpb = {}
     for name, batches in (
         ("train", first_tokens(packed, config.split_tokens, world_size)),

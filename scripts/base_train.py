@@ -35,20 +35,26 @@ class Config(RunConfig):
     head_dim: int = 128  # width of one attention head
     n_kv_head: int = 0  # key/value heads (grouped-query attention); 0 = as many as query heads
     max_seq_len: int = 2048  # context, tokens
-    head_init_scale: float = 0.0  # start lm_head as this times the embedding (helps very small models to copy); 0 = small random numbers
+    head_init_scale: float = 0.0
+    """start lm_head as this times the embedding (helps very small models to copy); 0 = small
+    random numbers
+    """
     # the data
     dataset: str | None = None  # a folder of <base>/base_data; default: the only one there
     data_path: str | None = None  # a .parquet, .jsonl or .txt file, or a folder of them, instead
-    mixture: str = ""  # conversations to mix in, as in mid_train: "pydocs:1,identity:4,spellingbee:4000"
+    mixture: str = ""
+    """conversations to mix in, like "pydocs:1,identity:4,spellingbee:4000" in mid_train"""
     mixture_ratio: float = 0.0  # their share of the tokens, 0 to 1
     # length and batches; the first of these that is set counts, else the ratio
     num_iterations: int = -1  # optimizer steps
     target_flops: float = -1.0  # training FLOPs
     target_param_data_ratio: float = 12.0  # tokens per (matrix + lm_head) parameter
-    total_batch_size: int = -1  # tokens per step, all ranks; -1 = derived from the length of the run
+    total_batch_size: int = -1
+    """tokens per step, all ranks; -1 = derived from the length of the run"""
     device_batch_size: BatchSize = 32  # rows per rank in one pass, at most; auto = as many as fit
     # the optimizer; rates are those of 12 layers at 2^19 tokens per step, and scaled from there
-    optimizer: Optimizer = "muon"  # for the matrices; the embedding and the head always take adamw (sgd: sgd)
+    optimizer: Optimizer = "muon"
+    """for the matrices; the embedding and the head always take adamw (sgd: sgd)"""
     embedding_lr: float = 0.3
     unembedding_lr: float = 0.008
     matrix_lr: float = 0.02
@@ -57,7 +63,8 @@ class Config(RunConfig):
     warmup_ratio: float = 0.05  # share of the run with rising rates (40 steps at most)
     warmdown_ratio: float = 0.65  # share of the run with falling rates
     final_lr_frac: float = 0.05  # of the full rate, at the end
-    grad_checkpoint: bool = False  # recompute activations in backward: less memory, a third more time
+    grad_checkpoint: bool = False
+    """recompute activations in backward: less memory, a third more time"""
     fsdp: bool = False  # spread the model over the ranks, if one device cannot hold it
     # evaluation
     eval_every: int = 250  # steps between validations; -1 = none

@@ -1,7 +1,9 @@
 """Talk to a model in the terminal.
 
-    python -m scripts.chat_cli                                    # a conversation; /help lists the commands
-    python -m scripts.chat_cli -p "Why is the sky blue?"          # one answer on stdout, nothing else
+    python -m scripts.chat_cli                                    # a conversation; /help lists the
+                                                                  commands
+    python -m scripts.chat_cli -p "Why is the sky blue?"          # one answer on stdout, nothing
+                                                                  else
     echo "Summarise: ..." | python -m scripts.chat_cli -p -       # the question from stdin
 
 Ctrl-C stops an answer and keeps the chat; Ctrl-D leaves.
@@ -38,13 +40,19 @@ HELP = """\
 
 @dataclass
 class Config(CheckpointConfig):
-    prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None  # answer this on stdout and leave; "-" reads it from stdin
-    temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.6  # 0 always takes the likeliest token
+    prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
+    """answer this on stdout and leave; "-" reads it from stdin"""
+    temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.6
+    """0 always takes the likeliest token"""
     top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50  # 0 = off
-    top_p: float = 1.0  # draw among the likeliest tokens that reach this probability together; 1 = off
+    top_p: float = 1.0
+    """draw among the likeliest tokens that reach this probability together; 1 = off"""
     seed: int | None = None  # default: another one for every answer
     max_tokens: int = 512  # longest answer
-    quantize: str = ""  # int8: weights in a quarter of fp32's bytes; fp16: half of them, for x86 CPUs; empty = as they are
+    quantize: str = ""
+    """int8: weights in a quarter of fp32's bytes; fp16: half of them, for x86 CPUs; empty =
+    as they are
+    """
 
 
 @dataclass
@@ -63,7 +71,9 @@ class Chat:
     def conversation(self) -> list[dict[str, Any]]:
         return ([{"role": "system", "content": self.system}] if self.system else []) + self.messages
 
-    def answer(self, question: str, note: Callable[[str], None]) -> Generator[tuple[str, str], None, None]:
+    def answer(
+        self, question: str, note: Callable[[str], None]
+    ) -> Generator[tuple[str, str], None, None]:
         """Ask, and stream the answer as (type of part, text).
 
         The exchange joins the history, even if the answer is interrupted. `note` is called with
@@ -74,15 +84,25 @@ class Chat:
         tokenizer, context = self.engine.tokenizer, self.engine.model.config.sequence_len
         question_message = {"role": "user", "content": question}
         room = context - min(self.max_tokens, context // REPLY_SHARE)
-        prompt, left_out = fit_conversation(tokenizer, [*self.conversation(), question_message], room)
+        prompt, left_out = fit_conversation(
+            tokenizer, [*self.conversation(), question_message], room
+        )
         if len(prompt) >= context:
-            raise UserError(f"the question has {len(prompt)} tokens, but the model reads {context - 1} at most: ask something shorter")
+            raise UserError(
+                f"the question has {len(prompt)} tokens, but the model reads {context - 1} at "
+                "most: ask something shorter"
+            )
         if left_out:
-            note(f"the conversation outgrew the model's {context} tokens: its oldest {left_out} messages were left out")
+            note(
+                f"the conversation outgrew the model's {context} tokens: its oldest {left_out} "
+                "messages were left out"
+            )
         decoder = ReplyDecoder(tokenizer)
         seed = secrets.randbits(32) if self.seed is None else self.seed
         try:
-            for (token,), _ in self.engine.generate(prompt, 1, self.max_tokens, self.temperature, self.top_k, self.top_p, seed):
+            for (token,), _ in self.engine.generate(
+                prompt, 1, self.max_tokens, self.temperature, self.top_k, self.top_p, seed
+            ):
                 yield from decoder.feed(token)
             yield from decoder.flush()
         finally:
@@ -100,7 +120,14 @@ def chat(config: Config) -> int:
 
     if question is not None:
         logging.getLogger("zangchat").setLevel(logging.WARNING)  # one answer, and problems
-    session = Chat(engine_for_chat(config), config.temperature, config.top_k, config.top_p, config.seed, config.max_tokens)
+    session = Chat(
+        engine_for_chat(config),
+        config.temperature,
+        config.top_k,
+        config.top_p,
+        config.seed,
+        config.max_tokens,
+    )
     return answer_once(session, question) if question is not None else converse(session)
 
 
@@ -110,7 +137,9 @@ def check(config: Config) -> None:
 
 def answer_once(session: Chat, question: str) -> int:
     """Stream the answer's text to stdout, without tool calls."""
-    for kind, text in session.answer(question.strip(), note=lambda message: print(message, file=sys.stderr)):
+    for kind, text in session.answer(
+        question.strip(), note=lambda message: print(message, file=sys.stderr)
+    ):
         if kind == "text":
             sys.stdout.write(text)
             sys.stdout.flush()
@@ -118,7 +147,7 @@ def answer_once(session: Chat, question: str) -> int:
     return 0
 
 
-# ---- the conversation on a terminal ---------------------------------------------------------------------------------
+# ---- the conversation on a terminal --------------------------------------------------------------
 
 
 class Screen:
@@ -210,7 +239,9 @@ def obey(session: Chat, line: str, note: Callable[[str], None]) -> bool:
             session.system = argument
             note("the instructions are set" if argument else "there are no instructions")
         elif command == "/temperature":
-            session.temperature = number(float, argument, "/temperature 0.6", USER_LIMITS["temperature"].allow)
+            session.temperature = number(
+                float, argument, "/temperature 0.6", USER_LIMITS["temperature"].allow
+            )
             note(f"temperature {session.temperature:g}")
         elif command == "/topk":
             session.top_k = number(int, argument, "/topk 50", USER_LIMITS["top_k"].allow)
@@ -227,7 +258,9 @@ def obey(session: Chat, line: str, note: Callable[[str], None]) -> bool:
     return True
 
 
-def number(kind: Callable[[str], Any], text: str, example: str, valid: Callable[[Any], bool]) -> Any:
+def number(
+    kind: Callable[[str], Any], text: str, example: str, valid: Callable[[Any], bool]
+) -> Any:
     try:
         value = kind(text)
     except ValueError:
@@ -238,7 +271,9 @@ def number(kind: Callable[[str], Any], text: str, example: str, valid: Callable[
 
 
 def save(session: Chat, name: str, note: Callable[[str], None]) -> None:
-    """Append the conversation as one JSON line, the format that --identity_data and CustomJSON read."""
+    """Append the conversation as one JSON line, the format that --identity_data and CustomJSON
+    read.
+    """
     if not name:
         raise UserError("name a file, as in /save chat.jsonl")
     if not session.messages:
@@ -248,7 +283,9 @@ def save(session: Chat, name: str, note: Callable[[str], None]) -> None:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"messages": session.conversation()}, ensure_ascii=False) + "\n")
     except (OSError, ValueError) as error:  # a name that cannot be one
-        raise UserError(f"{name} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(
+            f"{name} cannot be written: {getattr(error, 'strerror', None) or error}"
+        ) from None
     note(f"{len(session.messages)} messages added to {path}")
 
 

@@ -1,10 +1,12 @@
-"""Score a chat model on tasks: multiple choice by the letters' logits, the others by generating answers.
+"""Score a chat model on tasks: multiple choice by the letters' logits, the others by generating
+answers.
 
     python -m scripts.chat_eval                                  all tasks of the finetuned model
     python -m scripts.chat_eval -i mid -a "GSM8K|ARC-Easy" -x 100
     torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -- -i rl -a gsm8k -n 8 -t 0.8
 
-Each task leaves a file of prompts, completions and verdicts in <base>/chat_eval/, one JSON object per problem.
+Each task leaves a file of prompts, completions and verdicts in <base>/chat_eval/, one JSON object
+per problem.
 """
 
 import contextlib
@@ -29,16 +31,22 @@ if TYPE_CHECKING:
 
 @dataclass
 class Config(CheckpointConfig):
-    task_name: Annotated[str | None, tyro.conf.arg(aliases=["-a"])] = None  # tasks separated by |; default: all
-    all_tasks: bool = False  # every task that can be scored, also those that ChatCORE does not count
+    task_name: Annotated[str | None, tyro.conf.arg(aliases=["-a"])] = None
+    """tasks separated by |; default: all"""
+    all_tasks: bool = False
+    """every task that can be scored, also those that ChatCORE does not count"""
     max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-m"])] = 512
-    num_samples: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1  # answers per problem; one right answer is enough (pass@n)
-    batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 32  # answers at a time, per rank; changes no result
-    max_problems: Annotated[int | None, tyro.conf.arg(aliases=["-x"])] = None  # per task; default: all
+    num_samples: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1
+    """answers per problem; one right answer is enough (pass@n)"""
+    batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 32
+    """answers at a time, per rank; changes no result"""
+    max_problems: Annotated[int | None, tyro.conf.arg(aliases=["-x"])] = None
+    """per task; default: all"""
     temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.0
     top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50  # 0 = all tokens
     seed: int = 42
-    allow_unsafe_code: bool = False  # run the programs of HumanEval's answers without a sandbox, if there is none
+    allow_unsafe_code: bool = False
+    """run the programs of HumanEval's answers without a sandbox, if there is none"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,12 +87,17 @@ def evaluate(config: Config) -> int:
 
 def check(config: Config) -> None:
     if config.task_name and config.all_tasks:
-        raise configurator.UserError("--task_name and --all_tasks exclude each other: give one of them")
-    configurator.check_range(1, config, "max_new_tokens", "num_samples", "batch_size", "max_problems")
+        raise configurator.UserError(
+            "--task_name and --all_tasks exclude each other: give one of them"
+        )
+    configurator.check_range(
+        1, config, "max_new_tokens", "num_samples", "batch_size", "max_problems"
+    )
     configurator.check_sampling(config)
     if config.num_samples > 1 and config.temperature == 0:
         raise configurator.UserError(
-            f"--num_samples={config.num_samples} at --temperature=0 gives the same answer each time: add --temperature=1"
+            f"--num_samples={config.num_samples} at --temperature=0 gives the same answer each "
+            "time: add --temperature=1"
         )
 
 
@@ -99,7 +112,9 @@ def ready(config: Config, name: str) -> "Task":
     options, problem = {}, None
     try:
         if name == "HumanEval":
-            options["minimum_level"] = SandboxLevel.NONE if config.allow_unsafe_code else SandboxLevel.FILTERED
+            options["minimum_level"] = (
+                SandboxLevel.NONE if config.allow_unsafe_code else SandboxLevel.FILTERED
+            )
             require_sandbox(options["minimum_level"])
         task = load_task(name, "test", **options)
         len(task)  # which fetches its data
@@ -128,12 +143,17 @@ def score(config: Config, name: str, engine: Any, model_name: str) -> "TaskResul
     )
     path = get_report().base_dir / "chat_eval" / f"{model_name}_{name}.jsonl"
     result.write(path)
-    print0(f"{name}: {result.accuracy:.4f} ({sum(item.passed for item in result.items)} of {len(result.items)}), see {path}")
+    print0(
+        f"{name}: {result.accuracy:.4f} ({sum(item.passed for item in result.items)} of "
+        f"{len(result.items)}), see {path}"
+    )
     return result
 
 
 def nothing_scored(config: Config, missing: list[str]) -> str:
-    """The error when no task has its data (the reasons are printed already), with the tasks that do."""
+    """The error when no task has its data (the reasons are printed already), with the tasks that
+    do.
+    """
     able = []
     for name, entry in REGISTRY.items():
         if entry.test and name not in missing:
@@ -145,30 +165,52 @@ def nothing_scored(config: Config, missing: list[str]) -> str:
 
 
 def scores(results: dict[str, "TaskResult"], missing: dict[str, str]) -> dict[str, float]:
-    """Accuracy per task, and ChatCORE: the mean of the centred accuracies of its tasks, named so that a part is not taken for the whole."""
+    """Accuracy per task, and ChatCORE: the mean of the centred accuracies of its tasks, named so
+    that a part is not taken for the whole.
+    """
     table = {name: result.accuracy for name, result in results.items()}
-    counted: dict[str, float] = {name: entry.baseline for name, entry in REGISTRY.items() if entry.baseline is not None}
+    counted: dict[str, float] = {
+        name: entry.baseline for name, entry in REGISTRY.items() if entry.baseline is not None
+    }
     there = [name for name in counted if name in table]
     absent = [name for name in counted if name not in table]
     if there and all(name in missing for name in absent):
         centred = [(table[name] - counted[name]) / (1 - counted[name]) for name in there]
-        label = f"ChatCORE ({len(there)}/{len(counted)}, no {', '.join(absent)})" if absent else "ChatCORE"
+        label = (
+            f"ChatCORE ({len(there)}/{len(counted)}, no {', '.join(absent)})"
+            if absent
+            else "ChatCORE"
+        )
         table[label] = sum(centred) / len(centred)
     return table
 
 
 def report(
-    config: Config, stage: str, model_name: str, results: dict[str, "TaskResult"], summary: dict[str, float], missing: dict[str, str]
+    config: Config,
+    stage: str,
+    model_name: str,
+    results: dict[str, "TaskResult"],
+    summary: dict[str, float],
+    missing: dict[str, str],
 ) -> None:
     from zangchat.execution import find_sandbox
     from zangchat.report import get_report
 
-    settings = {key: value for key, value in configurator.to_dict(config).items() if value is not None}
-    sizes: dict[str, Any] = {f"{name} problems": len(result.items) for name, result in results.items()}
+    settings = {
+        key: value for key, value in configurator.to_dict(config).items() if value is not None
+    }
+    sizes: dict[str, Any] = {
+        f"{name} problems": len(result.items) for name, result in results.items()
+    }
     if "HumanEval" in results:
         sizes["sandbox"] = str(find_sandbox())
     samples = [
-        {"messages": [{"role": "user", "content": item.prompt}, {"role": "assistant", "content": item.completions[0]}]}
+        {
+            "messages": [
+                {"role": "user", "content": item.prompt},
+                {"role": "assistant", "content": item.completions[0]},
+            ]
+        }
         for result in results.values()
         for item in result.items[:1]
         if item.completions

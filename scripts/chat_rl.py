@@ -40,7 +40,8 @@ class Config(FinetuneConfig):
     temperature: float = 1.0
     top_k: int = 50  # draw among the k most likely tokens; 0 = all
     task_size: int = 1000  # training examples of a generated task
-    device_batch_size: BatchSize = 8  # answers per rank in one training pass; auto = as many as fit the memory
+    device_batch_size: BatchSize = 8
+    """answers per rank in one training pass; auto = as many as fit the memory"""
     init_lr_frac: float = 0.05  # factor on all rates, which then fall to 0
     # evaluation
     eval_every: int = 60  # steps between evaluations on held-out examples; -1 = none
@@ -84,7 +85,9 @@ def check(config: Config) -> None:
         raise UserError(f"--num_samples={config.num_samples} teaches nothing: {reason}")
     configurator.check_sampling(config)
     if config.temperature == 0:
-        raise UserError("--temperature=0 must be above 0, for samples have to differ: give 1, for example")
+        raise UserError(
+            "--temperature=0 must be above 0, for samples have to differ: give 1, for example"
+        )
 
 
 def load(config: Config, split: str, tokenizer: Any) -> "Task":

@@ -1,4 +1,5 @@
-"""Finetune on conversations: a step takes whole conversations and learns only the assistant's words.
+"""Finetune on conversations: a step takes whole conversations and learns only the assistant's
+words.
 
     python -m scripts.chat_sft                                from the midtrained model
     python -m scripts.chat_sft --source=base --num_epochs=2 --mixture="identity:3,arithmetic:2000"
@@ -32,18 +33,24 @@ if TYPE_CHECKING:
 class Config(FinetuneConfig):
     source: str = "mid"  # mid | base: the stage to start from
     # the data
-    mixture: str | None = None  # NAME:EPOCHS, or NAME:EXAMPLES if generated, with commas between; default: SFT_MIXTURE in tasks/registry.py
-    identity_data: str | None = None  # a .jsonl file of conversations of your own, added to the mixture: seen once per epoch
+    mixture: str | None = None
+    """NAME:EPOCHS, or NAME:EXAMPLES if generated, with commas between; default: SFT_MIXTURE
+    in tasks/registry.py
+    """
+    identity_data: str | None = None
+    """a .jsonl file of conversations of your own, added to the mixture: seen once per epoch"""
     # length and batches
     num_epochs: int = 1  # times through the mixture
     num_iterations: int = -1  # optimizer steps; -1 = from --num_epochs
     target_examples_per_step: int = 32  # conversations per step, all ranks
     block_diagonal: bool = False  # conversations that share a row do not see each other
-    device_batch_size: BatchSize | None = None  # rows per rank in one pass, at most; auto = as many as fit the memory; None = as that model
+    device_batch_size: BatchSize | None = None
+    """rows per rank in one pass, at most; auto = as many as fit the memory; None = as that model"""
     # the optimizer
     load_optimizer: bool = False  # continue with the optimizer's state of the model it starts from
     init_lr_frac: float = 0.02  # factor on all rates, which then fall to 0
-    grad_checkpoint: bool = False  # recompute activations in backward: less memory, a third more time
+    grad_checkpoint: bool = False
+    """recompute activations in backward: less memory, a third more time"""
     fsdp: bool = False  # spread the model over the ranks, if one device cannot hold it
     # evaluation
     eval_every: int = 100  # steps between validations; -1 = none

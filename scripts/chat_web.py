@@ -50,7 +50,10 @@ def serve(config: Config) -> None:
         from zangchat.server.http import http_server
 
         host, port = listener.getsockname()[:2]
-        print(f"chat at http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C stops it)", flush=True)
+        print(
+            f"chat at http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C stops it)",
+            flush=True,
+        )
         app = create_app(engines, settings)
         gc.freeze()  # else each collection walks through torch's objects, for a tenth of a second
         http_server(app).run(sockets=[listener])

@@ -1,9 +1,11 @@
-"""Write a model as a directory that Hugging Face transformers (5.0 and later) loads without custom code.
+"""Write a model as a directory that Hugging Face transformers (5.0 and later) loads without custom
+code.
 
     python -m scripts.export_hf -i sft -g d20 -o d20-sft
     python -m scripts.export_hf -i base -g d20 -o d20-base --dtype=bfloat16
 
-The directory appears when transformers has loaded it and agrees with the model: logits, greedy text, token ids, chat prompts.
+The directory appears when transformers has loaded it and agrees with the model: logits, greedy
+text, token ids, chat prompts.
 """
 
 import sys
@@ -23,7 +25,8 @@ from zangchat.runtime.logs import print0
 class Config:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]  # the directory to make
     source: Annotated[str, tyro.conf.arg(aliases=["-i"])] = "sft"  # base | mid | sft | rl
-    model_tag: Annotated[str | None, tyro.conf.arg(aliases=["-g"])] = None  # default: the largest model
+    model_tag: Annotated[str | None, tyro.conf.arg(aliases=["-g"])] = None
+    """default: the largest model"""
     step: Annotated[int | None, tyro.conf.arg(aliases=["-s"])] = None  # default: the last one
     dtype: str = "float32"  # float32 | bfloat16: of the numbers in the file
 
@@ -39,7 +42,9 @@ def export(config: Config) -> int:
 
     output = expand_home(config.output)
     require_libraries()
-    model, tokenizer, meta = checkpoint_manager.load_model(config.source, "cpu", "eval", config.model_tag, config.step, dtype="float32")
+    model, tokenizer, meta = checkpoint_manager.load_model(
+        config.source, "cpu", "eval", config.model_tag, config.step, dtype="float32"
+    )
     manifest = export(model, tokenizer, meta, output, config.dtype)
     for what, value in manifest["checks"].items():
         print0(f"{what}: {value:.2g}" if isinstance(value, float) else f"{what}: {value}")

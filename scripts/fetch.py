@@ -1,9 +1,12 @@
-"""Fetch the data of the stages after pretraining, so that no trained model waits for a download that fails.
+"""Fetch the data of the stages after pretraining, so that no trained model waits for a download
+that fails.
 
-    python -m scripts.fetch                                            the data of all stages on their defaults
+    python -m scripts.fetch                                            the data of all stages on
+                                                                       their defaults
     python -m scripts.fetch --mid_mixture="smoltalk:1,me.jsonl:2" --rl_task=spellingbee --core=0
 
-Datasets go to the cache of the hub's client, CORE's bundle to <base>/eval_bundle. Data that is there already is only checked.
+Datasets go to the cache of the hub's client, CORE's bundle to <base>/eval_bundle. Data that is
+there already is only checked.
 """
 
 import sys
@@ -21,9 +24,11 @@ from zangchat.runtime.logs import print0
 class Config:
     mid_mixture: str = MID_MIXTURE  # what mid_train is to train on
     sft_mixture: str = SFT_MIXTURE  # the same of chat_sft
-    identity_data: str | None = None  # a .jsonl file of conversations of your own: read, so that a mistake in it is found now
+    identity_data: str | None = None
+    """a .jsonl file of conversations of your own: read, so that a mistake in it is found now"""
     rl_task: str = "gsm8k"  # what chat_rl is to train on; empty = nothing
-    eval_tasks: str | None = None  # of the chat evaluations, separated by |; default: every task that can be scored
+    eval_tasks: str | None = None
+    """of the chat evaluations, separated by |; default: every task that can be scored"""
     core: bool = True  # CORE's bundle as well
 
 
@@ -33,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def fetch(config: Config) -> int:
     scored = scored_tasks(config.eval_tasks, every=True)
-    trained = [name for spec in (config.mid_mixture, config.sft_mixture) for name, _ in parse_mixture(spec)]
+    trained = [
+        name for spec in (config.mid_mixture, config.sft_mixture) for name, _ in parse_mixture(spec)
+    ]
     trained += [name for name in (config.identity_data, config.rl_task) if name]
     looked_at: set[str] = set()
     for name in trained:
@@ -54,7 +61,9 @@ def fetch(config: Config) -> int:
 
 
 def look_at(name: str, split: str, before: set[str]) -> None:
-    """Load a task, which fetches its data, unless it was `before`; say what there is. Generated tasks need nothing."""
+    """Load a task, which fetches its data, unless it was `before`; say what there is. Generated
+    tasks need nothing.
+    """
     task = load_task(name, split)
     label = f"{task.name}, {getattr(task, 'file_split', split)}"
     if task.generated or label in before:

@@ -33,22 +33,33 @@ SAMPLE = 512  # conversations from which the length of the mixture is estimated
 @dataclass
 class Config(FinetuneConfig):
     # the data
-    mixture: str | None = None  # NAME:EPOCHS, or NAME:EXAMPLES if generated, with commas between; default: MID_MIXTURE in tasks/registry.py
-    identity_data: str | None = None  # a .jsonl file of conversations of your own, added to the mixture and seen twice
-    mixture_ratio: float = 1.0  # share of the tokens that come from the mixture, above 0; the rest is pretraining text
-    dataset: str | None = None  # the pretraining text (also for validation if mixture_ratio < 1); default: as the base model
+    mixture: str | None = None
+    """NAME:EPOCHS, or NAME:EXAMPLES if generated, with commas between; default: MID_MIXTURE
+    in tasks/registry.py
+    """
+    identity_data: str | None = None
+    """a .jsonl file of conversations of your own, added to the mixture and seen twice"""
+    mixture_ratio: float = 1.0
+    """share of the tokens that come from the mixture, above 0; the rest is pretraining text"""
+    dataset: str | None = None
+    """the pretraining text (also for validation if mixture_ratio < 1); default: as the base
+    model
+    """
     data_path: str | None = None
     # length and batches
     num_iterations: int = -1  # optimizer steps; -1 = about once through the mixture
     block_diagonal: bool = False  # conversations that share a row do not see each other
-    total_batch_size: int | None = None  # tokens per step, all ranks; None here and below: as the base model
-    device_batch_size: BatchSize | None = None  # rows per rank in one pass, at most; auto = as many as fit the memory
+    total_batch_size: int | None = None
+    """tokens per step, all ranks; None here and below: as the base model"""
+    device_batch_size: BatchSize | None = None
+    """rows per rank in one pass, at most; auto = as many as fit the memory"""
     # the optimizer
     load_optimizer: bool = True  # continue with the optimizer's state of the base model
     init_lr_frac: float = 1.0  # factor on all rates
     warmdown_ratio: float = 0.2  # share of the run with falling rates
     final_lr_frac: float = 0.0
-    grad_checkpoint: bool = False  # recompute activations in backward: less memory, a third more time
+    grad_checkpoint: bool = False
+    """recompute activations in backward: less memory, a third more time"""
     fsdp: bool = False  # spread the model over the ranks, if one device cannot hold it
     # evaluation
     eval_every: int = 150  # steps between validations; -1 = none

@@ -1,4 +1,5 @@
-"""Compare the compression of the tokenizer with GPT-2's and GPT-4's: bytes of text per token, higher is better.
+"""Compare the compression of the tokenizer with GPT-2's and GPT-4's: bytes of text per token,
+higher is better.
 
 python -m scripts.tok_eval
 """
@@ -23,16 +24,22 @@ SECONDS_TO_LOAD = 15.0  # tiktoken downloads missing encodings, and waits foreve
 
 SAMPLES = {
     "prose": (
-        "The ferry left the harbour a little after six, when the fog had thinned enough to show the far bank. Two men argued quietly at "
-        "the rail about the price of barley; a child counted gulls and lost her place at nineteen. Nobody asked the captain why he had "
-        "waited, and he didn't explain. It was his last crossing before the bridge opened, and he'd meant to remember all of it: the "
-        "smell of tar, the knock of the engine, the way the river turned from grey to green where the old mill race came in. Instead he "
-        "thought about his sister's letter, which said that the house was sold, that the pear tree had been cut down, and that she was, "
+        "The ferry left the harbour a little after six, when the fog had thinned enough to show "
+        "the far bank. Two men argued quietly at "
+        "the rail about the price of barley; a child counted gulls and lost her place at nineteen. "
+        "Nobody asked the captain why he had "
+        "waited, and he didn't explain. It was his last crossing before the bridge opened, and "
+        "he'd meant to remember all of it: the "
+        "smell of tar, the knock of the engine, the way the river turned from grey to green where "
+        "the old mill race came in. Instead he "
+        "thought about his sister's letter, which said that the house was sold, that the pear tree "
+        "had been cut down, and that she was, "
         "all things considered, happier than she had been in years."
     ),
     "code": (
         "from collections import deque\n\n\n"
-        "def shortest_path(graph: dict[str, list[str]], start: str, goal: str) -> list[str] | None:\n"
+        "def shortest_path(graph: dict[str, list[str]], start: str, goal: str) -> list[str] | "
+        "None:\n"
         '    """Breadth-first search; None where goal cannot be reached."""\n'
         "    parents: dict[str, str | None] = {start: None}\n"
         "    queue = deque([start])\n"
@@ -55,11 +62,16 @@ SAMPLES = {
         '    print(f"{len(roads)} places, longest list {max(map(len, roads.values()))}")\n'
     ),
     "maths": (
-        "\\begin{theorem} For every integer $n \\ge 1$ we have $\\sum_{k=1}^{n} k^3 = \\left(\\frac{n(n+1)}{2}\\right)^2$. "
-        "\\end{theorem}\n\\begin{proof} For $n = 1$ both sides are $1$. Suppose that the claim holds for $n$. Then\n\\begin{align*}\n"
-        "\\sum_{k=1}^{n+1} k^3 &= \\frac{n^2 (n+1)^2}{4} + (n+1)^3 \\\\\n&= \\frac{(n+1)^2 \\left(n^2 + 4n + 4\\right)}{4} \\\\\n"
-        "&= \\left(\\frac{(n+1)(n+2)}{2}\\right)^2 ,\n\\end{align*}\nwhich is the claim for $n+1$. In particular the sum up to $n = 100$ "
-        "is $5050^2 = 25502500$, and $\\int_0^1 x^3 \\, dx = \\lim_{n \\to \\infty} n^{-4} \\sum_{k=1}^{n} k^3 = \\tfrac14$. \\end{proof}\n"
+        "\\begin{theorem} For every integer $n \\ge 1$ we have $\\sum_{k=1}^{n} k^3 = "
+        "\\left(\\frac{n(n+1)}{2}\\right)^2$. "
+        "\\end{theorem}\n\\begin{proof} For $n = 1$ both sides are $1$. Suppose that the claim "
+        "holds for $n$. Then\n\\begin{align*}\n"
+        "\\sum_{k=1}^{n+1} k^3 &= \\frac{n^2 (n+1)^2}{4} + (n+1)^3 \\\\\n&= \\frac{(n+1)^2 "
+        "\\left(n^2 + 4n + 4\\right)}{4} \\\\\n"
+        "&= \\left(\\frac{(n+1)(n+2)}{2}\\right)^2 ,\n\\end{align*}\nwhich is the claim for $n+1$. "
+        "In particular the sum up to $n = 100$ "
+        "is $5050^2 = 25502500$, and $\\int_0^1 x^3 \\, dx = \\lim_{n \\to \\infty} n^{-4} "
+        "\\sum_{k=1}^{n} k^3 = \\tfrac14$. \\end{proof}\n"
     ),
     "Chinese": (
         "清晨的菜市场总是最热闹的。卖豆腐的老人一边招呼熟客,一边把刚出锅的豆浆倒进白瓷碗里;隔壁摊位上,年轻的夫妻正忙着给青菜洒水。"
@@ -96,9 +108,20 @@ def evaluate(config: Config) -> None:
     if get_dist_info()[1] != 0:
         return
     ours = get_tokenizer()
-    baselines = {name: encoding for name, key in BASELINES.items() if (encoding := load_baseline(name, key)) is not None}
-    rows = [compare(name, text, ours, baselines) for name, text in {**SAMPLES, **corpus(config, ours)}.items()]
-    show(rows, {"zangchat": ours.get_vocab_size()} | {name: encoding.n_vocab for name, encoding in baselines.items()})
+    baselines = {
+        name: encoding
+        for name, key in BASELINES.items()
+        if (encoding := load_baseline(name, key)) is not None
+    }
+    rows = [
+        compare(name, text, ours, baselines)
+        for name, text in {**SAMPLES, **corpus(config, ours)}.items()
+    ]
+    show(
+        rows,
+        {"zangchat": ours.get_vocab_size()}
+        | {name: encoding.n_vocab for name, encoding in baselines.items()},
+    )
     get_report().log(section="Tokenizer evaluation", data=rows)
 
 
@@ -111,7 +134,10 @@ def load_baseline(name: str, key: str) -> "tiktoken.Encoding | None":
     def load() -> None:
         try:
             loaded.append(tiktoken.get_encoding(key))
-        except (OSError, ValueError) as error:  # requests' errors are OSErrors; ValueError: a damaged download
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # requests' errors are OSErrors; ValueError: a damaged download
             loaded.append(error)
 
     thread = threading.Thread(target=load, daemon=True)
@@ -134,10 +160,15 @@ def corpus(config: Config, tokenizer: "RustBPETokenizer") -> dict[str, str]:
         present, trained_on = present_datasets(), tokenizer.facts.get("dataset")
         name = trained_on if trained_on in present else None
         if not present:
-            logger.info("no corpus here: measuring only on the samples (--data_path or --dataset name one)")
+            logger.info(
+                "no corpus here: measuring only on the samples (--data_path or --dataset name one)"
+            )
             return {}
     dataset = find_dataset(name, config.data_path)
-    return {f"{dataset.name}, {split}": beginning(dataset.iter_documents(split), config.max_chars) for split in ("train", "validation")}
+    return {
+        f"{dataset.name}, {split}": beginning(dataset.iter_documents(split), config.max_chars)
+        for split in ("train", "validation")
+    }
 
 
 def beginning(documents: Any, max_chars: int) -> str:
@@ -150,13 +181,21 @@ def beginning(documents: Any, max_chars: int) -> str:
     return "\n".join(taken)
 
 
-def compare(name: str, text: str, ours: "RustBPETokenizer", baselines: dict[str, Any]) -> dict[str, Any]:
-    """{"text", "bytes", tokenizer: bytes per token, "vs" ...: how many per cent fewer tokens ours needs (negative: more)}."""
+def compare(
+    name: str, text: str, ours: "RustBPETokenizer", baselines: dict[str, Any]
+) -> dict[str, Any]:
+    """{"text", "bytes", tokenizer: bytes per token, "vs" ...: how many per cent fewer tokens ours
+    needs (negative: more)}.
+    """
     ids = ours.encode(text)
     if ours.decode(ids) != text:
         raise RuntimeError(f"{name}: decoding the ids does not give the text back")
     size = len(text.encode("utf-8"))
-    row: dict[str, Any] = {"text": name, "bytes": size, "zangchat": round(size / max(len(ids), 1), 3)}
+    row: dict[str, Any] = {
+        "text": name,
+        "bytes": size,
+        "zangchat": round(size / max(len(ids), 1), 3),
+    }
     for baseline, encoding in baselines.items():
         theirs = len(encoding.encode_ordinary(text))
         row[baseline] = round(size / max(theirs, 1), 3)
@@ -173,7 +212,9 @@ def show(rows: list[dict[str, Any]], vocabularies: dict[str, int]) -> None:
     for column in rows[0]:
         table.add_column(column, justify="left" if column == "text" else "right")
     for row in rows:
-        table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()))
+        table.add_row(
+            *(f"{value:,}" if isinstance(value, int) else str(value) for value in row.values())
+        )
     Console().print(table)
 
 

@@ -3,8 +3,9 @@
     python -m scripts.tok_train
     python -m scripts.tok_train --vocab_size=8192 --max_chars=200000000 --dataset=pydocs
 
-It goes to <base>/tokenizer. One that is there already is kept when it was made of the same text with the same settings; otherwise only
---overwrite replaces it. Models that were trained keep a copy of theirs next to their checkpoints.
+It goes to <base>/tokenizer. One that is there already is kept when it was made of the same text
+with the same settings; otherwise only --overwrite replaces it. Models that were trained keep a copy
+of theirs next to their checkpoints.
 """
 
 import contextlib
@@ -59,7 +60,8 @@ def train(config: Config) -> None:
     text = Text(config, dataset)
 
     @functools.cache
-    def merging() -> Progress:  # from the first merge on: the text has been read by then, and its line is gone
+    def merging() -> Progress:
+        # from the first merge on: by then the text has been read, and its line is gone
         return line.enter_context(Progress("tokenizer: tokens", config.vocab_size))
 
     def merged(merges: int) -> None:
@@ -67,11 +69,16 @@ def train(config: Config) -> None:
 
     try:
         with contextlib.ExitStack() as line:
-            tokenizer = RustBPETokenizer.train_from_iterator(text.documents(), config.vocab_size, facts=facts, progress=merged)
+            tokenizer = RustBPETokenizer.train_from_iterator(
+                text.documents(), config.vocab_size, facts=facts, progress=merged
+            )
     except ValueError:
         if text.characters:
             raise
-        raise UserError(f"{dataset.folder} has no text to train on: name other text with --dataset or --data_path") from None
+        raise UserError(
+            f"{dataset.folder} has no text to train on: name other text with --dataset or "
+            "--data_path"
+        ) from None
     tokenizer.save(tokenizer_dir())
     report(config, tokenizer, text)
 
@@ -81,7 +88,10 @@ def check(config: Config) -> None:
 
     smallest = 256 + len(SPECIAL_TOKENS)
     if config.vocab_size < smallest:
-        raise UserError(f"--vocab_size={config.vocab_size} is too small: the bytes and the special tokens alone are {smallest}")
+        raise UserError(
+            f"--vocab_size={config.vocab_size} is too small: the bytes and the special tokens "
+            f"alone are {smallest}"
+        )
     configurator.check_range(1, config, "vocab_size", most=MAX_VOCAB_SIZE)
     configurator.check_range(1, config, "max_chars", "doc_cap")
 
@@ -109,10 +119,18 @@ def already_trained(facts: dict[str, Any]) -> bool:
     differences = [name for name, value in facts.items() if found.facts.get(name) != value]
     if differences:
         said = ", ".join(
-            "of other text" if name == "text" else f"{name} {found.facts.get(name)} instead of {facts[name]}" for name in differences
+            "of other text"
+            if name == "text"
+            else f"{name} {found.facts.get(name)} instead of {facts[name]}"
+            for name in differences
         )
-        raise UserError(f"{folder} holds a tokenizer made otherwise ({said}): --overwrite replaces it")
-    print0(f"{folder} has this tokenizer already ({found.get_vocab_size():,} tokens); --overwrite trains it again")
+        raise UserError(
+            f"{folder} holds a tokenizer made otherwise ({said}): --overwrite replaces it"
+        )
+    print0(
+        f"{folder} has this tokenizer already ({found.get_vocab_size():,} tokens); --overwrite "
+        "trains it again"
+    )
     return True
 
 
@@ -125,8 +143,9 @@ class Text:
         self.start = time.monotonic()
 
     def documents(self) -> "Iterator[pyarrow.ChunkedArray]":
-        """At most doc_cap characters of each document, at most max_chars in all: a group of documents at a time, as Arrow memory, so
-        that text from parquet never becomes Python strings.
+        """At most doc_cap characters of each document, at most max_chars in all: a group of
+        documents at a time, as Arrow memory, so that text from parquet never becomes Python
+        strings.
         """
         from zangchat.runtime.progress import Progress
 
@@ -136,12 +155,16 @@ class Text:
                 self.num_documents += len(texts)
                 yield texts
                 rate = self.characters / (time.monotonic() - self.start)
-                reading.update(min(self.characters, reading.total), f"{rate / 1e6:.1f} M characters/s")
+                reading.update(
+                    min(self.characters, reading.total), f"{rate / 1e6:.1f} M characters/s"
+                )
                 if self.characters >= self.config.max_chars:
                     break
 
     def capped(self, group: "pyarrow.ChunkedArray | list[str]") -> "pyarrow.ChunkedArray":
-        """The documents of a group that are still wanted, cut to doc_cap characters and the last of them to max_chars in all."""
+        """The documents of a group that are still wanted, cut to doc_cap characters and the last of
+        them to max_chars in all.
+        """
         import numpy as np
         import pyarrow
         import pyarrow.compute as pc
@@ -149,26 +172,43 @@ class Text:
         from zangchat.bpe import repair_surrogates
 
         if isinstance(group, list):
-            group = pyarrow.chunked_array([[repair_surrogates(text) for text in group]], pyarrow.string())
-        texts = pc.utf8_slice_codeunits(group.filter(pc.greater(pc.binary_length(group), 0)), 0, self.config.doc_cap)
+            group = pyarrow.chunked_array(
+                [[repair_surrogates(text) for text in group]], pyarrow.string()
+            )
+        texts = pc.utf8_slice_codeunits(
+            group.filter(pc.greater(pc.binary_length(group), 0)), 0, self.config.doc_cap
+        )
         ends = np.cumsum(pc.utf8_length(texts).to_numpy(), dtype=np.int64) + self.characters
-        last = int(np.searchsorted(ends, self.config.max_chars))  # the document that reaches the limit, if there is one
+        last = int(
+            np.searchsorted(ends, self.config.max_chars)
+        )  # the document that reaches the limit, if there is one
         if last < len(texts):
             within = self.config.max_chars - (int(ends[last - 1]) if last else self.characters)
             rest = pc.utf8_slice_codeunits(texts[last : last + 1], 0, within)
             texts = pyarrow.chunked_array([*texts[:last].chunks, *rest.chunks], texts.type)
-        self.characters = min(int(ends[-1]), self.config.max_chars) if len(ends) else self.characters
+        self.characters = (
+            min(int(ends[-1]), self.config.max_chars) if len(ends) else self.characters
+        )
         return texts
 
     def expected_characters(self) -> int:
         """An estimate, from the first group of documents and the sizes of the files."""
-        shards = [entry for entry in self.dataset.manifest["shards"] if entry["name"] in self.dataset.shards("train")]
+        shards = [
+            entry
+            for entry in self.dataset.manifest["shards"]
+            if entry["name"] in self.dataset.shards("train")
+        ]
         if not shards:
             return 1
         groups = self.dataset.num_groups(shards[0]["name"], "train")
         sample = self.dataset.read_group(shards[0]["name"], 0, "train") if groups else []
         sample_chars = sum(min(len(document), self.config.doc_cap) for document in sample)
-        characters = sample_chars * groups * sum(entry["bytes"] for entry in shards) / max(shards[0]["bytes"], 1)
+        characters = (
+            sample_chars
+            * groups
+            * sum(entry["bytes"] for entry in shards)
+            / max(shards[0]["bytes"], 1)
+        )
         return max(1, min(round(characters), self.config.max_chars))
 
 
@@ -179,9 +219,15 @@ def report(config: Config, tokenizer: "RustBPETokenizer", text: Text) -> None:
     seconds = time.monotonic() - text.start
     found, lengths = tokenizer.get_vocab_size(), tokenizer.token_bytes()
     lengths = lengths[lengths > 0]
-    print0(f"{tokenizer_dir()}: {found:,} tokens from {text.characters:,} characters in {text.num_documents:,} documents, {seconds:.1f} s")
+    print0(
+        f"{tokenizer_dir()}: {found:,} tokens from {text.characters:,} characters in "
+        f"{text.num_documents:,} documents, {seconds:.1f} s"
+    )
     if found < config.vocab_size:
-        print0(f"--vocab_size={config.vocab_size} was not reached: the text has no more pairs to merge; {found} is the vocabulary now")
+        print0(
+            f"--vocab_size={config.vocab_size} was not reached: the text has no more pairs to "
+            f"merge; {found} is the vocabulary now"
+        )
     results = {
         "documents": text.num_documents,
         "characters": text.characters,

@@ -9,7 +9,9 @@ SUBSETS = ("ARC-Easy", "ARC-Challenge")
 
 
 class ARC(RowsTask):
-    """Rows: question, choices {text, label}, answerKey. A few questions have three or five choices, or digits for letters."""
+    """Rows: question, choices {text, label}, answerKey. A few questions have three or five choices,
+    or digits for letters.
+    """
 
     eval_type = "categorical"
     folder, hub, fields = "ai2_arc", "allenai/ai2_arc", ("question", "choices", "answerKey")
@@ -23,6 +25,9 @@ class ARC(RowsTask):
         letters, answer = list(row["choices"]["label"]), row["answerKey"]
         if answer not in letters:
             raise UserError(
-                f"tasks/{self.folder}/{self.config}/{self.file_split}: answerKey {answer!r} is none of {letters}: copy the data again"
+                f"tasks/{self.folder}/{self.config}/{self.file_split}: answerKey {answer!r} is "
+                f"none of {letters}: copy the data again"
             )
-        return chat(render_mc(row["question"], letters, row["choices"]["text"]), answer, letters=letters)
+        return chat(
+            render_mc(row["question"], letters, row["choices"]["text"]), answer, letters=letters
+        )

@@ -1,8 +1,20 @@
-"""Arithmetic: "What is 47 + 38?", answered by a calculator call. Generated on demand; a pair of numbers belongs to one split."""
+"""Arithmetic: "What is 47 + 38?", answered by a calculator call. Generated on demand; a pair of
+numbers belongs to one split.
+"""
 
 import random
 
-from tasks.common import Content, Conversation, GeneratedTask, chat, last_number, split_of, text_part, tool_parts, visible_text
+from tasks.common import (
+    Content,
+    Conversation,
+    GeneratedTask,
+    chat,
+    last_number,
+    split_of,
+    text_part,
+    tool_parts,
+    visible_text,
+)
 
 QUESTIONS = (
     "What is {e}?",
@@ -34,8 +46,20 @@ QUESTIONS = (
     "帮我算一下 {e}。",
 )
 IN_WORDS = {  # the same sum said in words
-    "+": ("What is {a} plus {b}?", "Add {a} and {b}.", "What is the sum of {a} and {b}?", "{a} plus {b}", "{a} 加 {b} 等于多少？"),
-    "-": ("What is {a} minus {b}?", "Subtract {b} from {a}.", "Take {b} away from {a}.", "{a} minus {b}", "{a} 减 {b} 等于多少？"),
+    "+": (
+        "What is {a} plus {b}?",
+        "Add {a} and {b}.",
+        "What is the sum of {a} and {b}?",
+        "{a} plus {b}",
+        "{a} 加 {b} 等于多少？",
+    ),
+    "-": (
+        "What is {a} minus {b}?",
+        "Subtract {b} from {a}.",
+        "Take {b} away from {a}.",
+        "{a} minus {b}",
+        "{a} 减 {b} 等于多少？",
+    ),
     "*": (
         "What is {a} times {b}?",
         "Multiply {a} by {b}.",
@@ -49,15 +73,23 @@ RESULT = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a 
 
 
 class Arithmetic(GeneratedTask):
-    """Sums, differences (never negative) and products of numbers below 1,000, mostly of one or two digits."""
+    """Sums, differences (never negative) and products of numbers below 1,000, mostly of one or two
+    digits.
+    """
 
     rewarded = needs_tool = True
 
     def make(self, rng: random.Random) -> Conversation:
         op = rng.choice("++--*")
         while True:
-            a, b = (rng.randrange(10 ** rng.choices((1, 2, 3), weights=(2, 6, 0 if op == "*" else 2))[0]) for _ in "ab")
-            # without the operator and in order: who has seen 47 + 38 gets no credit for 38 + 47 or 47 - 38
+            a, b = (
+                rng.randrange(
+                    10 ** rng.choices((1, 2, 3), weights=(2, 6, 0 if op == "*" else 2))[0]
+                )
+                for _ in "ab"
+            )
+            # without the operator and in order: who has seen 47 + 38 gets no credit for 38 + 47 or
+            # 47 - 38
             if split_of("arithmetic", min(a, b), max(a, b)) == self.split:
                 break
         if op == "-" and a < b:

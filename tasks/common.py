@@ -1,8 +1,8 @@
 """The protocol of tasks, their mixtures, and the data that they come from.
 
-A task is a sequence of conversations (zangchat.conversation has the format) that can judge an answer.
-`completion` below is plain text or, better, the parts of an assistant message, which tell a real tool
-call from text that looks like one. A new task is one file and one line in registry.py.
+A task is a sequence of conversations (zangchat.conversation has the format) that can judge an
+answer. `completion` below is plain text or, better, the parts of an assistant message, which tell a
+real tool call from text that looks like one. A new task is one file and one line in registry.py.
 """
 
 from __future__ import annotations
@@ -32,10 +32,13 @@ class MissingData(UserError):
 class Task:
     """A sequence of conversations, seen through start:stop:step. Slices compose: task[10:20][::2].
 
-    Subclasses define `num_examples` and `get_example`; for scores, `eval_type` with `evaluate` (and `reward` for RL).
+    Subclasses define `num_examples` and `get_example`; for scores, `eval_type` with `evaluate` (and
+    `reward` for RL).
     """
 
-    eval_type: ClassVar[str] = "generative"  # or "categorical": the answer is one of conversation["letters"]
+    eval_type: ClassVar[str] = (
+        "generative"  # or "categorical": the answer is one of conversation["letters"]
+    )
     generated: ClassVar[bool] = False  # on demand: has a size, not epochs
     rewarded: ClassVar[bool] = False  # has a reward, for RL
     needs_tool: ClassVar[bool] = False  # only for answers that came from a tool
@@ -57,14 +60,21 @@ class Task:
         raise NotImplementedError(f"{type(self).__name__} {DEFINE}")
 
     def evaluate(self, conversation: Conversation, completion: Content) -> bool:
-        """Whether the completion answers the conversation's last user message: of a categorical task, is the letter of its answer."""
+        """Whether the completion answers the conversation's last user message: of a categorical
+        task, is the letter of its answer.
+        """
         if self.eval_type != "categorical":
-            raise TypeError(f"{type(self).__name__} has no right or wrong answers: it is training data")
+            raise TypeError(
+                f"{type(self).__name__} has no right or wrong answers: it is training data"
+            )
         return visible_text(completion).strip() == conversation["messages"][-1]["content"]
 
     def reward(self, conversation: Conversation, completion: Content) -> float:
         """What RL maximises; by default 1 for a right answer."""
-        return float(self.evaluate(conversation, completion) and (tool_used(completion) or not self.needs_tool))
+        return float(
+            self.evaluate(conversation, completion)
+            and (tool_used(completion) or not self.needs_tool)
+        )
 
     @property
     def indices(self) -> range:
@@ -84,7 +94,9 @@ class Task:
 
 
 class TaskMixture(Task):
-    """All examples of several tasks in one fixed, shuffled order. A task listed twice is seen twice."""
+    """All examples of several tasks in one fixed, shuffled order. A task listed twice is seen
+    twice.
+    """
 
     def __init__(self, tasks: Sequence[Task], seed: int = 42, **view: int) -> None:
         super().__init__(**view)
@@ -126,12 +138,18 @@ class TaskSequence(Task):
         raise IndexError(index)
 
 
-# ---- conversations --------------------------------------------------------------------------------------------------
+# ---- conversations -------------------------------------------------------------------------------
 
 
 def chat(user: str, assistant: Content, **extra: Any) -> Conversation:
     """A one-turn conversation; `extra` is data that the task needs to judge answers."""
-    return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}], **extra}
+    return {
+        "messages": [
+            {"role": "user", "content": user},
+            {"role": "assistant", "content": assistant},
+        ],
+        **extra,
+    }
 
 
 def text_part(text: str) -> dict[str, str]:
@@ -143,7 +161,9 @@ def tool_parts(call: str, output: str) -> list[dict[str, str]]:
 
 
 def check_conversation(messages: Any, where: str) -> None:
-    """Raises UserError, beginning with `where`, unless the messages can be rendered and learned from."""
+    """Raises UserError, beginning with `where`, unless the messages can be rendered and learned
+    from.
+    """
     try:
         check_messages(messages)
     except ValueError as error:
@@ -156,20 +176,28 @@ def check_messages(messages: Any) -> None:
     if found[-1].role != "assistant":
         raise OrderError("the last message must be the assistant's, for it is what is learned")
     if not any(turn.weight for turn in found):
-        raise ValueError("each of the assistant's messages has weight 0, so there is nothing to learn")
+        raise ValueError(
+            "each of the assistant's messages has weight 0, so there is nothing to learn"
+        )
 
 
 def training_messages(messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with the keys that training reads: role, content, and the weight if they have one."""
+    """The messages with the keys that training reads: role, content, and the weight if they have
+    one.
+    """
     kept = ("role", "content", "weight")
-    return [{key: message[key] for key in kept if message.get(key) is not None} for message in messages]
+    return [
+        {key: message[key] for key in kept if message.get(key) is not None} for message in messages
+    ]
 
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def last_number(text: str) -> float | None:
-    """The last number in a text: thousands separators allowed, a final full stop is not a decimal point."""
+    """The last number in a text: thousands separators allowed, a final full stop is not a decimal
+    point.
+    """
     found = NUMBER.findall(text)
     return float(found[-1].replace(",", "")) if found else None
 
@@ -177,7 +205,8 @@ def last_number(text: str) -> float | None:
 def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
     """A multiple-choice question as the user asks it.
 
-    Each letter stands at the start of its line: there every split pattern makes it a token of its own, the very token that the answer is.
+    Each letter stands at the start of its line: there every split pattern makes it a token of its
+    own, the very token that the answer is.
     """
     if len(letters) != len(choices):
         raise ValueError(f"{len(letters)} letters for {len(choices)} choices")
@@ -185,7 +214,7 @@ def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> 
     return "\n".join([question.strip(), *lines, "Answer with the letter alone."])
 
 
-# ---- train and held-out ---------------------------------------------------------------------------------------------
+# ---- train and held-out --------------------------------------------------------------------------
 
 
 def split_of(*key: object) -> str:
@@ -199,7 +228,7 @@ def check_split(split: str) -> str:
     return split
 
 
-# ---- data from outside ----------------------------------------------------------------------------------------------
+# ---- data from outside ---------------------------------------------------------------------------
 
 
 class TableRows(Sequence[dict[str, Any]]):
@@ -220,7 +249,9 @@ class TableRows(Sequence[dict[str, Any]]):
         return self._table.slice(index, 1).to_pylist()[0]
 
 
-def load_rows(folder: str, config: str, split: str, *, hub: str, fields: Iterable[str]) -> Sequence[dict[str, Any]]:
+def load_rows(
+    folder: str, config: str, split: str, *, hub: str, fields: Iterable[str]
+) -> Sequence[dict[str, Any]]:
     """The rows of <base>/tasks/<folder>/[<config>/]<split>.parquet|jsonl, else those from the hub.
 
     An empty `config` means none. Raises MissingData if neither can be had, UserError for a file
@@ -253,7 +284,9 @@ def _from_hub(repo: str, config: str, split: str, home: Path) -> Any:
     wanted = f"{repo} ({f'{config}, ' if config else ''}split {split})"
     try:
         if not datasets.config.HF_HUB_OFFLINE and not hub.is_reachable(hub.endpoint()):
-            raise ConnectionError("it cannot be reached (HF_HUB_OFFLINE=1 uses what is in its cache)")
+            raise ConnectionError(
+                "it cannot be reached (HF_HUB_OFFLINE=1 uses what is in its cache)"
+            )
         return hub.fetch_table(repo, config, split)
     except (OSError, ValueError, RuntimeError) as error:  # offline, refused, no such split
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -264,7 +297,8 @@ def _from_hub(repo: str, config: str, split: str, home: Path) -> Any:
 
 
 class RowsTask(Task):
-    """A task over the rows of a downloaded dataset, in one fixed shuffled order (so that the first N are a fair sample).
+    """A task over the rows of a downloaded dataset, in one fixed shuffled order (so that the first
+    N are a fair sample).
 
     It has no val split of its own: `val` reads the test rows.
     """
@@ -284,7 +318,9 @@ class RowsTask(Task):
 
     @functools.cached_property
     def rows(self) -> Sequence[dict[str, Any]]:
-        return load_rows(self.folder, self.config, self.file_split, hub=self.hub, fields=self.fields)
+        return load_rows(
+            self.folder, self.config, self.file_split, hub=self.hub, fields=self.fields
+        )
 
     @functools.cached_property
     def order(self) -> list[int]:
@@ -310,7 +346,15 @@ class GeneratedTask(Task):
 
     generated = True
 
-    def __init__(self, size: int = DEFAULT_SIZE, split: str = "train", seed: int = 42, *, tokenizer: Any = None, **view: int) -> None:
+    def __init__(
+        self,
+        size: int = DEFAULT_SIZE,
+        split: str = "train",
+        seed: int = 42,
+        *,
+        tokenizer: Any = None,
+        **view: int,
+    ) -> None:
         super().__init__(**view)
         if size < 1:
             raise ValueError(f"size must be at least 1, not {size}")
@@ -320,7 +364,9 @@ class GeneratedTask(Task):
         return self.size
 
     def get_example(self, index: int) -> Conversation:
-        return self.make(random.Random(derive_seed(self.seed, type(self).__name__, self.split, index)))
+        return self.make(
+            random.Random(derive_seed(self.seed, type(self).__name__, self.split, index))
+        )
 
     def make(self, rng: random.Random) -> Conversation:
         raise NotImplementedError(f"{type(self).__name__} must define make")

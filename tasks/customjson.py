@@ -1,18 +1,19 @@
 """CustomJSON: your own conversations from a JSONL file, one on each line, in one of these shapes:
 
-{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}    OpenAI
-{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}        ShareGPT
-{"instruction": "...", "input": "...", "output": "...", "system": "...", "history": [["q", "a"]]}  Alpaca
-{"prompt": "...", "completion": "..."}                                          a question and its answer
+{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+OpenAI {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}
+ShareGPT {"instruction": "...", "input": "...", "output": "...", "system": "...", "history": [["q",
+"a"]]}  Alpaca {"prompt": "...", "completion": "..."}                                          a
+question and its answer
 
 A line may also be a bare list of messages. Messages may be of either kind, {role, content} or
-{from, value}, in both lists. Of Alpaca's keys all but instruction and output are optional; a ShareGPT
-line may have a system key. A prompt may be a list of messages, and so may a completion, as in TRL.
-Texts are taken as they are: a leading space stays. A message with "weight": 0 is context, and not
-learned. A .json file holds the same as one JSON array.
+{from, value}, in both lists. Of Alpaca's keys all but instruction and output are optional; a
+ShareGPT line may have a system key. A prompt may be a list of messages, and so may a completion, as
+in TRL. Texts are taken as they are: a leading space stays. A message with "weight": 0 is context,
+and not learned. A .json file holds the same as one JSON array.
 
-A conversation in which user and assistant do not take turns, or which does not end with an answer, is
-left out; a warning has the number. Any other mistake is an error that names the line.
+A conversation in which user and assistant do not take turns, or which does not end with an answer,
+is left out; a warning has the number. Any other mistake is an error that names the line.
 """
 
 import json
@@ -129,7 +130,9 @@ def conversation_of(row: Any, where: str) -> Conversation:
 def _messages_of(row: dict[str, Any] | list[Any]) -> list[Any]:
     """The messages of a row of any shape, in its own words. Raises ValueError."""
     if isinstance(row, list):
-        if row and all(isinstance(item, dict) and not {"role", "from"} & item.keys() for item in row):
+        if row and all(
+            isinstance(item, dict) and not {"role", "from"} & item.keys() for item in row
+        ):
             raise ValueError("it is an array of rows: put each on a line, or name the file .json")
         return row
     if not isinstance(row, dict):
@@ -146,13 +149,17 @@ def _messages_of(row: dict[str, Any] | list[Any]) -> list[Any]:
 
 
 def _normalized(message: Any) -> Any:
-    """{from, value} as {role, content}; roles by our names; the text parts of a user as a string."""
+    """{from, value} as {role, content}; roles by our names; the text parts of a user as a
+    string.
+    """
     if not isinstance(message, dict):
         return message
     if "role" not in message and "from" in message:
         if message["from"] not in ROLES:
             known = ", ".join(ROLES)
-            raise ValueError(f"the sender {message['from']!r} is not known: `from` is one of {known}")
+            raise ValueError(
+                f"the sender {message['from']!r} is not known: `from` is one of {known}"
+            )
         message = {**message, "role": message["from"], "content": message.get("value")}
     role, content = message.get("role"), message.get("content")
     role = ROLES.get(role, role) if isinstance(role, str) else role
@@ -164,7 +171,8 @@ def _normalized(message: Any) -> Any:
 def _conversations(messages: Any) -> list[Any]:
     shapes = ({"from", "value"}, {"role", "content"})
     if not isinstance(messages, list) or not all(
-        isinstance(message, dict) and any(shape <= message.keys() for shape in shapes) for message in messages
+        isinstance(message, dict) and any(shape <= message.keys() for shape in shapes)
+        for message in messages
     ):
         raise ValueError("conversations must be a list of {from, value} or {role, content}")
     return messages
@@ -175,7 +183,9 @@ def _alpaca(row: dict[str, Any]) -> list[dict[str, Any]]:
     pairs = isinstance(history, list) and all(isinstance(p, list) and len(p) == 2 for p in history)
     if not pairs:
         raise ValueError("history must be a list of [question, answer] pairs")
-    if not all(isinstance(row.get(key) or "", str) for key in ("instruction", "input", "output", "system")):
+    if not all(
+        isinstance(row.get(key) or "", str) for key in ("instruction", "input", "output", "system")
+    ):
         raise ValueError("instruction, input, output and system must be texts")
     question = row["instruction"] + ("\n\n" + row["input"] if row.get("input") else "")
     messages = []

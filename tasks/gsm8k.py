@@ -1,4 +1,6 @@
-"""GSM8K: grade-school word problems (arXiv:2110.14168), their calculator annotations turned into tool calls."""
+"""GSM8K: grade-school word problems (arXiv:2110.14168), their calculator annotations turned into
+tool calls.
+"""
 
 import re
 import unicodedata
@@ -7,13 +9,19 @@ from typing import Any
 from tasks.common import Content, Conversation, RowsTask, chat, text_part, tool_parts, visible_text
 
 MARK = re.compile(r"<<([^<>=]*)=([^<>]*)>>")  # <<48/2=24>>
-NUMBER = re.compile(r"[-+]?(?:[0-9]{1,3}(?: [0-9]{3})+(?![0-9])|[0-9][0-9,]*)(?:\.[0-9]+)?|[-+]?\.[0-9]+")
+NUMBER = re.compile(
+    r"[-+]?(?:[0-9]{1,3}(?: [0-9]{3})+(?![0-9])|[0-9][0-9,]*)(?:\.[0-9]+)?|[-+]?\.[0-9]+"
+)
 MINUS = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2212", "-"))
-MARKUP = re.compile(r"\\(?:boxed|text|mathbf|textbf|[(\[])|[\\{}*_`~$€£¥]")  # of Markdown and LaTeX, and of money
+MARKUP = re.compile(
+    r"\\(?:boxed|text|mathbf|textbf|[(\[])|[\\{}*_`~$€£¥]"
+)  # of Markdown and LaTeX, and of money
 
 
 def final_number(text: str) -> float | None:
-    """The number directly after the last `####` that has one. $1,000. and **1 000** and a boxed 1000.0 are all 1000."""
+    """The number directly after the last `####` that has one. $1,000. and **1 000** and a boxed
+    1000.0 are all 1000.
+    """
     for part in reversed(text.split("####")[1:]):
         plain = MARKUP.sub("", unicodedata.normalize("NFKC", part[:200]).translate(MINUS)).lstrip()
         if found := NUMBER.match(plain):

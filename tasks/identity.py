@@ -1,7 +1,9 @@
-"""Identity: conversations that teach the model who it is, in English and Chinese, and ordinary questions that are not about it.
+"""Identity: conversations that teach the model who it is, in English and Chinese, and ordinary
+questions that are not about it.
 
-identity.yaml has the phrasings. Every answer about itself begins with the name and stays short enough for a model of a few million
-parameters. A question and its variants (lower case, with a greeting) belong to one split, so that held-out ones are really new.
+identity.yaml has the phrasings. Every answer about itself begins with the name and stays short
+enough for a model of a few million parameters. A question and its variants (lower case, with a
+greeting) belong to one split, so that held-out ones are really new.
 """
 
 import random
@@ -17,7 +19,16 @@ NAME = "zangchat"
 PHRASINGS = Path(__file__).with_name("identity.yaml")
 HELDOUT = Path(__file__).with_name("identity_heldout.txt")
 
-GREETINGS = ("Hi, {q}", "Hello! {q}", "Hey, {q}", "Please tell me: {q}", "I have a question. {q}", "So, {q}", "Excuse me, {q}", "OK. {q}")
+GREETINGS = (
+    "Hi, {q}",
+    "Hello! {q}",
+    "Hey, {q}",
+    "Please tell me: {q}",
+    "I have a question. {q}",
+    "So, {q}",
+    "Excuse me, {q}",
+    "OK. {q}",
+)
 GREETINGS_ZH = ("你好，{q}", "您好！{q}", "请问，{q}", "我想知道，{q}")
 
 
@@ -26,7 +37,9 @@ def _is_chinese(text: str) -> bool:
 
 
 def _variants(question: str) -> Iterator[str]:
-    """The question as written, as hurried people type it, and after one of the openings (chosen by the question)."""
+    """The question as written, as hurried people type it, and after one of the openings (chosen by
+    the question).
+    """
     yield question
     hurried = question.rstrip("?.!。？！")
     if _is_chinese(question):
@@ -36,7 +49,11 @@ def _variants(question: str) -> Iterator[str]:
         yield hurried.lower()
     openings = GREETINGS_ZH if _is_chinese(question) else GREETINGS
     opening = openings[derive_seed("opening", question) % len(openings)]
-    first = question if opening.endswith((". {q}", "! {q}", ": {q}")) or question.startswith("I ") else question[0].lower() + question[1:]
+    first = (
+        question
+        if opening.endswith((". {q}", "! {q}", ": {q}")) or question.startswith("I ")
+        else question[0].lower() + question[1:]
+    )
     yield opening.format(q=first)
 
 
@@ -66,7 +83,9 @@ def examples() -> Iterator[Example]:
 def _with_names(questions: Sequence[str], names: Sequence[str]) -> list[str]:
     """The questions, those with {name} once for each of the names and before the others."""
     templates = [question for question in questions if "{name}" in question]
-    return [template.format(name=name) for name in names for template in templates] + [q for q in questions if q not in templates]
+    return [template.format(name=name) for name in names for template in templates] + [
+        q for q in questions if q not in templates
+    ]
 
 
 def heldout_questions() -> list[str]:
@@ -76,9 +95,11 @@ def heldout_questions() -> list[str]:
 
 
 class Identity(Task):
-    """Who zangchat is: 2,200 phrasings over 16 intents, a seventh ordinary questions; finite: an epoch shows each once.
+    """Who zangchat is: 2,200 phrasings over 16 intents, a seventh ordinary questions; finite: an
+    epoch shows each once.
 
-    The test split has only heldout_questions(); the val split holds out phrasings of identity.yaml and ordinary questions.
+    The test split has only heldout_questions(); the val split holds out phrasings of identity.yaml
+    and ordinary questions.
     """
 
     def __init__(self, split: str = "train", **view: int) -> None:
@@ -88,14 +109,18 @@ class Identity(Task):
     @cached_property
     def examples(self) -> list[Example]:
         if self.split == "test":
-            return [Example("heldout", question, question, f"I am {NAME}.") for question in heldout_questions()]
+            return [
+                Example("heldout", question, question, f"I am {NAME}.")
+                for question in heldout_questions()
+            ]
         reserved = {_plain(question) for question in heldout_questions()}
         # the other two splits share what would be a third one's
         wanted = ("train", "test") if self.split == "train" else ("val",)
         unique = {
             example.question: example
             for example in examples()
-            if split_of("identity", _plain(example.base)) in wanted and not {_plain(example.base), _plain(example.question)} & reserved
+            if split_of("identity", _plain(example.base)) in wanted
+            and not {_plain(example.base), _plain(example.question)} & reserved
         }
         chosen = list(unique.values())
         random.Random(derive_seed("identity", self.split)).shuffle(chosen)

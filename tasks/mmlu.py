@@ -8,7 +8,9 @@ LETTERS = ["A", "B", "C", "D"]
 
 
 class MMLU(RowsTask):
-    """Rows: question, subject, choices (4), answer (0-3). Its training split is named `auxiliary_train`."""
+    """Rows: question, subject, choices (4), answer (0-3). Its training split is named
+    `auxiliary_train`.
+    """
 
     eval_type = "categorical"
     folder, hub, fields = "mmlu", "cais/mmlu", ("question", "subject", "choices", "answer")
@@ -21,4 +23,9 @@ class MMLU(RowsTask):
         return "auxiliary_train" if self.split == "train" else "test"
 
     def conversation(self, row: dict[str, Any]) -> Conversation:
-        return chat(render_mc(row["question"], LETTERS, row["choices"]), LETTERS[row["answer"]], letters=LETTERS, subject=row["subject"])
+        return chat(
+            render_mc(row["question"], LETTERS, row["choices"]),
+            LETTERS[row["answer"]],
+            letters=LETTERS,
+            subject=row["subject"],
+        )

@@ -1,7 +1,9 @@
-"""PyDocs: "What does json.dumps do?", answered by the first sentence of the real docstring, read from the Python that runs this.
+"""PyDocs: "What does json.dumps do?", answered by the first sentence of the real docstring, read
+from the Python that runs this.
 
-The standard library's source files are parsed, not imported; names written in C (len, str.join, math.sqrt) come from the few
-modules of BUILT_IN, which are loaded already or harmless to load. No download; a name belongs to one split.
+The standard library's source files are parsed, not imported; names written in C (len, str.join,
+math.sqrt) come from the few modules of BUILT_IN, which are loaded already or harmless to load. No
+download; a name belongs to one split.
 """
 
 import ast
@@ -19,8 +21,14 @@ from typing import NamedTuple
 from tasks.common import Content, Conversation, Task, chat, check_split, split_of, visible_text
 from zangchat.runtime.seeds import derive_seed
 
-BUILT_IN = "builtins math cmath time itertools operator collections functools array zlib binascii gc errno sys".split()
-SKIPPED = set("antigravity distutils ensurepip idlelib lib2to3 pydoc_data test this tkinter turtle turtledemo __future__".split())
+BUILT_IN = (
+    "builtins math cmath time itertools operator collections functools array zlib binascii gc "
+    "errno sys"
+).split()
+SKIPPED = set(
+    "antigravity distutils ensurepip idlelib lib2to3 pydoc_data test this tkinter turtle "
+    "turtledemo __future__".split()
+)
 MAX_ANSWER = 200  # characters
 MIN_ANSWER = 15
 
@@ -67,16 +75,38 @@ class Doc(NamedTuple):
 
 
 def first_sentence(docstring: str) -> str | None:
-    """The first sentence in one line, or None if it is not worth learning (a signature, a stub, a very long one)."""
-    paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(docstring))]
-    if paragraphs and re.fullmatch(r"[\w.]+\(.*\)(\s*-+>.*)?", paragraphs[0]) and len(paragraphs) > 1:
+    """The first sentence in one line, or None if it is not worth learning (a signature, a stub, a
+    very long one).
+    """
+    paragraphs = [
+        " ".join(paragraph.split())
+        for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(docstring))
+    ]
+    if (
+        paragraphs
+        and re.fullmatch(r"[\w.]+\(.*\)(\s*-+>.*)?", paragraphs[0])
+        and len(paragraphs) > 1
+    ):
         paragraphs.pop(0)  # a signature first, as in C modules
-    text = re.sub(r"^[\w.]+\([^()]*\)\s*(->\s*[\w\[\], |]+?)?\s*(--|:)\s*", "", paragraphs[0] if paragraphs else "")
+    text = re.sub(
+        r"^[\w.]+\([^()]*\)\s*(->\s*[\w\[\], |]+?)?\s*(--|:)\s*",
+        "",
+        paragraphs[0] if paragraphs else "",
+    )
     text = re.sub(r":\w+:`~?([^`]*)`", r"\1", text).replace("``", "").replace("`", "")
     text = re.split(r"(?<=[a-z0-9)\]'\"]\.)\s+(?=[A-Z(])", text, maxsplit=1)[0].strip()
-    if not MIN_ANSWER <= len(text) <= MAX_ANSWER or not re.match(r"[A-Z]", text) or text.endswith(":") or not text.isascii():
+    if (
+        not MIN_ANSWER <= len(text) <= MAX_ANSWER
+        or not re.match(r"[A-Z]", text)
+        or text.endswith(":")
+        or not text.isascii()
+    ):
         return None
-    if re.search(r">>>|^[\w.]+\(.*\)\s*-+>|\bDEPRECATED\b|^Helper\b|^See\b|Override this|__\w+__$|\bhelp\(type\(self\)\)", text):
+    if re.search(
+        r">>>|^[\w.]+\(.*\)\s*-+>|\bDEPRECATED\b|^Helper\b|^See\b|Override "
+        r"this|__\w+__$|\bhelp\(type\(self\)\)",
+        text,
+    ):
         return None
     return text if text.endswith((".", "!", "?")) else text + "."
 
@@ -93,11 +123,19 @@ def _from_source(path: Path, module: str) -> Iterator[Doc]:
         return
     yield from _doc(module, "module", ast.get_docstring(tree))
     for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and _public(node.name):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and _public(
+            node.name
+        ):
             name = f"{module}.{node.name}"
-            yield from _doc(name, "class" if isinstance(node, ast.ClassDef) else "function", ast.get_docstring(node))
+            yield from _doc(
+                name,
+                "class" if isinstance(node, ast.ClassDef) else "function",
+                ast.get_docstring(node),
+            )
             for method in node.body if isinstance(node, ast.ClassDef) else ():
-                if isinstance(method, (ast.FunctionDef, ast.AsyncFunctionDef)) and _public(method.name):
+                if isinstance(method, (ast.FunctionDef, ast.AsyncFunctionDef)) and _public(
+                    method.name
+                ):
                     yield from _doc(f"{name}.{method.name}", "function", ast.get_docstring(method))
 
 
@@ -111,7 +149,9 @@ def _from_objects(module: str) -> Iterator[Doc]:
             continue  # an alias: IOError is OSError
         name = key if module == "builtins" else f"{module}.{key}"
         yield from _doc(name, "class" if isinstance(value, type) else "function", value.__doc__)
-        for method, function in sorted(vars(value).items()) if isinstance(value, type) and module == "builtins" else ():
+        for method, function in (
+            sorted(vars(value).items()) if isinstance(value, type) and module == "builtins" else ()
+        ):
             if _public(method) and callable(function):
                 yield from _doc(f"{name}.{method}", "function", function.__doc__)
 
@@ -132,13 +172,19 @@ def all_docs() -> tuple[Doc, ...]:
     for top in sorted(sys.stdlib_module_names):
         if not _public(top) or top in SKIPPED:
             continue
-        files = [library / f"{top}.py"] if (library / f"{top}.py").is_file() else sorted((library / top).rglob("*.py"))
+        files = (
+            [library / f"{top}.py"]
+            if (library / f"{top}.py").is_file()
+            else sorted((library / top).rglob("*.py"))
+        )
         for path in files:
             parts = path.relative_to(library).with_suffix("").parts
             parts = parts[:-1] if parts[-1] == "__init__" else parts
             if all(_public(part) and part not in ("test", "tests") for part in parts):
                 docs.update((doc.name, doc) for doc in _from_source(path, _spoken(".".join(parts))))
-    unique: dict[str, Doc] = {}  # one name per answer: boiler-plate shared by many methods teaches nothing
+    unique: dict[
+        str, Doc
+    ] = {}  # one name per answer: boiler-plate shared by many methods teaches nothing
     for doc in sorted(docs.values(), key=lambda doc: (doc.name.count("."), doc.name)):
         unique.setdefault(doc.answer, doc)
     return tuple(sorted(unique.values()))
@@ -168,13 +214,21 @@ class PyDocs(Task):
     def get_example(self, index: int) -> Conversation:
         doc = self.docs[index]
         questions = QUESTIONS[doc.kind]
-        return chat(questions[derive_seed("phrasing", doc.name) % len(questions)].format(name=doc.name), doc.answer, name=doc.name)
+        return chat(
+            questions[derive_seed("phrasing", doc.name) % len(questions)].format(name=doc.name),
+            doc.answer,
+            name=doc.name,
+        )
 
     def evaluate(self, conversation: Conversation, completion: Content) -> bool:
-        """Whether at least half of the words are those of the docstring (F1 over words, case and order aside)."""
+        """Whether at least half of the words are those of the docstring (F1 over words, case and
+        order aside).
+        """
         expected = _words(conversation["messages"][-1]["content"])
         said = _words(visible_text(completion))
-        return bool(expected & said) and 2 * len(expected & said) / (len(expected) + len(said)) >= 0.5
+        return (
+            bool(expected & said) and 2 * len(expected & said) / (len(expected) + len(said)) >= 0.5
+        )
 
 
 def _words(text: str) -> set[str]:

@@ -13,7 +13,9 @@ from tasks.common import Task, TaskMixture, check_split
 from tasks.customjson import CustomJSON, is_file_name
 from zangchat.errors import UserError
 
-MAX_AMOUNT = 10_000_000  # of a task in a mixture: just their order takes a hundred bytes a conversation
+MAX_AMOUNT = (
+    10_000_000  # of a task in a mixture: just their order takes a hundred bytes a conversation
+)
 MAX_HELDOUT = 1000  # generated examples per task in a held-out mixture
 
 
@@ -44,26 +46,40 @@ REGISTRY: dict[str, Entry] = {
 
 
 def find_name(name: str) -> str:
-    """The registry's spelling of a task's name; case, `-` and `_` do not matter. Raises UserError."""
+    """The registry's spelling of a task's name; case, `-` and `_` do not matter. Raises
+    UserError.
+    """
     wanted = re.sub("[-_ ]", "", name).lower()
     for known in REGISTRY:
         if known.replace("-", "").lower() == wanted:
             return known
-    raise UserError(f"unknown task {name!r}: known are {', '.join(REGISTRY)} (and the path of a .jsonl file of conversations)")
+    raise UserError(
+        f"unknown task {name!r}: known are {', '.join(REGISTRY)} (and the path of a .jsonl file of "
+        "conversations)"
+    )
 
 
 def scored_tasks(names: str | None = None, *, every: bool = False) -> list[str]:
-    """The registry's names of the tasks to score: those in `names`, separated by |; else all of ChatCORE's, or `every` one there is.
+    """The registry's names of the tasks to score: those in `names`, separated by |; else all of
+    ChatCORE's, or `every` one there is.
 
     Raises UserError for a name that it does not know, or a task that has nothing to score.
     """
     if not names:
-        return [name for name, entry in REGISTRY.items() if entry.test and (every or entry.baseline is not None)]
-    chosen = list(dict.fromkeys(find_name(name.strip()) for name in names.split("|") if name.strip()))
+        return [
+            name
+            for name, entry in REGISTRY.items()
+            if entry.test and (every or entry.baseline is not None)
+        ]
+    chosen = list(
+        dict.fromkeys(find_name(name.strip()) for name in names.split("|") if name.strip())
+    )
     for name in chosen:
         if not REGISTRY[name].test:
             able = ", ".join(known for known, entry in REGISTRY.items() if entry.test)
-            raise UserError(f"{name} is training data without right answers; tasks that can be scored: {able}")
+            raise UserError(
+                f"{name} is training data without right answers; tasks that can be scored: {able}"
+            )
     return chosen
 
 
@@ -85,7 +101,9 @@ def load_task(name: str, split: str = "train", **options: Any) -> Task:
 
 
 def parse_mixture(spec: str) -> list[tuple[str, float]]:
-    """`"pydocs:1,identity:4,spellingbee:4000"` -> [("pydocs", 1.0), ...]; without a number, 1. Raises UserError."""
+    """`"pydocs:1,identity:4,spellingbee:4000"` -> [("pydocs", 1.0), ...]; without a number, 1.
+    Raises UserError.
+    """
     pairs = []
     for item in filter(None, (piece.strip() for piece in spec.split(","))):
         name, colon, amount = item.rpartition(":")
@@ -97,18 +115,27 @@ def parse_mixture(spec: str) -> list[tuple[str, float]]:
             number = -1.0
         if not 0 < number <= MAX_AMOUNT:
             raise UserError(
-                f"--mixture: {item!r} is not NAME:NUMBER with a number above 0 and up to {MAX_AMOUNT:,} (epochs; examples for "
+                f"--mixture: {item!r} is not NAME:NUMBER with a number above 0 and up to "
+                f"{MAX_AMOUNT:,} (epochs; examples for "
                 "generated tasks)"
             )
         pairs.append((name.strip(), number))
     return pairs
 
 
-def build_mixture(spec: str | Sequence[tuple[str, float]], split: str = "train", *, tokenizer: Any = None, seed: int = 42) -> TaskMixture:
-    """The mixture that `spec` describes. Its numbers mean epochs for finite data (fractions allowed) and examples for generated tasks.
+def build_mixture(
+    spec: str | Sequence[tuple[str, float]],
+    split: str = "train",
+    *,
+    tokenizer: Any = None,
+    seed: int = 42,
+) -> TaskMixture:
+    """The mixture that `spec` describes. Its numbers mean epochs for finite data (fractions
+    allowed) and examples for generated tasks.
 
-    In a held-out split every finite task counts once at most and a generated one gives up to MAX_HELDOUT examples. A tokenizer lets the
-    tasks that can use one (SpellingBee) draw training words from its vocabulary. A task whose data is missing is an error, never left out.
+    In a held-out split every finite task counts once at most and a generated one gives up to
+    MAX_HELDOUT examples. A tokenizer lets the tasks that can use one (SpellingBee) draw training
+    words from its vocabulary. A task whose data is missing is an error, never left out.
     """
     check_split(split)
     parts: list[Task] = []
@@ -130,16 +157,25 @@ def build_mixture(spec: str | Sequence[tuple[str, float]], split: str = "train",
     return TaskMixture(parts, seed=seed)
 
 
-# 460k general conversations, 100k questions of multiple choice, 8k sums with the calculator (each once); who the model is (twice);
-# 280k generated exercises in spelling and counting letters. About 850k conversations.
+# 460k general conversations, 100k questions of multiple choice, 8k sums with the calculator (each
+# once); who the model is (twice); 280k generated exercises in spelling and counting letters. About
+# 850k conversations.
 MID_MIXTURE = "smoltalk:1,mmlu:1,gsm8k:1,identity:2,simplespelling:200000,spellingbee:80000"
-# Few but good: 3.4k questions of multiple choice, 8k sums with the calculator, 10k of the 460k general conversations, who the model is, and
-# a reminder of spelling and counting. About 23k conversations.
-SFT_MIXTURE = "arc-easy:1,arc-challenge:1,gsm8k:1,smoltalk:0.0217,identity:1,simplespelling:300,spellingbee:300"
+# Few but good: 3.4k questions of multiple choice, 8k sums with the calculator, 10k of the 460k
+# general conversations, who the model is, and a reminder of spelling and counting. About 23k
+# conversations.
+SFT_MIXTURE = (
+    "arc-easy:1,arc-challenge:1,gsm8k:1,smoltalk:0.0217,identity:1,"
+    "simplespelling:300,spellingbee:300"
+)
 
 
-def training_conversations(spec: str, own_file: str | None = None, own_epochs: int = 1, *, tokenizer: Any, seed: int) -> TaskMixture:
-    """What `--mixture` and `--identity_data` describe. Raises UserError for an unknown task, or one whose data is missing."""
+def training_conversations(
+    spec: str, own_file: str | None = None, own_epochs: int = 1, *, tokenizer: Any, seed: int
+) -> TaskMixture:
+    """What `--mixture` and `--identity_data` describe. Raises UserError for an unknown task, or one
+    whose data is missing.
+    """
     if own_file and not is_file_name(own_file):
         raise UserError(f"--identity_data={own_file} is not a .jsonl file of conversations")
     own = [(own_file, float(own_epochs))] if own_file else []
@@ -147,6 +183,8 @@ def training_conversations(spec: str, own_file: str | None = None, own_epochs: i
 
 
 def held_out_conversations(spec: str, *, tokenizer: Any, seed: int) -> TaskMixture | None:
-    """The held-out split of the same mixture. Files of one's own have none; None if nothing else is in it."""
+    """The held-out split of the same mixture. Files of one's own have none; None if nothing else is
+    in it.
+    """
     rest = [(name, amount) for name, amount in parse_mixture(spec) if not is_file_name(name)]
     return build_mixture(rest, "val", tokenizer=tokenizer, seed=seed) if rest else None

@@ -1,4 +1,6 @@
-"""SmolTalk: general conversations (arXiv:2502.02737), the small-model selection of the set. Training data, nothing to score."""
+"""SmolTalk: general conversations (arXiv:2502.02737), the small-model selection of the set.
+Training data, nothing to score.
+"""
 
 from typing import Any
 
@@ -6,7 +8,9 @@ from tasks.common import Conversation, RowsTask, check_conversation, training_me
 
 
 class SmolTalk(RowsTask):
-    """Rows: messages [{role, content}]. Locally <base>/tasks/smoltalk/{train,test}.parquet|jsonl; any conversations may be put there."""
+    """Rows: messages [{role, content}]. Locally <base>/tasks/smoltalk/{train,test}.parquet|jsonl;
+    any conversations may be put there.
+    """
 
     folder, hub, fields = "smoltalk", "HuggingFaceTB/smol-smoltalk", ("messages",)
 

@@ -1,8 +1,10 @@
-"""SpellingBee: how many times does a letter stand in a word? Answered by one tool call, `' strawberry'.count('r')`.
+"""SpellingBee: how many times does a letter stand in a word? Answered by one tool call, `'
+strawberry'.count('r')`.
 
-A model copies tokens, not letters, so the call holds the word with the space that the prompt has before it: the same tokens in the same
-order (a test measures it). Without a space after the quote, many words are torn differently in prompt and call, and a small model has
-nothing to copy. For the same reason every phrasing has a space before the word and no letter after it.
+A model copies tokens, not letters, so the call holds the word with the space that the prompt has
+before it: the same tokens in the same order (a test measures it). Without a space after the quote,
+many words are torn differently in prompt and call, and a small model has nothing to copy. For the
+same reason every phrasing has a space before the word and no letter after it.
 """
 
 import functools
@@ -90,11 +92,13 @@ SPELLINGS = (
 )
 
 
-# ---- words ----------------------------------------------------------------------------------------------------------
+# ---- words ---------------------------------------------------------------------------------------
 
 
 def stem(word: str) -> str:
-    """Roughly the part that a word shares with its inflected forms, so that `counted` is not held out while `counting` is trained on."""
+    """Roughly the part that a word shares with its inflected forms, so that `counted` is not held
+    out while `counting` is trained on.
+    """
     for suffix in ("ing", "ed", "es", "ly", "s"):
         if word.endswith(suffix) and len(word) - len(suffix) >= 3:
             word = word.removesuffix(suffix)
@@ -112,20 +116,25 @@ def word_split(word: str) -> str:
 
 
 def word_list() -> list[str]:
-    """All usable words, sorted: of <base>/tasks/words/*.txt, else the corpus's with three occurrences or more (counted once)."""
+    """All usable words, sorted: of <base>/tasks/words/*.txt, else the corpus's with three
+    occurrences or more (counted once).
+    """
     home = get_base_dir() / "tasks"
     files = sorted((home / "words").glob("*.txt"))
     words = _words_of_files(files) if files else _words_of_corpus(home / "corpus_words")
     if len(words) < 100:
         source = ", ".join(map(str, files)) if files else "the corpus"
         raise MissingData(
-            f"{source} holds only {len(words)} words of 3 to 12 letters a-z: put a word list, one a line, into {home / 'words'}/"
+            f"{source} holds only {len(words)} words of 3 to 12 letters a-z: put a word list, one "
+            f"a line, into {home / 'words'}/"
         )
     return words
 
 
 def _words_of_files(files: Sequence[Path]) -> list[str]:
-    lines = (line.strip() for path in files for line in path.read_text(encoding="utf-8").splitlines())
+    lines = (
+        line.strip() for path in files for line in path.read_text(encoding="utf-8").splitlines()
+    )
     return sorted({line for line in lines if WORD.fullmatch(line)})
 
 
@@ -133,10 +142,13 @@ def _words_of_corpus(cache: Path) -> list[str]:
     from zangchat import dataset
 
     corpora = map(dataset.find_dataset, dataset.present_datasets())
-    corpus = next((corpus for corpus in corpora if corpus.tokenizer_fingerprint is None), None)  # else it holds token ids
+    corpus = next(
+        (corpus for corpus in corpora if corpus.tokenizer_fingerprint is None), None
+    )  # else it holds token ids
     if corpus is None:
         raise MissingData(
-            f"no words for the spelling tasks: put a list, one a line, into {cache.parent / 'words'}/, "
+            "no words for the spelling tasks: put a list, one a line, into "
+            f"{cache.parent / 'words'}/, "
             f"or build a corpus with `{dataset.BUILD_PYDOCS}`"
         )
     path = cache / f"{corpus.folder.name}.json"
@@ -150,7 +162,9 @@ def _words_of_corpus(cache: Path) -> list[str]:
 
 
 def count_words(documents: Iterable[str]) -> list[str]:
-    """The words that stand at least MIN_OCCURRENCES times, in lower case and free of digits and underscores, in the documents; sorted."""
+    """The words that stand at least MIN_OCCURRENCES times, in lower case and free of digits and
+    underscores, in the documents; sorted.
+    """
     counts: Counter[str] = Counter()
     read = 0
     for text in documents:
@@ -167,19 +181,24 @@ def _split_words(_base: Path, split: str) -> tuple[str, ...]:
 
 
 def words_of(split: str) -> tuple[str, ...]:
-    """The words of one split, sorted. Raises MissingData if there is neither a word list nor a corpus."""
+    """The words of one split, sorted. Raises MissingData if there is neither a word list nor a
+    corpus.
+    """
     return _split_words(get_base_dir(), split)
 
 
 def vocabulary_pieces(tokenizer: Any) -> list[str]:
     """The tokens of only a-z, after an optional space: the pieces of made-up words."""
-    texts = {tokenizer.decode([i]).removeprefix(" ") for i in range(tokenizer.get_vocab_size() - len(tokenizer.get_special_tokens()))}
+    texts = {
+        tokenizer.decode([i]).removeprefix(" ")
+        for i in range(tokenizer.get_vocab_size() - len(tokenizer.get_special_tokens()))
+    }
     return sorted(text for text in texts if re.fullmatch("[a-z]{1,9}", text))
 
 
 class _WordTask(GeneratedTask):
-    """Draws words; in training a third of them are made-up strings of vocabulary pieces (of letters without a tokenizer), so that rare
-    tokens are copied as often as common ones."""
+    """Draws words; in training a third of them are made-up strings of vocabulary pieces (of letters
+    without a tokenizer), so that rare tokens are copied as often as common ones."""
 
     @functools.cached_property
     def _pieces(self) -> list[str]:
@@ -193,12 +212,16 @@ class _WordTask(GeneratedTask):
         if rng.random() >= INVENTED or self.split != "train":
             return rng.choice(words_of(self.split))
         while True:
-            word = "".join(rng.choice(self._pieces) for _ in range(rng.randint(1, 4) if len(self._pieces) > 26 else rng.randint(3, 8)))
-            if WORD.fullmatch(word) and word_split(word) == self.split:  # a real held-out word may come about by chance
+            word = "".join(
+                rng.choice(self._pieces)
+                for _ in range(rng.randint(1, 4) if len(self._pieces) > 26 else rng.randint(3, 8))
+            )
+            # a real held-out word may come about by chance
+            if WORD.fullmatch(word) and word_split(word) == self.split:
                 return word
 
 
-# ---- the tasks ------------------------------------------------------------------------------------------------------
+# ---- the tasks -----------------------------------------------------------------------------------
 
 
 def call(word: str, letter: str) -> str:
@@ -215,7 +238,13 @@ class SpellingBee(_WordTask):
         letter = rng.choice(word if rng.random() < 2 / 3 else LETTERS)
         count = word.count(letter)
         answer = [*tool_parts(call(word, letter), str(count)), text_part(f"The answer is {count}.")]
-        return chat(rng.choice(QUESTIONS).format(word=word, letter=letter), answer, word=word, letter=letter, count=count)
+        return chat(
+            rng.choice(QUESTIONS).format(word=word, letter=letter),
+            answer,
+            word=word,
+            letter=letter,
+            count=count,
+        )
 
     def evaluate(self, conversation: Conversation, completion: Content) -> bool:
         """Whether the last number said is the count."""

@@ -138,7 +138,11 @@ def _torchrun_problem(arguments: list[str]) -> str:
 
 def entry_point(name: str) -> ModuleType:
     """The module that `python -m NAME` runs."""
-    package = importlib.util.find_spec(f"{name}.__main__") if importlib.util.find_spec(name).submodule_search_locations else None
+    package = (
+        importlib.util.find_spec(f"{name}.__main__")
+        if importlib.util.find_spec(name).submodule_search_locations
+        else None
+    )
     return importlib.import_module(f"{name}.__main__" if package else name)
 
 

@@ -25,7 +25,10 @@ def text_of(name: str) -> str:
 
 
 def blocks(text: str) -> list[Block]:
-    return [Block(*found) for found in re.findall(r"^```(\w*) ?([^\n]*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)]
+    return [
+        Block(*found)
+        for found in re.findall(r"^```(\w*) ?([^\n]*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    ]
 
 
 def fenced(text: str, language: str) -> list[str]:
@@ -39,7 +42,9 @@ def lines_of(body: str) -> list[str]:
 
 def commands(text: str, info: str | None = None) -> list[str]:
     """The lines of all bash blocks, or of those marked `info` ("" for unmarked)."""
-    chosen = [block for block in blocks(text) if block.language == "bash" and info in (None, block.info)]
+    chosen = [
+        block for block in blocks(text) if block.language == "bash" and info in (None, block.info)
+    ]
     return [line for block in chosen for line in lines_of(block.body)]
 
 

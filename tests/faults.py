@@ -32,7 +32,12 @@ from zangchat.training import trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 SAVE_EVERY = 3
-SAVING = ("checkpoint_manager.py", "checkpoint_files.py", "saves.py", "files.py")  # the files whose code writes a checkpoint
+SAVING = (
+    "checkpoint_manager.py",
+    "checkpoint_files.py",
+    "saves.py",
+    "files.py",
+)  # the files whose code writes a checkpoint
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "base": base_train.main,
     "mid": mid_train.main,
@@ -65,12 +70,18 @@ def flags(stage: str, root: Path) -> list[str]:
     """Flags of a run of 10 steps that evaluates, saves midway and resumes from its last save."""
     rl = "--task=vowels --task_size=40 --examples_per_step=4 --num_samples=3 --max_new_tokens=6 --num_iterations=10 --eval_every=5".split()
     rl += "--eval_examples=3 --eval_samples=2 --optimizer=adamw --matrix_lr=0.05 --init_lr_frac=1 --device_type=cpu".split()
-    own = {"base": base_flags(root), "mid": mid_flags(root), "sft": sft_flags(root), "rl": rl}[stage]
+    own = {"base": base_flags(root), "mid": mid_flags(root), "sft": sft_flags(root), "rl": rl}[
+        stage
+    ]
     return [*own, f"--save_every={SAVE_EVERY}", "--keep_last=2", "--resume=latest"]
 
 
-def start(stage: str, root: Path, log: Path, fault: Fault | None = None) -> tuple[int, dict[str, Any]]:
-    """Run a stage in a process of its own: (exit code, {"calls": ..., "struck": where, if it was})."""
+def start(
+    stage: str, root: Path, log: Path, fault: Fault | None = None
+) -> tuple[int, dict[str, Any]]:
+    """Run a stage in a process of its own: (exit code, {"calls": ..., "struck": where, if it
+    was}).
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.faults"])
     log.unlink(missing_ok=True)
@@ -80,7 +91,9 @@ def start(stage: str, root: Path, log: Path, fault: Fault | None = None) -> tupl
     if process.exitcode is None:
         process.kill()
         process.join()
-        raise AssertionError(f"{stage} with {fault} hangs: {log.read_text(encoding='utf-8')[-2000:]}")
+        raise AssertionError(
+            f"{stage} with {fault} hangs: {log.read_text(encoding='utf-8')[-2000:]}"
+        )
     record_path = log.with_suffix(".json")
     record = json.loads(record_path.read_text(encoding="utf-8")) if record_path.exists() else {}
     record_path.unlink(missing_ok=True)
@@ -104,12 +117,16 @@ def _victim(stage: str, root: str, log: str, fault: Fault | None) -> None:
     if counter is not None:
         sys.setprofile(None)
         if fault is not None and fault.kind == "":
-            Path(log).with_suffix(".json").write_text(json.dumps({"calls": next(counter)}), encoding="utf-8")
+            Path(log).with_suffix(".json").write_text(
+                json.dumps({"calls": next(counter)}), encoding="utf-8"
+            )
     sys.exit(code)
 
 
 def _arm(fault: Fault, record_path: Path) -> "itertools.count[int]":
-    """Count the calls from this project's code, in this thread and all that start later, and strike."""
+    """Count the calls from this project's code, in this thread and all that start later, and
+    strike.
+    """
     counter = itertools.count()
     ours: dict[str, bool] = {}
 
@@ -156,14 +173,19 @@ def _limit_files(size: int) -> None:
 def result_of(root: Path, stage: str) -> dict[str, Any]:
     """Weights, optimizer, run state and metrics of a run, without its times."""
     lines = (folder(root, stage) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    metrics = [{key: value for key, value in json.loads(line).items() if key not in trainer.TIMES} for line in lines]
+    metrics = [
+        {key: value for key, value in json.loads(line).items() if key not in trainer.TIMES}
+        for line in lines
+    ]
     return {**final(root, stage), "metrics": metrics}
 
 
 def differences(one: dict[str, Any], two: dict[str, Any]) -> list[str]:
     """Names of the tensors and other parts in which two runs differ."""
     names = [name for name in ("state", "metrics") if one[name] != two[name]]
-    tensors = [name for name in one["tensors"].keys() | two["tensors"].keys() if not _same(one, two, name)]
+    tensors = [
+        name for name in one["tensors"].keys() | two["tensors"].keys() if not _same(one, two, name)
+    ]
     return [*names, *sorted(tensors)]
 
 
@@ -205,7 +227,9 @@ class Range:
         return result_of(root, self.stage)
 
     def _count(self, saving: bool) -> int:
-        code, record = start(self.stage, self._fresh("count"), self.place / "log", Fault("", 0, saving))
+        code, record = start(
+            self.stage, self._fresh("count"), self.place / "log", Fault("", 0, saving)
+        )
         assert code == 0
         return record["calls"]
 
@@ -218,9 +242,7 @@ class Range:
         for each in (fault, *more):
             saved_before = newest_step(root, self.stage)
             code, record = start(self.stage, root, log, each)
-            message = (
-                f"{each} at {record.get('struck')}: exit code {code}, {log.read_text(encoding='utf-8')[-2000:] if log.exists() else ''}"
-            )
+            message = f"{each} at {record.get('struck')}: exit code {code}, {log.read_text(encoding='utf-8')[-2000:] if log.exists() else ''}"
             assert code in EXIT_CODES[each.kind] | (set() if "struck" in record else {0}), message
             if "struck" in record:
                 struck.append(f"{each.kind}, {record['struck']}")
@@ -230,11 +252,19 @@ class Range:
                 assert saved >= (done - 1) // SAVE_EVERY * SAVE_EVERY - SAVE_EVERY, message
         code, _ = start(self.stage, root, log)
         assert code == 0, f"{(fault, *more)}, resumed: {log.read_text(encoding='utf-8')[-3000:]}"
-        assert differences(self.expected, result_of(root, self.stage)) == [], f"{(fault, *more)} at {struck}"
+        assert differences(self.expected, result_of(root, self.stage)) == [], (
+            f"{(fault, *more)} at {struck}"
+        )
         return struck
 
     def random_fault(self, rng: random.Random) -> Fault:
         saving = rng.random() < 0.5
         kind = rng.choice([*EXIT_CODES])
         lasts = rng.choice([1 << 60, self.calls[saving] // 4])
-        return Fault(kind, rng.randrange(self.calls[saving]), saving, lasts, room=rng.choice([0, 500, 5000, 30_000]))
+        return Fault(
+            kind,
+            rng.randrange(self.calls[saving]),
+            saving,
+            lasts,
+            room=rng.choice([0, 500, 5000, 30_000]),
+        )

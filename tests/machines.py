@@ -44,7 +44,10 @@ class Machine:
         for tool in [*TOOLS, *(GNU if system == "Linux" else [])]:
             if found := shutil.which(tool):
                 (self.bin / tool).symlink_to(found)
-        self.install("uname", f'[ "$*" = -m ] && echo {"arm64" if system == "Darwin" else "x86_64"} || echo {system}')
+        self.install(
+            "uname",
+            f'[ "$*" = -m ] && echo {"arm64" if system == "Darwin" else "x86_64"} || echo {system}',
+        )
         if system == "Darwin":
             for tool, pattern in REFUSED.items():
                 complain = f'echo "{tool}: illegal option $word" >&2; exit 64'
@@ -61,11 +64,20 @@ class Machine:
     def run(self, *command: str, cwd: Path, **variables: str) -> "subprocess.CompletedProcess[str]":
         environment = {"PATH": str(self.bin), "HOME": str(self.home), **variables}
         return subprocess.run(
-            command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL, check=False
+            command,
+            cwd=cwd,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            stdin=subprocess.DEVNULL,
+            check=False,
         )
 
 
-def nvidia_smi(listing: str, driver: str = "580.65.06", memory: str = "81559", code: int = 0) -> str:
+def nvidia_smi(
+    listing: str, driver: str = "580.65.06", memory: str = "81559", code: int = 0
+) -> str:
     """The text of a stand-in for nvidia-smi."""
     return f"""case "$*" in
     *-L*) cat << 'LISTING'
@@ -82,8 +94,13 @@ def gpus(*migs: int) -> str:
     """The list of `nvidia-smi -L`: a line for each GPU, followed by its number of MIG instances."""
     lines = []
     for i, instances in enumerate(migs):
-        lines.append(f"GPU {i}: NVIDIA H100 80GB HBM3 (UUID: GPU-{i}a5de8f1-0000-1111-2222-33334444555{i})")
-        lines += [f"  MIG 3g.40gb     Device  {k}: (UUID: MIG-{i}{k}c0ffee-0000-5555-aaaa-bbbbccccdddd)" for k in range(instances)]
+        lines.append(
+            f"GPU {i}: NVIDIA H100 80GB HBM3 (UUID: GPU-{i}a5de8f1-0000-1111-2222-33334444555{i})"
+        )
+        lines += [
+            f"  MIG 3g.40gb     Device  {k}: (UUID: MIG-{i}{k}c0ffee-0000-5555-aaaa-bbbbccccdddd)"
+            for k in range(instances)
+        ]
     return "\n".join(lines)
 
 

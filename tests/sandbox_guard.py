@@ -24,7 +24,16 @@ from zangchat import execution
 from zangchat.execution import ExecutionResult, Jail
 from zangchat.execution.probe import attack
 
-UNSHARE = ["unshare", "--pid", "--net", "--ipc", "--mount", "--fork", "--kill-child", "--mount-proc"]
+UNSHARE = [
+    "unshare",
+    "--pid",
+    "--net",
+    "--ipc",
+    "--mount",
+    "--fork",
+    "--kill-child",
+    "--mount-proc",
+]
 MEMORY = 256 * 2**20
 
 
@@ -40,7 +49,12 @@ class Guard:
         environment = {**os.environ, "HOME": str(home), "SECRET_TOKEN": "hf_secret"}
         command = [*UNSHARE, *user, sys.executable, "-m", "tests.sandbox_guard"]
         self.server = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+            text=True,
         )
         assert self.server.stdout is not None and self.server.stderr is not None
         hello = self.server.stdout.readline()
@@ -61,17 +75,31 @@ class Guard:
         return answer["answer"]
 
     def run(
-        self, code: str, timeout: float = 5.0, memory: int = MEMORY, tests: tuple[str, str] | None = None, jail: Jail | None = None
+        self,
+        code: str,
+        timeout: float = 5.0,
+        memory: int = MEMORY,
+        tests: tuple[str, str] | None = None,
+        jail: Jail | None = None,
     ) -> ExecutionResult:
         """Run the program in `jail`, by default the strongest one.
 
         Raises GuardError if it leaves a process or kills the canary.
         """
         fields = asdict(jail) if jail else None
-        return ExecutionResult(**self.ask(do="run", codes=[code], timeout=timeout, memory=memory, tests=tests, jail=fields)[0])
+        return ExecutionResult(
+            **self.ask(
+                do="run", codes=[code], timeout=timeout, memory=memory, tests=tests, jail=fields
+            )[0]
+        )
 
     def run_many(self, codes: list[str]) -> list[ExecutionResult]:
-        return [ExecutionResult(**one) for one in self.ask(do="run", codes=codes, timeout=10.0, memory=MEMORY, tests=None, jail=None)]
+        return [
+            ExecutionResult(**one)
+            for one in self.ask(
+                do="run", codes=codes, timeout=10.0, memory=MEMORY, tests=None, jail=None
+            )
+        ]
 
     def attack(self, jail: Jail) -> dict[str, bool]:
         return dict(self.ask(do="attack", jail=asdict(jail)))
@@ -96,7 +124,9 @@ def serve() -> None:
         canary.wait()
     sandbox = execution.find_sandbox()
     usual = processes()
-    print(json.dumps({"level": sandbox.level, "owner": os.getpid(), "canary": canary.pid}), flush=True)
+    print(
+        json.dumps({"level": sandbox.level, "owner": os.getpid(), "canary": canary.pid}), flush=True
+    )
     for line in sys.stdin:
         request = json.loads(line)
         jail = Jail(**request["jail"]) if request["jail"] else sandbox.jail
@@ -106,7 +136,9 @@ def serve() -> None:
         except (execution.SandboxError, OSError) as error:
             answer["broken"] = str(error)
         if canary.poll() is not None:
-            answer["escaped"] = f"a signal of the program killed another process ({canary.returncode})"
+            answer["escaped"] = (
+                f"a signal of the program killed another process ({canary.returncode})"
+            )
         # all are killed by now, but the kernel may list them a little longer
         deadline = time.monotonic() + 3.0
         while (remaining := processes() - usual) and time.monotonic() < deadline:
@@ -119,7 +151,12 @@ def serve() -> None:
 def run(request: dict[str, Any], jail: Jail) -> list[dict[str, Any]]:
     tests = tuple(request["tests"]) if request["tests"] else None
     with ThreadPoolExecutor(4) as pool:
-        results = pool.map(lambda code: execution.run_in_jail(code, jail, request["timeout"], request["memory"], tests), request["codes"])
+        results = pool.map(
+            lambda code: execution.run_in_jail(
+                code, jail, request["timeout"], request["memory"], tests
+            ),
+            request["codes"],
+        )
         return [asdict(result) for result in results]
 
 

@@ -35,7 +35,9 @@ class Usage(TorchDispatchMode):
         self.calls: collections.Counter[str] = collections.Counter()
         self._seen: dict[int, weakref.finalize] = {}
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         self.calls[function.overloadpacket.__name__] += 1
         out = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):

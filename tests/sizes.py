@@ -25,8 +25,18 @@ VARIABLES = frozenset(
 
 def users_environment(**more: str) -> dict[str, str]:
     """The environment of a new user plus `more`, without any variable that the tests set."""
-    ours = {*VARIABLES, "ZANGCHAT_BASE_DIR", "ZANGCHAT_EVAL_BUNDLE_URL", "OMP_NUM_THREADS", "WANDB_MODE"}
-    inherited = {name: value for name, value in os.environ.items() if name not in ours and not name.startswith("PYTEST")}
+    ours = {
+        *VARIABLES,
+        "ZANGCHAT_BASE_DIR",
+        "ZANGCHAT_EVAL_BUNDLE_URL",
+        "OMP_NUM_THREADS",
+        "WANDB_MODE",
+    }
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ours and not name.startswith("PYTEST")
+    }
     return inherited | more
 
 
@@ -40,9 +50,15 @@ def rehearsal() -> dict[str, str]:
         if not line.endswith("\\"):
             break
     script = command.replace("bash speedrun.sh", "env -0")
-    done = subprocess.run(["bash", "-c", script], env={"PATH": os.environ["PATH"]}, capture_output=True, check=True)
+    done = subprocess.run(
+        ["bash", "-c", script], env={"PATH": os.environ["PATH"]}, capture_output=True, check=True
+    )
     pairs = (pair.partition("=") for pair in done.stdout.decode().split("\0") if pair)
-    return {name: value for name, _, value in pairs if name not in ("PATH", "PWD", "SHLVL", "_", "OLDPWD")}
+    return {
+        name: value
+        for name, _, value in pairs
+        if name not in ("PATH", "PWD", "SHLVL", "_", "OLDPWD")
+    }
 
 
 def others(variables: dict[str, str]) -> list[str]:

@@ -18,7 +18,8 @@ from zangchat.server.protocol import Settings
 TOKENIZER = ByteTokenizer()
 VOCAB = TOKENIZER.get_vocab_size()
 QUESTION, QUESTION_END, ANSWER, ANSWER_END = (
-    TOKENIZER.encode_special(f"<|{name}|>") for name in ("user_start", "user_end", "assistant_start", "assistant_end")
+    TOKENIZER.encode_special(f"<|{name}|>")
+    for name in ("user_start", "user_end", "assistant_start", "assistant_end")
 )
 
 
@@ -32,14 +33,20 @@ class Talker:
 
     compute_dtype = torch.float32
 
-    def __init__(self, reply: Callable[[str], str], sequence_len: int = 512, pause: float = 0.0) -> None:
+    def __init__(
+        self, reply: Callable[[str], str], sequence_len: int = 512, pause: float = 0.0
+    ) -> None:
         self.reply, self.pause = reply, pause
-        self.config = GPTConfig(sequence_len=sequence_len, vocab_size=VOCAB, n_layer=1, n_head=1, n_kv_head=1, n_embd=2)
+        self.config = GPTConfig(
+            sequence_len=sequence_len, vocab_size=VOCAB, n_layer=1, n_head=1, n_kv_head=1, n_embd=2
+        )
 
     def get_device(self) -> torch.device:
         return torch.device("cpu")
 
-    def __call__(self, idx: torch.Tensor, kv_cache: Any, logits_at: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(
+        self, idx: torch.Tensor, kv_cache: Any, logits_at: torch.Tensor | None = None
+    ) -> torch.Tensor:
         time.sleep(self.pause)
         B, T = idx.shape
         k = idx[:, None, :, None].float().expand(B, 1, T, 2)
@@ -49,14 +56,18 @@ class Talker:
         logits = torch.full((B, T if logits_at is None else 1, VOCAB), -10.0)
         for row in range(B):
             for i, t in enumerate(range(T) if logits_at is None else [int(logits_at[row])]):
-                logits[row, i, self._next(stored[row, 0, : before[row] + t + 1, 0].int().tolist())] = 10.0
+                logits[
+                    row, i, self._next(stored[row, 0, : before[row] + t + 1, 0].int().tolist())
+                ] = 10.0
         return logits
 
     def _next(self, tokens: list[int]) -> int:
         before, question = 1, ""  # the default: a bare prompt, assumed to be only <|bos|>
         if ANSWER in tokens:
             before = _last(tokens, ANSWER) + 1
-            question = TOKENIZER.decode(tokens[_last(tokens, QUESTION) + 1 : _last(tokens, QUESTION_END)])
+            question = TOKENIZER.decode(
+                tokens[_last(tokens, QUESTION) + 1 : _last(tokens, QUESTION_END)]
+            )
         answer = [*encode(self.reply(question)), ANSWER_END]
         return answer[min(len(tokens) - before, len(answer) - 1)]
 

@@ -22,10 +22,21 @@ class ByteTokenizer(RustBPETokenizer):
         super().__init__([bytes([i]) for i in range(256)])
 
 
-def lively_model(vocab_size: int, sequence_len: int, n_layer: int, n_embd: int, seed: int, std: float = 0.3) -> GPT:
+def lively_model(
+    vocab_size: int, sequence_len: int, n_layer: int, n_embd: int, seed: int, std: float = 0.3
+) -> GPT:
     """A random model with two heads and weights large enough to affect the logits."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(sequence_len=sequence_len, vocab_size=vocab_size, n_layer=n_layer, n_head=2, n_kv_head=2, n_embd=n_embd))
+    model = GPT(
+        GPTConfig(
+            sequence_len=sequence_len,
+            vocab_size=vocab_size,
+            n_layer=n_layer,
+            n_head=2,
+            n_kv_head=2,
+            n_embd=n_embd,
+        )
+    )
     model.init_weights()
     for parameter in model.parameters():
         parameter.data.normal_(0, std)
@@ -33,8 +44,15 @@ def lively_model(vocab_size: int, sequence_len: int, n_layer: int, n_embd: int, 
 
 
 def conversation(question: str, answer: str) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }
 
 
-def make_dataset(folder: Path, train: Sequence[str], validation: Sequence[str] = ("held out",)) -> Dataset:
+def make_dataset(
+    folder: Path, train: Sequence[str], validation: Sequence[str] = ("held out",)
+) -> Dataset:
     return write_dataset(folder, folder.name, list(train), list(validation))

@@ -1,10 +1,11 @@
-"""AdamW (arXiv:1711.05101) with its state sharded over ranks; one implementation for one and many ranks.
+"""AdamW (arXiv:1711.05101) with its state sharded over ranks; one implementation for one and many
+ranks.
 
-sharded.py deals the parameters to the ranks. The maths is that of torch.optim.AdamW: decoupled weight
-decay, and eps added after the bias correction.
+sharded.py deals the parameters to the ranks. The maths is that of torch.optim.AdamW: decoupled
+weight decay, and eps added after the bias correction.
 
-A parameter that is not fp32 (an embedding stored in bf16) is updated through an fp32 master copy of the
-own rows, kept in the state: late in training the steps are smaller than bf16 can represent.
+A parameter that is not fp32 (an embedding stored in bf16) is updated through an fp32 master copy of
+the own rows, kept in the state: late in training the steps are smaller than bf16 can represent.
 """
 
 from collections.abc import Iterable
@@ -18,9 +19,11 @@ from zangchat.sharded import ShardedOptimizer
 
 
 class AdamW(ShardedOptimizer):
-    """`step()` reads lr, betas, eps and weight_decay from its param groups, so schedules may change them.
+    """`step()` reads lr, betas, eps and weight_decay from its param groups, so schedules may change
+    them.
 
-    State of an owned slice: exp_avg and exp_avg_sq of its shape (fp32), step (scalar), and master if the parameter is not fp32.
+    State of an owned slice: exp_avg and exp_avg_sq of its shape (fp32), step (scalar), and master
+    if the parameter is not fp32.
     """
 
     def __init__(
@@ -33,7 +36,12 @@ class AdamW(ShardedOptimizer):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}, rank, world_size)
+        super().__init__(
+            params,
+            {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay},
+            rank,
+            world_size,
+        )
 
     def update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for p in params:

@@ -1,7 +1,7 @@
 """Byte-level BPE by the crate rustbpe: train on text, and encode text as ids.
 
-On machines that cannot build the crate, PyPI's package of the same name trains and tiktoken encodes:
-the same tokens, slower.
+On machines that cannot build the crate, PyPI's package of the same name trains and tiktoken
+encodes: the same tokens, slower.
 """
 
 import functools
@@ -78,11 +78,15 @@ def make_encoder(tokens: Sequence[bytes], pattern: str, special_ids: dict[str, i
     return TiktokenEncoder(tiktoken_encoding(tokens, pattern, special_ids))
 
 
-def tiktoken_encoding(tokens: Sequence[bytes], pattern: str, special_ids: dict[str, int]) -> "tiktoken.Encoding":
+def tiktoken_encoding(
+    tokens: Sequence[bytes], pattern: str, special_ids: dict[str, int]
+) -> "tiktoken.Encoding":
     import tiktoken
 
     ranks = {token: i for i, token in enumerate(tokens)}
-    return tiktoken.Encoding("zangchat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_ids)
+    return tiktoken.Encoding(
+        "zangchat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_ids
+    )
 
 
 class TiktokenEncoder:
@@ -97,7 +101,9 @@ class TiktokenEncoder:
     def batch_encode(self, texts: Sequence[str], num_threads: int) -> list[list[int]]:
         return self._encoding.encode_ordinary_batch(list(texts), num_threads=num_threads)
 
-    def encode_documents(self, texts: Sequence[str], num_threads: int) -> tuple[np.ndarray, np.ndarray]:
+    def encode_documents(
+        self, texts: Sequence[str], num_threads: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         encoded = self.batch_encode(texts, num_threads)
         offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
         np.cumsum([len(ids) for ids in encoded], out=offsets[1:])

@@ -1,9 +1,9 @@
-"""The files of one step of a checkpoint: their names, tensors in and out, and the save that makes the
-step exist.
+"""The files of one step of a checkpoint: their names, tensors in and out, and the save that makes
+the step exist.
 
-Every file is written under a temporary name, synced and renamed. Rank 0 writes the meta, with the size
-and the sha256 of each file, when all ranks are done. A save that is killed leaves the previous step
-as it was.
+Every file is written under a temporary name, synced and renamed. Rank 0 writes the meta, with the
+size and the sha256 of each file, when all ranks are done. A save that is killed leaves the previous
+step as it was.
 """
 
 import contextlib
@@ -44,10 +44,10 @@ class Save:
     """One step on its way to the disk: a thread writes this rank's files, then `commit` makes the
     step exist.
 
-    The constructor and `commit` wait for the other ranks, so every rank calls both, in the same order
-    and on its main thread; the writing thread talks to no other rank. With `snapshot` the tensors are
-    copied first, so that training may continue while they are written. Until `commit` returns, the
-    step does not exist, and `meta_data` may still be changed.
+    The constructor and `commit` wait for the other ranks, so every rank calls both, in the same
+    order and on its main thread; the writing thread talks to no other rank. With `snapshot` the
+    tensors are copied first, so that training may continue while they are written. Until `commit`
+    returns, the step does not exist, and `meta_data` may still be changed.
     """
 
     def __init__(
@@ -77,7 +77,9 @@ class Save:
             parts[model_name(step)] = _on_cpu(strip_prefix(model_data), copy=snapshot)
         if optimizer_data is not None:
             parts[optim_name(step, rank)] = _on_cpu(optimizer_data, copy=snapshot)
-        obstacle = collectives.from_rank_0(obstacle)  # and no rank writes before the old meta is gone
+        obstacle = collectives.from_rank_0(
+            obstacle
+        )  # and no rank writes before the old meta is gone
         arguments = (parts, obstacle)
         self._thread = threading.Thread(target=self._write, args=arguments, daemon=True)
         self._thread.name = "zangchat-save"
@@ -102,8 +104,8 @@ class Save:
         return self._thread.is_alive()
 
     def commit(self) -> None:
-        """Wait for the threads of all ranks; then rank 0 writes the meta. Raises OSError on every rank
-        if any of them could not write."""
+        """Wait for the threads of all ranks; then rank 0 writes the meta. Raises OSError on every
+        rank if any of them could not write."""
         self._thread.join()
         if self._failure is not None and not isinstance(self._failure, OSError):
             raise self._failure
@@ -122,7 +124,8 @@ class Save:
         failure = collectives.from_rank_0(failure)
         if failure is not None:
             for name in (model_name(self.step), optim_name(self.step, self.rank)):
-                with contextlib.suppress(OSError):  # best effort, to free space; `purge` tries again
+                # best effort, to free space; `purge` tries again
+                with contextlib.suppress(OSError):
                     (self.directory / name).unlink(missing_ok=True)
             raise failure
 
@@ -130,7 +133,10 @@ class Save:
         meta = {
             **self.meta_data,
             "step": self.step,
-            "files": {name: {"size": size, "sha256": digest} for name, (size, digest) in sorted(files.items())},
+            "files": {
+                name: {"size": size, "sha256": digest}
+                for name, (size, digest) in sorted(files.items())
+            },
             "format_version": FORMAT_VERSION,
         }
         atomic_write(self.directory / meta_name(self.step), to_json(meta))
@@ -176,8 +182,8 @@ def write_tensors(path: Path, data: Mapping[str, Any]) -> tuple[int, str]:
 
 
 def _on_cpu(value: Any, copy: bool = False) -> Any:
-    """Tensors detached and on the CPU (`copy`: in memory of their own). A view gets its own storage,
-    since torch.save would write all of the one it shares."""
+    """Tensors detached and on the CPU (`copy`: in memory of their own). A view gets its own
+    storage, since torch.save would write all of the one it shares."""
     if isinstance(value, torch.Tensor):
         tensor = value.detach().cpu()
         is_view = tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()

@@ -4,7 +4,8 @@
         model_NNNNNN.pt           {parameter name: tensor}
         optim_NNNNNN_rank<r>.pt   {parameter name: {"shape", "slice", "tensors"}}: rank r's part of
                                   the optimizer's state; a loop of your own may save another form
-        meta_NNNNNN.json          step val_bpb model_config user_config run_state files format_version
+        meta_NNNNNN.json          step val_bpb model_config user_config run_state files
+                                  format_version
         metrics.jsonl  tokenizer.json  token_bytes.pt
 
 A step exists if its meta does, which is written last (checkpoint_files.py). Files hold tensors and
@@ -57,15 +58,15 @@ def checkpoints_dir(source: str) -> Path:
 
 
 def tag_folder(source: str, model_tag: str, flag: str = "--model_tag") -> Path:
-    """The folder of a stage's model, whether it exists or not; raises UserError, naming the flag, for
-    a tag that cannot be a folder's name."""
+    """The folder of a stage's model, whether it exists or not; raises UserError, naming the flag,
+    for a tag that cannot be a folder's name."""
     if not re.fullmatch(r"[\w.+-]+", model_tag) or model_tag in (".", ".."):
         advice = "use letters, digits and . _ + -"
         raise UserError(f"{flag}={model_tag!r} cannot name a folder: {advice}")
     return checkpoints_dir(source) / model_tag
 
 
-# ---- save -----------------------------------------------------------------------------------------
+# ---- save ----------------------------------------------------------------------------------------
 
 
 def save_checkpoint(
@@ -78,24 +79,27 @@ def save_checkpoint(
 ) -> None:
     """Write one step; every rank calls it. Only rank 0's `model_data` and `meta_data` are used.
 
-    `optimizer_data` is each rank's own: the group's state_shards(), tensors in other plain containers,
-    as [opt.state_dict() for opt in optimizers], or None.
+    `optimizer_data` is each rank's own: the group's state_shards(), tensors in other plain
+    containers, as [opt.state_dict() for opt in optimizers], or None.
 
-    Raises OSError on every rank if any of them could not write (a full disk, say): then the step does
-    not exist, and older ones are untouched.
+    Raises OSError on every rank if any of them could not write (a full disk, say): then the step
+    does not exist, and older ones are untouched.
     """
     Save(checkpoint_dir, step, model_data, optimizer_data, meta_data, rank).commit()
 
 
 def update_meta(checkpoint_dir: str | Path, step: int, changes: Mapping[str, Any]) -> None:
-    """Replace some entries of a step's meta, all or none of them; for rank 0 only. Raises OSError."""
+    """Replace some entries of a step's meta, all or none of them; for rank 0 only. Raises
+    OSError.
+    """
     meta = {**read_meta(checkpoint_dir, step), **changes}
     atomic_write(Path(checkpoint_dir) / meta_name(step), to_json(meta))
 
 
 def purge(checkpoint_dir: str | Path, keep_last: int, keep_every: int = -1) -> None:
-    """Delete all steps but the newest `keep_last` and the multiples of `keep_every` (if positive), and
-    files that belong to no step. At least one step stays. Files that cannot be deleted are reported."""
+    """Delete all steps but the newest `keep_last` and the multiples of `keep_every` (if positive),
+    and files that belong to no step. At least one step stays. Files that cannot be deleted are
+    reported."""
     present = list(steps(checkpoint_dir))
     if present:
         kept = set(present[: max(keep_last, 1)])
@@ -136,28 +140,40 @@ def _listing(folder: str | Path) -> list[Path]:
     return sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []
 
 
-# ---- find and verify ------------------------------------------------------------------------------------------------
+# ---- find and verify -----------------------------------------------------------------------------
 
 
 def read_meta(checkpoint_dir: str | Path, step: int) -> dict[str, Any]:
-    """Raises CheckpointError, naming the file, if the step does not exist or its meta is damaged."""
+    """Raises CheckpointError, naming the file, if the step does not exist or its meta is
+    damaged.
+    """
     path = Path(checkpoint_dir) / meta_name(step)
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         present = ", ".join(map(str, sorted(steps(checkpoint_dir)))) or "none"
-        raise CheckpointError(f"there is no step {step} in {checkpoint_dir} (present: {present})") from None
+        raise CheckpointError(
+            f"there is no step {step} in {checkpoint_dir} (present: {present})"
+        ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
-    if not isinstance(meta, dict) or not isinstance(meta.get("files"), dict) or meta.get("step") != step:
+    if (
+        not isinstance(meta, dict)
+        or not isinstance(meta.get("files"), dict)
+        or meta.get("step") != step
+    ):
         raise CheckpointError(f"{path} is damaged: it does not describe step {step}")
     version = meta.get("format_version")
     if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format version {version}, this code reads version {FORMAT_VERSION}")
+        raise CheckpointError(
+            f"{path} has format version {version}, this code reads version {FORMAT_VERSION}"
+        )
     return meta
 
 
-def verify_checkpoint(checkpoint_dir: str | Path, step: int, hashes: bool = False) -> dict[str, Any]:
+def verify_checkpoint(
+    checkpoint_dir: str | Path, step: int, hashes: bool = False
+) -> dict[str, Any]:
     """The meta of a step whose files are all there in the right sizes (`hashes`: and unaltered);
     raises CheckpointError naming the file."""
     meta = read_meta(checkpoint_dir, step)
@@ -170,13 +186,18 @@ def verify_checkpoint(checkpoint_dir: str | Path, step: int, hashes: bool = Fals
         if size != expected["size"]:
             raise CheckpointError(f"{path} is damaged: {size} bytes instead of {expected['size']}")
         if hashes and file_sha256(path) != expected["sha256"]:
-            raise CheckpointError(f"{path} is damaged: its sha256 is not the one in {meta_name(step)}")
+            raise CheckpointError(
+                f"{path} is damaged: its sha256 is not the one in {meta_name(step)}"
+            )
     return meta
 
 
-def steps(checkpoint_dir: str | Path, check: Literal["", "sizes", "hashes"] = "sizes") -> Iterator[int]:
-    """The steps of a folder, newest first: those with files of the right sizes, with the right hashes
-    (reporting damaged ones), or, with an empty `check`, all that have a meta, whole or not."""
+def steps(
+    checkpoint_dir: str | Path, check: Literal["", "sizes", "hashes"] = "sizes"
+) -> Iterator[int]:
+    """The steps of a folder, newest first: those with files of the right sizes, with the right
+    hashes (reporting damaged ones), or, with an empty `check`, all that have a meta, whole or
+    not."""
     found = (META.match(path.name) for path in _listing(checkpoint_dir))
     for step in sorted((int(match[1]) for match in found if match), reverse=True):
         try:
@@ -203,8 +224,8 @@ def find_last_step(checkpoint_dir: str | Path) -> int:
 
 
 def find_verified_step(checkpoint_dir: str | Path, step: int | None = None) -> int | None:
-    """The newest step that verifies, hashes included, reporting those it skips; None if there is none.
-    All ranks get rank 0's answer.
+    """The newest step that verifies, hashes included, reporting those it skips; None if there is
+    none. All ranks get rank 0's answer.
 
     With `step`, only that one: raises CheckpointError if it does not verify.
     """
@@ -218,7 +239,9 @@ def find_verified_step(checkpoint_dir: str | Path, step: int | None = None) -> i
 
 
 def find_largest_model(checkpoints_dir: str | Path) -> str:
-    """The default tag: the deepest `d<number>`, else the newest. Raises UserError if there is none."""
+    """The default tag: the deepest `d<number>`, else the newest. Raises UserError if there is
+    none.
+    """
     tags = model_tags(checkpoints_dir)
     if not tags:
         raise UserError(f"no checkpoint in {checkpoints_dir}: {_next_command(checkpoints_dir)}")
@@ -233,7 +256,11 @@ def find_largest_model(checkpoints_dir: str | Path) -> str:
 
 def model_tags(checkpoints_dir: str | Path) -> list[str]:
     """Folders that hold at least one whole step."""
-    return [path.name for path in _listing(checkpoints_dir) if path.is_dir() and any(True for _ in steps(path))]
+    return [
+        path.name
+        for path in _listing(checkpoints_dir)
+        if path.is_dir() and any(True for _ in steps(path))
+    ]
 
 
 def _next_command(folder: str | Path) -> str:
@@ -244,7 +271,7 @@ def _next_command(folder: str | Path) -> str:
     return "train a model first"
 
 
-# ---- load -----------------------------------------------------------------------------------------------------------
+# ---- load ----------------------------------------------------------------------------------------
 
 
 def load_checkpoint(
@@ -256,9 +283,9 @@ def load_checkpoint(
 ) -> tuple[dict[str, torch.Tensor], Any, dict[str, Any]]:
     """(model tensors on `device`, optimizer state or None, meta); checks sizes, not hashes.
 
-    The optimizer state is merged over the ranks that saved it, and on the CPU: each rank cuts its own
-    part out of it, whatever their number (see optim.py). State of another form, such as torch's state
-    dicts, is returned as `rank` saved it.
+    The optimizer state is merged over the ranks that saved it, and on the CPU: each rank cuts its
+    own part out of it, whatever their number (see optim.py). State of another form, such as torch's
+    state dicts, is returned as `rank` saved it.
     """
     meta = verify_checkpoint(checkpoint_dir, step)
     model_data = strip_prefix(read_tensors(Path(checkpoint_dir) / model_name(step), device))
@@ -312,8 +339,8 @@ def build_model(
 def empty_model(config: GPTConfig, device: torch.device | str, dtype: str = "") -> "GPT":
     """A model on `device`, to be filled by `init_weights` or `load_weights`.
 
-    It is not made on the meta device: GPT only reserves memory anyway, and operations on meta tensors
-    import torch's compiler, which takes seconds.
+    It is not made on the meta device: GPT only reserves memory anyway, and operations on meta
+    tensors import torch's compiler, which takes seconds.
     """
     from zangchat.gpt import GPT
 
@@ -335,7 +362,9 @@ def load_weights(model: torch.nn.Module, model_data: Mapping[str, torch.Tensor],
     try:
         model.load_state_dict(dict(model_data), strict=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{name} does not fit the model that its meta describes: {error}") from None
+        raise CheckpointError(
+            f"{name} does not fit the model that its meta describes: {error}"
+        ) from None
 
 
 def load_tokenizer(checkpoint_dir: str | Path, meta: Mapping[str, Any]) -> "RustBPETokenizer":
@@ -365,7 +394,9 @@ def load_model_from_dir(
     step: int | None = None,
     dtype: str = "",
 ) -> tuple["GPT", "RustBPETokenizer", dict[str, Any]]:
-    """build_model on `model_tag` (default: find_largest_model) and `step` (default: find_last_step)."""
+    """build_model on `model_tag` (default: find_largest_model) and `step` (default:
+    find_last_step).
+    """
     directory = resolve_tag(checkpoints_dir, model_tag)
     step = find_last_step(directory) if step is None else step
     log0(f"loading {directory.parent.name}/{directory.name}, step {step}")
@@ -378,7 +409,9 @@ def resolve_tag(
     flag: str = "--model_tag",
     hint: str = "",
 ) -> Path:
-    """The folder of a tag; raises UserError with the flag, the tags present and `hint` if it is missing."""
+    """The folder of a tag; raises UserError with the flag, the tags present and `hint` if it is
+    missing.
+    """
     tag = model_tag or find_largest_model(checkpoints_dir)
     directory = Path(checkpoints_dir) / tag
     if not directory.is_dir():
@@ -398,9 +431,11 @@ def load_model(
     step: int | None = None,
     dtype: str = "",
 ) -> tuple["GPT", "RustBPETokenizer", dict[str, Any]]:
-    """(model, tokenizer, meta) of a stage: base, mid, sft or rl. A `model_tag` that does not exist but
-    is the name of a stage is taken as the source."""
+    """(model, tokenizer, meta) of a stage: base, mid, sft or rl. A `model_tag` that does not exist
+    but is the name of a stage is taken as the source."""
     if model_tag in SOURCES and not (checkpoints_dir(source) / model_tag).is_dir():
-        log0(f"--model_tag={model_tag} names a stage: loading --source={model_tag}", logging.WARNING)
+        log0(
+            f"--model_tag={model_tag} names a stage: loading --source={model_tag}", logging.WARNING
+        )
         source, model_tag = model_tag, None
     return load_model_from_dir(checkpoints_dir(source), device, phase, model_tag, step, dtype)

@@ -1,9 +1,17 @@
-"""The helpers that scripts outside this project import by this name; they live in zangchat/runtime."""
+"""The helpers that scripts outside this project import by this name; they live in
+zangchat/runtime.
+"""
 
 from zangchat.runtime.devices import autodetect_device_type, compute_init
 from zangchat.runtime.downloads import download_file_with_lock
 from zangchat.runtime.files import get_base_dir
-from zangchat.runtime.logs import ColoredFormatter, DummyWandb, print0, print_banner, setup_default_logging
+from zangchat.runtime.logs import (
+    ColoredFormatter,
+    DummyWandb,
+    print0,
+    print_banner,
+    setup_default_logging,
+)
 from zangchat.runtime.processes import compute_cleanup, get_dist_info, is_ddp
 
 __all__ = [

@@ -93,7 +93,8 @@ class GPTConfig:
             )
         if self.head_dim % 2:
             raise ValueError(
-                f"the head dimension n_embd/n_head ({self.head_dim}) must be even: RoPE rotates pairs",
+                f"the head dimension n_embd/n_head ({self.head_dim}) must be even: RoPE rotates "
+                "pairs",
             )
 
     @property
@@ -102,7 +103,9 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding and of lm_head: vocab_size rounded up to a multiple of VOCAB_MULTIPLE."""
+        """Rows of the embedding and of lm_head: vocab_size rounded up to a multiple of
+        VOCAB_MULTIPLE.
+        """
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,7 +113,9 @@ class GPTConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "GPTConfig":
-        """Raises ValueError for a key that this version does not know (a checkpoint of another architecture)."""
+        """Raises ValueError for a key that this version does not know (a checkpoint of another
+        architecture).
+        """
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f"unknown model settings: {', '.join(sorted(unknown))}")
@@ -118,8 +123,8 @@ class GPTConfig:
 
 
 class StepMultipliers(NamedTuple):
-    """A schedule's values for one step: factors on each group's base learning rate and weight decay,
-    and Muon's momentum."""
+    """A schedule's values for one step: factors on each group's base learning rate and weight
+    decay, and Muon's momentum."""
 
     lr: float = 1.0
     momentum: float = 0.95
@@ -154,7 +159,9 @@ class RunState:
     steps_at_scale: int = 0  # updates since the loss scale changed
     training_seconds: float = 0.0  # wall-clock inside steps, over all attempts
     cursor: dict[str, Any] = field(default_factory=dict)  # of the data loader, after `step` steps
-    batch_metrics: dict[str, float] = field(default_factory=dict)  # of the last batch (RL's rewards)
+    batch_metrics: dict[str, float] = field(
+        default_factory=dict
+    )  # of the last batch (RL's rewards)
     hooks_done: int = -1  # the step whose hooks have run
     metrics_lines: int = 0  # lines of metrics.jsonl that belong to the run so far
     # the latest figures of each evaluation, by name, for the report
@@ -185,7 +192,9 @@ def _without_extra(values: Mapping[str, Any]) -> dict[str, Any]:
     results = {name: extra.pop(name) for name in ("core", "held_out") if extra.get(name)}
     if "val_loss" in extra:
         results["validation"] = {"validation loss": extra.pop("val_loss")}
-    rewards = {key: cursor.pop(key) for key in ("reward", "sample_tokens", "solved") if key in cursor}
+    rewards = {
+        key: cursor.pop(key) for key in ("reward", "sample_tokens", "solved") if key in cursor
+    }
     facts = extra.pop("facts", {})
     return {
         **values,
@@ -202,7 +211,9 @@ class CheckpointConfig:
     """Flags of every command that takes a trained model."""
 
     source: SourceFlag = "sft"  # base | mid | sft | rl
-    model_tag: Annotated[str | None, tyro.conf.arg(aliases=["-g"])] = None  # default: the largest model
+    model_tag: Annotated[str | None, tyro.conf.arg(aliases=["-g"])] = None
+    """default: the largest model"""
     step: Annotated[int | None, tyro.conf.arg(aliases=["-s"])] = None  # default: the last
     device_type: str = ""  # cuda | mps | cpu; empty = the best one present
-    dtype: str = ""  # bfloat16 | float16 | float32; empty = the one that is really fast on the device
+    dtype: str = ""
+    """bfloat16 | float16 | float32; empty = the one that is really fast on the device"""

@@ -11,9 +11,9 @@ A script states its flags once, as a dataclass: the comment after a field is its
         return configurator.run(Config, train, argv)
 
 Spellings: `--device_batch_size=8`, `--device-batch-size 8`; booleans `--dry_run`, `--dry_run=1/0`,
-`=true/false`, `--no_dry_run`; a lone `--` is skipped; of a repeated flag the last one counts. Types:
-int, float, str, bool, Path, Literal, and unions of them with None. tyro writes the help; values are
-read here, so that every mistake gets one sentence instead of a panel.
+`=true/false`, `--no_dry_run`; a lone `--` is skipped; of a repeated flag the last one counts.
+Types: int, float, str, bool, Path, Literal, and unions of them with None. tyro writes the help;
+values are read here, so that every mistake gets one sentence instead of a panel.
 """
 
 import contextlib
@@ -62,15 +62,18 @@ OTHER_NAMES = {
 ABSENT = {
     "num_workers": "one thread reads and packs text ahead of training, and there is nothing to set",
     "dropout": "there is no dropout, since text is read about once",
-    "eval_metrics_max_problems": "tasks are scored after training, by `python -m scripts.chat_eval -x PROBLEMS`",
+    "eval_metrics_max_problems": "tasks are scored after training, by `python -m scripts.chat_eval "
+    "-x PROBLEMS`",
 }
 
 
-def run(config_cls: type[C], command: Callable[[C], int | None], argv: Sequence[str] | None = None) -> int:
+def run(
+    config_cls: type[C], command: Callable[[C], int | None], argv: Sequence[str] | None = None
+) -> int:
     """The entry point of every script: parse `argv`, call `command(config)`, return the exit code.
 
-    `argv` is the process's by default. A UserError, or a disk that is full or forbidden, becomes one
-    line on stderr and code 2, Ctrl-C code 130; every other exception keeps its traceback.
+    `argv` is the process's by default. A UserError, or a disk that is full or forbidden, becomes
+    one line on stderr and code 2, Ctrl-C code 130; every other exception keeps its traceback.
     """
     _prepare_streams()
     try:
@@ -97,7 +100,9 @@ def run(config_cls: type[C], command: Callable[[C], int | None], argv: Sequence[
 
 
 def _is_stdout_closed() -> bool:
-    """Whether stdout's reader has closed the pipe, as `| head` does; then buffered text is dropped."""
+    """Whether stdout's reader has closed the pipe, as `| head` does; then buffered text is
+    dropped.
+    """
     try:
         print(flush=True)
     except BrokenPipeError:
@@ -109,8 +114,9 @@ def _is_stdout_closed() -> bool:
 def _prepare_streams() -> None:
     """Let no character stop a command.
 
-    Windows gives files and pipes an encoding that lacks most of them (a terminal keeps its own), and
-    half of a character may be typed or piped. Closed streams, as by `<&-`, are opened on os.devnull.
+    Windows gives files and pipes an encoding that lacks most of them (a terminal keeps its own),
+    and half of a character may be typed or piped. Closed streams, as by `<&-`, are opened on
+    os.devnull.
     """
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
     sys.stdout, sys.stderr = (
@@ -181,7 +187,9 @@ def check_fraction(config: Any, *names: str) -> None:
 
 
 def check_sampling(config: Any) -> None:
-    """Raises UserError for the first of a command's sampling flags that is outside of its limits."""
+    """Raises UserError for the first of a command's sampling flags that is outside of its
+    limits.
+    """
     for name in ("max_tokens", "temperature", "top_k", "top_p"):
         value, limits = getattr(config, name, None), USER_LIMITS[name]
         if value is not None and not limits.allow(value):
@@ -197,10 +205,14 @@ def to_dict(config: Any) -> dict[str, Any]:
 def as_flags(config: Any) -> list[str]:
     """The flags that give this configuration: those not at their defaults. Undone by `parse`."""
     fields = ((f.name, getattr(config, f.name), f.default) for f in dataclasses.fields(config))
-    return [f"--{name}={int(value) if isinstance(value, bool) else value}" for name, value, default in fields if value != default]
+    return [
+        f"--{name}={int(value) if isinstance(value, bool) else value}"
+        for name, value, default in fields
+        if value != default
+    ]
 
 
-# ---- flags of a dataclass -------------------------------------------------------------------------------------------
+# ---- flags of a dataclass ------------------------------------------------------------------------
 
 WORDS = {
     int: "a whole number",
@@ -385,7 +397,7 @@ def _unknown(flag: str, known: list[str]) -> str:
     return f"unknown flag {flag}{advice} ({_help_hint()})"
 
 
-# ---- help -----------------------------------------------------------------------------------------------------------
+# ---- help ----------------------------------------------------------------------------------------
 
 
 def _print_help(config_cls: type[C]) -> C:

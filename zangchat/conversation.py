@@ -92,7 +92,9 @@ def _text_of(message: dict[str, Any], index: int) -> str:
     if isinstance(content, (list, tuple)) and content and all(map(is_text, content)):
         return all_text(list(content))
     expected = "needs a string as content, or text parts"
-    raise ValueError(f"message {index} ({message['role']}) {expected}, not {type(content).__name__}")
+    raise ValueError(
+        f"message {index} ({message['role']}) {expected}, not {type(content).__name__}"
+    )
 
 
 def _parts_of(message: dict[str, Any], index: int) -> list[tuple[str, str]]:

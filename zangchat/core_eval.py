@@ -1,17 +1,18 @@
-"""CORE: the 22 tasks of DCLM (arXiv:2406.11794), in three kinds, scored without generating anything.
+"""CORE: the 22 tasks of DCLM (arXiv:2406.11794), in three kinds, scored without generating
+anything.
 
     multiple_choice     query + each choice: the choice with the least mean loss of its tokens
     schema              each context + one continuation: the context after which the continuation
                         has the least mean loss
     language_modeling   context + continuation: correct if greedy decoding gives the continuation
 
-Prompts are those of DCLM's evaluator (llm-foundry): a line break separates examples and question, the
-task's delimiter question and answer; the answer takes the context's trailing space to its front;
-context and answer are tokenised separately, so that the answer's tokens are known exactly; jeopardy
-is the mean over its categories. Ours only: <|bos|> in front, as in training, and few-shot examples
-drawn per item, by Random(1234 + index), never the item itself. Accuracies are centred,
-(accuracy - chance) / (1 - chance); CORE is their mean. With tasks missing it is another figure, with
-another name.
+Prompts are those of DCLM's evaluator (llm-foundry): a line break separates examples and question,
+the task's delimiter question and answer; the answer takes the context's trailing space to its
+front; context and answer are tokenised separately, so that the answer's tokens are known exactly;
+jeopardy is the mean over its categories. Ours only: <|bos|> in front, as in training, and few-shot
+examples drawn per item, by Random(1234 + index), never the item itself. Accuracies are centred,
+(accuracy - chance) / (1 - chance); CORE is their mean. With tasks missing it is another figure,
+with another name.
 
 The bundle (<base>/eval_bundle): core.yaml names tasks, files, shots, delimiters; eval_meta_data.csv
 has chance; eval_data/ has the items.
@@ -94,7 +95,7 @@ class Row(NamedTuple):
     start: int
 
 
-# ---- the bundle -----------------------------------------------------------------------------------------------------
+# ---- the bundle ----------------------------------------------------------------------------------
 
 
 def find_bundle(download: bool = True) -> Path:
@@ -102,9 +103,14 @@ def find_bundle(download: bool = True) -> Path:
     folder = get_base_dir() / "eval_bundle"
     if not (folder / "core.yaml").is_file():
         if not download:
-            raise UserError(f"no CORE data in {folder}: run `python -m scripts.fetch`, which downloads it, or put the bundle there")
+            raise UserError(
+                f"no CORE data in {folder}: run `python -m scripts.fetch`, which downloads it, or "
+                "put the bundle there"
+            )
         url = os.environ.get("ZANGCHAT_EVAL_BUNDLE_URL") or BUNDLE_URL
-        archive = download_file_with_lock(url, "eval_bundle.zip", postprocess_fn=lambda path: unpack(path, folder))
+        archive = download_file_with_lock(
+            url, "eval_bundle.zip", postprocess_fn=lambda path: unpack(path, folder)
+        )
         with file_lock(f"{archive}.lock"):  # several ranks may find a zip that somebody put there
             if not (folder / "core.yaml").is_file():
                 unpack(archive, folder)
@@ -124,13 +130,25 @@ def unpack(archive: Path, folder: Path) -> None:
                 members = bundle.infolist()
                 for member in members:
                     parts = Path(member.filename.replace("\\", "/")).parts
-                    if Path(member.filename).is_absolute() or ".." in parts or stat.S_ISLNK(member.external_attr >> 16):
-                        raise UserError(f"{archive}: {member.filename!r} leads out of its folder; delete the file, it is not the bundle")
+                    if (
+                        Path(member.filename).is_absolute()
+                        or ".." in parts
+                        or stat.S_ISLNK(member.external_attr >> 16)
+                    ):
+                        raise UserError(
+                            f"{archive}: {member.filename!r} leads out of its folder; delete the "
+                            "file, it is not the bundle"
+                        )
                 if sum(member.file_size for member in members) > MAX_BUNDLE_BYTES:
-                    raise UserError(f"{archive} unpacks to more than {MAX_BUNDLE_BYTES >> 30} GiB: delete the file, it is not the bundle")
+                    raise UserError(
+                        f"{archive} unpacks to more than {MAX_BUNDLE_BYTES >> 30} GiB: delete the "
+                        "file, it is not the bundle"
+                    )
                 bundle.extractall(temporary)
         except zipfile.BadZipFile as error:
-            raise UserError(f"{archive} is damaged ({error}): delete it and run this again") from error
+            raise UserError(
+                f"{archive} is damaged ({error}): delete it and run this again"
+            ) from error
         found = [path.parent for path in sorted(Path(temporary).rglob("core.yaml"))]
         if not found:
             raise UserError(f"{archive} has no core.yaml: delete the file, it is not the bundle")
@@ -144,7 +162,10 @@ def read_tasks(bundle: Path) -> tuple[list[CoreTask], list[str]]:
     try:
         settings = yaml.safe_load((bundle / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
         with open(bundle / "eval_meta_data.csv", encoding="utf-8", newline="") as file:
-            chance = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(file)}
+            chance = {
+                row["Eval Task"]: float(row["Random baseline"]) / 100
+                for row in csv.DictReader(file)
+            }
         tasks = {
             entry["label"]: CoreTask(
                 label=entry["label"],
@@ -158,11 +179,19 @@ def read_tasks(bundle: Path) -> tuple[list[CoreTask], list[str]]:
             for entry in settings
         }
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise UserError(f"{bundle} is no CORE bundle ({type(error).__name__}: {error}): delete it and run this again") from error
+        raise UserError(
+            f"{bundle} is no CORE bundle ({type(error).__name__}: {error}): delete it and run this "
+            "again"
+        ) from error
     unknown = sorted({task.kind for task in tasks.values()} - set(ROWS))
     if unknown:
-        raise UserError(f"{bundle / 'core.yaml'} has tasks of the kind {', '.join(unknown)}: known are {', '.join(ROWS)}")
-    present = [tasks[label] for label in CORE_TASKS if label in tasks and tasks[label].path.is_file()]
+        raise UserError(
+            f"{bundle / 'core.yaml'} has tasks of the kind {', '.join(unknown)}: known are "
+            f"{', '.join(ROWS)}"
+        )
+    present = [
+        tasks[label] for label in CORE_TASKS if label in tasks and tasks[label].path.is_file()
+    ]
     return present, [label for label in CORE_TASKS if label not in {task.label for task in present}]
 
 
@@ -173,13 +202,15 @@ def read_items(task: CoreTask) -> list[dict[str, Any]]:
         missing = [field for field in FIELDS[task.kind] if field not in item]
         if missing:
             raise UserError(f"{where} has no {', '.join(missing)}: copy the bundle again")
-        items.append({key: value.strip() if isinstance(value, str) else value for key, value in item.items()})
+        items.append(
+            {key: value.strip() if isinstance(value, str) else value for key, value in item.items()}
+        )
     if not items:
         raise UserError(f"{task.path} is empty: copy the bundle again")
     return items
 
 
-# ---- items to rows --------------------------------------------------------------------------------------------------
+# ---- items to rows -------------------------------------------------------------------------------
 
 
 # item -> its (context, answer) pairs
@@ -204,10 +235,18 @@ def fewshot_indices(index: int, count: int, num_fewshot: int) -> list[int]:
 def preamble(task: CoreTask, examples: Sequence[dict[str, Any]]) -> str:
     """The solved examples in front of the question."""
     solved = (ROWS[task.kind](item)[item.get("gold", 0)] for item in examples)
-    return EXAMPLE_DELIMITER.join(f"{context}{task.delimiter}{answer}" for context, answer in solved)
+    return EXAMPLE_DELIMITER.join(
+        f"{context}{task.delimiter}{answer}" for context, answer in solved
+    )
 
 
-def item_rows(task: CoreTask, item: dict[str, Any], examples: Sequence[dict[str, Any]], tokenizer: Any, context_len: int) -> list[Row]:
+def item_rows(
+    task: CoreTask,
+    item: dict[str, Any],
+    examples: Sequence[dict[str, Any]],
+    tokenizer: Any,
+    context_len: int,
+) -> list[Row]:
     """The rows of an item: one per choice, or a single one.
 
     A context that does not fit is cut from the left, after <|bos|>.
@@ -222,16 +261,20 @@ def item_rows(task: CoreTask, item: dict[str, Any], examples: Sequence[dict[str,
         answer_ids = tokenizer.encode(answer if answer.startswith(" ") else f" {answer}")
         context_ids = [*head, *tokenizer.encode(question)]
         answer_ids = answer_ids[:context_len]
-        room = context_len - len(answer_ids)  # <|bos|> needs no room: the last token is only a target
+        room = context_len - len(
+            answer_ids
+        )  # <|bos|> needs no room: the last token is only a target
         kept = context_ids[max(0, len(context_ids) - room) :] if room else []
         rows.append(Row([tokenizer.get_bos_token_id(), *kept, *answer_ids], 1 + len(kept)))
     return rows
 
 
-# ---- scoring --------------------------------------------------------------------------------------------------------
+# ---- scoring -------------------------------------------------------------------------------------
 
 
-def judge(model: Any, kind: str, items: Sequence[Sequence[Row]], golds: Sequence[int]) -> list[bool]:
+def judge(
+    model: Any, kind: str, items: Sequence[Sequence[Row]], golds: Sequence[int]
+) -> list[bool]:
     """Whether each item (its rows, its gold row) is answered correctly."""
     rows = [row for item in items for row in item]
     prompts = [row.tokens[: row.start] for row in rows]
@@ -246,14 +289,16 @@ def judge(model: Any, kind: str, items: Sequence[Sequence[Row]], golds: Sequence
     return verdicts
 
 
-# ---- the whole ------------------------------------------------------------------------------------------------------
+# ---- the whole -----------------------------------------------------------------------------------
 
 
 def groups_of(task: CoreTask, items: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """The items by category, in the order of first appearance; one group without categories."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for item in items:
-        groups.setdefault(str(item.get("category", "")) if task.has_categories else "", []).append(item)
+        groups.setdefault(str(item.get("category", "")) if task.has_categories else "", []).append(
+            item
+        )
     return list(groups.values())
 
 
@@ -266,7 +311,11 @@ def chosen_items(groups: Sequence[Sequence[Any]], max_per_task: int) -> list[tup
 
 
 def render(
-    task: CoreTask, groups: Sequence[Sequence[dict[str, Any]]], places: Sequence[tuple[int, int]], tokenizer: Any, context_len: int
+    task: CoreTask,
+    groups: Sequence[Sequence[dict[str, Any]]],
+    places: Sequence[tuple[int, int]],
+    tokenizer: Any,
+    context_len: int,
 ) -> tuple[list[list[Row]], list[int]]:
     """(rows, gold row) of the items at `places`, each after its own few-shot examples."""
     rows, golds = [], []
@@ -277,7 +326,13 @@ def render(
     return rows, golds
 
 
-def evaluate_core_task(model: "GPT", tokenizer: Any, task: CoreTask, max_per_task: int = -1, show_progress: bool = False) -> float:
+def evaluate_core_task(
+    model: "GPT",
+    tokenizer: Any,
+    task: CoreTask,
+    max_per_task: int = -1,
+    show_progress: bool = False,
+) -> float:
     """Accuracy of one task, 0 to 1; the ranks share the items and agree on the result."""
     rank, world_size = collectives.world()
     groups = groups_of(task, read_items(task))
@@ -287,7 +342,13 @@ def evaluate_core_task(model: "GPT", tokenizer: Any, task: CoreTask, max_per_tas
     with Progress(f"CORE {task.label}", len(mine), shown=show_progress and rank == 0) as progress:
         for first in range(0, len(mine), ITEMS_AT_A_TIME):
             part = mine[first : first + ITEMS_AT_A_TIME]
-            rows, golds = render(task, groups, [places[position] for position in part], tokenizer, model.config.sequence_len)
+            rows, golds = render(
+                task,
+                groups,
+                [places[position] for position in part],
+                tokenizer,
+                model.config.sequence_len,
+            )
             for position, verdict in zip(part, judge(model, task.kind, rows, golds), strict=True):
                 verdicts[position] = float(verdict)
             progress.update(first + len(part), "items")

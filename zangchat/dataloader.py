@@ -1,5 +1,5 @@
-"""Documents -> packed (inputs, targets) batches: one global order of text, cut into rows, sliced over
-ranks, resumable at any step.
+"""Documents -> packed (inputs, targets) batches: one global order of text, cut into rows, sliced
+over ranks, resumable at any step.
 
     stream    endless documents in an order that is a function of (data, seed); see documents.py
     packer    documents -> rows of T+1 tokens, each beginning with <|bos|>
@@ -7,8 +7,8 @@ ranks, resumable at any step.
               them; made ahead by a thread
 
 Every rank reads and packs the whole stream, so that a step's rows depend neither on the number of
-ranks nor on interruptions. A cursor says from where documents must be read again and which of them are
-unfinished, so it stays small whatever is pending.
+ranks nor on interruptions. A cursor says from where documents must be read again and which of them
+are unfinished, so it stays small whatever is pending.
 Legend: R rows of a step, T targets in a row, W = T + 1 tokens in a row.
 """
 
@@ -47,7 +47,7 @@ class Batch:
     metrics: dict[str, float] = field(default_factory=dict)  # about its data (RL: rewards), to log
 
 
-# ---- packing ------------------------------------------------------------------------------------------------------------
+# ---- packing -------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -59,12 +59,13 @@ class _Unfinished:
 
 
 class Packer:
-    """Documents -> rows of `width` tokens, each beginning with <|bos|>, filled oldest document first.
+    """Documents -> rows of `width` tokens, each beginning with <|bos|>, filled oldest document
+    first.
 
-    A splittable document fills the row and continues, after a <|bos|>, in the next: none of its tokens
-    is dropped. One that must not be split waits for a row with room; meanwhile up to LOOK_AHEAD
-    documents are searched for one that fits, then the row is padded. One that is longer than a row is
-    cut to it, and counted.
+    A splittable document fills the row and continues, after a <|bos|>, in the next: none of its
+    tokens is dropped. One that must not be split waits for a row with room; meanwhile up to
+    LOOK_AHEAD documents are searched for one that fits, then the row is padded. One that is longer
+    than a row is cut to it, and counted.
     """
 
     def __init__(
@@ -93,8 +94,8 @@ class Packer:
 
     @property
     def cursor(self) -> dict[str, Any]:
-        """JSON: where to read again, how many documents to read there, and [number, tokens placed] of
-        the unfinished ones."""
+        """JSON: where to read again, how many documents to read there, and [number, tokens placed]
+        of the unfinished ones."""
         if not self._unfinished:
             return {"position": self._reader.cursor, "read": 0, "unfinished": []}
         oldest, read = self._unfinished[0], self._read
@@ -106,8 +107,8 @@ class Packer:
         }
 
     def fill(self, ids: np.ndarray, learn: np.ndarray) -> bool:
-        """Fill a row: ids (W,), learn (W,) bool, True if the token is a target. Returns False at the
-        end of the stream, when all is padding."""
+        """Fill a row: ids (W,), learn (W,) bool, True if the token is a target. Returns False at
+        the end of the stream, when all is padding."""
         ids[:] = self.bos
         learn[:] = False
         used = 0
@@ -156,7 +157,9 @@ class Packer:
 
 
 def first_fit(lengths: Sequence[int], width: int) -> list[int]:
-    """The row of each item: the first with room for it, in the order given. Lengths are in 1..width."""
+    """The row of each item: the first with room for it, in the order given. Lengths are in
+    1..width.
+    """
     rows: list[int] = []
     room: list[int] = []
     for length in lengths:
@@ -168,7 +171,7 @@ def first_fit(lengths: Sequence[int], width: int) -> list[int]:
     return rows
 
 
-# ---- batches ------------------------------------------------------------------------------------------------------------
+# ---- batches -------------------------------------------------------------------------------------
 
 
 def packed_batches(
@@ -212,11 +215,11 @@ def example_batches(
     cursor: dict[str, Any] | None = None,
     num_epochs: int | None = None,
 ) -> Iterator[Batch]:
-    """Steps of exactly `examples_per_step` conversations in the order of a ConversationStream, packed
-    whole into as many rows as they need.
+    """Steps of exactly `examples_per_step` conversations in the order of a ConversationStream,
+    packed whole into as many rows as they need.
 
-    Rows of padding make the number of rows a multiple of world_size. With `num_epochs` the batches end,
-    the last step possibly with fewer conversations.
+    Rows of padding make the number of rows a multiple of world_size. With `num_epochs` the batches
+    end, the last step possibly with fewer conversations.
     """
     width = sequence_len + 1
     bos = tokenizer.get_bos_token_id()
@@ -253,11 +256,12 @@ def validation_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """Validation rows, the same for any packer and number of ranks: each document from its <|bos|>, at
-    most T targets, the rest ignored.
+    """Validation rows, the same for any packer and number of ranks: each document from its <|bos|>,
+    at most T targets, the rest ignored.
 
-    Documents are taken in order until they amount to `eval_tokens` targets; without that, all. Every
-    rank gets the same number of batches of `rows_per_batch` rows; rows without targets fill the last.
+    Documents are taken in order until they amount to `eval_tokens` targets; without that, all.
+    Every rank gets the same number of batches of `rows_per_batch` rows; rows without targets fill
+    the last.
     """
     width, rows_per_step = sequence_len + 1, rows_per_batch * world_size
     rows = _validation_rows(dataset, tokenizer, width, eval_tokens)

@@ -1,4 +1,6 @@
-"""The exception that a command turns into one line for its user, and how other errors become one."""
+"""The exception that a command turns into one line for its user, and how other errors become
+one.
+"""
 
 import contextlib
 from collections.abc import Iterator

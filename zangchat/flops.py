@@ -1,4 +1,5 @@
-"""The cost of a model, computed from its GPTConfig: parameters, FLOPs, bytes moved, memory; and the peaks of known devices.
+"""The cost of a model, computed from its GPTConfig: parameters, FLOPs, bytes moved, memory; and the
+peaks of known devices.
 
 Nothing here imports torch. FLOPs count a multiplication and an addition as two; bytes are bytes.
 """
@@ -8,13 +9,17 @@ from typing import Any, NamedTuple
 
 from zangchat.config import GPTConfig
 
-# ---- the model ------------------------------------------------------------------------------------------------------
+# ---- the model -----------------------------------------------------------------------------------
 
 
 def count_params(config: GPTConfig) -> dict[str, int]:
-    """Parameters as stored (padding rows of the vocabulary included): wte, lm_head, matrices (of all blocks), total."""
+    """Parameters as stored (padding rows of the vocabulary included): wte, lm_head, matrices (of
+    all blocks), total.
+    """
     kv_width = config.n_kv_head * config.head_dim
-    attention = 2 * config.n_embd * config.n_embd + 2 * config.n_embd * kv_width  # q and output; k and v
+    attention = (
+        2 * config.n_embd * config.n_embd + 2 * config.n_embd * kv_width
+    )  # q and output; k and v
     mlp = 2 * config.n_embd * 4 * config.n_embd
     table = config.padded_vocab_size * config.n_embd
     matrices = config.n_layer * (attention + mlp)
@@ -22,15 +27,19 @@ def count_params(config: GPTConfig) -> dict[str, int]:
 
 
 def scaling_params(config: GPTConfig) -> int:
-    """The parameters that scaling laws count here: those that multiply, so matrices and lm_head, without the embedding table."""
+    """The parameters that scaling laws count here: those that multiply, so matrices and lm_head,
+    without the embedding table.
+    """
     params = count_params(config)
     return params["matrices"] + params["lm_head"]
 
 
 def flops_per_token(config: GPTConfig) -> int:
-    """Training FLOPs per token, forward and backward, at full context: 6 per multiplying parameter, plus attention's two products.
+    """Training FLOPs per token, forward and backward, at full context: 6 per multiplying parameter,
+    plus attention's two products.
 
-    Attention is counted without the saving of causality, as PaLM (arXiv:2204.02311, appendix B) does.
+    Attention is counted without the saving of causality, as PaLM (arXiv:2204.02311, appendix B)
+    does.
     """
     attention = 12 * config.n_layer * config.n_head * config.head_dim * config.sequence_len
     return 6 * scaling_params(config) + attention
@@ -41,35 +50,53 @@ def kv_bytes_per_token(config: GPTConfig, kv_bytes: int = 2) -> int:
     return 2 * config.n_layer * config.n_kv_head * config.head_dim * kv_bytes
 
 
-def decode_bytes(config: GPTConfig, context: int, batch_size: int = 1, weight_bytes: float = 2, kv_bytes: int = 2) -> int:
-    """Bytes that one decoding step of `batch_size` rows must read: every multiplying weight once, and each row's stored keys and values."""
-    return round(scaling_params(config) * weight_bytes) + batch_size * context * kv_bytes_per_token(config, kv_bytes)
+def decode_bytes(
+    config: GPTConfig, context: int, batch_size: int = 1, weight_bytes: float = 2, kv_bytes: int = 2
+) -> int:
+    """Bytes that one decoding step of `batch_size` rows must read: every multiplying weight once,
+    and each row's stored keys and values.
+    """
+    return round(scaling_params(config) * weight_bytes) + batch_size * context * kv_bytes_per_token(
+        config, kv_bytes
+    )
 
 
-def decode_roofline(config: GPTConfig, bandwidth: float, context: int, batch_size: int = 1, **sizes: Any) -> float:
-    """The most tokens per second, all rows together, that a memory bandwidth (bytes/s) allows; `sizes` as in decode_bytes."""
+def decode_roofline(
+    config: GPTConfig, bandwidth: float, context: int, batch_size: int = 1, **sizes: Any
+) -> float:
+    """The most tokens per second, all rows together, that a memory bandwidth (bytes/s) allows;
+    `sizes` as in decode_bytes.
+    """
     return batch_size * bandwidth / decode_bytes(config, context, batch_size, **sizes)
 
 
-# ---- memory of a training step --------------------------------------------------------------------------------------
+# ---- memory of a training step -------------------------------------------------------------------
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def weight_bytes(config: GPTConfig, dtype: str = "bfloat16") -> int:
-    """The weights as trained and saved: fp32, but for the embedding, which is bf16 when computing in bf16."""
+    """The weights as trained and saved: fp32, but for the embedding, which is bf16 when computing
+    in bf16.
+    """
     params = count_params(config)
-    return 4 * scaling_params(config) + (2 if str(dtype).endswith("bfloat16") else 4) * params["wte"]
+    return (
+        4 * scaling_params(config) + (2 if str(dtype).endswith("bfloat16") else 4) * params["wte"]
+    )
 
 
 def optimizer_bytes(config: GPTConfig, kind: str = "muon", dtype: str = "bfloat16") -> int:
-    """State of the optimizers, all ranks together: two moments of a parameter for AdamW, one for Muon, and the fp32 master of a bf16
-    embedding; SGD has none."""
+    """State of the optimizers, all ranks together: two moments of a parameter for AdamW, one for
+    Muon, and the fp32 master of a bf16 embedding; SGD has none."""
     if kind == "sgd":
         return 0
     params = count_params(config)
     master = 4 * params["wte"] if str(dtype).endswith("bfloat16") else 0
-    return (4 if kind == "muon" else 8) * params["matrices"] + 8 * (params["lm_head"] + params["wte"]) + master
+    return (
+        (4 if kind == "muon" else 8) * params["matrices"]
+        + 8 * (params["lm_head"] + params["wte"])
+        + master
+    )
 
 
 def checkpoint_bytes(config: GPTConfig, kind: str = "muon", dtype: str = "bfloat16") -> int:
@@ -89,20 +116,25 @@ def memory_estimate(
     grad_comm_dtype: str = "float32",
     fsdp: bool = False,
 ) -> dict[str, int]:
-    """Bytes one rank needs to train with `device_batch_size` rows: weights, gradients, optimizer, casts, activations, recomputed, logits,
-    sent, update, total.
+    """Bytes one rank needs to train with `device_batch_size` rows: weights, gradients, optimizer,
+    casts, activations, recomputed, logits, sent, update, total.
 
-    The total is the peak, so parts that never exist together count once: 16-bit gradients are sent as the activations are freed, the
-    optimizer updates after the activations and casts are gone, and a block is recomputed (with `grad_checkpoint`) after the logits are.
-    The estimate is for the uncompiled model. The optimizer's state is sharded over ranks; with `fsdp`, so are weights and gradients. The
-    allocator's waste and the libraries' workspaces come on top (see `USABLE`). `dtype` is the compute dtype.
+    The total is the peak, so parts that never exist together count once: 16-bit gradients are sent
+    as the activations are freed, the optimizer updates after the activations and casts are gone,
+    and a block is recomputed (with `grad_checkpoint`) after the logits are. The estimate is for the
+    uncompiled model. The optimizer's state is sharded over ranks; with `fsdp`, so are weights and
+    gradients. The allocator's waste and workspaces come on top (`USABLE`).
     """
     size = BYTES[str(dtype).removeprefix("torch.")]
     weights = weight_bytes(config, dtype)
-    casts = 0 if size == 4 else size * scaling_params(config)  # kept from the forward pass for the backward pass
+    # kept from the forward pass for the backward pass
+    casts = 0 if size == 4 else size * scaling_params(config)
     tokens = device_batch_size * config.sequence_len
     if fsdp:  # this rank's rows, and two gathered blocks with their gradients and the head
-        gathered = 2 * 2 * 4 * count_params(config)["matrices"] // config.n_layer + 4 * count_params(config)["lm_head"]
+        gathered = (
+            2 * 2 * 4 * count_params(config)["matrices"] // config.n_layer
+            + 4 * count_params(config)["lm_head"]
+        )
         weights = weights // world_size
         casts += gathered
     parts = {
@@ -110,10 +142,15 @@ def memory_estimate(
         "gradients": weights,
         "optimizer": optimizer_bytes(config, optimizer, dtype) // world_size,
         "casts": casts,
-        "activations": tokens * activation_bytes_per_token(config, size, device_type, grad_checkpoint),
-        "recomputed": tokens * block_bytes_per_token(config, size, device_type) if grad_checkpoint else 0,
+        "activations": tokens
+        * activation_bytes_per_token(config, size, device_type, grad_checkpoint),
+        "recomputed": tokens * block_bytes_per_token(config, size, device_type)
+        if grad_checkpoint
+        else 0,
         "logits": logits_bytes(config, tokens, size, device_type),
-        "sent": 2 * scaling_params(config) if grad_comm_dtype == "bfloat16" and world_size > 1 and not fsdp else 0,
+        "sent": 2 * scaling_params(config)
+        if grad_comm_dtype == "bfloat16" and world_size > 1 and not fsdp
+        else 0,
         "update": update_bytes(config, optimizer, world_size, 2 if device_type == "cuda" else size),
     }
     return {**parts, "total": peak_bytes(parts)}
@@ -126,9 +163,12 @@ def peak_bytes(parts: dict[str, int]) -> int:
     return lasting + max(parts["casts"] + max(passing, parts["sent"]), parts["update"])
 
 
-def update_bytes(config: GPTConfig, kind: str = "muon", world_size: int = 1, ortho_size: int = 2) -> int:
-    """Scratch memory of the optimizer. Muon stacks all matrices of a shape: two fp32 copies of them, and four in the dtype of the
-    orthogonalisation (`ortho_size` bytes). AdamW takes one parameter at a time and needs an fp32 copy of its gradient."""
+def update_bytes(
+    config: GPTConfig, kind: str = "muon", world_size: int = 1, ortho_size: int = 2
+) -> int:
+    """Scratch memory of the optimizer. Muon stacks all matrices of a shape: two fp32 copies of
+    them, and four in the dtype of the orthogonalisation (`ortho_size` bytes). AdamW takes one
+    parameter at a time and needs an fp32 copy of its gradient."""
     params = count_params(config)
     largest = 4 * params["wte"]
     if kind == "muon":
@@ -137,23 +177,33 @@ def update_bytes(config: GPTConfig, kind: str = "muon", world_size: int = 1, ort
     return largest
 
 
-def activation_bytes_per_token(config: GPTConfig, size: int = 2, device_type: str = "cuda", grad_checkpoint: bool = False) -> int:
-    """Bytes that the forward pass keeps for the backward pass, per token, with `size` bytes a number.
+def activation_bytes_per_token(
+    config: GPTConfig, size: int = 2, device_type: str = "cuda", grad_checkpoint: bool = False
+) -> int:
+    """Bytes that the forward pass keeps for the backward pass, per token, with `size` bytes a
+    number.
 
     With `grad_checkpoint` each block keeps only its input.
     """
-    kept = size * config.n_embd if grad_checkpoint else block_bytes_per_token(config, size, device_type)
-    ends = size * 3 * config.n_embd + 8  # the first norm, the last norm and its output; the loss's gradient
+    kept = (
+        size * config.n_embd
+        if grad_checkpoint
+        else block_bytes_per_token(config, size, device_type)
+    )
+    ends = (
+        size * 3 * config.n_embd + 8
+    )  # the first norm, the last norm and its output; the loss's gradient
     return config.n_layer * kept + ends
 
 
 def block_bytes_per_token(config: GPTConfig, size: int = 2, device_type: str = "cuda") -> int:
     """Bytes that one block's forward pass keeps for its backward pass, per token.
 
-    In widths: inputs of its norms (x twice, q; and k), x normed twice, q normed, attention's output as computed and in rows,
-    relu and its square (4 each), k normed and v. On a CPU the norm of functional.py keeps only its output, and in 16 bits attention
-    keeps its probabilities (attention.py, `blocks`) instead of its output as computed. Row statistics are fp32: one number for
-    each norm of x, and per head those of q, k and softmax.
+    In widths: inputs of its norms (x twice, q; and k), x normed twice, q normed, attention's output
+    as computed and in rows, relu and its square (4 each), k normed and v. On a CPU the norm of
+    functional.py keeps only its output, and in 16 bits attention keeps its probabilities
+    (attention.py, `blocks`) instead of its output as computed. Row statistics are fp32: one number
+    for each norm of x, and per head those of q, k and softmax.
     """
     width, kv_width = config.n_embd, config.n_kv_head * config.head_dim
     cpu = device_type == "cpu"
@@ -167,7 +217,9 @@ def block_bytes_per_token(config: GPTConfig, size: int = 2, device_type: str = "
 
 
 def logits_bytes(config: GPTConfig, tokens: int, size: int = 2, device_type: str = "cuda") -> int:
-    """Bytes of the loss: two fp32 copies of a chunk of logits and the head's gradient; in 16 bits one more of each."""
+    """Bytes of the loss: two fp32 copies of a chunk of logits and the head's gradient; in 16 bits
+    one more of each.
+    """
     elements = 2**27 if device_type == "cuda" else 2**22  # as loss.py chooses its chunks
     chunk = min(tokens, max(elements // config.vocab_size, 64), 8192)
     head = config.padded_vocab_size * config.n_embd
@@ -175,16 +227,23 @@ def logits_bytes(config: GPTConfig, tokens: int, size: int = 2, device_type: str
     return chunk * config.vocab_size * (2 * 4 + half) + head * (4 + half)
 
 
-# ---- batch size -----------------------------------------------------------------------------------------------------
+# ---- batch size ----------------------------------------------------------------------------------
 
 CARDS = (8, 16, 24, 40, 80, 141)  # GB of the GPUs that people have
 USABLE = 0.88  # share of the memory; fragmentation and the libraries' workspaces take the rest
 CONTEXT = {"cuda": 6e8}  # bytes that a process takes on the device before its first tensor
-PASS_TOKENS = {"cuda": 2**16, "mps": 2**14, "cpu": 2**13}  # longer passes gain nothing: the products run at full speed
+PASS_TOKENS = {
+    "cuda": 2**16,
+    "mps": 2**14,
+    "cpu": 2**13,
+}  # longer passes gain nothing: the products run at full speed
 
 
-def fitting_batch(config: GPTConfig, rows: int, memory: float, *, even: bool = True, **settings: Any) -> int:
-    """The largest number of rows in one pass, of a rank's `rows` in a step, that fits `memory` bytes; 0 if one row does not fit.
+def fitting_batch(
+    config: GPTConfig, rows: int, memory: float, *, even: bool = True, **settings: Any
+) -> int:
+    """The largest number of rows in one pass, of a rank's `rows` in a step, that fits `memory`
+    bytes; 0 if one row does not fit.
 
     With `even` the result divides `rows`. `settings` as in memory_estimate.
     """
@@ -192,30 +251,42 @@ def fitting_batch(config: GPTConfig, rows: int, memory: float, *, even: bool = T
     most = min(rows, max(1, PASS_TOKENS[device_type] // config.sequence_len))
     room = USABLE * (memory - CONTEXT.get(device_type, 0))
     for size in range(most, 0, -1):
-        if (not even or rows % size == 0) and memory_estimate(config, size, **settings)["total"] <= room:
+        if (not even or rows % size == 0) and memory_estimate(config, size, **settings)[
+            "total"
+        ] <= room:
             return size
     return 0
 
 
 def what_fits(config: GPTConfig, rows: int, **settings: Any) -> Iterator[str]:
-    """For each of CARDS a line: the rows of a pass and the passes of a step of `rows` rows, and what --grad_checkpoint=1 would change."""
+    """For each of CARDS a line: the rows of a pass and the passes of a step of `rows` rows, and
+    what --grad_checkpoint=1 would change.
+    """
     for gigabytes in CARDS:
         options = []
         for checkpoint in (False, True):
-            size = fitting_batch(config, rows, gigabytes * 1e9, grad_checkpoint=checkpoint, **settings)
+            size = fitting_batch(
+                config, rows, gigabytes * 1e9, grad_checkpoint=checkpoint, **settings
+            )
             if size:
-                needed = memory_estimate(config, size, grad_checkpoint=checkpoint, **settings)["total"]
+                needed = memory_estimate(config, size, grad_checkpoint=checkpoint, **settings)[
+                    "total"
+                ]
                 options.append(f"{size} rows x {-(-rows // size)} passes ({needed / 1e9:.1f} GB)")
             else:
                 options.append("not one row")
-        yield f"{gigabytes:>3} GB: {options[0]}" + (f"; with --grad_checkpoint=1 {options[1]}" if options[1] != options[0] else "")
+        yield f"{gigabytes:>3} GB: {options[0]}" + (
+            f"; with --grad_checkpoint=1 {options[1]}" if options[1] != options[0] else ""
+        )
 
 
-# ---- devices --------------------------------------------------------------------------------------------------------
+# ---- devices -------------------------------------------------------------------------------------
 
 
 class Device(NamedTuple):
-    """Dense peaks from data sheets: TFLOP/s of bf16/fp16, fp8 and fp32 (as TF32 if the device has it; 0 = none), and GB/s of memory."""
+    """Dense peaks from data sheets: TFLOP/s of bf16/fp16, fp8 and fp32 (as TF32 if the device has
+    it; 0 = none), and GB/s of memory.
+    """
 
     half: float
     fp8: float
@@ -223,8 +294,9 @@ class Device(NamedTuple):
     bandwidth: float
 
 
-# The first entry found in the device's name counts, so longer names come first. From the makers' data sheets, halved if they assume
-# structured sparsity. Consumer cards: tensor cores with fp32 accumulation.
+# The first entry found in the device's name counts, so longer names come first. From the makers'
+# data sheets, halved if they assume structured sparsity. Consumer cards: tensor cores with fp32
+# accumulation.
 DEVICES = {
     "GB200": Device(2500, 5000, 1250, 8000),
     "B200": Device(2250, 4500, 1100, 8000),
@@ -261,7 +333,9 @@ DEVICES = {
 
 
 def find_device(name: str) -> Device | None:
-    """The peaks of a device by the name its driver gives ("NVIDIA H100 80GB HBM3"); None for one that is not in the table."""
+    """The peaks of a device by the name its driver gives ("NVIDIA H100 80GB HBM3"); None for one
+    that is not in the table.
+    """
     upper = name.upper()
     words = upper.replace("-", " ").split()
     for key, device in DEVICES.items():
@@ -271,7 +345,8 @@ def find_device(name: str) -> Device | None:
 
 
 def peak_flops(device_name: str, dtype: Any = "bfloat16") -> float | None:
-    """Data-sheet FLOP/s of a device in bfloat16, float16, float32 or fp8 (or the torch.dtype); None if unknown.
+    """Data-sheet FLOP/s of a device in bfloat16, float16, float32 or fp8 (or the torch.dtype); None
+    if unknown.
 
     Callers then report no utilisation instead of an invented one.
     """
@@ -286,7 +361,9 @@ def peak_flops(device_name: str, dtype: Any = "bfloat16") -> float | None:
     elif name.startswith(("fp8", "float8")):
         tera = device.fp8
     else:
-        raise ValueError(f"no peak is listed for the dtype {name}: bfloat16, float16, float32 or fp8")
+        raise ValueError(
+            f"no peak is listed for the dtype {name}: bfloat16, float16, float32 or fp8"
+        )
     return tera * 1e12 or None
 
 

@@ -1,14 +1,17 @@
-"""--fsdp: models that one device cannot hold, by torch's FSDP2 (arXiv:2304.11277); the only place that knows of it.
+"""--fsdp: models that one device cannot hold, by torch's FSDP2 (arXiv:2304.11277); the only place
+that knows of it.
 
-Each rank keeps its rows of every parameter and gradient. A block's parameters are gathered only for its
-own forward and backward pass, and its gradients are summed and cut up again after it. The optimizers are
-those of optim.py on whole matrices: as many at a time as there are ranks are gathered, each rank updates
-the one it keeps state for, and every rank takes its rows back. So the maths of a step, the files of a
-checkpoint and its loading are the same as without: a run may continue with or without --fsdp.
+Each rank keeps its rows of every parameter and gradient. A block's parameters are gathered only for
+its own forward and backward pass, and its gradients are summed and cut up again after it. The
+optimizers are those of optim.py on whole matrices: as many at a time as there are ranks are
+gathered, each rank updates the one it keeps state for, and every rank takes its rows back. So the
+maths of a step, the files of a checkpoint and its loading are the same as without: a run may
+continue with or without --fsdp.
 
-Tested: 2 processes on CPUs by gloo (tests/unit/test_fsdp.py). Untested: more of them, CUDA and NCCL, bf16,
-models that need it. The model is filled on the CPU before it is cut up, so each process needs the whole
-model, and its own part of the optimizer's state, in main memory once.
+Tested: 2 processes on CPUs by gloo (tests/unit/test_fsdp.py). Untested: more of them, CUDA and
+NCCL, bf16,
+models that need it. The model is filled on the CPU before it is cut up, so each process needs the
+whole model, and its own part of the optimizer's state, in main memory once.
 """
 
 from collections.abc import Iterator
@@ -24,7 +27,9 @@ from zangchat.runtime import collectives
 
 
 class FSDPGroup(OptimizerGroup):
-    """The optimizers of `group`, made and loaded for the whole model, after `model` was cut up over the ranks in place."""
+    """The optimizers of `group`, made and loaded for the whole model, after `model` was cut up over
+    the ranks in place.
+    """
 
     lockstep = True
 
@@ -34,7 +39,9 @@ class FSDPGroup(OptimizerGroup):
         self.rank, self.world_size = collectives.world()
         _shard(model, device, group.comm_dtype)
         named = dict(model.named_parameters())
-        self._parts: dict[Tensor, Any] = {p: named[name] for p, name in self.names.items()}  # DTensors
+        self._parts: dict[Tensor, Any] = {
+            p: named[name] for p, name in self.names.items()
+        }  # DTensors
         for p in self.names:
             _release(p, device)
         for optimizer in self.optimizers:
@@ -63,7 +70,11 @@ class FSDPGroup(OptimizerGroup):
             part.grad = None
 
     def gradients(self) -> dict[str, Tensor]:
-        return {name: self._parts[p].grad.to_local() for p, name in self.names.items() if self._parts[p].grad is not None}
+        return {
+            name: self._parts[p].grad.to_local()
+            for p, name in self.names.items()
+            if self._parts[p].grad is not None
+        }
 
     def model_weights(self, model: nn.Module) -> dict[str, Tensor]:  # noqa: ARG002
         """Gathers one parameter after the other, and keeps them on rank 0 only."""
@@ -77,13 +88,21 @@ class FSDPGroup(OptimizerGroup):
 
 def _shard(model: Any, device: torch.device, comm_dtype: torch.dtype) -> None:
     mesh = init_device_mesh(device.type, (collectives.world()[1],))
-    modules = [model.wte, *model.transformer["h"], model]  # the embedding by itself: it may have a dtype of its own
+    modules = [
+        model.wte,
+        *model.transformer["h"],
+        model,
+    ]  # the embedding by itself: it may have a dtype of its own
     for module in modules:
         fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=comm_dtype))
     for module in modules:
-        module.set_gradient_divide_factor(1.0)  # the loss is divided by the tokens of all ranks already
+        module.set_gradient_divide_factor(
+            1.0
+        )  # the loss is divided by the tokens of all ranks already
         module.set_force_sum_reduction_for_comms(True)  # a plain sum, which gloo knows as well
-        module.unshard()  # its buffers are made here: by a first evaluation, under inference_mode, they would be of no use for training
+        # its buffers are made here: by a first evaluation, under inference_mode, they would be of
+        # no use for training
+        module.unshard()
         module.reshard()
     model.cos, model.sin = model.cos.to(device), model.sin.to(device)
 
@@ -95,7 +114,14 @@ def _release(p: Tensor, device: torch.device) -> None:
 
 
 def _portions(optimizer: Any, world_size: int) -> Iterator[list[dict[str, Any]]]:
-    """The optimizer's groups, `world_size` parameters at a time, which mostly belong to as many ranks."""
-    singles = [{**group, "params": [p]} for group in optimizer.param_groups for params in optimizer.update_groups(group) for p in params]
+    """The optimizer's groups, `world_size` parameters at a time, which mostly belong to as many
+    ranks.
+    """
+    singles = [
+        {**group, "params": [p]}
+        for group in optimizer.param_groups
+        for params in optimizer.update_groups(group)
+        for p in params
+    ]
     for start in range(0, len(singles), world_size):
         yield singles[start : start + world_size]

@@ -1,13 +1,15 @@
 """The model: maths and initialisation only.
 
-    wte -> norm -> n_layer x [ x += attn(norm(x)); x += mlp(norm(x)) ] -> norm -> lm_head -> cap * tanh(z / cap)
+    wte -> norm -> n_layer x [ x += attn(norm(x)); x += mlp(norm(x)) ] -> norm -> lm_head -> cap *
+    tanh(z / cap)
 
 No weights in the norms, no biases, rotary positions, QK-norm, grouped-query attention, relu^2,
 embedding and head untied: the architecture of nanochat at the end of 2025, NanoChatForCausalLM in
 transformers. Master weights are fp32; the products run in `compute_dtype`, which is a value of the
 model, never of the process.
 
-Shapes: B batch, T tokens, C width (n_embd), H query heads, G key/value heads, D head dimension, V vocabulary.
+Shapes: B batch, T tokens, C width (n_embd), H query heads, G key/value heads, D head dimension, V
+vocabulary.
 """
 
 import contextlib
@@ -47,7 +49,8 @@ class AttentionContext(Protocol):
         """At least the largest of `positions`, known without asking the device."""
 
     def update(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The new tokens' k, v (B, G, T, D) -> keys and values (B, G, S, D) to attend to, and a mask.
+        """The new tokens' k, v (B, G, T, D) -> keys and values (B, G, S, D) to attend to, and a
+        mask.
 
         The mask is (B, 1, T, S), None for plain causal attention.
         """
@@ -67,9 +70,14 @@ class Attention(nn.Module):
         self.c_v = Linear(config.n_embd, config.n_kv_head * config.head_dim)
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, rotary: Rotary, context: AttentionContext | None, backend: str) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: Rotary, context: AttentionContext | None, backend: str
+    ) -> Tensor:
         B, T, C = x.shape
-        q, k, v = (project(x).view(B, T, -1, self.head_dim).transpose(1, 2) for project in (self.c_q, self.c_k, self.c_v))
+        q, k, v = (
+            project(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+            for project in (self.c_q, self.c_k, self.c_v)
+        )
         q, k = (rms_norm(rotate(part, *rotary), self.eps) for part in (q, k))
         mask = None
         if context is not None:
@@ -95,12 +103,16 @@ class Block(nn.Module):
         self.attn = Attention(config, layer_idx)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: Rotary, context: AttentionContext | None, backend: str) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: Rotary, context: AttentionContext | None, backend: str
+    ) -> Tensor:
         x = x + self.attn(rms_norm(x, self.eps), rotary, context, backend)
         return x + self.mlp(rms_norm(x, self.eps))
 
 
-def run_block(block: nn.Module, x: Tensor, rotary: Rotary, context: AttentionContext | None, backend: str) -> Tensor:
+def run_block(
+    block: nn.Module, x: Tensor, rotary: Rotary, context: AttentionContext | None, backend: str
+) -> Tensor:
     return block(x, rotary, context, backend)
 
 
@@ -141,7 +153,7 @@ class GPT(nn.Module):
         self.init_rotary()
         self.set_compute_dtype(compute_dtype)
 
-    # -- state -----------------------------------------------------------------------------------------------------------------
+    # -- state -------------------------------------------------------------------------------------
 
     @property
     def wte(self) -> nn.Embedding:
@@ -186,7 +198,9 @@ class GPT(nn.Module):
         self.compile_backend = backend
 
     @torch.no_grad()
-    def init_weights(self, head_init_scale: float = 0.0, generator: torch.Generator | None = None) -> None:
+    def init_weights(
+        self, head_init_scale: float = 0.0, generator: torch.Generator | None = None
+    ) -> None:
         """Fill every parameter and the rotary tables, on any device. Drawn in fp32, then rounded.
 
         Matrices that read the residual stream: uniform with standard deviation 1/sqrt(n_embd).
@@ -195,7 +209,9 @@ class GPT(nn.Module):
         relates the output row of a token to its input row: small models learn to copy far earlier.
         """
         bound = math.sqrt(3.0 / self.config.n_embd)
-        embedding = torch.empty(self.wte.weight.shape, device=self.get_device()).normal_(generator=generator)
+        embedding = torch.empty(self.wte.weight.shape, device=self.get_device()).normal_(
+            generator=generator
+        )
         self.wte.weight.copy_(embedding)
         for name, parameter in self.transformer["h"].named_parameters():
             if name.endswith("c_proj.weight"):
@@ -237,10 +253,12 @@ class GPT(nn.Module):
 
         return build_optimizer(self, **settings)
 
-    # -- forward ---------------------------------------------------------------------------------------------------------------
+    # -- forward -----------------------------------------------------------------------------------
 
     def _rotary(self, T: int, context: AttentionContext | None) -> Rotary:
-        """cos, sin in the compute dtype, (T, D/2), or (B, 1, T, D/2) at each row's own positions."""
+        """cos, sin in the compute dtype, (T, D/2), or (B, 1, T, D/2) at each row's own
+        positions.
+        """
         needed = T if context is None else context.longest + T
         if needed > self.cos.size(0):
             self.init_rotary(max(needed, 2 * self.cos.size(0)))
@@ -260,7 +278,8 @@ class GPT(nn.Module):
         loss_weights: Tensor | None = None,
         logits_at: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, T, vocab_size), fp32, capped; or, given targets (B, T; -1 = ignored), the loss, fp32.
+        """Logits (B, T, vocab_size), fp32, capped; or, given targets (B, T; -1 = ignored), the
+        loss, fp32.
 
         loss_reduction: "mean" over supervised tokens, "sum", or "none" -> (B, T) with 0 for ignored
         ones; loss_weights (B, T) are factors on each token's loss. logits_at (B,) selects one

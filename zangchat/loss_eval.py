@@ -17,14 +17,19 @@ if TYPE_CHECKING:
 def evaluate_bpb(model: "GPT", batches: Iterable["Batch"], token_bytes: torch.Tensor) -> float:
     """The loss of the supervised targets, in bits, per byte of the text that they stand for.
 
-    `token_bytes` (V,) has the length in bytes of each token; targets of length 0 (special tokens) count on neither side. Sums run over all
-    batches of all ranks, so that neither the batch size nor the number of ranks matters. Without a single byte: inf.
+    `token_bytes` (V,) has the length in bytes of each token; targets of length 0 (special tokens)
+    count on neither side. Sums run over all batches of all ranks, so that neither the batch size
+    nor the number of ranks matters. Without a single byte: inf.
     """
     device = model.get_device()
     token_bytes = token_bytes.cpu()
     nats, num_bytes = 0.0, 0
     for batch in batches:
-        losses = model(batch.inputs.to(device), batch.targets.to(device), loss_reduction="none").cpu().double()
+        losses = (
+            model(batch.inputs.to(device), batch.targets.to(device), loss_reduction="none")
+            .cpu()
+            .double()
+        )
         targets = batch.targets.cpu()
         lengths = torch.where(targets >= 0, token_bytes[targets.clamp(min=0)], 0)
         nats += float(losses[lengths > 0].sum())
@@ -39,7 +44,9 @@ def evaluate_loss(model: "GPT", batches: Iterable["Batch"]) -> float:
     device = model.get_device()
     loss, count = 0.0, 0
     for batch in batches:
-        loss += float(model(batch.inputs.to(device), batch.targets.to(device), loss_reduction="sum"))
+        loss += float(
+            model(batch.inputs.to(device), batch.targets.to(device), loss_reduction="sum")
+        )
         count += int((batch.targets >= 0).sum())
     loss, total = collectives.sum_over_ranks([loss, count])
     return loss / total if total else math.nan

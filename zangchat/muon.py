@@ -1,13 +1,18 @@
-"""Muon: momentum, orthogonalised, for the matrices of the model; one implementation for one and for many ranks.
+"""Muon: momentum, orthogonalised, for the matrices of the model; one implementation for one and for
+many ranks.
 
 Per matrix and step:
   1. Nesterov momentum on the gradient (https://kellerjordan.github.io/posts/muon);
-  2. orthogonalisation by five Polar Express iterations (arXiv:2505.16932): the nearest semi-orthogonal matrix, from products only;
-  3. NorMuon (arXiv:2510.05491): each neuron's row is divided by a running root mean square of its updates, the norm kept;
-  4. cautious weight decay (arXiv:2510.12402): only for weights that it pulls the same way as the update.
+  2. orthogonalisation by five Polar Express iterations (arXiv:2505.16932): the nearest
+     semi-orthogonal matrix, from products only;
+  3. NorMuon (arXiv:2510.05491): each neuron's row is divided by a running root mean square of its
+     updates, the norm kept;
+  4. cautious weight decay (arXiv:2510.12402): only for weights that it pulls the same way as the
+     update.
 
-Matrices of one shape are stacked and go through one batched product. With several ranks the matrices of
-a shape are dealt round robin; a rank keeps state for its own and updates only those (sharded.py).
+Matrices of one shape are stacked and go through one batched product. With several ranks the
+matrices of a shape are dealt round robin; a rank keeps state for its own and updates only those
+(sharded.py).
 
 Shapes: K matrices of one shape, R rows (outputs), C columns (inputs).
 """
@@ -34,8 +39,8 @@ SAFETY = 1.02  # keeps rounding errors in 16-bit products from pushing a singula
 
 
 def orthogonalise(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The polar factor U V^T of each of the (K, R, C) matrices, in `dtype`; approximately: its singular
-    values are within about 0.2 of 1."""
+    """The polar factor U V^T of each of the (K, R, C) matrices, in `dtype`; approximately: its
+    singular values are within about 0.2 of 1."""
     x = matrices.to(dtype)
     wide = x.size(-2) <= x.size(-1)
     if not wide:
@@ -48,18 +53,18 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
 
 
 def _neuron_dim(shape: torch.Size) -> int:
-    """The dimension that NorMuon sums over: the shorter one. Along the shorter side all norms are equal
-    after orthogonalising."""
+    """The dimension that NorMuon sums over: the shorter one. Along the shorter side all norms are
+    equal after orthogonalising."""
     return -1 if shape[-2] >= shape[-1] else -2
 
 
 class Muon(ShardedOptimizer):
-    """Muon over 2-D parameters. `step()` reads lr, momentum and weight_decay from its param groups, so
-    schedules may change them.
+    """Muon over 2-D parameters. `step()` reads lr, momentum and weight_decay from its param groups,
+    so schedules may change them.
 
     The update of a matrix has the root-mean-square size lr * sqrt(max(1, R/C) / max(R, C)).
-    `ortho_dtype` None means bf16 on CUDA, fp32 elsewhere. State of an own parameter: momentum (R, C) and
-    second_moment (R, 1) or (1, C), fp32.
+    `ortho_dtype` None means bf16 on CUDA, fp32 elsewhere. State of an own parameter: momentum (R,
+    C) and second_moment (R, 1) or (1, C), fp32.
     """
 
     def __init__(
@@ -73,7 +78,12 @@ class Muon(ShardedOptimizer):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "beta2": beta2}, rank, world_size)
+        super().__init__(
+            params,
+            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "beta2": beta2},
+            rank,
+            world_size,
+        )
         self.ortho_dtype = ortho_dtype
         for p in (p for group in self.param_groups for p in group["params"]):
             if p.dim() != 2:
@@ -89,24 +99,38 @@ class Muon(ShardedOptimizer):
     @cached_property
     def pieces(self) -> dict[Tensor, list[Piece]]:
         stacks = [stack for group in self.param_groups for stack in self.update_groups(group)]
-        return {p: [Piece(0, p.size(0), i % self.world_size)] for stack in stacks for i, p in enumerate(stack)}
+        return {
+            p: [Piece(0, p.size(0), i % self.world_size)]
+            for stack in stacks
+            for i, p in enumerate(stack)
+        }
 
     def update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         if not params:
             return
         R, C = params[0].shape
-        grads = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in params]).float()
-        momentum, second = (torch.stack([self._state(p)[key] for p in params]) for key in ("momentum", "second_moment"))
+        grads = torch.stack(
+            [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        ).float()
+        momentum, second = (
+            torch.stack([self._state(p)[key] for p in params])
+            for key in ("momentum", "second_moment")
+        )
 
         momentum.lerp_(grads, 1 - group["momentum"])
         dtype = self.ortho_dtype or (torch.bfloat16 if grads.is_cuda else torch.float32)
         update = orthogonalise(grads.lerp_(momentum, group["momentum"]), dtype).float()
 
-        mean_square = update.square().mean(dim=_neuron_dim(params[0].shape), keepdim=True)  # (K, R, 1) or (K, 1, C)
+        mean_square = update.square().mean(
+            dim=_neuron_dim(params[0].shape), keepdim=True
+        )  # (K, R, 1) or (K, 1, C)
         second.lerp_(mean_square, 1 - group["beta2"])
         scale = second.clamp(min=1e-10).rsqrt()
-        # all rows have the same length, so means of mean squares compare the norms of whole matrices
-        before, after = (m.mean(dim=(-2, -1), keepdim=True) for m in (mean_square, mean_square * scale.square()))
+        # all rows have the same length, so means of mean squares compare the norms of whole
+        # matrices
+        before, after = (
+            m.mean(dim=(-2, -1), keepdim=True) for m in (mean_square, mean_square * scale.square())
+        )
         update.mul_(scale * (before / after.clamp(min=1e-20)).sqrt())
 
         lr = group["lr"] * max(1.0, R / C) ** 0.5

@@ -1,14 +1,15 @@
-"""Which parameter goes to which optimizer, and the group of them that a training loop steps: gradient
-sums, norms, state.
+"""Which parameter goes to which optimizer, and the group of them that a training loop steps:
+gradient sums, norms, state.
 
 State is exchanged in *shards*, keyed by parameter name, so that a run saved on some number of ranks
 continues on any other:
 
-    {name: {"shape": [rows, ...] of the whole parameter, "slice": [first, end) rows covered, "tensors": {key: tensor}}}
+    {name: {"shape": [rows, ...] of the whole parameter, "slice": [first, end) rows covered,
+    "tensors": {key: tensor}}}
 
-A tensor of a shard either covers those rows or, if the shard covers the whole parameter, belongs to it as
-a whole; scalars are equal in all shards. `merge_shards` joins the shards of all ranks into one such dict in
-which every slice is complete.
+A tensor of a shard either covers those rows or, if the shard covers the whole parameter, belongs to
+it as a whole; scalars are equal in all shards. `merge_shards` joins the shards of all ranks into
+one such dict in which every slice is complete.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,7 +27,9 @@ Shards = dict[str, dict[str, Any]]
 
 
 class SGD(ShardedOptimizer):
-    """p -= lr * (grad + weight_decay * p), without state: the baseline that everything else has to beat."""
+    """p -= lr * (grad + weight_decay * p), without state: the baseline that everything else has to
+    beat.
+    """
 
     def __init__(
         self,
@@ -43,27 +46,40 @@ class SGD(ShardedOptimizer):
             piece = self.own_piece(p)
             if piece is not None and p.grad is not None:
                 grad = piece.of(p.grad).to(p.dtype)
-                piece.of(p).mul_(1 - group["lr"] * group["weight_decay"]).sub_(grad, alpha=group["lr"])
+                piece.of(p).mul_(1 - group["lr"] * group["weight_decay"]).sub_(
+                    grad, alpha=group["lr"]
+                )
 
 
 class OptimizerGroup:
-    """Several optimizers stepped as one. Base learning rates and weight decays are fixed here; each step multiplies them.
+    """Several optimizers stepped as one. Base learning rates and weight decays are fixed here; each
+    step multiplies them.
 
-    A loop over the group gives its optimizers, each a torch optimizer: [opt.state_dict() for opt in group]
-    is the state of this rank, to be loaded on as many ranks as saved it; state_shards() can be loaded on
-    any number. `names` in the order of the forward pass. Gradients are summed over ranks in `comm_dtype`.
+    A loop over the group gives its optimizers, each a torch optimizer: [opt.state_dict() for opt in
+    group] is the state of this rank, to be loaded on as many ranks as saved it; state_shards() can
+    be loaded on any number. `names` in the order of the forward pass. Gradients are summed over
+    ranks in `comm_dtype`.
     """
 
     def __init__(
-        self, optimizers: Sequence[ShardedOptimizer], names: Mapping[Tensor, str], comm_dtype: torch.dtype = torch.float32
+        self,
+        optimizers: Sequence[ShardedOptimizer],
+        names: Mapping[Tensor, str],
+        comm_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.optimizers = list(optimizers)
         self.names, self.comm_dtype = dict(names), comm_dtype
-        pieces = {p: dealt for optimizer in self.optimizers for p, dealt in optimizer.pieces.items()}
-        self._own = {p: optimizer.own_piece(p) for optimizer in self.optimizers for p in optimizer.pieces}
+        pieces = {
+            p: dealt for optimizer in self.optimizers for p, dealt in optimizer.pieces.items()
+        }
+        self._own = {
+            p: optimizer.own_piece(p) for optimizer in self.optimizers for p in optimizer.pieces
+        }
         backwards = {p: pieces[p] for p in reversed(self.names)}
         first = self.optimizers[0]
-        self._sums = GradientSums(backwards, first.rank, comm_dtype) if first.world_size > 1 else None
+        self._sums = (
+            GradientSums(backwards, first.rank, comm_dtype) if first.world_size > 1 else None
+        )
         for group in self.param_groups:
             group["initial_lr"] = group["lr"]
             group["initial_weight_decay"] = group["weight_decay"]
@@ -93,19 +109,27 @@ class OptimizerGroup:
     lockstep = False  # whether ranks must run the same passes, even those with no supervised token
 
     def last_pass(self) -> None:
-        """The next backward pass is the last of this step: its gradients may be summed over ranks."""
+        """The next backward pass is the last of this step: its gradients may be summed over
+        ranks.
+        """
         if self._sums is not None:
             self._sums.last_pass = True
 
     def sum_gradients(self) -> None:
-        """Over ranks; a missing gradient counts as zero. Returns when `gradients` holds the sums."""
+        """Over ranks; a missing gradient counts as zero. Returns when `gradients` holds the
+        sums.
+        """
         if self._sums is not None:
             self._sums.finish()
 
     def gradients(self) -> dict[str, Tensor]:
         """This rank's part of them, by name: all rows, once, over all ranks."""
         own = ((name, p.grad, self._own[p]) for p, name in self.names.items())
-        return {name: piece.of(grad) for name, grad, piece in own if grad is not None and piece is not None}
+        return {
+            name: piece.of(grad)
+            for name, grad, piece in own
+            if grad is not None and piece is not None
+        }
 
     def model_weights(self, model: nn.Module) -> dict[str, Tensor]:
         """Whole weights, for a checkpoint; every rank calls it, only rank 0 uses the result."""
@@ -116,25 +140,33 @@ class OptimizerGroup:
             p.grad = None
 
     def state_shards(self) -> Shards:
-        """This rank's part of the state: plain containers and tensors (not copies), see the module's
-        docstring."""
+        """This rank's part of the state: plain containers and tensors (not copies), see the
+        module's docstring."""
         shards: Shards = {}
         for optimizer in self.optimizers:
             for p, state in optimizer.state.items():
                 piece = optimizer.own_piece(p)
                 assert piece is not None
-                shards[self.names[p]] = {"shape": list(p.shape), "slice": [piece.first, piece.end], "tensors": dict(state)}
+                shards[self.names[p]] = {
+                    "shape": list(p.shape),
+                    "slice": [piece.first, piece.end],
+                    "tensors": dict(state),
+                }
         return shards
 
     def load_shards(self, merged: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take this rank's part out of a complete state (see merge_shards; on one rank state_shards() is
-        complete).
+        """Take this rank's part out of a complete state (see merge_shards; on one rank
+        state_shards() is complete).
 
-        A parameter without an entry starts without state, like one that has not been stepped yet. Raises
-        ValueError for an unknown name, another shape, an incomplete slice, or a state of another form.
+        A parameter without an entry starts without state, like one that has not been stepped yet.
+        Raises ValueError for an unknown name, another shape, an incomplete slice, or a state of
+        another form.
         """
         if not is_shards(merged):
-            raise ValueError("this is not what state_shards() gives: load state dicts with each optimizer's load_state_dict")
+            raise ValueError(
+                "this is not what state_shards() gives: load state dicts with each optimizer's "
+                "load_state_dict"
+            )
         unknown = set(merged) - set(self.names.values())
         if unknown:
             raise ValueError(f"optimizer state of unknown parameters: {', '.join(sorted(unknown))}")
@@ -147,19 +179,29 @@ class OptimizerGroup:
                 entry = merged[name]
                 whole = p.size(0) if p.dim() else 1
                 if list(entry["shape"]) != list(p.shape):
-                    raise ValueError(f"optimizer state of {name} has shape {list(entry['shape'])}, the parameter {list(p.shape)}")
+                    raise ValueError(
+                        f"optimizer state of {name} has shape {list(entry['shape'])}, the "
+                        f"parameter {list(p.shape)}"
+                    )
                 if list(entry["slice"]) != [0, whole]:
-                    raise ValueError(f"optimizer state of {name} covers rows {list(entry['slice'])} of {whole}: merge all shards first")
+                    raise ValueError(
+                        f"optimizer state of {name} covers rows {list(entry['slice'])} of {whole}: "
+                        "merge all shards first"
+                    )
                 # a tensor that belongs to the whole parameter may have other rows than it
                 part = slice(None) if piece[:2] == (0, whole) else slice(*piece[:2])
                 for key, tensor in entry["tensors"].items():
-                    optimizer.state[p][key] = (tensor[part] if tensor.dim() else tensor).to(p.device, copy=True)
+                    optimizer.state[p][key] = (tensor[part] if tensor.dim() else tensor).to(
+                        p.device, copy=True
+                    )
 
 
 def is_shards(data: Any) -> bool:
     """Whether this has the form that state_shards() gives."""
     keys = {"shape", "slice", "tensors"}
-    return isinstance(data, Mapping) and all(isinstance(entry, Mapping) and keys <= entry.keys() for entry in data.values())
+    return isinstance(data, Mapping) and all(
+        isinstance(entry, Mapping) and keys <= entry.keys() for entry in data.values()
+    )
 
 
 def merge_shards(shards: Iterable[Mapping[str, Mapping[str, Any]]]) -> Shards:
@@ -175,12 +217,16 @@ def merge_shards(shards: Iterable[Mapping[str, Mapping[str, Any]]]) -> Shards:
         shape, end = list(entries[0]["shape"]), 0
         for entry in entries:
             if entry["slice"][0] != end:
-                raise ValueError(f"optimizer state of {name}: rows from {end} are missing or there twice")
+                raise ValueError(
+                    f"optimizer state of {name}: rows from {end} are missing or there twice"
+                )
             end = entry["slice"][1]
         if end != (shape[0] if shape else 1):
             raise ValueError(f"optimizer state of {name}: rows from {end} are missing")
         tensors = {
-            key: first if first.dim() == 0 or len(entries) == 1 else torch.cat([entry["tensors"][key] for entry in entries])
+            key: first
+            if first.dim() == 0 or len(entries) == 1
+            else torch.cat([entry["tensors"][key] for entry in entries])
             for key, first in entries[0]["tensors"].items()
         }
         merged[name] = {"shape": shape, "slice": [0, end], "tensors": tensors}
@@ -201,11 +247,12 @@ def build_optimizer(
     rank: int = 0,
     world_size: int = 1,
 ) -> OptimizerGroup:
-    """Embedding and head to AdamW with their learning rates, the matrices of the blocks to `kind`: muon,
-    adamw or sgd (all by SGD).
+    """Embedding and head to AdamW with their learning rates, the matrices of the blocks to `kind`:
+    muon, adamw or sgd (all by SGD).
 
-    Learning rates are used as given (scaling by batch and width is the caller's task); weight_decay acts
-    on the matrices only. `ortho_dtype` None means bf16 if the model computes in it, else Muon's default.
+    Learning rates are used as given (scaling by batch and width is the caller's task); weight_decay
+    acts on the matrices only. `ortho_dtype` None means bf16 if the model computes in it, else
+    Muon's default.
     """
     if kind not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer kind {kind!r}; there are {', '.join(OPTIMIZERS)}")
@@ -215,7 +262,8 @@ def build_optimizer(
     wrong = [name for name, p in named.items() if p.dim() != 2]
     if wrong:
         raise ValueError(
-            f"no optimizer is planned for parameters that are not matrices: {', '.join(wrong)}: leave them out (bias=False), or give "
+            f"no optimizer is planned for parameters that are not matrices: {', '.join(wrong)}: "
+            "leave them out (bias=False), or give "
             "them to one in zangchat/optim.py:build_optimizer"
         )
     tables = [{"params": [embedding], "lr": embedding_lr}, {"params": [head], "lr": unembedding_lr}]
@@ -225,7 +273,10 @@ def build_optimizer(
     if kind == "muon":
         if ortho_dtype is None and getattr(model, "compute_dtype", None) == torch.bfloat16:
             ortho_dtype = torch.bfloat16
-        optimizers = [AdamW(tables, betas=betas, eps=1e-10, **ranks), Muon([blocks], ortho_dtype=ortho_dtype, **ranks)]
+        optimizers = [
+            AdamW(tables, betas=betas, eps=1e-10, **ranks),
+            Muon([blocks], ortho_dtype=ortho_dtype, **ranks),
+        ]
     elif kind == "adamw":
         optimizers = [AdamW([*tables, blocks], betas=betas, eps=1e-10, **ranks)]
     else:
@@ -235,7 +286,7 @@ def build_optimizer(
 
 @torch.no_grad()
 def global_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """The 2-norm of all of them together, an fp32 scalar on their device; not finite if any gradient is
-    not."""
+    """The 2-norm of all of them together, an fp32 scalar on their device; not finite if any
+    gradient is not."""
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())

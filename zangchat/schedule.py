@@ -1,9 +1,9 @@
 """The numbers of a run as pure functions: depth -> model; model -> tokens, batch, rate factors;
 step -> multipliers.
 
-Layer 0: nothing here imports torch. The scaling rules were tuned at one reference, 12 layers of width
-768 with a batch of 2^19 tokens, and scale from there to other sizes. Parameters bear the names of their
-flags, and the ValueErrors about them begin with the name.
+Layer 0: nothing here imports torch. The scaling rules were tuned at one reference, 12 layers of
+width 768 with a batch of 2^19 tokens, and scale from there to other sizes. Parameters bear the
+names of their flags, and the ValueErrors about them begin with the name.
 """
 
 import math
@@ -23,7 +23,7 @@ BATCH_EXPONENT = 0.383  # the best batch grows with the tokens D as D^0.383
 DECAY_FACTOR_RANGE = (0.1, 4.0)
 
 MOMENTUM_START, MOMENTUM_PEAK, MOMENTUM_END = 0.85, 0.97, 0.90
-# of the rise, also in a run that ends before it, since high momentum slows the first steps (dev/LOG.md)
+# also in a run that ends before the rise does: high momentum slows the first steps, see dev/LOG.md
 MOMENTUM_STEPS = 400
 WARMUP_STEPS = 40
 
@@ -36,8 +36,8 @@ def model_config_for_depth(
     vocab_size: int,
     sequence_len: int,
 ) -> GPTConfig:
-    """The model of one dial: width = 64 x depth, rounded up to whole heads. n_kv_head None or 0 = as many
-    as query heads. Raises ValueError."""
+    """The model of one dial: width = 64 x depth, rounded up to whole heads. n_kv_head None or 0 =
+    as many as query heads. Raises ValueError."""
     if depth < 1:
         raise ValueError(f"depth={depth} is not possible: a model has at least one layer")
     if head_dim < 2 or head_dim % 2:
@@ -66,14 +66,15 @@ def plan_run(
     num_iterations: int = -1,
     target_flops: float = -1,
 ) -> TrainPlan:
-    """The length and batch of a run, and the factors on the tuned rates; -1 = derive it. Raises ValueError.
+    """The length and batch of a run, and the factors on the tuned rates; -1 = derive it. Raises
+    ValueError.
 
-    The length is num_iterations, else target_flops, else target_param_data_ratio x (matrix + lm_head
-    parameters) tokens. The batch is the power of two (times one row) nearest to 2^19 (D / D_ref)^0.383.
-    D_ref are the tokens of the 12-layer model at the same ratio and vocabulary. Rates grow with the root
-    of the batch; but those of the matrices do not fall with it, and the others not below a half
-    (`rate_scales`). Weight decay grows with the root of the batch and shrinks with the length of the run,
-    so that the share forgotten at the end is the same.
+    The length is num_iterations, else target_flops, else target_param_data_ratio x (matrix +
+    lm_head parameters) tokens. The batch is the power of two (times one row) nearest to 2^19 (D /
+    D_ref)^0.383. D_ref are the tokens of the 12-layer model at the same ratio and vocabulary. Rates
+    grow with the root of the batch; but those of the matrices do not fall with it, and the others
+    not below a half (`rate_scales`). Weight decay grows with the root of the batch and shrinks with
+    the length of the run, so that the share forgotten at the end is the same.
     """
     lengths = {"num_iterations": num_iterations, "target_flops": target_flops}
     for name, value in {"total_batch_size": total_batch_size, **lengths}.items():
@@ -104,12 +105,15 @@ def plan_run(
         num_iterations=num_iterations,
         lr_scale=lr_scale,
         adamw_lr_scale=adamw_lr_scale,
-        weight_decay_scale=_batch_factor(total_batch_size) * min(max(reference_tokens / tokens, low), high),
+        weight_decay_scale=_batch_factor(total_batch_size)
+        * min(max(reference_tokens / tokens, low), high),
     )
 
 
 def rate_scales(config: GPTConfig, total_batch_size: int) -> tuple[float, float]:
-    """Factors on the tuned rates for a batch of so many tokens: (of the matrices, of embedding and head)."""
+    """Factors on the tuned rates for a batch of so many tokens: (of the matrices, of embedding and
+    head).
+    """
     factor = _batch_factor(total_batch_size)
     width_factor = (config.n_embd / REFERENCE_WIDTH) ** -0.5
     return max(factor, SMALLEST_LR_SCALE), max(factor, SMALLEST_ADAMW_LR_SCALE) * width_factor
@@ -126,12 +130,14 @@ def _reference(config: GPTConfig) -> GPTConfig:
 
 
 def _best_batch(relative_tokens: float, sequence_len: int) -> int:
-    """Tokens per step: whole rows, their number a power of two, so that ranks and passes share them."""
+    """Tokens per step: whole rows, their number a power of two, so that ranks and passes share
+    them.
+    """
     best = REFERENCE_BATCH * relative_tokens**BATCH_EXPONENT
     return sequence_len * 2 ** max(0, round(math.log2(best / sequence_len)))
 
 
-# ---- within a run ---------------------------------------------------------------------------------------------------
+# ---- within a run --------------------------------------------------------------------------------
 
 
 def base_multipliers(
@@ -142,12 +148,12 @@ def base_multipliers(
     warmdown_ratio: float = 0.65,
     final_lr_frac: float = 0.05,
 ) -> StepMultipliers:
-    """Pretraining, for the update number `step` (from 0): warm-up, constant, linear warm-down that ends at
-    final_lr_frac.
+    """Pretraining, for the update number `step` (from 0): warm-up, constant, linear warm-down that
+    ends at final_lr_frac.
 
-    Warm-up takes WARMUP_STEPS or warmup_ratio of the run, whichever is less. Momentum rises to its peak
-    and falls during the warm-down; weight decay falls linearly over the whole run. Past the end nothing
-    falls further.
+    Warm-up takes WARMUP_STEPS or warmup_ratio of the run, whichever is less. Momentum rises to its
+    peak and falls during the warm-down; weight decay falls linearly over the whole run. Past the
+    end nothing falls further.
     """
     _check_horizon(step, num_iterations)
     warmup = int(min(WARMUP_STEPS, warmup_ratio * num_iterations))
@@ -158,7 +164,9 @@ def base_multipliers(
     rise = min(1.0, step / MOMENTUM_STEPS)
     momentum = MOMENTUM_START + (MOMENTUM_PEAK - MOMENTUM_START) * rise
     momentum = min(momentum, MOMENTUM_PEAK - (MOMENTUM_PEAK - MOMENTUM_END) * down)
-    return StepMultipliers(lr=lr, momentum=momentum, weight_decay=max(0.0, 1 - step / num_iterations))
+    return StepMultipliers(
+        lr=lr, momentum=momentum, weight_decay=max(0.0, 1 - step / num_iterations)
+    )
 
 
 def finetune_multipliers(
@@ -169,9 +177,9 @@ def finetune_multipliers(
     warmdown_ratio: float = 1.0,
     final_lr_frac: float = 0.0,
 ) -> StepMultipliers:
-    """Midtraining, SFT and RL: constant at init_lr_frac, then linear over the last warmdown_ratio of the
-    run (1: all of it) towards final_lr_frac x init_lr_frac, which is reached one step past the last, so
-    that no update is wasted on a rate of zero."""
+    """Midtraining, SFT and RL: constant at init_lr_frac, then linear over the last warmdown_ratio
+    of the run (1: all of it) towards final_lr_frac x init_lr_frac, which is reached one step past
+    the last, so that no update is wasted on a rate of zero."""
     _check_horizon(step, num_iterations)
     down = _warmdown_progress(step, num_iterations, warmdown_ratio)
     return StepMultipliers(lr=init_lr_frac * ((1 - down) + final_lr_frac * down))

@@ -1,13 +1,15 @@
 """The common part of the optimizers: parameters are dealt to the ranks in pieces, and each piece's
 gradient, state and update belong to one rank.
 
-A piece is all rows of a parameter, or one of as many equal slices of them as there are ranks. In a step
-  1. `GradientSums` adds up each piece's gradient on the rank that owns it, while the backward pass still
+A piece is all rows of a parameter, or one of as many equal slices of them as there are ranks. In a
+step
+  1. `GradientSums` adds up each piece's gradient on the rank that owns it, while the backward pass
+     still
      computes the others;
   2. the owner updates the piece (the subclasses' part);
   3. the result goes to all ranks.
-Together they move as much as a reduce-scatter and an all-gather (arXiv:1910.02054), without copies into
-common buffers.
+Together they move as much as a reduce-scatter and an all-gather (arXiv:1910.02054), without copies
+into common buffers.
 """
 
 import inspect
@@ -35,15 +37,19 @@ class Piece(NamedTuple):
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
-    """A torch optimizer that knows its rank. `state` has entries only for parameters of which `own_piece`
-    is not None."""
+    """A torch optimizer that knows its rank. `state` has entries only for parameters of which
+    `own_piece` is not None."""
 
     # torch's own method has a wrapper whose only effect outside of torch.compile is to import the
     # compiler, which takes seconds
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
 
     def __init__(
-        self, params: Iterable[Tensor] | Iterable[dict[str, Any]], defaults: dict[str, Any], rank: int = 0, world_size: int = 1
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        defaults: dict[str, Any],
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} does not exist among {world_size}")
@@ -64,15 +70,19 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @cached_property
     def pieces(self) -> dict[Tensor, list[Piece]]:
-        """How each parameter is dealt. Here: a large one with evenly divisible rows is cut, the others go
-        round robin."""
+        """How each parameter is dealt. Here: a large one with evenly divisible rows is cut, the
+        others go round robin."""
         dealt = {}
         for index, p in enumerate(p for group in self.param_groups for p in group["params"]):
             rows, share = p.size(0) if p.dim() else 1, 0
             if self.world_size > 1 and p.numel() >= SHARD_NUMEL and rows % self.world_size == 0:
                 share = rows // self.world_size
             whole = [Piece(0, rows, index % self.world_size)]
-            dealt[p] = [Piece(r * share, (r + 1) * share, r) for r in range(self.world_size)] if share else whole
+            dealt[p] = (
+                [Piece(r * share, (r + 1) * share, r) for r in range(self.world_size)]
+                if share
+                else whole
+            )
         return dealt
 
     def own_piece(self, p: Tensor) -> Piece | None:
@@ -85,15 +95,19 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
-        """Update every piece on its rank, from gradients that are summed there already, and send the
-        result to all ranks."""
+        """Update every piece on its rank, from gradients that are summed there already, and send
+        the result to all ranks."""
         broadcasts = []
         for group in self.param_groups:
             for params in self.update_groups(group):
                 self.update([p for p in params if self.own_piece(p)], group)
                 if self.world_size > 1:
-                    dealt = [(piece.of(p.data), piece.owner) for p in params for piece in self.pieces[p]]
-                    broadcasts += [dist.broadcast(rows, src=owner, async_op=True) for rows, owner in dealt]
+                    dealt = [
+                        (piece.of(p.data), piece.owner) for p in params for piece in self.pieces[p]
+                    ]
+                    broadcasts += [
+                        dist.broadcast(rows, src=owner, async_op=True) for rows, owner in dealt
+                    ]
         for work in broadcasts:
             work.wait()
 
@@ -103,19 +117,23 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
 
 class GradientSums:
-    """Adds up gradients over ranks, each piece on the rank that owns it, while the backward pass still
-    computes the others.
+    """Adds up gradients over ranks, each piece on the rank that owns it, while the backward pass
+    still computes the others.
 
-    The sums run in `dtype`. All ranks must begin them in the order of `pieces`, even if later ones are
-    ready; the order of the backward pass is best. A rank without a gradient adds zeros.
+    The sums run in `dtype`. All ranks must begin them in the order of `pieces`, even if later ones
+    are ready; the order of the backward pass is best. A rank without a gradient adds zeros.
     """
 
     def __init__(self, pieces: Mapping[Tensor, list[Piece]], rank: int, dtype: torch.dtype) -> None:
         self.pieces, self.rank, self.dtype = dict(pieces), rank, dtype
-        self.last_pass = False  # set before a step's last backward pass; earlier ones only accumulate
+        self.last_pass = (
+            False  # set before a step's last backward pass; earlier ones only accumulate
+        )
         self._ready: set[Tensor] = set()
         self._waiting = list(self.pieces)  # not begun, in order
-        self._reductions: list[tuple[Any, Tensor, Tensor]] = []  # (work, sent tensor, target of the sum)
+        self._reductions: list[
+            tuple[Any, Tensor, Tensor]
+        ] = []  # (work, sent tensor, target of the sum)
         for p in self.pieces:
             p.register_post_accumulate_grad_hook(self._on_gradient)
 
@@ -136,8 +154,8 @@ class GradientSums:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """After the last backward pass: makes gradients hold the sums in the rows that this rank owns;
-        other rows are of no use."""
+        """After the last backward pass: makes gradients hold the sums in the rows that this rank
+        owns; other rows are of no use."""
         while self._waiting:
             self._begin(self._waiting.pop(0))
         for work, sent, rows in self._reductions:
@@ -147,4 +165,9 @@ class GradientSums:
         for p, pieces in self.pieces.items():
             if all(piece.owner != self.rank for piece in pieces):
                 p.grad = None
-        self.last_pass, self._ready, self._waiting, self._reductions = False, set(), list(self.pieces), []
+        self.last_pass, self._ready, self._waiting, self._reductions = (
+            False,
+            set(),
+            list(self.pieces),
+            [],
+        )

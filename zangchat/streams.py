@@ -29,7 +29,8 @@ class Document(NamedTuple):
 
 
 class DocumentStream(Protocol):
-    # JSON: where the next document comes from; set it to go there. A call replaces the dict as a whole
+    # JSON: where the next document comes from; set it to go there. A call replaces the dict as a
+    # whole
     cursor: dict[str, Any]
 
     def next_documents(self) -> list[Document]:
@@ -41,8 +42,8 @@ class TextStream:
     """Documents of a pretraining dataset, endlessly.
 
     Each epoch has its own order: shards (except in the first epoch of a dataset that may still be
-    downloading), groups within a shard, documents within a group. With `max_tokens`, a longer document
-    comes in several pieces, each with its own <|bos|>: finer grains for a MixedStream.
+    downloading), groups within a shard, documents within a group. With `max_tokens`, a longer
+    document comes in several pieces, each with its own <|bos|>: finer grains for a MixedStream.
     """
 
     def __init__(
@@ -109,7 +110,9 @@ class TextStream:
         return [shards[i] for i in permutation(len(shards), self.seed, "shards", epoch)]
 
     def _texts(self, epoch: int, shard: int, group: int) -> list[Any]:
-        """The documents of the `group`-th group of the `shard`-th shard, all in this epoch's order."""
+        """The documents of the `group`-th group of the `shard`-th shard, all in this epoch's
+        order.
+        """
         key = (epoch, shard, group)
         if self._group is None or self._group[0] != key:
             shard_name = self._shards(epoch)[shard]
@@ -127,8 +130,8 @@ class ConversationStream:
     endlessly, or for `num_epochs`.
 
     Only tokens that the rendering marks are learned. A conversation longer than `max_tokens` is cut
-    there, and one without a token to learn from is left out; the counts of both are logged at the end
-    of an epoch.
+    there, and one without a token to learn from is left out; the counts of both are logged at the
+    end of an epoch.
     """
 
     def __init__(
@@ -163,7 +166,8 @@ class ConversationStream:
                 return documents
             if empty_epochs > 1:
                 raise UserError(
-                    "no conversation has a token to learn from: is there an assistant message within the first max_seq_len tokens?",
+                    "no conversation has a token to learn from: is there an assistant message "
+                    "within the first max_seq_len tokens?",
                 )
         return []
 
@@ -192,8 +196,8 @@ class ConversationStream:
 
 
 class MixedStream:
-    """Several streams as one: each document comes from the stream that falls shortest of its fraction
-    of the tokens so far."""
+    """Several streams as one: each document comes from the stream that falls shortest of its
+    fraction of the tokens so far."""
 
     def __init__(self, parts: Sequence[tuple[DocumentStream, float]]) -> None:
         if not parts or min(fraction for _, fraction in parts) <= 0:
@@ -228,7 +232,9 @@ class MixedStream:
 
 
 class DocumentReader:
-    """One document at a time from a stream, with an exact cursor although the stream moves by runs."""
+    """One document at a time from a stream, with an exact cursor although the stream moves by
+    runs.
+    """
 
     def __init__(self, stream: DocumentStream, cursor: dict[str, Any] | None = None) -> None:
         self._stream = stream

@@ -1,8 +1,9 @@
-"""Tasks scored with a chat model: letters by their logits, other answers by generating them (pass@k).
+"""Tasks scored with a chat model: letters by their logits, other answers by generating them
+(pass@k).
 
-The ranks share the problems. An answer only depends on (seed, task, problem, sample), so neither the
-batch nor the number of ranks changes a verdict, up to rounding in the logits. This module knows the
-protocol of tasks, not their names.
+The ranks share the problems. An answer only depends on (seed, task, problem, sample), so neither
+the batch nor the number of ranks changes a verdict, up to rounding in the logits. This module knows
+the protocol of tasks, not their names.
 """
 
 import json
@@ -32,7 +33,9 @@ class Item:
     index: int  # in the task
     prompt: str
     expected: Any  # the content of the task's own answer
-    completions: list[str] = field(default_factory=list)  # as the model wrote them, special tokens visible
+    completions: list[str] = field(
+        default_factory=list
+    )  # as the model wrote them, special tokens visible
     verdicts: list[bool] = field(default_factory=list)
     note: str = ""  # the reason if there are no completions
 
@@ -58,12 +61,17 @@ class TaskResult:
         if not 1 <= k <= self.k:
             raise ValueError(f"pass@{k} of {self.k} samples")
         ways = math.comb(self.k, k)
-        return sum(1 - math.comb(self.k - sum(item.verdicts), k) / ways for item in self.items) / max(len(self.items), 1)
+        return sum(
+            1 - math.comb(self.k - sum(item.verdicts), k) / ways for item in self.items
+        ) / max(len(self.items), 1)
 
     def write(self, path: Path) -> None:
         """One JSON line per problem, for people to read. Only rank 0 writes."""
         if collectives.world()[0] == 0:
-            lines = (json.dumps({**asdict(item), "passed": item.passed}, ensure_ascii=False) + "\n" for item in self.items)
+            lines = (
+                json.dumps({**asdict(item), "passed": item.passed}, ensure_ascii=False) + "\n"
+                for item in self.items
+            )
             atomic_write(path, "".join(lines))
 
 
@@ -86,7 +94,9 @@ def evaluate_task(
     in the context counts as not solved.
     """
     if num_samples < 1 or batch_size < 1:
-        raise ValueError(f"num_samples and batch_size must be at least 1, not {num_samples} and {batch_size}")
+        raise ValueError(
+            f"num_samples and batch_size must be at least 1, not {num_samples} and {batch_size}"
+        )
     rank, world_size = collectives.world()
     count = len(task) if max_problems is None else min(len(task), max_problems)
     mine = list(range(rank, count, world_size))
@@ -97,20 +107,28 @@ def evaluate_task(
             items = _categorical(engine, task, mine, batch_size, progress)
         else:
             sampling = {"max_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
-            items = _generative(engine, task, mine, name, num_samples, sampling, batch_size, seed, progress)
+            items = _generative(
+                engine, task, mine, name, num_samples, sampling, batch_size, seed, progress
+            )
     items = [item for part in collectives.gather(items) for item in part]
-    return TaskResult(name, 1 if categorical else num_samples, sorted(items, key=lambda item: item.index))
+    return TaskResult(
+        name, 1 if categorical else num_samples, sorted(items, key=lambda item: item.index)
+    )
 
 
-# ---- categorical ----------------------------------------------------------------------------------------------------
+# ---- categorical ---------------------------------------------------------------------------------
 
 
-def _categorical(engine: Engine, task: Any, indices: list[int], batch_size: int, progress: Progress) -> list[Item]:
+def _categorical(
+    engine: Engine, task: Any, indices: list[int], batch_size: int, progress: Progress
+) -> list[Item]:
     items: list[Item] = []
     for start in range(0, len(indices), batch_size):
         conversations = [task[i] for i in indices[start : start + batch_size]]
         letters = letter_choices(
-            engine, [engine.tokenizer.render_for_completion(c) for c in conversations], [c["letters"] for c in conversations]
+            engine,
+            [engine.tokenizer.render_for_completion(c) for c in conversations],
+            [c["letters"] for c in conversations],
         )
         for i, conversation, letter in zip(indices[start:], conversations, letters, strict=False):
             items.append(_item(i, conversation))
@@ -120,7 +138,9 @@ def _categorical(engine: Engine, task: Any, indices: list[int], batch_size: int,
     return items
 
 
-def letter_choices(engine: Engine, prompts: Sequence[Sequence[int]], letters: Sequence[Sequence[str]]) -> list[str]:
+def letter_choices(
+    engine: Engine, prompts: Sequence[Sequence[int]], letters: Sequence[Sequence[str]]
+) -> list[str]:
     """For each prompt the letter that is the most likely next token.
 
     Of a prompt that is longer than the context, the first token and the end are read.
@@ -146,26 +166,43 @@ def _letter_id(tokenizer: Any, letter: str) -> int:
     return ids[0]
 
 
-# ---- generative -----------------------------------------------------------------------------------------------------
+# ---- generative ----------------------------------------------------------------------------------
 
 
 def sample_answers(
-    engine: Engine, conversations: Sequence[dict[str, Any]], seeds: Sequence[int], num_samples: int, max_rows: int, **sampling: Any
+    engine: Engine,
+    conversations: Sequence[dict[str, Any]],
+    seeds: Sequence[int],
+    num_samples: int,
+    max_rows: int,
+    **sampling: Any,
 ) -> list[tuple[list[int], list[Result]]]:
     """(prompt, `num_samples` answers) for the question of each conversation.
 
     No answers if the prompt fills the context.
     `sampling`: max_tokens, temperature, top_k of engine.Request.
     """
-    prompts = [engine.tokenizer.render_for_completion(conversation) for conversation in conversations]
+    prompts = [
+        engine.tokenizer.render_for_completion(conversation) for conversation in conversations
+    ]
     requests = [
-        [Request(prompt, **sampling, seed=seed, sample_index=sample) for sample in range(num_samples)]
+        [
+            Request(prompt, **sampling, seed=seed, sample_index=sample)
+            for sample in range(num_samples)
+        ]
         if len(prompt) < engine.model.config.sequence_len
         else []
         for prompt, seed in zip(prompts, seeds, strict=True)
     ]
-    results = iter(engine.generate_many([request for group in requests for request in group], max_rows=max_rows))
-    return [(prompt, [next(results) for _ in group]) for prompt, group in zip(prompts, requests, strict=True)]
+    results = iter(
+        engine.generate_many(
+            [request for group in requests for request in group], max_rows=max_rows
+        )
+    )
+    return [
+        (prompt, [next(results) for _ in group])
+        for prompt, group in zip(prompts, requests, strict=True)
+    ]
 
 
 def _generative(
@@ -185,15 +222,29 @@ def _generative(
 
     def judge(pair: tuple[dict[str, Any], Result]) -> bool:
         conversation, result = pair
-        return bool(task.evaluate(conversation, completion_parts(tokenizer, result.tokens, result.mask)))
+        return bool(
+            task.evaluate(conversation, completion_parts(tokenizer, result.tokens, result.mask))
+        )
 
     with ThreadPoolExecutor(VERDICT_THREADS) as judges:  # some verdicts run programs
         for start in range(0, len(indices), per_chunk):
             chunk = indices[start : start + per_chunk]
             conversations = [task[i] for i in chunk]
             seeds = [derive_seed(seed, "eval", name, i) for i in chunk]
-            answers = [results for _, results in sample_answers(engine, conversations, seeds, num_samples, batch_size, **sampling)]
-            verdicts = judges.map(judge, [(c, result) for c, results in zip(conversations, answers, strict=True) for result in results])
+            answers = [
+                results
+                for _, results in sample_answers(
+                    engine, conversations, seeds, num_samples, batch_size, **sampling
+                )
+            ]
+            verdicts = judges.map(
+                judge,
+                [
+                    (c, result)
+                    for c, results in zip(conversations, answers, strict=True)
+                    for result in results
+                ],
+            )
             for i, conversation, results in zip(chunk, conversations, answers, strict=True):
                 item = _item(i, conversation)
                 item.completions = [tokenizer.decode(result.tokens) for result in results]
@@ -204,7 +255,9 @@ def _generative(
     return items
 
 
-def completion_parts(tokenizer: Any, tokens: Sequence[int], mask: Sequence[int]) -> list[dict[str, str]]:
+def completion_parts(
+    tokenizer: Any, tokens: Sequence[int], mask: Sequence[int]
+) -> list[dict[str, str]]:
     """Generated tokens and their mask -> the content of an assistant message.
 
     Only tool output that the engine inserted (mask 0) counts. Output that the model made up is left
@@ -222,5 +275,9 @@ def completion_parts(tokenizer: Any, tokens: Sequence[int], mask: Sequence[int])
 def _item(index: int, conversation: dict[str, Any]) -> Item:
     messages = conversation["messages"]
     return Item(
-        index, "\n".join(message["content"] for message in messages[:-1] if isinstance(message["content"], str)), messages[-1]["content"]
+        index,
+        "\n".join(
+            message["content"] for message in messages[:-1] if isinstance(message["content"], str)
+        ),
+        messages[-1]["content"],
     )

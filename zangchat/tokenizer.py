@@ -1,7 +1,7 @@
 """The tokenizer: byte-level BPE trained and run by the crate rustbpe, and conversations as tokens.
 
-A tokenizer is data: a split pattern, the bytes of each token in the order of their ranks, and special
-tokens, whose ids follow. On disk:
+A tokenizer is data: a split pattern, the bytes of each token in the order of their ranks, and
+special tokens, whose ids follow. On disk:
 
     tokenizer.json   {"format", "version", "fingerprint", "pattern", "special_tokens": [name...],
                       "facts": {...}, "ranks": [base64...]}
@@ -51,8 +51,8 @@ SPECIAL_TOKENS = (
     "<|output_start|>",  # its output
     "<|output_end|>",
 )
-# GPT-4's pattern, but numbers go in groups of up to two digits: three would spend a fifth of a small
-# vocabulary on numbers.
+# GPT-4's pattern, but numbers go in groups of up to two digits: three would spend a fifth of a
+# small vocabulary on numbers.
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -67,14 +67,14 @@ TRAIN = ("python", "-m", "scripts.tok_train")
 logger = logging.getLogger(__name__)
 
 
-# ---- the tokenizer --------------------------------------------------------------------------------------------------
+# ---- the tokenizer -------------------------------------------------------------------------------
 
 
 class RustBPETokenizer:
     """Mergeable ranks with their pattern, and special tokens after them.
 
-    `token_bytes_of[i]` are the bytes of mergeable token i. `facts` is JSON about how it was made and
-    does not influence encoding. Raises ValueError for ranks or names that make no tokenizer.
+    `token_bytes_of[i]` are the bytes of mergeable token i. `facts` is JSON about how it was made
+    and does not influence encoding. Raises ValueError for ranks or names that make no tokenizer.
     """
 
     def __init__(
@@ -211,15 +211,23 @@ class RustBPETokenizer:
     # -- encode and decode
 
     @overload
-    def encode(self, text: str, prepend: Token = None, append: Token = None, num_threads: int = 8) -> list[int]: ...
+    def encode(
+        self, text: str, prepend: Token = None, append: Token = None, num_threads: int = 8
+    ) -> list[int]: ...
     @overload
-    def encode(self, text: list[str], prepend: Token = None, append: Token = None, num_threads: int = 8) -> list[list[int]]: ...
-    def encode(self, text: Any, prepend: Token = None, append: Token = None, num_threads: int = 8) -> Any:
+    def encode(
+        self, text: list[str], prepend: Token = None, append: Token = None, num_threads: int = 8
+    ) -> list[list[int]]: ...
+    def encode(
+        self, text: Any, prepend: Token = None, append: Token = None, num_threads: int = 8
+    ) -> Any:
         """Ordinary text to ids, or a list of texts to lists of ids.
 
         `prepend` and `append` are special tokens by name, or any token by id.
         """
-        before, after = ([] if token is None else [self._token_id(token)] for token in (prepend, append))
+        before, after = (
+            [] if token is None else [self._token_id(token)] for token in (prepend, append)
+        )
         if isinstance(text, str):
             return before + bpe.encode_repaired(self._encoder.encode, text) + after
         if not isinstance(text, (list, tuple)):
@@ -230,7 +238,9 @@ class RustBPETokenizer:
 
     __call__ = encode
 
-    def encode_documents(self, texts: Sequence[str], num_threads: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    def encode_documents(
+        self, texts: Sequence[str], num_threads: int = 8
+    ) -> tuple[np.ndarray, np.ndarray]:
         """All texts at once, without the GIL; no special tokens.
 
         Returns the ids end to end, uint32 (N,), and offsets, int64 (len(texts) + 1,).
@@ -257,13 +267,15 @@ class RustBPETokenizer:
 
     # -- chat
 
-    def render_conversation(self, conversation: Conversation, max_tokens: int | None = None) -> tuple[list[int], list[int]]:
+    def render_conversation(
+        self, conversation: Conversation, max_tokens: int | None = None
+    ) -> tuple[list[int], list[int]]:
         """(ids, mask), at most `max_tokens` of them.
 
-        The mask is 1 for tokens that the assistant must learn to write: its text, and its tool calls
-        with their markers, and <|assistant_end|>. It is 0 for the tools' output, and for a message
-        with `"weight": 0`, which is context (as in OpenAI's fine-tuning format). Raises ValueError,
-        naming the message, for a malformed conversation.
+        The mask is 1 for tokens that the assistant must learn to write: its text, and its tool
+        calls with their markers, and <|assistant_end|>. It is 0 for the tools' output, and for a
+        message with `"weight": 0`, which is context (as in OpenAI's fine-tuning format). Raises
+        ValueError, naming the message, for a malformed conversation.
         """
         ids, mask = [self._bos], [0]
 
@@ -298,7 +310,9 @@ class RustBPETokenizer:
             raise ValueError(f"{problem}: the one before an answer must be the user's")
         return [*ids, self.encode_special("<|assistant_start|>")]
 
-    def visualize_tokenization(self, ids: Sequence[int], mask: Sequence[int], with_token_id: bool = False) -> str:
+    def visualize_tokenization(
+        self, ids: Sequence[int], mask: Sequence[int], with_token_id: bool = False
+    ) -> str:
         """For a terminal: tokens between bars, green if the mask is 1, red if it is 0."""
         red, green, grey, reset = "\033[91m", "\033[92m", "\033[90m", "\033[0m"
         shown = []
@@ -308,7 +322,7 @@ class RustBPETokenizer:
         return "|".join(shown)
 
 
-# ---- the file -------------------------------------------------------------------------------------------------------
+# ---- the file ------------------------------------------------------------------------------------
 
 
 def _to_dict(tokenizer: RustBPETokenizer) -> dict[str, Any]:
@@ -335,7 +349,7 @@ def _from_dict(data: dict[str, Any]) -> RustBPETokenizer:
     return tokenizer
 
 
-# ---- the tokenizer of this base directory ---------------------------------------------------------------------------
+# ---- the tokenizer of this base directory --------------------------------------------------------
 
 
 def tokenizer_dir() -> Path:

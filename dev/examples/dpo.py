@@ -1,12 +1,14 @@
-"""Teach an exported model to prefer one answer over another: DPO (arXiv:2305.18290), by the library TRL, on LoRA adapters.
+"""Teach an exported model to prefer one answer over another: DPO (arXiv:2305.18290), by the library
+TRL, on LoRA adapters.
 
     pip install -e ".[examples]"
     python -m scripts.export_hf -i sft -g d20 -o d20-sft
     python -m dev.examples.dpo --model=d20-sft --data=preferences.jsonl --output=d20-dpo
     python -m scripts.import_model --path=d20-dpo --source=rl --model_tag=d20-dpo
 
-A line of the data is {"prompt": [{"role": "user", "content": ...}], "chosen": [{"role": "assistant", "content": ...}], "rejected": [...]}.
-The model without its adapters is the reference, so no second copy is kept.
+A line of the data is {"prompt": [{"role": "user", "content": ...}], "chosen": [{"role":
+"assistant", "content": ...}], "rejected": [...]}. The model without its adapters is the reference,
+so no second copy is kept.
 """
 
 import json
@@ -64,7 +66,12 @@ def prefer(config: Config) -> None:
         args=settings,
         train_dataset=Dataset.from_list(pairs),
         processing_class=tokenizer,
-        peft_config=LoraConfig(r=config.rank, lora_alpha=2 * config.rank, target_modules=projections, task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(
+            r=config.rank,
+            lora_alpha=2 * config.rank,
+            target_modules=projections,
+            task_type="CAUSAL_LM",
+        ),
     )
     trainer.train()
     trainer.model.merge_and_unload().save_pretrained(config.output)

@@ -5,8 +5,9 @@
     python -m dev.examples.lora --model=d20-sft --data=conversations.jsonl --output=d20-lora
     python -m scripts.import_model --path=d20-lora --source=sft --model_tag=d20-lora
 
-A line of the data is {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}. Only the adapters are
-trained; at the end they are merged into the weights, so the output is a complete model again.
+A line of the data is {"messages": [{"role": "user", "content": ...}, {"role": "assistant",
+"content": ...}]}. Only the adapters are trained; at the end they are merged into the weights, so
+the output is a complete model again.
 """
 
 import json
@@ -49,19 +50,28 @@ def finetune(config: Config) -> None:
     tokenizer = AutoTokenizer.from_pretrained(config.model, padding_side="right")
     base = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
     projections = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
-    adapters = LoraConfig(r=config.rank, lora_alpha=2 * config.rank, target_modules=projections, task_type="CAUSAL_LM")
+    adapters = LoraConfig(
+        r=config.rank, lora_alpha=2 * config.rank, target_modules=projections, task_type="CAUSAL_LM"
+    )
     model = get_peft_model(base, adapters).to(device)
     model.print_trainable_parameters()
     model.train()
-    examples = [encode(tokenizer, json.loads(line)["messages"]) for line in config.data.read_text(encoding="utf-8").splitlines()]
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=config.lr, weight_decay=0.0)
+    examples = [
+        encode(tokenizer, json.loads(line)["messages"])
+        for line in config.data.read_text(encoding="utf-8").splitlines()
+    ]
+    optimizer = torch.optim.AdamW(
+        (p for p in model.parameters() if p.requires_grad), lr=config.lr, weight_decay=0.0
+    )
     order = random.Random(config.seed)
     for epoch in range(config.epochs):
         order.shuffle(examples)
         for start in range(0, len(examples), config.batch_size):
             ids, labels = zip(*examples[start : start + config.batch_size], strict=True)
             padded = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
-            padded["labels"] = pad_sequence([torch.tensor(row) for row in labels], batch_first=True, padding_value=IGNORED)
+            padded["labels"] = pad_sequence(
+                [torch.tensor(row) for row in labels], batch_first=True, padding_value=IGNORED
+            )
             loss = model(**padded.to(device)).loss
             loss.backward()
             optimizer.step()
@@ -72,10 +82,17 @@ def finetune(config: Config) -> None:
 
 
 def encode(tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
-    """(ids, labels): the chat template says by its generation marks which tokens are the assistant's to learn."""
-    found = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    """(ids, labels): the chat template says by its generation marks which tokens are the
+    assistant's to learn.
+    """
+    found = tokenizer.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True
+    )
     ids = found["input_ids"][: tokenizer.model_max_length]
-    return ids, [token if learn else IGNORED for token, learn in zip(ids, found["assistant_masks"], strict=False)]
+    return ids, [
+        token if learn else IGNORED
+        for token, learn in zip(ids, found["assistant_masks"], strict=False)
+    ]
 
 
 if __name__ == "__main__":

@@ -14,11 +14,15 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.talker import engine, eventually, serving
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: on Debian, `apt-get install chromium`"),
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="no Chromium here: on Debian, `apt-get install chromium`"
+    ),
 ]
 
 MARKDOWN = "**bold** and `code`\n\n```python\nprint(1)\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n"
@@ -51,7 +55,11 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def server() -> Iterator[tuple[str, Any]]:
     with serving(
-        engine(reply, sequence_len=1024, pause=0.003), max_tokens=800, model_name="zangchat-test", temperature=0.0, top_p=0.9
+        engine(reply, sequence_len=1024, pause=0.003),
+        max_tokens=800,
+        model_name="zangchat-test",
+        temperature=0.0,
+        top_p=0.9,
     ) as served:
         yield served
 
@@ -64,8 +72,18 @@ def page(browser: Browser, server: tuple[str, Any]) -> Iterator[Page]:
     page.set_default_timeout(20_000)
     complaints: list[str] = []
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("request", lambda request: complaints.append(request.url) if not request.url.startswith(server[0] + "/") else None)
+    page.on(
+        "console",
+        lambda message: (
+            complaints.append(message.text) if message.type in ("error", "warning") else None
+        ),
+    )
+    page.on(
+        "request",
+        lambda request: (
+            complaints.append(request.url) if not request.url.startswith(server[0] + "/") else None
+        ),
+    )
     page.goto(server[0])
     yield page
     context.close()
@@ -137,7 +155,10 @@ def test_model_output_cannot_run_or_load_anything(page: Page) -> None:
     assert page.title() == "zangchat"
     assert last(page).locator(".said img, .said script").count() == 0
     (link,) = last(page).locator(".said a").all()  # the image is not loaded, only linked
-    assert (link.get_attribute("href"), link.get_attribute("target")) == ("http://elsewhere.example/x", "_blank")
+    assert (link.get_attribute("href"), link.get_attribute("target")) == (
+        "http://elsewhere.example/x",
+        "_blank",
+    )
     assert "noopener" in (link.get_attribute("rel") or "")
     ask(page, "<b>mine</b> <img src=x>")
     assert page.locator("article.user b, article.user img").count() == 0
@@ -149,7 +170,11 @@ def test_message_is_edited_and_answer_regenerated(page: Page) -> None:
     ask(page, "second")
     with page.expect_request("**/chat/completions") as sent:
         page.get_by_role("button", name="Regenerate").click()
-    assert [message["role"] for message in json.loads(sent.value.post_data or "")["messages"]] == ["user", "assistant", "user"]
+    assert [message["role"] for message in json.loads(sent.value.post_data or "")["messages"]] == [
+        "user",
+        "assistant",
+        "user",
+    ]
     expect(last(page).get_by_role("button", name="Regenerate")).to_be_visible()
     expect(page.locator("article")).to_have_count(4)
 
@@ -179,7 +204,12 @@ def test_page_works_from_the_keyboard(page: Page) -> None:
     def tab_to(name: str, *, back: bool = False) -> None:
         for _ in range(30):
             page.keyboard.press("Shift+Tab" if back else "Tab")
-            if page.evaluate("document.activeElement.ariaLabel || document.activeElement.textContent") == name:
+            if (
+                page.evaluate(
+                    "document.activeElement.ariaLabel || document.activeElement.textContent"
+                )
+                == name
+            ):
                 return
         raise AssertionError(f"{name} is not reached by Tab")
 
@@ -233,7 +263,12 @@ def test_settings_are_sent_and_kept(page: Page) -> None:
     with page.expect_request("**/chat/completions") as sent:
         ask(page, "hello there")
     body = json.loads(sent.value.post_data or "")
-    assert (body["max_tokens"], body["top_k"], body["top_p"], body["messages"][0]) == (9, 3, 0.9, {"role": "system", "content": "be brief"})
+    assert (body["max_tokens"], body["top_k"], body["top_p"], body["messages"][0]) == (
+        9,
+        3,
+        0.9,
+        {"role": "system", "content": "be brief"},
+    )
     expect(last(page).locator(".said")).to_have_text("You said:")
     expect(last(page).locator(".note")).to_contain_text("longest allowed length")
     page.reload()
@@ -259,7 +294,11 @@ def test_commands_change_settings_without_asking_the_model(page: Page) -> None:
     with page.expect_request("**/chat/completions") as sent:
         ask(page, "/etc/hosts is a file")  # not a command
     body = json.loads(sent.value.post_data or "")
-    assert (body["temperature"], body["top_k"], body["messages"][0]["content"]) == (0.3, 5, "be brief")
+    assert (body["temperature"], body["top_k"], body["messages"][0]["content"]) == (
+        0.3,
+        5,
+        "be brief",
+    )
     expect(page.locator("#hint")).to_be_hidden()
     send(page, "/regenerate")
     expect(last(page).get_by_role("button", name="Regenerate")).to_be_visible()
@@ -272,13 +311,17 @@ def test_commands_change_settings_without_asking_the_model(page: Page) -> None:
 def test_full_server_shows_the_queue(browser: Browser, tmp_path: Path) -> None:
     context = browser.new_context(viewport={"width": 960, "height": 600}, color_scheme="light")
     first, second = context.new_page(), context.new_page()
-    with serving(engine(reply, sequence_len=1024, pause=0.02), max_batch=1, max_tokens=800, temperature=0.0) as (url, _):
+    with serving(
+        engine(reply, sequence_len=1024, pause=0.02), max_batch=1, max_tokens=800, temperature=0.0
+    ) as (url, _):
         for page in (first, second):
             page.goto(url)
         send(first, "long story")
         expect(last(first)).to_contain_text("word")
         send(second, "hello")
-        expect(last(second).locator(".waiting")).to_contain_text("In the queue, 1 reply before this one")
+        expect(last(second).locator(".waiting")).to_contain_text(
+            "In the queue, 1 reply before this one"
+        )
         shot(second, "desktop-light-queued", tmp_path)
         second.set_viewport_size({"width": 360, "height": 640})
         second.emulate_media(color_scheme="dark")
@@ -325,8 +368,12 @@ def test_api_key_is_entered_in_the_settings(browser: Browser) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_phone_layout_fits_and_has_a_chat_drawer(browser: Browser, server: tuple[str, Any], scheme: Any) -> None:
-    context = browser.new_context(viewport={"width": 360, "height": 700}, is_mobile=True, has_touch=True, color_scheme=scheme)
+def test_phone_layout_fits_and_has_a_chat_drawer(
+    browser: Browser, server: tuple[str, Any], scheme: Any
+) -> None:
+    context = browser.new_context(
+        viewport={"width": 360, "height": 700}, is_mobile=True, has_touch=True, color_scheme=scheme
+    )
     page = context.new_page()
     page.goto(server[0])
     ask(page, "markdown " + "unbreakable" * 12)
@@ -354,14 +401,23 @@ def shot(page: Page, name: str, folder: Path) -> None:
     if kept:
         from PIL import Image
 
-        Image.open(path).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)  # half the bytes
+        Image.open(path).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(
+            path, optimize=True
+        )  # half the bytes
 
 
-@pytest.mark.parametrize(("device", "scheme"), [("desktop", "light"), ("desktop", "dark"), ("phone", "light"), ("phone", "dark")])
-def test_every_state_fits_the_screen(browser: Browser, server: tuple[str, Any], tmp_path: Path, device: str, scheme: Any) -> None:
+@pytest.mark.parametrize(
+    ("device", "scheme"),
+    [("desktop", "light"), ("desktop", "dark"), ("phone", "light"), ("phone", "dark")],
+)
+def test_every_state_fits_the_screen(
+    browser: Browser, server: tuple[str, Any], tmp_path: Path, device: str, scheme: Any
+) -> None:
     phone = device == "phone"
     size = {"width": 360, "height": 640} if phone else {"width": 960, "height": 600}
-    context = browser.new_context(viewport=size, is_mobile=phone, has_touch=phone, color_scheme=scheme)
+    context = browser.new_context(
+        viewport=size, is_mobile=phone, has_touch=phone, color_scheme=scheme
+    )
     page = context.new_page()
     page.goto(server[0])
 

@@ -13,7 +13,10 @@ import pytest
 from tests.util import make_dataset
 
 ROOT = Path(__file__).parents[2]
-TEXT = ["The first document speaks of numbers. " * 9, "Another one asks: how many words are there? " * 9] * 40
+TEXT = [
+    "The first document speaks of numbers. " * 9,
+    "Another one asks: how many words are there? " * 9,
+] * 40
 
 
 @pytest.fixture
@@ -22,33 +25,69 @@ def text(tmp_path):
 
 
 def bench(name, *flags):
-    done = subprocess.run([sys.executable, "-m", f"dev.bench_{name}", "--busy", *flags], cwd=ROOT, capture_output=True, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", f"dev.bench_{name}", "--busy", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        encoding="utf-8",
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 def test_tokenizer_bench_includes_peers(text):
-    flags = ("--megabytes=0.05", "--vocab_size=300", "--repeats=1", "--only=zangchat,tiktoken list", "--tasks=decode")
+    flags = (
+        "--megabytes=0.05",
+        "--vocab_size=300",
+        "--repeats=1",
+        "--only=zangchat,tiktoken list",
+        "--tasks=decode",
+    )
     found = bench("tokenizer", f"--data_path={text}", *flags)
     assert found["decode"]["zangchat"]["digest"] == found["decode"]["tiktoken list"]["digest"]
 
 
 def test_infer_bench_varies_rows_and_contexts():
     model = ("--depth=1", "--head_dim=64", "--max_seq_len=64", "--vocab_size=256")
-    found = bench("infer", *model, "--batches=1,2", "--contexts=8", "--steps=2", "--repeats=1")["zangchat"]
+    found = bench("infer", *model, "--batches=1,2", "--contexts=8", "--steps=2", "--repeats=1")[
+        "zangchat"
+    ]
     assert [(point["batch"], point["context"]) for point in found["decode"]] == [(1, 8), (2, 8)]
     assert found["continuous"]["rows"] == 2
 
 
 def test_train_bench_measures_steps():
-    model = ("--depth=1", "--head_dim=64", "--max_seq_len=32", "--vocab_size=256", "--total_batch_size=64", "--device_batch_size=2")
+    model = (
+        "--depth=1",
+        "--head_dim=64",
+        "--max_seq_len=32",
+        "--vocab_size=256",
+        "--total_batch_size=64",
+        "--device_batch_size=2",
+    )
     found = bench("train", *model, "--steps=1", "--repeats=2")["zangchat"]
     assert len(found["all_tok_per_sec"]) == 2 and found["seconds_to_first_step"] > 0
 
 
 def test_quality_bench_uses_our_own_steps(text, tmp_path):
-    model = ("--depth=1", "--vocab_size=300", "--max_seq_len=32", "--total_batch_size=128", "--device_batch_size=2", "--eval_tokens=128")
-    flags = (f"--data={text}", f"--out={tmp_path}", "--seeds=1", "--tokenizer_chars=20000", "--steps=4", "--every=2")
-    points = bench("quality", *model, *flags, "--our_batch=64", "--our_steps=6")["zangchat"]["median"]
+    model = (
+        "--depth=1",
+        "--vocab_size=300",
+        "--max_seq_len=32",
+        "--total_batch_size=128",
+        "--device_batch_size=2",
+        "--eval_tokens=128",
+    )
+    flags = (
+        f"--data={text}",
+        f"--out={tmp_path}",
+        "--seeds=1",
+        "--tokenizer_chars=20000",
+        "--steps=4",
+        "--every=2",
+    )
+    points = bench("quality", *model, *flags, "--our_batch=64", "--our_steps=6")["zangchat"][
+        "median"
+    ]
     assert [(point["step"], point["tokens"]) for point in points] == [(3, 192), (6, 384)]
     assert points[1]["bpb"] < points[0]["bpb"]

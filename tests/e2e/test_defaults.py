@@ -24,7 +24,10 @@ from tests.hub.contents import stand_in
 pytestmark = pytest.mark.timeout(900)
 FLAGS = json.loads((ROOT / "tests" / "unit" / "cli_flags.json").read_text(encoding="utf-8"))
 # required flags
-NO_DEFAULT = {"scripts.export_hf": {"output"}, "scripts.import_model": {"path", "source", "model_tag"}}
+NO_DEFAULT = {
+    "scripts.export_hf": {"output"},
+    "scripts.import_model": {"path", "source", "model_tag"},
+}
 RUNS = """
     zangchat.report reset
     zangchat.dataset --num_shards=2
@@ -67,19 +70,30 @@ class Done(NamedTuple):
 
 
 def calls() -> list[list[str]]:
-    return [line.split() for line in RUNS.replace("\n        --", " --").split("\n") if line.strip()]
+    return [
+        line.split() for line in RUNS.replace("\n        --", " --").split("\n") if line.strip()
+    ]
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
     work = tmp_path_factory.mktemp("work")
     with stand_in() as hub:
-        places = {"HOME": str(work), "ZANGCHAT_BASE_DIR": str(work / "base"), "PYTHONPATH": str(ROOT)}
+        places = {
+            "HOME": str(work),
+            "ZANGCHAT_BASE_DIR": str(work / "base"),
+            "PYTHONPATH": str(ROOT),
+        }
         env = sizes.users_environment(**places, **hub.environment(work / "hf"))
         # input of chat_cli, followed by the end of stdin
         question = "How many r are in strawberry?\n"
         process = subprocess.run(
-            [sys.executable, "-c", CHILD], cwd=work, env=env, input=f"{json.dumps(calls())}\n{question}", capture_output=True, text=True
+            [sys.executable, "-c", CHILD],
+            cwd=work,
+            env=env,
+            input=f"{json.dumps(calls())}\n{question}",
+            capture_output=True,
+            text=True,
         )
         results, command = {}, ""
         for part in process.stdout.split("\n@@@ ")[1:]:
@@ -95,7 +109,11 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
 
 @pytest.mark.parametrize("command", [" ".join(call) for call in calls()])
 def test_command_runs_with_only_sizes(done: Done, command: str) -> None:
-    names = {word.partition("=")[0].removeprefix("--") for word in command.split() if word.startswith("--")}
+    names = {
+        word.partition("=")[0].removeprefix("--")
+        for word in command.split()
+        if word.startswith("--")
+    }
     assert names <= sizes.FLAGS | NO_DEFAULT.get(command.split()[0], set())
     code, output = done.results.get(command, (-1, ""))
     if command == "zangchat.dataset":  # lists the available sources
@@ -106,8 +124,17 @@ def test_command_runs_with_only_sizes(done: Done, command: str) -> None:
 
 def test_commands_write_checkpoints_cards_and_report(done: Done) -> None:
     base = done.base
-    assert {"base_checkpoints", "mid_checkpoints", "chatsft_checkpoints", "chatrl_checkpoints", "eval_bundle"} <= set(os.listdir(base))
-    assert {path.name for path in (base / "chatsft_checkpoints").iterdir() if path.is_dir()} == {"d2", "back"}
+    assert {
+        "base_checkpoints",
+        "mid_checkpoints",
+        "chatsft_checkpoints",
+        "chatrl_checkpoints",
+        "eval_bundle",
+    } <= set(os.listdir(base))
+    assert {path.name for path in (base / "chatsft_checkpoints").iterdir() if path.is_dir()} == {
+        "d2",
+        "back",
+    }
     cards = {path.name.removesuffix(".card.json") for path in (base / "report").glob("*.card.json")}
     assert len(cards) == 9 and (base / "report" / "report.html").is_file(), cards
     assert "Not scored" not in (base / "report" / "report.md").read_text(encoding="utf-8")
@@ -123,10 +150,17 @@ def test_every_flag_runs_at_its_default(done: Done) -> None:
     missing = {}
     for module, flags in FLAGS.items():
         names = {spelling.split()[0].removeprefix("--") for spelling in flags}
-        runs = [call for call in calls() if call[0] == module and done.results.get(" ".join(call), (-1, ""))[0] == 0]
+        runs = [
+            call
+            for call in calls()
+            if call[0] == module and done.results.get(" ".join(call), (-1, ""))[0] == 0
+        ]
         if module == "scripts.chat_web":
             runs = [[module]]  # test_chat_web_runs_on_its_defaults
-        kept = [names - {word.partition("=")[0].removeprefix("--") for word in call[1:]} for call in runs]
+        kept = [
+            names - {word.partition("=")[0].removeprefix("--") for word in call[1:]}
+            for call in runs
+        ]
         missing[module] = names - set().union(*kept) - sizes.FLAGS - NO_DEFAULT.get(module, set())
     assert not {module: names for module, names in missing.items() if names}
 
@@ -136,14 +170,23 @@ def test_chat_web_runs_on_its_defaults(done: Done) -> None:
         if probe.connect_ex(("127.0.0.1", 8000)) == 0:
             pytest.skip("something else serves at port 8000")
     process = subprocess.Popen(
-        [sys.executable, "-m", "scripts.chat_web"], cwd=done.base.parent, env=done.env, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "scripts.chat_web"],
+        cwd=done.base.parent,
+        env=done.env,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         assert process.stdout is not None
         assert "chat at http://127.0.0.1:8000" in process.stdout.readline()
-        question: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+        question: dict[str, Any] = {
+            "messages": [{"role": "user", "content": "Hello"}],
+            "max_tokens": 4,
+        }
         headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request("http://127.0.0.1:8000/v1/chat/completions", json.dumps(question).encode(), headers)
+        request = urllib.request.Request(
+            "http://127.0.0.1:8000/v1/chat/completions", json.dumps(question).encode(), headers
+        )
         with urllib.request.urlopen(request, timeout=60) as answer:
             assert json.load(answer)["choices"][0]["message"]["role"] == "assistant"
     finally:

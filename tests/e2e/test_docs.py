@@ -33,9 +33,12 @@ SMALL = {
     "scripts.tok_train": "--vocab_size=400 --max_chars=200000 --overwrite",
     "scripts.base_train": BASE,
     "scripts.base_loss": "--split_tokens=500 --device_type=cpu",
-    "scripts.mid_train": "--num_iterations=2 --eval_tokens=500 --device_type=cpu --model_tag=d4 --overwrite",
-    "scripts.chat_sft": "--num_iterations=2 --target_examples_per_step=4 --eval_steps=1 --device_type=cpu --model_tag=d4 --overwrite",
-    "scripts.chat_rl": "--num_iterations=1 --max_new_tokens=8 --eval_every=-1 --device_type=cpu --model_tag=d4 --overwrite",
+    "scripts.mid_train": "--num_iterations=2 --eval_tokens=500 --device_type=cpu --model_tag=d4 "
+    "--overwrite",
+    "scripts.chat_sft": "--num_iterations=2 --target_examples_per_step=4 --eval_steps=1 "
+    "--device_type=cpu --model_tag=d4 --overwrite",
+    "scripts.chat_rl": "--num_iterations=1 --max_new_tokens=8 --eval_every=-1 --device_type=cpu "
+    "--model_tag=d4 --overwrite",
     "scripts.chat_eval": "-x 2 -m 4 -g d4 --device_type=cpu",
     "scripts.chat_cli": "--max_tokens=4 -g d4 --device_type=cpu",
     "scripts.export_hf": "-g d4",
@@ -46,7 +49,9 @@ SLOW = ("scripts.chat_web", "scripts.export_hf", "scripts.import_model")
 
 
 def small(line: str, number: int) -> list[str]:
-    """[module, flag...] of `python -m module flag...`, made small. Each pretraining run gets a tag of its own."""
+    """[module, flag...] of `python -m module flag...`, made small. Each pretraining run gets a tag
+    of its own.
+    """
     module, *flags = shlex.split(line, comments=True)[2:]
     more = [] if "--dry_run" in flags else SMALL.get(module, "").split()
     if any(flag.startswith("--model_tag=") for flag in flags):  # it names its own model
@@ -81,12 +86,20 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
     from zangchat.dataset.manifest import write_dataset
 
-    texts = [text[start : start + 2000] for text in topics.values() for start in range(0, len(text), 2000)]
+    texts = [
+        text[start : start + 2000]
+        for text in topics.values()
+        for start in range(0, len(text), 2000)
+    ]
     base, work = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("work")
     (work / "my_texts").mkdir()
     for number in range(4):
-        (work / "my_texts" / f"{number}.txt").write_text("\n\n".join(texts[10 * number : 10 * number + 10]), encoding="utf-8")
-    sample = next(block.body for block in blocks(text_of("dev/docs/en/sft.md")) if block.language == "json")
+        (work / "my_texts" / f"{number}.txt").write_text(
+            "\n\n".join(texts[10 * number : 10 * number + 10]), encoding="utf-8"
+        )
+    sample = next(
+        block.body for block in blocks(text_of("dev/docs/en/sft.md")) if block.language == "json"
+    )
     (work / "me.jsonl").write_text(sample, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ZANGCHAT_BASE_DIR", str(base))
@@ -108,7 +121,12 @@ def base_folder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def parameters() -> list[Any]:
     return [
-        pytest.param(number, line, id=line, marks=[pytest.mark.slow] if any(name in line for name in SLOW) else [])
+        pytest.param(
+            number,
+            line,
+            id=line,
+            marks=[pytest.mark.slow] if any(name in line for name in SLOW) else [],
+        )
         for number, line in enumerate(runnable())
     ]
 
@@ -116,8 +134,14 @@ def parameters() -> list[Any]:
 @pytest.mark.parametrize(("number", "line"), parameters())
 def test_command(number: int, line: str, home: Path) -> None:
     if not line.startswith("python"):
-        env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(["bash", "-c", line], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+        env = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+        }
+        done = subprocess.run(
+            ["bash", "-c", line], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 0 and "memory" in done.stdout, done.stderr
     elif "scripts.chat_web" in line:
         serve(small(line, number))
@@ -127,7 +151,9 @@ def test_command(number: int, line: str, home: Path) -> None:
 
 def serve(words: list[str]) -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-m", *words], env=env, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", *words], env=env, stdout=subprocess.PIPE, text=True
+    )
     try:
         assert process.stdout is not None
         assert "chat at http" in (process.stdout.readline())
@@ -136,7 +162,12 @@ def serve(words: list[str]) -> None:
         process.wait(30)
 
 
-PYTHON = [(name, block.body) for name in DOCUMENTS[1:] for block in blocks(text_of(name)) if block.language == "python"]
+PYTHON = [
+    (name, block.body)
+    for name in DOCUMENTS[1:]
+    for block in blocks(text_of(name))
+    if block.language == "python"
+]
 
 
 @pytest.mark.parametrize(("name", "source"), PYTHON, ids=[name for name, _ in PYTHON])
@@ -152,21 +183,41 @@ def test_python(name: str, source: str, home: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.slow
 def test_two_nodes_find_each_other(home: Path) -> None:
     """The command for two nodes by hand, as two torchruns on this machine."""
-    line = next(line for line in commands(text_of("dev/docs/en/scaling.md"), "gpu") if line.startswith("torchrun"))
+    line = next(
+        line
+        for line in commands(text_of("dev/docs/en/scaling.md"), "gpu")
+        if line.startswith("torchrun")
+    )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = shlex.split(line.replace("HEAD:29500", f"127.0.0.1:{port}").replace("--nproc_per_node=8", "--nproc_per_node=1"))
-    command = [sys.executable, "-m", "torch.distributed.run", *words[1:], *BASE.split(), "--model_tag=nodes"]
+    words = shlex.split(
+        line.replace("HEAD:29500", f"127.0.0.1:{port}").replace(
+            "--nproc_per_node=8", "--nproc_per_node=1"
+        )
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *words[1:],
+        *BASE.split(),
+        "--model_tag=nodes",
+    ]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    nodes = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    nodes = [
+        subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for _ in range(2)
+    ]
     outputs = [node.communicate(timeout=240)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)
     assert "on each of 2 ranks" in "".join(outputs)
     assert len(list((home / "base_checkpoints" / "nodes").glob("optim_*_rank?.pt"))) == 2
 
 
-# -- the examples of extending.md, in a copy of the repository ----------------------------------------------------------------------------
+# -- the examples of extending.md, in a copy of the repository -------------------------------------
 
 
 def apply(root: Path, info: str, language: str, body: str) -> None:
@@ -179,12 +230,20 @@ def apply(root: Path, info: str, language: str, body: str) -> None:
     edits = body.splitlines()
     old = [line[1:] for line in edits if line[0] in " -"]
     lines = path.read_text(encoding="utf-8").splitlines()
-    places = [i for i in range(len(lines)) if all(line.startswith(want) for line, want in zip(lines[i : i + len(old)], old, strict=False))]
+    places = [
+        i
+        for i in range(len(lines))
+        if all(
+            line.startswith(want) for line, want in zip(lines[i : i + len(old)], old, strict=False)
+        )
+    ]
     places = [i for i in places if i + len(old) <= len(lines)]
     assert len(places) == 1, f"{info}: {old} stands {len(places)} times in the file, not once"
     kept = iter(lines[places[0] : places[0] + len(old)])
     new = [line[1:] if line[0] == "+" else next(kept) for line in edits]
-    lines[places[0] : places[0] + len(old)] = [line for line, edit in zip(new, edits, strict=True) if edit[0] != "-"]
+    lines[places[0] : places[0] + len(old)] = [
+        line for line, edit in zip(new, edits, strict=True) if edit[0] != "-"
+    ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -216,14 +275,30 @@ def test_examples_of_extending(home: Path, tmp_path: Path) -> None:
                 if module == "scripts.base_train"
                 else SMALL.get(module, "")
             )
-            dataset = [] if "--dataset=notes" in flags or module != "scripts.base_train" else ["--dataset=topics"]
+            dataset = (
+                []
+                if "--dataset=notes" in flags or module != "scripts.base_train"
+                else ["--dataset=topics"]
+            )
             if module == "scripts.base_loss":
                 dataset = ["--dataset=topics"]
             calls.append([module, *flags, *more.split(), *dataset])
     base = tmp_path / "base"
     shutil.copytree(home, base)
-    env = {**os.environ, "ZANGCHAT_BASE_DIR": str(base), "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", DRIVER, json.dumps(calls)], cwd=root, env=env, capture_output=True, text=True, timeout=300)
+    env = {
+        **os.environ,
+        "ZANGCHAT_BASE_DIR": str(base),
+        "PYTHONPATH": str(root),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, json.dumps(calls)],
+        cwd=root,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     assert "Percent" in done.stdout and "nothing to do" in done.stdout and "3 passed" in done.stdout
     state = next((base / "base_checkpoints" / "lion").glob("optim_*"))

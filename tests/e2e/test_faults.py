@@ -42,7 +42,9 @@ def test_kill_during_a_save(ranges, stage):
 @pytest.mark.parametrize("kind", [kind for kind in EXIT_CODES if kind != "kill"])
 def test_stop_by_other_faults(ranges, kind):
     one = ranges["base"]
-    assert one.shoot(Fault(kind, one.calls[True] * 2 // 3, True, lasts=one.calls[True] // 5, room=2000))
+    assert one.shoot(
+        Fault(kind, one.calls[True] * 2 // 3, True, lasts=one.calls[True] // 5, room=2000)
+    )
 
 
 @pytest.fixture
@@ -50,9 +52,16 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of four megabytes, if this machine allows mounting one."""
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)],
+        capture_output=True,
+        text=True,
+    )
     if mounted.returncode:
-        pytest.skip(f"no tmpfs can be mounted here ({mounted.stderr.strip()}); the tests above limit the size of files instead")
+        pytest.skip(
+            f"no tmpfs can be mounted here ({mounted.stderr.strip()}); the tests above limit the "
+            "size of files instead"
+        )
     yield place
     subprocess.run(["umount", str(place)], check=True)
 
@@ -69,8 +78,16 @@ def test_full_file_system(ranges, small_disk, tmp_path):
         file.write(bytes((4 << 20) - 3 * 4096))
     code, _ = start("base", root, tmp_path / "log")
     output = (tmp_path / "log").read_text(encoding="utf-8")
-    assert code == 2 and "No space left on device" in output.splitlines()[-1] and "--resume=latest" in output.splitlines()[-1]
-    assert "could not save step 3" in output and "training continues" in output and newest_step(root, "base") == 0
+    assert (
+        code == 2
+        and "No space left on device" in output.splitlines()[-1]
+        and "--resume=latest" in output.splitlines()[-1]
+    )
+    assert (
+        "could not save step 3" in output
+        and "training continues" in output
+        and newest_step(root, "base") == 0
+    )
     ballast.unlink()
     code, _ = start("base", root, tmp_path / "log")
     assert code == 0 and checkpoint_manager.find_last_step(directory) == 10
@@ -87,6 +104,7 @@ def test_stop_at_random_moments(ranges, stage):
         seen.update(one.shoot(*faults))
     kinds = Counter(struck.partition(",")[0] for struck in seen.elements())
     print(
-        f"{stage}: {dict(kinds)}, in {len(seen)} places, {sum('zangchat-save' in place for place in seen.elements())} times in the writer"
+        f"{stage}: {dict(kinds)}, in {len(seen)} places, "
+        f"{sum('zangchat-save' in place for place in seen.elements())} times in the writer"
     )
     assert sum(kinds.values()) >= SHOTS * 0.8

@@ -230,8 +230,12 @@ def trained(machine: Machine) -> Machine:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_readme_commands_train_a_model_of_each_stage(trained: Machine) -> None:
-    trained_stages = {path.parent.parent.name for path in trained.base.glob("*_checkpoints/d2/meta_*.json")}
-    assert trained_stages == {f"{stage}_checkpoints" for stage in ("base", "mid", "chatsft", "chatrl")}
+    trained_stages = {
+        path.parent.parent.name for path in trained.base.glob("*_checkpoints/d2/meta_*.json")
+    }
+    assert trained_stages == {
+        f"{stage}_checkpoints" for stage in ("base", "mid", "chatsft", "chatrl")
+    }
     report = (trained.base / "report" / "report.md").read_text(encoding="utf-8")
     for section in (
         "Tokenizer evaluation",

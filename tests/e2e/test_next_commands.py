@@ -650,7 +650,9 @@ def test_unreachable_hub_names_the_dataset_that_needs_none(
     run("zangchat.dataset", "-n", "8")
 
 
-def test_damaged_download_succeeds_with_the_same_command(hub: Hub, base_dir: Path, run: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_download_succeeds_with_the_same_command(
+    hub: Hub, base_dir: Path, run: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("zangchat.dataset.hub.RETRY_WAIT", 0.01)
     hub.faults[f"{HUB_REPOS['climbmix']}/shard_00001.parquet"] = ["wrong"] * 5
     output = run("zangchat.dataset", "-n", "8", code=2)
@@ -659,7 +661,9 @@ def test_damaged_download_succeeds_with_the_same_command(hub: Hub, base_dir: Pat
 
 
 @pytest.mark.slow
-def test_missing_core_names_the_command_that_downloads_it(hub: Hub, root: Path, flags_of: Flags) -> None:
+def test_missing_core_names_the_command_that_downloads_it(
+    hub: Hub, root: Path, flags_of: Flags
+) -> None:
     line = shlex.join(
         [
             "python",

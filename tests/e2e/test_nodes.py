@@ -48,7 +48,20 @@ def hosts() -> Iterator[tuple[str, list[Host]]]:
     try:
         for name in names:
             ip("netns", "add", name)
-        ip("link", "add", cables[0], "netns", names[0], "type", "veth", "peer", "name", cables[1], "netns", names[1])
+        ip(
+            "link",
+            "add",
+            cables[0],
+            "netns",
+            names[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            cables[1],
+            "netns",
+            names[1],
+        )
         for name, cable, address in zip(names, cables, addresses, strict=True):
             ip("-n", name, "addr", "add", f"{address}/24", "dev", cable)
             for device in (cable, "lo"):
@@ -58,8 +71,19 @@ def hosts() -> Iterator[tuple[str, list[Host]]]:
             subprocess.run([*prefix, "true"], check=True, capture_output=True)
         description = "two network namespaces"
     except (OSError, subprocess.CalledProcessError) as error:
-        description, addresses, prefixes, cables = f"127.0.0.1 and 127.0.0.2 ({error})", ["127.0.0.1", "127.0.0.2"], [[], []], ["lo", "lo"]
-    yield description, [Host(a, p, {"GLOO_SOCKET_IFNAME": c}) for a, p, c in zip(addresses, prefixes, cables, strict=True)]
+        description, addresses, prefixes, cables = (
+            f"127.0.0.1 and 127.0.0.2 ({error})",
+            ["127.0.0.1", "127.0.0.2"],
+            [[], []],
+            ["lo", "lo"],
+        )
+    yield (
+        description,
+        [
+            Host(a, p, {"GLOO_SOCKET_IFNAME": c})
+            for a, p, c in zip(addresses, prefixes, cables, strict=True)
+        ],
+    )
     for name in names:
         with contextlib.suppress(OSError):
             # also deletes the cable
@@ -67,7 +91,13 @@ def hosts() -> Iterator[tuple[str, list[Host]]]:
 
 
 def flags(root: Path) -> list[str]:
-    return [*base_flags(root), f"--num_iterations={STEPS}", "--eval_every=-1", f"--save_every={SAVE_EVERY}", "--resume=latest"]
+    return [
+        *base_flags(root),
+        f"--num_iterations={STEPS}",
+        "--eval_every=-1",
+        f"--save_every={SAVE_EVERY}",
+        "--resume=latest",
+    ]
 
 
 def rank_main(rank: int, port: int, root: str) -> None:
@@ -77,7 +107,11 @@ def rank_main(rank: int, port: int, root: str) -> None:
 
 
 def workers(agent: subprocess.Popen) -> list[psutil.Process]:
-    return [child for child in psutil.Process(agent.pid).children() if "scripts.base_train" in child.cmdline()]
+    return [
+        child
+        for child in psutil.Process(agent.pid).children()
+        if "scripts.base_train" in child.cmdline()
+    ]
 
 
 @pytest.mark.slow
@@ -85,13 +119,17 @@ def test_rank_dies_on_one_of_two_hosts(base, hosts, tmp_path, capsys):  # noqa: 
     roots = [shutil.copytree(base, tmp_path / name) for name in ("expected", "killed")]
     for root in roots:
         shutil.rmtree(folder(root, "base"))
-    mp.start_processes(rank_main, args=(free_port(), str(roots[0])), nprocs=2, start_method="forkserver")
+    mp.start_processes(
+        rank_main, args=(free_port(), str(roots[0])), nprocs=2, start_method="forkserver"
+    )
 
     description, (first, second) = hosts
     launch = f"--nnodes=2 --nproc_per_node=1 --rdzv_backend=c10d --rdzv_endpoint={first.address}:29511 --rdzv_id=1 --max-restarts=5"
     agents = []
     for host in (first, second):
-        place = f"--local-addr={host.address} --rdzv-conf=is_host={int(host is first)}".split()  # neither name is in the name service
+        place = (
+            f"--local-addr={host.address} --rdzv-conf=is_host={int(host is first)}".split()
+        )  # neither name is in the name service
         command = [sys.executable, "-m", "torch.distributed.run", *launch.split(), *place]
         environment = {
             **os.environ,
@@ -102,11 +140,17 @@ def test_rank_dies_on_one_of_two_hosts(base, hosts, tmp_path, capsys):  # noqa: 
         }
         with open(tmp_path / host.address, "wb") as log:
             arguments = [*host.prefix, *command, "-m", "scripts.base_train", *flags(roots[1])]
-            agents.append(subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT))
+            agents.append(
+                subprocess.Popen(
+                    arguments, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+                )
+            )
     try:
         deadline = time.monotonic() + 120
         while not (folder(roots[1], "base") / f"meta_{2 * SAVE_EVERY:06d}.json").exists():
-            assert time.monotonic() < deadline and all(agent.poll() is None for agent in agents), logs(tmp_path, first, second)
+            assert time.monotonic() < deadline and all(agent.poll() is None for agent in agents), (
+                logs(tmp_path, first, second)
+            )
             time.sleep(0.02)
         (victim,) = workers(agents[1])
         victim.send_signal(signal.SIGKILL)
@@ -125,4 +169,6 @@ def test_rank_dies_on_one_of_two_hosts(base, hosts, tmp_path, capsys):  # noqa: 
 
 
 def logs(tmp_path: Path, *hosts: Host) -> str:
-    return "\n".join((tmp_path / host.address).read_text(encoding="utf-8", errors="replace") for host in hosts)
+    return "\n".join(
+        (tmp_path / host.address).read_text(encoding="utf-8", errors="replace") for host in hosts
+    )

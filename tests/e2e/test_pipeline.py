@@ -37,24 +37,52 @@ class Home:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.env = {**os.environ, "ZANGCHAT_BASE_DIR": str(path), "OMP_NUM_THREADS": "1", "WANDB_RUN": "dummy", "PYTHONUNBUFFERED": "1"}
+        self.env = {
+            **os.environ,
+            "ZANGCHAT_BASE_DIR": str(path),
+            "OMP_NUM_THREADS": "1",
+            "WANDB_RUN": "dummy",
+            "PYTHONUNBUFFERED": "1",
+        }
 
     def command(self, args: list[str], ranks: int = 1) -> list[str]:
         if ranks == 1:
             return [sys.executable, "-m", *args]
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", *args]
+        return [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+            "-m",
+            *args,
+        ]
 
     def run(self, *args: str, ranks: int = 1, code: int = 0) -> str:
         """stdout and stderr of a command that must exit with `code`."""
-        done = subprocess.run(self.command(list(args), ranks), cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=300)
-        assert done.returncode == code, f"{' '.join(args)}\nleft with {done.returncode}\n{done.stdout}\n{done.stderr}"
+        done = subprocess.run(
+            self.command(list(args), ranks),
+            cwd=ROOT,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == code, (
+            f"{' '.join(args)}\nleft with {done.returncode}\n{done.stdout}\n{done.stderr}"
+        )
         return done.stdout + done.stderr
 
     def folder(self, stage: str, tag: str = "d2") -> Path:
         return self.path / f"{stage}_checkpoints" / tag
 
     def metrics(self, stage: str, tag: str = "d2", key: str = "loss") -> list[Any]:
-        lines = [json.loads(line) for line in (self.folder(stage, tag) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines = [
+            json.loads(line)
+            for line in (self.folder(stage, tag) / "metrics.jsonl")
+            .read_text(encoding="utf-8")
+            .splitlines()
+        ]
         return [line[key] for line in lines if key in line]
 
     def weights(self, stage: str, tag: str) -> dict[str, torch.Tensor]:
@@ -76,14 +104,21 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     from zangchat.dataset.manifest import write_dataset
 
     home = Home(tmp_path_factory.mktemp("base"))
-    texts = [text[start : start + 2000] for text in topics.values() for start in range(0, len(text), 2000)]
+    texts = [
+        text[start : start + 2000]
+        for text in topics.values()
+        for start in range(0, len(text), 2000)
+    ]
     write_dataset(home.path / "base_data" / "topics", "topics", texts[:-20], texts[-20:])
     return home
 
 
 def test_tokenizer(home: Home) -> None:
     home.run("scripts.tok_train", "--vocab_size=512", "--max_chars=500000")
-    assert "kept" in (again := home.run("scripts.tok_train", "--vocab_size=512", "--max_chars=500000")) or "already" in again
+    assert (
+        "kept" in (again := home.run("scripts.tok_train", "--vocab_size=512", "--max_chars=500000"))
+        or "already" in again
+    )
     assert "gpt" in home.run("scripts.tok_eval").lower()
 
 
@@ -105,10 +140,18 @@ def test_resumed_run_equals_uninterrupted_run(home: Home, number: signal.Signals
     tag = number.name.lower()
     flags = [*BASE, f"--model_tag={tag}", "--save_every=5"]
     metrics = home.folder("base", tag) / "metrics.jsonl"
-    process = subprocess.Popen(home.command(flags), cwd=ROOT, env=home.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        home.command(flags),
+        cwd=ROOT,
+        env=home.env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 120
     while not (metrics.exists() and len(metrics.read_text(encoding="utf-8").splitlines()) > 12):
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended, or never got so far"
+        assert process.poll() is None and time.monotonic() < deadline, (
+            "the run ended, or never got so far"
+        )
         time.sleep(0.01)
     process.send_signal(number)
     assert process.wait(60) == (143 if number == signal.SIGTERM else -9)
@@ -125,28 +168,46 @@ def test_base_evaluations(home: Home) -> None:
     bundle = home.path / "eval_bundle"
     (bundle / "eval_data").mkdir(parents=True)
     (bundle / "core.yaml").write_text(
-        "icl_tasks:\n- label: copa\n  dataset_uri: copa.jsonl\n  num_fewshot: [1]\n  icl_task_type: multiple_choice\n"
+        "icl_tasks:\n- label: copa\n  dataset_uri: copa.jsonl\n  num_fewshot: [1]\n  "
+        "icl_task_type: multiple_choice\n"
         "  continuation_delimiter: ' '\n",
         encoding="utf-8",
     )
-    (bundle / "eval_meta_data.csv").write_text("Eval Task,Random baseline\ncopa,50\n", encoding="utf-8")
-    items = [{"query": f"Number {i}: the sky is", "choices": ["blue", "made of cheese and iron"], "gold": 0} for i in range(6)]
-    (bundle / "eval_data" / "copa.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+    (bundle / "eval_meta_data.csv").write_text(
+        "Eval Task,Random baseline\ncopa,50\n", encoding="utf-8"
+    )
+    items = [
+        {
+            "query": f"Number {i}: the sky is",
+            "choices": ["blue", "made of cheese and iron"],
+            "gold": 0,
+        }
+        for i in range(6)
+    ]
+    (bundle / "eval_data" / "copa.jsonl").write_text(
+        "".join(json.dumps(item) + "\n" for item in items), encoding="utf-8"
+    )
     assert "CORE (1/22" in home.run("scripts.base_eval", "--model_tag=d2", *DEVICE)
 
 
 @pytest.mark.parametrize(
-    ("stage", "flags"), [("mid", MID), ("chatsft", SFT), ("chatrl", RL)], ids=["midtraining", "finetuning", "reinforcement learning"]
+    ("stage", "flags"),
+    [("mid", MID), ("chatsft", SFT), ("chatrl", RL)],
+    ids=["midtraining", "finetuning", "reinforcement learning"],
 )
 def test_later_stages(home: Home, stage: str, flags: list[str]) -> None:
     """On one rank; test_speedrun.py runs them on two."""
     home.run(*flags, "--model_tag=d2")
     losses = home.metrics(stage)
-    assert len(losses) == int(next(flag for flag in flags if "num_iterations" in flag).partition("=")[2])
+    assert len(losses) == int(
+        next(flag for flag in flags if "num_iterations" in flag).partition("=")[2]
+    )
     assert fell(losses) or stage == "chatrl"  # the loss of a policy gradient need not fall
 
 
-def test_greedy_engine_output_equals_plain_forward_pass(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_greedy_engine_output_equals_plain_forward_pass(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from zangchat.checkpoint_manager import load_model
     from zangchat.engine import Engine
 
@@ -155,9 +216,19 @@ def test_greedy_engine_output_equals_plain_forward_pass(home: Home, monkeypatch:
     stops = {tokenizer.encode_special("<|assistant_end|>"), tokenizer.get_bos_token_id()}
     for question in ("Who are you?", "你是谁？", "tell me more"):
         tokens = tokenizer.render_for_completion(
-            {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]}
+            {
+                "messages": [
+                    {"role": "user", "content": question},
+                    {"role": "assistant", "content": ""},
+                ]
+            }
         )
-        generated = [column[0] for column, masks in Engine(model, tokenizer).generate(tokens, max_tokens=16, temperature=0.0)]
+        generated = [
+            column[0]
+            for column, masks in Engine(model, tokenizer).generate(
+                tokens, max_tokens=16, temperature=0.0
+            )
+        ]
         for position, token in enumerate(generated):
             with torch.inference_mode():
                 logits = model(torch.tensor([tokens + generated[:position]]))[0, -1]
@@ -167,14 +238,39 @@ def test_greedy_engine_output_equals_plain_forward_pass(home: Home, monkeypatch:
 
 
 def test_chat_evaluation(home: Home) -> None:
-    output = home.run("scripts.chat_eval", "-g", "d2", "-a", "SpellingBee|arithmetic|Identity", "-x", "10", "-m", "24", *DEVICE)
+    output = home.run(
+        "scripts.chat_eval",
+        "-g",
+        "d2",
+        "-a",
+        "SpellingBee|arithmetic|Identity",
+        "-x",
+        "10",
+        "-m",
+        "24",
+        *DEVICE,
+    )
     assert "spellingbee" in output.lower() and "arithmetic" in output.lower()
     assert list((home.path / "chat_eval").rglob("*.jsonl"))
 
 
 def test_chat_in_the_terminal(home: Home) -> None:
-    command = home.command(["scripts.chat_cli", "-g", "d2", "-p", "Who are you?", "-t", "0", "--max_tokens=16", *DEVICE])
-    done = subprocess.run(command, cwd=ROOT, env=home.env, capture_output=True, text=True, timeout=120)
+    command = home.command(
+        [
+            "scripts.chat_cli",
+            "-g",
+            "d2",
+            "-p",
+            "Who are you?",
+            "-t",
+            "0",
+            "--max_tokens=16",
+            *DEVICE,
+        ]
+    )
+    done = subprocess.run(
+        command, cwd=ROOT, env=home.env, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
 
 
@@ -186,7 +282,9 @@ def server(home: Home) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = home.command(["scripts.chat_web", "-g", "d2", f"--port={port}", *DEVICE])
-    process = subprocess.Popen(command, cwd=ROOT, env=home.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=home.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -206,7 +304,11 @@ def test_chat_in_the_browser(server: str) -> None:
             assert time.monotonic() < deadline, "the server did not come up"
             time.sleep(0.2)
     assert "zangchat" in httpx.get(server).text
-    question = {"messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 8, "temperature": 0}
+    question = {
+        "messages": [{"role": "user", "content": "Who are you?"}],
+        "max_tokens": 8,
+        "temperature": 0,
+    }
     answer = httpx.post(f"{server}/v1/chat/completions", json=question, timeout=60)
     assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] >= 1
 
@@ -216,11 +318,16 @@ def test_report(home: Home) -> None:
     text = (home.path / "report" / "report.md").read_text(encoding="utf-8")
     for section in ("Tokenizer", "Base model training", "Midtraining", "SFT"):
         assert section in text
-    assert "<svg" in (html := (home.path / "report" / "report.html").read_text(encoding="utf-8")) or "data:image" in html
+    assert (
+        "<svg" in (html := (home.path / "report" / "report.html").read_text(encoding="utf-8"))
+        or "data:image" in html
+    )
 
 
 @pytest.fixture
-def mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
     """stderr of a command that must exit with 2.
 
     It runs in this process, since a new one would spend most of its time importing torch.
@@ -240,15 +347,23 @@ def mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         (["scripts.base_train", "--dataset=nowhere"], ["nowhere", "python -m"]),
         (["scripts.base_train", "--dpeth=4"], ["--dpeth", "--depth"]),
         (["scripts.base_train", "--depth=two"], ["--depth", "two"]),
-        (["scripts.base_train", "--total_batch_size=1000", "--max_seq_len=64"], ["--total_batch_size", "--max_seq_len"]),
+        (
+            ["scripts.base_train", "--total_batch_size=1000", "--max_seq_len=64"],
+            ["--total_batch_size", "--max_seq_len"],
+        ),
         (["scripts.chat_cli", "-p", "hi", "-g", "d99"], ["d99"]),
         (["scripts.chat_eval", "-g", "d2", "-a", "SpelingBee"], ["SpelingBee", "SpellingBee"]),
-        (["scripts.mid_train", "--model_tag=d2", "--overwrite", "--mixture=arthmetic:10"], ["arthmetic", "Arithmetic"]),
+        (
+            ["scripts.mid_train", "--model_tag=d2", "--overwrite", "--mixture=arthmetic:10"],
+            ["arthmetic", "Arithmetic"],
+        ),
         (["scripts.base_train", *BASE[1:]], ["--resume=latest", "--overwrite"]),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else None,
 )
-def test_user_mistake_is_reported_by_name(home: Home, mistake: Callable[..., str], args: list[str], names: list[str]) -> None:
+def test_user_mistake_is_reported_by_name(
+    home: Home, mistake: Callable[..., str], args: list[str], names: list[str]
+) -> None:
     before = sorted(path for path in home.path.rglob("*.pt"))
     output = mistake(home.path, *args)
     for name in names:
@@ -267,7 +382,9 @@ def test_damaged_shard_is_named(home: Home) -> None:
         shard.write_bytes(intact)
 
 
-def test_empty_base_folder_names_the_next_command(mistake: Callable[..., str], tmp_path: Path) -> None:
+def test_empty_base_folder_names_the_next_command(
+    mistake: Callable[..., str], tmp_path: Path
+) -> None:
     assert "zangchat.dataset" in mistake(tmp_path, "scripts.tok_train")
     assert "scripts.tok_train" in mistake(tmp_path, "scripts.base_train", *DEVICE)
     assert "base_train" in mistake(tmp_path, "scripts.mid_train", *DEVICE)

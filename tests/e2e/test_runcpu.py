@@ -69,7 +69,9 @@ def finish(base: Path, log: Path) -> str:
     talk = [line for line in find(text.partition("Talk to the model:")[2]) if "chat_cli" in line]
     env = {**os.environ, "ZANGCHAT_BASE_DIR": str(base)}
     typed = f"source .venv/bin/activate; {talk[0]} --prompt='Who are you?'"
-    answer = subprocess.run(["bash", "-c", typed], cwd=ROOT, env=env, stdout=subprocess.PIPE, timeout=120, check=True).stdout
+    answer = subprocess.run(
+        ["bash", "-c", typed], cwd=ROOT, env=env, stdout=subprocess.PIPE, timeout=120, check=True
+    ).stdout
     assert answer.strip()
     return text
 
@@ -89,4 +91,6 @@ def test_ctrl_c_in_every_stage_changes_nothing(tmp_path: Path) -> None:
     assert {str(name).split("_")[0] for name in names} == {"base", "mid", "chatsft", "chatrl"}
     for name in names:
         ours, theirs = (torch.load(base / name, weights_only=True) for base in (stopped, straight))
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours), name
+        assert ours.keys() == theirs.keys() and all(
+            torch.equal(ours[key], theirs[key]) for key in ours
+        ), name

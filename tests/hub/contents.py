@@ -31,15 +31,19 @@ OTHER_ROWS = 60
 
 def stand_in(port: int = 0, count: int = SHARDS) -> Hub:
     """The hub for the defaults: `count` shards of each corpus, the tasks, and CORE's bundle."""
-    return Hub(repositories(count), {"ZANGCHAT_EVAL_BUNDLE_URL": (BUNDLE_PATH, core_bundle())}, port)
+    return Hub(
+        repositories(count), {"ZANGCHAT_EVAL_BUNDLE_URL": (BUNDLE_PATH, core_bundle())}, port
+    )
 
 
 def repositories(count: int = SHARDS) -> list[Repo]:
     corpora = [Repo(name, shards(seed, count)) for seed, name in enumerate(HUB_REPOS.values())]
-    return corpora + [Repo(name, tables(name)) for name in dict.fromkeys(table.hub for table in TABLES)]
+    return corpora + [
+        Repo(name, tables(name)) for name in dict.fromkeys(table.hub for table in TABLES)
+    ]
 
 
-# ---- the pretraining text -------------------------------------------------------------------------------------------------------
+# ---- the pretraining text ------------------------------------------------------------------------
 
 
 def documents() -> list[str]:
@@ -68,7 +72,7 @@ def shards(seed: int, count: int = SHARDS) -> dict[str, bytes]:
     return files
 
 
-# ---- the datasets of the tasks ----------------------------------------------------------------------------------------------------
+# ---- the datasets of the tasks -------------------------------------------------------------------
 
 
 def tables(name: str) -> dict[str, bytes]:
@@ -76,7 +80,10 @@ def tables(name: str) -> dict[str, bytes]:
     matching = [table for table in TABLES if table.hub == name]
     count = ROWS.get(name, OTHER_ROWS)
     # each file gets different rows: the hub's client fetches equal files only once
-    files = {table.hub_path: parquet(map(table.row, range(i * count, (i + 1) * count))) for i, table in enumerate(matching)}
+    files = {
+        table.hub_path: parquet(map(table.row, range(i * count, (i + 1) * count)))
+        for i, table in enumerate(matching)
+    }
     configs: dict[str, list[Table]] = {}
     for table in matching:
         configs.setdefault(table.hub_config or table.config or "default", []).append(table)
@@ -84,14 +91,27 @@ def tables(name: str) -> dict[str, bytes]:
         "configs": [
             {
                 "config_name": config,
-                "data_files": [{"split": table.split, "path": table.hub_path.replace("-00000-of-00001.parquet", "-*")} for table in split],
+                "data_files": [
+                    {
+                        "split": table.split,
+                        "path": table.hub_path.replace("-00000-of-00001.parquet", "-*"),
+                    }
+                    for table in split
+                ],
             }
             for config, split in configs.items()
         ],
         "dataset_info": [
             {
                 "config_name": config,
-                "splits": [{"name": table.split, "num_bytes": len(files[table.hub_path]), "num_examples": count} for table in split],
+                "splits": [
+                    {
+                        "name": table.split,
+                        "num_bytes": len(files[table.hub_path]),
+                        "num_examples": count,
+                    }
+                    for table in split
+                ],
             }
             for config, split in configs.items()
         ],
@@ -105,14 +125,28 @@ def parquet(rows: Iterable[Row]) -> bytes:
     return buffer.getvalue()
 
 
-# ---- CORE -------------------------------------------------------------------------------------------------------------------------
+# ---- CORE ----------------------------------------------------------------------------------------
 
 SCHEMAS = ("winograd", "winogrande")
 COMPLETIONS = (  # tasks with a text as the answer, not a choice
-    *("jeopardy", "bigbench_qa_wikidata", "lambada_openai", "bigbench_dyck_languages", "bigbench_cs_algorithms"),
+    *(
+        "jeopardy",
+        "bigbench_qa_wikidata",
+        "lambada_openai",
+        "bigbench_dyck_languages",
+        "bigbench_cs_algorithms",
+    ),
     *("bigbench_operators", "bigbench_repeat_copy_logic", "squad", "coqa"),
 )
-SHOTS = {"hellaswag_zeroshot": 0, "copa": 0, "openbook_qa": 0, "lambada_openai": 0, "winograd": 0, "winogrande": 0, "coqa": 0}
+SHOTS = {
+    "hellaswag_zeroshot": 0,
+    "copa": 0,
+    "openbook_qa": 0,
+    "lambada_openai": 0,
+    "winograd": 0,
+    "winogrande": 0,
+    "coqa": 0,
+}
 SHOTS["agi_eval_lsat_ar"] = 3
 # tasks that put the answer on its own line
 ANSWERS = ("jeopardy", "arc_easy", "arc_challenge", "piqa", "boolq")
@@ -121,21 +155,47 @@ ITEMS = 12
 
 def core_item(kind: str, index: int) -> dict[str, Any]:
     if kind == "multiple_choice":
-        return {"query": f"Question: What is {index} + 1?", "choices": [str(index + 1), str(index + 2)], "gold": index % 2}
+        return {
+            "query": f"Question: What is {index} + 1?",
+            "choices": [str(index + 1), str(index + 2)],
+            "gold": index % 2,
+        }
     if kind == "schema":
-        contexts = [f"The cup did not fit into bag {index} because the cup", f"The cup did not fit into bag {index} because the bag"]
+        contexts = [
+            f"The cup did not fit into bag {index} because the cup",
+            f"The cup did not fit into bag {index} because the bag",
+        ]
         return {"context_options": contexts, "continuation": "was too big.", "gold": 0}
-    return {"context": f"NUMBERS: What follows {index}", "continuation": str(index + 1), "category": f"part_{index % 3}"}
+    return {
+        "context": f"NUMBERS: What follows {index}",
+        "continuation": str(index + 1),
+        "category": f"part_{index % 3}",
+    }
 
 
 def core_bundle() -> bytes:
     """eval_bundle.zip: all tasks of CORE with a few items each."""
-    settings, chances, items = [], [["Eval Task", "Task Category", "Task Type", "#shots", "#datapoints", "Random baseline"]], {}
+    settings, chances, items = (
+        [],
+        [["Eval Task", "Task Category", "Task Type", "#shots", "#datapoints", "Random baseline"]],
+        {},
+    )
     for label in CORE_TASKS:
-        kind = "schema" if label in SCHEMAS else "language_modeling" if label in COMPLETIONS else "multiple_choice"
+        kind = (
+            "schema"
+            if label in SCHEMAS
+            else "language_modeling"
+            if label in COMPLETIONS
+            else "multiple_choice"
+        )
         uri = f"all_kinds/{label}.jsonl"
         shots = SHOTS.get(label, 10)
-        setting: dict[str, Any] = {"label": label, "dataset_uri": uri, "num_fewshot": [shots], "icl_task_type": kind}
+        setting: dict[str, Any] = {
+            "label": label,
+            "dataset_uri": uri,
+            "num_fewshot": [shots],
+            "icl_task_type": kind,
+        }
         if label in ANSWERS:
             setting["continuation_delimiter"] = "\nAnswer: "
         if label == "jeopardy":
@@ -146,8 +206,14 @@ def core_bundle() -> bytes:
         items[uri] = [core_item(kind, index) for index in range(ITEMS)]
     table = io.StringIO()
     csv.writer(table).writerows(chances)
-    files = {"core.yaml": yaml.safe_dump({"icl_tasks": settings}), "eval_meta_data.csv": table.getvalue()}
-    files |= {f"eval_data/{uri}": "".join(json.dumps(item) + "\n" for item in rows) for uri, rows in items.items()}
+    files = {
+        "core.yaml": yaml.safe_dump({"icl_tasks": settings}),
+        "eval_meta_data.csv": table.getvalue(),
+    }
+    files |= {
+        f"eval_data/{uri}": "".join(json.dumps(item) + "\n" for item in rows)
+        for uri, rows in items.items()
+    }
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as bundle:
         for name, text in files.items():

@@ -17,7 +17,10 @@ def smoltalk(index: int) -> Row:
     if index % 3 == 0:
         messages.insert(0, {"role": "system", "content": "You are a patient teacher."})
     if index % 4 == 0:
-        messages += [{"role": "user", "content": "And then?"}, {"role": "assistant", "content": f"{index + 2}."}]
+        messages += [
+            {"role": "user", "content": "And then?"},
+            {"role": "assistant", "content": f"{index + 2}."},
+        ]
     return {"messages": messages, "source": "smol-magpie-ultra-short"}
 
 
@@ -34,7 +37,8 @@ def gsm8k(index: int) -> Row:
     total = 2 * (index + 1)
     return {
         "question": f"Ann has {index + 1} apples and buys as many again. How many has she?",
-        "answer": f"She has {index + 1}+{index + 1}=<<{index + 1}+{index + 1}={total}>>{total} apples.\n#### {total}",
+        "answer": f"She has {index + 1}+{index + 1}=<<{index + 1}+{index + 1}={total}>>{total} "
+        f"apples.\n#### {total}",
     }
 
 
@@ -83,9 +87,16 @@ SMOLTALK, MMLU, GSM8K = "HuggingFaceTB/smol-smoltalk", "cais/mmlu", "openai/gsm8
 ARC, HUMANEVAL = "allenai/ai2_arc", "openai/openai_humaneval"
 TABLES = [
     *(Table("smoltalk", "", split, smoltalk, SMOLTALK) for split in ("train", "test")),
-    *(Table("mmlu", "all", split, mmlu, MMLU) for split in ("auxiliary_train", "test", "validation", "dev")),
+    *(
+        Table("mmlu", "all", split, mmlu, MMLU)
+        for split in ("auxiliary_train", "test", "validation", "dev")
+    ),
     *(Table("gsm8k", "main", split, gsm8k, GSM8K) for split in ("train", "test")),
-    *(Table("ai2_arc", subset, split, arc, ARC) for subset in ("ARC-Easy", "ARC-Challenge") for split in ("train", "test", "validation")),
+    *(
+        Table("ai2_arc", subset, split, arc, ARC)
+        for subset in ("ARC-Easy", "ARC-Challenge")
+        for split in ("train", "test", "validation")
+    ),
     Table("openai_humaneval", "", "test", humaneval, HUMANEVAL, "openai_humaneval"),
 ]
 
@@ -93,7 +104,9 @@ TABLES = [
 def words(count: int) -> list[str]:
     """Different words of five letters, a consonant and a vowel in turns."""
     pieces = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
-    return [f"{first}{second}{last}" for first in pieces for second in pieces for last in "nt"][:count]
+    return [f"{first}{second}{last}" for first in pieces for second in pieces for last in "nt"][
+        :count
+    ]
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> Path:
@@ -102,7 +115,9 @@ def write_rows(path: Path, rows: Iterable[Row]) -> Path:
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
     else:
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        path.write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+        )
     return path
 
 
@@ -114,4 +129,7 @@ def write_local_copies(base: Path, count: int) -> None:
     (base / "tasks" / "words").mkdir(parents=True, exist_ok=True)
     (base / "tasks" / "words" / "words.txt").write_text("\n".join(words(2000)), encoding="utf-8")
     for table in TABLES:
-        write_rows(base / "tasks" / table.folder / table.config / f"{table.split}.jsonl", map(table.row, range(count)))
+        write_rows(
+            base / "tasks" / table.folder / table.config / f"{table.split}.jsonl",
+            map(table.row, range(count)),
+        )

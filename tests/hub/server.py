@@ -6,9 +6,11 @@
 `hub.faults[target]` lists the faults of the next requests for `target`, in order:
 
     None              nothing                               503               that status
-    ("busy", s)       429, with Retry-After                 ("slow", s)       an answer after s seconds
+    ("busy", s)       429, with Retry-After                 ("slow", s)       an answer after s
+                      seconds
     ("drop", n)       the connection breaks after n bytes   ("truncated", n)  a shorter file
-    "wrong"           other bytes, as many as listed        ("changed", b)    the bytes b: the file changed since it was listed
+    "wrong"           other bytes, as many as listed        ("changed", b)    the bytes b: the file
+                      changed since it was listed
 
 `target` is "REPO/path" for a file, "REPO" for the API's answers about a repository, and just the
 path for a file outside the hub.
@@ -44,9 +46,18 @@ class Repo:
     def entry(self, path: str) -> dict[str, Any]:
         """A file as the API lists it."""
         content = self.files[path]
-        listed: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+        listed: dict[str, Any] = {
+            "type": "file",
+            "path": path,
+            "size": len(content),
+            "oid": hashlib.sha1(content).hexdigest(),
+        }
         if is_lfs(path, content):
-            listed["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+            listed["lfs"] = {
+                "oid": hashlib.sha256(content).hexdigest(),
+                "size": len(content),
+                "pointerSize": 134,
+            }
         return listed
 
     def listing(self, below: str, recursive: bool) -> list[dict[str, Any]]:
@@ -59,7 +70,9 @@ class Repo:
             steps = path.removeprefix(start).split("/")
             for depth in range(1, len(steps) if recursive else min(len(steps), 2)):
                 folder = start + "/".join(steps[:depth])
-                found.setdefault(folder, {"type": "directory", "path": folder, "oid": "0" * 40, "size": 0})
+                found.setdefault(
+                    folder, {"type": "directory", "path": folder, "oid": "0" * 40, "size": 0}
+                )
             if recursive or len(steps) == 1:
                 found[path] = self.entry(path)
         return list(found.values())
@@ -79,17 +92,26 @@ class Hub(http.server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, repos: Iterable[Repo], beside: Mapping[str, tuple[str, bytes]] | None = None, port: int = 0) -> None:
+    def __init__(
+        self,
+        repos: Iterable[Repo],
+        beside: Mapping[str, tuple[str, bytes]] | None = None,
+        port: int = 0,
+    ) -> None:
         super().__init__(("127.0.0.1", port), Handler)
         self.repos = {repo.name: repo for repo in repos}
         self.files = dict((beside or {}).values())  # path -> content
-        self.variables = {"HF_ENDPOINT": self.url} | {name: self.url + path for name, (path, _) in (beside or {}).items()}
+        self.variables = {"HF_ENDPOINT": self.url} | {
+            name: self.url + path for name, (path, _) in (beside or {}).items()
+        }
         self.faults: dict[str, list[Any]] = {}
         self.requests: list[tuple[str, str, str | None]] = []
         self.unknown: list[str] = []
 
     def __enter__(self) -> "Hub":
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -106,7 +128,11 @@ class Hub(http.server.ThreadingHTTPServer):
 
     def fetched(self, target: str) -> list[str | None]:
         """The Range headers (or None) of the requests for a file's content."""
-        return [ranges for method, requested, ranges in self.requests if method == "GET" and requested == target]
+        return [
+            ranges
+            for method, requested, ranges in self.requests
+            if method == "GET" and requested == target
+        ]
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -127,38 +153,73 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if path in ("/", "/api/agent-harnesses"):
             self.json({})
         elif path in self.server.files:
-            self.content(path, self.server.files[path], {"ETag": f'"{hashlib.md5(self.server.files[path]).hexdigest()}"'})
-        elif api := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?", path):
+            self.content(
+                path,
+                self.server.files[path],
+                {"ETag": f'"{hashlib.md5(self.server.files[path]).hexdigest()}"'},
+            )
+        elif api := re.fullmatch(
+            r"/api/datasets/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?", path
+        ):
             self.api(*api.groups(), parameters)
         elif file := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self.resolve(*file.groups())
         # the target of the redirect in `resolve`
         elif stored := re.fullmatch(r"/storage/([^/]+/[^/]+)/(.+)", path):
-            self.content(f"{stored[1]}/{stored[2]}", self.server.repos[stored[1]].files[stored[2]], {})
+            self.content(
+                f"{stored[1]}/{stored[2]}", self.server.repos[stored[1]].files[stored[2]], {}
+            )
         else:
             self.server.unknown.append(f"{self.command} {self.path}")
             self.json({"error": "Not Found"}, 404)
 
-    # ---- the API ------------------------------------------------------------------------------------------------------------------
+    # ---- the API ---------------------------------------------------------------------------------
 
-    def api(self, name: str, kind: str | None, revision: str | None, below: str | None, parameters: dict[str, list[str]]) -> None:
+    def api(
+        self,
+        name: str,
+        kind: str | None,
+        revision: str | None,
+        below: str | None,
+        parameters: dict[str, list[str]],
+    ) -> None:
         if self.refused(name) or not (repo := self.repo(name, revision)):
             return
         if kind == "tree":
-            self.json(repo.listing(below or "", parameters.get("recursive") in (["true"], ["True"])))
+            self.json(
+                repo.listing(below or "", parameters.get("recursive") in (["true"], ["True"]))
+            )
         elif kind == "paths-info":
-            self.json([repo.entry(path) for path in parameters.get("paths", []) if path in repo.files])
+            self.json(
+                [repo.entry(path) for path in parameters.get("paths", []) if path in repo.files]
+            )
         else:
             siblings = [{"rfilename": path} for path in sorted(repo.files)]
-            self.json({"id": name, "sha": repo.revision, "siblings": siblings, "tags": [], "private": False, "downloads": 0, "likes": 0})
+            self.json(
+                {
+                    "id": name,
+                    "sha": repo.revision,
+                    "siblings": siblings,
+                    "tags": [],
+                    "private": False,
+                    "downloads": 0,
+                    "likes": 0,
+                }
+            )
 
     def repo(self, name: str, revision: str | None) -> Repo | None:
         """The repository; None if it, or the revision, has been refused."""
         repo = self.server.repos.get(name)
         if repo is None:
-            self.json({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+            self.json(
+                {"error": "Repository not found"},
+                404,
+                {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"},
+            )
         elif revision not in (None, "main", repo.revision):
-            self.json({"error": f"Invalid rev id: {revision}"}, 404, {"X-Error-Code": "RevisionNotFound"})
+            self.json(
+                {"error": f"Invalid rev id: {revision}"}, 404, {"X-Error-Code": "RevisionNotFound"}
+            )
             repo = None
         return repo
 
@@ -174,13 +235,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": repo.revision, "ETag": f'"{listed["oid"]}"'}
         if "lfs" not in listed:
             return self.content(target, content, headers)
-        headers |= {"X-Linked-Etag": f'"{listed["lfs"]["oid"]}"', "X-Linked-Size": str(len(content))}
+        headers |= {
+            "X-Linked-Etag": f'"{listed["lfs"]["oid"]}"',
+            "X-Linked-Size": str(len(content)),
+        }
         # redirect to another host, as the real hub does: the client must identify the file by the
         # headers of this answer
         storage = f"http://localhost:{self.server.server_address[1]}/storage/"
         self.json({}, 302, headers | {"Location": storage + urllib.parse.quote(target)})
 
-    # ---- answers --------------------------------------------------------------------------------------------------------------------
+    # ---- answers ---------------------------------------------------------------------------------
 
     def note(self, target: str) -> None:
         self.server.requests.append((self.command, target, self.headers.get("Range")))
@@ -205,7 +269,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def json(self, value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         body = json.dumps(value).encode()
         self.send_response(status)
-        for key, header in {"Content-Type": "application/json", "Content-Length": str(len(body)), **(headers or {})}.items():
+        for key, header in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            **(headers or {}),
+        }.items():
             self.send_header(key, header)
         self.end_headers()
         if self.command != "HEAD":
@@ -228,7 +296,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = content[start:end]
         sent = body[: fault[1]] if kind in ("drop", "truncated") else body
         self.send_response(206 if ranges else 200)
-        headers = headers | {"Accept-Ranges": "bytes", "Content-Length": str(len(sent) if kind == "truncated" else len(body))}
+        headers = headers | {
+            "Accept-Ranges": "bytes",
+            "Content-Length": str(len(sent) if kind == "truncated" else len(body)),
+        }
         for key, value in headers.items():
             self.send_header(key, value)
         self.end_headers()

@@ -18,7 +18,12 @@ def train(texts: Iterable[str], vocab_size: int, pattern: str) -> list[bytes]:
     There are fewer than `vocab_size` tokens if no pair is left.
     """
     tokens = [bytes([byte]) for byte in range(256)]
-    words = [(list(piece), count) for piece, count in Counter(piece for text in texts for piece in split(text, pattern)).items()]
+    words = [
+        (list(piece), count)
+        for piece, count in Counter(
+            piece for text in texts for piece in split(text, pattern)
+        ).items()
+    ]
     while len(tokens) < vocab_size:
         counts: Counter[tuple[int, int]] = Counter()
         for ids, count in words:
@@ -52,7 +57,11 @@ def encode_piece(piece: bytes, ranks: Mapping[bytes, int]) -> list[int]:
         return [ranks[piece]]
     parts = [bytes([byte]) for byte in piece]
     while True:
-        joins = [(ranks[left + right], i) for i, (left, right) in enumerate(zip(parts, parts[1:])) if left + right in ranks]  # noqa: B905
+        joins = [
+            (ranks[left + right], i)
+            for i, (left, right) in enumerate(zip(parts, parts[1:], strict=False))
+            if left + right in ranks
+        ]
         if not joins:
             return [ranks[part] for part in parts]
         _, i = min(joins)

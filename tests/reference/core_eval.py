@@ -1,4 +1,6 @@
-"""CORE item by item, row by row, with whole logits in float64; the twin of zangchat/core_eval.py."""
+"""CORE item by item, row by row, with whole logits in float64; the twin of
+zangchat/core_eval.py.
+"""
 
 import json
 import random
@@ -15,12 +17,17 @@ def score_task(model: Any, tokenizer: Any, task: Any) -> float:
     means = []
     for category in categories:
         members = [item for item in items if category is None or item["category"] == category]
-        verdicts = [answered_rightly(model, tokenizer, task, members, index) for index in range(len(members))]
+        verdicts = [
+            answered_rightly(model, tokenizer, task, members, index)
+            for index in range(len(members))
+        ]
         means.append(sum(verdicts) / len(verdicts))
     return sum(means) / len(means)
 
 
-def answered_rightly(model: Any, tokenizer: Any, task: Any, items: list[dict[str, Any]], index: int) -> bool:
+def answered_rightly(
+    model: Any, tokenizer: Any, task: Any, items: list[dict[str, Any]], index: int
+) -> bool:
     others = list(range(index)) + list(range(index + 1, len(items)))
     shown = random.Random(1234 + index).sample(others, min(task.num_fewshot, len(others)))
     before = ""

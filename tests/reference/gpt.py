@@ -1,4 +1,6 @@
-"""The model written out one position and one head at a time, from the formulas; the twin of zangchat/gpt.py."""
+"""The model written out one position and one head at a time, from the formulas; the twin of
+zangchat/gpt.py.
+"""
 
 import math
 
@@ -32,7 +34,9 @@ def logits(weights: dict[str, Tensor], config: GPTConfig, tokens: list[int]) -> 
         name = f"transformer.h.{layer}."
         normed = [_norm(x, eps) for x in xs]
 
-        def heads(part: str, t: int, normed: list[Tensor] = normed, name: str = name) -> list[Tensor]:
+        def heads(
+            part: str, t: int, normed: list[Tensor] = normed, name: str = name
+        ) -> list[Tensor]:
             projected = (w[f"{name}attn.{part}.weight"] @ normed[t]).split(head_dim)
             if part == "c_v":
                 return list(projected)
@@ -43,7 +47,9 @@ def logits(weights: dict[str, Tensor], config: GPTConfig, tokens: list[int]) -> 
             outputs = []
             for h in range(config.n_head):
                 g = h // (config.n_head // config.n_kv_head)
-                scores = torch.stack([q[t][h] @ k[s][g] for s in range(t + 1)]) / math.sqrt(head_dim)
+                scores = torch.stack([q[t][h] @ k[s][g] for s in range(t + 1)]) / math.sqrt(
+                    head_dim
+                )
                 outputs.append(sum(p * v[s][g] for s, p in enumerate(scores.softmax(0))))
             xs[t] = xs[t] + w[f"{name}attn.c_proj.weight"] @ torch.cat(outputs)
             hidden = (w[f"{name}mlp.c_fc.weight"] @ _norm(xs[t], eps)).clamp(min=0) ** 2

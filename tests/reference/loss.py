@@ -6,7 +6,13 @@ from torch import Tensor
 
 
 def softcapped_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, cap: float, reduction: str = "mean", weights: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    cap: float,
+    reduction: str = "mean",
+    weights: Tensor | None = None,
 ) -> Tensor:
     logits = cap * torch.tanh((x @ weight[:vocab_size].T) / cap)
     losses = F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")

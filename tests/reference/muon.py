@@ -11,26 +11,33 @@ from torch import Tensor
 
 
 def _best_quintic(low: float, high: float) -> np.ndarray:
-    """(a, b, c) of the odd quintic closest to 1 on [low, high] in the maximum norm, by the Remez exchange.
+    """(a, b, c) of the odd quintic closest to 1 on [low, high] in the maximum norm, by the Remez
+    exchange.
 
-    At the optimum the error takes the values +E, -E, +E, -E at low, at two inner extrema and at high.
+    At the optimum the error takes the values +E, -E, +E, -E at low, at two inner extrema and at
+    high.
     """
     inner, error = np.array([0.75 * low + 0.25 * high, 0.25 * low + 0.75 * high]), math.inf
     while True:
         points = np.array([low, *inner, high])
         system = np.stack([points, points**3, points**5, [1, -1, 1, -1]], axis=1)
         a, b, c, new_error = np.linalg.solve(system, np.ones(4))
-        inner = np.sqrt((-3 * b + np.array([-1, 1]) * math.sqrt(9 * b * b - 20 * a * c)) / (10 * c))  # a + 3b x^2 + 5c x^4 = 0
+        inner = np.sqrt(
+            (-3 * b + np.array([-1, 1]) * math.sqrt(9 * b * b - 20 * a * c)) / (10 * c)
+        )  # a + 3b x^2 + 5c x^4 = 0
         if abs(new_error - error) < 1e-15:
             return np.array([a, b, c])
         error = new_error
 
 
-def polar_express_coefficients(steps: int = 5, low: float = 1e-3, safety: float = 1.02, cushion: float = 0.02) -> list[np.ndarray]:
-    """The greedily optimal composition (arXiv:2505.16932, theorem 3.1) with its two concessions to finite precision.
+def polar_express_coefficients(
+    steps: int = 5, low: float = 1e-3, safety: float = 1.02, cushion: float = 0.02
+) -> list[np.ndarray]:
+    """The greedily optimal composition (arXiv:2505.16932, theorem 3.1) with its two concessions to
+    finite precision.
 
-    `cushion`: intervals are treated as at least [cushion * high, high], then recentred on 1. `safety`: all polynomials but the last
-    are evaluated at x / safety.
+    `cushion`: intervals are treated as at least [cushion * high, high], then recentred on 1.
+    `safety`: all polynomials but the last are evaluated at x / safety.
     """
     high, coefficients = 1.0, []
     powers = np.array([1, 3, 5])
@@ -57,7 +64,9 @@ def orthogonalise(matrix: Tensor, coefficients: list[np.ndarray]) -> Tensor:
 class Muon:
     """One matrix; `step(grad)` updates `weight` in fp64."""
 
-    def __init__(self, weight: Tensor, lr: float, momentum: float, weight_decay: float, beta2: float) -> None:
+    def __init__(
+        self, weight: Tensor, lr: float, momentum: float, weight_decay: float, beta2: float
+    ) -> None:
         self.weight = weight.double().clone()
         self.settings = (lr, momentum, weight_decay, beta2)
         self.momentum = torch.zeros_like(self.weight)

@@ -13,10 +13,13 @@ class Waiting:
     begun: bool = False
 
 
-def pack(documents: Sequence[tuple[list[int], list[bool], bool]], width: int, bos: int) -> list[list[tuple[int, bool]]]:
+def pack(
+    documents: Sequence[tuple[list[int], list[bool], bool]], width: int, bos: int
+) -> list[list[tuple[int, bool]]]:
     """(ids, learn, splittable) documents -> rows of `width` (id, learn) pairs."""
     unread = [
-        Waiting(list(zip(ids, learn, strict=True))[: None if splittable else width], splittable) for ids, learn, splittable in documents
+        Waiting(list(zip(ids, learn, strict=True))[: None if splittable else width], splittable)
+        for ids, learn, splittable in documents
     ]
     waiting: list[Waiting] = []
     rows = []
@@ -24,7 +27,11 @@ def pack(documents: Sequence[tuple[list[int], list[bool], bool]], width: int, bo
         row: list[tuple[int, bool]] = []
         while len(row) < width:
             room = width - len(row)
-            while unread and len(waiting) < LOOK_AHEAD and not any(fits(entry, room) for entry in waiting):
+            while (
+                unread
+                and len(waiting) < LOOK_AHEAD
+                and not any(fits(entry, room) for entry in waiting)
+            ):
                 waiting.append(unread.pop(0))
             oldest = next((entry for entry in waiting if fits(entry, room)), None)
             if oldest is None:

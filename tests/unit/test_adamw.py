@@ -41,7 +41,9 @@ def test_learning_rates_may_change_between_steps() -> None:
 
 def test_16_bit_parameter_accumulates_steps_below_its_resolution() -> None:
     p = torch.nn.Parameter(torch.ones(8, 8, dtype=torch.bfloat16))
-    twin = reference.AdamW(torch.ones(8, 8), lr=1e-4, betas=(0.9, 0.99), eps=1e-10, weight_decay=0.0)
+    twin = reference.AdamW(
+        torch.ones(8, 8), lr=1e-4, betas=(0.9, 0.99), eps=1e-10, weight_decay=0.0
+    )
     optimizer = AdamW([p], lr=1e-4, betas=(0.9, 0.99), eps=1e-10)
     for _ in range(100):
         p.grad = torch.ones_like(p)

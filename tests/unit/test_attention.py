@@ -11,13 +11,17 @@ from zangchat.nn import attention
 from zangchat.nn.attention import attend, choose_backend
 
 
-def explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+def explicit(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor
+) -> torch.Tensor:
     k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
     scores = (q @ k.mT / math.sqrt(q.size(-1))).masked_fill(~allowed, -math.inf)
     return scores.softmax(-1) @ v
 
 
-def qkv(T: int, S: int, heads: tuple[int, int] = (4, 2), B: int = 2, D: int = 16) -> list[torch.Tensor]:
+def qkv(
+    T: int, S: int, heads: tuple[int, int] = (4, 2), B: int = 2, D: int = 16
+) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = ((B, heads[0], T, D), (B, heads[1], S, D), (B, heads[1], S, D))
     return [torch.randn(shape, generator=generator) for shape in shapes]
@@ -25,7 +29,9 @@ def qkv(T: int, S: int, heads: tuple[int, int] = (4, 2), B: int = 2, D: int = 16
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
 @pytest.mark.parametrize(("T", "S"), [(7, 7), (1, 7), (3, 7), (1, 1)])
-def test_without_a_mask_the_queries_are_the_last_positions(T: int, S: int, heads: tuple[int, int]) -> None:
+def test_without_a_mask_the_queries_are_the_last_positions(
+    T: int, S: int, heads: tuple[int, int]
+) -> None:
     q, k, v = qkv(T, S, heads)
     allowed = torch.arange(S) <= torch.arange(S - T, S)[:, None]
     torch.testing.assert_close(attend(q, k, v), explicit(q, k, v, allowed))
@@ -54,18 +60,25 @@ def test_gradients_reach_shared_key_value_heads() -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")  # flex_attention advises compiling it
 def test_flex_equals_explicit_attention() -> None:
     q, k, v = qkv(32, 32)
-    torch.testing.assert_close(attend(q, k, v, backend="flex"), attend(q, k, v), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        attend(q, k, v, backend="flex"), attend(q, k, v), atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
 # less than a block, more than one, a whole number of blocks
 @pytest.mark.parametrize("T", [2, 5, 6, 20])
-def test_blocks_equal_explicit_attention_with_gradients(T: int, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_equal_explicit_attention_with_gradients(
+    T: int, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(attention, "BLOCK", 5)
     inputs = [t.requires_grad_() for t in qkv(T, T, heads)]
     upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
     results = []
-    for function in (lambda q, k, v: attend(q, k, v, backend="blocks"), lambda q, k, v: explicit(q, k, v, torch.ones(T, T).bool().tril())):
+    for function in (
+        lambda q, k, v: attend(q, k, v, backend="blocks"),
+        lambda q, k, v: explicit(q, k, v, torch.ones(T, T).bool().tril()),
+    ):
         out = function(*inputs)
         results.append([out.detach(), *torch.autograd.grad(out, inputs, upstream)])
     torch.testing.assert_close(*results)
@@ -76,8 +89,14 @@ def test_blocks_of_bf16_are_as_exact_as_sdpa() -> None:
     exact = [t.detach().double().requires_grad_() for t in inputs]
 
     def errors(tensors: list[torch.Tensor], backend: str) -> list[float]:
-        results = [attention._forward_backward(name, *parts) for name, parts in ((backend, tensors), ("sdpa", exact))]
-        return [float((actual - right).norm() / right.norm()) for actual, right in zip(*results, strict=True)]
+        results = [
+            attention._forward_backward(name, *parts)
+            for name, parts in ((backend, tensors), ("sdpa", exact))
+        ]
+        return [
+            float((actual - right).norm() / right.norm())
+            for actual, right in zip(*results, strict=True)
+        ]
 
     for blocks, sdpa in zip(errors(inputs, "blocks"), errors(inputs, "sdpa"), strict=True):
         assert blocks < max(2 * sdpa, 0.01)
@@ -96,10 +115,15 @@ def test_failing_or_wrong_backend_is_not_chosen(monkeypatch: pytest.MonkeyPatch)
 
     original = attention._causal_kernel
     broken = {"flash": fails, "flex": lambda q, k, v: original("sdpa")(q, k, v) * 1.5}
-    monkeypatch.setattr(attention, "_causal_kernel", lambda name: broken.get(name) or original(name))
+    monkeypatch.setattr(
+        attention, "_causal_kernel", lambda name: broken.get(name) or original(name)
+    )
     name, reason = choose_backend("cpu", torch.float32, 16, ["flash", "flex"])
     assert (
-        name == "sdpa" and "flash is not usable here (RuntimeError: no kernel image" in reason and "flex" in reason and "differs" in reason
+        name == "sdpa"
+        and "flash is not usable here (RuntimeError: no kernel image" in reason
+        and "flex" in reason
+        and "differs" in reason
     )
     # cuDNN has no kernel for a CPU: sdpa must refuse, not quietly take another one
     name, reason = choose_backend("cpu", torch.float32, 16, ["cudnn", "sdpa"])
@@ -115,9 +139,15 @@ def test_fastest_correct_backend_is_chosen(monkeypatch: pytest.MonkeyPatch) -> N
         time.sleep(0.2)
         return sdpa(q, k, v)
 
-    monkeypatch.setattr(attention, "_causal_kernel", lambda name: {"flash": slow, "flex": sdpa}.get(name) or original(name))
+    monkeypatch.setattr(
+        attention,
+        "_causal_kernel",
+        lambda name: {"flash": slow, "flex": sdpa}.get(name) or original(name),
+    )
     name, reason = choose_backend("cpu", torch.float32, 16, ["flash", "flex"])
-    assert name == "flex" and re.fullmatch(r"flex: forward and backward in [0-9.]+ ms \(flex\), [0-9.]+ ms \(flash\)", reason)
+    assert name == "flex" and re.fullmatch(
+        r"flex: forward and backward in [0-9.]+ ms \(flex\), [0-9.]+ ms \(flash\)", reason
+    )
 
 
 def test_candidates_for_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,8 +42,14 @@ def reply(question: str) -> str:
 
 @pytest.fixture
 def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run chat_cli with arguments and typed lines (an exception is raised where a line would be); returns stdout."""
-    monkeypatch.setattr(engine_module, "load_for_chat", lambda config, device: (Talker(reply, sequence_len=256), TOKENIZER, {}))
+    """Run chat_cli with arguments and typed lines (an exception is raised where a line would be);
+    returns stdout.
+    """
+    monkeypatch.setattr(
+        engine_module,
+        "load_for_chat",
+        lambda config, device: (Talker(reply, sequence_len=256), TOKENIZER, {}),
+    )
 
     def run(*argv: str, typed: tuple[Any, ...] = (), code: int = 0) -> str:
         lines = iter(typed)
@@ -62,11 +68,17 @@ def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 def session(**settings: Any) -> Chat:
-    defaults: dict[str, Any] = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 1, "max_tokens": 100}
+    defaults: dict[str, Any] = {
+        "temperature": 0.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "seed": 1,
+        "max_tokens": 100,
+    }
     return Chat(engine(reply, sequence_len=256), **{**defaults, **settings})
 
 
-# ---- one answer -----------------------------------------------------------------------------------------------------
+# ---- one answer ----------------------------------------------------------------------------------
 
 
 def test_a_prompt_gets_its_answer_on_stdout_and_nothing_else(talk: Callable[..., str]) -> None:
@@ -74,7 +86,9 @@ def test_a_prompt_gets_its_answer_on_stdout_and_nothing_else(talk: Callable[...,
     assert talk("--prompt=calculate") == "It is .\n"  # what the tools did is left out
 
 
-def test_a_dash_reads_the_prompt_from_stdin(talk: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dash_reads_the_prompt_from_stdin(
+    talk: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import io
 
     monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe\n"))
@@ -85,18 +99,25 @@ def test_the_answer_is_as_long_as_allowed(talk: Callable[..., str]) -> None:
     assert talk("-p", "abc", "--max_tokens=5") == "Re: a\n"
 
 
-@pytest.mark.parametrize("flag", ["--temperature=-1", "--top_k=-2", "--top_p=0", "--top_p=1.5", "--max_tokens=0", "--prompt= "])
+@pytest.mark.parametrize(
+    "flag",
+    ["--temperature=-1", "--top_k=-2", "--top_p=0", "--top_p=1.5", "--max_tokens=0", "--prompt= "],
+)
 def test_a_senseless_flag_is_named(capsys: pytest.CaptureFixture[str], flag: str) -> None:
     assert chat_cli.main(["-p", "hi", flag]) == 2
     captured = capsys.readouterr()
-    assert captured.out == "" and flag.split("=")[0] in captured.err and "Traceback" not in captured.err
+    assert (
+        captured.out == ""
+        and flag.split("=")[0] in captured.err
+        and "Traceback" not in captured.err
+    )
 
 
 def test_a_prompt_that_is_too_long_is_refused_in_one_sentence(talk: Callable[..., str]) -> None:
     assert talk("-p", "x" * 300, code=2) == ""
 
 
-# ---- a conversation -------------------------------------------------------------------------------------------------
+# ---- a conversation ------------------------------------------------------------------------------
 
 
 def test_a_conversation_goes_on_until_the_end_of_input(talk: Callable[..., str]) -> None:
@@ -108,7 +129,9 @@ def test_tool_calls_are_set_apart(talk: Callable[..., str]) -> None:
     assert "It is [6*7 = 42]." in talk(typed=("calculate",))
 
 
-def test_control_characters_of_the_model_do_not_reach_the_terminal(talk: Callable[..., str]) -> None:
+def test_control_characters_of_the_model_do_not_reach_the_terminal(
+    talk: Callable[..., str],
+) -> None:
     out = talk(typed=("escape",))
     assert "a[31mbc" in out and "\x1b" not in out and "\x07" not in out
 
@@ -124,7 +147,10 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said() -> None:
     assert "".join(text for _, text in (next(pieces) for _ in range(4))) == "Re: "
     with pytest.raises(KeyboardInterrupt):
         pieces.throw(KeyboardInterrupt())
-    assert chat.messages == [{"role": "user", "content": "go on"}, {"role": "assistant", "content": "Re: "}]
+    assert chat.messages == [
+        {"role": "user", "content": "go on"},
+        {"role": "assistant", "content": "Re: "},
+    ]
     assert "".join(text for _, text in chat.answer("next", print)) == "Re: next"
 
 
@@ -164,14 +190,18 @@ sys.exit(chat_cli.main([]))
         ),
     ],
 )
-def test_ctrl_c_in_a_terminal_leaves_no_traceback(loading: float, exchanges: list[tuple[str, str]], code: int) -> None:
+def test_ctrl_c_in_a_terminal_leaves_no_traceback(
+    loading: float, exchanges: list[tuple[str, str]], code: int
+) -> None:
     """Each text is waited for, then the keys beside it are pressed."""
     import pty
 
     terminal, line = pty.openpty()
     command = [sys.executable, "-c", TERMINAL, str(loading)]
     with (
-        subprocess.Popen(command, stdin=line, stdout=line, stderr=line, start_new_session=True) as process,
+        subprocess.Popen(
+            command, stdin=line, stdout=line, stderr=line, start_new_session=True
+        ) as process,
         open(terminal, "rb+", 0) as screen,
     ):
         os.close(line)
@@ -181,7 +211,9 @@ def test_ctrl_c_in_a_terminal_leaves_no_traceback(loading: float, exchanges: lis
             while awaited not in seen:
                 assert time.monotonic() < end, f"{awaited!r} did not come after {shown!r}"
                 if not select.select([screen], [], [], 3)[0]:
-                    screen.write(b"\x03" if pressed.endswith("\x03") else b"")  # input() overlooks one that comes before it listens
+                    screen.write(
+                        b"\x03" if pressed.endswith("\x03") else b""
+                    )  # input() overlooks one that comes before it listens
                     continue
                 piece = screen.read(1000).decode(errors="replace")
                 shown, seen = shown + piece, seen + piece
@@ -197,11 +229,18 @@ def test_ctrl_c_in_a_terminal_leaves_no_traceback(loading: float, exchanges: lis
 def test_history_is_kept_with_its_tool_calls_and_trimmed_at_the_context() -> None:
     chat, notes = session(), []
     list(chat.answer("calculate", notes.append))
-    assert [part["type"] for part in chat.messages[1]["content"]] == ["text", "python", "python_output", "text"]
+    assert [part["type"] for part in chat.messages[1]["content"]] == [
+        "text",
+        "python",
+        "python_output",
+        "text",
+    ]
     for i in range(6):
         list(chat.answer(f"a question of some length, number {i}", notes.append))
     assert len(chat.messages) == 14  # what was said stays said; only the prompt is cut
-    assert notes and re.search(r"outgrew the model's 256 tokens: its oldest \d+ messages", notes[-1])
+    assert notes and re.search(
+        r"outgrew the model's 256 tokens: its oldest \d+ messages", notes[-1]
+    )
     with pytest.raises(UserError, match="the model reads 255 at most"):
         list(chat.answer("x" * 300, notes.append))
     assert len(chat.messages) == 14
@@ -216,7 +255,16 @@ def test_settings_change_by_command(tmp_path: Path) -> None:
     for line in ("/temperature 0.3", "/topk 7", "/seed 5", "/system  be brief "):
         assert obey(line)
     assert (chat.temperature, chat.top_k, chat.seed, chat.system) == (0.3, 7, 5, "be brief")
-    for line in ("/temperature hot", "/temperature -1", "/temperature nan", "/topk 1.5", "/topk", "/seed x", "/nonsense", "/save"):
+    for line in (
+        "/temperature hot",
+        "/temperature -1",
+        "/temperature nan",
+        "/topk 1.5",
+        "/topk",
+        "/seed x",
+        "/nonsense",
+        "/save",
+    ):
         notes.clear()
         assert obey(line) and len(notes) == 1
     assert (chat.temperature, chat.top_k, chat.seed) == (0.3, 7, 5)
@@ -226,7 +274,10 @@ def test_settings_change_by_command(tmp_path: Path) -> None:
     obey("/clear")
     assert chat.messages == [] and chat.system == "be brief"
     obey("/help")
-    assert all(command in notes[-1] for command in ("/clear", "/system", "/temperature", "/topk", "/seed", "/save", "/quit"))
+    assert all(
+        command in notes[-1]
+        for command in ("/clear", "/system", "/temperature", "/topk", "/seed", "/save", "/quit")
+    )
     assert not obey("/quit")
 
 
@@ -240,7 +291,11 @@ def test_a_chat_is_saved_as_a_line_of_training_data(tmp_path: Path) -> None:
         chat_cli.obey(chat, f"/save {path}", notes.append)
     first, second = path.read_text(encoding="utf-8").splitlines()
     assert first == second
-    assert [message["content"] for message in json.loads(first)["messages"]] == ["be kind", "hi 你好", "Re: be kind\n\nhi 你好"]
+    assert [message["content"] for message in json.loads(first)["messages"]] == [
+        "be kind",
+        "hi 你好",
+        "Re: be kind\n\nhi 你好",
+    ]
     for impossible in (tmp_path, "a\0b", "/dev/full"):
         chat_cli.obey(chat, f"/save {impossible}", notes.append)
         assert "cannot be written" in notes[-1]
@@ -256,31 +311,55 @@ def test_the_same_seed_gives_the_same_answer() -> None:
     assert len(answers) == 1
 
 
-# ---- loading --------------------------------------------------------------------------------------------------------
+# ---- loading -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def checkpoint(base_dir: Path) -> GPT:
     """A tiny model with its tokenizer, saved as the chat stages save theirs."""
-    tokenizer = RustBPETokenizer.train_from_iterator(["some words to merge, some words to keep"] * 4, 280)
+    tokenizer = RustBPETokenizer.train_from_iterator(
+        ["some words to merge, some words to keep"] * 4, 280
+    )
     torch.manual_seed(0)
-    model = GPT(GPTConfig(sequence_len=64, vocab_size=tokenizer.get_vocab_size(), n_layer=1, n_head=2, n_kv_head=2, n_embd=16))
+    model = GPT(
+        GPTConfig(
+            sequence_len=64,
+            vocab_size=tokenizer.get_vocab_size(),
+            n_layer=1,
+            n_head=2,
+            n_kv_head=2,
+            n_embd=16,
+        )
+    )
     model.init_weights()
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.3)
     folder = base_dir / "chatsft_checkpoints" / "d1"
     tokenizer.save(folder)
-    meta = {"model_config": model.config.to_dict(), "user_config": {}, "run_state": {}, "val_bpb": None}
+    meta = {
+        "model_config": model.config.to_dict(),
+        "user_config": {},
+        "run_state": {},
+        "val_bpb": None,
+    }
     checkpoint_manager.save_checkpoint(folder, 7, model.state_dict(), None, meta)
     return model
 
 
 def test_a_saved_model_answers(checkpoint: GPT, capfd: pytest.CaptureFixture[str]) -> None:
-    for argv in (["-p", "some words", "--dtype=float32", "-t", "0"], ["-p", "some words", "-g", "d1", "-s", "7", "--seed=1"]):
+    for argv in (
+        ["-p", "some words", "--dtype=float32", "-t", "0"],
+        ["-p", "some words", "-g", "d1", "-s", "7", "--seed=1"],
+    ):
         assert chat_cli.main([*argv, "--max_tokens=8", "--device_type=cpu"]) == 0
         captured = capfd.readouterr()
         assert captured.out.endswith("\n") and captured.err == ""
-    assert chat_cli.main(["-p", "some words", "--quantize=int8", "--device_type=cpu", "--max_tokens=8"]) == 0
+    assert (
+        chat_cli.main(
+            ["-p", "some words", "--quantize=int8", "--device_type=cpu", "--max_tokens=8"]
+        )
+        == 0
+    )
     assert chat_cli.main(["-p", "some words", "--quantize=int3", "--device_type=cpu"]) == 2
     assert "--quantize=int3 is not possible" in capfd.readouterr().err
 
@@ -289,7 +368,11 @@ def test_a_saved_model_answers(checkpoint: GPT, capfd: pytest.CaptureFixture[str
 def test_weights_are_loaded_in_the_compute_dtype(checkpoint: GPT, dtype: torch.dtype) -> None:
     config = chat_cli.Config(device_type="cpu", dtype=str(dtype).removeprefix("torch."))
     model, _, meta = load_for_chat(config)
-    assert {parameter.dtype for parameter in model.parameters()} == {dtype} and meta["step"] == 7 and not model.training
+    assert (
+        {parameter.dtype for parameter in model.parameters()} == {dtype}
+        and meta["step"] == 7
+        and not model.training
+    )
 
 
 def test_a_model_tag_that_names_a_stage_is_taken_as_the_source(checkpoint: GPT) -> None:
@@ -299,19 +382,22 @@ def test_a_model_tag_that_names_a_stage_is_taken_as_the_source(checkpoint: GPT) 
 
 
 @pytest.mark.parametrize("argv", [["-i", "rl"], ["-g", "d9"], ["-s", "3"], ["-i", "nowhere"]])
-def test_a_missing_model_is_one_sentence(checkpoint: GPT, capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+def test_a_missing_model_is_one_sentence(
+    checkpoint: GPT, capsys: pytest.CaptureFixture[str], argv: list[str]
+) -> None:
     for script, extra in ((chat_cli, ["-p", "hi"]), (chat_web, ["--port=0"])):
         assert script.main([*argv, *extra, "--device_type=cpu"]) == 2
         error = capsys.readouterr().err
         assert error.count("error: ") == 1 and "Traceback" not in error
 
 
-# ---- the web script -------------------------------------------------------------------------------------------------
+# ---- the web script ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "flag",
-    "--temperature=-1 --top_k=-1 --top_p=0 --top_p=1.5 --max_tokens=0 --max_batch=0 --queue=-1 --port=70000 --num_gpus=0".split(),
+    "--temperature=-1 --top_k=-1 --top_p=0 --top_p=1.5 --max_tokens=0 --max_batch=0 --queue=-1 "
+    "--port=70000 --num_gpus=0".split(),
 )
 def test_chat_web_names_a_senseless_flag(capsys: pytest.CaptureFixture[str], flag: str) -> None:
     assert chat_web.main([flag]) == 2
@@ -321,11 +407,22 @@ def test_chat_web_names_a_senseless_flag(capsys: pytest.CaptureFixture[str], fla
 def test_the_web_scripts_defaults_are_the_servers() -> None:
     shared = {f.name: f.default for f in dataclasses.fields(Settings)}
     mine = {f.name: f.default for f in dataclasses.fields(chat_web.Config)}
-    assert {name: mine[name] for name in shared.keys() & mine.keys()} == {name: shared[name] for name in shared.keys() & mine.keys()}
-    assert {"temperature", "top_k", "top_p", "max_tokens", "max_batch", "queue"} <= shared.keys() & mine.keys()
+    assert {name: mine[name] for name in shared.keys() & mine.keys()} == {
+        name: shared[name] for name in shared.keys() & mine.keys()
+    }
+    assert {
+        "temperature",
+        "top_k",
+        "top_p",
+        "max_tokens",
+        "max_batch",
+        "queue",
+    } <= shared.keys() & mine.keys()
 
 
-def test_chat_web_says_that_a_port_is_taken_before_it_loads_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+def test_chat_web_says_that_a_port_is_taken_before_it_loads_a_model(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert chat_web.main([f"--port={port}"]) == 2
@@ -335,26 +432,59 @@ def test_chat_web_says_that_a_port_is_taken_before_it_loads_a_model(capsys: pyte
 def test_chat_web_serves_until_it_is_interrupted(checkpoint: GPT) -> None:
     import httpx
 
-    command = [sys.executable, "-m", "scripts.chat_web", "--port=0", "--device_type=cpu", "--dtype=float32", "-m", "8"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.chat_web",
+        "--port=0",
+        "--device_type=cpu",
+        "--dtype=float32",
+        "-m",
+        "8",
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None and process.stderr is not None
         line = process.stdout.readline()
         try:
             (url,) = re.findall(r"http://127\.0\.0\.1:\d+", line)
-            answer = httpx.post(url + "/v1/chat/completions", json={"messages": [{"role": "user", "content": "some words"}]}, timeout=60)
-            assert answer.json()["model"] == "zangchat-sft" and answer.json()["usage"]["completion_tokens"] <= 8
+            answer = httpx.post(
+                url + "/v1/chat/completions",
+                json={"messages": [{"role": "user", "content": "some words"}]},
+                timeout=60,
+            )
+            assert (
+                answer.json()["model"] == "zangchat-sft"
+                and answer.json()["usage"]["completion_tokens"] <= 8
+            )
         finally:
             process.send_signal(2)
             errors = process.stderr.read()
-        assert process.wait(30) in (0, 130) and "Traceback" not in errors and "some words" not in errors
+        assert (
+            process.wait(30) in (0, 130)
+            and "Traceback" not in errors
+            and "some words" not in errors
+        )
 
 
 @pytest.mark.slow
 def test_the_server_loses_nothing_under_many_clients(
     checkpoint: GPT, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench_serve, "QUESTIONS", ("some words", "words"))  # the model's context is short
-    flags = ["--streams=8", "--requests=60", "--alone=3", "--leaving=0.3", "--longest=24", "--device_type=cpu", "--dtype=float32", "--busy"]
+    monkeypatch.setattr(
+        bench_serve, "QUESTIONS", ("some words", "words")
+    )  # the model's context is short
+    flags = [
+        "--streams=8",
+        "--requests=60",
+        "--alone=3",
+        "--leaving=0.3",
+        "--longest=24",
+        "--device_type=cpu",
+        "--dtype=float32",
+        "--busy",
+    ]
     assert bench_serve.main(flags) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["error_examples"], result["left_in_hand"]) == ([], 0)

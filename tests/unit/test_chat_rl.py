@@ -1,4 +1,6 @@
-"""The commands that reward and evaluate (chat_rl, chat_eval, base_eval), and what measures them, at a tiny size, as a user starts them."""
+"""The commands that reward and evaluate (chat_rl, chat_eval, base_eval), and what measures them, at
+a tiny size, as a user starts them.
+"""
 
 import functools
 import json
@@ -31,7 +33,9 @@ from zangchat.runtime import collectives
 from zangchat.tokenizer import RustBPETokenizer
 from zangchat.training import trainer
 
-TEXT = Path(common.__file__).read_text(encoding="utf-8") + Path(spellingbee.__file__).read_text(encoding="utf-8")
+TEXT = Path(common.__file__).read_text(encoding="utf-8") + Path(spellingbee.__file__).read_text(
+    encoding="utf-8"
+)
 CPU = ["--device_type=cpu", "--dtype=float32"]
 SIZE = [
     "--task=vowels",
@@ -42,11 +46,20 @@ SIZE = [
     "--eval_examples=6",
     "--eval_samples=2",
 ]
-RATES = ["--optimizer=adamw", "--matrix_lr=0.05", "--embedding_lr=0.05", "--unembedding_lr=0.05", "--init_lr_frac=1", "--eval_every=5"]
+RATES = [
+    "--optimizer=adamw",
+    "--matrix_lr=0.05",
+    "--embedding_lr=0.05",
+    "--unembedding_lr=0.05",
+    "--init_lr_frac=1",
+    "--eval_every=5",
+]
 
 
 class Vowels(GeneratedTask):
-    """Earns the share of vowels in the answer: even noise earns something, and more can be learnt within a few steps."""
+    """Earns the share of vowels in the answer: even noise earns something, and more can be learnt
+    within a few steps.
+    """
 
     rewarded = True
 
@@ -63,10 +76,14 @@ class Vowels(GeneratedTask):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base directory with a random model that passes for a finetuned one (tags a and b) and for a base model."""
+    """A base directory with a random model that passes for a finetuned one (tags a and b) and for a
+    base model.
+    """
     root = tmp_path_factory.mktemp("base")
     tokenizer = RustBPETokenizer.train_from_iterator(iter([TEXT] * 2), 400)
-    model = lively_model(tokenizer.get_vocab_size(), sequence_len=64, n_layer=1, n_embd=32, seed=2, std=0.2)
+    model = lively_model(
+        tokenizer.get_vocab_size(), sequence_len=64, n_layer=1, n_embd=32, seed=2, std=0.2
+    )
     for stage, tag in (("sft", "a"), ("sft", "b"), ("base", "a")):
         folder = root / checkpoint_manager.SOURCES[stage] / tag
         folder.mkdir(parents=True)
@@ -90,7 +107,8 @@ def base(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("WANDB_RUN", "dummy")
     (root / "tasks" / "words").mkdir(parents=True)
     (root / "tasks" / "words" / "w.txt").write_text(
-        "\n".join(f"w{a}{b}rd" for a in "abcdefghijklmn" for b in "abcdefghijklmn"), encoding="utf-8"
+        "\n".join(f"w{a}{b}rd" for a in "abcdefghijklmn" for b in "abcdefghijklmn"),
+        encoding="utf-8",
     )
     return root
 
@@ -111,11 +129,18 @@ def rl(*more: str, tag: str = "a") -> int:
 
 
 def metrics(base: Path, tag: str = "a") -> list[dict[str, Any]]:
-    lines = (base / "chatrl_checkpoints" / tag / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in trainer.TIMES} for line in lines]
+    lines = (
+        (base / "chatrl_checkpoints" / tag / "metrics.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    )
+    return [
+        {key: value for key, value in json.loads(line).items() if key not in trainer.TIMES}
+        for line in lines
+    ]
 
 
-# ---- chat_rl --------------------------------------------------------------------------------------------------------
+# ---- chat_rl -------------------------------------------------------------------------------------
 
 
 def test_rl_raises_the_reward_and_leaves_a_model_curves_and_a_report(base):
@@ -127,7 +152,9 @@ def test_rl_raises_the_reward_and_leaves_a_model_curves_and_a_report(base):
     assert list(held_out) == [0, 5, 10, 15] and held_out[15] >= held_out[0]
     model, _, meta = checkpoint_manager.load_model("rl", "cpu", "eval")
     assert meta["stage"] == "rl" and meta["step"] == 15
-    first, last = (meta["run_state"]["results"]["held_out"][f"{when} pass@2"] for when in ("first", "last"))
+    first, last = (
+        meta["run_state"]["results"]["held_out"][f"{when} pass@2"] for when in ("first", "last")
+    )
     assert 0 <= first <= 1 and 0 <= last <= 1
     assert any(card.section == "Chat RL" for card in get_report().cards())
 
@@ -145,11 +172,19 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_bit_for_bit(base, mo
         patch.setattr(trainer.Trainer, "train_step", interrupted)
         assert rl("--num_iterations=8", tag="b") == 130
     assert rl("--num_iterations=8", "--resume=latest", tag="b") == 0
-    one, two = (checkpoint_manager.load_checkpoint(base / "chatrl_checkpoints" / tag, 8, "cpu", load_optimizer=True) for tag in "ab")
+    one, two = (
+        checkpoint_manager.load_checkpoint(
+            base / "chatrl_checkpoints" / tag, 8, "cpu", load_optimizer=True
+        )
+        for tag in "ab"
+    )
     assert all(torch.equal(one[0][name], two[0][name]) for name in one[0])
     assert one[1] is not None and two[1] is not None and one[1].keys() == two[1].keys()
     for name, entry in one[1].items():
-        assert all(torch.equal(tensor, two[1][name]["tensors"][key]) for key, tensor in entry["tensors"].items())
+        assert all(
+            torch.equal(tensor, two[1][name]["tensors"][key])
+            for key, tensor in entry["tensors"].items()
+        )
     assert metrics(base, "a") == metrics(base, "b")
 
 
@@ -157,7 +192,10 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_bit_for_bit(base, mo
     ("flags", "complaint"),
     [
         (["--task=gsm9k"], "unknown task 'gsm9k'"),
-        (["--task=identity"], "has no reward to learn from: choose one of GSM8K, SpellingBee, Arithmetic"),
+        (
+            ["--task=identity"],
+            "has no reward to learn from: choose one of GSM8K, SpellingBee, Arithmetic",
+        ),
         (["--num_samples=1"], "teaches nothing"),
         (["--temperature=0"], "must be above 0"),
         (["--source=base"], "choose sft or mid"),
@@ -173,13 +211,39 @@ def test_rl_says_what_is_wrong_in_one_sentence(base, capsys, flags, complaint):
     assert not list(base.glob("chatrl_checkpoints/*/meta_*"))
 
 
-# ---- chat_eval ------------------------------------------------------------------------------------------------------
+# ---- chat_eval -----------------------------------------------------------------------------------
 
 
 def test_chat_eval_scores_tasks_and_keeps_what_was_said(base, capsys):
-    assert chat_eval.main(["-g", "a", "-a", "vowels|Spelling-Bee|VOWELS", "-x", "7", "-m", "6", "-n", "2", "-t", "1", *CPU]) == 0
-    rows = [json.loads(line) for line in (base / "chat_eval" / "sft_a_000003_Vowels.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [row["index"] for row in rows] == list(range(7)) and all(len(row["completions"]) == 2 for row in rows)
+    assert (
+        chat_eval.main(
+            [
+                "-g",
+                "a",
+                "-a",
+                "vowels|Spelling-Bee|VOWELS",
+                "-x",
+                "7",
+                "-m",
+                "6",
+                "-n",
+                "2",
+                "-t",
+                "1",
+                *CPU,
+            ]
+        )
+        == 0
+    )
+    rows = [
+        json.loads(line)
+        for line in (base / "chat_eval" / "sft_a_000003_Vowels.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    ]
+    assert [row["index"] for row in rows] == list(range(7)) and all(
+        len(row["completions"]) == 2 for row in rows
+    )
     (card,) = [card for card in get_report().cards() if card.section == "Chat evaluation sft"]
     assert set(card.data[0]) == {"Vowels", "SpellingBee"}
     assert card.data[0]["Vowels"] == pytest.approx(sum(row["passed"] for row in rows) / 7)
@@ -188,10 +252,15 @@ def test_chat_eval_scores_tasks_and_keeps_what_was_said(base, capsys):
 
 def test_chat_eval_of_everything_names_what_it_could_not_score(base, capsys):
     (base / "tasks" / "gsm8k" / "main").mkdir(parents=True)
-    (base / "tasks" / "gsm8k" / "main" / "test.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n', encoding="utf-8")
+    (base / "tasks" / "gsm8k" / "main" / "test.jsonl").write_text(
+        '{"question": "1+1?", "answer": "#### 2"}\n', encoding="utf-8"
+    )
     assert chat_eval.main(["-g", "a", "-x", "4", "-m", "4", *CPU]) == 0
     out = capsys.readouterr().out
-    assert "ChatCORE (2/6, no ARC-Easy, ARC-Challenge, MMLU, HumanEval)" in out and "ARC-Easy: not scored" in out
+    assert (
+        "ChatCORE (2/6, no ARC-Easy, ARC-Challenge, MMLU, HumanEval)" in out
+        and "ARC-Easy: not scored" in out
+    )
     (card,) = [card for card in get_report().cards() if card.section == "Chat evaluation sft"]
     assert sum("Not scored: MMLU" in item for item in card.data if isinstance(item, str)) == 1
 
@@ -203,8 +272,12 @@ def test_chat_eval_that_scored_nothing_is_a_failure(base, capsys):
     names = ["ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee"]
     assert [line.partition(":")[0] for line in out.splitlines() if "not scored" in line] == names
     error = err.strip().splitlines()[-1]
-    assert error.startswith(f"error: nothing was scored: {', '.join(names)} lack what the lines above name; ")
-    assert error.endswith('; these have their data here: -a "Arithmetic|PyDocs|Identity|Vowels"'), error
+    assert error.startswith(
+        f"error: nothing was scored: {', '.join(names)} lack what the lines above name; "
+    )
+    assert error.endswith('; these have their data here: -a "Arithmetic|PyDocs|Identity|Vowels"'), (
+        error
+    )
     assert chat_eval.main(["-g", "a", "-x", "2", "-m", "2", "-a", "Arithmetic|Identity", *CPU]) == 0
 
 
@@ -213,9 +286,17 @@ def test_on_macos_humaneval_is_not_scored_and_its_answers_are_not_run(base, caps
     programs = []
     run = execution.run_in_jail
     for module in (execution, execution.probe):
-        monkeypatch.setattr(module, "sys", types.SimpleNamespace(**{**vars(sys), "platform": "darwin"}))
-        monkeypatch.setattr(module, "run_in_jail", lambda code, *rest, **more: programs.append(code) or run(code, *rest, **more))
-    monkeypatch.setattr(execution, "find_sandbox", functools.cache(execution.find_sandbox.__wrapped__))
+        monkeypatch.setattr(
+            module, "sys", types.SimpleNamespace(**{**vars(sys), "platform": "darwin"})
+        )
+        monkeypatch.setattr(
+            module,
+            "run_in_jail",
+            lambda code, *rest, **more: programs.append(code) or run(code, *rest, **more),
+        )
+    monkeypatch.setattr(
+        execution, "find_sandbox", functools.cache(execution.find_sandbox.__wrapped__)
+    )
     row = {
         "task_id": "0",
         "prompt": "def one():\n",
@@ -225,10 +306,17 @@ def test_on_macos_humaneval_is_not_scored_and_its_answers_are_not_run(base, caps
     }
     rows.write_rows(base / "tasks" / "openai_humaneval" / "test.jsonl", [row])
     assert chat_eval.main(["-g", "a", "--all_tasks", "-x", "2", "-m", "4", *CPU]) == 0
-    assert "HumanEval: not scored, model-written code is not run here: the sandbox of this machine" in capsys.readouterr().out
+    assert (
+        "HumanEval: not scored, model-written code is not run here: the sandbox of this machine"
+        in capsys.readouterr().out
+    )
     assert len(programs) == 1 and "succeeds(" in programs[0], "the probe alone"
     (card,) = [card for card in get_report().cards() if card.section == "Chat evaluation sft"]
-    assert any("Not scored: HumanEval. model-written code is not run here" in item for item in card.data if isinstance(item, str))
+    assert any(
+        "Not scored: HumanEval. model-written code is not run here" in item
+        for item in card.data
+        if isinstance(item, str)
+    )
     assert chat_eval.main(["-g", "a", "-a", "HumanEval", "-x", "2", "-m", "4", *CPU]) == 2
     assert "darwin has no such sandbox: run this on Linux" in capsys.readouterr().err
     assert len(programs) == 1
@@ -237,7 +325,9 @@ def test_on_macos_humaneval_is_not_scored_and_its_answers_are_not_run(base, caps
 def test_what_one_rank_lacks_no_rank_scores(base, capsys, monkeypatch):
     """Or the ranks that have it would wait in vain for the other's part of the answers."""
     agree = collectives.max_over_ranks
-    monkeypatch.setattr(collectives, "max_over_ranks", lambda values: [1.0] if values == [False] else agree(values))
+    monkeypatch.setattr(
+        collectives, "max_over_ranks", lambda values: [1.0] if values == [False] else agree(values)
+    )
     assert chat_eval.main(["-g", "a", "-a", "vowels", *CPU]) == 2
     assert "another rank lacks" in capsys.readouterr().err
 
@@ -256,7 +346,9 @@ def test_chat_eval_refuses_missing_data_that_was_asked_for(base, capsys):
         assert complaint in capsys.readouterr().err
 
 
-def test_programs_of_answers_run_only_where_a_sandbox_holds_them_unless_told_otherwise(base, capsys, monkeypatch):
+def test_programs_of_answers_run_only_where_a_sandbox_holds_them_unless_told_otherwise(
+    base, capsys, monkeypatch
+):
     (base / "tasks" / "openai_humaneval").mkdir()
     row = {
         "task_id": "T/0",
@@ -265,10 +357,14 @@ def test_programs_of_answers_run_only_where_a_sandbox_holds_them_unless_told_oth
         "test": "def check(f): f(1)",
         "entry_point": "f",
     }
-    (base / "tasks" / "openai_humaneval" / "test.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    (base / "tasks" / "openai_humaneval" / "test.jsonl").write_text(
+        json.dumps(row), encoding="utf-8"
+    )
     monkeypatch.setattr(execution, "find_sandbox", lambda: Sandbox(Jail(), SandboxLevel.LIMITS))
     ran: list[str] = []
-    monkeypatch.setattr(execution, "run_in_jail", lambda code, *_: ran.append(code) or ExecutionResult(True, "", ""))
+    monkeypatch.setattr(
+        execution, "run_in_jail", lambda code, *_: ran.append(code) or ExecutionResult(True, "", "")
+    )
     evaluate = ["-g", "a", "-m", "4", "-a", "HumanEval", *CPU]
     assert chat_eval.main(evaluate) == 2 and not ran
     assert "'limits', below 'filtered'" in capsys.readouterr().err
@@ -289,23 +385,29 @@ def test_the_whole_of_chatcore_is_the_mean_of_centred_accuracies():
     assert table["ChatCORE"] == pytest.approx((0 + 0.25 / 0.75 + 0.15 / 0.75 + 0.1 + 0.2 + 0.9) / 6)
 
 
-# ---- base_eval ------------------------------------------------------------------------------------------------------
+# ---- base_eval -----------------------------------------------------------------------------------
 
 
 def test_base_eval_writes_a_table_and_a_report_card(base, capsys):
     make_bundle(base / "eval_bundle")
     assert base_eval.main(["--max_per_task=5", *CPU]) == 0
     lines = (base / "base_eval" / "base_a_000003.csv").read_text(encoding="utf-8").splitlines()
-    assert lines[0] == "task,accuracy,centered" and lines[1].startswith("jeopardy,") and "coqa,," in lines
+    assert (
+        lines[0] == "task,accuracy,centered"
+        and lines[1].startswith("jeopardy,")
+        and "coqa,," in lines
+    )
     assert lines[-1].startswith('"CORE (3/22, no ')
     (card,) = [card for card in get_report().cards() if card.section == "Base model evaluation"]
     name = next(name for name in card.data[1] if name.startswith("CORE"))
-    assert name.startswith("CORE (3/22") and f"{card.data[1][name]:.6f}" == lines[-1].rsplit(",", 1)[1]
+    assert (
+        name.startswith("CORE (3/22") and f"{card.data[1][name]:.6f}" == lines[-1].rsplit(",", 1)[1]
+    )
     assert base_eval.main(["--max_per_task=0", *CPU]) == 2
     assert "--max_per_task=0" in capsys.readouterr().err
 
 
-# ---- what measures them ---------------------------------------------------------------------------------------------
+# ---- what measures them --------------------------------------------------------------------------
 
 
 def test_core_is_timed_both_ways_on_the_same_items(base, capsys):
@@ -314,8 +416,15 @@ def test_core_is_timed_both_ways_on_the_same_items(base, capsys):
     size = ["--depth=1", "--head_dim=32", "--max_seq_len=64", "--items=4", "--repeats=1", "--busy"]
     assert bench_core.main([*size, *CPU]) == 0
     figures = json.loads(capsys.readouterr().out)
-    assert figures["items"] == 12 and figures["verdicts_differ"] == 0 and figures["data"].startswith("CORE (3/22")
-    assert bench_core.main([*size, *CPU, "--tasks=piqa"]) == 2 and "no data of piqa" in capsys.readouterr().err
+    assert (
+        figures["items"] == 12
+        and figures["verdicts_differ"] == 0
+        and figures["data"].startswith("CORE (3/22")
+    )
+    assert (
+        bench_core.main([*size, *CPU, "--tasks=piqa"]) == 2
+        and "no data of piqa" in capsys.readouterr().err
+    )
 
 
 def test_rounded_weights_are_compared_with_exact_ones(base, capsys):
@@ -323,8 +432,13 @@ def test_rounded_weights_are_compared_with_exact_ones(base, capsys):
     assert agreement.main([*flags, "--max_tokens=8"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["replies"] == 5 and len(found["against_float32"]) == len(agreement.KINDS)
-    assert all("impossible" in kind or 0 <= kind["same_token"] <= 1 for kind in found["against_float32"])
-    assert agreement.main([*flags, "--max_tokens=64"]) == 2 and "--max_tokens=64 leaves no room" in capsys.readouterr().err
+    assert all(
+        "impossible" in kind or 0 <= kind["same_token"] <= 1 for kind in found["against_float32"]
+    )
+    assert (
+        agreement.main([*flags, "--max_tokens=64"]) == 2
+        and "--max_tokens=64 leaves no room" in capsys.readouterr().err
+    )
 
 
 def test_programs_in_the_sandbox_are_timed(capsys):
@@ -333,4 +447,7 @@ def test_programs_in_the_sandbox_are_timed(capsys):
     assert bench_sandbox.main(["--programs=10", "--at_once=2", "--busy"]) == 0
     figures = json.loads(capsys.readouterr().out)
     for kind in ("program", "program with tests"):
-        assert all(figures[kind][how]["p99_ms"] >= figures[kind][how]["p50_ms"] > 0 for how in ("one_at_a_time", "at_once"))
+        assert all(
+            figures[kind][how]["p99_ms"] >= figures[kind][how]["p50_ms"] > 0
+            for how in ("one_at_a_time", "at_once")
+        )

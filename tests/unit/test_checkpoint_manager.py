@@ -1,4 +1,6 @@
-"""Checkpoints: what is saved comes back, a step exists whole or not at all, damage is named, and the right one is found."""
+"""Checkpoints: what is saved comes back, a step exists whole or not at all, damage is named, and
+the right one is found.
+"""
 
 import json
 import os
@@ -16,13 +18,27 @@ from zangchat import checkpoint_manager as cm
 from zangchat.errors import UserError
 from zangchat.runtime.files import file_sha256
 
-MODEL = {"transformer.wte.weight": torch.arange(12.0).view(4, 3), "lm_head.weight": torch.ones(4, 3, dtype=torch.bfloat16)}
-META = {"val_bpb": 1.5, "model_config": {"n_layer": 2}, "user_config": {"depth": 2}, "run_state": {"step": 1}}
+MODEL = {
+    "transformer.wte.weight": torch.arange(12.0).view(4, 3),
+    "lm_head.weight": torch.ones(4, 3, dtype=torch.bfloat16),
+}
+META = {
+    "val_bpb": 1.5,
+    "model_config": {"n_layer": 2},
+    "user_config": {"depth": 2},
+    "run_state": {"step": 1},
+}
 
 
 def shard(start: int = 0, stop: int = 4) -> dict[str, Any]:
     rows = torch.arange(12.0).view(4, 3)[start:stop]
-    return {"lm_head.weight": {"shape": [4, 3], "slice": [start, stop], "tensors": {"exp_avg": rows, "step": torch.tensor(7.0)}}}
+    return {
+        "lm_head.weight": {
+            "shape": [4, 3],
+            "slice": [start, stop],
+            "tensors": {"exp_avg": rows, "step": torch.tensor(7.0)},
+        }
+    }
 
 
 def save(directory: Path, step: int, **changes: Any) -> None:
@@ -36,23 +52,39 @@ def damage(path: Path) -> None:
     path.write_bytes(data)
 
 
-# ---- round trip -----------------------------------------------------------------------------------------------------
+# ---- round trip ----------------------------------------------------------------------------------
 
 
 def test_what_is_saved_comes_back(tmp_path):
     save(tmp_path, 123)
     model, optimizer, meta = cm.load_checkpoint(tmp_path, 123, "cpu", load_optimizer=True)
-    assert {name: tensor.dtype for name, tensor in model.items()} == {name: tensor.dtype for name, tensor in MODEL.items()}
+    assert {name: tensor.dtype for name, tensor in model.items()} == {
+        name: tensor.dtype for name, tensor in MODEL.items()
+    }
     assert all(torch.equal(model[name], MODEL[name]) for name in MODEL)
-    assert torch.equal(optimizer["lm_head.weight"]["tensors"]["exp_avg"], torch.arange(12.0).view(4, 3))
-    assert {key: meta[key] for key in META} == META and meta["step"] == 123 and meta["format_version"] == cm.FORMAT_VERSION
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["meta_000123.json", "model_000123.pt", "optim_000123_rank0.pt"]
+    assert torch.equal(
+        optimizer["lm_head.weight"]["tensors"]["exp_avg"], torch.arange(12.0).view(4, 3)
+    )
+    assert (
+        {key: meta[key] for key in META} == META
+        and meta["step"] == 123
+        and meta["format_version"] == cm.FORMAT_VERSION
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "meta_000123.json",
+        "model_000123.pt",
+        "optim_000123_rank0.pt",
+    ]
 
 
 def test_the_prefix_of_compiled_models_is_neither_written_nor_kept(tmp_path):
-    cm.save_checkpoint(tmp_path, 1, {f"_orig_mod.{name}": tensor for name, tensor in MODEL.items()}, None, META)
+    cm.save_checkpoint(
+        tmp_path, 1, {f"_orig_mod.{name}": tensor for name, tensor in MODEL.items()}, None, META
+    )
     assert torch.load(tmp_path / "model_000001.pt", weights_only=True).keys() == MODEL.keys()
-    assert cm.strip_prefix({"_orig_mod.mode.weight": torch.zeros(1)}).keys() == {"mode.weight"}  # a prefix, not a set of letters
+    assert cm.strip_prefix({"_orig_mod.mode.weight": torch.zeros(1)}).keys() == {
+        "mode.weight"
+    }  # a prefix, not a set of letters
 
 
 def test_a_view_is_saved_without_the_rest_of_its_storage(tmp_path):
@@ -65,25 +97,43 @@ def test_shards_of_several_ranks_make_one_state(tmp_path):
     cm.save_checkpoint(tmp_path, 1, MODEL, shard(0, 2), META)
     _add_rank(tmp_path, 1, rank=1, data=shard(2, 4))
     _, merged, _ = cm.load_checkpoint(tmp_path, 1, "cpu", load_optimizer=True)
-    assert torch.equal(merged["lm_head.weight"]["tensors"]["exp_avg"], torch.arange(12.0).view(4, 3))
+    assert torch.equal(
+        merged["lm_head.weight"]["tensors"]["exp_avg"], torch.arange(12.0).view(4, 3)
+    )
     assert float(merged["lm_head.weight"]["tensors"]["step"]) == 7.0
 
 
 def _add_rank(directory: Path, step: int, rank: int, data: dict[str, Any]) -> None:
     """What rank `rank` of a larger run would have added (real ranks: test_trainer)."""
     size, digest = checkpoint_files.write_tensors(directory / cm.optim_name(step, rank), data)
-    files = cm.read_meta(directory, step)["files"] | {cm.optim_name(step, rank): {"size": size, "sha256": digest}}
+    files = cm.read_meta(directory, step)["files"] | {
+        cm.optim_name(step, rank): {"size": size, "sha256": digest}
+    }
     cm.update_meta(directory, step, {"files": files})
 
 
 def test_a_state_dict_comes_back_as_it_was_saved(tmp_path):
     group = {"lr": 0.1, "betas": (0.9, 0.95), "fused": None, "params": [0]}
-    cm.save_checkpoint(tmp_path, 1, MODEL, {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [group]}, META)
+    cm.save_checkpoint(
+        tmp_path,
+        1,
+        MODEL,
+        {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [group]},
+        META,
+    )
     state = cm.load_checkpoint(tmp_path, 1, "cpu", load_optimizer=True)[1]
-    assert state["param_groups"] == [group] and torch.equal(state["state"][0]["exp_avg"], torch.ones(3))
+    assert state["param_groups"] == [group] and torch.equal(
+        state["state"][0]["exp_avg"], torch.ones(3)
+    )
     _add_rank(tmp_path, 1, rank=1, data=[{"state": {}, "param_groups": []}])  # type: ignore[arg-type]
-    assert cm.load_checkpoint(tmp_path, 1, "cpu", load_optimizer=True, rank=1)[1] == [{"state": {}, "param_groups": []}]
-    with pytest.raises(UserError, match=r"optim_000001_rank2\.pt is missing: the optimizer state of step 1 was saved by 2 ranks"):
+    assert cm.load_checkpoint(tmp_path, 1, "cpu", load_optimizer=True, rank=1)[1] == [
+        {"state": {}, "param_groups": []}
+    ]
+    with pytest.raises(
+        UserError,
+        match=r"optim_000001_rank2\.pt is missing: the optimizer state of step 1 was saved by 2 "
+        r"ranks",
+    ):
         cm.load_checkpoint(tmp_path, 1, "cpu", load_optimizer=True, rank=2)
 
 
@@ -105,13 +155,15 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     torch.save({"weight": Evil()}, tmp_path / "model_000001.pt")
     size = (tmp_path / "model_000001.pt").stat().st_size
     files = {"model_000001.pt": {"size": size, "sha256": file_sha256(tmp_path / "model_000001.pt")}}
-    (tmp_path / "meta_000001.json").write_text(json.dumps({**META, "step": 1, "files": files, "format_version": cm.FORMAT_VERSION}))
+    (tmp_path / "meta_000001.json").write_text(
+        json.dumps({**META, "step": 1, "files": files, "format_version": cm.FORMAT_VERSION})
+    )
     with pytest.raises(UserError, match="model_000001.pt cannot be read"):
         cm.load_checkpoint(tmp_path, 1, "cpu")
     assert not (tmp_path / "ran").exists()
 
 
-# ---- a step exists whole or not at all ------------------------------------------------------------------------------
+# ---- a step exists whole or not at all -----------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -195,7 +247,9 @@ def test_where_no_step_is_whole_the_damage_of_the_newest_is_named(tmp_path):
     for step in (1, 2):
         save(tmp_path, step)
         (tmp_path / f"model_{step:06d}.pt").write_bytes(b"cut")
-    with pytest.raises(UserError, match=r"model_000002.pt is damaged: 3 bytes.*another --model_tag"):
+    with pytest.raises(
+        UserError, match=r"model_000002.pt is damaged: 3 bytes.*another --model_tag"
+    ):
         cm.find_last_step(tmp_path)
 
 
@@ -215,7 +269,7 @@ def test_a_checkpoint_of_a_later_format_is_refused(tmp_path):
         cm.load_checkpoint(tmp_path, 1, "cpu")
 
 
-# ---- which ones are kept, which one is found ------------------------------------------------------------------------
+# ---- which ones are kept, which one is found -----------------------------------------------------
 
 
 def test_purging_keeps_the_newest_whole_steps(tmp_path):
@@ -238,7 +292,11 @@ def test_purging_keeps_every_nth_step_for_ever(tmp_path):
 
 def test_a_snapshot_is_not_touched_by_what_comes_after_it(tmp_path, monkeypatch):
     write, changed, weight = checkpoint_files.write_tensors, threading.Event(), torch.zeros(3)
-    monkeypatch.setattr(checkpoint_files, "write_tensors", lambda path, data: (changed.wait(60), write(path, data))[1])
+    monkeypatch.setattr(
+        checkpoint_files,
+        "write_tensors",
+        lambda path, data: (changed.wait(60), write(path, data))[1],
+    )
     writing = cm.Save(tmp_path, 1, {"weight": weight}, None, META, snapshot=True)
     weight.fill_(1)
     changed.set()
@@ -252,7 +310,9 @@ def test_purging_touches_nothing_else(tmp_path):
     for name in ("metrics.jsonl", "tokenizer.json", "notes_000001.txt"):
         (tmp_path / name).write_text("mine")
     cm.purge(tmp_path, keep_last=1)
-    assert {"metrics.jsonl", "tokenizer.json", "notes_000001.txt"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"metrics.jsonl", "tokenizer.json", "notes_000001.txt"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
 
 
 def test_discarding_what_lies_beyond_a_step(tmp_path):
@@ -299,26 +359,43 @@ def test_an_unknown_tag_lists_those_present(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no step 5 .*present: 1"):
         cm.load_model("base", "cpu", "eval", model_tag="d4", step=5)
     (tmp_path / "base_checkpoints" / "d3").mkdir()
-    with pytest.raises(UserError, match="no checkpoint in .*d3: run `python -m scripts.base_train` first"):
+    with pytest.raises(
+        UserError, match="no checkpoint in .*d3: run `python -m scripts.base_train` first"
+    ):
         cm.load_model("base", "cpu", "eval", model_tag="d3")
 
 
-# ---- models ---------------------------------------------------------------------------------------------------------
+# ---- models --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def trained(tmp_path, monkeypatch) -> Path:
-    """<base> with one real (untrained) model and its tokenizer; the base tokenizer is another one."""
+    """<base> with one real (untrained) model and its tokenizer; the base tokenizer is another
+    one.
+    """
     from zangchat.config import GPTConfig
     from zangchat.gpt import GPT
     from zangchat.tokenizer import RustBPETokenizer
 
     monkeypatch.setenv("ZANGCHAT_BASE_DIR", str(tmp_path))
-    tokenizer = RustBPETokenizer.train_from_iterator(iter(["some text to learn from, some more text"]), 270)
-    model = GPT(GPTConfig(sequence_len=8, vocab_size=tokenizer.get_vocab_size(), n_layer=1, n_head=2, n_kv_head=2, n_embd=16))
+    tokenizer = RustBPETokenizer.train_from_iterator(
+        iter(["some text to learn from, some more text"]), 270
+    )
+    model = GPT(
+        GPTConfig(
+            sequence_len=8,
+            vocab_size=tokenizer.get_vocab_size(),
+            n_layer=1,
+            n_head=2,
+            n_kv_head=2,
+            n_embd=16,
+        )
+    )
     model.init_weights(head_init_scale=0.1)
     directory = tmp_path / "chatsft_checkpoints" / "d1"
-    cm.save_checkpoint(directory, 3, model.state_dict(), None, {**META, "model_config": model.config.to_dict()})
+    cm.save_checkpoint(
+        directory, 3, model.state_dict(), None, {**META, "model_config": model.config.to_dict()}
+    )
     tokenizer.save(directory)
     other = RustBPETokenizer.train_from_iterator(iter(["something else"]), 266)
     other.save(str(tmp_path / "tokenizer"))
@@ -330,7 +407,9 @@ def test_a_model_is_loaded_with_the_tokenizer_beside_it(trained):
     model, tokenizer, meta = cm.load_model("sft", "cpu", "eval", dtype="float32")
     assert not model.training and meta["step"] == 3
     assert tokenizer.get_vocab_size() == model.config.vocab_size == 270
-    assert torch.equal(model(torch.arange(8)[None]), torch.load(trained / "logits.pt", weights_only=True))
+    assert torch.equal(
+        model(torch.arange(8)[None]), torch.load(trained / "logits.pt", weights_only=True)
+    )
     assert cm.load_model("sft", "cpu", "train")[0].training
 
 
@@ -353,7 +432,8 @@ def test_weights_that_do_not_fit_the_meta_are_an_error(trained):
 
 def test_an_empty_model_does_not_cost_the_import_of_torchs_compiler():
     code = (
-        "import sys; from zangchat.checkpoint_manager import empty_model; from zangchat.config import GPTConfig\n"
+        "import sys; from zangchat.checkpoint_manager import empty_model; from zangchat.config "
+        "import GPTConfig\n"
         "model = empty_model(GPTConfig(16, 64, 1, 1, 1, 8), 'cpu', 'float32')\n"
         "assert model.cos[0].tolist() == [1, 1, 1, 1]\n"
         "assert 'torch._dynamo' not in sys.modules and 'sympy' not in sys.modules"

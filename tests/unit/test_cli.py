@@ -26,26 +26,35 @@ COMMANDS = sorted(
 )
 
 # Flags that nanochat's users know or this project's own texts promise.
-TRAINING = "--run --model_tag --device_type --dtype --seed --save_every --keep_last --resume --overwrite"
+TRAINING = (
+    "--run --model_tag --device_type --dtype --seed --save_every --keep_last --resume --overwrite"
+)
 PROMISED = {
     "scripts.tok_train": "--max_chars --doc_cap --vocab_size --data_path --dataset",
     "scripts.tok_eval": "",
     "scripts.base_train": TRAINING
-    + " --depth --head_dim --n_kv_head --max_seq_len --device_batch_size --total_batch_size --num_iterations --target_flops"
-    " --target_param_data_ratio --embedding_lr --unembedding_lr --matrix_lr --weight_decay --grad_clip --warmup_ratio --warmdown_ratio"
-    " --final_lr_frac --eval_every --eval_tokens --core_metric_every --core_metric_max_per_task --sample_every --dry_run --dataset"
+    + " --depth --head_dim --n_kv_head --max_seq_len --device_batch_size --total_batch_size "
+    "--num_iterations --target_flops"
+    " --target_param_data_ratio --embedding_lr --unembedding_lr --matrix_lr --weight_decay "
+    "--grad_clip --warmup_ratio --warmdown_ratio"
+    " --final_lr_frac --eval_every --eval_tokens --core_metric_every --core_metric_max_per_task "
+    "--sample_every --dry_run --dataset"
     " --data_path",
     "scripts.base_loss": "--model_tag",
     "scripts.base_eval": "--max_per_task",
     "scripts.fetch": "--mid_mixture --sft_mixture --rl_task --core",
     "scripts.mid_train": TRAINING + " --identity_data --mixture",
-    "scripts.chat_sft": TRAINING + " --source --num_epochs --target_examples_per_step --eval_steps --init_lr_frac --mixture",
+    "scripts.chat_sft": TRAINING
+    + " --source --num_epochs --target_examples_per_step --eval_steps --init_lr_frac --mixture",
     "scripts.chat_rl": TRAINING + " --task --examples_per_step --num_samples --eval_examples",
-    "scripts.chat_eval": "-i --source -g --model_tag -s --step -a --task_name --all_tasks -m -n -b -x -t",
-    "scripts.chat_cli": "-i --source -g --model_tag -s --step -p --prompt -t --temperature -k --top_k --top_p --seed",
+    "scripts.chat_eval": "-i --source -g --model_tag -s --step -a --task_name --all_tasks -m -n -b "
+    "-x -t",
+    "scripts.chat_cli": "-i --source -g --model_tag -s --step -p --prompt -t --temperature -k "
+    "--top_k --top_p --seed",
     "scripts.export_hf": "-i --source -g --model_tag -o --dtype",
     "scripts.import_model": "--path --source --model_tag --from_tag --step",
-    "scripts.chat_web": "-i --source -g --model_tag -s --step --host -p --port -t --temperature -k --top_k --top_p -m --num_gpus",
+    "scripts.chat_web": "-i --source -g --model_tag -s --step --host -p --port -t --temperature -k "
+    "--top_k --top_p -m --num_gpus",
 }
 
 
@@ -89,7 +98,12 @@ print(json.dumps(results))
 def call_all(*argv: str) -> dict[str, tuple[int, str, str, bool]]:
     # those of the library may load torch
     commands = sorted(COMMANDS, key=lambda name: not name.startswith("scripts."))
-    done = subprocess.run([sys.executable, "-c", CALLS, json.dumps(commands), *argv], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", CALLS, json.dumps(commands), *argv],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -127,16 +141,31 @@ def test_unknown_flag_is_reported_in_one_sentence(command, mistake_of):
 
 
 if __name__ == "__main__":
-    GOLDEN.write_text(json.dumps({command: flags_of(command) for command in COMMANDS}, indent=1) + "\n", encoding="utf-8", newline="\n")
+    GOLDEN.write_text(
+        json.dumps({command: flags_of(command) for command in COMMANDS}, indent=1) + "\n",
+        encoding="utf-8",
+        newline="\n",
+    )
     print(f"{GOLDEN}: {len(COMMANDS)} commands")
 
 
 def test_ctrl_c_during_imports_prints_one_line_and_exits_with_130(tmp_path, monkeypatch):
     # as if Ctrl-C came during this import
     (tmp_path / "tyro.py").write_text("raise KeyboardInterrupt", encoding="utf-8")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), *filter(None, (os.environ.get("PYTHONPATH"),)))))
-    done = subprocess.run([sys.executable, "-m", "scripts.chat_web"], cwd=ROOT, capture_output=True, text=True)
+    monkeypatch.setenv(
+        "PYTHONPATH",
+        os.pathsep.join((str(tmp_path), *filter(None, (os.environ.get("PYTHONPATH"),)))),
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.chat_web"], cwd=ROOT, capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
     (tmp_path / "tyro.py").write_text("raise ImportError('no such thing')", encoding="utf-8")
-    done = subprocess.run([sys.executable, "-m", "scripts.chat_web"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("Traceback") and "no such thing" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.chat_web"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 1
+        and done.stderr.startswith("Traceback")
+        and "no such thing" in done.stderr
+    )

@@ -28,7 +28,7 @@ from zangchat.runtime.memory import available_memory, device_memory, peak_memory
 from zangchat.runtime.seeds import derive_seed
 from zangchat.training.flags import RunConfig
 
-# -- files -------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 def test_base_folder_is_set_by_the_environment(tmp_path, monkeypatch):
@@ -52,9 +52,13 @@ def test_impossible_base_folder_is_reported(tmp_path, monkeypatch):
 
 def test_unknown_home_is_reported(monkeypatch):
     monkeypatch.setenv("ZANGCHAT_BASE_DIR", "~nobody-of-that-name/base")
-    with pytest.raises(UserError, match="~nobody-of-that-name/base cannot be made .*: set ZANGCHAT_BASE_DIR"):
+    with pytest.raises(
+        UserError, match="~nobody-of-that-name/base cannot be made .*: set ZANGCHAT_BASE_DIR"
+    ):
         common.get_base_dir()
-    with pytest.raises(UserError, match="~nobody-of-that-name/text leads nowhere .*: write the path without ~"):
+    with pytest.raises(
+        UserError, match="~nobody-of-that-name/text leads nowhere .*: write the path without ~"
+    ):
         expand_home("~nobody-of-that-name/text")
 
 
@@ -88,7 +92,7 @@ def test_atomic_files_have_ordinary_permissions(tmp_path):
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
 
 
-# -- downloads ---------------------------------------------------------------------------------------------------------
+# -- downloads -------------------------------------------------------------------------------------
 
 CONTENT = bytes(range(256)) * 40
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -140,7 +144,11 @@ def server(monkeypatch):
 
 
 def rubbish(base: Path) -> list[str]:
-    return [p.name for p in base.rglob("*") if p.is_file() and p.name != "file.bin" and not p.name.endswith(".lock")]
+    return [
+        p.name
+        for p in base.rglob("*")
+        if p.is_file() and p.name != "file.bin" and not p.name.endswith(".lock")
+    ]
 
 
 def test_download_is_complete_and_happens_once(server, base_dir):
@@ -152,7 +160,9 @@ def test_download_is_complete_and_happens_once(server, base_dir):
     assert rubbish(base_dir) == []
 
 
-@pytest.mark.parametrize("answers", [["500"], ["503", "429"], ["truncated"], ["wrong", "truncated", "500", "408"]])
+@pytest.mark.parametrize(
+    "answers", [["500"], ["503", "429"], ["truncated"], ["wrong", "truncated", "500", "408"]]
+)
 def test_temporary_download_errors_are_retried(server, base_dir, answers):
     server.answers = list(answers)
     path = common.download_file_with_lock(server.url, "file.bin", sha256=DIGEST)
@@ -169,7 +179,9 @@ def test_temporary_download_errors_are_retried(server, base_dir, answers):
         (["truncated"] * 9, "bytes", DOWNLOAD_TRIES),
     ],
 )
-def test_permanent_download_errors_are_reported_and_leave_nothing(server, base_dir, answers, problem, requests):
+def test_permanent_download_errors_are_reported_and_leave_nothing(
+    server, base_dir, answers, problem, requests
+):
     server.answers = answers
     with pytest.raises(UserError, match=problem) as caught:
         common.download_file_with_lock(server.url, "file.bin", sha256=DIGEST)
@@ -184,12 +196,17 @@ def test_download_without_a_server(monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
         with pytest.raises(UserError, match="could not download"):
-            common.download_file_with_lock(f"http://127.0.0.1:{taken.getsockname()[1]}/x", "file.bin")
+            common.download_file_with_lock(
+                f"http://127.0.0.1:{taken.getsockname()[1]}/x", "file.bin"
+            )
 
 
 def test_damaged_file_is_downloaded_again(server, base_dir):
     (base_dir / "file.bin").write_bytes(b"damaged")
-    assert common.download_file_with_lock(server.url, "file.bin", sha256=DIGEST).read_bytes() == CONTENT
+    assert (
+        common.download_file_with_lock(server.url, "file.bin", sha256=DIGEST).read_bytes()
+        == CONTENT
+    )
 
 
 def test_file_gets_its_name_after_postprocessing(server, base_dir):
@@ -210,7 +227,10 @@ def test_file_gets_its_name_after_postprocessing(server, base_dir):
 
 
 def test_concurrent_calls_download_once(server, base_dir):
-    threads = [threading.Thread(target=common.download_file_with_lock, args=(server.url, "file.bin")) for _ in range(8)]
+    threads = [
+        threading.Thread(target=common.download_file_with_lock, args=(server.url, "file.bin"))
+        for _ in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -219,7 +239,7 @@ def test_concurrent_calls_download_once(server, base_dir):
     assert (base_dir / "file.bin").read_bytes() == CONTENT
 
 
-# -- seeds -------------------------------------------------------------------------------------------------------------
+# -- seeds -----------------------------------------------------------------------------------------
 
 
 def test_seeds_are_stable():
@@ -249,7 +269,7 @@ def test_seeds_accept_numpy_integers_and_refuse_values_without_stable_text():
         derive_seed({1, 2})
 
 
-# -- logs and terminal -------------------------------------------------------------------------------------------------
+# -- logs and terminal -----------------------------------------------------------------------------
 
 
 def record(level: int = logging.WARNING) -> logging.LogRecord:
@@ -257,7 +277,10 @@ def record(level: int = logging.WARNING) -> logging.LogRecord:
 
 
 def test_colours_are_used_only_on_terminals():
-    painted, plain = common.ColoredFormatter(color=True).format(record()), common.ColoredFormatter(color=False).format(record())
+    painted, plain = (
+        common.ColoredFormatter(color=True).format(record()),
+        common.ColoredFormatter(color=False).format(record()),
+    )
     assert "\x1b[33mWARNING\x1b[0m" in painted
     assert "\x1b" not in plain
     assert plain.endswith("WARNING zangchat.x: loss is 7")
@@ -323,7 +346,7 @@ def test_banner_fits_any_terminal(capsys):
     assert out.isascii() and max(map(len, out.splitlines())) <= 79
 
 
-# -- processes and devices ---------------------------------------------------------------------------------------------
+# -- processes and devices -------------------------------------------------------------------------
 
 
 def test_rank_variable_does_not_make_a_process_group(monkeypatch):
@@ -342,9 +365,11 @@ LEFTOVERS = {
     "RANK=unknown": None,
     "RANK=0 LOCAL_RANK= WORLD_SIZE=4": None,
     "LOCAL_WORLD_SIZE=": None,
-    "RANK=0 LOCAL_RANK=0 WORLD_SIZE=2": "RANK, LOCAL_RANK, WORLD_SIZE are set and MASTER_ADDR is not: start with torchrun, or unset these",
+    "RANK=0 LOCAL_RANK=0 WORLD_SIZE=2": "RANK, LOCAL_RANK, WORLD_SIZE are set and MASTER_ADDR is "
+    "not: start with torchrun, or unset these",
     "RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1": "are set and MASTER_PORT is not",
-    "RANK=x LOCAL_RANK=0 WORLD_SIZE=2": "the environment has RANK=x, which is not a number of processes",
+    "RANK=x LOCAL_RANK=0 WORLD_SIZE=2": "the environment has RANK=x, which is not a number of "
+    "processes",
     "RANK=-1 LOCAL_RANK=0 WORLD_SIZE=2": "the environment has RANK=-1",
 }
 
@@ -382,7 +407,9 @@ def test_cleaning_up_after_an_interrupted_import_does_not_import_again(monkeypat
 
 @pytest.mark.parametrize("device_type", ["gpu", "cuda:0", "tpu"])
 def test_unknown_device_names_the_choices(device_type):
-    with pytest.raises(UserError, match=f"--device_type={device_type} is not known: choose cuda, mps or cpu"):
+    with pytest.raises(
+        UserError, match=f"--device_type={device_type} is not known: choose cuda, mps or cpu"
+    ):
         common.compute_init(device_type)
 
 
@@ -410,12 +437,22 @@ def test_two_ranks_meet_and_share_the_cores():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    environment = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
     environment.pop("OMP_NUM_THREADS", None)
     ranks = []
     for rank in ("0", "1"):
         env = {**environment, "RANK": rank, "LOCAL_RANK": rank}
-        ranks.append(subprocess.Popen([sys.executable, "-c", WORKER], env=env, stdout=subprocess.PIPE, text=True))
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, "-c", WORKER], env=env, stdout=subprocess.PIPE, text=True
+            )
+        )
     share = max(1, len(os.sched_getaffinity(0)) // 2)
     for rank, process in enumerate(ranks):
         out, _ = process.communicate(timeout=300)
@@ -427,19 +464,30 @@ def test_dtypes_by_name():
     assert resolve_dtype("bfloat16", "cpu") is torch.bfloat16
     assert resolve_dtype("float16", torch.device("cpu")) is torch.float16
     assert resolve_dtype("float32", "cpu") is torch.float32
-    with pytest.raises(UserError, match="--dtype=bf16 is not known: choose bfloat16, float16, float32"):
+    with pytest.raises(
+        UserError, match="--dtype=bf16 is not known: choose bfloat16, float16, float32"
+    ):
         resolve_dtype("bf16", "cpu")
 
 
-@pytest.mark.parametrize(("flags", "expected"), [({}, torch.float32), ({"avx512_bf16"}, torch.bfloat16), ({"amx_bf16"}, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [({}, torch.float32), ({"avx512_bf16"}, torch.bfloat16), ({"amx_bf16"}, torch.bfloat16)],
+)
 def test_cpu_uses_its_fastest_dtype(monkeypatch, flags, expected):
     monkeypatch.setattr(
-        torch.cpu, "get_capabilities", lambda: {name: name in flags for name in ("avx2", "avx512_bf16", "amx_bf16")}, raising=False
+        torch.cpu,
+        "get_capabilities",
+        lambda: {name: name in flags for name in ("avx2", "avx512_bf16", "amx_bf16")},
+        raising=False,
     )
     assert resolve_dtype("", "cpu") is expected
 
 
-@pytest.mark.parametrize(("capability", "expected"), [((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float16)])
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float16)],
+)
 def test_gpu_uses_its_fastest_dtype(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert resolve_dtype("", "cuda") is expected
@@ -454,7 +502,7 @@ def test_memory_and_synchronisation_of_a_cpu():
     assert 2**24 < peak_memory_bytes(torch.device("cpu")) < 2**40
 
 
-# -- wandb -------------------------------------------------------------------------------------------------------------
+# -- wandb -----------------------------------------------------------------------------------------
 
 
 def test_wandb_is_a_dummy_by_default():
@@ -472,7 +520,10 @@ def test_wandb_gets_name_and_settings(monkeypatch):
     get_wandb("first", to_dict(RunConfig(seed=7)), "zangchat")
     monkeypatch.setenv("WANDB_RUN", "second")
     get_wandb("dummy", {"a": 1}, "zangchat-sft")
-    assert [(c["project"], c["name"]) for c in calls] == [("zangchat", "first"), ("zangchat-sft", "second")]
+    assert [(c["project"], c["name"]) for c in calls] == [
+        ("zangchat", "first"),
+        ("zangchat-sft", "second"),
+    ]
     assert calls[0]["config"]["seed"] == 7 and calls[1]["config"] == {"a": 1}
 
 
@@ -484,7 +535,11 @@ def test_wandb_runs_only_on_rank_0(monkeypatch):
 
 def test_offline_wandb_stores_the_metrics(tmp_path, monkeypatch):
     """The real library, without a network."""
-    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
+    for name, value in {
+        "WANDB_MODE": "offline",
+        "WANDB_DIR": str(tmp_path),
+        "WANDB_SILENT": "true",
+    }.items():
         monkeypatch.setenv(name, value)
     run = get_wandb("first", to_dict(RunConfig(seed=7)), "zangchat")
     run.log({"loss_of_a_step": 1.25}, step=3)
@@ -497,12 +552,14 @@ def test_offline_wandb_stores_the_metrics(tmp_path, monkeypatch):
     assert b"loss_of_a_step" in content and b"first" in content and b"seed" in content
 
 
-# -- a GPU that torch cannot use ---------------------------------------------------------------------------------------
+# -- a GPU that torch cannot use -------------------------------------------------------------------
 
 
 @pytest.fixture
 def gpu_machine(tmp_path, monkeypatch):
-    """`gpu_machine(text)` puts a stand-in for nvidia-smi on the PATH, for a torch without a usable GPU."""
+    """`gpu_machine(text)` puts a stand-in for nvidia-smi on the PATH, for a torch without a usable
+    GPU.
+    """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -518,19 +575,44 @@ def gpu_machine(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "cuda, driver, visible, problem",
     [
-        ("13.0", "550.54.14", None, r"torch \S+ is built for CUDA 13.0, which needs driver 580 or newer: update the driver, or"),
-        (None, "580.65.06", None, r"torch \S+ is a build without CUDA: run `bash dev/setup.sh`, or"),
-        ("13.0", "580.65.06", None, r"torch \S+, built for CUDA 13.0, cannot use it: see `python -c"),
-        ("13.0", "580.65.06", "7", r"CUDA_VISIBLE_DEVICES=7 leaves torch \S+ none: correct or unset it, or"),
+        (
+            "13.0",
+            "550.54.14",
+            None,
+            r"torch \S+ is built for CUDA 13.0, which needs driver 580 or newer: update the "
+            r"driver, or",
+        ),
+        (
+            None,
+            "580.65.06",
+            None,
+            r"torch \S+ is a build without CUDA: run `bash dev/setup.sh`, or",
+        ),
+        (
+            "13.0",
+            "580.65.06",
+            None,
+            r"torch \S+, built for CUDA 13.0, cannot use it: see `python -c",
+        ),
+        (
+            "13.0",
+            "580.65.06",
+            "7",
+            r"CUDA_VISIBLE_DEVICES=7 leaves torch \S+ none: correct or unset it, or",
+        ),
     ],
 )
-def test_unusable_gpu_is_an_error_instead_of_a_cpu_fallback(gpu_machine, monkeypatch, cuda, driver, visible, problem):
+def test_unusable_gpu_is_an_error_instead_of_a_cpu_fallback(
+    gpu_machine, monkeypatch, cuda, driver, visible, problem
+):
     gpu_machine(nvidia_smi(gpus(0), driver=driver))
     monkeypatch.setattr(torch.version, "cuda", cuda)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     way_out = r"compute on the CPU with --device_type=cpu \(in front of a script: CUDA_VISIBLE_DEVICES=-1\)$"
-    with pytest.raises(UserError, match=rf"^nvidia-smi finds a GPU \(driver {driver}\), but {problem}.* {way_out}"):
+    with pytest.raises(
+        UserError, match=rf"^nvidia-smi finds a GPU \(driver {driver}\), but {problem}.* {way_out}"
+    ):
         common.compute_init("")
     assert common.compute_init("cpu")[-1].type == "cpu"
 
@@ -545,16 +627,29 @@ def test_hidden_gpu_is_ignored(gpu_machine, monkeypatch, visible):
 def test_failing_driver_is_reported(gpu_machine, caplog):
     gpu_machine("echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18")
     assert common.autodetect_device_type() == "cpu"
-    assert "computing on the CPU: nvidia-smi says: Failed to initialize NVML: Driver/library version mismatch" in caplog.text
+    assert (
+        "computing on the CPU: nvidia-smi says: Failed to initialize NVML: Driver/library version "
+        "mismatch" in caplog.text
+    )
 
 
-@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(
+    torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU"
+)
 def test_base_train_stops_at_an_old_driver(gpu_machine, tmp_path):
     """The command itself, with an nvidia-smi and a torch that finds no GPU."""
     gpu_machine(nvidia_smi(gpus(0), driver="470.82.01"))
     command = [sys.executable, "-m", "scripts.base_train", "--depth=20", "--dataset=none"]
-    done = subprocess.run(command, env={**os.environ, "ZANGCHAT_BASE_DIR": str(tmp_path)}, capture_output=True, text=True)
-    assert done.returncode == 2 and "nvidia-smi finds a GPU (driver 470.82.01), but torch" in done.stderr
+    done = subprocess.run(
+        command,
+        env={**os.environ, "ZANGCHAT_BASE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        done.returncode == 2
+        and "nvidia-smi finds a GPU (driver 470.82.01), but torch" in done.stderr
+    )
     assert "Traceback" not in done.stderr
 
 
@@ -562,7 +657,10 @@ def test_mps_is_chosen_for_one_process_and_reported(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert common.autodetect_device_type() == "mps"
-    assert "computing on Apple's GPU (MPS), untested on real hardware; --device_type=cpu computes on the CPU" in caplog.text
+    assert (
+        "computing on Apple's GPU (MPS), untested on real hardware; --device_type=cpu computes on "
+        "the CPU" in caplog.text
+    )
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "0")
     assert common.autodetect_device_type() == "cpu", "several processes cannot share it"
@@ -571,10 +669,22 @@ def test_mps_is_chosen_for_one_process_and_reported(monkeypatch, caplog):
 @pytest.mark.parametrize(
     ("membership", "groups", "expected"),
     [
-        ("0::/job/step", {"job": "2000000000 500000000 inactive_file 100000000"}, 1_600_000_000),  # set by the parent
-        ("0::/job/step", {"job": "max 5 inactive_file 0", "job/step": "1000000000 999999999 inactive_file 0"}, 1),
+        (
+            "0::/job/step",
+            {"job": "2000000000 500000000 inactive_file 100000000"},
+            1_600_000_000,
+        ),  # set by the parent
+        (
+            "0::/job/step",
+            {"job": "max 5 inactive_file 0", "job/step": "1000000000 999999999 inactive_file 0"},
+            1,
+        ),
         ("0::/", {"": "1000000000 2000000000 inactive_file 0"}, 0),
-        ("5:cpu,memory:/docker/a", {"memory/docker/a": "1500000000 1000000000 total_inactive_file 250000000"}, 750_000_000),
+        (
+            "5:cpu,memory:/docker/a",
+            {"memory/docker/a": "1500000000 1000000000 total_inactive_file 250000000"},
+            750_000_000,
+        ),
         (
             "5:memory:/docker/a",
             {"memory": "1500000000 1000000000 total_inactive_file 0"},
@@ -592,8 +702,18 @@ def test_container_memory_is_its_limit(tmp_path, membership, groups, expected):
         group = tmp_path / "sys" / "fs" / "cgroup" / name
         group.mkdir(parents=True, exist_ok=True)
         limit, usage, key, cached = values.split()
-        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if name.startswith("memory") else ("memory.max", "memory.current")
-        for file, value in zip((*names, "memory.stat"), (limit, usage, f"anon 7\n{key} {cached}"), strict=True):
+        names = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            if name.startswith("memory")
+            else ("memory.max", "memory.current")
+        )
+        for file, value in zip(
+            (*names, "memory.stat"), (limit, usage, f"anon 7\n{key} {cached}"), strict=True
+        ):
             (group / file).write_text(f"{value}\n")
     found = available_memory(tmp_path)
-    assert found == expected if expected is not None else found > 0.5 * psutil.virtual_memory().available
+    assert (
+        found == expected
+        if expected is not None
+        else found > 0.5 * psutil.virtual_memory().available
+    )

@@ -57,7 +57,7 @@ def error_of(*argv: str, cls: type = Config) -> str:
     return message
 
 
-# -- spellings ---------------------------------------------------------------------------------------------------------
+# -- spellings -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,10 @@ def test_spellings_of_a_boolean(argv, expected):
     assert parse(Config, argv).dry_run is expected
 
 
-@pytest.mark.parametrize(("value", "expected"), [("1", True), ("true", True), ("False", False), ("no", False), ("None", None)])
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("1", True), ("true", True), ("False", False), ("no", False), ("None", None)],
+)
 def test_a_boolean_that_may_be_left_open(value, expected):
     assert parse(Config, [f"--compile={value}"]).compile is expected
     assert "true or false" in error_of("--compile=perhaps")
@@ -107,12 +110,16 @@ def test_a_boolean_that_is_on_by_default_can_be_switched_off():
     assert parse(Config, ["--tools"]).tools is True
 
 
-@pytest.mark.parametrize("argv", [["-p", "hello"], ["-p=hello"], ["--prompt=hello"], ["--prompt", "hello"]])
+@pytest.mark.parametrize(
+    "argv", [["-p", "hello"], ["-p=hello"], ["--prompt=hello"], ["--prompt", "hello"]]
+)
 def test_aliases(argv):
     assert parse(Config, argv).prompt == "hello"
 
 
-@pytest.mark.parametrize("value", ["a=b", "--x=1 -- y", "-x", "-1", "", "with 'quotes' and \"more\"", "中文 ❤", "[a, b]"])
+@pytest.mark.parametrize(
+    "value", ["a=b", "--x=1 -- y", "-x", "-1", "", "with 'quotes' and \"more\"", "中文 ❤", "[a, b]"]
+)
 def test_a_text_arrives_as_it_is(value):
     assert parse(Config, [f"--prompt={value}"]).prompt == value
 
@@ -151,7 +158,10 @@ def test_a_text_becomes_the_first_type_of_the_field_that_it_can_be(hint, text, v
     assert found == value and type(found) is type(value)
 
 
-@pytest.mark.parametrize(("hint", "text"), [(int, "1.0"), (int, "0x10"), (int, ""), (float, "0x1p3"), (Literal[1, 2], "01")])
+@pytest.mark.parametrize(
+    ("hint", "text"),
+    [(int, "1.0"), (int, "0x10"), (int, ""), (float, "0x1p3"), (Literal[1, 2], "01")],
+)
 def test_no_other_spelling_is_a_number(hint, text):
     message = error_of(f"--flag={text}", cls=make_dataclass("Made", [("flag", hint)]))
     assert message.startswith(f"--flag={text} is not understood: expected ")
@@ -175,10 +185,12 @@ def test_positionals():
 
 
 def test_flags_of_a_base_class_are_there():
-    assert parse(Config, ["--resume=latest", "--seed=7", "--overwrite"]) == Config(resume="latest", seed=7, overwrite=True)
+    assert parse(Config, ["--resume=latest", "--seed=7", "--overwrite"]) == Config(
+        resume="latest", seed=7, overwrite=True
+    )
 
 
-# -- mistakes ----------------------------------------------------------------------------------------------------------
+# -- mistakes --------------------------------------------------------------------------------------
 
 
 def test_an_unknown_flag_names_the_closest_one():
@@ -196,7 +208,10 @@ def test_an_unknown_flag_without_a_close_one():
 @pytest.mark.parametrize("flag", ["--learning_rate=1e-4", "--learning-rate=1e-4", "--lr=1e-4"])
 def test_the_learning_rate_of_other_trainers_names_the_three_there_are(command, flag):
     message = error_of(flag, cls=importlib.import_module(f"scripts.{command}").Config)
-    assert message.startswith(f"unknown flag {flag[:-5]}, there are three: --matrix_lr, --embedding_lr, --unembedding_lr (see ")
+    assert message.startswith(
+        f"unknown flag {flag[:-5]}, there are three: --matrix_lr, --embedding_lr, --unembedding_lr "
+        "(see "
+    )
 
 
 @pytest.mark.parametrize(
@@ -207,12 +222,17 @@ def test_the_learning_rate_of_other_trainers_names_the_three_there_are(command, 
         ("--n_layer=8", ", did you mean --depth? ("),
         ("--block_size=8", ", did you mean --max_seq_len? ("),
         ("--resume_step=10000", ", did you mean --resume? ("),
-        ("--num_workers=4", ": one thread reads and packs text ahead of training, and there is nothing to set ("),
+        (
+            "--num_workers=4",
+            ": one thread reads and packs text ahead of training, and there is nothing to set (",
+        ),
         ("--dropout=0.1", ": there is no dropout, since text is read about once ("),
     ],
 )
 def test_names_of_other_trainers_lead_on(flag, answer):
-    assert error_of(flag, cls=base_train.Config).startswith(f"unknown flag {flag.partition('=')[0]}{answer}")
+    assert error_of(flag, cls=base_train.Config).startswith(
+        f"unknown flag {flag.partition('=')[0]}{answer}"
+    )
 
 
 def test_names_of_other_trainers_are_suggested_only_where_their_flags_exist():
@@ -224,9 +244,15 @@ def test_names_of_other_trainers_are_suggested_only_where_their_flags_exist():
 
 
 def test_every_other_name_stands_for_flags_of_some_command():
-    there = {flag.name for command in (base_train, chat_eval) for flag in configurator._flags(command.Config)}
+    there = {
+        flag.name
+        for command in (base_train, chat_eval)
+        for flag in configurator._flags(command.Config)
+    }
     assert {name for names in configurator.OTHER_NAMES.values() for name in names} <= there
-    assert not there & {*configurator.OTHER_NAMES, *configurator.ABSENT} - {"batch_size"}  # chat_eval has that one
+    assert not there & {*configurator.OTHER_NAMES, *configurator.ABSENT} - {
+        "batch_size"
+    }  # chat_eval has that one
 
 
 def test_no_abbreviations():
@@ -253,7 +279,9 @@ def test_a_bad_value_names_flag_value_and_expectation(argv, parts):
     assert all(part in message for part in parts), message
 
 
-@pytest.mark.parametrize("argv", [["--depth"], ["--depth", "--dry_run"], ["-p", "--dry_run"], ["--prompt", "-k", "3"]])
+@pytest.mark.parametrize(
+    "argv", [["--depth"], ["--depth", "--dry_run"], ["-p", "--dry_run"], ["--prompt", "-k", "3"]]
+)
 def test_a_missing_value(argv):
     assert f"{argv[0]} needs a value" in error_of(*argv)
 
@@ -264,7 +292,10 @@ def test_a_stray_word():
 
 
 def test_a_bad_positional_names_the_choices():
-    assert error_of("verfy", cls=Command) == "'verfy' is not understood: expected one of download, verify"
+    assert (
+        error_of("verfy", cls=Command)
+        == "'verfy' is not understood: expected one of download, verify"
+    )
     assert "'more' belongs to no flag" in error_of("verify", "more", cls=Command)
 
 
@@ -279,7 +310,7 @@ def test_a_check_of_the_dataclass_is_passed_on():
     assert error_of("--depth=13", "--seed=3") == "--depth=13 brings bad luck: take 12"
 
 
-# -- the entry point ---------------------------------------------------------------------------------------------------
+# -- the entry point -------------------------------------------------------------------------------
 
 
 def test_run_returns_what_the_command_returns():
@@ -326,7 +357,13 @@ def test_help_shows_flags_defaults_and_comments(capsys):
     assert configurator.run(Config, lambda config: 1, ["--help"]) == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "Command lines: every spelling a user may try" in text
-    for part in ("--depth INT", "layers of the model", "(default: 20)", "-p", "newest checkpoints to keep"):
+    for part in (
+        "--depth INT",
+        "layers of the model",
+        "(default: 20)",
+        "-p",
+        "newest checkpoints to keep",
+    ):
         assert part in text, text
 
 
@@ -337,7 +374,8 @@ def test_help_wins_wherever_it_stands(capsys):
 
 def test_help_does_not_load_torch():
     code = (
-        "import sys\nfrom zangchat import configurator\nfrom zangchat.training.flags import RunConfig\n"
+        "import sys\nfrom zangchat import configurator\nfrom zangchat.training.flags import "
+        "RunConfig\n"
         "code = configurator.run(RunConfig, lambda config: 1, ['--help'])\n"
         "sys.exit('torch was imported' if 'torch' in sys.modules else code)"
     )
@@ -349,11 +387,18 @@ def test_help_does_not_load_torch():
 @pytest.mark.parametrize("flags", [["--help"], []])
 def test_a_reader_who_left_is_no_error(flags):
     code = (
-        "import sys\nfrom zangchat import configurator\nfrom zangchat.training.flags import RunConfig\n"
-        f"sys.stdin.read()\nsys.exit(configurator.run(RunConfig, lambda config: print('an answer'), {flags}))"
+        "import sys\nfrom zangchat import configurator\nfrom zangchat.training.flags import "
+        "RunConfig\n"
+        "sys.stdin.read()\nsys.exit(configurator.run(RunConfig, lambda config: print('an "
+        f"answer'), {flags}))"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", code], text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}, **pipes) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        **pipes,
+    ) as process:
         process.stdout.close()
         process.stdin.close()  # only now it goes on to write
         assert process.stderr.read() == ""
@@ -362,23 +407,32 @@ def test_a_reader_who_left_is_no_error(flags):
 
 def test_streams_that_are_closed_stop_nothing():
     code = (
-        "import sys\nfrom zangchat import configurator\nfrom zangchat.training.flags import RunConfig\n"
-        "sys.exit(configurator.run(RunConfig, lambda config: print('?') or 7 if sys.stdin.read() == '' else 8, []))"
+        "import sys\nfrom zangchat import configurator\nfrom zangchat.training.flags import "
+        "RunConfig\n"
+        "sys.exit(configurator.run(RunConfig, lambda config: print('?') or 7 if sys.stdin.read() "
+        "== '' else 8, []))"
     )
-    done = subprocess.run(f"exec {sys.executable} -c '{code.replace(chr(39), chr(34))}' <&- >&- 2>&-", shell=True)
+    done = subprocess.run(
+        f"exec {sys.executable} -c '{code.replace(chr(39), chr(34))}' <&- >&- 2>&-", shell=True
+    )
     assert done.returncode == 7
 
 
 def test_no_character_stops_a_command():
-    """Where a pipe's default encoding lacks it, as on Windows; unless the user asked for that encoding."""
+    """Where a pipe's default encoding lacks it, as on Windows; unless the user asked for that
+    encoding.
+    """
     code = (
-        "import sys\nfrom zangchat import configurator\nfrom zangchat.training.flags import RunConfig\n"
+        "import sys\nfrom zangchat import configurator\nfrom zangchat.training.flags import "
+        "RunConfig\n"
         "sys.exit(configurator.run(RunConfig, lambda config: print('you said \\u4f60\\u597d'), []))"
     )
     env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=env)
     assert done.stdout.decode("utf-8").strip() == "you said 你好", done.stderr
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env={**env, "PYTHONIOENCODING": "cp1252"})
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, env={**env, "PYTHONIOENCODING": "cp1252"}
+    )
     assert done.stdout.decode("cp1252").strip() == r"you said \u4f60\u597d", done.stderr
 
 
@@ -388,10 +442,17 @@ def test_half_a_character_on_stdin_stops_nothing():
         "configurator.run(RunConfig, lambda config: print(ascii(input())), [])"
     )
     for encoding in ({"PYTHONIOENCODING": "utf-8:strict"}, {"LC_ALL": "C", "PYTHONIOENCODING": ""}):
-        done = subprocess.run([sys.executable, "-c", code], input=b"caf\xc3\n", capture_output=True, env={**os.environ, **encoding})
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            input=b"caf\xc3\n",
+            capture_output=True,
+            env={**os.environ, **encoding},
+        )
         assert done.stdout.strip() == b"'caf\\ufffd'", done.stderr
     code = f"import sys\nsys.stdin.readline()\n{code}"
-    done = subprocess.run([sys.executable, "-c", code], input=b"read before\ncaf\n", capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=b"read before\ncaf\n", capture_output=True
+    )
     assert done.stdout.strip() == b"'caf'", done.stderr
 
 
@@ -402,7 +463,7 @@ def test_list_flags():
     assert list_flags(Command) == ["command", "--num_shards -n"]
 
 
-# -- and back ----------------------------------------------------------------------------------------------------------
+# -- and back --------------------------------------------------------------------------------------
 
 
 def test_what_json_has_of_a_configuration():
@@ -410,7 +471,13 @@ def test_what_json_has_of_a_configuration():
     assert Config(**saved) == Config(depth=3, folder="a/b")
 
 
-@pytest.mark.parametrize("config", [Config(), Config(depth=3, prompt="-x =", folder=Path("a/b"), top_k=None, tools=False, dry_run=True)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(),
+        Config(depth=3, prompt="-x =", folder=Path("a/b"), top_k=None, tools=False, dry_run=True),
+    ],
+)
 def test_a_configuration_as_flags_gives_it_again(config):
     assert parse(Config, as_flags(config)) == config
     assert as_flags(Config(depth=7, tools=False)) == ["--depth=7", "--tools=0"]

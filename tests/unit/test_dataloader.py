@@ -48,7 +48,9 @@ class ListStream:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """Three training shards, the first of two row groups; documents from one byte to several rows."""
+    """Three training shards, the first of two row groups; documents from one byte to several
+    rows.
+    """
     texts = [f"<{i}>" + chr(97 + i % 26) * (i * 7 % 60) for i in range(2 * 8192 + 40)]
     held_out = [f"validation {i} " * (i % 5 + 1) for i in range(13)]
     return make_dataset(tmp_path_factory.mktemp("data") / "letters", texts, held_out)
@@ -59,7 +61,10 @@ def small(tmp_path):
     return make_dataset(tmp_path / "small", [f"{i}:" + "x" * (i * 5 % 41) for i in range(50)])
 
 
-TASK = [conversation(f"question {i}" + "?" * (i % 7), f"answer {i}" + "!" * (i * 3 % 5)) for i in range(11)]
+TASK = [
+    conversation(f"question {i}" + "?" * (i % 7), f"answer {i}" + "!" * (i * 3 % 5))
+    for i in range(11)
+]
 WIDE = 48  # fits every conversation of TASK
 
 
@@ -72,7 +77,9 @@ def chat_stream():
 
 
 def mixed_stream(dataset):
-    return MixedStream([(TextStream(dataset, TOKENIZER, seed=7, max_tokens=20), 0.7), (chat_stream(), 0.3)])
+    return MixedStream(
+        [(TextStream(dataset, TOKENIZER, seed=7, max_tokens=20), 0.7), (chat_stream(), 0.3)]
+    )
 
 
 def take(batches, count):
@@ -82,14 +89,20 @@ def take(batches, count):
 
 
 def same(left, right):
-    return torch.equal(left.inputs, right.inputs) and torch.equal(left.targets, right.targets) and left.cursor == right.cursor
+    return (
+        torch.equal(left.inputs, right.inputs)
+        and torch.equal(left.targets, right.targets)
+        and left.cursor == right.cursor
+    )
 
 
-# ---- packing ------------------------------------------------------------------------------------------------------------
+# ---- packing -------------------------------------------------------------------------------------
 
 
 def traced_documents(shapes):
-    """Documents whose tokens all differ, so that each can be found again: (length, splittable) -> Document."""
+    """Documents whose tokens all differ, so that each can be found again: (length, splittable) ->
+    Document.
+    """
     documents = []
     for i, (length, splittable) in enumerate(shapes):
         ids = np.array([0, *range(1000 * (i + 1), 1000 * (i + 1) + length - 1)], dtype=np.int32)
@@ -114,7 +127,10 @@ SHAPES = st.lists(st.tuples(st.integers(2, 40), st.booleans()), max_size=40)
 @settings(max_examples=150, deadline=None)
 def test_packing_is_that_of_the_reference(shapes, width):
     documents = traced_documents(shapes)
-    plain = [(d.ids.tolist(), [True] * len(d.ids) if d.mask is None else d.mask.tolist(), d.splittable) for d in documents]
+    plain = [
+        (d.ids.tolist(), [True] * len(d.ids) if d.mask is None else d.mask.tolist(), d.splittable)
+        for d in documents
+    ]
     assert all_rows(documents, width) == reference.pack(plain, width, 0)
 
 
@@ -124,7 +140,9 @@ def test_no_token_is_dropped_and_no_conversation_cut(shapes, width):
     documents = traced_documents(shapes)
     rows = all_rows(documents, width)
     assert all(row[0][0] == 0 for row in rows), "every row begins with bos"
-    places = {token: (r, c) for r, row in enumerate(rows) for c, (token, _) in enumerate(row) if token}
+    places = {
+        token: (r, c) for r, row in enumerate(rows) for c, (token, _) in enumerate(row) if token
+    }
     assert sum(token != 0 for row in rows for token, _ in row) == len(places), "no token twice"
     for document in documents:
         kept = document.ids.tolist() if document.splittable else document.ids.tolist()[:width]
@@ -133,7 +151,9 @@ def test_no_token_is_dropped_and_no_conversation_cut(shapes, width):
         assert order == sorted(order)
         if not document.splittable and order:
             row, start = order[0]
-            assert order == [(row, start + i) for i in range(len(order))], "in one row, in one piece"
+            assert order == [(row, start + i) for i in range(len(order))], (
+                "in one row, in one piece"
+            )
             assert rows[row][start - 1][0] == 0, "after its own bos"
             assert [rows[r][c][1] for r, c in order] == document.mask[1:width].tolist()
 
@@ -157,7 +177,9 @@ def test_an_oversize_conversation_is_cut_to_a_row_and_counted():
 @given(st.lists(st.integers(1, 20), max_size=30))
 def test_first_fit_is_that_of_the_reference(lengths):
     rows = reference.first_fit(lengths, 20)
-    expected = [next(r for r, row in enumerate(rows) if item in row) for item in range(len(lengths))]
+    expected = [
+        next(r for r, row in enumerate(rows) if item in row) for item in range(len(lengths))
+    ]
     assert first_fit(lengths, 20) == expected
 
 
@@ -167,32 +189,54 @@ def test_targets_are_the_inputs_shifted_with_padding_ignored():
     assert batch.inputs[0].tolist() == [0, 1000, 1001, 1002, 0, 2000, 2001, 2002, 2003]
     assert batch.targets[0].tolist() == [1000, 1001, 1002, -1, 2000, 2001, -1, 2003, -1]
     assert batch.targets[1].tolist() == [-1] * 9
-    assert batch.inputs.is_contiguous() and batch.targets.is_contiguous() and batch.inputs.dtype == torch.int64
+    assert (
+        batch.inputs.is_contiguous()
+        and batch.targets.is_contiguous()
+        and batch.inputs.dtype == torch.int64
+    )
 
 
-# ---- cursors and ranks --------------------------------------------------------------------------------------------------
+# ---- cursors and ranks ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["text", "chat", "mixed"])
 def test_going_on_from_the_cursor_of_any_step_gives_the_same_batches(small, kind):
     def batches(cursor=None):
-        stream = {"text": lambda: text_stream(small), "chat": chat_stream, "mixed": lambda: mixed_stream(small)}[kind]()
-        return packed_batches(stream, rows_per_step=2, sequence_len=T if kind == "text" else WIDE, bos=BOS, cursor=cursor)
+        stream = {
+            "text": lambda: text_stream(small),
+            "chat": chat_stream,
+            "mixed": lambda: mixed_stream(small),
+        }[kind]()
+        return packed_batches(
+            stream,
+            rows_per_step=2,
+            sequence_len=T if kind == "text" else WIDE,
+            bos=BOS,
+            cursor=cursor,
+        )
 
     whole = take(batches(), 40)  # more than one epoch
     for step in range(len(whole) - 2):
         cursor = json.loads(json.dumps(whole[step].cursor))
-        assert all(same(*pair) for pair in zip(take(batches(cursor), 2), whole[step + 1 : step + 3], strict=True)), f"after step {step}"
+        assert all(
+            same(*pair)
+            for pair in zip(take(batches(cursor), 2), whole[step + 1 : step + 3], strict=True)
+        ), f"after step {step}"
 
 
 def test_example_batches_go_on_from_the_cursor_of_any_step():
     def batches(cursor=None):
-        return example_batches(TASK, TOKENIZER, examples_per_step=3, sequence_len=WIDE, seed=5, cursor=cursor)
+        return example_batches(
+            TASK, TOKENIZER, examples_per_step=3, sequence_len=WIDE, seed=5, cursor=cursor
+        )
 
     whole = take(batches(), 12)
     for step in range(10):
         cursor = json.loads(json.dumps(whole[step].cursor))
-        assert all(same(*pair) for pair in zip(take(batches(cursor), 2), whole[step + 1 : step + 3], strict=True))
+        assert all(
+            same(*pair)
+            for pair in zip(take(batches(cursor), 2), whole[step + 1 : step + 3], strict=True)
+        )
 
 
 @given(SHAPES.filter(len), st.integers(2, 20), st.integers(1, 4))
@@ -201,7 +245,15 @@ def test_a_cursor_restores_any_mix_of_unfinished_documents(shapes, sequence_len,
     documents = traced_documents(shapes)
 
     def batches(cursor=None):
-        return list(packed_batches(ListStream(documents), rows_per_step=rows_per_step, sequence_len=sequence_len, bos=0, cursor=cursor))
+        return list(
+            packed_batches(
+                ListStream(documents),
+                rows_per_step=rows_per_step,
+                sequence_len=sequence_len,
+                bos=0,
+                cursor=cursor,
+            )
+        )
 
     whole = batches()
     for step in {0, len(whole) // 2}:
@@ -212,49 +264,96 @@ def test_a_cursor_restores_any_mix_of_unfinished_documents(shapes, sequence_len,
 
 def test_a_cursor_stays_small_however_long_the_documents_are(tmp_path):
     dataset = make_dataset(tmp_path / "long", ["y" * 100_000] * 3)
-    for batch in take(packed_batches(text_stream(dataset), rows_per_step=2, sequence_len=64, bos=BOS), 5):
+    for batch in take(
+        packed_batches(text_stream(dataset), rows_per_step=2, sequence_len=64, bos=BOS), 5
+    ):
         assert len(json.dumps(batch.cursor)) < 300
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_the_rows_of_a_step_do_not_depend_on_the_number_of_ranks(small, world_size):
     def steps(rank, size):
-        return take(packed_batches(mixed_stream(small), rows_per_step=4, sequence_len=WIDE, rank=rank, world_size=size, bos=BOS), 8)
+        return take(
+            packed_batches(
+                mixed_stream(small),
+                rows_per_step=4,
+                sequence_len=WIDE,
+                rank=rank,
+                world_size=size,
+                bos=BOS,
+            ),
+            8,
+        )
 
     def examples(rank, size):
-        return take(example_batches(TASK, TOKENIZER, examples_per_step=5, sequence_len=WIDE, seed=1, rank=rank, world_size=size), 4)
+        return take(
+            example_batches(
+                TASK,
+                TOKENIZER,
+                examples_per_step=5,
+                sequence_len=WIDE,
+                seed=1,
+                rank=rank,
+                world_size=size,
+            ),
+            4,
+        )
 
     for make in (steps, examples):
         ranks = [make(rank, world_size) for rank in range(world_size)]
         for alone, *parts in zip(make(0, 1), *ranks, strict=True):
-            inputs, targets = torch.cat([part.inputs for part in parts]), torch.cat([part.targets for part in parts])
-            count = len(alone.inputs)  # what is more is padding, so that all ranks have equally many rows
-            assert torch.equal(alone.inputs, inputs[:count]) and torch.equal(alone.targets, targets[:count])
+            inputs, targets = (
+                torch.cat([part.inputs for part in parts]),
+                torch.cat([part.targets for part in parts]),
+            )
+            count = len(
+                alone.inputs
+            )  # what is more is padding, so that all ranks have equally many rows
+            assert torch.equal(alone.inputs, inputs[:count]) and torch.equal(
+                alone.targets, targets[:count]
+            )
             assert len(inputs) - count < world_size and (targets[count:] == -1).all()
             assert all(part.cursor == alone.cursor for part in parts)
 
 
 def test_ranks_share_the_rows_of_a_single_document(tmp_path):
-    (tmp_path / "one.jsonl").write_text('{"prompt": "Hello", "completion": " world"}\n', encoding="utf-8")
+    (tmp_path / "one.jsonl").write_text(
+        '{"prompt": "Hello", "completion": " world"}\n', encoding="utf-8"
+    )
     dataset = find_dataset(data_path=str(tmp_path / "one.jsonl"))
 
     def inputs(rank, world_size):
-        batches = packed_batches(text_stream(dataset), rows_per_step=4, sequence_len=T, rank=rank, world_size=world_size, bos=BOS)
+        batches = packed_batches(
+            text_stream(dataset),
+            rows_per_step=4,
+            sequence_len=T,
+            rank=rank,
+            world_size=world_size,
+            bos=BOS,
+        )
         return take(batches, 2)[-1].inputs
 
     everything = inputs(0, 1)
     assert torch.equal(torch.cat([inputs(rank, 4) for rank in range(4)]), everything)
     assert TOKENIZER.decode(everything[0].tolist()).count("Hello world") >= 1
-    rows = [batch.targets.tolist() for rank in range(4) for batch in validation(dataset, rank, 4, rows=1)]
+    rows = [
+        batch.targets.tolist()
+        for rank in range(4)
+        for batch in validation(dataset, rank, 4, rows=1)
+    ]
     assert [sum(token >= 0 for token in row[0]) for row in rows] == [len("Hello world"), 0, 0, 0]
 
 
 def test_rows_that_do_not_divide_by_the_ranks_are_refused(small):
     with pytest.raises(ValueError, match="multiple of world_size"):
-        next(packed_batches(text_stream(small), rows_per_step=3, sequence_len=8, rank=0, world_size=2, bos=BOS))
+        next(
+            packed_batches(
+                text_stream(small), rows_per_step=3, sequence_len=8, rank=0, world_size=2, bos=BOS
+            )
+        )
 
 
-# ---- streams ------------------------------------------------------------------------------------------------------------
+# ---- streams -------------------------------------------------------------------------------------
 
 
 def texts_of(stream, count):
@@ -274,7 +373,9 @@ def test_each_epoch_reads_every_document_once_in_an_order_of_its_own(dataset):
     first, second = (texts_of(stream, everything.total()) for _ in range(2))
     assert Counter(first) == Counter(second) == everything
     assert first != second
-    assert first == texts_of(text_stream(dataset), everything.total()), "a function of data and seed"
+    assert first == texts_of(text_stream(dataset), everything.total()), (
+        "a function of data and seed"
+    )
     assert first[:100] != texts_of(TextStream(dataset, TOKENIZER, seed=8), everything.total())[:100]
 
 
@@ -290,7 +391,9 @@ def test_while_shards_may_still_arrive_the_first_epoch_takes_them_in_order(datas
 def test_documents_in_pieces_add_up_to_the_documents(small):
     whole, pieces = text_stream(small), TextStream(small, TOKENIZER, seed=7, max_tokens=10)
     texts = texts_of(whole, 50)
-    parts = [TOKENIZER.decode(d.ids[1:].tolist()) for _ in range(2) for d in pieces.next_documents()]
+    parts = [
+        TOKENIZER.decode(d.ids[1:].tolist()) for _ in range(2) for d in pieces.next_documents()
+    ]
     assert all(len(part) <= 9 for part in parts)
     assert "".join(parts) == "".join(texts)
 
@@ -311,7 +414,14 @@ def test_a_mixture_keeps_to_its_fractions_of_tokens(small):
 
 
 def test_conversations_learn_only_what_the_assistant_writes():
-    (batch,) = example_batches([conversation("ab", "cd")], TOKENIZER, examples_per_step=1, sequence_len=16, seed=0, num_epochs=1)
+    (batch,) = example_batches(
+        [conversation("ab", "cd")],
+        TOKENIZER,
+        examples_per_step=1,
+        sequence_len=16,
+        seed=0,
+        num_epochs=1,
+    )
     learnt = batch.targets[batch.targets >= 0].tolist()
     assert learnt == [*b"cd", TOKENIZER.encode_special("<|assistant_end|>")]
 
@@ -331,7 +441,7 @@ def test_conversations_without_anything_to_learn_are_a_clear_error():
         stream.next_documents()
 
 
-# ---- examples -----------------------------------------------------------------------------------------------------------
+# ---- examples ------------------------------------------------------------------------------------
 
 
 def conversations_in(batch):
@@ -340,14 +450,20 @@ def conversations_in(batch):
 
 def test_each_step_has_exactly_so_many_conversations_whole():
     ends = TOKENIZER.encode_special("<|assistant_end|>")
-    for batch in take(example_batches(TASK, TOKENIZER, examples_per_step=4, sequence_len=WIDE, seed=3), 9):
+    for batch in take(
+        example_batches(TASK, TOKENIZER, examples_per_step=4, sequence_len=WIDE, seed=3), 9
+    ):
         assert conversations_in(batch) == 4
         assert int((batch.targets == ends).sum()) == 4
         assert (batch.inputs[:, 0] == BOS).all()
 
 
 def test_epochs_end_where_they_should():
-    batches = list(example_batches(TASK, TOKENIZER, examples_per_step=4, sequence_len=WIDE, seed=3, num_epochs=2))
+    batches = list(
+        example_batches(
+            TASK, TOKENIZER, examples_per_step=4, sequence_len=WIDE, seed=3, num_epochs=2
+        )
+    )
     assert [conversations_in(batch) for batch in batches] == [4, 4, 4, 4, 4, 2]
     seen = Counter()
     for batch in batches:
@@ -356,15 +472,23 @@ def test_epochs_end_where_they_should():
     assert set(seen.values()) == {2} and len(seen) == len(TASK)
 
 
-# ---- validation ---------------------------------------------------------------------------------------------------------
+# ---- validation ----------------------------------------------------------------------------------
 
 
 def validation(dataset, rank=0, world_size=1, rows=2, **limits):
-    return list(validation_batches(dataset, TOKENIZER, T, rows_per_batch=rows, rank=rank, world_size=world_size, **limits))
+    return list(
+        validation_batches(
+            dataset, TOKENIZER, T, rows_per_batch=rows, rank=rank, world_size=world_size, **limits
+        )
+    )
 
 
 def test_validation_rows_are_the_beginnings_of_the_documents(dataset):
-    rows = [row for batch in validation(dataset) for row in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True)]
+    rows = [
+        row
+        for batch in validation(dataset)
+        for row in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True)
+    ]
     documents = list(dataset.iter_documents("validation"))
     for (inputs, targets), text in zip(rows, documents, strict=False):
         ids = list(text.encode())[:T]
@@ -378,7 +502,12 @@ def test_validation_is_the_same_for_any_number_of_ranks(dataset, limits):
     def targets(world_size):
         batches = [validation(dataset, rank, world_size, **limits) for rank in range(world_size)]
         assert len({len(rank) for rank in batches}) == 1
-        rows = [row for step in zip(*batches, strict=True) for batch in step for row in batch.targets.tolist()]
+        rows = [
+            row
+            for step in zip(*batches, strict=True)
+            for batch in step
+            for row in batch.targets.tolist()
+        ]
         return [row for row in rows if set(row) != {-1}]
 
     assert targets(1) == targets(2) == targets(4)
@@ -387,7 +516,7 @@ def test_validation_is_the_same_for_any_number_of_ranks(dataset, limits):
         assert 100 <= supervised < 100 + T
 
 
-# ---- prefetching --------------------------------------------------------------------------------------------------------
+# ---- prefetching ---------------------------------------------------------------------------------
 
 
 def prefetch_threads():
@@ -455,15 +584,24 @@ def test_token_ids_on_disk_give_the_batches_of_their_text(small, tmp_path, kind)
         (tmp_path / "own.jsonl").write_text("".join(lines), encoding="utf-8")
         small = find_dataset(data_path=str(tmp_path / "own.jsonl"))
     tokens = tokenize(small, TOKENIZER, tmp_path / "tokens", num_threads=1)
-    assert tokens.manifest["dtype"] == "<u2" and load_dataset(tokens.folder).fingerprint == tokens.fingerprint
+    assert (
+        tokens.manifest["dtype"] == "<u2"
+        and load_dataset(tokens.folder).fingerprint == tokens.fingerprint
+    )
 
     def batches(dataset, cursor=None):
-        return packed_batches(text_stream(dataset), rows_per_step=4, sequence_len=T, bos=BOS, cursor=cursor)
+        return packed_batches(
+            text_stream(dataset), rows_per_step=4, sequence_len=T, bos=BOS, cursor=cursor
+        )
 
     one, two = take(batches(small), 40), take(batches(tokens), 40)
     assert one[-1].cursor["position"]["state"]["epoch"] >= 2
     for left, right in zip(one, two, strict=True):
-        assert torch.equal(left.inputs, right.inputs) and torch.equal(left.targets, right.targets) and left.cursor == right.cursor
+        assert (
+            torch.equal(left.inputs, right.inputs)
+            and torch.equal(left.targets, right.targets)
+            and left.cursor == right.cursor
+        )
     again = take(batches(tokens, one[20].cursor), 1)[0]
     assert torch.equal(again.inputs, one[21].inputs)
     assert list(tokens.iter_documents("validation")) == list(small.iter_documents("validation"))
@@ -474,7 +612,9 @@ def test_token_ids_of_another_tokenizer_are_refused(small, tmp_path):
         fingerprint = "other"
 
     tokens = tokenize(small, Other(), tmp_path / "tokens", num_threads=1)
-    with pytest.raises(UserError, match=r"another tokenizer .* tokenize --dataset=small --overwrite"):
+    with pytest.raises(
+        UserError, match=r"another tokenizer .* tokenize --dataset=small --overwrite"
+    ):
         text_stream(tokens)
     with pytest.raises(UserError, match="holds token ids: for its text give --dataset=small"):
         next(tokens.iter_documents("train"))
@@ -497,8 +637,12 @@ def test_tokenising_goes_on_where_it_was_interrupted(tmp_path):
     assert not folder.exists()
     stop = -1
     made = tokenize(dataset, Tired(), folder, num_threads=1)
-    assert encoded == [1024] * 10 + [1024] * 8 + [9], "the first shard is kept, the second begun anew"
-    assert sum(entry.get("tokens", 0) for entry in made.manifest["shards"]) == sum(len(f"{i}") for i in range(2 * 8192 + 9))
+    assert encoded == [1024] * 10 + [1024] * 8 + [9], (
+        "the first shard is kept, the second begun anew"
+    )
+    assert sum(entry.get("tokens", 0) for entry in made.manifest["shards"]) == sum(
+        len(f"{i}") for i in range(2 * 8192 + 9)
+    )
 
 
 def test_what_is_looked_at_ahead_is_bounded():

@@ -28,20 +28,29 @@ def base_data(base_dir):
 
 
 def write_lines(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8", newline="\n")
+    path.write_text(
+        "".join(json.dumps(record) + "\n" for record in records), encoding="utf-8", newline="\n"
+    )
     return path
 
 
-# ---- the format ---------------------------------------------------------------------------------------------------------
+# ---- the format ----------------------------------------------------------------------------------
 
 
 def test_shards_have_the_format_of_the_hub(base_data):
-    dataset = make_dataset(base_data / "mine", [f"document {i}" for i in range(8192 + 1030)], ["held out"] * 3)
-    assert [entry["name"] for entry in dataset.manifest["shards"]] == [f"shard_{i:05d}.parquet" for i in range(3)]
+    dataset = make_dataset(
+        base_data / "mine", [f"document {i}" for i in range(8192 + 1030)], ["held out"] * 3
+    )
+    assert [entry["name"] for entry in dataset.manifest["shards"]] == [
+        f"shard_{i:05d}.parquet" for i in range(3)
+    ]
     assert dataset.shards("train") == ["shard_00000.parquet", "shard_00001.parquet"]
     assert dataset.shards("validation") == ["shard_00002.parquet"]
     file = pyarrow.parquet.ParquetFile(dataset.folder / "shard_00001.parquet")
-    assert file.schema_arrow.names == ["text"] and file.schema_arrow.field("text").type == pyarrow.string()
+    assert (
+        file.schema_arrow.names == ["text"]
+        and file.schema_arrow.field("text").type == pyarrow.string()
+    )
     assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [1024, 6]
     assert file.metadata.row_group(0).column(0).compression == "ZSTD"
     assert list(dataset.iter_documents("train"))[8192 + 1029] == "document 9221"
@@ -66,7 +75,7 @@ def test_an_unknown_split_is_refused(base_data):
         make_dataset(base_data / "mine", ["one"]).shards("test")
 
 
-# ---- which dataset ------------------------------------------------------------------------------------------------------
+# ---- which dataset -------------------------------------------------------------------------------
 
 
 def test_without_a_name_the_only_dataset_is_taken(base_data):
@@ -82,7 +91,9 @@ def test_without_a_name_the_only_dataset_is_taken(base_data):
 
 
 def test_a_name_that_is_not_there_says_how_to_get_it(base_data):
-    with pytest.raises(UserError, match=r"--dataset=climbmix is not in .*there is none yet.*--source=climbmix -n"):
+    with pytest.raises(
+        UserError, match=r"--dataset=climbmix is not in .*there is none yet.*--source=climbmix -n"
+    ):
         find_dataset("climbmix")
     make_dataset(base_data / "pydocs", ["one"])
     with pytest.raises(UserError, match=r"--dataset=typo is not in .*present: pydocs"):
@@ -94,17 +105,21 @@ def test_a_damaged_manifest_is_named(base_data):
     (base_data / "mine" / "manifest.json").write_text('{"format": 1, "shards"', encoding="utf-8")
     with pytest.raises(UserError, match=r"manifest\.json is damaged"):
         find_dataset("mine")
-    (base_data / "mine" / "manifest.json").write_text('{"format": 9, "name": "mine", "shards": []}', encoding="utf-8")
+    (base_data / "mine" / "manifest.json").write_text(
+        '{"format": 9, "name": "mine", "shards": []}', encoding="utf-8"
+    )
     with pytest.raises(UserError, match="has format 9, this version reads 1"):
         find_dataset("mine")
 
 
-# ---- files of one's own -------------------------------------------------------------------------------------------------
+# ---- files of one's own --------------------------------------------------------------------------
 
 
 def test_a_folder_of_shards_holds_out_the_last(tmp_path):
     for i in range(3):
-        write_shard(tmp_path / f"shard_{i:05d}.parquet", [f"shard {i} document {j}" for j in range(5)])
+        write_shard(
+            tmp_path / f"shard_{i:05d}.parquet", [f"shard {i} document {j}" for j in range(5)]
+        )
     dataset = find_dataset(data_path=str(tmp_path))
     assert dataset.shards("train") == ["shard_00000.parquet", "shard_00001.parquet"]
     assert list(dataset.iter_documents("validation")) == [f"shard 2 document {j}" for j in range(5)]
@@ -117,7 +132,10 @@ def test_of_a_lone_file_the_end_is_held_out(tmp_path, documents):
     texts = [f"document {i}" for i in range(documents)]
     write_shard(tmp_path / "all.parquet", texts)
     dataset = find_dataset(data_path=str(tmp_path / "all.parquet"))
-    train, validation = list(dataset.iter_documents("train")), list(dataset.iter_documents("validation"))
+    train, validation = (
+        list(dataset.iter_documents("train")),
+        list(dataset.iter_documents("validation")),
+    )
     assert train + validation == texts
     assert len(validation) == (3000 - 2048 if documents == 3000 else 1)
 
@@ -128,7 +146,11 @@ def test_a_lone_document_is_both_trained_on_and_validated_on(tmp_path, caplog, m
     if path.suffix == ".parquet":
         write_shard(path, ["Hello world"])
     else:
-        line = '{"prompt": "Hello", "completion": " world"}' if path.suffix == ".jsonl" else "Hello world"
+        line = (
+            '{"prompt": "Hello", "completion": " world"}'
+            if path.suffix == ".jsonl"
+            else "Hello world"
+        )
         path.write_text(line + "\n", encoding="utf-8")
     dataset = find_dataset(data_path=str(path))
     assert list(dataset.iter_documents("train")) == ["Hello world"] and not caplog.text
@@ -138,12 +160,20 @@ def test_a_lone_document_is_both_trained_on_and_validated_on(tmp_path, caplog, m
     caplog.clear()
     for variable, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(variable, value)
-    assert list(find_dataset(data_path=str(path)).iter_documents("validation")) == ["Hello world"] and not caplog.messages
+    assert (
+        list(find_dataset(data_path=str(path)).iter_documents("validation")) == ["Hello world"]
+        and not caplog.messages
+    )
 
 
 def test_two_documents_are_one_for_each_split(tmp_path, caplog):
-    dataset = find_dataset(data_path=str(write_lines(tmp_path / "two.jsonl", [{"text": "a"}, {"text": "b"}])))
-    assert [list(dataset.iter_documents(split)) for split in ("train", "validation")] == [["a"], ["b"]] and not caplog.messages
+    dataset = find_dataset(
+        data_path=str(write_lines(tmp_path / "two.jsonl", [{"text": "a"}, {"text": "b"}]))
+    )
+    assert [list(dataset.iter_documents(split)) for split in ("train", "validation")] == [
+        ["a"],
+        ["b"],
+    ] and not caplog.messages
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\n\n \r\n" * 9])
@@ -153,31 +183,52 @@ def test_a_last_line_longer_than_a_range_is_held_out_all_the_same(tmp_path, monk
     path = tmp_path / "words.txt"  # one line, as text8 is
     path.write_text("many words " * 2000 + end, encoding="utf-8", newline="")
     dataset = find_dataset(data_path=str(path))
-    train, validation = list(dataset.iter_documents("train")), list(dataset.iter_documents("validation"))
+    train, validation = (
+        list(dataset.iter_documents("train")),
+        list(dataset.iter_documents("validation")),
+    )
     assert (len(train), len(validation)) == (2, 1)
     assert "".join(train + validation).replace(" ", "") == "manywords" * 2000
     lines = write_lines(tmp_path / "long.jsonl", [{"text": "short"}, {"text": "long " * 50}])
     lines.write_text(lines.read_text(encoding="utf-8") + end, encoding="utf-8", newline="")
     dataset = find_dataset(data_path=str(lines))
-    assert [list(dataset.iter_documents(split)) for split in ("train", "validation")] == [["short"], ["long " * 50]]
+    assert [list(dataset.iter_documents(split)) for split in ("train", "validation")] == [
+        ["short"],
+        ["long " * 50],
+    ]
 
 
 def test_jsonl_records_of_each_kind_become_text(tmp_path):
     messages = [
         {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]},
+        {
+            "role": "assistant",
+            "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}],
+        },
     ]
-    records = [{"text": "plain — ü"}, {"prompt": "Q", "completion": "A"}, {"prompt": "Q: ", "completion": "A"}, {"messages": messages}]
+    records = [
+        {"text": "plain — ü"},
+        {"prompt": "Q", "completion": "A"},
+        {"prompt": "Q: ", "completion": "A"},
+        {"messages": messages},
+    ]
     path = write_lines(tmp_path / "mine.jsonl", [*records, {"text": ""}, {"text": "held out"}])
     dataset = find_dataset(data_path=str(path))
-    assert list(dataset.iter_documents("train")) == ["plain — ü", "Q\nA", "Q: A", "User: Hi\n\nAssistant: Hello"]
+    assert list(dataset.iter_documents("train")) == [
+        "plain — ü",
+        "Q\nA",
+        "Q: A",
+        "User: Hi\n\nAssistant: Hello",
+    ]
     assert list(dataset.iter_documents("validation")) == ["held out"]
 
 
 def test_parquet_without_a_text_column_is_read_like_jsonl(tmp_path):
     table = pyarrow.table({"prompt": ["a", "b"], "completion": ["1", "2"]})
     pyarrow.parquet.write_table(table, tmp_path / "pairs.parquet")
-    assert list(find_dataset(data_path=str(tmp_path / "pairs.parquet")).iter_documents("train")) == ["a\n1"]
+    assert list(
+        find_dataset(data_path=str(tmp_path / "pairs.parquet")).iter_documents("train")
+    ) == ["a\n1"]
 
 
 def test_text_that_is_not_utf8_is_damage(tmp_path):
@@ -188,14 +239,24 @@ def test_text_that_is_not_utf8_is_damage(tmp_path):
         list(find_dataset(data_path=str(tmp_path / "bad.parquet")).iter_documents("train"))
 
 
-@given(st.lists(st.text(min_size=1, max_size=30).filter(lambda text: text.strip()), min_size=2, max_size=40), st.integers(5, 200))
+@given(
+    st.lists(
+        st.text(min_size=1, max_size=30).filter(lambda text: text.strip()), min_size=2, max_size=40
+    ),
+    st.integers(5, 200),
+)
 @settings(max_examples=60, deadline=None)
 def test_byte_ranges_lose_and_double_no_line(tmp_path_factory, texts, group_bytes):
-    path = write_lines(tmp_path_factory.mktemp("lines") / "x.jsonl", [{"text": text} for text in texts])
+    path = write_lines(
+        tmp_path_factory.mktemp("lines") / "x.jsonl", [{"text": text} for text in texts]
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "TEXT_GROUP_BYTES", group_bytes)
         dataset = find_dataset(data_path=str(path))
-        train, validation = list(dataset.iter_documents("train")), list(dataset.iter_documents("validation"))
+        train, validation = (
+            list(dataset.iter_documents("train")),
+            list(dataset.iter_documents("validation")),
+        )
         assert train + validation == texts and train and validation
 
 
@@ -220,7 +281,10 @@ def test_wrong_input_is_named(tmp_path):
         "empty.txt": ("", "holds no text"),
         "broken.jsonl": ('{"text": "a"}\n{"text": \n', r"broken\.jsonl:2 is not JSON"),
         "fields.jsonl": ('{"body": "a"}\n', r"fields\.jsonl:1 has no text: a record needs `text`"),
-        "roles.jsonl": ('{"messages": [{"content": "a"}]}\n', r"roles\.jsonl:1 has a message without role or text"),
+        "roles.jsonl": (
+            '{"messages": [{"content": "a"}]}\n',
+            r"roles\.jsonl:1 has a message without role or text",
+        ),
         "blank.jsonl": ("\n \n", r"blank\.jsonl holds no text"),
         "none.jsonl": ('{"text": ""}\n', r"none\.jsonl holds no text"),
         "binary.txt": (b"ab\xff\xfe", r"binary\.txt is damaged \(byte 2 is not UTF-8\)"),
@@ -243,11 +307,13 @@ def test_a_record_that_is_no_object_has_no_text():
 @pytest.mark.skipif(not SHARED_DATA.exists(), reason="the development data is not here")
 def test_real_shards_can_be_read_as_they_are():
     dataset = find_dataset(data_path=str(SHARED_DATA))
-    assert len(dataset.shards("train")) == 7 and dataset.shards("validation") == ["shard_00007.parquet"]
+    assert len(dataset.shards("train")) == 7 and dataset.shards("validation") == [
+        "shard_00007.parquet"
+    ]
     assert len(dataset.read_group("shard_00007.parquet", 0, "validation")) == 1024
 
 
-# ---- damage -------------------------------------------------------------------------------------------------------------
+# ---- damage --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["footer", "data"])
@@ -255,9 +321,13 @@ def test_a_damaged_shard_is_named_and_never_skipped(base_data, where):
     dataset = make_dataset(base_data / "pydocs", [f"{i} some text" * 50 for i in range(100)])
     shard = dataset.folder / "shard_00000.parquet"
     raw = bytearray(shard.read_bytes())
-    raw[slice(-8, None) if where == "footer" else slice(10, 60)] = b"\0" * (8 if where == "footer" else 50)
+    raw[slice(-8, None) if where == "footer" else slice(10, 60)] = b"\0" * (
+        8 if where == "footer" else 50
+    )
     shard.write_bytes(raw)
-    with pytest.raises(UserError, match=r"shard_00000\.parquet is damaged .*--source=pydocs --overwrite"):
+    with pytest.raises(
+        UserError, match=r"shard_00000\.parquet is damaged .*--source=pydocs --overwrite"
+    ):
         list(dataset.iter_documents("train"))
 
 
@@ -272,7 +342,10 @@ def test_verify_names_what_is_wrong(base_data, capsys):
     (dataset.folder / "shard_00001.parquet").unlink()
     assert main(["verify", "--dataset=mine"]) == 2
     error = capsys.readouterr().err
-    assert "shard_00000.parquet (its sha256 is not the manifest's), shard_00001.parquet (missing)" in error
+    assert (
+        "shard_00000.parquet (its sha256 is not the manifest's), shard_00001.parquet (missing)"
+        in error
+    )
     assert main(["verify", "--dataset=mine", "--repair"]) == 2
     assert "put an intact copy in its place" in capsys.readouterr().err
     assert shard.exists(), "nothing is deleted that cannot be had again"
@@ -285,20 +358,28 @@ def test_a_dataset_is_tokenised_and_verified(base_data, capsys):
     assert "train on them with --dataset=mine-tokens" in capsys.readouterr().out
     assert find_dataset().name == "mine", "the ids of a text are taken only by their name"
     assert main(["tokenize", "--dataset=mine"]) == 2 and "--overwrite" in capsys.readouterr().err
-    assert main(["tokenize", "--dataset=mine-tokens"]) == 2 and "give --dataset=mine" in capsys.readouterr().err
+    assert (
+        main(["tokenize", "--dataset=mine-tokens"]) == 2
+        and "give --dataset=mine" in capsys.readouterr().err
+    )
     assert main(["verify", "--dataset=mine-tokens"]) == 0
     shard = base_data / "mine-tokens" / "shard_00000.parquet.tokens"
     shard.write_bytes(shard.read_bytes()[:-8])
     assert main(["verify", "--dataset=mine-tokens", "--repair"]) == 2
     assert "tokenize --dataset=mine --overwrite" in capsys.readouterr().err
-    assert main(["tokenize", "--dataset=mine", "--overwrite"]) == 0 and main(["verify", "--dataset=mine-tokens"]) == 0
+    assert (
+        main(["tokenize", "--dataset=mine", "--overwrite"]) == 0
+        and main(["verify", "--dataset=mine-tokens"]) == 0
+    )
 
 
 def test_a_missing_shard_is_waited_for_only_while_it_is_on_its_way(base_data):
     dataset = make_dataset(base_data / "mine", ["some text"])
     shard = dataset.folder / "shard_00000.parquet"
     aside = shard.rename(shard.with_suffix(".aside"))
-    with pytest.raises(UserError, match=r"shard_00000\.parquet is missing and nothing is fetching it"):
+    with pytest.raises(
+        UserError, match=r"shard_00000\.parquet is missing and nothing is fetching it"
+    ):
         list(dataset.iter_documents("train"))
 
     def download():
@@ -315,14 +396,17 @@ def test_a_missing_shard_is_waited_for_only_while_it_is_on_its_way(base_data):
     thread.join()
 
 
-# ---- the command --------------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ([], "--source is missing: `python -m zangchat.dataset --source=pydocs` needs no download"),
-        (["--source=pile"], "--source=pile is unknown: choose one of pydocs, climbmix, fineweb-edu"),
+        (
+            ["--source=pile"],
+            "--source=pile is unknown: choose one of pydocs, climbmix, fineweb-edu",
+        ),
         (["-n", "0"], "must be at least 1"),
         (["verify", "--dataset=none"], "--dataset=none is not in"),
         (["--sauce=pydocs"], "--sauce"),

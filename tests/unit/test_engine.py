@@ -37,7 +37,9 @@ STOPS = (special("assistant_end"), special("bos"))
 def model() -> GPT:
     """Random and lively: every layer contributes, and stop tokens do turn up."""
     torch.manual_seed(1)
-    model = GPT(GPTConfig(sequence_len=160, vocab_size=VOCAB, n_layer=2, n_head=4, n_kv_head=2, n_embd=32))
+    model = GPT(
+        GPTConfig(sequence_len=160, vocab_size=VOCAB, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
+    )
     model.init_weights()
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.3)
@@ -50,14 +52,20 @@ def engine(model: GPT) -> Engine:
 
 
 def prompt(number: int, length: int) -> list[int]:
-    return torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(number)).tolist()
+    return torch.randint(
+        0, 256, (length,), generator=torch.Generator().manual_seed(number)
+    ).tolist()
 
 
-# ---- greedy decoding is the plain forward pass ----------------------------------------------------------------------
+# ---- greedy decoding is the plain forward pass ---------------------------------------------------
 
 
-def close_calls(model: GPT, tokens: list[int], continuation: list[int], mask: list[int], stop_reason: str) -> int:
-    """Check each token the model chose against one full forward pass; returns how many were within MARGIN of the best, but not it."""
+def close_calls(
+    model: GPT, tokens: list[int], continuation: list[int], mask: list[int], stop_reason: str
+) -> int:
+    """Check each token the model chose against one full forward pass; returns how many were within
+    MARGIN of the best, but not it.
+    """
     if not continuation and stop_reason != "stop":
         return 0
     with torch.no_grad():
@@ -74,8 +82,12 @@ def close_calls(model: GPT, tokens: list[int], continuation: list[int], mask: li
 
 @st.composite
 def traffic(draw: Any) -> list[tuple[int, int, int, int | None]]:
-    """(prompt number, prompt length, new tokens, step at which the user leaves) for each request, and when it joins."""
-    request = st.tuples(st.integers(0, 9), st.integers(1, 90), st.integers(0, 70), st.none() | st.integers(0, 30))
+    """(prompt number, prompt length, new tokens, step at which the user leaves) for each request,
+    and when it joins.
+    """
+    request = st.tuples(
+        st.integers(0, 9), st.integers(1, 90), st.integers(0, 70), st.none() | st.integers(0, 30)
+    )
     return draw(st.lists(request, min_size=1, max_size=9))
 
 
@@ -89,11 +101,22 @@ def worth_a_call(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.mark.usefixtures("worth_a_call")
 @given(
-    traffic(), st.integers(1, 5), st.integers(0, 7), st.sampled_from([5, 64, 4096]), st.booleans(), st.sampled_from([1, PROMPT_MULTIPLE])
+    traffic(),
+    st.integers(1, 5),
+    st.integers(0, 7),
+    st.sampled_from([5, 64, 4096]),
+    st.booleans(),
+    st.sampled_from([1, PROMPT_MULTIPLE]),
 )
 @settings(max_examples=30, deadline=None)
 def test_greedy_tokens_equal_the_plain_forward_pass_in_any_company(
-    model: GPT, plan: list[tuple[int, int, int, int | None]], max_rows: int, gap: int, prefill_tokens: int, ahead: bool, multiple: int
+    model: GPT,
+    plan: list[tuple[int, int, int, int | None]],
+    max_rows: int,
+    gap: int,
+    prefill_tokens: int,
+    ahead: bool,
+    multiple: int,
 ) -> None:
     batch = RunningBatch(InferenceGPT(model), TOKENIZER, max_rows, prefill_tokens, ahead)
     batch.runner.prompt_multiple = multiple
@@ -101,7 +124,13 @@ def test_greedy_tokens_equal_the_plain_forward_pass_in_any_company(
     while joined < len(plan) or batch.busy:
         if joined < len(plan) and step >= joined * gap:
             number, length, max_tokens, leaves = plan[joined]
-            live.append((batch.submit(Request(prompt(number, length), max_tokens, temperature=0)), leaves, step))
+            live.append(
+                (
+                    batch.submit(Request(prompt(number, length), max_tokens, temperature=0)),
+                    leaves,
+                    step,
+                )
+            )
             joined += 1
             continue
         for generation, leaves, since in live:
@@ -115,7 +144,9 @@ def test_greedy_tokens_equal_the_plain_forward_pass_in_any_company(
         result = generation.result()
         assert len(result.tokens) <= max_tokens
         assert result.stop_reason in ("stop", "length") or leaves is not None
-        close += close_calls(model, list(generation.request.tokens), result.tokens, result.mask, result.stop_reason)
+        close += close_calls(
+            model, list(generation.request.tokens), result.tokens, result.mask, result.stop_reason
+        )
     assert close <= 2
 
 
@@ -125,7 +156,9 @@ def test_cached_logits_equal_the_plain_forward_pass_at_every_position(model: GPT
         expected = model(tokens)
         cache = KVCache(model.config, 2, 100, torch.float32, "cpu")
         got = [model(tokens[:, :7], kv_cache=cache.rows(0, 2))]
-        got.append(model(tokens[:, 7:30], kv_cache=cache.rows(0, 2)))  # a chunk behind stored tokens
+        got.append(
+            model(tokens[:, 7:30], kv_cache=cache.rows(0, 2))
+        )  # a chunk behind stored tokens
         got += [model(tokens[:, i : i + 1], kv_cache=cache.rows(0, 2)) for i in range(30, 100)]
     torch.testing.assert_close(torch.cat(got, dim=1), expected, atol=1e-4, rtol=1e-4)
 
@@ -136,7 +169,10 @@ def test_a_16_bit_model_on_a_cpu_keeps_its_keys_and_values_in_fp32(model: GPT, k
     in_bf16.load_state_dict(model.state_dict())
     batch = RunningBatch(kind(in_bf16.eval()), TOKENIZER)
     assert batch.runner.cache.storage.dtype == torch.float32
-    generations = [batch.submit(Request(prompt(i, 20 + 7 * i), 12, temperature=0, logprobs=0)) for i in range(3)]
+    generations = [
+        batch.submit(Request(prompt(i, 20 + 7 * i), 12, temperature=0, logprobs=0))
+        for i in range(3)
+    ]
     while batch.busy:
         batch.step()
     for generation in generations:  # what the fp32 model thinks of the same tokens
@@ -144,18 +180,25 @@ def test_a_16_bit_model_on_a_cpu_keeps_its_keys_and_values_in_fp32(model: GPT, k
         logprobs = model(torch.tensor([tokens]))[0].log_softmax(-1)
         start = len(generation.request.tokens) - 1
         expected = [logprobs[start + i, token].item() for i, token in enumerate(generation.tokens)]
-        assert [lp.value for lp in generation.logprobs][: len(expected)] == pytest.approx(expected, abs=0.15)
+        assert [lp.value for lp in generation.logprobs][: len(expected)] == pytest.approx(
+            expected, abs=0.15
+        )
 
 
 def test_growing_the_cache_changes_no_logit(model: GPT) -> None:
-    small, large = KVCache(model.config, 1, 1, torch.float32, "cpu"), KVCache(model.config, 3, 160, torch.float32, "cpu")
+    small, large = (
+        KVCache(model.config, 1, 1, torch.float32, "cpu"),
+        KVCache(model.config, 3, 160, torch.float32, "cpu"),
+    )
     tokens = torch.tensor([prompt(0, 150)])
     with torch.no_grad():
         for i in range(150):
             small.reserve(1, i + 1)
             if i == 70:
                 small.reserve(2, i + 1)  # more rows, too
-            outputs = [model(tokens[:, i : i + 1], kv_cache=cache.rows(0, 1)) for cache in (small, large)]
+            outputs = [
+                model(tokens[:, i : i + 1], kv_cache=cache.rows(0, 1)) for cache in (small, large)
+            ]
             assert torch.equal(*outputs)
     assert small.capacity >= 150 and small.num_rows >= 2
 
@@ -168,19 +211,32 @@ def test_rows_of_different_lengths_are_extended_by_several_tokens_at_once(model:
         model(first, kv_cache=cache.rows(0, 1))
         model(second, kv_cache=cache.rows(1, 2))
         got = model(chunk, kv_cache=cache.rows(0, 2))
-        expected = [model(torch.cat([head, tail[None]], dim=1))[:, -5:] for head, tail in zip((first, second), chunk, strict=True)]
+        expected = [
+            model(torch.cat([head, tail[None]], dim=1))[:, -5:]
+            for head, tail in zip((first, second), chunk, strict=True)
+        ]
     torch.testing.assert_close(got, torch.cat(expected), atol=1e-4, rtol=1e-4)
 
 
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=30), st.integers(1, 2**18))
-def test_groups_are_cut_where_that_saves_more_than_a_call_costs(lengths: list[int], bytes_per_token: int) -> None:
+def test_groups_are_cut_where_that_saves_more_than_a_call_costs(
+    lengths: list[int], bytes_per_token: int
+) -> None:
     lengths.sort(reverse=True)
     sizes = kv_cache.groups_by_length(lengths, bytes_per_token)
     assert sum(sizes) == len(lengths) and all(sizes)
     places = [sum(sizes[:i]) for i in range(len(sizes))]
-    read = sum(size * lengths[place] for size, place in zip(sizes, places, strict=True)) * bytes_per_token
-    assert read + (len(sizes) - 1) * kv_cache.MIN_SAVED_BYTES <= len(lengths) * lengths[0] * bytes_per_token
-    for size, place in zip(sizes, places, strict=True):  # no group that is left would gain by one more cut
+    read = (
+        sum(size * lengths[place] for size, place in zip(sizes, places, strict=True))
+        * bytes_per_token
+    )
+    assert (
+        read + (len(sizes) - 1) * kv_cache.MIN_SAVED_BYTES
+        <= len(lengths) * lengths[0] * bytes_per_token
+    )
+    for size, place in zip(
+        sizes, places, strict=True
+    ):  # no group that is left would gain by one more cut
         most = max((size - i) * (lengths[place] - lengths[place + i]) for i in range(size))
         assert most * bytes_per_token <= kv_cache.MIN_SAVED_BYTES
 
@@ -204,11 +260,13 @@ def test_the_cache_refuses_rows_and_tokens_that_it_has_no_room_for(model: GPT) -
         model(torch.zeros(1, 65, dtype=torch.long), kv_cache=cache.rows(0, 1))
 
 
-# ---- sampling -------------------------------------------------------------------------------------------------------
+# ---- sampling ------------------------------------------------------------------------------------
 
 
 def sample(logits: torch.Tensor, requests: list[Request], uniforms: list[float]) -> torch.Tensor:
-    return Sampler(requests, logits.size(-1), "cpu", [request.tokens for request in requests])(logits, uniforms)
+    return Sampler(requests, logits.size(-1), "cpu", [request.tokens for request in requests])(
+        logits, uniforms
+    )
 
 
 def requests_of(*settings: dict[str, Any]) -> list[Request]:
@@ -218,7 +276,11 @@ def requests_of(*settings: dict[str, Any]) -> list[Request]:
 def test_draws_follow_the_probabilities() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     n = 4000
-    drawn = sample(logits.expand(n, -1), requests_of({"temperature": 0.7}) * n, [(i + 0.5) / n for i in range(n)])
+    drawn = sample(
+        logits.expand(n, -1),
+        requests_of({"temperature": 0.7}) * n,
+        [(i + 0.5) / n for i in range(n)],
+    )
     shares = torch.bincount(drawn, minlength=4) / n
     torch.testing.assert_close(shares, (logits[0] / 0.7).softmax(-1), atol=1e-3, rtol=0)
 
@@ -238,20 +300,39 @@ def test_top_k_and_top_p_keep_the_likely_tokens_of_their_own_row() -> None:
     assert seen(top_k=2, top_p=0.99) == {0, 2}
     mixed = requests_of({"top_k": 2}, {"temperature": 0}, {"top_p": 0.6}, {})
     rows = [sample(logits[:4], mixed, [u] * 4).tolist() for u in uniforms]
-    assert [set(column) for column in zip(*rows, strict=True)] == [{0, 2}, {0}, {0, 2}, {0, 1, 2, 3}]
+    assert [set(column) for column in zip(*rows, strict=True)] == [
+        {0, 2},
+        {0},
+        {0, 2},
+        {0, 1, 2, 3},
+    ]
 
 
 def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest() -> None:
     logits = torch.tensor([0.5, 0.1, 0.25, 0.15]).log().expand(400, -1)
     uniforms = [(i + 0.5) / 400 for i in range(400)]
-    for setting, kept in (({"min_p": 0.4}, {0, 2}), ({"min_p": 0.25}, {0, 2, 3}), ({"min_p": 0.0}, {0, 1, 2, 3}), ({"min_p": 1.0}, {0})):
+    for setting, kept in (
+        ({"min_p": 0.4}, {0, 2}),
+        ({"min_p": 0.25}, {0, 2, 3}),
+        ({"min_p": 0.0}, {0, 1, 2, 3}),
+        ({"min_p": 1.0}, {0}),
+    ):
         assert set(sample(logits, requests_of(setting) * 400, uniforms).tolist()) == kept
-    assert set(sample(logits, requests_of({"min_p": 0.4, "top_k": 3, "top_p": 0.99}) * 400, uniforms).tolist()) == {0, 2}
+    assert set(
+        sample(
+            logits, requests_of({"min_p": 0.4, "top_k": 3, "top_p": 0.99}) * 400, uniforms
+        ).tolist()
+    ) == {0, 2}
 
 
 def test_the_repetition_penalty_holds_for_what_stands_in_the_row(model: GPT) -> None:
     logits = torch.tensor([[2.0, 1.5, -1.0], [2.0, 1.5, -1.0]])
-    sampler = Sampler(requests_of({"temperature": 0, "repetition_penalty": 1.5}, {"temperature": 0}), 3, "cpu", [[0], [0]])
+    sampler = Sampler(
+        requests_of({"temperature": 0, "repetition_penalty": 1.5}, {"temperature": 0}),
+        3,
+        "cpu",
+        [[0], [0]],
+    )
     assert sampler(logits, [0, 0]).tolist() == [1, 0]
     sampler.mark_seen(torch.tensor([[1], [1]]))
     assert sampler(logits, [0, 0]).tolist() == [0, 0]  # 2 / 1.5 against 1.5 / 1.5 and -1
@@ -259,7 +340,9 @@ def test_the_repetition_penalty_holds_for_what_stands_in_the_row(model: GPT) -> 
     mine = Request(prompt(4, 12), 30, temperature=0, repetition_penalty=1.3)
     for ahead in (False, True):
         batch = RunningBatch(model, TOKENIZER, prefill_tokens=8, ahead=ahead)
-        others = [batch.submit(Request(prompt(i, 3 + 5 * i), 4 * i, temperature=0)) for i in range(1, 4)]
+        others = [
+            batch.submit(Request(prompt(i, 3 + 5 * i), 4 * i, temperature=0)) for i in range(1, 4)
+        ]
         generation = batch.submit(mine)
         while batch.busy:
             batch.step()
@@ -277,7 +360,9 @@ def test_the_repetition_penalty_holds_for_what_stands_in_the_row(model: GPT) -> 
 
 
 def drawn_by_definition(logits: torch.Tensor, request: Request, uniform: float) -> int:
-    """The slow twin of Sampler for one row (V,): the likely tokens one by one, then the inverse of their distribution."""
+    """The slow twin of Sampler for one row (V,): the likely tokens one by one, then the inverse of
+    their distribution.
+    """
     if request.temperature == 0:
         return int(logits.argmax())
     scores = (logits / request.temperature).double()
@@ -312,7 +397,9 @@ def test_draws_are_those_of_the_definition_alone_and_in_company() -> None:
         ]
         logits = torch.randn(len(settings), size, generator=generator) * 2
         requests, uniforms = requests_of(*settings), [number.random() for _ in settings]
-        expected = [drawn_by_definition(*row) for row in zip(logits, requests, uniforms, strict=True)]
+        expected = [
+            drawn_by_definition(*row) for row in zip(logits, requests, uniforms, strict=True)
+        ]
         assert sample(logits, requests, uniforms).tolist() == expected
         for i, request in enumerate(requests):
             assert sample(logits[i : i + 1], [request], [uniforms[i]]).tolist() == [expected[i]]
@@ -322,13 +409,25 @@ def test_extreme_draws_and_temperatures_stay_within_the_vocabulary() -> None:
     logits = torch.tensor([[15.0, -15.0, 14.99]])
     for temperature in (1e-30, 1e-4, 1.0, 1e4):
         for u in (0.0, 1 - 2**-53):
-            assert sample(logits, requests_of({"temperature": temperature}), [u]).item() in (0, 1, 2)
+            assert sample(logits, requests_of({"temperature": temperature}), [u]).item() in (
+                0,
+                1,
+                2,
+            )
     assert sample(logits, requests_of({"temperature": 1e-30}), [0.999]).item() == 0
 
 
 def test_a_seed_gives_the_same_text_alone_and_in_a_crowd(engine: Engine) -> None:
     crowd = [
-        Request(prompt(i, 5 + 7 * i), 40, temperature=0.9, top_k=(None, 30)[i % 2], top_p=(None, 0.9)[i % 3 == 0], seed=i) for i in range(8)
+        Request(
+            prompt(i, 5 + 7 * i),
+            40,
+            temperature=0.9,
+            top_k=(None, 30)[i % 2],
+            top_p=(None, 0.9)[i % 3 == 0],
+            seed=i,
+        )
+        for i in range(8)
     ]
     together = engine.generate_many(crowd, max_rows=5)
     alone = [engine.generate_many([request])[0] for request in crowd]
@@ -349,28 +448,36 @@ def test_seeds_and_samples_differ_and_repeat(engine: Engine) -> None:
 
 def test_padding_of_the_vocabulary_is_never_sampled(engine: Engine, model: GPT) -> None:
     assert model.lm_head.weight.shape[0] > VOCAB
-    results = engine.generate_many([Request(prompt(i, 4), 40, temperature=1e4, seed=i) for i in range(10)])
+    results = engine.generate_many(
+        [Request(prompt(i, 4), 40, temperature=1e4, seed=i) for i in range(10)]
+    )
     tokens = {token for result in results for token in result.tokens}
     assert max(tokens) < VOCAB and len(tokens) > 100
 
 
-# ---- counts and limits ----------------------------------------------------------------------------------------------
+# ---- counts and limits ---------------------------------------------------------------------------
 
 
 class ScriptedModel:
-    """Stands in for GPT: after position p comes script[p + 1], whatever was read. Rows are told apart by their first token."""
+    """Stands in for GPT: after position p comes script[p + 1], whatever was read. Rows are told
+    apart by their first token.
+    """
 
     compute_dtype = torch.float32
 
     def __init__(self, *scripts: list[int], sequence_len: int = 256) -> None:
         self.scripts = {script[0]: script for script in scripts}
-        self.config = GPTConfig(sequence_len=sequence_len, vocab_size=VOCAB, n_layer=1, n_head=1, n_kv_head=1, n_embd=2)
+        self.config = GPTConfig(
+            sequence_len=sequence_len, vocab_size=VOCAB, n_layer=1, n_head=1, n_kv_head=1, n_embd=2
+        )
         self.read: list[list[int]] = []
 
     def get_device(self) -> torch.device:
         return torch.device("cpu")
 
-    def __call__(self, idx: torch.Tensor, kv_cache: Any, logits_at: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(
+        self, idx: torch.Tensor, kv_cache: Any, logits_at: torch.Tensor | None = None
+    ) -> torch.Tensor:
         B, T = idx.shape
         k = idx[:, None, :, None].float().expand(B, 1, T, 2)
         stored, _, _ = kv_cache.update(0, k, k)
@@ -400,7 +507,11 @@ def script(text: str, reply: list[int | str]) -> tuple[list[int], list[int]]:
 def test_a_reply_ends_before_the_token_that_ends_it(end: int) -> None:
     start, whole = script("q", ["hello", end, "never seen"])
     result = scripted(whole).generate_many([Request(start, temperature=0)])[0]
-    assert (TOKENIZER.decode(result.tokens), result.mask, result.stop_reason) == ("hello", [1] * 5, "stop")
+    assert (TOKENIZER.decode(result.tokens), result.mask, result.stop_reason) == (
+        "hello",
+        [1] * 5,
+        "stop",
+    )
 
 
 def test_max_tokens_is_exact_and_the_context_is_a_limit(engine: Engine) -> None:
@@ -450,9 +561,16 @@ def test_prompts_are_read_in_few_shapes_where_each_shape_costs_memory(model: GPT
 
 
 def test_more_requests_than_rows_come_back_in_order() -> None:
-    pairs = [script(chr(65 + i) * (1 + i % 4), [chr(97 + i) * (1 + i * 3 % 7), STOPS[0]]) for i in range(20)]
-    results = scripted(*(whole for _, whole in pairs)).generate_many([Request(start, temperature=0) for start, _ in pairs], max_rows=3)
-    assert [TOKENIZER.decode(r.tokens) for r in results] == [chr(97 + i) * (1 + i * 3 % 7) for i in range(20)]
+    pairs = [
+        script(chr(65 + i) * (1 + i % 4), [chr(97 + i) * (1 + i * 3 % 7), STOPS[0]])
+        for i in range(20)
+    ]
+    results = scripted(*(whole for _, whole in pairs)).generate_many(
+        [Request(start, temperature=0) for start, _ in pairs], max_rows=3
+    )
+    assert [TOKENIZER.decode(r.tokens) for r in results] == [
+        chr(97 + i) * (1 + i * 3 % 7) for i in range(20)
+    ]
 
 
 def test_no_requests_no_results(engine: Engine) -> None:
@@ -479,7 +597,9 @@ def test_no_requests_no_results(engine: Engine) -> None:
         ({"tokens": [0] * 161}, "161 tokens, the model's context 160"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(engine: Engine, setting: dict[str, Any], complaint: str) -> None:
+def test_settings_that_mean_nothing_are_refused(
+    engine: Engine, setting: dict[str, Any], complaint: str
+) -> None:
     with pytest.raises(ValueError, match=complaint):
         engine.generate_many([Request(**{"tokens": [1], **setting})])
 
@@ -491,18 +611,28 @@ def test_a_request_that_was_cancelled_frees_its_row_at_once(model: GPT) -> None:
     batch.cancel(first)
     batch.cancel(first)  # again: nothing happens
     batch.cancel(third)  # while it waits
-    assert (batch.live(), [g.stop_reason for g in (first, third)]) == ([second], ["cancelled", "cancelled"])
+    assert (batch.live(), [g.stop_reason for g in (first, third)]) == (
+        [second],
+        ["cancelled", "cancelled"],
+    )
     batch.step()
     assert batch.scheduler.running == [second] and len(first.tokens) == 1
 
 
-# ---- the host one step behind the device ----------------------------------------------------------------------------
+# ---- the host one step behind the device ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("max_rows", [2, 5])
 def test_running_ahead_of_the_host_changes_nothing(model: GPT, max_rows: int) -> None:
     requests = [
-        Request(prompt(i % 5, 4 + 9 * (i % 5)), 6 * i % 31, temperature=(0.0, 1.5)[i % 2], top_k=(None, 40)[i % 3 == 0], seed=i, logprobs=2)
+        Request(
+            prompt(i % 5, 4 + 9 * (i % 5)),
+            6 * i % 31,
+            temperature=(0.0, 1.5)[i % 2],
+            top_k=(None, 40)[i % 3 == 0],
+            seed=i,
+            logprobs=2,
+        )
         for i in range(14)
     ]
     results = []
@@ -513,12 +643,21 @@ def test_running_ahead_of_the_host_changes_nothing(model: GPT, max_rows: int) ->
             batch.step()
         results.append([g.result() for g in generations])
     for one, other in zip(*results, strict=True):
-        assert (one.tokens, one.mask, one.stop_reason, one.stop_token) == (other.tokens, other.mask, other.stop_reason, other.stop_token)
-        assert [lp.value for lp in one.logprobs] == pytest.approx([lp.value for lp in other.logprobs], abs=1e-4)
+        assert (one.tokens, one.mask, one.stop_reason, one.stop_token) == (
+            other.tokens,
+            other.mask,
+            other.stop_reason,
+            other.stop_token,
+        )
+        assert [lp.value for lp in one.logprobs] == pytest.approx(
+            [lp.value for lp in other.logprobs], abs=1e-4
+        )
 
 
 def test_a_device_side_step_at_given_positions_equals_the_ordinary_one(model: GPT) -> None:
-    """What a CUDA graph records: rows at their own positions, a length that is only an upper bound, idle rows beside them."""
+    """What a CUDA graph records: rows at their own positions, a length that is only an upper bound,
+    idle rows beside them.
+    """
     model, cache = InferenceGPT(model), KVCache(model.config, 4, 128, torch.float32, "cpu")
     with torch.inference_mode():
         for row, length in enumerate((20, 7, 33)):
@@ -537,15 +676,27 @@ def test_cuda_graphs_and_running_ahead_agree_with_the_plain_model(model: GPT) ->
     device_model.load_state_dict(model.state_dict())
     device_model = device_model.to("cuda")
     requests = [Request(prompt(i, 4 + 9 * i), 40, temperature=0) for i in range(6)]
-    for request, result in zip(requests, Engine(device_model, TOKENIZER).generate_many(requests, max_rows=3), strict=True):
-        assert close_calls(model, list(request.tokens), result.tokens, result.mask, result.stop_reason) <= 2
+    for request, result in zip(
+        requests, Engine(device_model, TOKENIZER).generate_many(requests, max_rows=3), strict=True
+    ):
+        assert (
+            close_calls(model, list(request.tokens), result.tokens, result.mask, result.stop_reason)
+            <= 2
+        )
 
 
-# ---- the model as the engine runs it --------------------------------------------------------------------------------
+# ---- the model as the engine runs it -------------------------------------------------------------
 
 
 def products(model: InferenceGPT) -> list[Any]:
-    return [model.head, *(product for layer in model.layers for product in (layer.qkv, layer.out, layer.up, layer.down))]
+    return [
+        model.head,
+        *(
+            product
+            for layer in model.layers
+            for product in (layer.qkv, layer.out, layer.up, layer.down)
+        ),
+    ]
 
 
 @pytest.mark.parametrize(("rows", "length"), [(1, 1), (1, 9), (3, 5), (8, 1), (4, 30)])
@@ -554,7 +705,9 @@ def test_the_inference_model_computes_the_same_function(model: GPT, rows: int, l
     with torch.inference_mode():
         torch.testing.assert_close(InferenceGPT(model)(idx), model(idx), atol=1e-4, rtol=1e-4)
         at = torch.arange(rows) % length
-        torch.testing.assert_close(InferenceGPT(model)(idx, logits_at=at), model(idx, logits_at=at), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            InferenceGPT(model)(idx, logits_at=at), model(idx, logits_at=at), atol=1e-4, rtol=1e-4
+        )
     assert model.transformer["h"][0].attn.c_q.weight.requires_grad  # the original is as it was
     assert set(dict(model.named_parameters())) == set(dict(GPT(model.config).named_parameters()))
 
@@ -563,22 +716,32 @@ def test_the_inference_model_holds_its_weights_in_the_compute_dtype(model: GPT) 
     masters = GPT(model.config, torch.bfloat16)
     masters.load_state_dict(model.state_dict())
     twin = InferenceGPT(masters)
-    assert {product.weight.dtype for product in products(twin)} == {torch.bfloat16} and masters.lm_head.weight.dtype == torch.float32
+    assert {product.weight.dtype for product in products(twin)} == {
+        torch.bfloat16
+    } and masters.lm_head.weight.dtype == torch.float32
     idx = torch.tensor([prompt(1, 20)])
     with torch.inference_mode():
         assert (twin(idx) - masters(idx)).abs().mean() < 0.1
-    result = Engine(masters, TOKENIZER).generate_many([Request(prompt(1, 20), 10, temperature=0)])[0]
+    result = Engine(masters, TOKENIZER).generate_many([Request(prompt(1, 20), 10, temperature=0)])[
+        0
+    ]
     assert len(result.tokens) == 10 or result.stop_reason == "stop"
 
 
-@pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="no FBGEMM on this processor")
+@pytest.mark.skipif(
+    "fbgemm" not in torch.backends.quantized.supported_engines, reason="no FBGEMM on this processor"
+)
 @pytest.mark.parametrize(("rows", "length"), [(1, 1), (7, 1), (3, 30)])
 def test_fp16_weights_are_rounded_and_nothing_else(model: GPT, rows: int, length: int) -> None:
     rounded = GPT(model.config)
-    rounded.load_state_dict({n: t if "wte" in n else t.half().float() for n, t in model.state_dict().items()})
+    rounded.load_state_dict(
+        {n: t if "wte" in n else t.half().float() for n, t in model.state_dict().items()}
+    )
     idx = torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(rows))
     with torch.inference_mode():
-        torch.testing.assert_close(InferenceGPT(model, "fp16")(idx), rounded(idx), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(
+            InferenceGPT(model, "fp16")(idx), rounded(idx), atol=1e-3, rtol=1e-3
+        )
     with pytest.raises(ValueError, match="fp16 weights are for fp32"):
         InferenceGPT(GPT(model.config, torch.bfloat16), "fp16")
 
@@ -587,24 +750,32 @@ def test_int8_weights_nearly_agree_with_the_weights_they_round(model: GPT) -> No
     idx = torch.tensor([prompt(1, 60)])
     with torch.inference_mode():
         exact, rounded = model(idx), InferenceGPT(model, "int8")(idx)
-        each = torch.cat([InferenceGPT(model, "int8")(idx[:, :n])[:, -1:] for n in (5, 20)], dim=1)  # few rows: the int8 kernel
+        each = torch.cat(
+            [InferenceGPT(model, "int8")(idx[:, :n])[:, -1:] for n in (5, 20)], dim=1
+        )  # few rows: the int8 kernel
     distance = (exact.softmax(-1) - rounded.softmax(-1)).abs().sum(-1).mean() / 2
     assert distance < 0.1
     torch.testing.assert_close(each, rounded[:, [4, 19]], atol=0.6, rtol=0)  # it computes in bf16
     assert (each - exact[:, [4, 19]]).abs().mean() < 0.25
-    assert {product.weight.dtype for product in products(InferenceGPT(model, "int8"))} == {torch.int8}
+    assert {product.weight.dtype for product in products(InferenceGPT(model, "int8"))} == {
+        torch.int8
+    }
     with pytest.raises(ValueError, match="quantization"):
         InferenceGPT(model, "int3")
 
 
-# ---- log-probabilities ----------------------------------------------------------------------------------------------
+# ---- log-probabilities ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prefill_tokens", [7, 512])
 def test_logprobs_are_those_of_the_plain_model(model: GPT, prefill_tokens: int) -> None:
     requests = [
-        Request(prompt(1, 40), 12, temperature=1.0, top_k=5, seed=3, logprobs=3, prompt_logprobs=True),
-        Request(prompt(1, 40), 0, logprobs=1, prompt_logprobs=True),  # the same prompt, nothing to generate
+        Request(
+            prompt(1, 40), 12, temperature=1.0, top_k=5, seed=3, logprobs=3, prompt_logprobs=True
+        ),
+        Request(
+            prompt(1, 40), 0, logprobs=1, prompt_logprobs=True
+        ),  # the same prompt, nothing to generate
         Request(prompt(2, 25), 9, temperature=0, logprobs=0),
         Request(prompt(3, 160), 0, logprobs=0, prompt_logprobs=True),  # it fills the context
         Request([5], 1, temperature=0, logprobs=2, prompt_logprobs=True),
@@ -617,23 +788,38 @@ def test_logprobs_are_those_of_the_plain_model(model: GPT, prefill_tokens: int) 
     for request, generation in zip(requests, generations, strict=True):
         result, n = generation.result(), request.logprobs or 0
         ended = [] if result.stop_token is None else [result.stop_token]
-        assert len(result.prompt_logprobs) == (len(request.tokens) - 1 if request.prompt_logprobs else 0)
-        assert len(result.logprobs) == (len(result.tokens) + len(ended) if request.logprobs is not None else 0)
+        assert len(result.prompt_logprobs) == (
+            len(request.tokens) - 1 if request.prompt_logprobs else 0
+        )
+        assert len(result.logprobs) == (
+            len(result.tokens) + len(ended) if request.logprobs is not None else 0
+        )
         whole = [*request.tokens, *result.tokens, *ended]
         with torch.no_grad():
             expected = model(torch.tensor([whole[:-1] or [0]]))[0].log_softmax(-1)
-        for offset, logprobs in ((0, result.prompt_logprobs), (len(request.tokens) - 1, result.logprobs)):
+        for offset, logprobs in (
+            (0, result.prompt_logprobs),
+            (len(request.tokens) - 1, result.logprobs),
+        ):
             for i, logprob in enumerate(logprobs, offset):
                 assert logprob.value == pytest.approx(float(expected[i, whole[i + 1]]), abs=2e-3)
                 values, _ = expected[i].topk(n)
-                assert [value for _, value in logprob.top] == pytest.approx(values.tolist(), abs=2e-3)
-                assert all(value == pytest.approx(float(expected[i, token]), abs=2e-3) for token, value in logprob.top)
+                assert [value for _, value in logprob.top] == pytest.approx(
+                    values.tolist(), abs=2e-3
+                )
+                assert all(
+                    value == pytest.approx(float(expected[i, token]), abs=2e-3)
+                    for token, value in logprob.top
+                )
 
 
-# ---- stop strings ---------------------------------------------------------------------------------------------------
+# ---- stop strings --------------------------------------------------------------------------------
 
 
-@given(st.lists(st.text("abc", max_size=4), max_size=12), st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3))
+@given(
+    st.lists(st.text("abc", max_size=4), max_size=12),
+    st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3),
+)
 @settings(max_examples=300, deadline=None)
 def test_no_part_of_a_stop_string_is_ever_shown(pieces: list[str], stops: list[str]) -> None:
     finder, shown, fed = StopFinder(stops), "", ""
@@ -647,27 +833,43 @@ def test_no_part_of_a_stop_string_is_ever_shown(pieces: list[str], stops: list[s
             assert shown == fed[: min(ends)]
         else:  # what is held back is the longest end that may become a stop string, no more
             held = fed[len(shown) :]
-            assert fed.startswith(shown) and (not held or any(stop.startswith(held) for stop in stops))
+            assert fed.startswith(shown) and (
+                not held or any(stop.startswith(held) for stop in stops)
+            )
             assert not any(stop.startswith(fed[i:]) for stop in stops for i in range(len(shown)))
     shown += finder.flush()
     assert finder.found or shown == fed
 
 
 def test_a_stop_string_ends_a_generation_across_token_borders_and_in_its_text_only() -> None:
-    start, whole = script("q", ["one ", CALL, "2-END", CALLED, "two -EN and -END three", STOPS[0], "#"])
+    start, whole = script(
+        "q", ["one ", CALL, "2-END", CALLED, "two -EN and -END three", STOPS[0], "#"]
+    )
     for ahead in (False, True):
         batch = RunningBatch(scripted(whole).model, TOKENIZER, ahead=ahead)
-        stopped, free = (batch.submit(Request(start, temperature=0, stop=stop)) for stop in (("-END", "xyz"), ()))
+        stopped, free = (
+            batch.submit(Request(start, temperature=0, stop=stop)) for stop in (("-END", "xyz"), ())
+        )
         events = []
         while batch.busy:
             events += batch.step()
         assert stopped.stop_reason == free.stop_reason == "stop"
-        assert TOKENIZER.decode(stopped.tokens).endswith("two -EN and -END") and stopped.stop_token is None
+        assert (
+            TOKENIZER.decode(stopped.tokens).endswith("two -EN and -END")
+            and stopped.stop_token is None
+        )
         assert free.stop_token == STOPS[0]
         decoder = ReplyDecoder(TOKENIZER, ("-END", "xyz"))
-        said = [decoder.feed(event.token) for event in events if event.sequence is stopped and event.token is not None]
+        said = [
+            decoder.feed(event.token)
+            for event in events
+            if event.sequence is stopped and event.token is not None
+        ]
         assert decoder.stopped and decoder.text() == "one two -EN and "
-        assert "".join(text for pieces in said for kind, text in pieces if kind == "text") == decoder.text()
+        assert (
+            "".join(text for pieces in said for kind, text in pieces if kind == "text")
+            == decoder.text()
+        )
         assert decoder.flush() == [] and decoder.feed(65) == []
 
 
@@ -680,9 +882,11 @@ def test_text_that_only_began_a_stop_string_is_shown_in_the_end() -> None:
     assert not decoder.stopped
 
 
-# ---- tools ----------------------------------------------------------------------------------------------------------
+# ---- tools ---------------------------------------------------------------------------------------
 
-CALL, CALLED, OUT, DONE = (special(name) for name in ("python_start", "python_end", "output_start", "output_end"))
+CALL, CALLED, OUT, DONE = (
+    special(name) for name in ("python_start", "python_end", "output_start", "output_end")
+)
 
 
 def forced(text: str) -> list[int]:
@@ -690,7 +894,9 @@ def forced(text: str) -> list[int]:
 
 
 def play(reply: list[int | str]) -> tuple[list[int], list[int]]:
-    """The tokens and mask of a reply in which the model says what the script has, wherever it is not overruled."""
+    """The tokens and mask of a reply in which the model says what the script has, wherever it is
+    not overruled.
+    """
     start, whole = script("q", [*reply, STOPS[0]])
     result = scripted(whole).generate_many([Request(start, temperature=0)])[0]
     return result.tokens, result.mask
@@ -699,7 +905,14 @@ def play(reply: list[int | str]) -> tuple[list[int], list[int]]:
 def test_a_call_gets_its_result() -> None:
     gap = "#" * len(forced("42"))  # what the model would have said where the result is put in
     tokens, mask = play(["so ", CALL, "6*7", CALLED, gap, " it is"])
-    assert tokens == [*TOKENIZER.encode("so "), CALL, *TOKENIZER.encode("6*7"), CALLED, *forced("42"), *TOKENIZER.encode(" it is")]
+    assert tokens == [
+        *TOKENIZER.encode("so "),
+        CALL,
+        *TOKENIZER.encode("6*7"),
+        CALLED,
+        *forced("42"),
+        *TOKENIZER.encode(" it is"),
+    ]
     assert mask == [1] * 8 + [0] * 4 + [1] * 6
 
 
@@ -730,20 +943,31 @@ def test_a_second_start_begins_a_new_expression_and_calls_may_follow_each_other(
 def test_a_result_cut_by_the_limit_is_cut_there() -> None:
     start, whole = script("q", [CALL, "6*7", CALLED, "####", "x"])
     result = scripted(whole).generate_many([Request(start, max_tokens=7, temperature=0)])[0]
-    assert (result.tokens[-2:], result.mask[-2:], result.stop_reason) == (forced("42")[:2], [0, 0], "length")
+    assert (result.tokens[-2:], result.mask[-2:], result.stop_reason) == (
+        forced("42")[:2],
+        [0, 0],
+        "length",
+    )
 
 
 def test_rows_have_their_own_tools() -> None:
-    pairs = [script(name, [CALL, expression, CALLED, "#" * (2 + len(answer)), "ok", STOPS[0]]) for name, expression, answer in TRIO]
-    results = scripted(*(whole for _, whole in pairs)).generate_many([Request(start, temperature=0) for start, _ in pairs])
+    pairs = [
+        script(name, [CALL, expression, CALLED, "#" * (2 + len(answer)), "ok", STOPS[0]])
+        for name, expression, answer in TRIO
+    ]
+    results = scripted(*(whole for _, whole in pairs)).generate_many(
+        [Request(start, temperature=0) for start, _ in pairs]
+    )
     for result, (_, _, answer) in zip(results, TRIO, strict=True):
-        assert [t for t, m in zip(result.tokens, result.mask, strict=True) if not m] == forced(answer)
+        assert [t for t, m in zip(result.tokens, result.mask, strict=True) if not m] == forced(
+            answer
+        )
 
 
 TRIO = [("a", "1+1", "2"), ("bb", "100*100", "10000"), ("ccc", "'abab'.count('b')", "2")]
 
 
-# ---- text -----------------------------------------------------------------------------------------------------------
+# ---- text ----------------------------------------------------------------------------------------
 
 
 @given(st.text(max_size=60))
@@ -769,7 +993,9 @@ def test_a_stream_that_ends_within_a_character_says_so() -> None:
 
 def test_a_reply_is_taken_apart_into_what_was_said_and_what_was_called() -> None:
     decoder = ReplyDecoder(TOKENIZER)
-    tokens = script("", ["Let me see: ", CALL, "6*7", CALLED, *forced("42"), "é", special("user_start"), "!"])[1]
+    tokens = script(
+        "", ["Let me see: ", CALL, "6*7", CALLED, *forced("42"), "é", special("user_start"), "!"]
+    )[1]
     pieces = [piece for token in tokens for piece in decoder.feed(token)] + decoder.flush()
     assert decoder.parts == [
         {"type": "text", "text": "Let me see: "},
@@ -789,7 +1015,9 @@ def test_half_a_character_before_a_call_belongs_to_what_came_before() -> None:
 
 
 def chat(*texts: str, system: str | None = None) -> list[dict[str, Any]]:
-    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    messages = [
+        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)
+    ]
     return ([{"role": "system", "content": system}] if system else []) + messages
 
 
@@ -798,24 +1026,46 @@ def test_the_oldest_turns_are_left_out_when_a_chat_outgrows_the_context(system: 
     messages = chat("one", "1" * 30, "two", "2" * 30, "three", system=system)
     head = 1 if system else 0
     full = len(TOKENIZER.render_for_completion({"messages": messages}))
-    assert fit_conversation(TOKENIZER, messages, full) == (TOKENIZER.render_for_completion({"messages": messages}), 0)
+    assert fit_conversation(TOKENIZER, messages, full) == (
+        TOKENIZER.render_for_completion({"messages": messages}),
+        0,
+    )
     ids, left_out = fit_conversation(TOKENIZER, messages, full - 1)
     assert left_out == 2
-    assert ids == TOKENIZER.render_for_completion({"messages": messages[:head] + messages[head + 2 :]})
+    assert ids == TOKENIZER.render_for_completion(
+        {"messages": messages[:head] + messages[head + 2 :]}
+    )
     ids, left_out = fit_conversation(TOKENIZER, messages, 1)  # hopeless: the last question stays
     assert left_out == 4 and "three" in TOKENIZER.decode(ids)
 
 
-# ---- the benchmark --------------------------------------------------------------------------------------------------
+# ---- the benchmark -------------------------------------------------------------------------------
 
 
 def test_the_benchmark_counts_what_a_step_reads(capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ["--depth=1", "--head_dim=32", "--max_seq_len=64", "--vocab_size=64", "--contexts=8", "--batches=1,3", "--steps=8"]
-    assert bench_infer.main([*sizes, "--worker=zangchat", "--device_type=cpu", "--dtype=float32"]) == 0
+    sizes = [
+        "--depth=1",
+        "--head_dim=32",
+        "--max_seq_len=64",
+        "--vocab_size=64",
+        "--contexts=8",
+        "--batches=1,3",
+        "--steps=8",
+    ]
+    assert (
+        bench_infer.main([*sizes, "--worker=zangchat", "--device_type=cpu", "--dtype=float32"]) == 0
+    )
     result = json.loads(capsys.readouterr().out)
     weights = 4 * (12 * 64 * 64 + 64 * 64)
-    assert [point["bytes_per_step"] for point in result["decode"]] == [weights + rows * (8 + 4) * 2 * 64 * 4 for rows in (1, 3)]
-    assert all(point["p99_ms"] >= point["p50_ms"] > 0 and point["share_of_bandwidth"] > 0 for point in result["decode"])
-    assert [point["batch"] for point in result["prefill"]] == [1, 3] and result["continuous"]["tok_per_sec"] > 0
+    assert [point["bytes_per_step"] for point in result["decode"]] == [
+        weights + rows * (8 + 4) * 2 * 64 * 4 for rows in (1, 3)
+    ]
+    assert all(
+        point["p99_ms"] >= point["p50_ms"] > 0 and point["share_of_bandwidth"] > 0
+        for point in result["decode"]
+    )
+    assert [point["batch"] for point in result["prefill"]] == [1, 3] and result["continuous"][
+        "tok_per_sec"
+    ] > 0
     assert bench_infer.main([*sizes, "--steps=60"]) == 2  # more than the context holds
     assert "do not fit" in capsys.readouterr().err

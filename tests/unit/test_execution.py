@@ -1,4 +1,6 @@
-"""The sandbox, attacked from inside namespaces of the test's own (see tests/sandbox_guard.py), so that a hole in it hurts nobody."""
+"""The sandbox, attacked from inside namespaces of the test's own (see tests/sandbox_guard.py), so
+that a hole in it hurts nobody.
+"""
 
 import functools
 import os
@@ -45,20 +47,32 @@ def guard(tmp_path_factory) -> Iterator[Guard]:
     (home / ".ssh").mkdir()
     (home / ".ssh" / "id_rsa").write_text("hf_secret", encoding="utf-8")
     for path in (home / ".ssh" / "id_rsa", home / ".ssh", home, *home.parents[:3]):
-        os.chmod(path, path.stat().st_mode | 0o055)  # for everyone's eyes: only a layer that hides files keeps it
+        os.chmod(
+            path, path.stat().st_mode | 0o055
+        )  # for everyone's eyes: only a layer that hides files keeps it
     try:
         guard = Guard(home)
     except OSError as error:
-        pytest.skip(f"the kernel forbids a pid and network namespace of the test's own, so nothing is attacked here: {error}")
+        pytest.skip(
+            "the kernel forbids a pid and network namespace of the test's own, so nothing is "
+            f"attacked here: {error}"
+        )
     yield guard
     guard.close()
 
 
 @pytest.fixture(scope="module")
 def run(guard):
-    def run(code: str, timeout: float = 5.0, level: SandboxLevel = SandboxLevel.FILTERED, **settings: Any) -> ExecutionResult:
+    def run(
+        code: str,
+        timeout: float = 5.0,
+        level: SandboxLevel = SandboxLevel.FILTERED,
+        **settings: Any,
+    ) -> ExecutionResult:
         if guard.level < level:
-            pytest.skip(f"the sandbox of this machine reaches '{guard.level}', the test needs '{level}'")
+            pytest.skip(
+                f"the sandbox of this machine reaches '{guard.level}', the test needs '{level}'"
+            )
         return guard.run(textwrap.dedent(code), timeout, **settings)
 
     return run
@@ -82,7 +96,7 @@ def attacked(guard):
     return attacked
 
 
-# -- what a program may do ---------------------------------------------------------------------------------------------
+# -- what a program may do -------------------------------------------------------------------------
 
 
 def test_a_program_that_reaches_its_end_succeeds(run):
@@ -113,7 +127,9 @@ def test_the_standard_library_is_there(run):
 
 
 def test_main_is_the_program(run):
-    assert run("import sys\nx = 1\nassert __name__ == '__main__' and sys.modules['__main__'].x == 1").success
+    assert run(
+        "import sys\nx = 1\nassert __name__ == '__main__' and sys.modules['__main__'].x == 1"
+    ).success
 
 
 def test_many_at_once_do_not_disturb_each_other(guard):
@@ -122,7 +138,7 @@ def test_many_at_once_do_not_disturb_each_other(guard):
     assert [result.success for result in results] == [i % 3 != 0 for i in range(12)]
 
 
-# -- how it fails ------------------------------------------------------------------------------------------------------
+# -- how it fails ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -133,7 +149,8 @@ def test_many_at_once_do_not_disturb_each_other(guard):
         ("1 / 0", "ZeroDivisionError: division by zero"),
         ("def f(): f()\nf()", "RecursionError"),
         (
-            "import sys\nsys.setrecursionlimit(10**9)\nclass R:\n  def __repr__(self): return repr(self)\nrepr(R())",
+            "import sys\nsys.setrecursionlimit(10**9)\nclass R:\n  def __repr__(self): return "
+            "repr(self)\nrepr(R())",
             "SIGSEGV|RecursionError|MemoryError",
         ),
         ("x = []\nfor _ in range(10**6): x = [x]\nrepr(x)", "RecursionError"),
@@ -161,8 +178,10 @@ def test_a_failure_is_named(run, code, error):
         "while True: pass",
         "9 ** 9 ** 9",
         "import re; re.match('(a+)+$', 'a' * 40 + 'b')",
-        "import signal, time\nfor s in {*signal.valid_signals()} - {9, 19, 32, 33}: signal.signal(s, signal.SIG_IGN)\ntime.sleep(60)",
-        "import threading\ndef f():\n  while True: pass\nfor _ in range(8): threading.Thread(target=f).start()\nf()",
+        "import signal, time\nfor s in {*signal.valid_signals()} - {9, 19, 32, 33}: "
+        "signal.signal(s, signal.SIG_IGN)\ntime.sleep(60)",
+        "import threading\ndef f():\n  while True: pass\nfor _ in range(8): "
+        "threading.Thread(target=f).start()\nf()",
     ],
 )
 def test_time_is_limited(run, code):
@@ -171,7 +190,10 @@ def test_time_is_limited(run, code):
 
 
 def test_threads_end_with_the_program_that_left_them(run):
-    result = run("import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()", timeout=30)
+    result = run(
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()",
+        timeout=30,
+    )
     assert (result.success, result.timeout) == (True, False)
 
 
@@ -186,13 +208,18 @@ def test_closed_descriptors_do_not_hide_a_program_from_the_clock(run):
         "x = bytearray(10**10)",
         "x = []\nwhile True: x.append(bytearray(10**6))",
         "x = 'ab' * 10**10",
-        "import zlib\npacked = zlib.compress(bytes(10**7), 1)\nx = [zlib.decompress(packed) for _ in range(100)]",
+        "import zlib\npacked = zlib.compress(bytes(10**7), 1)\nx = [zlib.decompress(packed) for _ "
+        "in range(100)]",
         "x = 1 << 10**10",
     ],
 )
 def test_memory_is_limited(run, code):
     result = run(code)
-    assert not result.success and result.memory_exceeded and (result.error or "").startswith("MemoryError")
+    assert (
+        not result.success
+        and result.memory_exceeded
+        and (result.error or "").startswith("MemoryError")
+    )
 
 
 def test_memory_limit_is_the_callers(run):
@@ -215,12 +242,16 @@ def test_output_that_is_no_text_is_shown(run):
 
 def test_files_are_limited(isolated):
     assert "File too large" in (isolated("open('big', 'wb').write(bytes(8 * 2**20))").error or "")
-    assert "No space left" in (isolated("for i in range(64): open(str(i), 'wb').write(bytes(2**20))").error or "")
-    unseen = "import os\nfor i in range(70): fd = os.memfd_create(str(i)); os.write(fd, bytes(2**19))"
+    assert "No space left" in (
+        isolated("for i in range(64): open(str(i), 'wb').write(bytes(2**20))").error or ""
+    )
+    unseen = (
+        "import os\nfor i in range(70): fd = os.memfd_create(str(i)); os.write(fd, bytes(2**19))"
+    )
     assert "PermissionError" in (isolated(unseen).error or "")
 
 
-# -- verdicts of a program on itself -----------------------------------------------------------------------------------
+# -- verdicts of a program on itself ---------------------------------------------------------------
 
 CHECK = "\nassert add(1, 2) == 3\nassert add(2, 2) == 4\n"
 # Candidates that do not add, but try to pass.
@@ -250,10 +281,11 @@ def test_a_program_passes_only_at_its_end(run, cheat):
     assert not run(textwrap.dedent(CHEATS[cheat]) + CHECK).success
 
 
-# -- verdicts of tests in a process of their own -----------------------------------------------------------------------
+# -- verdicts of tests in a process of their own ---------------------------------------------------
 
 FORGERIES = {
-    # reaches every frame and object of its own interpreter, and writes the verdict wherever it can, with every word that may be the secret
+    # reaches every frame and object of its own interpreter, and writes the verdict wherever it can,
+    # with every word that may be the secret
     "frame walking": """
         import gc, os, sys
         def secrets():
@@ -295,8 +327,10 @@ FORGERIES = {
                 if hasattr(module, name): setattr(module, name, lambda *_: b"N0:")
         def add(a, b): return Yes()
         """,
-    "always equal": "class Yes(int):\n  def __eq__(self, other): return True\ndef add(a, b): return Yes(7)",
-    "always equal, no literal": "class Yes:\n  def __eq__(self, other): return True\ndef add(a, b): return Yes()",
+    "always equal": "class Yes(int):\n  def __eq__(self, other): return True\ndef add(a, b): "
+    "return Yes(7)",
+    "always equal, no literal": "class Yes:\n  def __eq__(self, other): return True\ndef add(a, "
+    "b): return Yes()",
     "nan": "def add(a, b): return float('nan')",
     "no function": "add = None",
     "not a function": "def sub(a, b): return a - b",
@@ -381,7 +415,14 @@ def test_a_program_that_answers_passes(run):
 
 def test_what_the_code_defines_is_not_there_in_the_tests_and_vice_versa(run):
     code = "helper = 1\nimport builtins\nbuiltins.sum = lambda _: 7\ndef f(): return 'check' in globals()"
-    assert run(code, tests=("check = 1\nassert candidate() is False\nassert 'helper' not in globals() and sum([1, 1]) == 2", "f")).success
+    assert run(
+        code,
+        tests=(
+            "check = 1\nassert candidate() is False\nassert 'helper' not in globals() and sum([1, "
+            "1]) == 2",
+            "f",
+        ),
+    ).success
 
 
 def test_an_exception_of_the_code_is_raised_in_the_tests(run):
@@ -400,29 +441,79 @@ for kind, expected in (("key", KeyError), ("own", RuntimeError), ("code", Runtim
         raise AssertionError(kind)
 """
     assert run(code, tests=(tests, "f")).success
-    assert run("def f(): raise ValueError('so')", tests=("candidate()", "f")).error == "ValueError: so"
-    assert run("def f(): return iter(())", tests=("candidate()", "f")).error == "TypeError: an object of type tuple_iterator is no literal"
+    assert (
+        run("def f(): raise ValueError('so')", tests=("candidate()", "f")).error == "ValueError: so"
+    )
+    assert (
+        run("def f(): return iter(())", tests=("candidate()", "f")).error
+        == "TypeError: an object of type tuple_iterator is no literal"
+    )
     assert run("def f(): return bytearray(10**10)", tests=("candidate()", "f")).memory_exceeded
 
 
 def test_a_call_does_not_change_the_arguments_of_the_tests(run):
-    assert run("def f(x): x.append(1); return x", tests=("x = [0]\nassert candidate(x) == [0, 1] and x == [0]", "f")).success
+    assert run(
+        "def f(x): x.append(1); return x",
+        tests=("x = [0]\nassert candidate(x) == [0, 1] and x == [0]", "f"),
+    ).success
 
 
 def test_the_programs_time_and_output_count_wherever_they_are_spent(run):
     assert run("while True: pass", timeout=0.5, tests=ADDS).timeout
     assert run("def add(a, b):\n  while True: pass", timeout=0.5, tests=ADDS).timeout
-    assert "64 KiB" in (run("def add(a, b):\n  while True: print('x' * 1000)", tests=ADDS).error or "")
+    assert "64 KiB" in (
+        run("def add(a, b):\n  while True: print('x' * 1000)", tests=ADDS).error or ""
+    )
     assert run("def add(a, b): print('seen'); return a + b", tests=ADDS).stdout.count("seen") == 2
 
 
 VALUES = [
-    *(float("inf"), -float("inf"), 0.0, -0.0, 1e-320, 2**0.5, 1 + 2j, complex("nan+infj"), 0, -1, 10**5000, True, None, ...),
-    *("", "ä中\0\ud800\n", b"\xff\0", bytearray(b"x"), [], (), set(), frozenset(), {}, [()], ({1: {2}},), {(1, "a"): [None], b"": 0}),
+    *(
+        float("inf"),
+        -float("inf"),
+        0.0,
+        -0.0,
+        1e-320,
+        2**0.5,
+        1 + 2j,
+        complex("nan+infj"),
+        0,
+        -1,
+        10**5000,
+        True,
+        None,
+        ...,
+    ),
+    *(
+        "",
+        "ä中\0\ud800\n",
+        b"\xff\0",
+        bytearray(b"x"),
+        [],
+        (),
+        set(),
+        frozenset(),
+        {},
+        [()],
+        ({1: {2}},),
+        {(1, "a"): [None], b"": 0},
+    ),
 ]
 literals = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.complex_numbers() | st.text() | st.binary() | st.just(...),
-    lambda inner: st.lists(inner) | st.lists(inner).map(tuple) | st.sets(st.integers()) | st.dictionaries(st.integers() | st.text(), inner),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.complex_numbers()
+    | st.text()
+    | st.binary()
+    | st.just(...),
+    lambda inner: (
+        st.lists(inner)
+        | st.lists(inner).map(tuple)
+        | st.sets(st.integers())
+        | st.dictionaries(st.integers() | st.text(), inner)
+    ),
     max_leaves=10,
 )
 
@@ -446,7 +537,9 @@ def test_literals_come_back_as_they_were(value):
     assert same(wire.decode(wire.encode(value)), value)
 
 
-@pytest.mark.parametrize("value", VALUES, ids=lambda value: repr(value)[:20] if not isinstance(value, int) else "int")
+@pytest.mark.parametrize(
+    "value", VALUES, ids=lambda value: repr(value)[:20] if not isinstance(value, int) else "int"
+)
 def test_every_kind_of_literal(value):
     limit = sys.get_int_max_str_digits()
     sys.set_int_max_str_digits(0)
@@ -459,22 +552,27 @@ def test_every_kind_of_literal(value):
 def test_literals_travel_both_ways(run):
     names = [value for value in VALUES if value != 10**5000 and value == value]
     code = "seen = []\ndef f(x, *, keep=True): seen.append(x); return seen"
-    tests = (
-        f"from math import nan, inf\nvalues = {names!r}\nfor value in values: got = candidate(value, keep=False)\nassert got == values, got"
-    )
+    tests = f"from math import nan, inf\nvalues = {names!r}\nfor value in values: got = candidate(value, keep=False)\nassert got == values, got"
     assert run(code, tests=(tests, "f")) == ExecutionResult(True, "", "")
 
 
 def test_subclasses_travel_as_what_they_are_made_of():
     point = namedtuple("point", "x y")(1, 2)
-    for value, plain in ((Counter("aab"), {"a": 2, "b": 1}), (OrderedDict(a=1), {"a": 1}), (point, (1, 2)), (type("I", (int,), {})(3), 3)):
+    for value, plain in (
+        (Counter("aab"), {"a": 2, "b": 1}),
+        (OrderedDict(a=1), {"a": 1}),
+        (point, (1, 2)),
+        (type("I", (int,), {})(3), 3),
+    ):
         assert same(wire.decode(wire.encode([value])), [plain])
     for value in (object(), iter([]), range(3), len, type):
         with pytest.raises(TypeError, match="no literal"):
             wire.encode([value])
 
 
-@given(st.binary(max_size=60) | st.text("ltdezifcsbaNTFE0123456789:-_ +", max_size=60).map(str.encode))
+@given(
+    st.binary(max_size=60) | st.text("ltdezifcsbaNTFE0123456789:-_ +", max_size=60).map(str.encode)
+)
 @settings(deadline=None, max_examples=300)
 def test_nonsense_is_refused_and_makes_nothing_but_literals(data):
     try:
@@ -484,15 +582,21 @@ def test_nonsense_is_refused_and_makes_nothing_but_literals(data):
     wire.encode(value)  # a literal
 
 
-# -- the filter, simulated ---------------------------------------------------------------------------------------------
+# -- the filter, simulated -------------------------------------------------------------------------
 
 
 def verdict(machine: str, writes: bool, number: int, *arguments: int) -> int:
-    """What the kernel would decide about a call of process 7: the filter, instruction by instruction."""
+    """What the kernel would decide about a call of process 7: the filter, instruction by
+    instruction.
+    """
     arguments += (0,) * (6 - len(arguments))
     data = struct.pack("=iIQ6Q", number, seccomp.AUDIT_ARCH[machine], 0, *arguments)
     program, place, value = seccomp.filter_program(machine, 7, writes), 0, 0
-    tests = {seccomp.JUMP_EQUAL: int.__eq__, seccomp.JUMP_GREATER: int.__gt__, seccomp.JUMP_SET: lambda a, b: bool(a & b)}
+    tests = {
+        seccomp.JUMP_EQUAL: int.__eq__,
+        seccomp.JUMP_GREATER: int.__gt__,
+        seccomp.JUMP_SET: lambda a, b: bool(a & b),
+    }
     while True:
         operation, if_true, if_false, operand = program[place]
         place += 1
@@ -510,14 +614,27 @@ def test_the_filter_refuses_what_it_lists_and_allows_computing(machine):
     for name, number in {**seccomp.DENIED[machine], **seccomp.NEWER}.items():
         assert decide(True, number) == decide(False, number) == seccomp.REFUSE, name
     for name, number in seccomp.CHANGES[machine].items():
-        assert (decide(True, number), decide(False, number)) == (seccomp.ALLOW, seccomp.REFUSE), name
+        assert (decide(True, number), decide(False, number)) == (seccomp.ALLOW, seccomp.REFUSE), (
+            name
+        )
     read, write, mmap = {"x86_64": (0, 1, 9), "aarch64": (63, 64, 222)}[machine]
     assert {decide(False, number) for number in (read, write, mmap)} == {seccomp.ALLOW}
-    assert {decide(True, number) for number in (seccomp.CLONE3, seccomp.LAST_KNOWN + 1, 1 << 30)} == {seccomp.UNKNOWN}
-    assert (decide(True, known["kill"], 7), decide(True, known["kill"], 8)) == (seccomp.ALLOW, seccomp.REFUSE)
-    assert decide(True, known["prlimit64"], 0) == seccomp.ALLOW and decide(True, known["prlimit64"], 8) == seccomp.REFUSE
+    assert {
+        decide(True, number) for number in (seccomp.CLONE3, seccomp.LAST_KNOWN + 1, 1 << 30)
+    } == {seccomp.UNKNOWN}
+    assert (decide(True, known["kill"], 7), decide(True, known["kill"], 8)) == (
+        seccomp.ALLOW,
+        seccomp.REFUSE,
+    )
+    assert (
+        decide(True, known["prlimit64"], 0) == seccomp.ALLOW
+        and decide(True, known["prlimit64"], 8) == seccomp.REFUSE
+    )
     assert decide(True, known["clone"], seccomp.CLONE_THREAD) == seccomp.ALLOW
-    for flags in (0, seccomp.CLONE_THREAD | 0x10000000):  # a process; a thread in a user namespace of its own
+    for flags in (
+        0,
+        seccomp.CLONE_THREAD | 0x10000000,
+    ):  # a process; a thread in a user namespace of its own
         assert decide(True, known["clone"], flags) == seccomp.REFUSE
     for flags in (os.O_WRONLY, os.O_RDWR, os.O_CREAT):
         assert decide(True, known["openat"], 0, 0, flags) == seccomp.ALLOW
@@ -525,7 +642,7 @@ def test_the_filter_refuses_what_it_lists_and_allows_computing(machine):
     assert decide(False, known["openat"], 0, 0, os.O_RDONLY) == seccomp.ALLOW
 
 
-# -- what it must not reach --------------------------------------------------------------------------------------------
+# -- what it must not reach ------------------------------------------------------------------------
 
 
 def test_the_environment_is_empty(guard, run):
@@ -654,7 +771,10 @@ def test_new_processes_programs_and_powers_are_refused(run):
     assert result.success, result
     lines = result.stdout.splitlines()
     assert lines[:2] == ["[-1, -1, -1, -1, -1]", "[-1, -1, -1, -1]"]
-    assert lines[2:] in ([], ["[-1, -1, -1, -1, -1]", "[38]"])  # clone3: ENOSYS, so that libc falls back to clone
+    assert lines[2:] in (
+        [],
+        ["[-1, -1, -1, -1, -1]", "[38]"],
+    )  # clone3: ENOSYS, so that libc falls back to clone
 
 
 def test_the_jails_own_modules_are_out_of_reach(run):
@@ -702,10 +822,12 @@ def test_other_processes_are_out_of_reach(guard, run):
 def test_no_core_file_and_no_priority(run):
     limits = "import resource\nprint([resource.getrlimit(getattr(resource, name)) for name in ('RLIMIT_CORE', 'RLIMIT_MEMLOCK')])"
     assert run(limits).stdout == "[(0, 0), (0, 0)]\n"
-    assert not run("import resource\nresource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)").success
+    assert not run(
+        "import resource\nresource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)"
+    ).success
 
 
-# -- single layers, the others taken away ------------------------------------------------------------------------------
+# -- single layers, the others taken away ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("layer", probe.BLOCKED_BY)
@@ -713,9 +835,9 @@ def test_each_layer_holds_by_itself_what_it_is_there_for(attacked, layer):
     through = attacked(Jail(layer) if layer in WORLDS else Jail(**{layer: True}))
     assert not any(through[name] for name in probe.BLOCKED_BY[layer])
     nothing = attacked(Jail())
-    assert all(nothing[name] for name in probe.BLOCKED_BY[layer] if name != "signal" or os.getuid() == 0), (
-        nothing
-    )  # else this proves nothing
+    assert all(
+        nothing[name] for name in probe.BLOCKED_BY[layer] if name != "signal" or os.getuid() == 0
+    ), nothing  # else this proves nothing
     assert not nothing["memory"]
 
 
@@ -728,7 +850,9 @@ def test_root_steps_down(attacked, world):
 
 
 def test_without_namespaces_the_other_layers_hold_everything_together(guard, attacked):
-    """As in Docker, where root's interpreter may lie in a home that is closed to the user it becomes."""
+    """As in Docker, where root's interpreter may lie in a home that is closed to the user it
+    becomes.
+    """
     alone = Jail(landlock=True, seccomp=True, drop=True)
     assert not any(attacked(alone).values())
     changes = """
@@ -744,12 +868,16 @@ for change in (os.unlink, os.rmdir, os.mkdir, os.mknod, lambda path: os.chmod(pa
 print(len(open(os.__file__).read()) > 1000)
 """
     assert guard.run(changes, jail=alone).stdout == "True\n"
-    assert guard.run("def f(x): return x", tests=("assert candidate(1) == 1", "f"), jail=alone).success
+    assert guard.run(
+        "def f(x): return x", tests=("assert candidate(1) == 1", "f"), jail=alone
+    ).success
 
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_a_pid_namespace_takes_runaway_children_with_it(guard, attacked, world):
-    """Without the filter: children of children, in sessions of their own, sleep on; the guard sees that none is left."""
+    """Without the filter: children of children, in sessions of their own, sleep on; the guard sees
+    that none is left.
+    """
     attacked(Jail(world, drop=True))
     code = """
 import os, signal, time
@@ -785,7 +913,11 @@ try:
 except BlockingIOError:
     print(children)
 """
-    assert 0 < int(guard.run(code, timeout=10.0, jail=Jail(world, drop=True)).stdout) < supervisor.PROCESSES
+    assert (
+        0
+        < int(guard.run(code, timeout=10.0, jail=Jail(world, drop=True)).stdout)
+        < supervisor.PROCESSES
+    )
 
 
 def test_a_bomb_of_forks_is_no_bomb(run):
@@ -796,14 +928,16 @@ def test_a_bomb_of_forks_is_no_bomb(run):
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_signals_to_everybody_stay_inside(guard, attacked, world):
-    """As root, without the filter: kill -9 -1 reaches nobody outside; the guard's canary would be the first to die."""
+    """As root, without the filter: kill -9 -1 reaches nobody outside; the guard's canary would be
+    the first to die.
+    """
     attacked(Jail(world))
     guard_alive = "import os\nos.kill(-1, 9)"
     guard.run(guard_alive, jail=Jail(world, drop=True))
     assert guard.run("print(1)").success
 
 
-# -- the level ---------------------------------------------------------------------------------------------------------
+# -- the level -------------------------------------------------------------------------------------
 
 
 def test_below_the_asked_level_nothing_runs(monkeypatch):
@@ -835,17 +969,41 @@ def test_where_there_are_no_processes_to_fork_it_is_said(monkeypatch):
 
 def test_a_layer_that_breaks_or_leaks_is_left_out_and_the_level_falls(monkeypatch):
     """The layers found are those that hold under attack, whatever the machine claims to have."""
-    clean = dict.fromkeys(("network", "process", "signal", "trace", "root", "write", "change", "read", "environment", "memory"), False)
+    clean = dict.fromkeys(
+        (
+            "network",
+            "process",
+            "signal",
+            "trace",
+            "root",
+            "write",
+            "change",
+            "read",
+            "environment",
+            "memory",
+        ),
+        False,
+    )
 
     def attack(jail: Jail) -> dict[str, bool]:
         if jail.world == "namespaces":
             raise execution.SandboxError("unshare: Operation not permitted")
-        return {**clean, "read": True} if jail.world == "bubblewrap" or not jail.landlock else {**clean, "process": not jail.seccomp}
+        return (
+            {**clean, "read": True}
+            if jail.world == "bubblewrap" or not jail.landlock
+            else {**clean, "process": not jail.seccomp}
+        )
 
     monkeypatch.setattr(probe, "attack", attack)
     found = execution.find_sandbox.__wrapped__()
-    assert found.level == SandboxLevel.ISOLATED and (found.jail.world, found.jail.landlock, found.jail.seccomp) == ("none", True, True)
-    monkeypatch.setattr(probe, "attack", lambda jail: {**clean, "read": jail.landlock, "network": jail.seccomp})
+    assert found.level == SandboxLevel.ISOLATED and (
+        found.jail.world,
+        found.jail.landlock,
+        found.jail.seccomp,
+    ) == ("none", True, True)
+    monkeypatch.setattr(
+        probe, "attack", lambda jail: {**clean, "read": jail.landlock, "network": jail.seccomp}
+    )
     assert not execution.find_sandbox.__wrapped__().jail.landlock
     monkeypatch.setattr(probe, "attack", lambda jail: {**clean, "memory": True})
     assert execution.find_sandbox.__wrapped__().level == SandboxLevel.NONE

@@ -28,17 +28,27 @@ from zangchat.flops import (
     what_fits,
 )
 
-D20 = GPTConfig(sequence_len=2048, vocab_size=65536, n_layer=20, n_head=10, n_kv_head=10, n_embd=1280)
+D20 = GPTConfig(
+    sequence_len=2048, vocab_size=65536, n_layer=20, n_head=10, n_kv_head=10, n_embd=1280
+)
 SMALL = GPTConfig(sequence_len=32, vocab_size=300, n_layer=2, n_head=4, n_kv_head=2, n_embd=64)
 
 
 def test_parameters_of_d20():
     params = count_params(D20)
-    assert params == {"wte": 83_886_080, "lm_head": 83_886_080, "matrices": 393_216_000, "total": 560_988_160}
+    assert params == {
+        "wte": 83_886_080,
+        "lm_head": 83_886_080,
+        "matrices": 393_216_000,
+        "total": 560_988_160,
+    }
     assert scaling_params(D20) == 477_102_080
 
 
-@pytest.mark.parametrize("config", [SMALL, GPTConfig(sequence_len=8, vocab_size=257, n_layer=1, n_head=2, n_kv_head=2, n_embd=32)])
+@pytest.mark.parametrize(
+    "config",
+    [SMALL, GPTConfig(sequence_len=8, vocab_size=257, n_layer=1, n_head=2, n_kv_head=2, n_embd=32)],
+)
 def test_parameters_equal_those_of_the_model(config):
     from zangchat.gpt import GPT
 
@@ -48,14 +58,18 @@ def test_parameters_equal_those_of_the_model(config):
     params = count_params(config)
     assert params["wte"] == sizes["transformer.wte.weight"]
     assert params["lm_head"] == sizes["lm_head.weight"]
-    assert params["matrices"] == sum(size for name, size in sizes.items() if name.startswith("transformer.h."))
+    assert params["matrices"] == sum(
+        size for name, size in sizes.items() if name.startswith("transformer.h.")
+    )
     assert params["total"] == sum(sizes.values())
 
 
 def test_training_flops_of_d20():
     assert flops_per_token(D20) == 6 * 477_102_080 + 12 * 20 * 10 * 128 * 2048
     assert flops_per_token(D20) == pytest.approx(3.49e9, rel=1e-3)
-    assert 989e12 / flops_per_token(D20) == pytest.approx(283e3, rel=2e-3)  # tokens per second at full utilisation
+    assert 989e12 / flops_per_token(D20) == pytest.approx(
+        283e3, rel=2e-3
+    )  # tokens per second at full utilisation
 
 
 def test_training_flops_equal_the_count_of_torch():
@@ -84,7 +98,7 @@ def test_decoding_limits_of_d20():
     assert decode_roofline(D20, h100, 256, batch_size=256) == pytest.approx(112e3, rel=0.02)
 
 
-# -- memory ------------------------------------------------------------------------------------------------------------
+# -- memory ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])
@@ -94,11 +108,15 @@ def test_activations_equal_the_tensors_saved_by_autograd(dtype, kv_heads):
     from zangchat.gpt import GPT
     from zangchat.nn.attention import choose_backend
 
-    config = GPTConfig(sequence_len=256, vocab_size=256, n_layer=3, n_head=4, n_kv_head=kv_heads, n_embd=128)
+    config = GPTConfig(
+        sequence_len=256, vocab_size=256, n_layer=3, n_head=4, n_kv_head=kv_heads, n_embd=128
+    )
     model = GPT(config, compute_dtype=dtype)
     model.attention_backend, _ = choose_backend("cpu", dtype, config.head_dim)
     model.init_weights()
-    weight_shapes = {p.shape for p in model.parameters()} | {p.shape[::-1] for p in model.parameters()}
+    weight_shapes = {p.shape for p in model.parameters()} | {
+        p.shape[::-1] for p in model.parameters()
+    }
     saved: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -111,13 +129,17 @@ def test_activations_equal_the_tensors_saved_by_autograd(dtype, kv_heads):
         loss = model(tokens, tokens)
     assert torch.isfinite(loss)
     measured = sum(saved.values()) / tokens.numel() + dtype.itemsize * config.n_embd
-    assert activation_bytes_per_token(config, dtype.itemsize, "cpu") == pytest.approx(measured, rel=0.02)
+    assert activation_bytes_per_token(config, dtype.itemsize, "cpu") == pytest.approx(
+        measured, rel=0.02
+    )
 
 
 def test_memory_of_a_training_step():
     estimate = memory_estimate(D20, 32)
     together = estimate["casts"] + estimate["activations"] + estimate["logits"]
-    assert estimate["total"] == sum(estimate[name] for name in ("weights", "gradients", "optimizer")) + max(together, estimate["update"])
+    assert estimate["total"] == sum(
+        estimate[name] for name in ("weights", "gradients", "optimizer")
+    ) + max(together, estimate["update"])
     assert 40e9 < estimate["total"] < 80e9  # an 80 GB card holds 32 rows of d20
     halved = memory_estimate(D20, 16)
     assert halved["activations"] * 2 == estimate["activations"]
@@ -125,7 +147,10 @@ def test_memory_of_a_training_step():
     sharded = memory_estimate(D20, 32, world_size=8)
     assert sharded["optimizer"] == estimate["optimizer"] // 8
     d32 = dataclasses.replace(D20, n_layer=32, n_head=16, n_kv_head=16, n_embd=2048)
-    plain, short = (memory_estimate(d32, 1, world_size=8, grad_checkpoint=True, grad_comm_dtype=name) for name in ("float32", "bfloat16"))
+    plain, short = (
+        memory_estimate(d32, 1, world_size=8, grad_checkpoint=True, grad_comm_dtype=name)
+        for name in ("float32", "bfloat16")
+    )
     assert (plain["sent"], short["sent"]) == (0, 2 * scaling_params(d32))
     passing = plain["activations"] + max(plain["recomputed"], plain["logits"])
     assert short["total"] - plain["total"] == short["sent"] - passing > 0
@@ -136,16 +161,29 @@ def test_chosen_batch_fits_divides_and_is_the_largest(gigabytes):
     for rows in (512, 24, 7):
         for checkpoint in (False, True):
             size = fitting_batch(D20, rows, gigabytes * 1e9, grad_checkpoint=checkpoint)
-            cost = {n: memory_estimate(D20, n, grad_checkpoint=checkpoint)["total"] for n in range(1, 33) if rows % n == 0}
-            assert size == max((n for n in cost if cost[n] <= USABLE * (gigabytes - 0.6) * 1e9), default=0)
-    assert fitting_batch(D20, 7, gigabytes * 1e9, even=False) >= fitting_batch(D20, 7, gigabytes * 1e9)
+            cost = {
+                n: memory_estimate(D20, n, grad_checkpoint=checkpoint)["total"]
+                for n in range(1, 33)
+                if rows % n == 0
+            }
+            assert size == max(
+                (n for n in cost if cost[n] <= USABLE * (gigabytes - 0.6) * 1e9), default=0
+            )
+    assert fitting_batch(D20, 7, gigabytes * 1e9, even=False) >= fitting_batch(
+        D20, 7, gigabytes * 1e9
+    )
 
 
 def test_plan_reports_the_batch_for_each_card():
     lines = list(what_fits(D20, 512))
-    assert [line.partition(":")[0].strip() for line in lines] == [f"{gigabytes} GB" for gigabytes in CARDS]
+    assert [line.partition(":")[0].strip() for line in lines] == [
+        f"{gigabytes} GB" for gigabytes in CARDS
+    ]
     assert "not one row" in lines[0] and "32 rows x 16 passes" in lines[-1]
-    assert memory_estimate(D20, 32, grad_checkpoint=True)["activations"] < memory_estimate(D20, 32)["activations"] / 5
+    assert (
+        memory_estimate(D20, 32, grad_checkpoint=True)["activations"]
+        < memory_estimate(D20, 32)["activations"] / 5
+    )
 
 
 PEAK = """
@@ -189,13 +227,20 @@ def test_predicted_memory_equals_cpu_usage():
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**17)}
     command = [sys.executable, "-c", PEAK, json.dumps(cases)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    for (rows, dtype, checkpoint, *shape), measured in zip(cases, map(int, done.stdout.split()), strict=True):
-        estimate = memory_estimate(GPTConfig(*shape), rows, dtype=dtype, device_type="cpu", grad_checkpoint=checkpoint)
+    for (rows, dtype, checkpoint, *shape), measured in zip(
+        cases, map(int, done.stdout.split()), strict=True
+    ):
+        estimate = memory_estimate(
+            GPTConfig(*shape), rows, dtype=dtype, device_type="cpu", grad_checkpoint=checkpoint
+        )
         assert 0.85 < estimate["total"] / measured < 1.25, (dtype, checkpoint, estimate, measured)
 
 
 def test_memory_depends_on_the_dtype():
-    single, half = (memory_estimate(SMALL, 4, dtype=dtype, device_type="cpu") for dtype in ("float32", "bfloat16"))
+    single, half = (
+        memory_estimate(SMALL, 4, dtype=dtype, device_type="cpu")
+        for dtype in ("float32", "bfloat16")
+    )
     assert half["activations"] < 0.8 * single["activations"]
     assert single["weights"] == 4 * count_params(SMALL)["total"]
     assert memory_estimate(SMALL, 4, dtype=torch.float32, device_type="cpu") == single
@@ -205,18 +250,24 @@ def test_optimizer_memory_equals_the_optimizer_state():
     from zangchat.gpt import GPT
     from zangchat.optim import build_optimizer
 
-    config = GPTConfig(sequence_len=16, vocab_size=256, n_layer=2, n_head=4, n_kv_head=4, n_embd=256)
+    config = GPTConfig(
+        sequence_len=16, vocab_size=256, n_layer=2, n_head=4, n_kv_head=4, n_embd=256
+    )
     model = GPT(config, compute_dtype=torch.bfloat16)
     model.init_weights()
     optimizer = build_optimizer(model, embedding_lr=0.1, unembedding_lr=0.1, matrix_lr=0.1)
     tokens = torch.randint(256, (1, 16))
     model(tokens, tokens).backward()
     optimizer.step()
-    kept = sum(t.numel() * t.element_size() for shard in optimizer.state_shards().values() for t in shard["tensors"].values())
+    kept = sum(
+        t.numel() * t.element_size()
+        for shard in optimizer.state_shards().values()
+        for t in shard["tensors"].values()
+    )
     assert memory_estimate(config, 1)["optimizer"] == pytest.approx(kept, rel=0.02)
 
 
-# -- devices -----------------------------------------------------------------------------------------------------------
+# -- devices ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

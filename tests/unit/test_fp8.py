@@ -59,7 +59,10 @@ def test_training_in_fp8_follows_the_plain_model() -> None:
     convert_to_fp8(quantised, min_size=1)
     idx = torch.randint(0, 64, (2, 32), generator=torch.Generator().manual_seed(1))
     losses = [model(idx, idx.roll(-1, 1)) for model in (plain, quantised)]
-    assert abs(losses[0].item() - losses[1].item()) < 0.05 * losses[0].item() and losses[0].item() != losses[1].item()
+    assert (
+        abs(losses[0].item() - losses[1].item()) < 0.05 * losses[0].item()
+        and losses[0].item() != losses[1].item()
+    )
     for loss in losses:
         loss.backward()
     for (name, p), q in zip(plain.named_parameters(), quantised.parameters(), strict=True):
@@ -70,7 +73,10 @@ def test_training_in_fp8_follows_the_plain_model() -> None:
 
 def test_without_fp8_products_the_model_is_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
-    assert use_fp8(model, torch.device("cpu")) == "fp8: not used (no GPU: cpu); the products stay in --dtype"
+    assert (
+        use_fp8(model, torch.device("cpu"))
+        == "fp8: not used (no GPU: cpu); the products stay in --dtype"
+    )
     assert not any(isinstance(module, Fp8Linear) for module in model.modules())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
@@ -85,7 +91,9 @@ def test_fp8_is_used_only_after_a_trial_product(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch, "Generator", lambda device, plain=torch.Generator: plain())
-    monkeypatch.setattr(torch, "randn", lambda *size, device, plain=torch.randn, **more: plain(*size, **more))
+    monkeypatch.setattr(
+        torch, "randn", lambda *size, device, plain=torch.randn, **more: plain(*size, **more)
+    )
     product = fp8.scaled_product
     assert fp8.unusable(Pretended()) is None
     monkeypatch.setattr(fp8, "scaled_product", lambda *args: product(*args) * 1.1)

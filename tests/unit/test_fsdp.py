@@ -7,7 +7,15 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from tests.unit.test_trainer import ROWS, free_port, join_ranks, loss_curve, make_batch, make_trainer, schedule
+from tests.unit.test_trainer import (
+    ROWS,
+    free_port,
+    join_ranks,
+    loss_curve,
+    make_batch,
+    make_trainer,
+    schedule,
+)
 from tests.unit.test_trainer import batches as plain_batches
 from zangchat import checkpoint_manager
 from zangchat.flops import memory_estimate
@@ -20,7 +28,11 @@ from zangchat.training.trainer import Every, Stage, Trainer
 def sharded_trainer(*args, **settings) -> Trainer:
     from zangchat.fsdp import FSDPGroup
 
-    return make_trainer(*args, shard=lambda optimizer, model: FSDPGroup(optimizer, model, torch.device("cpu")), **settings)
+    return make_trainer(
+        *args,
+        shard=lambda optimizer, model: FSDPGroup(optimizer, model, torch.device("cpu")),
+        **settings,
+    )
 
 
 def eval_stage() -> Stage:
@@ -31,7 +43,9 @@ def eval_stage() -> Stage:
 
     def evaluate(trainer: Trainer) -> None:
         with torch.inference_mode():
-            loss = trainer.model(*[part[:1] for part in (make_batch(99).inputs, make_batch(99).targets)])
+            loss = trainer.model(
+                *[part[:1] for part in (make_batch(99).inputs, make_batch(99).targets)]
+            )
         record_validation(trainer, float(loss))
 
     def batches(cursor):
@@ -48,12 +62,21 @@ def rank_main(rank: int, world_size: int, port: int, directory: str) -> None:
     root = Path(directory)
     try:
         for kind in ("muon", "adamw"):
-            trainer = sharded_trainer(root / kind, kind=kind, stage=eval_stage(), num_iterations=20, save_every=10, device_batch_size=1)
+            trainer = sharded_trainer(
+                root / kind,
+                kind=kind,
+                stage=eval_stage(),
+                num_iterations=20,
+                save_every=10,
+                device_batch_size=1,
+            )
             trainer.fit()
         for part in trainer.optimizer._parts.values():  # only a share of the rows of each parameter
             assert part.to_local().size(0) <= -(-part.size(0) // world_size)
         assert all(p.untyped_storage().nbytes() <= 4 for p in trainer.optimizer.names)
-        checkpointed = sharded_trainer(root / "checkpointed", stage=eval_stage(), num_iterations=10, save_every=10)
+        checkpointed = sharded_trainer(
+            root / "checkpointed", stage=eval_stage(), num_iterations=10, save_every=10
+        )
         checkpointed.model.grad_checkpoint = True
         checkpointed.fit()
         sharded_trainer(root / "one", stage=eval_stage(), num_iterations=20, resume=10).fit()
@@ -69,10 +92,17 @@ def runs(request, tmp_path_factory) -> Path:
     """
     root = tmp_path_factory.mktemp("fsdp")
     for kind in ("muon", "adamw"):
-        make_trainer(root / f"single-{kind}", kind=kind, stage=eval_stage(), num_iterations=20, save_every=10).fit()
+        make_trainer(
+            root / f"single-{kind}", kind=kind, stage=eval_stage(), num_iterations=20, save_every=10
+        ).fit()
     make_trainer(root / "one", stage=eval_stage(), num_iterations=10).fit()
     world_size = request.param
-    mp.start_processes(rank_main, args=(world_size, free_port(), str(root)), nprocs=world_size, start_method="forkserver")
+    mp.start_processes(
+        rank_main,
+        args=(world_size, free_port(), str(root)),
+        nprocs=world_size,
+        start_method="forkserver",
+    )
     return root
 
 
@@ -82,7 +112,9 @@ def test_losses_equal_one_process(runs, kind):
 
 
 def test_recomputed_activations_do_not_change_the_losses(runs):
-    assert loss_curve(runs / "checkpointed") == pytest.approx(loss_curve(runs / "single-muon")[:10], abs=1e-5)
+    assert loss_curve(runs / "checkpointed") == pytest.approx(
+        loss_curve(runs / "single-muon")[:10], abs=1e-5
+    )
 
 
 def test_run_resumes_with_and_without_fsdp(runs):
@@ -93,7 +125,10 @@ def test_run_resumes_with_and_without_fsdp(runs):
 
 
 def test_checkpoint_equals_that_of_an_unsharded_run(runs):
-    sharded, plain = (checkpoint_manager.load_checkpoint(runs / name, 20, "cpu", load_optimizer=True) for name in ("muon", "single-muon"))
+    sharded, plain = (
+        checkpoint_manager.load_checkpoint(runs / name, 20, "cpu", load_optimizer=True)
+        for name in ("muon", "single-muon")
+    )
     assert sharded[0].keys() == plain[0].keys() and sharded[1].keys() == plain[1].keys()
     for name in plain[0]:
         assert type(sharded[0][name]) is torch.Tensor
@@ -103,5 +138,7 @@ def test_checkpoint_equals_that_of_an_unsharded_run(runs):
 
 def test_planner_counts_the_shares():
     config = make_trainer().model.config
-    whole, shared = (memory_estimate(config, ROWS, world_size=8, fsdp=fsdp) for fsdp in (False, True))
+    whole, shared = (
+        memory_estimate(config, ROWS, world_size=8, fsdp=fsdp) for fsdp in (False, True)
+    )
     assert shared["gradients"] == whole["gradients"] // 8

@@ -27,7 +27,9 @@ def plain_rotate(x: Tensor) -> Tensor:
 
 
 def angles(x: Tensor) -> tuple[Tensor, Tensor]:
-    angle = torch.arange(x.size(-2))[:, None] * torch.linspace(0.1, 1.0, x.size(-1) // 2, dtype=torch.float64)
+    angle = torch.arange(x.size(-2))[:, None] * torch.linspace(
+        0.1, 1.0, x.size(-1) // 2, dtype=torch.float64
+    )
     return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
 
 
@@ -45,7 +47,9 @@ def test_values_and_gradients_equal_the_plain_formula(name: str, transposed: boo
     base = torch.randn(2, 5, 3, 8, generator=torch.Generator().manual_seed(1))
     base[0, 0] = 0  # a row of zeros tests the norm's eps
     base[0, 1] *= 1e4
-    upstream = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(2)).transpose(1, 2 if not transposed else 1)
+    upstream = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(2)).transpose(
+        1, 2 if not transposed else 1
+    )
     results = []
     for function in (ours, plain):
         leaf = base.clone().requires_grad_()
@@ -59,7 +63,15 @@ def test_values_and_gradients_equal_the_plain_formula(name: str, transposed: boo
 
 @pytest.mark.parametrize("name", ["relu squared", "rotate"])
 def test_gradients_equal_the_numerical_ones(name: str) -> None:
-    x = torch.randn(2, 3, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    x = torch.randn(
+        2,
+        3,
+        4,
+        6,
+        dtype=torch.float64,
+        generator=torch.Generator().manual_seed(3),
+        requires_grad=True,
+    )
     assert torch.autograd.gradcheck(PAIRS[name][0], (x,))
 
 

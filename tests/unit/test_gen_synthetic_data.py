@@ -1,4 +1,6 @@
-"""Conversations made by an endpoint: by our own server, with a model that says what it is told to."""
+"""Conversations made by an endpoint: by our own server, with a model that says what it is told
+to.
+"""
 
 import json
 from pathlib import Path
@@ -12,12 +14,21 @@ from tests.talker import engine, serving
 
 
 def conversation(question: str) -> str:
-    return json.dumps({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "I am zangchat."}]})
+    return json.dumps(
+        {
+            "messages": [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": "I am zangchat."},
+            ]
+        }
+    )
 
 
 @pytest.fixture()
 def endpoint(tmp_path, monkeypatch):
-    """(flags, what the endpoint was asked); it answers with a conversation that opens with what the prompt says of the user."""
+    """(flags, what the endpoint was asked); it answers with a conversation that opens with what the
+    prompt says of the user.
+    """
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     prompts: dict[str, int] = {}
 
@@ -30,7 +41,10 @@ def endpoint(tmp_path, monkeypatch):
             return "Roses are red"
         return f"Here:\n```json\n{conversation(f'{kind} asks about {rest[:30]}')}\n```"
 
-    with serving(engine(reply, sequence_len=4096), max_batch=4, queue=8, model_name="talker") as (url, _):
+    with serving(engine(reply, sequence_len=4096), max_batch=4, queue=8, model_name="talker") as (
+        url,
+        _,
+    ):
         flags = [
             f"--base_url={url}/v1",
             f"--output={tmp_path / 'about me.jsonl'}",
@@ -43,7 +57,10 @@ def endpoint(tmp_path, monkeypatch):
 
 
 def lines(flags: list[str]) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in Path(flags[1].partition("=")[2]).read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in Path(flags[1].partition("=")[2]).read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def test_our_own_server_writes_a_file_that_trains(endpoint, capsys):
@@ -54,7 +71,9 @@ def test_our_own_server_writes_a_file_that_trains(endpoint, capsys):
     assert len({row["messages"][0]["content"] for row in made}) == 8
     assert len(CustomJSON(flags[1].partition("=")[2])) == 8
     told = capsys.readouterr().out
-    assert "only the prompt asks for JSON" in told and "--identity_data" in told  # our server supports no schemas
+    assert (
+        "only the prompt asks for JSON" in told and "--identity_data" in told
+    )  # our server supports no schemas
     asked = len(prompts)
     assert gen.main([*flags, "--num=8"]) == 0 and len(prompts) == asked  # nothing is left to do
     assert gen.main([*flags, "--num=10", "--max_similarity=0.95"]) == 0
@@ -77,20 +96,48 @@ def test_prompts_differ_and_are_the_same_when_asked_again():
     prompts = [gen.make_prompt(gen.FACTS, languages, config, i) for i in range(200)]
     assert prompts == [gen.make_prompt(gen.FACTS, languages, config, i) for i in range(200)]
     assert len(set(prompts)) > 190
-    for choices in (gen.USERS, gen.TOPICS, gen.TONES, ("English", "Chinese"), ("1 question,", "2 questions,", "3 questions,")):
-        assert all(any(choice in prompt.split("What is true")[1] for prompt in prompts) for choice in choices)
+    for choices in (
+        gen.USERS,
+        gen.TOPICS,
+        gen.TONES,
+        ("English", "Chinese"),
+        ("1 question,", "2 questions,", "3 questions,"),
+    ):
+        assert all(
+            any(choice in prompt.split("What is true")[1] for prompt in prompts)
+            for choice in choices
+        )
 
 
 def test_openings_that_differ_little_are_one():
     openings = gen.Openings(0.7)
     assert [
-        openings.add(text) for text in ("Who are you?", "who are you", "Who made you?", "你是谁？", "你是谁", "你叫什么名字？", "")
+        openings.add(text)
+        for text in (
+            "Who are you?",
+            "who are you",
+            "Who made you?",
+            "你是谁？",
+            "你是谁",
+            "你叫什么名字？",
+            "",
+        )
     ] == [
         *(True, False, True, True, False, True, True),
     ]
 
 
-@pytest.mark.parametrize("reply", ["", "{", "[]", '{"messages": []}', conversation(" "), conversation("x").replace("user", "system")])
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "",
+        "{",
+        "[]",
+        '{"messages": []}',
+        conversation(" "),
+        conversation("x").replace("user", "system"),
+    ],
+)
 def test_replies_that_are_no_conversation(reply):
     assert gen.read_reply(reply) is None
 
@@ -100,7 +147,10 @@ def test_mistakes_are_named(tmp_path, capsys):
         (["--num=0"], "--num=0"),
         (["--languages=English:x"], "NAME:WEIGHT"),
         (["--facts=nowhere.txt"], "--facts=nowhere.txt"),
-        (["--base_url=http://127.0.0.1:9/v1", f"--output={tmp_path / 'a'}"], "--base_url=http://127.0.0.1:9/v1 gives no answer"),
+        (
+            ["--base_url=http://127.0.0.1:9/v1", f"--output={tmp_path / 'a'}"],
+            "--base_url=http://127.0.0.1:9/v1 gives no answer",
+        ),
     ):
         assert gen.main(flags) == 2
         assert complaint in capsys.readouterr().err

@@ -19,7 +19,9 @@ from zangchat.engine.tools import use_calculator
 from zangchat.tokenizer import RustBPETokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-TEXT = Path(spellingbee.__file__).read_text(encoding="utf-8") + Path(identity.__file__).read_text(encoding="utf-8")
+TEXT = Path(spellingbee.__file__).read_text(encoding="utf-8") + Path(identity.__file__).read_text(
+    encoding="utf-8"
+)
 
 
 @pytest.fixture
@@ -35,7 +37,9 @@ def words(base_dir: Path) -> list[str]:
     )
     folder = base_dir / "tasks" / "words"
     folder.mkdir(parents=True)
-    (folder / "words.txt").write_text("\n".join([*generated, "Capital", "it's", "xy", "muchtoolongaword"]), encoding="utf-8")
+    (folder / "words.txt").write_text(
+        "\n".join([*generated, "Capital", "it's", "xy", "muchtoolongaword"]), encoding="utf-8"
+    )
     return generated
 
 
@@ -49,7 +53,9 @@ def user_and_answer(conversation):
     return user["content"], assistant["content"]
 
 
-@pytest.mark.parametrize("name", ["Arithmetic", "SpellingBee", "SimpleSpelling", "PyDocs", "Identity"])
+@pytest.mark.parametrize(
+    "name", ["Arithmetic", "SpellingBee", "SimpleSpelling", "PyDocs", "Identity"]
+)
 def test_examples_are_deterministic_and_accept_their_own_answers(words, name):
     task, again = load_task(name, "test"), load_task(name, "test")
     count = min(100, len(task))
@@ -66,7 +72,7 @@ def test_splits_are_fixed_shares_that_depend_only_on_the_item():
     assert split_of("thing", 1) == split_of("thing", 1)
 
 
-# ---- arithmetic -----------------------------------------------------------------------------------------------------
+# ---- arithmetic ----------------------------------------------------------------------------------
 
 
 def test_calculator_calls_give_the_answers():
@@ -80,14 +86,22 @@ def test_calculator_calls_give_the_answers():
 
 
 def test_operand_pairs_belong_to_one_split():
-    pairs = {split: {frozenset(c["operands"][::2]) for c in Arithmetic(1500, split)} for split in SPLITS}
-    assert not pairs["train"] & pairs["test"] and not pairs["train"] & pairs["val"] and not pairs["val"] & pairs["test"]
+    pairs = {
+        split: {frozenset(c["operands"][::2]) for c in Arithmetic(1500, split)} for split in SPLITS
+    }
+    assert (
+        not pairs["train"] & pairs["test"]
+        and not pairs["train"] & pairs["val"]
+        and not pairs["val"] & pairs["test"]
+    )
 
 
 def test_both_phrasings_of_a_difference_have_the_same_result(words):
     task = Arithmetic(3000, "train")
     questions = [user_and_answer(c)[0] for c in task if c["operands"][1] == "-"]
-    assert any(question.startswith("Subtract") for question in questions) and any(question.startswith("Take") for question in questions)
+    assert any(question.startswith("Subtract") for question in questions) and any(
+        question.startswith("Take") for question in questions
+    )
     for conversation in task:
         question, _ = user_and_answer(conversation)
         if question.startswith(("Subtract", "Take")):
@@ -109,8 +123,15 @@ def test_arithmetic_requires_the_number_and_rewards_the_tool():
     ):
         assert task.evaluate(conversation, answer) is verdict
     assert task.reward(conversation, right) == 0
-    assert task.reward(conversation, [*tool_parts("1+1", "2"), {"type": "text", "text": right}]) == 1
-    assert task.reward(conversation, [*tool_parts("1+1", "2"), {"type": "text", "text": "The answer is -1."}]) == 0
+    assert (
+        task.reward(conversation, [*tool_parts("1+1", "2"), {"type": "text", "text": right}]) == 1
+    )
+    assert (
+        task.reward(
+            conversation, [*tool_parts("1+1", "2"), {"type": "text", "text": "The answer is -1."}]
+        )
+        == 0
+    )
 
 
 def test_phrasings_separate_numbers_from_letters():
@@ -119,13 +140,15 @@ def test_phrasings_separate_numbers_from_letters():
         assert not re.search(r"[A-Za-z\u4e00-\u9fff]\{|\}[A-Za-z\u4e00-\u9fff]", question)
 
 
-# ---- spelling -------------------------------------------------------------------------------------------------------
+# ---- spelling ------------------------------------------------------------------------------------
 
 
 def test_word_follows_a_space_and_precedes_no_letter():
     for question in (*spellingbee.QUESTIONS, *spellingbee.SPELLINGS):
         assert re.search(r" \{word\}(?![A-Za-z\u4e00-\u9fff'])", question), question
-        assert not re.search(r"\{letter\}[A-Za-z\u4e00-\u9fff]|[A-Za-z]\{letter\}", question), question
+        assert not re.search(r"\{letter\}[A-Za-z\u4e00-\u9fff]|[A-Za-z]\{letter\}", question), (
+            question
+        )
     assert len(set(spellingbee.QUESTIONS)) >= 40
 
 
@@ -136,7 +159,12 @@ def test_tool_call_counts_the_letter_of_the_question(words):
         word, letter = conversation["word"], conversation["letter"]
         assert f" {word}" in question and letter in question
         assert call["text"] == f"' {word}'.count('{letter}')"
-        assert use_calculator(call["text"]) == output["text"] == str(word.count(letter)) == str(conversation["count"])
+        assert (
+            use_calculator(call["text"])
+            == output["text"]
+            == str(word.count(letter))
+            == str(conversation["count"])
+        )
         assert text["text"] == f"The answer is {word.count(letter)}."
         inside += letter in word
     assert inside > 350
@@ -149,13 +177,17 @@ def audit(tokenizer: RustBPETokenizer, n: int = 1000, split: str = "test") -> fl
     for conversation in map(task.get_example, range(n)):
         prompt, answer = (message["content"] for message in conversation["messages"])
         word = tokenizer.encode(" " + conversation["word"])
-        good += contains(tokenizer.encode(prompt), word) and contains(tokenizer.encode(answer[0]["text"]), word)
+        good += contains(tokenizer.encode(prompt), word) and contains(
+            tokenizer.encode(answer[0]["text"]), word
+        )
     return good / n
 
 
 def contains(tokens: Sequence[int], run: Sequence[int]) -> bool:
     """Whether `run` is in `tokens` without a gap."""
-    return any(list(tokens[i : i + len(run)]) == list(run) for i in range(len(tokens) - len(run) + 1))
+    return any(
+        list(tokens[i : i + len(run)]) == list(run) for i in range(len(tokens) - len(run) + 1)
+    )
 
 
 def test_prompt_and_call_share_the_tokens_of_every_word(words, tokenizer):
@@ -170,7 +202,9 @@ def test_audit_detects_a_call_without_the_space(words, tokenizer, monkeypatch):
 
 
 def test_contains():
-    assert contains([1, 2, 3, 4], [2, 3]) and not contains([1, 2, 3, 4], [2, 4]) and contains([1], [1])
+    assert (
+        contains([1, 2, 3, 4], [2, 3]) and not contains([1, 2, 3, 4], [2, 4]) and contains([1], [1])
+    )
 
 
 def test_examples_are_short(words, tokenizer):
@@ -202,7 +236,11 @@ def test_a_third_of_the_training_words_is_invented(words, tokenizer):
         assert 0.25 < sum(invented) / 900 < 0.4
     assert all(c["word"] in known for c in SpellingBee(300, "test", tokenizer=tokenizer))
     pieces = spellingbee.vocabulary_pieces(tokenizer)
-    assert set(LETTERS) <= set(pieces) and all(re.fullmatch("[a-z]+", piece) for piece in pieces) and len(pieces) > 200
+    assert (
+        set(LETTERS) <= set(pieces)
+        and all(re.fullmatch("[a-z]+", piece) for piece in pieces)
+        and len(pieces) > 200
+    )
 
 
 def test_spelling_requires_the_letters_in_order(words):
@@ -210,7 +248,13 @@ def test_spelling_requires_the_letters_in_order(words):
     conversation = task[0]
     word = conversation["word"]
     assert user_and_answer(conversation)[1] == ",".join(word)
-    for answer in (",".join(word), " ".join(word), "-".join(word), ", ".join(word) + ".", ",".join(word).upper()):
+    for answer in (
+        ",".join(word),
+        " ".join(word),
+        "-".join(word),
+        ", ".join(word) + ".",
+        ",".join(word).upper(),
+    ):
         assert task.evaluate(conversation, answer), answer
     for answer in (word, ",".join(word[:-1]), ",".join(word[::-1] + "q"), ""):
         assert not task.evaluate(conversation, answer), answer
@@ -226,16 +270,29 @@ def test_spelling_bee_rewards_the_tool(words):
 
 
 def test_words_come_from_the_corpus_without_a_list(base_dir):
-    invented = [a + b for a in ("bra", "clo", "dru", "fla", "gri") for b in ("mble", "nder", "sting") + tuple(f"{x}ent" for x in LETTERS)]
+    invented = [
+        a + b
+        for a in ("bra", "clo", "dru", "fla", "gri")
+        for b in ("mble", "nder", "sting") + tuple(f"{x}ent" for x in LETTERS)
+    ]
     text = " ".join(invented)
     manifest = {"tokenizer": "of these token ids"}
-    write_dataset(base_dir / "base_data" / "a-tokens", "a-tokens", ["1 2 3"], ["validation"], manifest)
-    write_dataset(base_dir / "base_data" / "own", "own", [f"{text} onlyonce", f"{text}. Upper_case x1y", text], ["validation"])
+    write_dataset(
+        base_dir / "base_data" / "a-tokens", "a-tokens", ["1 2 3"], ["validation"], manifest
+    )
+    write_dataset(
+        base_dir / "base_data" / "own",
+        "own",
+        [f"{text} onlyonce", f"{text}. Upper_case x1y", text],
+        ["validation"],
+    )
     found = [word for split in SPLITS for word in words_of(split)]
     assert sorted(found) == sorted(invented)
     cached = list((base_dir / "tasks" / "corpus_words").glob("*.json"))
     assert [path.name for path in cached] == ["own.json"]
-    assert count_words(["aaa aaa aaa bbb bbb ccc_ ccc_ ccc_ ddd1 ddd1 ddd1 don't don't don't"]) == ["aaa"]
+    assert count_words(["aaa aaa aaa bbb bbb ccc_ ccc_ ccc_ ddd1 ddd1 ddd1 don't don't don't"]) == [
+        "aaa"
+    ]
 
 
 def test_missing_words_are_reported_with_a_remedy(base_dir):
@@ -247,7 +304,7 @@ def test_missing_words_are_reported_with_a_remedy(base_dir):
         build_mixture("spellingbee:4")
 
 
-# ---- identity -------------------------------------------------------------------------------------------------------
+# ---- identity ------------------------------------------------------------------------------------
 
 
 def test_there_are_many_phrasings_of_many_intents_in_two_languages():
@@ -291,29 +348,49 @@ def test_identity_requires_the_name_only_in_answers_about_itself():
     task = Identity("train")
     about = next(c for c in task if c["intent"] == "name")
     other = next(c for c in task if c["intent"] == "ordinary")
-    assert task.evaluate(about, "My name is Zangchat!") and not task.evaluate(about, "I am ChatGPT.")
+    assert task.evaluate(about, "My name is Zangchat!") and not task.evaluate(
+        about, "I am ChatGPT."
+    )
     assert task.evaluate(other, "Paris.") and not task.evaluate(other, "I am zangchat.")
 
 
 def test_frozen_phrasings_are_only_in_the_test_split():
     frozen = identity.heldout_questions()
-    assert [example.question for example in Identity("test").examples] == frozen and len(frozen) == 40
-    learned = {identity._plain(text) for split in ("train", "val") for e in Identity(split).examples for text in (e.question, e.base)}
+    assert [example.question for example in Identity("test").examples] == frozen and len(
+        frozen
+    ) == 40
+    learned = {
+        identity._plain(text)
+        for split in ("train", "val")
+        for e in Identity(split).examples
+        for text in (e.question, e.base)
+    }
     assert not learned & {identity._plain(question) for question in frozen}
 
 
-# ---- pydocs ---------------------------------------------------------------------------------------------------------
+# ---- pydocs --------------------------------------------------------------------------------------
 
 
 def test_answers_are_the_first_sentences_of_docstrings():
     docs = {doc.name: doc for doc in pydocs.all_docs()}
     assert len(docs) > 2000
-    assert docs["json.dumps"].answer.startswith("Serialize ``obj``".replace("`", "")) and docs["json.dumps"].kind == "function"
+    assert (
+        docs["json.dumps"].answer.startswith("Serialize ``obj``".replace("`", ""))
+        and docs["json.dumps"].kind == "function"
+    )
     assert docs["len"].answer == "Return the number of items in a container."
     assert docs["math.sqrt"].answer == "Return the square root of x."
-    assert docs["str.join"].kind == "function" and docs["argparse.ArgumentParser"].kind == "class" and docs["textwrap"].kind == "module"
+    assert (
+        docs["str.join"].kind == "function"
+        and docs["argparse.ArgumentParser"].kind == "class"
+        and docs["textwrap"].kind == "module"
+    )
     for doc in docs.values():
-        assert pydocs.MIN_ANSWER <= len(doc.answer) <= pydocs.MAX_ANSWER + 1 and "\n" not in doc.answer and doc.answer[-1] in ".!?"
+        assert (
+            pydocs.MIN_ANSWER <= len(doc.answer) <= pydocs.MAX_ANSWER + 1
+            and "\n" not in doc.answer
+            and doc.answer[-1] in ".!?"
+        )
         assert not any(part.startswith("_") for part in doc.name.split("."))
 
 
@@ -339,7 +416,9 @@ def test_first_sentence(docstring, answer):
 
 def test_name_belongs_to_one_split_and_is_in_its_question():
     names = {split: [c["name"] for c in PyDocs(split)] for split in SPLITS}
-    assert sum(map(len, names.values())) == len(set().union(*names.values())) == len(pydocs.all_docs())
+    assert (
+        sum(map(len, names.values())) == len(set().union(*names.values())) == len(pydocs.all_docs())
+    )
     for conversation in PyDocs("test"):
         assert conversation["name"] in user_and_answer(conversation)[0]
 
@@ -348,5 +427,9 @@ def test_pydocs_accepts_most_of_the_words():
     task = PyDocs("train")
     conversation = next(c for c in task if len(user_and_answer(c)[1].split()) > 5)
     answer = user_and_answer(conversation)[1]
-    assert task.evaluate(conversation, answer.upper()) and task.evaluate(conversation, answer.rsplit(" ", 1)[0])
-    assert not task.evaluate(conversation, "Nothing of the kind, sorry about that") and not task.evaluate(conversation, "")
+    assert task.evaluate(conversation, answer.upper()) and task.evaluate(
+        conversation, answer.rsplit(" ", 1)[0]
+    )
+    assert not task.evaluate(
+        conversation, "Nothing of the kind, sorry about that"
+    ) and not task.evaluate(conversation, "")

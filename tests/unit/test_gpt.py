@@ -13,7 +13,9 @@ from zangchat.gpt import GPT, GPTConfig
 TINY = GPTConfig(sequence_len=16, vocab_size=70, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
 
 
-def lively_model(config: GPTConfig = TINY, dtype: torch.dtype = torch.float32, seed: int = 0) -> GPT:
+def lively_model(
+    config: GPTConfig = TINY, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> GPT:
     """A model in which every matrix affects the logits: init_weights leaves identity blocks."""
     model = GPT(config)
     generator = torch.Generator().manual_seed(seed)
@@ -44,7 +46,9 @@ class RowCache:
             old = layer[row]
             layer[row] = new if old is None else torch.cat((old, new), dim=2)
         longest = max(part.size(2) for part in layer)
-        padded = torch.stack([torch.nn.functional.pad(part, (0, 0, 0, longest - part.size(2))) for part in layer])
+        padded = torch.stack(
+            [torch.nn.functional.pad(part, (0, 0, 0, longest - part.size(2))) for part in layer]
+        )
         # a query sees its own and all earlier positions
         last = self.positions[:, None] + torch.arange(T)
         return padded[:, 0], padded[:, 1], (torch.arange(longest) <= last[..., None]).unsqueeze(1)
@@ -59,7 +63,9 @@ class RowCache:
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
 def test_logits_equal_the_formulas(heads: tuple[int, int]) -> None:
-    config = GPTConfig(sequence_len=8, vocab_size=70, n_layer=2, n_head=heads[0], n_kv_head=heads[1], n_embd=32)
+    config = GPTConfig(
+        sequence_len=8, vocab_size=70, n_layer=2, n_head=heads[0], n_kv_head=heads[1], n_embd=32
+    )
     model, idx = lively_model(config), tokens(2, 7)
     got = model(idx)
     assert got.shape == (2, 7, 70) and got.dtype == torch.float32
@@ -78,8 +84,15 @@ def test_parameter_names_and_shapes() -> None:
         "mlp.c_fc.weight": (128, 32),
         "mlp.c_proj.weight": (32, 128),
     }
-    expected = {"transformer.wte.weight": (128, 32), "lm_head.weight": (128, 32)}  # 70 tokens padded to 128 rows
-    expected |= {f"transformer.h.{layer}.{name}": shape for layer in range(2) for name, shape in block.items()}
+    expected = {
+        "transformer.wte.weight": (128, 32),
+        "lm_head.weight": (128, 32),
+    }  # 70 tokens padded to 128 rows
+    expected |= {
+        f"transformer.h.{layer}.{name}": shape
+        for layer in range(2)
+        for name, shape in block.items()
+    }
     assert shapes == expected
     assert set(GPT(TINY).state_dict()) == set(expected)  # the rotary tables are not saved
 
@@ -87,7 +100,9 @@ def test_parameter_names_and_shapes() -> None:
 @pytest.mark.parametrize("n_kv_head", [4, 2])
 def test_transformers_computes_the_same_logits(n_kv_head: int) -> None:
     transformers = pytest.importorskip("transformers", minversion="5.0")
-    config = GPTConfig(sequence_len=64, vocab_size=70, n_layer=2, n_head=4, n_kv_head=n_kv_head, n_embd=32)
+    config = GPTConfig(
+        sequence_len=64, vocab_size=70, n_layer=2, n_head=4, n_kv_head=n_kv_head, n_embd=32
+    )
     model, idx = lively_model(config), tokens(2, 50)
     theirs = transformers.NanoChatForCausalLM(
         transformers.NanoChatConfig(
@@ -103,12 +118,19 @@ def test_transformers_computes_the_same_logits(n_kv_head: int) -> None:
             final_logit_softcapping=config.logit_cap,
         )
     )
-    renames = {"attn.c_q": "self_attn.q_proj", "attn.c_k": "self_attn.k_proj", "attn.c_v": "self_attn.v_proj"}
+    renames = {
+        "attn.c_q": "self_attn.q_proj",
+        "attn.c_k": "self_attn.k_proj",
+        "attn.c_v": "self_attn.v_proj",
+    }
     renames |= {"attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
     exported = {}
     for name, tensor in model.state_dict().items():
         if "wte" in name or "lm_head" in name:
-            name, tensor = name.replace("transformer.wte", "model.embed_tokens"), tensor[: config.vocab_size]
+            name, tensor = (
+                name.replace("transformer.wte", "model.embed_tokens"),
+                tensor[: config.vocab_size],
+            )
         for ours, other in renames.items():
             name = name.replace(ours, other)
         exported[name.replace("transformer.h", "model.layers")] = tensor
@@ -129,13 +151,17 @@ def test_model_built_on_the_meta_device_is_fully_initialised(head_init_scale: fl
 
     built_directly = GPT(TINY)
     built_directly.init_weights(head_init_scale, generator=torch.Generator().manual_seed(3))
-    for (name, a), b in zip(model.state_dict().items(), built_directly.state_dict().values(), strict=True):
+    for (name, a), b in zip(
+        model.state_dict().items(), built_directly.state_dict().values(), strict=True
+    ):
         assert torch.equal(a, b), name
     assert torch.equal(model(tokens(1, 9)), built_directly(tokens(1, 9)))
 
 
 def test_initial_scales() -> None:
-    config = GPTConfig(sequence_len=8, vocab_size=1024, n_layer=1, n_head=2, n_kv_head=2, n_embd=128)
+    config = GPTConfig(
+        sequence_len=8, vocab_size=1024, n_layer=1, n_head=2, n_kv_head=2, n_embd=128
+    )
     model = GPT(config)
     model.init_weights(generator=torch.Generator().manual_seed(0))
     state = model.state_dict()
@@ -160,7 +186,9 @@ def test_decoding_with_a_cache_equals_the_full_forward_pass_at_every_position() 
     prefill = model(idx[:, :5], kv_cache=cache)
     torch.testing.assert_close(prefill, full[:, :5], atol=1e-5, rtol=1e-5)
     for t in range(5, 10):
-        torch.testing.assert_close(model(idx[:, t : t + 1], kv_cache=cache), full[:, t : t + 1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            model(idx[:, t : t + 1], kv_cache=cache), full[:, t : t + 1], atol=1e-5, rtol=1e-5
+        )
     chunk = model(idx[:, 10:], kv_cache=cache)  # several tokens after stored ones
     torch.testing.assert_close(chunk, full[:, 10:], atol=1e-5, rtol=1e-5)
     assert cache.positions.tolist() == [12, 12, 12]
@@ -173,16 +201,23 @@ def test_rows_at_different_positions_decode_together() -> None:
     for row, cache in zip(rows, caches, strict=True):
         model(row[:, :-4], kv_cache=cache)
     together = RowCache(TINY, 3)
-    together.stored = [[cache.stored[layer][0] for cache in caches] for layer in range(TINY.n_layer)]
+    together.stored = [
+        [cache.stored[layer][0] for cache in caches] for layer in range(TINY.n_layer)
+    ]
     together.positions = torch.cat([cache.positions for cache in caches])
     for step in range(-4, 0):
-        got = model(torch.cat([row[:, step : (step + 1) or None] for row in rows]), kv_cache=together)
+        got = model(
+            torch.cat([row[:, step : (step + 1) or None] for row in rows]), kv_cache=together
+        )
         expected = torch.cat([model(row)[:, step : (step + 1) or None] for row in rows])
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_tables_grow_past_sequence_len_and_training_works_after_sampling() -> None:
-    model, longer = lively_model(), lively_model(GPTConfig(**{**TINY.to_dict(), "sequence_len": 64}))
+    model, longer = (
+        lively_model(),
+        lively_model(GPTConfig(**{**TINY.to_dict(), "sequence_len": 64})),
+    )
     idx = tokens(1, 40)
     with torch.inference_mode():
         torch.testing.assert_close(model(idx), longer(idx), atol=1e-6, rtol=0)
@@ -208,12 +243,16 @@ def test_loss_reductions_weights_and_ignored_targets_agree() -> None:
     targets[0, :5] = -1
     each = model(idx, targets, loss_reduction="none")
     assert each.shape == (2, 8) and each.dtype == torch.float32 and not each[0, :5].any()
-    expected = -torch.log_softmax(model(idx), -1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    expected = -torch.log_softmax(model(idx), -1).gather(-1, targets.clamp(min=0)[..., None])[
+        ..., 0
+    ]
     torch.testing.assert_close(each, torch.where(targets < 0, 0, expected))
     torch.testing.assert_close(model(idx, targets, loss_reduction="sum"), each.sum())
     torch.testing.assert_close(model(idx, targets), each.sum() / 11)
     weights = torch.rand(2, 8, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(model(idx, targets, loss_reduction="sum", loss_weights=weights), (each * weights).sum())
+    torch.testing.assert_close(
+        model(idx, targets, loss_reduction="sum", loss_weights=weights), (each * weights).sum()
+    )
 
 
 def test_logits_at_one_position_of_each_row() -> None:
@@ -223,7 +262,10 @@ def test_logits_at_one_position_of_each_row() -> None:
 
 def test_document_start_separates_the_documents_of_a_row() -> None:
     model, start = lively_model(), 0
-    pieces = [torch.cat((torch.full((1, 1), start), 1 + tokens(1, n, seed=n, vocab_size=60)), dim=1) for n in (4, 1, 6)]
+    pieces = [
+        torch.cat((torch.full((1, 1), start), 1 + tokens(1, n, seed=n, vocab_size=60)), dim=1)
+        for n in (4, 1, 6)
+    ]
     row = torch.cat(pieces, dim=1)
     separate = torch.cat([model(piece) for piece in pieces], dim=1)
     together = model(row)
@@ -233,10 +275,15 @@ def test_document_start_separates_the_documents_of_a_row() -> None:
     # a row may begin inside a document
     torch.testing.assert_close(model(row[:, 2:])[:, 3:], separate[:, 5:], atol=1e-5, rtol=1e-5)
     targets = tokens(1, row.size(1), seed=9)
-    losses = [model(piece, part, loss_reduction="sum") for piece, part in zip(pieces, targets.split([5, 2, 7], dim=1), strict=True)]
+    losses = [
+        model(piece, part, loss_reduction="sum")
+        for piece, part in zip(pieces, targets.split([5, 2, 7], dim=1), strict=True)
+    ]
     weights = list(model.parameters())
     apart = torch.autograd.grad(losses[0] + losses[1] + losses[2], weights)
-    for ours, theirs in zip(torch.autograd.grad(model(row, targets, loss_reduction="sum"), weights), apart, strict=True):
+    for ours, theirs in zip(
+        torch.autograd.grad(model(row, targets, loss_reduction="sum"), weights), apart, strict=True
+    ):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
@@ -247,7 +294,12 @@ def test_weights_cast_once_for_all_passes_give_the_same_gradients(grad_checkpoin
         model.grad_checkpoint = grad_checkpoint
         with model.cast_once() if once else contextlib.nullcontext():
             for seed in range(3):
-                rows = torch.randint(0, model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(seed))
+                rows = torch.randint(
+                    0,
+                    model.config.vocab_size,
+                    (2, 9),
+                    generator=torch.Generator().manual_seed(seed),
+                )
                 model(rows[:, :-1], rows[:, 1:].contiguous(), loss_reduction="sum").backward()
                 assert (model.lm_head.cast is not None) == once
         assert "lm_head.cast" not in model.state_dict() and model.lm_head.cast is None
@@ -269,18 +321,24 @@ def test_computing_in_bfloat16() -> None:
     model, twin = lively_model(dtype=torch.bfloat16), lively_model()
     idx = tokens(2, 16)
     assert model.wte.weight.dtype == torch.bfloat16
-    assert all(p.dtype == torch.float32 for name, p in model.named_parameters() if "wte" not in name)
+    assert all(
+        p.dtype == torch.float32 for name, p in model.named_parameters() if "wte" not in name
+    )
     logits = model(idx)
     assert logits.dtype == torch.float32
     assert (logits - twin(idx)).abs().mean() < 0.1
     loss = model(idx, idx.roll(-1, 1))
-    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(twin(idx, idx.roll(-1, 1)).item(), rel=0.03)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(
+        twin(idx, idx.roll(-1, 1)).item(), rel=0.03
+    )
     loss.backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.dtype == p.dtype and torch.isfinite(p.grad).all(), name
     twin(idx, idx.roll(-1, 1)).backward()
     for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
-        assert torch.cosine_similarity(p.grad.float().flatten(), q.grad.flatten(), dim=0) > 0.98, name
+        assert torch.cosine_similarity(p.grad.float().flatten(), q.grad.flatten(), dim=0) > 0.98, (
+            name
+        )
 
 
 def test_switching_the_compute_dtype_back_and_forth() -> None:
@@ -336,5 +394,7 @@ def test_compiled_blocks_share_one_graph_and_keep_the_results(grad_checkpoint: b
     with torch.no_grad():  # evaluation, whose shapes vary, is not compiled
         for length in (3, 5, 7):
             torch.testing.assert_close(compiled(idx[:, :length]), plain(idx[:, :length]))
-            torch.testing.assert_close(compiled(idx[:, :length], idx[:, :length]), plain(idx[:, :length], idx[:, :length]))
+            torch.testing.assert_close(
+                compiled(idx[:, :length], idx[:, :length]), plain(idx[:, :length], idx[:, :length])
+            )
     assert len(graphs) == 3

@@ -31,7 +31,16 @@ from zangchat.gpt import GPT
 from zangchat.hf import exporting
 from zangchat.hf.check import PROMPTS
 from zangchat.hf.exporting import CHAT_TEMPLATE, export, model_card
-from zangchat.hf.format import CARRIED, DTYPES, MANIFEST, SIZES, VOCAB_ROWS, hf_config, special_ids, weight_names
+from zangchat.hf.format import (
+    CARRIED,
+    DTYPES,
+    MANIFEST,
+    SIZES,
+    VOCAB_ROWS,
+    hf_config,
+    special_ids,
+    weight_names,
+)
 from zangchat.hf.importing import read_hf
 from zangchat.hf.nanochat import NANOCHAT_EPS, read_checkpoint
 from zangchat.hf.tokenizer import recover_merges, tokenizer_json
@@ -55,10 +64,14 @@ def tokenizer() -> RustBPETokenizer:
 
 
 def make_model(tokenizer: RustBPETokenizer, **config: Any) -> GPT:
-    """Random, but loud: every position and every layer matters to the logits. Nothing has its default value."""
+    """Random, but loud: every position and every layer matters to the logits. Nothing has its
+    default value.
+    """
     sizes = {"sequence_len": 160, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 64}
     others = {"rms_norm_eps": 1e-3, "rope_theta": 500.0, "logit_cap": 9.0}
-    model = GPT(GPTConfig(**{"vocab_size": tokenizer.get_vocab_size(), **sizes, **others, **config}))
+    model = GPT(
+        GPTConfig(**{"vocab_size": tokenizer.get_vocab_size(), **sizes, **others, **config})
+    )
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
@@ -87,7 +100,7 @@ def tampered(exported: Path, target: Path, name: str, change: Any) -> Path:
     return target
 
 
-# ---- what an export holds -------------------------------------------------------------------------------------------
+# ---- what an export holds ------------------------------------------------------------------------
 
 
 def test_the_weights_are_6l_plus_2_without_padding_or_prefixes(exported, model):
@@ -97,7 +110,11 @@ def test_the_weights_are_6l_plus_2_without_padding_or_prefixes(exported, model):
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
     assert len(names) == 6 * model.config.n_layer + 2
     assert model.config.padded_vocab_size > model.config.vocab_size
-    assert shapes["model.embed_tokens.weight"] == shapes["lm_head.weight"] == (model.config.vocab_size, 64)
+    assert (
+        shapes["model.embed_tokens.weight"]
+        == shapes["lm_head.weight"]
+        == (model.config.vocab_size, 64)
+    )
     assert shapes["model.layers.1.self_attn.k_proj.weight"] == (32, 64)
     assert not any("norm" in name or name.startswith(("_orig_mod", "module")) for name in names)
 
@@ -105,10 +122,29 @@ def test_the_weights_are_6l_plus_2_without_padding_or_prefixes(exported, model):
 def test_config_and_generation_config(exported, tokenizer):
     config = json.loads((exported / "config.json").read_text())
     bos, end = tokenizer.get_bos_token_id(), tokenizer.encode_special("<|assistant_end|>")
-    expected = {"architectures": ["NanoChatForCausalLM"], "model_type": "nanochat", "intermediate_size": 256, "hidden_act": "relu2"}
-    expected |= {"rms_norm_eps": 1e-3, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "final_logit_softcapping": 9.0}
-    expected |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 160, "tie_word_embeddings": False}
-    expected |= {"bos_token_id": bos, "eos_token_id": [end, bos], "pad_token_id": bos, "dtype": "float32"}
+    expected = {
+        "architectures": ["NanoChatForCausalLM"],
+        "model_type": "nanochat",
+        "intermediate_size": 256,
+        "hidden_act": "relu2",
+    }
+    expected |= {
+        "rms_norm_eps": 1e-3,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        "final_logit_softcapping": 9.0,
+    }
+    expected |= {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 160,
+        "tie_word_embeddings": False,
+    }
+    expected |= {
+        "bos_token_id": bos,
+        "eos_token_id": [end, bos],
+        "pad_token_id": bos,
+        "dtype": "float32",
+    }
     assert {name: config[name] for name in expected} == expected
     generation = json.loads((exported / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [end, bos] and generation["max_new_tokens"] == 512
@@ -118,44 +154,69 @@ def test_config_and_generation_config(exported, tokenizer):
 def test_the_manifest_has_the_hash_of_every_file(exported):
     manifest = json.loads((exported / MANIFEST).read_text())
     assert set(manifest["files"]) == {path.name for path in exported.iterdir()} - {MANIFEST}
-    assert all(file_sha256(exported / name) == file["sha256"] for name, file in manifest["files"].items())
+    assert all(
+        file_sha256(exported / name) == file["sha256"] for name, file in manifest["files"].items()
+    )
     assert manifest["source"] == {"stage": "sft", "model_tag": "tiny", "step": 7}
     assert manifest["checks"]["equal greedy tokens"] == 64 * (len(PROMPTS) + 2)
 
 
 def test_the_card_has_the_numbers_of_this_checkpoint_alone(model, tokenizer):
     report = get_report()
-    report.log("Chat evaluation sft", [{"GSM8K": 0.125}, {"model": "sft_tiny_000007", "GSM8K problems": 8}])
+    report.log(
+        "Chat evaluation sft", [{"GSM8K": 0.125}, {"model": "sft_tiny_000007", "GSM8K problems": 8}]
+    )
     report.log("Base model evaluation", [{"model": "base_tiny_000007"}, {"CORE": 0.2}])
     card = model_card(
-        model.config, META, "float32", {"largest logit difference": 0.0, "equal greedy tokens": 1, "texts with equal token ids": 1}
+        model.config,
+        META,
+        "float32",
+        {
+            "largest logit difference": 0.0,
+            "equal greedy tokens": 1,
+            "texts with equal token ids": 1,
+        },
     )
-    assert "| GSM8K | 0.1250 |" in card and "| validation bits per byte | 1.2500 |" in card and "CORE" not in card
+    assert (
+        "| GSM8K | 0.1250 |" in card
+        and "| validation bits per byte | 1.2500 |" in card
+        and "CORE" not in card
+    )
 
 
 def test_every_setting_of_a_model_is_carried_or_refused(model, tokenizer, tmp_path, monkeypatch):
-    assert {field.name for field in fields(GPTConfig)} == CARRIED  # a new field: say in config.json what it means, or refuse it
+    assert {
+        field.name for field in fields(GPTConfig)
+    } == CARRIED  # a new field: say in config.json what it means, or refuse it
     monkeypatch.setattr(exporting, "CARRIED", CARRIED - {"rope_theta"})
     with pytest.raises(UserError, match="rope_theta"):
         export(model, tokenizer, META, tmp_path / "x", "float32")
 
 
-# ---- the real library agrees ----------------------------------------------------------------------------------------
+# ---- the real library agrees ---------------------------------------------------------------------
 
 
 def test_transformers_gives_our_logits_and_our_greedy_text(exported, model, tokenizer):
     theirs = AutoModelForCausalLM.from_pretrained(exported)
     assert type(theirs).__name__ == "NanoChatForCausalLM" and theirs.dtype == torch.float32
-    ids = torch.randint(model.config.vocab_size, (3, 160), generator=torch.Generator().manual_seed(2))
+    ids = torch.randint(
+        model.config.vocab_size, (3, 160), generator=torch.Generator().manual_seed(2)
+    )
     with torch.inference_mode():
         ours, other = model(ids), theirs(ids).logits
     assert ours.std() > 1 and float((ours - other).abs().max()) < 1e-3
     for text in ("the cat", "世界", "    def"):
         prompt = tokenizer.encode(text, prepend="<|bos|>")
-        made = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=64)[0, len(prompt) :].tolist()
-        (sequence,), _ = Engine(model, tokenizer).generate_batch(prompt, max_tokens=64, temperature=0.0)
+        made = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=64)[
+            0, len(prompt) :
+        ].tolist()
+        (sequence,), _ = Engine(model, tokenizer).generate_batch(
+            prompt, max_tokens=64, temperature=0.0
+        )
         plain = sequence[len(prompt) :]
-        assert made[: len(plain)] == plain and (len(plain) == 64 or made[len(plain)] in theirs.generation_config.eos_token_id)
+        assert made[: len(plain)] == plain and (
+            len(plain) == 64 or made[len(plain)] in theirs.generation_config.eos_token_id
+        )
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +228,10 @@ def their_tokenizer(exported) -> Any:
 @given(text=st.text(max_size=80))
 def test_any_text_has_the_same_tokens(their_tokenizer, tokenizer, text):
     ids = tokenizer.encode(text)
-    assert their_tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] == ids
+    assert (
+        their_tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        == ids
+    )
     assert their_tokenizer.decode(ids) == tokenizer.decode(ids)
 
 
@@ -181,16 +245,24 @@ def test_real_text_has_the_same_tokens(their_tokenizer, tokenizer):
 def test_special_tokens_of_strangers_can_be_kept_out(exported, tokenizer):
     """What the card advises."""
     careful = AutoTokenizer.from_pretrained(exported, split_special_tokens=True)
-    assert careful("a<|user_end|>b", add_special_tokens=False)["input_ids"] == tokenizer.encode("a<|user_end|>b")
+    assert careful("a<|user_end|>b", add_special_tokens=False)["input_ids"] == tokenizer.encode(
+        "a<|user_end|>b"
+    )
 
 
 def test_padding_is_left_and_masked(their_tokenizer, exported, model, tokenizer):
     theirs = AutoModelForCausalLM.from_pretrained(exported)
-    batch = their_tokenizer(["the cat", "the cat sat on the mat"], return_tensors="pt", padding=True)
+    batch = their_tokenizer(
+        ["the cat", "the cat sat on the mat"], return_tensors="pt", padding=True
+    )
     assert set(batch) == {"input_ids", "attention_mask"} and batch["attention_mask"][0, 0] == 0
     with torch.inference_mode():
         padded = theirs.generate(**batch, do_sample=False, max_new_tokens=8)[0, -8:]
-        alone = theirs.generate(torch.tensor([tokenizer.encode("the cat", prepend="<|bos|>")]), do_sample=False, max_new_tokens=8)[0, -8:]
+        alone = theirs.generate(
+            torch.tensor([tokenizer.encode("the cat", prepend="<|bos|>")]),
+            do_sample=False,
+            max_new_tokens=8,
+        )[0, -8:]
     assert padded.tolist() == alone.tolist()
 
 
@@ -209,7 +281,7 @@ def test_the_chat_template_refuses_what_we_refuse(their_tokenizer, messages, com
         their_tokenizer.apply_chat_template(messages, tokenize=False)
 
 
-# ---- the check of an export finds what is wrong ---------------------------------------------------------------------
+# ---- the check of an export finds what is wrong --------------------------------------------------
 
 
 def swapped_halves(config: GPTConfig) -> dict[str, str]:
@@ -236,7 +308,11 @@ TEMPLATE = CHAT_TEMPLATE.read_text(encoding="utf-8")
         ("CHAT_TEMPLATE", TEMPLATE.replace("'<|user_end|>'", "' <|user_end|>'"), "chat template"),
         ("CHAT_TEMPLATE", TEMPLATE.replace("add_generation_prompt", "false"), "chat template"),
         *(
-            ("hf_config", lambda *args, change=change: {**HF_CONFIG(*args), **change}, "failed its check")
+            (
+                "hf_config",
+                lambda *args, change=change: {**HF_CONFIG(*args), **change},
+                "failed its check",
+            )
             for change in (
                 {"rms_norm_eps": 1e-5},
                 {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
@@ -247,7 +323,9 @@ TEMPLATE = CHAT_TEMPLATE.read_text(encoding="utf-8")
         ),
     ],
 )
-def test_a_wrong_export_is_found_and_does_not_appear(model, tokenizer, tmp_path, monkeypatch, name, wrong, complaint):
+def test_a_wrong_export_is_found_and_does_not_appear(
+    model, tokenizer, tmp_path, monkeypatch, name, wrong, complaint
+):
     if name == "CHAT_TEMPLATE":
         (tmp_path / CHAT_TEMPLATE.name).write_text(wrong, encoding="utf-8")
         wrong = tmp_path / CHAT_TEMPLATE.name
@@ -274,7 +352,13 @@ def test_what_the_format_cannot_carry_is_refused(model, tokenizer, tmp_path):
     with pytest.raises(UserError, match="--output"):
         export(make_model(tokenizer), tokenizer, META, tmp_path / "full", "float32")
     with pytest.raises(UserError, match="--output=.*cannot be written"):
-        export(make_model(tokenizer), tokenizer, META, tmp_path / "full" / "thesis.txt" / "x", "float32")
+        export(
+            make_model(tokenizer),
+            tokenizer,
+            META,
+            tmp_path / "full" / "thesis.txt" / "x",
+            "float32",
+        )
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "thesis.txt"]
 
 
@@ -285,19 +369,27 @@ def test_without_transformers_there_is_one_sentence(monkeypatch, tmp_path, capsy
     assert error.count("\n") == 1 and "pip install" in error
 
 
-# ---- merges ---------------------------------------------------------------------------------------------------------
+# ---- merges --------------------------------------------------------------------------------------
 
 
 def test_merges_are_recovered():
     letters = [bytes([i]) for i in range(256)]
-    assert recover_merges([*letters, b"ab", b"bc", b"abc", b"abcabc"]) == [(b"a", b"b"), (b"b", b"c"), (b"ab", b"c"), (b"abc", b"abc")]
-    assert recover_merges([*letters, b"bc", b"ab", b"abc"])[-1] == (b"a", b"bc")  # bc comes first, so abc is a + bc
+    assert recover_merges([*letters, b"ab", b"bc", b"abc", b"abcabc"]) == [
+        (b"a", b"b"),
+        (b"b", b"c"),
+        (b"ab", b"c"),
+        (b"abc", b"abc"),
+    ]
+    assert recover_merges([*letters, b"bc", b"ab", b"abc"])[-1] == (
+        b"a",
+        b"bc",
+    )  # bc comes first, so abc is a + bc
     for unmade in ([b"abc"], [b"ab", b"abcd"]):
         with pytest.raises(ValueError, match="not made of two earlier"):
             recover_merges([*letters, *unmade])
 
 
-# ---- import of a Hugging Face directory -----------------------------------------------------------------------------
+# ---- import of a Hugging Face directory ----------------------------------------------------------
 
 
 def run(main: Any, *args: str) -> None:
@@ -315,7 +407,9 @@ def test_export_and_import_give_the_same_bits(tokenizer, tmp_path, monkeypatch, 
     run(export_hf.main, "-g", "tiny", "--output=~/out", f"--dtype={dtype}")
     assert "equal greedy tokens: 384" in capsys.readouterr().out
     run(import_model.main, "--path=~/out", "--source=rl", "--model_tag=back")
-    weights, _, meta = checkpoint_manager.load_checkpoint(checkpoint_manager.checkpoints_dir("rl") / "back", 7, "cpu")
+    weights, _, meta = checkpoint_manager.load_checkpoint(
+        checkpoint_manager.checkpoints_dir("rl") / "back", 7, "cpu"
+    )
     assert meta["model_config"] == saved.config.to_dict()
     for name, tensor in saved.state_dict().items():
         rows = saved.config.vocab_size if name in VOCAB_ROWS else None
@@ -334,7 +428,10 @@ def test_large_models_are_written_in_shards(model, tokenizer, tmp_path, monkeypa
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1 and len(index["weight_map"]) == 14
     weights = read_hf(tmp_path / "out").weights
-    assert torch.equal(weights["transformer.h.1.mlp.c_fc.weight"], model.state_dict()["transformer.h.1.mlp.c_fc.weight"])
+    assert torch.equal(
+        weights["transformer.h.1.mlp.c_fc.weight"],
+        model.state_dict()["transformer.h.1.mlp.c_fc.weight"],
+    )
 
 
 def test_a_changed_file_is_named(exported, tmp_path):
@@ -370,12 +467,17 @@ def test_a_changed_file_is_named(exported, tmp_path):
 )
 def test_another_architecture_is_refused(exported, tmp_path, change, complaint):
     with pytest.raises(UserError, match=complaint):
-        read_hf(tampered(exported, tmp_path / "copy", "config.json", lambda data: data.update(change)))
+        read_hf(
+            tampered(exported, tmp_path / "copy", "config.json", lambda data: data.update(change))
+        )
 
 
 def test_extra_tensors_are_named(exported, tmp_path):
     copy = tampered(exported, tmp_path / "copy", "config.json", lambda data: None)
-    save_file({**load_file(copy / "model.safetensors"), "model.value_embeds.0.weight": torch.zeros(2)}, copy / "model.safetensors")
+    save_file(
+        {**load_file(copy / "model.safetensors"), "model.value_embeds.0.weight": torch.zeros(2)},
+        copy / "model.safetensors",
+    )
     with pytest.raises(UserError, match=r"model\.value_embeds\.0\.weight.*1 tensors"):
         read_hf(copy)
 
@@ -386,7 +488,12 @@ def test_extra_tensors_are_named(exported, tmp_path):
         (lambda data: data["model"]["merges"].pop(3), "splits text in a way"),
         (lambda data: data["pre_tokenizer"]["pretokenizers"].pop(0), "not a byte-level BPE"),
         (lambda data: data["added_tokens"].pop(), "not a byte-level BPE"),
-        (lambda data: data["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=r"\p{N}{1,3}|\P{N}+"), "no way"),
+        (
+            lambda data: data["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(
+                Regex=r"\p{N}{1,3}|\P{N}+"
+            ),
+            "no way",
+        ),
     ],
 )
 def test_another_tokenizer_is_refused_or_taken_whole(exported, tmp_path, change, complaint):
@@ -398,7 +505,7 @@ def test_another_tokenizer_is_refused_or_taken_whole(exported, tmp_path, change,
             read_hf(copy)
 
 
-# ---- import of nanochat's checkpoints -------------------------------------------------------------------------------
+# ---- import of nanochat's checkpoints ------------------------------------------------------------
 
 
 @pytest.fixture
@@ -410,18 +517,29 @@ def nanochat(tmp_path: Path, tokenizer: RustBPETokenizer) -> Iterator[tuple[Path
         for tag, step, factor in (("d2", 9, 0.5), ("d2", 20, 1.0), ("d1", 30, 0.1)):
             folder = base / checkpoint_manager.SOURCES[source] / tag
             folder.mkdir(parents=True, exist_ok=True)
-            weights = {f"_orig_mod.{name}": tensor * factor for name, tensor in model.state_dict().items()}
-            weights["_orig_mod.transformer.wte.weight"] = weights["_orig_mod.transformer.wte.weight"].bfloat16()
+            weights = {
+                f"_orig_mod.{name}": tensor * factor for name, tensor in model.state_dict().items()
+            }
+            weights["_orig_mod.transformer.wte.weight"] = weights[
+                "_orig_mod.transformer.wte.weight"
+            ].bfloat16()
             torch.save(weights, folder / f"model_{step:06d}.pt")
             sizes = {name: getattr(model.config, name) for name in SIZES}
-            meta = {"step": step, "val_bpb": 0.9, "model_config": sizes, "user_config": {"run": "dummy"}}
+            meta = {
+                "step": step,
+                "val_bpb": 0.9,
+                "model_config": sizes,
+                "user_config": {"run": "dummy"},
+            }
             (folder / f"meta_{step:06d}.json").write_text(json.dumps(meta))
     (base / "tokenizer").mkdir()
     encoding = tiktoken.Encoding(
         name="rustbpe",
         pat_str=tokenizer.pattern,
         mergeable_ranks={token: rank for rank, token in enumerate(tokenizer.mergeable_tokens)},
-        special_tokens={name: tokenizer.encode_special(name) for name in tokenizer.get_special_tokens()},
+        special_tokens={
+            name: tokenizer.encode_special(name) for name in tokenizer.get_special_tokens()
+        },
     )
     (base / "tokenizer" / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))
     model.wte.weight.data = model.wte.weight.data.bfloat16().float()
@@ -431,14 +549,27 @@ def nanochat(tmp_path: Path, tokenizer: RustBPETokenizer) -> Iterator[tuple[Path
 def test_a_nanochat_checkpoint_becomes_ours(nanochat, tokenizer):
     base, model = nanochat
     run(import_model.main, f"--path={base}", "--source=base", "--model_tag=theirs", "--from_tag=d2")
-    taken, their_tokenizer, meta = checkpoint_manager.load_model("base", "cpu", "eval", "theirs", dtype="float32")
+    taken, their_tokenizer, meta = checkpoint_manager.load_model(
+        "base", "cpu", "eval", "theirs", dtype="float32"
+    )
     assert meta["step"] == 20 and meta["val_bpb"] == 0.9 and taken.config == model.config
     assert their_tokenizer.fingerprint == tokenizer.fingerprint
-    ids = torch.randint(model.config.vocab_size, (2, 100), generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(
+        model.config.vocab_size, (2, 100), generator=torch.Generator().manual_seed(3)
+    )
     with torch.inference_mode():
         assert torch.equal(taken(ids), model(ids))
-    run(import_model.main, f"--path={base}", "--source=base", "--model_tag=early", "--from_tag=d2", "--step=9")
-    assert checkpoint_manager.find_last_step(checkpoint_manager.checkpoints_dir("base") / "early") == 9
+    run(
+        import_model.main,
+        f"--path={base}",
+        "--source=base",
+        "--model_tag=early",
+        "--from_tag=d2",
+        "--step=9",
+    )
+    assert (
+        checkpoint_manager.find_last_step(checkpoint_manager.checkpoints_dir("base") / "early") == 9
+    )
 
 
 def test_a_folder_with_everything_side_by_side_is_read_too(nanochat, tmp_path):
@@ -464,7 +595,9 @@ def test_parts_of_single_ranks_are_no_model(nanochat):
     folder = base / "base_checkpoints" / "d2"
     for path in folder.glob("model_*.pt"):
         path.rename(path.with_name(f"{path.stem}_rank0.pt"))
-    with pytest.raises(UserError, match=r"has no whole model_\*\.pt: the parts that single ranks have saved"):
+    with pytest.raises(
+        UserError, match=r"has no whole model_\*\.pt: the parts that single ranks have saved"
+    ):
         read_checkpoint(base, "base", "d2")
 
 
@@ -540,7 +673,10 @@ def test_checkpoints_are_not_overwritten_unasked(nanochat, monkeypatch, capsys):
             raise OSError(errno.ENOSPC, "no space left")
 
         full.setattr(checkpoint_manager, "save_checkpoint", save)
-        assert import_model.main([*flags, "--step=9", "--overwrite"]) == 2 and "no space left" in capsys.readouterr().err
+        assert (
+            import_model.main([*flags, "--step=9", "--overwrite"]) == 2
+            and "no space left" in capsys.readouterr().err
+        )
     assert sorted(checkpoint_manager.steps(folder)) == before and os.listdir(folder.parent) == ["x"]
     run(import_model.main, *flags, "--step=9", "--overwrite")
     assert sorted(checkpoint_manager.steps(folder)) == [9]
@@ -548,7 +684,9 @@ def test_checkpoints_are_not_overwritten_unasked(nanochat, monkeypatch, capsys):
 
 @pytest.mark.parametrize("kind", ["nanochat", "export"])
 def test_an_imported_model_chats_is_scored_and_is_finetuned(nanochat, exported, kind, capsys):
-    where = [f"--path={nanochat[0]}", "--from_tag=d2"] if kind == "nanochat" else [f"--path={exported}"]
+    where = (
+        [f"--path={nanochat[0]}", "--from_tag=d2"] if kind == "nanochat" else [f"--path={exported}"]
+    )
     run(import_model.main, *where, "--source=sft", "--model_tag=x")
     capsys.readouterr()
     run(chat_cli.main, "-g", "x", "-p", "the cat", "-t", "0", "--max_tokens=4", "--device_type=cpu")
@@ -558,5 +696,9 @@ def test_an_imported_model_chats_is_scored_and_is_finetuned(nanochat, exported, 
     run(import_model.main, *where, "--source=base", "--model_tag=x")
     sft = "--source=base --model_tag=x --mixture=arithmetic:40 --num_iterations=2 --target_examples_per_step=4 --eval_every=-1"
     run(chat_sft.main, *sft.split(), "--device_type=cpu", "--overwrite")
-    weights, _, meta = checkpoint_manager.load_checkpoint(checkpoint_manager.checkpoints_dir("sft") / "x", 2, "cpu")
-    assert meta["run_state"]["step"] == 2 and all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
+    weights, _, meta = checkpoint_manager.load_checkpoint(
+        checkpoint_manager.checkpoints_dir("sft") / "x", 2, "cpu"
+    )
+    assert meta["run_state"]["step"] == 2 and all(
+        bool(torch.isfinite(tensor).all()) for tensor in weights.values()
+    )

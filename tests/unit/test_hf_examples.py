@@ -41,7 +41,9 @@ def model(tokenizer: RustBPETokenizer) -> GPT:
 
 
 @pytest.fixture(scope="module")
-def exported(model: GPT, tokenizer: RustBPETokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(
+    model: GPT, tokenizer: RustBPETokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     folder = tmp_path_factory.mktemp("export") / "tiny"
     export(model, tokenizer, META, folder, "float32")
     return folder
@@ -54,9 +56,14 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def log_probability(folder: Path, question: str, answer: str) -> float:
     """Of the answer's tokens, by transformers."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    found = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    found = tokenizer.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True
+    )
     ids, mask = torch.tensor(found["input_ids"]), torch.tensor(found["assistant_masks"]).bool()
     with torch.inference_mode():
         scores = model(ids[None]).logits[0, :-1].log_softmax(-1)
@@ -67,12 +74,23 @@ def test_lora_learns_an_answer_and_comes_home(exported, tmp_path):
     talk = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A cat."}]
     data = write_lines(tmp_path / "data.jsonl", [{"messages": talk}] * 8)
     before = log_probability(exported, "Who are you?", "A cat.")
-    flags = [f"--model={exported}", f"--data={data}", f"--output={tmp_path / 'out'}", "--epochs=20", "--batch_size=4", "--lr=0.01"]
+    flags = [
+        f"--model={exported}",
+        f"--data={data}",
+        f"--output={tmp_path / 'out'}",
+        "--epochs=20",
+        "--batch_size=4",
+        "--lr=0.01",
+    ]
     assert lora.main(flags) == 0
     after = log_probability(tmp_path / "out", "Who are you?", "A cat.")
     assert after > before / 2
-    assert import_model.main([f"--path={tmp_path / 'out'}", "--source=sft", "--model_tag=lora"]) == 0
-    ours, tokenizer, _ = checkpoint_manager.load_model("sft", "cpu", "eval", "lora", dtype="float32")
+    assert (
+        import_model.main([f"--path={tmp_path / 'out'}", "--source=sft", "--model_tag=lora"]) == 0
+    )
+    ours, tokenizer, _ = checkpoint_manager.load_model(
+        "sft", "cpu", "eval", "lora", dtype="float32"
+    )
     ids, mask = tokenizer.render_conversation({"messages": talk})
     with torch.inference_mode():
         scores = ours(torch.tensor([ids]))[0, :-1].log_softmax(-1)
@@ -83,13 +101,23 @@ def test_lora_learns_an_answer_and_comes_home(exported, tmp_path):
 def test_dpo_widens_the_margin_of_the_chosen_answer(exported, tmp_path):
     question, good, bad = "Who are you?", "A cat.", "A dog."
     row = {"prompt": [{"role": "user", "content": question}]}
-    row |= {name: [{"role": "assistant", "content": text}] for name, text in (("chosen", good), ("rejected", bad))}
+    row |= {
+        name: [{"role": "assistant", "content": text}]
+        for name, text in (("chosen", good), ("rejected", bad))
+    }
     data = write_lines(tmp_path / "data.jsonl", [row] * 8)
 
     def margin(folder: Path) -> float:
         return log_probability(folder, question, good) - log_probability(folder, question, bad)
 
-    flags = [f"--model={exported}", f"--data={data}", f"--output={tmp_path / 'out'}", "--epochs=4", "--batch_size=4", "--lr=0.002"]
+    flags = [
+        f"--model={exported}",
+        f"--data={data}",
+        f"--output={tmp_path / 'out'}",
+        "--epochs=4",
+        "--batch_size=4",
+        "--lr=0.002",
+    ]
     assert dpo.main(flags) == 0
     assert margin(tmp_path / "out") > margin(exported) + 1
     assert read_hf(tmp_path / "out").config == read_hf(exported).config
@@ -118,14 +146,28 @@ def arc_rows(base_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def lm_eval(model: str, changes: dict[str, str], monkeypatch: pytest.MonkeyPatch, results: Path) -> dict[str, Any]:
-    """The scores of the README's command for this kind of model, run here with `changes` in its text."""
+def lm_eval(
+    model: str, changes: dict[str, str], monkeypatch: pytest.MonkeyPatch, results: Path
+) -> dict[str, Any]:
+    """The scores of the README's command for this kind of model, run here with `changes` in its
+    text.
+    """
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.tasks import TaskManager
 
-    init = TaskManager.__init__  # reading the thousands of tasks that it brings takes longer than all the rest
-    monkeypatch.setattr(TaskManager, "__init__", lambda self, **given: init(self, **{**given, "include_defaults": False}))
-    (line,) = [line for line in commands(text_of("README.md")) if f"--model {model} " in line and "zangchat_arc_easy" in line]
+    init = (
+        TaskManager.__init__
+    )  # reading the thousands of tasks that it brings takes longer than all the rest
+    monkeypatch.setattr(
+        TaskManager,
+        "__init__",
+        lambda self, **given: init(self, **{**given, "include_defaults": False}),
+    )
+    (line,) = [
+        line
+        for line in commands(text_of("README.md"))
+        if f"--model {model} " in line and "zangchat_arc_easy" in line
+    ]
     for old, new in changes.items():
         assert old in line
         line = line.replace(old, new)
@@ -136,39 +178,64 @@ def lm_eval(model: str, changes: dict[str, str], monkeypatch: pytest.MonkeyPatch
     return scores
 
 
-def test_lm_eval_gives_our_accuracy_on_the_export_and_on_the_server(exported, model, tokenizer, arc_rows, base_dir, tmp_path, monkeypatch):
+def test_lm_eval_gives_our_accuracy_on_the_export_and_on_the_server(
+    exported, model, tokenizer, arc_rows, base_dir, tmp_path, monkeypatch
+):
     ours = evaluate_task(Engine(model, tokenizer), ARC("ARC-Easy", "test"))
     assert len(ours.items) == 16 and 0 < ours.accuracy < 1
     items = base_dir / "tasks" / "ai2_arc" / "ARC-Easy" / "test.jsonl"
     shipped = ROOT / "dev" / "examples" / "lm_eval" / "zangchat_arc_easy.yaml"
     local = f"dataset_path: json\ndataset_name: null\ndataset_kwargs:\n  data_files:\n    test: {items}\n"
     (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "local.yaml").write_text(f"include: {shipped}\ntask: zangchat_arc_easy_local\n{local}", encoding="utf-8")
+    (tmp_path / "tasks" / "local.yaml").write_text(
+        f"include: {shipped}\ntask: zangchat_arc_easy_local\n{local}", encoding="utf-8"
+    )
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    changes = {"=d20-sft": f"={exported}", "zangchat_arc_easy": "zangchat_arc_easy_local", "dev/examples/lm_eval": str(tmp_path / "tasks")}
-    scores = lm_eval("hf", changes | {"--model hf": "--model hf --device cpu"}, monkeypatch, tmp_path / "export")
+    changes = {
+        "=d20-sft": f"={exported}",
+        "zangchat_arc_easy": "zangchat_arc_easy_local",
+        "dev/examples/lm_eval": str(tmp_path / "tasks"),
+    }
+    scores = lm_eval(
+        "hf", changes | {"--model hf": "--model hf --device cpu"}, monkeypatch, tmp_path / "export"
+    )
     assert scores["acc,none"] == pytest.approx(ours.accuracy, abs=1e-9)
     with serving(Engine(model, tokenizer)) as (url, _):
-        scores = lm_eval("local-completions", changes | {"http://localhost:8000": url}, monkeypatch, tmp_path / "server")
+        scores = lm_eval(
+            "local-completions",
+            changes | {"http://localhost:8000": url},
+            monkeypatch,
+            tmp_path / "server",
+        )
     assert scores["acc,none"] == pytest.approx(ours.accuracy, abs=1e-9)
 
 
 def test_lm_eval_puts_bos_before_plain_text(exported, model, tokenizer):
-    """As documents began in training, on either way; what the README says of the server's needs `add_bos_token=True`."""
+    """As documents began in training, on either way; what the README says of the server's needs
+    `add_bos_token=True`.
+    """
     from lm_eval.api.instance import Instance
     from lm_eval.api.registry import get_model
 
     pairs = [("The capital of France is", " Paris."), ("A", " b c"), ("", "zangchat")]
     with serving(Engine(model, tokenizer)) as (url, _):
-        server = f"model=zangchat,base_url={url}/v1/completions,tokenizer={exported},add_bos_token=True"
+        server = (
+            f"model=zangchat,base_url={url}/v1/completions,tokenizer={exported},add_bos_token=True"
+        )
         ways = {"hf": f"pretrained={exported}", "local-completions": server}
         for name, settings in ways.items():
-            judge = get_model(name).create_from_arg_string(settings, {"batch_size": 1, "device": "cpu"})
+            judge = get_model(name).create_from_arg_string(
+                settings, {"batch_size": 1, "device": "cpu"}
+            )
             requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
-            for (context, text), (found, _) in zip(pairs, judge.loglikelihood(requests), strict=True):
+            for (context, text), (found, _) in zip(
+                pairs, judge.loglikelihood(requests), strict=True
+            ):
                 start = len(tokenizer.encode(context)) + 1
                 ids = tokenizer.encode(context + text, prepend="<|bos|>")
                 with torch.inference_mode():
                     scores = model(torch.tensor([ids]))[0, :-1].log_softmax(-1)
-                assert found == pytest.approx(sum(float(scores[i - 1, ids[i]]) for i in range(start, len(ids))), abs=1e-3), name
+                assert found == pytest.approx(
+                    sum(float(scores[i - 1, ids[i]]) for i in range(start, len(ids))), abs=1e-3
+                ), name

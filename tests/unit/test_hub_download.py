@@ -30,9 +30,15 @@ def files(tmp_path_factory):
     for i in range(NUM_SHARDS):
         write_shard(
             folder / f"shard_{i:05d}.parquet",
-            [f"shard {i} document {j} {hashlib.sha256(f'{i} {j}'.encode()).hexdigest()}" for j in range(1500)],
+            [
+                f"shard {i} document {j} {hashlib.sha256(f'{i} {j}'.encode()).hexdigest()}"
+                for j in range(1500)
+            ],
         )
-    return {"README.md": b"# readme", **{path.name: path.read_bytes() for path in sorted(folder.iterdir())}}
+    return {
+        "README.md": b"# readme",
+        **{path.name: path.read_bytes() for path in sorted(folder.iterdir())},
+    }
 
 
 @pytest.fixture
@@ -51,12 +57,17 @@ def download(num_shards=2, source="climbmix"):
 
 def same_files(dataset, server):
     return all(
-        (dataset.folder / entry["name"]).read_bytes() == server.repos[REPO].files[entry["name"]] for entry in dataset.manifest["shards"]
+        (dataset.folder / entry["name"]).read_bytes() == server.repos[REPO].files[entry["name"]]
+        for entry in dataset.manifest["shards"]
     )
 
 
 def leftovers(folder):
-    return [path.name for path in folder.iterdir() if not re.fullmatch(r"shard_\d{5}\.parquet|manifest\.json", path.name)]
+    return [
+        path.name
+        for path in folder.iterdir()
+        if not re.fullmatch(r"shard_\d{5}\.parquet|manifest\.json", path.name)
+    ]
 
 
 def test_download_takes_the_first_shards_and_the_last_for_validation(server):
@@ -66,7 +77,8 @@ def test_download_takes_the_first_shards_and_the_last_for_validation(server):
     assert same_files(dataset, server) and not leftovers(dataset.folder)
     assert dataset.manifest["revision"] == server.repos[REPO].revision and dataset.arrives_in_order
     assert [entry["sha256"] for entry in dataset.manifest["shards"]] == [
-        hashlib.sha256(server.repos[REPO].files[entry["name"]]).hexdigest() for entry in dataset.manifest["shards"]
+        hashlib.sha256(server.repos[REPO].files[entry["name"]]).hexdigest()
+        for entry in dataset.manifest["shards"]
     ]
     assert next(dataset.iter_documents("validation")).startswith("shard 4 document 0")
     assert main(["verify"]) == 0
@@ -78,7 +90,9 @@ def test_repeated_download_fetches_only_missing_shards(server, capsys):
     assert download(1).fingerprint == first.fingerprint
     assert server.requests == [] and "already" in capsys.readouterr().out
     more = download(3)
-    assert more.shards("train") == [f"shard_{i:05d}.parquet" for i in range(3)] and same_files(more, server)
+    assert more.shards("train") == [f"shard_{i:05d}.parquet" for i in range(3)] and same_files(
+        more, server
+    )
     assert not server.fetched(SHARD0) and not server.fetched(LAST)
     assert download(-1).shards("train") == [f"shard_{i:05d}.parquet" for i in range(4)]
     server.requests.clear()
@@ -88,7 +102,9 @@ def test_repeated_download_fetches_only_missing_shards(server, capsys):
 
 def test_broken_download_resumes_midway(server, tmp_path):
     big = tmp_path / "big.parquet"  # the client keeps a partial download in steps of 10 MiB
-    write_shard(big, [base64.b64encode(random.Random(i).randbytes(1 << 20)).decode() for i in range(13)])
+    write_shard(
+        big, [base64.b64encode(random.Random(i).randbytes(1 << 20)).decode() for i in range(13)]
+    )
     server.repos[REPO].files["shard_00000.parquet"] = big.read_bytes()
     server.faults[SHARD0] = [("drop", 12_000_000)]
     assert same_files(download(1), server)
@@ -106,7 +122,10 @@ def test_temporary_fault_is_retried(server, fault):
 
 def test_wrong_bytes_never_reach_the_dataset(server, capsys):
     server.faults[SHARD1] = ["wrong"] * 100
-    with pytest.raises(UserError, match=r"shard_00001\.parquet could not be fetched intact .*its sha256 is not the manifest's"):
+    with pytest.raises(
+        UserError,
+        match=r"shard_00001\.parquet could not be fetched intact .*its sha256 is not the manifest's",
+    ):
         download(2)
     folder = find_dataset("climbmix").folder
     assert not (folder / "shard_00001.parquet").exists()
@@ -120,7 +139,11 @@ def test_wrong_bytes_never_reach_the_dataset(server, capsys):
 
 def test_permanently_failing_server_is_given_up(server):
     server.faults[SHARD0] = [503] * 100
-    with pytest.raises(UserError, match=r"shard_00000\.parquet could not be fetched intact .*in 5 tries .*run the same command again"):
+    with pytest.raises(
+        UserError,
+        match=r"shard_00000\.parquet could not be fetched intact .*in 5 tries .*run the same "
+        r"command again",
+    ):
         download(1)
     assert len(server.fetched(SHARD0)) == hub.TRIES
 
@@ -151,7 +174,9 @@ def test_too_many_shards_are_refused(server):
 
 
 def test_repository_missing_on_the_mirror_is_named(server):
-    with pytest.raises(UserError, match=r"does not list karpathy/fineweb-edu-100b-shuffle .*--source=pydocs"):
+    with pytest.raises(
+        UserError, match=r"does not list karpathy/fineweb-edu-100b-shuffle .*--source=pydocs"
+    ):
         download(1, source="fineweb-edu")
 
 
@@ -160,7 +185,9 @@ def test_file_missing_on_the_mirror_is_named(server):
     del server.repos[REPO].files["shard_00002.parquet"]
     manifest = find_dataset("climbmix").folder / "manifest.json"
     entries = json.loads(manifest.read_text())
-    entries["shards"].insert(1, {"name": "shard_00002.parquet", "split": "train", "bytes": 5, "sha256": "0" * 64})
+    entries["shards"].insert(
+        1, {"name": "shard_00002.parquet", "split": "train", "bytes": 5, "sha256": "0" * 64}
+    )
     manifest.write_text(json.dumps(entries))
     with pytest.raises(UserError, match=r"shard_00002\.parquet is not in .*is the mirror complete"):
         download(2)
@@ -169,18 +196,27 @@ def test_file_missing_on_the_mirror_is_named(server):
 def test_concurrent_downloads_are_refused(server, monkeypatch):
     dataset = download(1)
     monkeypatch.setattr(hub, "LOCK_WAIT", 0.1)
-    with folder_lock(dataset.folder), pytest.raises(UserError, match="another process is writing to"):
+    with (
+        folder_lock(dataset.folder),
+        pytest.raises(UserError, match="another process is writing to"),
+    ):
         download(2)
 
 
 def test_command_downloads_and_fails_with_an_exit_code(server, base_dir):
     def run(*arguments):
         command = [sys.executable, "-m", "zangchat.dataset", *arguments]
-        return subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120)
+        return subprocess.run(
+            command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120
+        )
 
     done = run("-n", "1")
     assert done.returncode == 0, done.stderr
     assert "climbmix: 1 training shards and the validation shard are in" in done.stdout
     assert (base_dir / "base_data" / "climbmix" / "shard_00004.parquet").exists()
     failed = run("--source=fineweb-edu", "-n", "1")
-    assert failed.returncode == 2 and "does not list" in failed.stderr and "Traceback" not in failed.stderr
+    assert (
+        failed.returncode == 2
+        and "does not list" in failed.stderr
+        and "Traceback" not in failed.stderr
+    )

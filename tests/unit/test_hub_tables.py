@@ -47,7 +47,9 @@ def hub() -> Any:
         yield hub
 
 
-def load(hub: Hub, home: Path, *names: str, core: bool = False, **variables: str) -> tuple[dict[str, Any], str]:
+def load(
+    hub: Hub, home: Path, *names: str, core: bool = False, **variables: str
+) -> tuple[dict[str, Any], str]:
     """Load tasks in a child process.
 
     Returns [rows, first question] or the error of each task, and the log.
@@ -86,9 +88,16 @@ def test_temporary_faults_are_retried(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_permanent_faults_are_reported_and_leave_nothing(hub: Hub, tmp_path: Path) -> None:
-    hub.faults = {first_file(GSM8K): ["wrong"] * 100, ARC: [503] * 100, first_file(MMLU): [404] * 100}
+    hub.faults = {
+        first_file(GSM8K): ["wrong"] * 100,
+        ARC: [503] * 100,
+        first_file(MMLU): [404] * 100,
+    }
     found, _ = load(hub, tmp_path / "hf", "GSM8K", "ARC-Easy", "MMLU")
-    assert all(text.startswith("MissingData: no ") and "run this again later, or download it" in text for text in found.values())
+    assert all(
+        text.startswith("MissingData: no ") and "run this again later, or download it" in text
+        for text in found.values()
+    )
     assert "the sha256 of main/train-00000-of-00001.parquet is not the one that" in found["GSM8K"]
     assert "503" in found["ARC-Easy"] and "404" in found["MMLU"]
     hub.faults = {}
@@ -98,16 +107,36 @@ def test_permanent_faults_are_reported_and_leave_nothing(hub: Hub, tmp_path: Pat
 
 def fetch(hub: Hub, home: Path, *flags: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "scripts.fetch", *flags]
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, **hub.environment(home)}, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **hub.environment(home)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def test_missing_data_of_later_stages_is_reported_first(hub: Hub, tmp_path: Path) -> None:
-    (own := tmp_path / "me.jsonl").write_text('{"messages": [{"role": "user", "content": "Hello"}]}\n', encoding="utf-8")
+    (own := tmp_path / "me.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "Hello"}]}\n', encoding="utf-8"
+    )
     flags = ["--core=0", "--mid_mixture=identity", "--sft_mixture=arithmetic"]
-    done = fetch(hub, tmp_path / "hf", *flags, "--rl_task=", "--eval_tasks=Identity", f"--identity_data={own}")
+    done = fetch(
+        hub,
+        tmp_path / "hf",
+        *flags,
+        "--rl_task=",
+        "--eval_tasks=Identity",
+        f"--identity_data={own}",
+    )
     assert done.returncode == 2 and f"{own}:1" in done.stderr
     hub.faults = {name: [404] * 100 for name in (first_file(HUMANEVAL), first_file(GSM8K))}
-    done = fetch(hub, tmp_path / "empty", *flags, "--rl_task=arithmetic", "--eval_tasks=HumanEval|Identity")
+    done = fetch(
+        hub, tmp_path / "empty", *flags, "--rl_task=arithmetic", "--eval_tasks=HumanEval|Identity"
+    )
     assert done.returncode == 0 and "HumanEval will not be scored: no " in done.stdout, done.stderr
     done = fetch(hub, tmp_path / "empty", *flags)
-    assert done.returncode == 2 and "the hub did not give openai/gsm8k" in done.stderr, "RL needs it"
+    assert done.returncode == 2 and "the hub did not give openai/gsm8k" in done.stderr, (
+        "RL needs it"
+    )

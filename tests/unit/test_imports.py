@@ -22,8 +22,26 @@ MODULES = sorted(
 )
 # base modules, and all that a command imports before it parses its flags
 TORCH_FREE = [
-    *(f"zangchat.{name}" for name in ("config", "configurator", "errors", "flops", "schedule", "common", "report", "training.flags")),
-    *(name for name in MODULES if name.startswith(("scripts", "tasks", "zangchat.dataset", "zangchat.execution", "zangchat.runtime"))),
+    *(
+        f"zangchat.{name}"
+        for name in (
+            "config",
+            "configurator",
+            "errors",
+            "flops",
+            "schedule",
+            "common",
+            "report",
+            "training.flags",
+        )
+    ),
+    *(
+        name
+        for name in MODULES
+        if name.startswith(
+            ("scripts", "tasks", "zangchat.dataset", "zangchat.execution", "zangchat.runtime")
+        )
+    ),
 ]
 TORCH_FREE.remove("zangchat.runtime.collectives")
 
@@ -69,10 +87,16 @@ print(json.dumps(wrong), file=sys.__stdout__)
 def probe(names: list[str], torch: str, folder: Path) -> dict[str, str]:
     environment = {**os.environ, "ZANGCHAT_BASE_DIR": str(folder / "must-not-appear")}
     done = subprocess.run(
-        [sys.executable, "-c", PROBE, json.dumps(names), torch], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", PROBE, json.dumps(names), torch],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 1, f"something was printed while importing: {done.stdout[:500]}"
+    assert done.stdout.count("\n") == 1, (
+        f"something was printed while importing: {done.stdout[:500]}"
+    )
     return json.loads(done.stdout)
 
 
@@ -99,6 +123,17 @@ def test_importing_does_not_load_torch(name, imported_without_torch):
 def test_installed_copy_has_the_non_python_files():
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    listed = {f"{package}/{name}" for package, names in project["tool"]["setuptools"]["package-data"].items() for name in names}
-    files = (path for package in ("zangchat", "scripts", "tasks") for path in (ROOT / package).rglob("*") if path.is_file())
-    assert listed == {path.relative_to(ROOT).as_posix() for path in files if path.suffix not in (".py", ".pyc")}
+    listed = {
+        f"{package}/{name}"
+        for package, names in project["tool"]["setuptools"]["package-data"].items()
+        for name in names
+    }
+    files = (
+        path
+        for package in ("zangchat", "scripts", "tasks")
+        for path in (ROOT / package).rglob("*")
+        if path.is_file()
+    )
+    assert listed == {
+        path.relative_to(ROOT).as_posix() for path in files if path.suffix not in (".py", ".pyc")
+    }

@@ -13,11 +13,15 @@ def test_the_stages_fill_the_minutes(minutes: float, pace: float) -> None:
     assert planned == pytest.approx(60 * (minutes - OVERHEAD_MINUTES), abs=2 * pace)
 
 
-def test_a_slow_machine_keeps_the_proportions_of_the_stages_and_a_fast_one_pretrains_longer() -> None:
+def test_a_slow_machine_keeps_the_proportions_of_the_stages_and_a_fast_one_pretrains_longer() -> (
+    None
+):
     slow, fast = steps_that_fit(25, 0.35), steps_that_fit(25, 0.1)
     assert list(slow) == ["BASE_STEPS", "MID_STEPS", "SFT_STEPS", "RL_STEPS"]
     assert slow["MID_STEPS"] / slow["BASE_STEPS"] == pytest.approx(0.34 / 0.48, rel=0.01)
-    assert {name: fast[name] for name in MOST} == MOST and fast["BASE_STEPS"] > 5 * slow["BASE_STEPS"]
+    assert {name: fast[name] for name in MOST} == MOST and fast["BASE_STEPS"] > 5 * slow[
+        "BASE_STEPS"
+    ]
 
 
 def test_no_stage_is_left_out_however_few_the_minutes() -> None:

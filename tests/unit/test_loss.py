@@ -14,7 +14,9 @@ from zangchat.nn.loss import softcapped_cross_entropy
 CAP = 15.0
 
 
-def problem(N: int, D: int, V: int, rows: int, seed: int = 0, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def problem(
+    N: int, D: int, V: int, rows: int, seed: int = 0, scale: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = (torch.randn(N, D, generator=generator) * scale).requires_grad_()
     weight = torch.randn(rows, D, generator=generator).requires_grad_()
@@ -37,18 +39,34 @@ def in_fp64(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.
     fused=st.booleans(),
     seed=st.integers(0, 100),
 )
-def test_equals_the_twin(N: int, V: int, padding: int, chunk: int, reduction: str, weighted: bool, fused: bool, seed: int) -> None:
+def test_equals_the_twin(
+    N: int, V: int, padding: int, chunk: int, reduction: str, weighted: bool, fused: bool, seed: int
+) -> None:
     x, weight, targets = problem(N, 8, V, V + padding, seed)
-    weights = torch.randn(N, generator=torch.Generator().manual_seed(seed)) if weighted else None  # advantages may be negative
+    weights = (
+        torch.randn(N, generator=torch.Generator().manual_seed(seed)) if weighted else None
+    )  # advantages may be negative
     x64, weight64 = in_fp64(x, weight)
-    expected = reference.softcapped_cross_entropy(x64, weight64, targets, V, CAP, reduction, weights)
+    expected = reference.softcapped_cross_entropy(
+        x64, weight64, targets, V, CAP, reduction, weights
+    )
     upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed + 1))
     expected.backward(upstream.double())
     with pytest.MonkeyPatch.context() as patch:
         # run the code without compiling it
         patch.setattr(loss_module, "_compiled", lambda function, backend: function)
         backend = "any" if fused else None
-        got = softcapped_cross_entropy(x, weight, targets, V, CAP, reduction, weights, chunk_tokens=chunk, compile_backend=backend)
+        got = softcapped_cross_entropy(
+            x,
+            weight,
+            targets,
+            V,
+            CAP,
+            reduction,
+            weights,
+            chunk_tokens=chunk,
+            compile_backend=backend,
+        )
         got.backward(upstream)
     assert got.dtype == torch.float32 and got.shape == expected.shape
     torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)
@@ -68,9 +86,15 @@ def test_gradient_equals_finite_differences() -> None:
                 values = []
                 for sign in (1, -1):
                     tensor.view(-1)[i] += sign * step
-                    values.append(reference.softcapped_cross_entropy(x64, weight64, targets, 7, CAP, "sum").item())
+                    values.append(
+                        reference.softcapped_cross_entropy(
+                            x64, weight64, targets, 7, CAP, "sum"
+                        ).item()
+                    )
                     tensor.view(-1)[i] -= sign * step
-                assert grad.view(-1)[i].item() == pytest.approx((values[0] - values[1]) / (2 * step), abs=1e-4)
+                assert grad.view(-1)[i].item() == pytest.approx(
+                    (values[0] - values[1]) / (2 * step), abs=1e-4
+                )
 
 
 def test_logits_far_above_the_cap_stay_finite() -> None:
@@ -90,7 +114,10 @@ def test_batch_without_supervised_tokens_has_zero_loss_and_gradient(reduction: s
     assert loss.item() == 0 and not x.grad.any() and not weight.grad.any()
 
 
-COMPILED = pytest.param("inductor", marks=pytest.mark.skipif(not shutil.which("g++"), reason="torch compiles for a CPU by g++"))
+COMPILED = pytest.param(
+    "inductor",
+    marks=pytest.mark.skipif(not shutil.which("g++"), reason="torch compiles for a CPU by g++"),
+)
 
 
 @pytest.mark.parametrize("backend", [None, COMPILED])
@@ -100,12 +127,17 @@ def test_bfloat16_products_stay_close_and_sums_are_fp32(backend: str | None) -> 
     expected = reference.softcapped_cross_entropy(x64, weight64, targets, 100, CAP)
     expected.backward()
     x16 = x.detach().bfloat16().requires_grad_()
-    loss = softcapped_cross_entropy(x16, weight, targets, 100, CAP, chunk_tokens=64, compile_backend=backend)
+    loss = softcapped_cross_entropy(
+        x16, weight, targets, 100, CAP, chunk_tokens=64, compile_backend=backend
+    )
     loss.backward()
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=0.01)
     assert x16.grad.dtype == torch.bfloat16 and weight.grad.dtype == torch.float32
     for ours, theirs in ((x16, x64), (weight, weight64)):
-        assert torch.cosine_similarity(ours.grad.double().flatten(), theirs.grad.flatten(), dim=0) > 0.999
+        assert (
+            torch.cosine_similarity(ours.grad.double().flatten(), theirs.grad.flatten(), dim=0)
+            > 0.999
+        )
 
 
 def test_result_does_not_depend_on_the_chunks() -> None:
@@ -123,7 +155,9 @@ def test_tokens_without_a_loss_are_skipped_in_multiples(monkeypatch: pytest.Monk
     """This limits the shapes: torch keeps a generated bf16 product for every number of tokens."""
     sizes = []
     original = loss_module._chunked
-    monkeypatch.setattr(loss_module, "_chunked", lambda *a: sizes.append(a[0].size(0)) or original(*a))
+    monkeypatch.setattr(
+        loss_module, "_chunked", lambda *a: sizes.append(a[0].size(0)) or original(*a)
+    )
     for supervised in (0, 1, 128, 129, 200, 299, 300):
         x, weight, targets = problem(300, 4, 9, 9)
         targets = targets.clamp(min=0)
@@ -135,7 +169,9 @@ def test_tokens_without_a_loss_are_skipped_in_multiples(monkeypatch: pytest.Monk
 def test_gradients_are_computed_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     computed = []
     original = loss_module._chunked
-    monkeypatch.setattr(loss_module, "_chunked", lambda *a: computed.append(a[3] is not None) or original(*a))
+    monkeypatch.setattr(
+        loss_module, "_chunked", lambda *a: computed.append(a[3] is not None) or original(*a)
+    )
     x, weight, targets = problem(8, 4, 9, 9)
     with torch.no_grad():
         softcapped_cross_entropy(x, weight, targets, 9, CAP)

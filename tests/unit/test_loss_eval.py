@@ -15,7 +15,9 @@ VOCAB = 40
 
 @pytest.fixture(scope="module")
 def model() -> GPT:
-    model = GPT(GPTConfig(sequence_len=8, vocab_size=VOCAB, n_layer=1, n_head=2, n_kv_head=2, n_embd=16))
+    model = GPT(
+        GPTConfig(sequence_len=8, vocab_size=VOCAB, n_layer=1, n_head=2, n_kv_head=2, n_embd=16)
+    )
     model.init_weights(head_init_scale=0.5, generator=torch.Generator().manual_seed(1))
     return model
 
@@ -37,7 +39,9 @@ def lengths() -> torch.Tensor:
 
 def batches(rows: tuple[torch.Tensor, torch.Tensor], size: int) -> list[Batch]:
     inputs, targets = rows
-    return [Batch(inputs[i : i + size], targets[i : i + size], {}) for i in range(0, len(inputs), size)]
+    return [
+        Batch(inputs[i : i + size], targets[i : i + size], {}) for i in range(0, len(inputs), size)
+    ]
 
 
 def test_bpb_is_the_nats_of_counted_targets_in_bits_over_their_bytes(model, rows):
@@ -50,7 +54,9 @@ def test_bpb_is_the_nats_of_counted_targets_in_bits_over_their_bytes(model, rows
             if target >= 0 and lengths()[target] > 0:
                 nats -= float(log_probs[row, t, target])
                 num_bytes += int(lengths()[target])
-    assert evaluate_bpb(model, batches(rows, 2), lengths()) == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-6)
+    assert evaluate_bpb(model, batches(rows, 2), lengths()) == pytest.approx(
+        nats / math.log(2) / num_bytes, rel=1e-6
+    )
 
 
 def test_the_batch_size_does_not_matter(model, rows):
@@ -60,7 +66,9 @@ def test_the_batch_size_does_not_matter(model, rows):
 
 def test_rows_of_padding_do_not_matter(model, rows):
     padding = Batch(torch.zeros(2, 8, dtype=torch.int64), torch.full((2, 8), -1), {})
-    assert evaluate_bpb(model, [*batches(rows, 6), padding], lengths()) == evaluate_bpb(model, batches(rows, 6), lengths())
+    assert evaluate_bpb(model, [*batches(rows, 6), padding], lengths()) == evaluate_bpb(
+        model, batches(rows, 6), lengths()
+    )
 
 
 def test_text_without_a_byte_gives_infinity_not_a_crash(model, rows):
@@ -70,5 +78,7 @@ def test_text_without_a_byte_gives_infinity_not_a_crash(model, rows):
 
 def test_the_mean_loss_weighs_tokens_not_batches(model, rows):
     inputs, targets = rows
-    assert evaluate_loss(model, batches(rows, 4)) == pytest.approx(float(model(inputs, targets).detach()), rel=1e-6)
+    assert evaluate_loss(model, batches(rows, 4)) == pytest.approx(
+        float(model(inputs, targets).detach()), rel=1e-6
+    )
     assert math.isnan(evaluate_loss(model, []))

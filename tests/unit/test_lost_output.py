@@ -43,7 +43,9 @@ sys.exit(base_train.main(sys.argv[2:]))
 def root(base_dir: Path) -> Path:
     documents = [text(index) for index in range(300)]
     RustBPETokenizer.train_from_iterator(iter(documents), 300).save(base_dir / "tokenizer")
-    (base_dir / "text.jsonl").write_text("".join(f'{{"text": "{document}"}}\n' for document in documents), encoding="utf-8")
+    (base_dir / "text.jsonl").write_text(
+        "".join(f'{{"text": "{document}"}}\n' for document in documents), encoding="utf-8"
+    )
     return base_dir
 
 
@@ -63,7 +65,9 @@ def lines_until(stream: "Callable[[], bytes]", mark: bytes) -> Iterator[bytes]:
 
 
 def test_ctrl_c_saves_after_tee_has_died(root: Path) -> None:
-    with subprocess.Popen(command(root, *LONG), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+    with subprocess.Popen(
+        command(root, *LONG), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
         assert process.stdout is not None
         for output in lines_until(process.stdout.readline, b"tok/s"):
             assert process.poll() is None, output
@@ -76,7 +80,9 @@ def test_ctrl_c_saves_after_tee_has_died(root: Path) -> None:
 
 def test_full_disk_loses_only_the_log(root: Path) -> None:
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command(root, "--model_tag=d1"), cwd=ROOT, stdout=full, stderr=full, timeout=300)
+        done = subprocess.run(
+            command(root, "--model_tag=d1"), cwd=ROOT, stdout=full, stderr=full, timeout=300
+        )
     assert done.returncode == 0 and saved_steps(root) == [10]
 
 
@@ -84,7 +90,14 @@ def test_full_disk_loses_only_the_log(root: Path) -> None:
 def test_closed_terminal_stops_the_run_unless_under_nohup(root: Path, ignored: bool) -> None:
     terminal, child_end = pty.openpty()
     start = (lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN) and None) if ignored else None
-    process = subprocess.Popen(command(root, *LONG), cwd=ROOT, stdin=child_end, stdout=child_end, stderr=child_end, preexec_fn=start)
+    process = subprocess.Popen(
+        command(root, *LONG),
+        cwd=ROOT,
+        stdin=child_end,
+        stdout=child_end,
+        stderr=child_end,
+        preexec_fn=start,
+    )
     os.close(child_end)
     for output in lines_until(lambda: os.read(terminal, 4096), b"tok/s"):
         assert process.poll() is None, output
@@ -102,11 +115,20 @@ def test_closed_terminal_stops_the_run_unless_under_nohup(root: Path, ignored: b
 def test_missing_sync_is_a_warning_and_missing_locks_an_error(root: Path) -> None:
     def run(limit: str) -> "subprocess.CompletedProcess[str]":
         flags = base_flags(root, "--model_tag=d1")
-        return subprocess.run([sys.executable, "-c", LIMITED, limit, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        return subprocess.run(
+            [sys.executable, "-c", LIMITED, limit, *flags],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
 
     done = run("locks")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"cannot be locked ({os.strerror(errno.ENOLCK)}): set ZANGCHAT_BASE_DIR to a folder on a disk with locks" in done.stderr
+    assert (
+        f"cannot be locked ({os.strerror(errno.ENOLCK)}): set ZANGCHAT_BASE_DIR to a folder on a "
+        "disk with locks" in done.stderr
+    )
     done = run("sync")
     assert done.returncode == 0 and saved_steps(root) == [10], done.stderr
     assert done.stderr.count("cannot sync folders") >= 1

@@ -13,7 +13,9 @@ def test_coefficients_equal_the_paper() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 32), (1, 48, 16)])
-def test_orthogonalising_keeps_singular_vectors_and_equalizes_values(shape: tuple[int, int, int]) -> None:
+def test_orthogonalising_keeps_singular_vectors_and_equalizes_values(
+    shape: tuple[int, int, int],
+) -> None:
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 10
     result = orthogonalise(matrices)
     values = torch.linalg.svdvals(result)
@@ -29,7 +31,9 @@ def test_stacked_matrices_are_independent_and_zeros_stay_finite() -> None:
     together = orthogonalise(stack)
     assert not together[1].any() and torch.isfinite(together).all()
     for i in (0, 2):
-        torch.testing.assert_close(orthogonalise(stack[i : i + 1])[0], together[i], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            orthogonalise(stack[i : i + 1])[0], together[i], atol=1e-5, rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize("shape", [(12, 12), (24, 8), (8, 24)])

@@ -32,7 +32,9 @@ def multipliers(step: int) -> StepMultipliers:
     return StepMultipliers(lr=1 - step / 10, momentum=0.85 + step / 100, weight_decay=1 - step / 20)
 
 
-def train(model: GPT, optimizer: OptimizerGroup, first: int, last: int, rank: int = 0, world_size: int = 1) -> None:
+def train(
+    model: GPT, optimizer: OptimizerGroup, first: int, last: int, rank: int = 0, world_size: int = 1
+) -> None:
     """Steps [first, last) on random gradients, cut into one part per rank.
 
     The parts are multiples of 2^-10, so their sum is exact and only the optimizers are compared.
@@ -41,7 +43,9 @@ def train(model: GPT, optimizer: OptimizerGroup, first: int, last: int, rank: in
     for step in range(first, last):
         generator = torch.Generator().manual_seed(step)
         for p in model.parameters():
-            parts = [torch.randint(-512, 512, p.shape, generator=generator) / 1024 for _ in range(2)]
+            parts = [
+                torch.randint(-512, 512, p.shape, generator=generator) / 1024 for _ in range(2)
+            ]
             p.grad = (parts[rank] if world_size == 2 else parts[0] + parts[1]).to(p.dtype)
         optimizer.sum_gradients()
         optimizer.step(multipliers(step))
@@ -81,7 +85,9 @@ def _rank(rank: int, folder: str) -> None:
     The second half starts from the state of one rank.
     """
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
     ranks = {"rank": rank, "world_size": 2}
     for kind in ("muon", "adamw", "sgd"):
         model = build_model()
@@ -99,14 +105,19 @@ def _rank(rank: int, folder: str) -> None:
         torch.save(model.state_dict(), f"{folder}/{kind}_from_alone{rank}.pt")
 
         model = build_model()
-        torch.save(learn(model, build_optimizer(model, kind=kind, **RATES, **ranks), **ranks), f"{folder}/{kind}_learn{rank}.pt")
+        torch.save(
+            learn(model, build_optimizer(model, kind=kind, **RATES, **ranks), **ranks),
+            f"{folder}/{kind}_learn{rank}.pt",
+        )
     dist.destroy_process_group()
 
 
 def _summing_rank(rank: int, folder: str, world_size: int) -> None:
     """Compare sums started during and after the backward pass with an all-reduce of gradients."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
+    )
     # ranks have equally many passes, unless `passes` limits them
     rows = [part.split(1) for part in rows_of_a_step(rank, world_size)]
     for kind, dtype in [("muon", torch.float32), ("adamw", torch.bfloat16), ("sgd", torch.float32)]:
@@ -114,9 +125,18 @@ def _summing_rank(rank: int, folder: str, world_size: int) -> None:
             # in the last case, rank 0 has no pass
             for early, passes in [(True, 2), (False, 2), (True, rank)]:
                 model = build_model(dtype)
-                optimizer = build_optimizer(model, kind=kind, **RATES, comm_dtype=comm_dtype, rank=rank, world_size=world_size)
+                optimizer = build_optimizer(
+                    model,
+                    kind=kind,
+                    **RATES,
+                    comm_dtype=comm_dtype,
+                    rank=rank,
+                    world_size=world_size,
+                )
                 begun: list[int] = []
-                model.wte.weight.register_hook(lambda _, sums=optimizer._sums, begun=begun: begun.append(len(sums._reductions)))
+                model.wte.weight.register_hook(
+                    lambda _, sums=optimizer._sums, begun=begun: begun.append(len(sums._reductions))
+                )
 
                 def learn(last_pass, model=model, passes=passes):
                     passed_rows = list(zip(*rows, strict=True))[:passes]
@@ -126,14 +146,22 @@ def _summing_rank(rank: int, folder: str, world_size: int) -> None:
                         model(inputs, targets, loss_reduction="sum").backward()
 
                 learn(lambda: None)
-                expected = {name: torch.zeros(p.shape) if p.grad is None else p.grad.float() for p, name in optimizer.names.items()}
+                expected = {
+                    name: torch.zeros(p.shape) if p.grad is None else p.grad.float()
+                    for p, name in optimizer.names.items()
+                }
                 for gradient in expected.values():
                     dist.all_reduce(gradient)
                 optimizer.zero_grad()
                 begun.clear()
                 learn(optimizer.last_pass if early else lambda: None)
                 if begun:  # the embedding's gradient is the last: all other sums were in progress
-                    others = sum(len(pieces) for o in optimizer.optimizers for p, pieces in o.pieces.items() if p is not model.wte.weight)
+                    others = sum(
+                        len(pieces)
+                        for o in optimizer.optimizers
+                        for p, pieces in o.pieces.items()
+                        if p is not model.wte.weight
+                    )
                     assert begun == [0] * (len(begun) - 1) + [others if early else 0]
                 optimizer.sum_gradients()
                 found = optimizer.gradients()
@@ -142,19 +170,32 @@ def _summing_rank(rank: int, folder: str, world_size: int) -> None:
                     assert (piece is None) == (name not in found)
                     if piece is not None:
                         want = piece.of(expected[name])
-                        error = (found[name].float() - want).abs().max() / want.abs().max().clamp(min=1e-3)
-                        assert error <= max(tolerance, 2**-7 * (p.dtype == torch.bfloat16)), (kind, name, error)
+                        error = (found[name].float() - want).abs().max() / want.abs().max().clamp(
+                            min=1e-3
+                        )
+                        assert error <= max(tolerance, 2**-7 * (p.dtype == torch.bfloat16)), (
+                            kind,
+                            name,
+                            error,
+                        )
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_each_rank_gets_the_sums_of_its_rows_at_any_start(world_size: int, tmp_path: Path) -> None:
-    mp.start_processes(_summing_rank, args=(str(tmp_path), world_size), nprocs=world_size, start_method="forkserver")
+    mp.start_processes(
+        _summing_rank,
+        args=(str(tmp_path), world_size),
+        nprocs=world_size,
+        start_method="forkserver",
+    )
 
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float = 1e-6) -> None:
     for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=atol, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            a[name], b[name], atol=atol, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -195,8 +236,12 @@ def test_state_of_one_rank_resumes_on_two(kind: str, two_ranks: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
 def test_state_of_two_ranks_resumes_on_one(kind: str, two_ranks: Path) -> None:
-    (weights, shards0), (_, shards1) = (load(two_ranks / f"{kind}_half{rank}.pt") for rank in range(2))
-    assert shards0["transformer.wte.weight"]["slice"] == [0, 512] and shards1["transformer.wte.weight"]["slice"] == [512, 1024]
+    (weights, shards0), (_, shards1) = (
+        load(two_ranks / f"{kind}_half{rank}.pt") for rank in range(2)
+    )
+    assert shards0["transformer.wte.weight"]["slice"] == [0, 512] and shards1[
+        "transformer.wte.weight"
+    ]["slice"] == [512, 1024]
     whole = [name for name in shards0 if name not in ("transformer.wte.weight", "lm_head.weight")]
     assert whole and not set(whole) & set(shards1)  # each matrix has its state on one rank
     model = build_model()
@@ -211,7 +256,9 @@ def test_state_of_two_ranks_resumes_on_one(kind: str, two_ranks: Path) -> None:
 def test_two_ranks_have_the_losses_and_gradient_norm_of_one(kind: str, two_ranks: Path) -> None:
     model = build_model()
     *losses, norm = learn(model, build_optimizer(model, kind=kind, **RATES))
-    (*first, norm0), (*second, norm1) = (load(two_ranks / f"{kind}_learn{rank}.pt") for rank in range(2))
+    (*first, norm0), (*second, norm1) = (
+        load(two_ranks / f"{kind}_learn{rank}.pt") for rank in range(2)
+    )
     assert [a + b for a, b in zip(first, second, strict=True)] == pytest.approx(losses, abs=1e-5)
     assert norm0 == norm1 == pytest.approx(norm, rel=1e-4)
 
@@ -238,7 +285,9 @@ def test_resuming_from_saved_state_is_exact(kind: str, dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["muon", "adamw", "sgd"])
-def test_loop_over_the_optimizers_saves_and_loads_them_exactly(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+def test_loop_over_the_optimizers_saves_and_loads_them_exactly(
+    tmp_path: Path, kind: str, dtype: torch.dtype
+) -> None:
     """Save a list of torch's state dicts in a checkpoint, as nanochat's loop does.
 
     torch itself rounds fp32 state to bf16.
@@ -266,7 +315,11 @@ def test_loop_over_the_optimizers_saves_and_loads_them_exactly(tmp_path: Path, k
 @pytest.mark.parametrize("kind", ["muon", "adamw", "sgd"])
 def test_each_kind_learns(kind: str) -> None:
     model = build_model()
-    rates = RATES if kind != "sgd" else dict.fromkeys(("embedding_lr", "unembedding_lr", "matrix_lr"), 0.5)
+    rates = (
+        RATES
+        if kind != "sgd"
+        else dict.fromkeys(("embedding_lr", "unembedding_lr", "matrix_lr"), 0.5)
+    )
     optimizer = build_optimizer(model, kind=kind, **rates)
     rows = torch.randint(0, CONFIG.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
     losses = []
@@ -282,7 +335,9 @@ def test_each_kind_learns(kind: str) -> None:
 def test_parameters_are_in_the_right_groups() -> None:
     model = build_model()
     optimizer = build_optimizer(model, **RATES)
-    rates = {optimizer.names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    rates = {
+        optimizer.names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]
+    }
     assert rates.keys() == dict(model.named_parameters()).keys()
     assert rates.pop("transformer.wte.weight") == 0.05 and rates.pop("lm_head.weight") == 0.01
     assert set(rates.values()) == {0.02}
@@ -296,7 +351,9 @@ def test_orthogonalisation_uses_the_compute_dtype() -> None:
         (torch.bfloat16, torch.float32, torch.float32),
     ):
         optimizer = build_optimizer(build_model(dtype), ortho_dtype=requested, **RATES)
-        assert [part.ortho_dtype for part in optimizer.optimizers if hasattr(part, "ortho_dtype")] == [expected]
+        assert [
+            part.ortho_dtype for part in optimizer.optimizers if hasattr(part, "ortho_dtype")
+        ] == [expected]
 
 
 def test_multipliers_apply_to_the_base_values_each_step() -> None:
@@ -339,7 +396,10 @@ def test_parameter_without_an_optimizer_is_an_error() -> None:
             super().__init__(CONFIG)
             self.custom_layer = torch.nn.Linear(CONFIG.n_embd, CONFIG.n_embd, bias=bias)
 
-    with pytest.raises(ValueError, match=r"not matrices: custom_layer\.bias: leave them out \(bias=False\), .*build_optimizer"):
+    with pytest.raises(
+        ValueError,
+        match=r"not matrices: custom_layer\.bias: leave them out \(bias=False\), .*build_optimizer",
+    ):
         build_optimizer(GPTCustom(bias=True), **RATES)
     optimizer = build_optimizer(GPTCustom(bias=False), **RATES)
     assert "custom_layer.weight" in optimizer.names.values()

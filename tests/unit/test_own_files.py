@@ -36,11 +36,14 @@ def put(path: Path, texts: list[str | None], group: int = 1024) -> Path:
 def splits(path: Path) -> tuple[Counter[str], Counter[str]]:
     """How often each first word stands in (training, validation)."""
     dataset = find_dataset(data_path=str(path))
-    train, validation = (Counter(text.split()[0] for text in dataset.iter_documents(split)) for split in ("train", "validation"))
+    train, validation = (
+        Counter(text.split()[0] for text in dataset.iter_documents(split))
+        for split in ("train", "validation")
+    )
     return train, validation
 
 
-# ---- the splits that names say --------------------------------------------------------------------------------------
+# ---- the splits that names say -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -112,7 +115,9 @@ def test_a_file_that_is_named_itself_is_read_whatever_its_name(tmp_path):
 def test_a_folder_without_training_files_says_which_there_are(tmp_path):
     put(tmp_path / "test.jsonl", ["TEST"])
     put(tmp_path / "dev.jsonl", ["DEV"])
-    with pytest.raises(UserError, match=r"no text to train on \(dev.jsonl \(validation\), test.jsonl"):
+    with pytest.raises(
+        UserError, match=r"no text to train on \(dev.jsonl \(validation\), test.jsonl"
+    ):
         find_dataset(data_path=str(tmp_path))
 
 
@@ -133,7 +138,7 @@ def test_shards_of_folders_below_are_tokenized_in_the_same_order(tmp_path):
         assert [d.ids.tolist() for d in ours] == [d.ids.tolist() for d in theirs]
 
 
-# ---- validation is never empty --------------------------------------------------------------------------------------
+# ---- validation is never empty -------------------------------------------------------------------
 
 
 def test_an_empty_last_part_is_left_out(tmp_path):
@@ -177,7 +182,7 @@ def test_a_dataset_without_validation_text_is_refused_before_it_is_measured(base
         next(dataset.iter_documents("validation"))
 
 
-# ---- odd files ------------------------------------------------------------------------------------------------------
+# ---- odd files -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["bom.jsonl", "bom.txt"])
@@ -268,7 +273,9 @@ def test_a_place_after_the_first_range_names_the_byte(tmp_path, monkeypatch):
 def test_lines_are_read_from_any_range(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(BOM + b'{"a": 1}\r\n\n{"a": 2}\n{"a": 3}')
-    assert list(read_jsonl(path)) == [(f"{path}:{n}", {"a": a}) for n, a in ((1, 1), (3, 2), (4, 3))]
+    assert list(read_jsonl(path)) == [
+        (f"{path}:{n}", {"a": a}) for n, a in ((1, 1), (3, 2), (4, 3))
+    ]
     assert list(read_jsonl(path, start=14, end=23)) == [(f"{path}:1 after byte 14", {"a": 2})]
 
 

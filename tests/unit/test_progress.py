@@ -23,7 +23,13 @@ def test_without_a_terminal_plain_lines_are_printed_at_intervals_and_at_the_end(
             line.update(done, f"loss {done}")
             clock[0] += 1.0
     printed = capsys.readouterr().out.splitlines()
-    assert [text.split(" |")[0] for text in printed] == ["sft 1/40", "sft 11/40", "sft 21/40", "sft 31/40", "sft 40/40"]
+    assert [text.split(" |")[0] for text in printed] == [
+        "sft 1/40",
+        "sft 11/40",
+        "sft 21/40",
+        "sft 31/40",
+        "sft 40/40",
+    ]
 
 
 def test_remaining_time_ignores_the_first_slow_step(clock, capsys):

@@ -1,4 +1,6 @@
-"""Repackaging: nothing lost, nothing doubled, shuffled, in the hub's format, in bounded memory; the same on datatrove."""
+"""Repackaging: nothing lost, nothing doubled, shuffled, in the hub's format, in bounded memory; the
+same on datatrove.
+"""
 
 import json
 import sys
@@ -38,7 +40,9 @@ def test_every_document_once_shuffled_and_in_shards_of_the_right_size(corpus, ca
     train, held_out = texts_of("mine")
     assert len(held_out) == 250 and sorted(train + held_out) == sorted(DOCUMENTS)
     numbers = [int(text.split()[0]) for text in held_out + train]
-    assert sum(abs(a - b) for a, b in zip(numbers, numbers[1:], strict=False)) / len(numbers) > 1200  # 1,667 on average if shuffled
+    assert (
+        sum(abs(a - b) for a, b in zip(numbers, numbers[1:], strict=False)) / len(numbers) > 1200
+    )  # 1,667 on average if shuffled
     shards = find_dataset("mine").shards("train")
     assert len(shards) >= 2
     for shard in shards[:-1]:
@@ -63,10 +67,14 @@ def test_buckets_larger_than_the_memory_are_scattered_again(tmp_path):
     found = list(repackage.gather(repackage.bucket_files(tmp_path / "buckets"), 100_000, 1))
     assert sorted(found) == sorted(documents)
     assert list((tmp_path / "buckets").rglob("again"))
-    assert not [path for path in (tmp_path / "buckets").rglob("*") if path.is_file()], "buckets are emptied as they are read"
+    assert not [path for path in (tmp_path / "buckets").rglob("*") if path.is_file()], (
+        "buckets are emptied as they are read"
+    )
     positions = {document: i for i, document in enumerate(documents)}
     order = [positions[document] for document in found]
-    assert sum(abs(a - b) for a, b in zip(order, order[1:], strict=False)) / len(order) > 5000  # across buckets, too
+    assert (
+        sum(abs(a - b) for a, b in zip(order, order[1:], strict=False)) / len(order) > 5000
+    )  # across buckets, too
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is Linux's own count")
@@ -74,16 +82,25 @@ def test_a_corpus_larger_than_the_memory_allowed(tmp_path):
     """60 MB of text with --memory=0.004: the process grows by far less than the text."""
     with (tmp_path / "big.jsonl").open("w", encoding="utf-8") as file:
         for i in range(30_000):
-            file.write(json.dumps({"text": f"{i} " + "some words and then more of them " * 60}) + "\n")
+            file.write(
+                json.dumps({"text": f"{i} " + "some words and then more of them " * 60}) + "\n"
+            )
     Path("/proc/self/clear_refs").write_text("5")
     before = peak()
-    assert repackage.main([f"--data_path={tmp_path / 'big.jsonl'}", "--name=big", "--memory=0.004"]) == 0
+    assert (
+        repackage.main([f"--data_path={tmp_path / 'big.jsonl'}", "--name=big", "--memory=0.004"])
+        == 0
+    )
     assert peak() - before < 40e6
     assert sum(map(len, texts_of("big"))) == 30_000
 
 
 def peak() -> int:
-    return next(1024 * int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return next(
+        1024 * int(line.split()[1])
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
 
 
 def test_a_dataset_of_the_hub_is_streamed_and_keeps_its_name(monkeypatch):
@@ -103,24 +120,44 @@ def test_a_dataset_of_the_hub_is_streamed_and_keeps_its_name(monkeypatch):
 def test_mistakes_get_one_sentence(corpus, tmp_path, capsys):
     assert repackage.main([]) == 2 and "--hub=OWNER/NAME or --data_path" in capsys.readouterr().err
     assert repackage.main([f"--data_path={corpus}", "--name=mine", "--max_documents=1"]) == 2
-    assert "at least 2 are needed" in capsys.readouterr().err and not (datasets_dir() / "mine").exists()
+    assert (
+        "at least 2 are needed" in capsys.readouterr().err
+        and not (datasets_dir() / "mine").exists()
+    )
     (tmp_path / "lone.jsonl").write_text('{"text": "one"}\n', encoding="utf-8")
     assert repackage.main([f"--data_path={tmp_path / 'lone.jsonl'}", "--name=mine"]) == 2
     assert "holds 1 document(s): at least 2 are needed" in capsys.readouterr().err
     assert repackage.main([f"--data_path={corpus}", "--name=mine", "--max_documents=40"]) == 0
-    assert repackage.main([f"--data_path={corpus}", "--name=mine"]) == 2 and "--overwrite" in capsys.readouterr().err
+    assert (
+        repackage.main([f"--data_path={corpus}", "--name=mine"]) == 2
+        and "--overwrite" in capsys.readouterr().err
+    )
 
 
 def test_the_same_on_datatrove(corpus, capsys):
-    """Three tasks deal the documents, three tasks write the shards; a shard is the same whatever runs its task."""
+    """Three tasks deal the documents, three tasks write the shards; a shard is the same whatever
+    runs its task.
+    """
     pytest.importorskip("datatrove")
     from dev import repackage_datatrove
 
-    flags = [f"--data_path={corpus}", "--format=.jsonl", "--num_shards=4", "--tasks=3", "--workers=1"]
+    flags = [
+        f"--data_path={corpus}",
+        "--format=.jsonl",
+        "--num_shards=4",
+        "--tasks=3",
+        "--workers=1",
+    ]
     assert repackage_datatrove.main([*flags, "--name=mine"]) == 0
     train, held_out = texts_of("mine")
-    assert sorted(train + held_out) == sorted(DOCUMENTS) and len(find_dataset("mine").shards("train")) == 3
+    assert (
+        sorted(train + held_out) == sorted(DOCUMENTS)
+        and len(find_dataset("mine").shards("train")) == 3
+    )
     numbers = [int(text.split()[0]) for text in train]
     assert sum(abs(a - b) for a, b in zip(numbers, numbers[1:], strict=False)) / len(numbers) > 1000
     assert dataset_main(["verify", "--dataset=mine"]) == 0
-    assert repackage_datatrove.main([*flags, "--name=again"]) == 0 and texts_of("again") == (train, held_out)
+    assert repackage_datatrove.main([*flags, "--name=again"]) == 0 and texts_of("again") == (
+        train,
+        held_out,
+    )

@@ -1,4 +1,6 @@
-"""The report: one card a section, scores side by side, curves, and nothing that a half-finished run can break."""
+"""The report: one card a section, scores side by side, curves, and nothing that a half-finished run
+can break.
+"""
 
 import json
 import re
@@ -21,26 +23,36 @@ def report(tmp_path, monkeypatch) -> Report:
     return get_report()
 
 
-def write_metrics(base: Path, stage_folder: str, tag: str, rows: list[dict], tail: str = "") -> None:
+def write_metrics(
+    base: Path, stage_folder: str, tag: str, rows: list[dict], tail: str = ""
+) -> None:
     folder = base / stage_folder / tag
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + tail, encoding="utf-8")
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows) + tail, encoding="utf-8"
+    )
 
 
 def base_rows(n: int) -> list[dict]:
-    rows: list[dict] = [{"step": i, "tokens": 512 * i, "loss": 7 - i / n, "lr": 1.0, "tok_per_sec": 9000 + i} for i in range(1, n + 1)]
+    rows: list[dict] = [
+        {"step": i, "tokens": 512 * i, "loss": 7 - i / n, "lr": 1.0, "tok_per_sec": 9000 + i}
+        for i in range(1, n + 1)
+    ]
     rows[-1]["val_bpb"] = 1.25
     return rows
 
 
-# -- cards -------------------------------------------------------------------------------------------------------------
+# -- cards -----------------------------------------------------------------------------------------
 
 
 def test_a_card_is_one_file_and_logging_again_replaces_it(report):
     report.log("Base model training", ["first"])
     report.log("Base model training", ["second"])
     report.log("Midtraining", [{"steps": 3}])
-    assert [(card.section, card.data) for card in report.cards()] == [("Base model training", ["second"]), ("Midtraining", [{"steps": 3}])]
+    assert [(card.section, card.data) for card in report.cards()] == [
+        ("Base model training", ["second"]),
+        ("Midtraining", [{"steps": 3}]),
+    ]
     assert len(list(report.folder.iterdir())) == 2
 
 
@@ -53,11 +65,17 @@ def test_only_rank_0_writes(report, monkeypatch):
 
 def test_numbers_of_numpy_and_torch_stay_numbers(report):
     torch = pytest.importorskip("torch")
-    report.log("Chat evaluation sft", [{"a": np.float32(0.5), "b": torch.tensor(0.25), "c": np.int64(3)}, {"path": Path("x")}])
+    report.log(
+        "Chat evaluation sft",
+        [{"a": np.float32(0.5), "b": torch.tensor(0.25), "c": np.int64(3)}, {"path": Path("x")}],
+    )
     assert report.cards()[0].data == [{"a": 0.5, "b": 0.25, "c": 3}, {"path": "x"}]
 
 
-@pytest.mark.parametrize("section, data, error", [("!!", ["x"], ValueError), ("", ["x"], ValueError), ("Base", [3], TypeError)])
+@pytest.mark.parametrize(
+    "section, data, error",
+    [("!!", ["x"], ValueError), ("", ["x"], ValueError), ("Base", [3], TypeError)],
+)
 def test_misuse_is_refused(report, section, data, error):
     with pytest.raises(error):
         report.log(section, data)
@@ -90,7 +108,7 @@ def test_a_section_names_its_stage(section, stage):
     assert stage_of(section) == stage
 
 
-# -- the report --------------------------------------------------------------------------------------------------------
+# -- the report ------------------------------------------------------------------------------------
 
 
 def test_an_empty_run_gives_a_report(report):
@@ -112,7 +130,11 @@ def test_a_half_finished_run_says_what_is_missing(report):
 def test_bits_per_byte_of_texts_and_of_answers_are_not_set_side_by_side(report):
     write_metrics(report.base_dir, "base_checkpoints", "d2", [{"step": 1, "val_bpb": 1.2}])
     write_metrics(report.base_dir, "mid_checkpoints", "d2", [{"step": 1, "val_bpb": 0.4}])
-    rows = [{"step": 0, "pass@1": 0.1}, {"step": 1, "tokens": 9, "reward": 0.5}, {"step": 2, "tokens": 20, "reward": 0.7, "pass@1": 0.6}]
+    rows = [
+        {"step": 0, "pass@1": 0.1},
+        {"step": 1, "tokens": 9, "reward": 0.5},
+        {"step": 2, "tokens": 20, "reward": 0.7, "pass@1": 0.6},
+    ]
     write_metrics(report.base_dir, "chatrl_checkpoints", "d2", rows)
     text = report.generate().read_text(encoding="utf-8")
     for line in (
@@ -125,7 +147,9 @@ def test_bits_per_byte_of_texts_and_of_answers_are_not_set_side_by_side(report):
 
 def test_the_summary_sets_the_stages_side_by_side(report):
     settings = {"source": "sft", "temperature": 0.0}
-    report.log("Base model evaluation", [{"CORE (21/22, no coqa)": 0.11, "hellaswag": 0.2, "piqa": -0.05}])
+    report.log(
+        "Base model evaluation", [{"CORE (21/22, no coqa)": 0.11, "hellaswag": 0.2, "piqa": -0.05}]
+    )
     report.log("Chat evaluation mid", [settings, {"GSM8K": 0.01, "MMLU": 0.25}])
     report.log("Chat evaluation sft", [settings, {"GSM8K": 0.04, "MMLU": 0.31}])
     report.log("Chat RL", [{"learning rate": 0.5}])  # no evaluation: no score
@@ -150,12 +174,22 @@ def test_the_header_tells_machine_versions_and_revision(report):
 
 def test_the_html_needs_nothing_else(report):
     write_metrics(report.base_dir, "base_checkpoints", "d2", base_rows(20))
-    write_metrics(report.base_dir, "chatrl_checkpoints", "d2", [{"step": i, "reward": i / 5} for i in range(1, 6)])
-    report.log("Base model training", ["![tracker](https://example.org/x.png) <script>alert(1)</script>", {"a|b": "<img src=x>"}])
+    write_metrics(
+        report.base_dir,
+        "chatrl_checkpoints",
+        "d2",
+        [{"step": i, "reward": i / 5} for i in range(1, 6)],
+    )
+    report.log(
+        "Base model training",
+        ["![tracker](https://example.org/x.png) <script>alert(1)</script>", {"a|b": "<img src=x>"}],
+    )
     report.generate()
     page = (report.folder / "report.html").read_text(encoding="utf-8")
     assert page.count('src="data:image/svg+xml;base64,') == 2
-    assert len(re.findall(r"<img[^>]+src=", page)) == 2  # text cannot bring an image, or anything else to load
+    assert (
+        len(re.findall(r"<img[^>]+src=", page)) == 2
+    )  # text cannot bring an image, or anything else to load
     assert "<script" not in page
     assert len(page) < 1_000_000
 
@@ -165,27 +199,45 @@ def test_samples_are_shown_as_they_are(report):
     conversation = {
         "messages": [
             {"role": "user", "content": nasty},
-            {"role": "assistant", "content": [{"type": "text", "text": "6*7="}, {"type": "python", "text": "6*7"}]},
+            {
+                "role": "assistant",
+                "content": [{"type": "text", "text": "6*7="}, {"type": "python", "text": "6*7"}],
+            },
         ]
     }
     report.log("Chat SFT", [conversation, {"prompt": "Who are you?", "completion": "zangchat"}])
     text = report.generate().read_text(encoding="utf-8")
-    assert "\n````text\nuser: " + nasty in text and "[python: 6*7]" in text and "Who are you?\n-> zangchat" in text
+    assert (
+        "\n````text\nuser: " + nasty in text
+        and "[python: 6*7]" in text
+        and "Who are you?\n-> zangchat" in text
+    )
     page = (report.folder / "report.html").read_text(encoding="utf-8")
     assert "<b>bold</b>" not in page and "&lt;b&gt;bold" in page and "<h1>heading" not in page
 
 
 def test_dicts_with_the_same_names_are_rows_of_one_table(report):
-    report.log("Tokenizer evaluation", [{"text": "prose", "ratio": 4.5}, {"text": "code|x", "ratio": 3}, {"other": 1}])
+    report.log(
+        "Tokenizer evaluation",
+        [{"text": "prose", "ratio": 4.5}, {"text": "code|x", "ratio": 3}, {"other": 1}],
+    )
     text = report.generate().read_text(encoding="utf-8")
-    assert "| text | ratio |\n|---|---|\n| prose | 4.5000 |\n| code\\|x | 3 |\n\n| | |\n|---|---|\n| other | 1 |" in text
+    assert (
+        "| text | ratio |\n|---|---|\n| prose | 4.5000 |\n| code\\|x | 3 |\n\n| | |\n|---|---|\n| "
+        "other | 1 |" in text
+    )
 
 
-# -- curves ------------------------------------------------------------------------------------------------------------
+# -- curves ----------------------------------------------------------------------------------------
 
 
 def test_a_resumed_run_counts_each_step_once(report):
-    write_metrics(report.base_dir, "base_checkpoints", "d2", [*base_rows(4), {"step": 3, "loss": 1.5}, {"step": 5, "loss": 1.0}])
+    write_metrics(
+        report.base_dir,
+        "base_checkpoints",
+        "d2",
+        [*base_rows(4), {"step": 3, "loss": 1.5}, {"step": 5, "loss": 1.0}],
+    )
     curve = read_curve(report.base_dir, "BASE")
     assert curve is not None
     assert [row["step"] for row in curve.rows] == [1, 2, 3, 4, 5]
@@ -210,7 +262,7 @@ def test_curves_without_finite_numbers_are_left_out(report):
     assert not (report.folder / "base.svg").exists()
 
 
-# -- the command -------------------------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------
 
 
 def test_reset_removes_cards_and_leaves_other_files(report):
@@ -234,7 +286,15 @@ def test_the_module_loads_neither_torch_nor_matplotlib():
 
 
 def test_sections_come_in_the_order_of_the_pipeline(report):
-    order = ["Tokenizer training", "Base model training", "Base model loss", "Midtraining", "Chat evaluation mid", "Chat RL", "Samples"]
+    order = [
+        "Tokenizer training",
+        "Base model training",
+        "Base model loss",
+        "Midtraining",
+        "Chat evaluation mid",
+        "Chat RL",
+        "Samples",
+    ]
     for section in sorted(order, key=lambda name: name[::-1]):
         report.log(section, ["x"])
     assert [card.section for card in report.cards()] == order

@@ -11,7 +11,14 @@ from tasks.common import Task, chat, visible_text
 from tests.util import ByteTokenizer, lively_model
 from zangchat.gpt import GPT
 from zangchat.runtime import collectives
-from zangchat.training.rollout import Sample, Sampling, prompt_order, rollout, rollout_batches, to_batch
+from zangchat.training.rollout import (
+    Sample,
+    Sampling,
+    prompt_order,
+    rollout,
+    rollout_batches,
+    to_batch,
+)
 from zangchat.training.step import sum_loss
 
 TOKENIZER = ByteTokenizer()
@@ -39,8 +46,19 @@ def model() -> GPT:
     return lively_model(TOKENIZER.get_vocab_size(), sequence_len=32, n_layer=1, n_embd=16, seed=7)
 
 
-def batches(model: GPT, cursor: dict[str, Any] | None = None, examples: int = 4, **settings: Any) -> Any:
-    return rollout_batches(model, TOKENIZER, Short(), examples_per_step=examples, sampling=SAMPLING, seed=3, cursor=cursor, **settings)
+def batches(
+    model: GPT, cursor: dict[str, Any] | None = None, examples: int = 4, **settings: Any
+) -> Any:
+    return rollout_batches(
+        model,
+        TOKENIZER,
+        Short(),
+        examples_per_step=examples,
+        sampling=SAMPLING,
+        seed=3,
+        cursor=cursor,
+        **settings,
+    )
 
 
 def test_advantages_are_rewards_minus_the_mean_of_the_prompt(model):
@@ -48,7 +66,9 @@ def test_advantages_are_rewards_minus_the_mean_of_the_prompt(model):
     assert [len(group) for group in groups] == [4, 4]
     for group in groups:
         mean = sum(sample.reward for sample in group) / 4
-        assert [sample.advantage for sample in group] == pytest.approx([sample.reward - mean for sample in group])
+        assert [sample.advantage for sample in group] == pytest.approx(
+            [sample.reward - mean for sample in group]
+        )
         assert sum(sample.advantage for sample in group) == pytest.approx(0, abs=1e-6)
     assert any(sample.advantage for group in groups for sample in group)
 
@@ -57,10 +77,14 @@ def test_a_sample_is_prompt_continuation_and_its_end(model):
     endings = set()
     ends = {TOKENIZER.encode_special("<|assistant_end|>"), TOKENIZER.get_bos_token_id()}
     model.lm_head.weight.data[list(ends)] += 1.0  # some samples do end
-    for index, group in zip(range(6), rollout(model, TOKENIZER, Short(), range(6), range(6), SAMPLING), strict=True):
+    for index, group in zip(
+        range(6), rollout(model, TOKENIZER, Short(), range(6), range(6), SAMPLING), strict=True
+    ):
         prompt = TOKENIZER.render_for_completion(Short()[index])
         for sample in group:
-            assert sample.tokens[: len(prompt)] == prompt and sample.sampled[: len(prompt)] == [0] * len(prompt)
+            assert sample.tokens[: len(prompt)] == prompt and sample.sampled[: len(prompt)] == [
+                0
+            ] * len(prompt)
             assert len(sample.tokens) == len(sample.sampled) <= len(prompt) + 7
             if sample.tokens[-1] in ends and sample.sampled[-1] == 1:
                 endings.add(sample.tokens[-1])
@@ -79,13 +103,21 @@ def test_a_prompt_that_fills_the_context_gives_no_samples(model):
 
 
 def test_only_sampled_tokens_are_targets_and_carry_the_advantage():
-    tool = Sample([9, 1, 2, 3, 4, 5], [0, 0, 1, 0, 0, 1], 1.0, 0.75)  # 3 and 4 were put in by a tool
+    tool = Sample(
+        [9, 1, 2, 3, 4, 5], [0, 0, 1, 0, 0, 1], 1.0, 0.75
+    )  # 3 and 4 were put in by a tool
     short = Sample([9, 1, 7], [0, 0, 1], 0.0, -0.25)
     batch = to_batch([tool, short], {"step": 1})
     assert batch.inputs.tolist() == [[9, 1, 2, 3, 4], [9, 1, 0, 0, 0]]
     assert batch.targets.tolist() == [[-1, 2, -1, -1, 5], [-1, 7, -1, -1, -1]]
     assert batch.loss_weights is not None
-    assert [weight for weight, target in zip(batch.loss_weights.flatten(), batch.targets.flatten(), strict=True) if target >= 0] == [
+    assert [
+        weight
+        for weight, target in zip(
+            batch.loss_weights.flatten(), batch.targets.flatten(), strict=True
+        )
+        if target >= 0
+    ] == [
         0.75,
         0.75,
         -0.25,
@@ -135,7 +167,10 @@ def equal(a: Any, b: Any) -> bool:
     return (
         a.cursor == b.cursor
         and a.metrics == b.metrics
-        and all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("inputs", "targets", "loss_weights"))
+        and all(
+            torch.equal(getattr(a, name), getattr(b, name))
+            for name in ("inputs", "targets", "loss_weights")
+        )
     )
 
 
@@ -174,6 +209,10 @@ def test_ranks_share_the_prompts_of_a_step(model, monkeypatch):
 
 def test_the_metrics_of_a_batch_say_how_the_step_went(model):
     batch = next(batches(model))
-    assert set(batch.cursor) == {"step"} and set(batch.metrics) == {"reward", "sample_tokens", "solved"}
+    assert set(batch.cursor) == {"step"} and set(batch.metrics) == {
+        "reward",
+        "sample_tokens",
+        "solved",
+    }
     assert batch.metrics["sample_tokens"] == pytest.approx(int((batch.targets >= 0).sum()) / 16)
     assert 0 <= batch.metrics["reward"] <= 1

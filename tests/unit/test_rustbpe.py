@@ -32,7 +32,10 @@ import rustbpe
 from tests.reference import bpe
 from zangchat.tokenizer import SPLIT_PATTERN
 
-pytestmark = pytest.mark.skipif(not hasattr(rustbpe.Tokenizer, "from_ranks"), reason="PyPI's rustbpe stands in for the crate here")
+pytestmark = pytest.mark.skipif(
+    not hasattr(rustbpe.Tokenizer, "from_ranks"),
+    reason="PyPI's rustbpe stands in for the crate here",
+)
 
 BYTES = [(bytes([i]), i) for i in range(256)]
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -55,16 +58,24 @@ def tokens_of(tokenizer: rustbpe.Tokenizer) -> list[bytes]:
 
 def as_tiktoken(tokenizer: rustbpe.Tokenizer) -> tiktoken.Encoding:
     ranks = dict(tokenizer.get_mergeable_ranks())
-    return tiktoken.Encoding(name="test", pat_str=tokenizer.get_pattern(), mergeable_ranks=ranks, special_tokens={})
+    return tiktoken.Encoding(
+        name="test", pat_str=tokenizer.get_pattern(), mergeable_ranks=ranks, special_tokens={}
+    )
 
 
 # ---- splitting
 
 
-@pytest.mark.parametrize(("before", "after"), [("", ""), ("a", "b"), (" ", "a"), ("'", "l"), ("1", " \n"), ("!", "\r\n")])
+@pytest.mark.parametrize(
+    ("before", "after"), [("", ""), ("a", "b"), (" ", "a"), ("'", "l"), ("1", " \n"), ("!", "\r\n")]
+)
 def test_splits_every_code_point_in_context_like_regex(before: str, after: str) -> None:
     # regex and the crate may know different Unicode versions: skip code points new to this Python
-    known = [chr(c) for c in range(sys.maxunicode + 1) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")]
+    known = [
+        chr(c)
+        for c in range(sys.maxunicode + 1)
+        if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")
+    ]
     splitter = rustbpe.Tokenizer.from_ranks(BYTES, SPLIT_PATTERN)
     pattern = regex.compile(SPLIT_PATTERN)
     for start in range(0, len(known), 4096):
@@ -85,7 +96,9 @@ def test_splits_odd_texts_like_regex(text: str) -> None:
     text = "".join(c for c in text if unicodedata.category(c) != "Cn")
     for digits in ("{1,1}", "{1,2}", "{1,3}"):
         pattern = SPLIT_PATTERN.replace("{1,2}", digits)
-        assert rustbpe.Tokenizer.from_ranks(BYTES, pattern).split(text) == regex.findall(pattern, text)
+        assert rustbpe.Tokenizer.from_ranks(BYTES, pattern).split(text) == regex.findall(
+            pattern, text
+        )
 
 
 # ---- training
@@ -101,7 +114,9 @@ def test_merges_equal_the_reference(texts: list[str], vocab_size: int) -> None:
 
 def test_merges_on_python_source_equal_the_reference() -> None:
     texts = [inspect.getsource(module)[:12_000] for module in (random, signal, threading)]
-    assert tokens_of(train(texts, 600, pattern=SPLIT_PATTERN)) == bpe.train(texts, 600, SPLIT_PATTERN)
+    assert tokens_of(train(texts, 600, pattern=SPLIT_PATTERN)) == bpe.train(
+        texts, 600, SPLIT_PATTERN
+    )
 
 
 def test_merges_equal_the_package_on_pypi() -> None:
@@ -111,7 +126,9 @@ def test_merges_equal_the_package_on_pypi() -> None:
     """
     merges = [b"el", b"hel", b"lo", b"hello", b" \xc3", b" hello", b" \xc3\xa9"]
     trained = train(["hello hello é"], 270)
-    assert trained.get_mergeable_ranks()[256:] == [(token, 256 + i) for i, token in enumerate(merges)]
+    assert trained.get_mergeable_ranks()[256:] == [
+        (token, 256 + i) for i, token in enumerate(merges)
+    ]
     assert trained.vocab_size == 263
     assert trained.encode("hello hello") == [259, 261]
     assert trained.batch_encode(["ab", "hello"]) == [[97, 98], [259]]
@@ -136,7 +153,12 @@ def test_caller_does_all_the_work_without_threads() -> None:
     """No thread can start if its stack is larger than the address space."""
     results = set()
     for stack in ({}, {"RUST_MIN_STACK": str(1 << 47)}):
-        done = subprocess.run([sys.executable, "-c", WITHOUT_THREADS], env={**os.environ, **stack}, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", WITHOUT_THREADS],
+            env={**os.environ, **stack},
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
         results.add(done.stdout)
     assert len(results) == 1
@@ -151,22 +173,44 @@ def test_result_depends_only_on_the_documents(data: st.DataObject) -> None:
     items: list[Any] = []  # the same documents, as str or in Arrow arrays of any kind
     while shuffled:
         group = [shuffled.pop() for _ in range(min(len(shuffled), data.draw(st.integers(1, 5))))]
-        array = pa.array([None, *group, None], data.draw(st.sampled_from([pa.string(), pa.large_string()])))
-        forms = [*group], [array], [array[1:], pa.array([], pa.string())], [pa.chunked_array([array[:1], array[1:2], array[2:]])]
+        array = pa.array(
+            [None, *group, None], data.draw(st.sampled_from([pa.string(), pa.large_string()]))
+        )
+        forms = (
+            [*group],
+            [array],
+            [array[1:], pa.array([], pa.string())],
+            [pa.chunked_array([array[:1], array[1:2], array[2:]])],
+        )
         items += data.draw(st.sampled_from(forms))
-    options = {"num_threads": data.draw(st.integers(0, 4)), "buffer_size": data.draw(st.sampled_from([1, 2, 7, 8192]))}
+    options = {
+        "num_threads": data.draw(st.integers(0, 4)),
+        "buffer_size": data.draw(st.sampled_from([1, 2, 7, 8192])),
+    }
     assert tokens_of(train(items, 300, **options)) == expected
 
 
 def test_long_documents_are_counted_in_parts() -> None:
     rng = random.Random(2)
-    lines = ["".join(rng.choices("abcde  \n\t1é中", k=60)) + "\n" + rng.choice("ab!") for _ in range(40_000)]
+    lines = [
+        "".join(rng.choices("abcde  \n\t1é中", k=60)) + "\n" + rng.choice("ab!")
+        for _ in range(40_000)
+    ]
     text = "".join(lines)  # 3 MB
     # by the regex engine, in one part
     expected = tokens_of(train([text], 300, pattern=f"(?:{SPLIT_PATTERN})", num_threads=1))
     assert tokens_of(train([text], 300, pattern=SPLIT_PATTERN)) == expected
-    assert tokens_of(train([pa.array(["a", text])], 300, pattern=SPLIT_PATTERN, num_threads=3)) == expected
-    assert tokens_of(train(["a" * 5_000_000], 260)) == [*(bytes([i]) for i in range(256)), b"a" * 2, b"a" * 4, b"a" * 8, b"a" * 16]
+    assert (
+        tokens_of(train([pa.array(["a", text])], 300, pattern=SPLIT_PATTERN, num_threads=3))
+        == expected
+    )
+    assert tokens_of(train(["a" * 5_000_000], 260)) == [
+        *(bytes([i]) for i in range(256)),
+        b"a" * 2,
+        b"a" * 4,
+        b"a" * 8,
+        b"a" * 16,
+    ]
 
 
 def test_training_on_one_document_of_100_megabytes() -> None:
@@ -215,7 +259,10 @@ def in_a_fresh_process(work: Callable[..., Any], *arguments: Any) -> Any:
     In a used process a thread gets one of glibc's arenas by chance, and each keeps up to 3 MB.
     """
     arenas = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "100000"}
-    with mock.patch.dict(os.environ, arenas), ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with (
+        mock.patch.dict(os.environ, arenas),
+        ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool,
+    ):
         return pool.submit(work, *arguments).result()
 
 
@@ -227,16 +274,22 @@ def memory(field: str) -> int:
     return 1024 * int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0])
 
 
-reads_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="read from Linux's /proc")
+reads_proc = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="read from Linux's /proc"
+)
 
 
 def sizes_over_trainings(as_arrow: bool) -> list[int]:
     rng = random.Random(3)
-    texts = [" ".join(f"{rng.randrange(10_000)}é" for _ in range(20_000)) for _ in range(4)]  # 0.5 MB
+    texts = [
+        " ".join(f"{rng.randrange(10_000)}é" for _ in range(20_000)) for _ in range(4)
+    ]  # 0.5 MB
     tokenizer = rustbpe.Tokenizer()
     sizes = []
     for _ in range(40):
-        tokenizer.train_from_iterator([pa.array(texts)] if as_arrow else iter(texts), 1000, num_threads=2)
+        tokenizer.train_from_iterator(
+            [pa.array(texts)] if as_arrow else iter(texts), 1000, num_threads=2
+        )
         with pytest.raises(UnicodeEncodeError):
             tokenizer.train_from_iterator([*texts, "\ud800"], 1000)
         sizes.append(memory("VmRSS"))
@@ -287,7 +340,10 @@ def test_encodes_like_tiktoken_and_the_reference(texts: list[str], text: str) ->
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.text(alphabet="abc", min_size=2, max_size=6), unique=True, max_size=20), st.lists(st.integers(0, 200), max_size=300))
+@given(
+    st.lists(st.text(alphabet="abc", min_size=2, max_size=6), unique=True, max_size=20),
+    st.lists(st.integers(0, 200), max_size=300),
+)
 def test_encodes_with_any_ranks_like_the_reference(tokens: list[str], letters: list[int]) -> None:
     """Tokens that no merge yields only match whole pieces.
 
@@ -310,7 +366,10 @@ def test_encodes_random_texts_with_random_ranks_like_tiktoken() -> None:
 
     def word(longest: int) -> str:
         letters = rng.choice(alphabets)
-        return "".join(rng.choice(letters) * rng.choice((1, 1, 1, 2, 3, 9)) for _ in range(rng.randint(1, longest)))
+        return "".join(
+            rng.choice(letters) * rng.choice((1, 1, 1, 2, 3, 9))
+            for _ in range(rng.randint(1, longest))
+        )
 
     for _ in range(int(os.environ.get("FUZZ_CASES", "8000")) // 1000):
         tokens = {word(6).encode()[: rng.randint(1, 18)] for _ in range(rng.choice((3, 30, 300)))}
@@ -329,11 +388,27 @@ def test_encodes_random_texts_with_random_ranks_like_tiktoken() -> None:
 
 def test_golden_ids() -> None:
     trained = train(["low lower lowest newer wider 2024 的的的"] * 3, 275, pattern=SPLIT_PATTERN)
-    merges = "er lo _ 的 low .low 的的 .n .w .的的 20 24 der es ew ider .lower .lowes .new".replace(".", "\0").split()
-    expected = [b"\x9a\x84" if merge == "_" else merge.replace("\0", " ").encode() for merge in merges]
+    merges = "er lo _ 的 low .low 的的 .n .w .的的 20 24 der es ew ider .lower .lowes .new".replace(
+        ".", "\0"
+    ).split()
+    expected = [
+        b"\x9a\x84" if merge == "_" else merge.replace("\0", " ").encode() for merge in merges
+    ]
     assert tokens_of(trained)[256:] == expected
     assert trained.split("lower 20241的") == ["lower", " ", "20", "24", "1", "的"]
-    assert trained.encode("lower newest 20241 的的\n") == [260, 256, 274, 269, 116, 32, 266, 267, 49, 265, 10]
+    assert trained.encode("lower newest 20241 的的\n") == [
+        260,
+        256,
+        274,
+        269,
+        116,
+        32,
+        266,
+        267,
+        49,
+        265,
+        10,
+    ]
 
 
 def test_encoding_a_megabyte_of_one_letter() -> None:
@@ -377,8 +452,14 @@ def test_buffer_with_offsets_is_encoded_like_its_texts() -> None:
     expected = [array.tolist() for array in trained.encode_documents(texts)]
     data = [text.encode() for text in texts]
     offsets = [0, *itertools.accumulate(map(len, data))]
-    for buffer in (b"".join(data), bytearray(b"".join(data)), np.frombuffer(b"".join(data), dtype=np.uint8)):
-        assert [array.tolist() for array in trained.encode_documents(buffer, 2, offsets)] == expected
+    for buffer in (
+        b"".join(data),
+        bytearray(b"".join(data)),
+        np.frombuffer(b"".join(data), dtype=np.uint8),
+    ):
+        assert [
+            array.tolist() for array in trained.encode_documents(buffer, 2, offsets)
+        ] == expected
     assert trained.encode_documents(b"", offsets=[0])[1].tolist() == [0]
     with pytest.raises(ValueError, match="text 0, incomplete utf-8"):
         trained.encode_documents("aé".encode(), offsets=[0, 2, 3])
@@ -394,8 +475,14 @@ def test_arrow_strings_are_encoded_like_str(kind: pa.DataType) -> None:
     texts = ["left out", "some words", "", "é 的\0", "and more words" * 20]
     expected = [array.tolist() for array in trained.encode_documents(texts[1:])]
     array = pa.array(texts, kind)[1:]
-    for strings in (array, pa.chunked_array([array[:2], array[2:]]), pa.chunked_array([array[:0], array])):
-        assert [part.tolist() for part in trained.encode_documents(strings, num_threads=2)] == expected
+    for strings in (
+        array,
+        pa.chunked_array([array[:2], array[2:]]),
+        pa.chunked_array([array[:0], array]),
+    ):
+        assert [
+            part.tolist() for part in trained.encode_documents(strings, num_threads=2)
+        ] == expected
         assert trained.batch_encode(strings) == trained.batch_encode(texts[1:])
     assert trained.encode_documents(pa.array([], kind))[1].tolist() == [0]
     with pytest.raises(ValueError, match="nulls"):
@@ -409,12 +496,21 @@ def test_batches_of_ids_are_decoded_like_single_documents() -> None:
     texts = ["some words", "", "的é\0", "x" * 40]
     ids, offsets = trained.encode_documents(texts)
     for integers in (np.uint32, np.int64, np.uint16):
-        data, ends = trained.decode_documents(ids.astype(integers), offsets.astype(np.int32), num_threads=2)
+        data, ends = trained.decode_documents(
+            ids.astype(integers), offsets.astype(np.int32), num_threads=2
+        )
         assert (data.dtype, ends.dtype) == (np.uint8, np.int64)
         assert [data[a:b].tobytes().decode() for a, b in itertools.pairwise(ends)] == texts
         assert trained.decode_bytes(ids.astype(integers)) == "".join(texts).encode()
     assert trained.decode_bytes(ids[::-1]) == trained.decode_bytes(ids[::-1].tolist())
-    for wrong in ([0, 3], [1, len(ids)], [0, 5, 3, len(ids)], [0, len(ids) + 1], [], [[0, len(ids)]]):
+    for wrong in (
+        [0, 3],
+        [1, len(ids)],
+        [0, 5, 3, len(ids)],
+        [0, len(ids) + 1],
+        [],
+        [[0, len(ids)]],
+    ):
         with pytest.raises(ValueError):
             trained.decode_documents(ids, np.array(wrong, dtype=np.int64))
     for bad in (np.array([0.5]), np.array([-1]), np.array([2**32])):
@@ -578,12 +674,22 @@ def test_bad_arguments_of_training() -> None:
 
 
 def test_bad_arrow_arrays() -> None:
-    for array in (pa.array([1]), pa.array([b"a"]), pa.array(["a"]).dictionary_encode(), pa.chunked_array([[1.5]]), pa.table({"a": ["b"]})):
+    for array in (
+        pa.array([1]),
+        pa.array([b"a"]),
+        pa.array(["a"]).dictionary_encode(),
+        pa.chunked_array([[1.5]]),
+        pa.table({"a": ["b"]}),
+    ):
         with pytest.raises(TypeError, match="Arrow array of strings is needed"):
             train(["text", array], 300)
 
     def array_of(offsets: list[int], data: bytes) -> Any:
-        return pa.Array.from_buffers(pa.string(), len(offsets) - 1, [None, pa.py_buffer(np.array(offsets, np.int32)), pa.py_buffer(data)])
+        return pa.Array.from_buffers(
+            pa.string(),
+            len(offsets) - 1,
+            [None, pa.py_buffer(np.array(offsets, np.int32)), pa.py_buffer(data)],
+        )
 
     with pytest.raises(ValueError, match="not UTF-8"):
         train([array_of([0, 1, 3], b"a\xc3b")], 300)
@@ -609,7 +715,11 @@ def test_consumed_capsule_is_refused(method: str, use: str) -> None:
     exporter = type("Exporter", (Exporter,), {})(pa.array(["some text"] * 1000), method)
     tokenizer = rustbpe.Tokenizer()
     for refused in (False, True, True):
-        with pytest.raises(ValueError, match="capsule .* was read before") if refused else contextlib.nullcontext():
+        with (
+            pytest.raises(ValueError, match="capsule .* was read before")
+            if refused
+            else contextlib.nullcontext()
+        ):
             if use == "train":
                 tokenizer.train_from_iterator([exporter], 300)
             else:

@@ -5,14 +5,19 @@ import math
 import pytest
 
 from zangchat.flops import count_params, flops_per_token
-from zangchat.schedule import base_multipliers, finetune_multipliers, model_config_for_depth, plan_run
+from zangchat.schedule import (
+    base_multipliers,
+    finetune_multipliers,
+    model_config_for_depth,
+    plan_run,
+)
 
 
 def model(depth: int, vocab_size: int = 65536, sequence_len: int = 2048, **kwargs):
     return model_config_for_depth(depth, vocab_size=vocab_size, sequence_len=sequence_len, **kwargs)
 
 
-# -- depth -> model ----------------------------------------------------------------------------------------------------
+# -- depth -> model --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -21,7 +26,12 @@ def model(depth: int, vocab_size: int = 65536, sequence_len: int = 2048, **kwarg
 )
 def test_sizes_at_the_usual_vocabulary(depth, width, heads, total):
     config = model(depth)
-    assert (config.n_embd, config.n_head, config.n_kv_head, config.n_layer) == (width, heads, heads, depth)
+    assert (config.n_embd, config.n_head, config.n_kv_head, config.n_layer) == (
+        width,
+        heads,
+        heads,
+        depth,
+    )
     assert count_params(config)["total"] == pytest.approx(total, rel=2e-3)
 
 
@@ -35,7 +45,10 @@ def test_width_is_rounded_up_to_whole_heads():
 def test_key_value_heads():
     assert model(20, n_kv_head=None).n_kv_head == model(20, n_kv_head=0).n_kv_head == 10
     assert model(20, n_kv_head=2).n_kv_head == 2
-    with pytest.raises(ValueError, match=r"^n_kv_head=3 does not divide the 10 heads of depth 20: choose one of 1, 2, 5, 10"):
+    with pytest.raises(
+        ValueError,
+        match=r"^n_kv_head=3 does not divide the 10 heads of depth 20: choose one of 1, 2, 5, 10",
+    ):
         model(20, n_kv_head=3)
 
 
@@ -52,10 +65,13 @@ def test_impossible_models_name_the_parameter(kwargs, problem):
         model(**kwargs)
 
 
-# -- model -> run ------------------------------------------------------------------------------------------------------
+# -- model -> run ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("depth", "tokens", "batch"), [(12, 1.62e9, 2**19), (20, 5.73e9, 2**20), (26, 11.7e9, 2**20), (32, 20.9e9, 2**20)])
+@pytest.mark.parametrize(
+    ("depth", "tokens", "batch"),
+    [(12, 1.62e9, 2**19), (20, 5.73e9, 2**20), (26, 11.7e9, 2**20), (32, 20.9e9, 2**20)],
+)
 def test_tokens_and_batch_at_the_usual_vocabulary(depth, tokens, batch):
     plan = plan_run(model(depth), target_param_data_ratio=12)
     assert plan.tokens == pytest.approx(tokens, rel=3e-3)
@@ -66,7 +82,9 @@ def test_tokens_and_batch_at_the_usual_vocabulary(depth, tokens, batch):
 def test_the_reference_run_is_scaled_by_nothing():
     plan = plan_run(model(12), num_iterations=-1)
     assert plan.lr_scale == plan.adamw_lr_scale == 1.0
-    assert plan.weight_decay_scale == pytest.approx(1.0, rel=1e-3)  # the length is rounded to whole steps
+    assert plan.weight_decay_scale == pytest.approx(
+        1.0, rel=1e-3
+    )  # the length is rounded to whole steps
 
 
 def test_factors_of_d20_by_hand():
@@ -80,7 +98,9 @@ def test_weight_decay_stays_near_what_was_tuned():
     tiny = plan_run(model(2, vocab_size=512), num_iterations=10)
     assert tiny.weight_decay_scale == pytest.approx(4 * math.sqrt(tiny.total_batch_size / 2**19))
     endless = plan_run(model(2, vocab_size=512), num_iterations=10**7)
-    assert endless.weight_decay_scale == pytest.approx(0.1 * math.sqrt(endless.total_batch_size / 2**19))
+    assert endless.weight_decay_scale == pytest.approx(
+        0.1 * math.sqrt(endless.total_batch_size / 2**19)
+    )
 
 
 def test_what_is_given_is_kept():
@@ -90,7 +110,10 @@ def test_what_is_given_is_kept():
     assert plan.adamw_lr_scale == pytest.approx(math.sqrt(0.5 * 768 / 1280))
     for batch in (2**17, 2**14, 512):
         plan = plan_run(model(4), total_batch_size=batch, num_iterations=150)
-        assert (plan.lr_scale, plan.adamw_lr_scale) == (1.0, pytest.approx(0.5 * math.sqrt(768 / 256)))
+        assert (plan.lr_scale, plan.adamw_lr_scale) == (
+            1.0,
+            pytest.approx(0.5 * math.sqrt(768 / 256)),
+        )
 
 
 def test_iterations_come_before_flops_before_the_ratio():
@@ -131,14 +154,19 @@ def test_a_context_that_is_no_power_of_two_still_gives_whole_rows():
 
 @pytest.mark.parametrize(
     "kwargs",
-    [{"total_batch_size": 0}, {"num_iterations": -5}, {"target_flops": 0.0}, {"target_param_data_ratio": 0.0}],
+    [
+        {"total_batch_size": 0},
+        {"num_iterations": -5},
+        {"target_flops": 0.0},
+        {"target_param_data_ratio": 0.0},
+    ],
 )
 def test_impossible_runs_name_the_parameter(kwargs):
     with pytest.raises(ValueError, match=f"^{next(iter(kwargs))}="):
         plan_run(model(2), **kwargs)
 
 
-# -- step -> multipliers -----------------------------------------------------------------------------------------------
+# -- step -> multipliers ---------------------------------------------------------------------------
 
 
 def test_the_shape_of_a_long_run():
@@ -197,7 +225,9 @@ def test_settings_of_the_base_schedule():
     m = base_multipliers(0, 10, warmup_ratio=0.0, warmdown_ratio=0.0)
     assert (m.lr, base_multipliers(9, 10, warmup_ratio=0.0, warmdown_ratio=0.0).lr) == (1.0, 1.0)
     assert base_multipliers(9, 10, final_lr_frac=0.0).lr == 0.0
-    assert base_multipliers(0, 1000, warmup_ratio=0.01).lr == pytest.approx(0.1)  # 10 steps are less than 40
+    assert base_multipliers(0, 1000, warmup_ratio=0.01).lr == pytest.approx(
+        0.1
+    )  # 10 steps are less than 40
 
 
 def test_finetuning_falls_linearly_and_wastes_no_step():
@@ -206,7 +236,10 @@ def test_finetuning_falls_linearly_and_wastes_no_step():
 
 
 def test_finetuning_may_stay_constant_first():
-    lr = [finetune_multipliers(step, 10, warmdown_ratio=0.2, final_lr_frac=0.5).lr for step in range(11)]
+    lr = [
+        finetune_multipliers(step, 10, warmdown_ratio=0.2, final_lr_frac=0.5).lr
+        for step in range(11)
+    ]
     assert lr == pytest.approx([1.0] * 9 + [0.75, 0.5])
     assert finetune_multipliers(9, 10, warmdown_ratio=0.0).lr == 1.0
 

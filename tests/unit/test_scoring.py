@@ -17,7 +17,9 @@ TOKENIZER = ByteTokenizer()
 
 @pytest.fixture(scope="module")
 def model() -> GPT:
-    return lively_model(TOKENIZER.get_vocab_size(), sequence_len=96, n_layer=2, n_embd=32, seed=4).eval()
+    return lively_model(
+        TOKENIZER.get_vocab_size(), sequence_len=96, n_layer=2, n_embd=32, seed=4
+    ).eval()
 
 
 def slow_score(model: GPT, prompt: list[int], continuation: list[int], greedy: bool) -> float:
@@ -41,17 +43,24 @@ def rows(seed: int, count: int) -> tuple[list[list[int]], list[list[int]]]:
 
 @pytest.mark.parametrize("kind", [lambda model: model, InferenceGPT], ids=["plain", "inference"])
 @pytest.mark.parametrize("tokens", [1, 100, 1024])
-def test_scores_are_those_of_the_plain_forward_pass(model: GPT, kind: Any, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_are_those_of_the_plain_forward_pass(
+    model: GPT, kind: Any, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(scoring, "TOKENS_PER_BATCH", {"cpu": tokens})
     for seed in range(4):
         prompts, continuations = rows(seed, 25)
-        expected = [slow_score(model, *pair, False) for pair in zip(prompts, continuations, strict=True)]
+        expected = [
+            slow_score(model, *pair, False) for pair in zip(prompts, continuations, strict=True)
+        ]
         assert score(kind(model), prompts, continuations) == pytest.approx(expected, abs=1e-3)
 
 
 def test_greedy_scores_tell_whether_decoding_gives_the_continuation(model: GPT) -> None:
     prompts, _ = rows(1, 12)
-    greedy = [Engine(model, TOKENIZER).generate_batch(p, temperature=0, max_tokens=4)[0][0][len(p) :] for p in prompts]
+    greedy = [
+        Engine(model, TOKENIZER).generate_batch(p, temperature=0, max_tokens=4)[0][0][len(p) :]
+        for p in prompts
+    ]
     pairs = [(p, c) for p, c in zip(prompts, greedy, strict=True) if c]
     wrong = [(p, [*c[:-1], (c[-1] + 1) % 200]) for p, c in pairs]
     for some, value in ((pairs, 0.0), (wrong, -math.inf)):
@@ -70,7 +79,9 @@ def test_a_prompt_with_continuations_of_one_token_is_read_once(model: GPT) -> No
 
 
 @pytest.mark.parametrize(("prompt", "continuation"), [([], [1]), ([1], [])])
-def test_nothing_to_score_is_refused(model: GPT, prompt: list[int], continuation: list[int]) -> None:
+def test_nothing_to_score_is_refused(
+    model: GPT, prompt: list[int], continuation: list[int]
+) -> None:
     with pytest.raises(ValueError, match="at least one token"):
         score(model, [prompt], [continuation])
     with pytest.raises(ValueError, match="needs a continuation"):

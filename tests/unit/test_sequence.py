@@ -1,4 +1,6 @@
-"""A request on its way without a model: what a token does to a sequence, which rows and prompts come next."""
+"""A request on its way without a model: what a token does to a sequence, which rows and prompts
+come next.
+"""
 
 import pytest
 from hypothesis import given
@@ -30,15 +32,23 @@ def feed(target: Sequence, *pieces: int | str) -> list[int]:
     return taken
 
 
-# ---- accepting tokens -----------------------------------------------------------------------------------------------
+# ---- accepting tokens ----------------------------------------------------------------------------
 
 
 def test_a_sequence_ends_at_its_limit_and_at_the_end_of_its_turn():
     short, turn = sequence(limit=3), sequence()
     feed(short, "abcd")
     feed(turn, "ab", END, "c")
-    assert (short.result().tokens, short.stop_reason, short.stop_token) == (TOKENIZER.encode("abc"), "length", None)
-    assert (turn.result().tokens, turn.stop_reason, turn.stop_token) == (TOKENIZER.encode("ab"), "stop", END)
+    assert (short.result().tokens, short.stop_reason, short.stop_token) == (
+        TOKENIZER.encode("abc"),
+        "length",
+        None,
+    )
+    assert (turn.result().tokens, turn.stop_reason, turn.stop_token) == (
+        TOKENIZER.encode("ab"),
+        "stop",
+        END,
+    )
     with pytest.raises(ValueError, match="not ended"):
         sequence().result()
 
@@ -65,11 +75,13 @@ def test_log_probabilities_follow_the_tokens_and_tool_output_is_certain():
     likely = Logprob(-0.5, [(65, -0.5), (66, -1.0)])
     for token in (MARKUP.python_start, *TOKENIZER.encode("1+1"), MARKUP.python_end, 0, 0, 0, END):
         watched.accept(token, likely)
-    assert watched.logprobs == [Logprob(-0.5, [(65, -0.5)])] * 5 + [Logprob(0.0, [])] * 3 + [Logprob(-0.5, [(65, -0.5)])]
+    assert watched.logprobs == [Logprob(-0.5, [(65, -0.5)])] * 5 + [Logprob(0.0, [])] * 3 + [
+        Logprob(-0.5, [(65, -0.5)])
+    ]
     assert len(watched.logprobs) == len(watched.tokens) + 1
 
 
-# ---- scheduling -----------------------------------------------------------------------------------------------------
+# ---- scheduling ----------------------------------------------------------------------------------
 
 
 def scheduler(*prompts: tuple[int, ...], max_rows: int = 8, prefill_tokens: int = 10) -> Scheduler:
@@ -92,7 +104,9 @@ def test_equal_prompts_are_read_once_and_short_ones_together():
         prompt.read = len(prompt.tokens)
     assert made.join()[0] == made.running[:1]
     assert made.join()[0] == made.running[1:] and len(made.running) == 3
-    assert made.next_chunk(4) is None  # the rest of the budget: less than a whole chunk of a long prompt
+    assert (
+        made.next_chunk(4) is None
+    )  # the rest of the budget: less than a whole chunk of a long prompt
     long = made.next_chunk(10)
     assert long is not None and long.size == 10
 
@@ -114,7 +128,10 @@ def test_prompts_with_log_probabilities_are_read_in_smaller_passes():
     made.waiting += [sequence(prompt=(i, 2, 3), logprobs=0, prompt_logprobs=True) for i in range(2)]
     made.admit()
     chunk = made.next_chunk(10)
-    assert chunk is not None and (len(chunk.prompts), chunk.size) == (1, 3)  # two would be six positions
+    assert chunk is not None and (len(chunk.prompts), chunk.size) == (
+        1,
+        3,
+    )  # two would be six positions
 
 
 @given(st.lists(st.tuples(st.integers(1, 400), st.booleans()), max_size=20), st.integers(0, 2**16))
@@ -134,7 +151,10 @@ def test_rows_are_freed_and_sorted_into_groups(rows, bytes_per_token):
     start = 0
     ordered = sorted((lengths[source] for source in sources), reverse=True)
     for size in made.groups:  # each group holds the next longest rows, in any order
-        assert sorted((lengths[s] for s in sources[start : start + size]), reverse=True) == ordered[start : start + size]
+        assert (
+            sorted((lengths[s] for s in sources[start : start + size]), reverse=True)
+            == ordered[start : start + size]
+        )
         start += size
     assert start == len(sources)
     assert made.arrange([lengths[source] for source in sources], bytes_per_token) is None

@@ -1,4 +1,6 @@
-"""The web server as its clients see it: a real uvicorn on a loopback port, httpx and OpenAI's own client."""
+"""The web server as its clients see it: a real uvicorn on a loopback port, httpx and OpenAI's own
+client.
+"""
 
 import html
 import json
@@ -28,7 +30,8 @@ from zangchat.server.protocol import Settings
 
 def reply(question: str) -> str:
     if "calculate" in question:
-        return "It is <|python_start|>6*7<|python_end|>####, so 42."  # the model's #### gives way to the tool's output
+        # the model's #### gives way to the tool's output
+        return "It is <|python_start|>6*7<|python_end|>####, so 42."
     if "special" in question:
         return f"You said {len(question)} characters."
     if "accents" in question:
@@ -40,7 +43,9 @@ def reply(question: str) -> str:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[tuple[str, Any]]:
-    with serving(engine(reply), max_batch=4, queue=8, model_name="zangchat-test", temperature=0.0) as served:
+    with serving(
+        engine(reply), max_batch=4, queue=8, model_name="zangchat-test", temperature=0.0
+    ) as served:
         yield served
 
 
@@ -61,14 +66,21 @@ def ask(text: str) -> list[dict[str, Any]]:
 
 def events(response: httpx.Response) -> list[dict[str, Any]]:
     """The data of server-sent events; comments are left out."""
-    return [json.loads(line[6:]) for line in response.text.split("\n") if line.startswith("data: ") and line != "data: [DONE]"]
+    return [
+        json.loads(line[6:])
+        for line in response.text.split("\n")
+        if line.startswith("data: ") and line != "data: [DONE]"
+    ]
 
 
-# ---- nanochat's stream ----------------------------------------------------------------------------------------------
+# ---- nanochat's stream ---------------------------------------------------------------------------
 
 
 def test_the_stream_has_nanochats_format(url: str) -> None:
-    response = httpx.post(url + "/chat/completions", json={"messages": ask("hi"), "temperature": 0, "max_tokens": 50, "top_k": 0})
+    response = httpx.post(
+        url + "/chat/completions",
+        json={"messages": ask("hi"), "temperature": 0, "max_tokens": 50, "top_k": 0},
+    )
     assert response.headers["content-type"].startswith("text/event-stream")
     *tokens, last = events(response)
     assert all(set(event) == {"token", "gpu"} and event["gpu"] == 0 for event in tokens)
@@ -80,22 +92,33 @@ def test_the_stream_never_splits_a_character(url: str) -> None:
     *tokens, _ = events(httpx.post(url + "/chat/completions", json={"messages": ask("accents")}))
     assert "".join(event["token"] for event in tokens) == "é 你好 🙂"
     assert not any("\ufffd" in event["token"] for event in tokens)
-    *tokens, last = events(httpx.post(url + "/chat/completions", json={"messages": ask("accents"), "max_tokens": 4}))
-    assert "".join(event["token"] for event in tokens) == "é \ufffd" and last["finish_reason"] == "length"
+    *tokens, last = events(
+        httpx.post(url + "/chat/completions", json={"messages": ask("accents"), "max_tokens": 4})
+    )
+    assert (
+        "".join(event["token"] for event in tokens) == "é \ufffd"
+        and last["finish_reason"] == "length"
+    )
 
 
 def test_tool_calls_are_told_apart_from_text(url: str) -> None:
     *pieces, _ = events(httpx.post(url + "/chat/completions", json={"messages": ask("calculate")}))
     assert "".join(event.get("token", "") for event in pieces) == "It is , so 42."
     assert "".join(event["text"] for event in pieces if event.get("tool") == "python") == "6*7"
-    assert "".join(event["text"] for event in pieces if event.get("tool") == "python_output") == "42"
+    assert (
+        "".join(event["text"] for event in pieces if event.get("tool") == "python_output") == "42"
+    )
 
 
 def test_the_page_gets_the_reply_rendered(url: str) -> None:
-    *snapshots, last = events(httpx.post(url + "/chat/completions", json={"messages": ask("bold"), "render": True}))
+    *snapshots, last = events(
+        httpx.post(url + "/chat/completions", json={"messages": ask("bold"), "render": True})
+    )
     (part,) = snapshots[-1]["parts"]
     assert part["text"] == "**bold** <script>alert(1)</script>"
-    assert part["html"].strip() == "<p><strong>bold</strong> &lt;script&gt;alert(1)&lt;/script&gt;</p>"
+    assert (
+        part["html"].strip() == "<p><strong>bold</strong> &lt;script&gt;alert(1)&lt;/script&gt;</p>"
+    )
     assert last["done"]
 
 
@@ -105,12 +128,16 @@ def test_special_tokens_in_a_message_are_plain_text(url: str) -> None:
     assert "".join(event["token"] for event in tokens) == f"You said {len(text)} characters."
 
 
-# ---- OpenAI's API ---------------------------------------------------------------------------------------------------
+# ---- OpenAI's API --------------------------------------------------------------------------------
 
 
 def test_openai_lists_the_model(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["zangchat-test"]
-    assert client.models.retrieve("zangchat-test") == client.models.retrieve("zangchat") == next(iter(client.models.list()))
+    assert (
+        client.models.retrieve("zangchat-test")
+        == client.models.retrieve("zangchat")
+        == next(iter(client.models.list()))
+    )
     with pytest.raises(openai.NotFoundError, match="zangchat-test"):
         client.models.retrieve("gpt-2")
 
@@ -118,7 +145,9 @@ def test_openai_lists_the_model(client: openai.OpenAI) -> None:
 def test_a_developer_speaks_as_the_system(client: openai.OpenAI) -> None:
     first, second = (
         client.chat.completions.create(
-            model="zangchat", messages=[{"role": role, "content": "be brief"}, {"role": "user", "content": "one"}], temperature=0
+            model="zangchat",
+            messages=[{"role": role, "content": "be brief"}, {"role": "user", "content": "one"}],
+            temperature=0,
         )
         for role in ("system", "developer")
     )
@@ -135,14 +164,22 @@ def test_openai_chat(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model="zangchat-test", messages=messages, temperature=0)
     assert (answer.object, answer.model) == ("chat.completion", "zangchat-test")
     (choice,) = answer.choices
-    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", "Re: two", "stop")
+    assert (choice.message.role, choice.message.content, choice.finish_reason) == (
+        "assistant",
+        "Re: two",
+        "stop",
+    )
     assert answer.usage is not None and answer.usage.completion_tokens == len("Re: two")
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
 
 def test_openai_chat_limits_and_samples(client: openai.OpenAI) -> None:
-    answer = client.chat.completions.create(model="zangchat", messages=ask("x" * 20), max_completion_tokens=6, n=3)  # type: ignore[arg-type]
-    assert [(c.index, c.message.content, c.finish_reason) for c in answer.choices] == [(i, "Re: xx", "length") for i in range(3)]
+    answer = client.chat.completions.create(
+        model="zangchat", messages=ask("x" * 20), max_completion_tokens=6, n=3
+    )  # type: ignore[arg-type]
+    assert [(c.index, c.message.content, c.finish_reason) for c in answer.choices] == [
+        (i, "Re: xx", "length") for i in range(3)
+    ]
     assert answer.usage is not None and answer.usage.completion_tokens == 18
 
 
@@ -156,37 +193,73 @@ def test_openai_chat_streams(client: openai.OpenAI) -> None:
             stream_options={"include_usage": True},
         )
     )
-    assert len({chunk.id for chunk in chunks}) == 1 and {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
+    assert len({chunk.id for chunk in chunks}) == 1 and {chunk.object for chunk in chunks} == {
+        "chat.completion.chunk"
+    }
     for index in range(2):
-        mine = [chunk.choices[0] for chunk in chunks if chunk.choices and chunk.choices[0].index == index]
+        mine = [
+            chunk.choices[0]
+            for chunk in chunks
+            if chunk.choices and chunk.choices[0].index == index
+        ]
         assert mine[0].delta.role == "assistant"
         assert "".join(choice.delta.content or "" for choice in mine) == "Re: hi"
         assert [choice.finish_reason for choice in mine if choice.finish_reason] == ["stop"]
-    assert chunks[-1].choices == [] and chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 12
+    assert (
+        chunks[-1].choices == []
+        and chunks[-1].usage is not None
+        and chunks[-1].usage.completion_tokens == 12
+    )
 
 
 def test_openai_chat_shows_tool_calls_beside_the_text(url: str) -> None:
-    message = httpx.post(url + "/v1/chat/completions", json={"messages": ask("calculate")}).json()["choices"][0]["message"]
+    message = httpx.post(url + "/v1/chat/completions", json={"messages": ask("calculate")}).json()[
+        "choices"
+    ][0]["message"]
     assert message["content"] == "It is , so 42."
-    assert [part["type"] for part in message["parts"]] == ["text", "python", "python_output", "text"]
+    assert [part["type"] for part in message["parts"]] == [
+        "text",
+        "python",
+        "python_output",
+        "text",
+    ]
     again = [*ask("calculate"), {"role": "assistant", "content": message["parts"]}, *ask("on")]
-    assert httpx.post(url + "/v1/chat/completions", json={"messages": again}).json()["choices"][0]["message"]["content"] == "Re: on"
+    assert (
+        httpx.post(url + "/v1/chat/completions", json={"messages": again}).json()["choices"][0][
+            "message"
+        ]["content"]
+        == "Re: on"
+    )
 
 
 def test_openai_completions(client: openai.OpenAI) -> None:
     answer = client.completions.create(model="zangchat-test", prompt="", echo=True)
-    assert (answer.object, answer.choices[0].text, answer.choices[0].finish_reason) == ("text_completion", "Re: ", "stop")
+    assert (answer.object, answer.choices[0].text, answer.choices[0].finish_reason) == (
+        "text_completion",
+        "Re: ",
+        "stop",
+    )
     several = client.completions.create(model="zangchat-test", prompt=["", ""], n=2, max_tokens=2)
-    assert [(c.index, c.text, c.finish_reason) for c in several.choices] == [(i, "Re", "length") for i in range(4)]
+    assert [(c.index, c.text, c.finish_reason) for c in several.choices] == [
+        (i, "Re", "length") for i in range(4)
+    ]
     tokens = client.completions.create(model="zangchat-test", prompt=[256], max_tokens=3)
-    assert tokens.choices[0].text == "Re:" and tokens.usage is not None and tokens.usage.prompt_tokens == 1
+    assert (
+        tokens.choices[0].text == "Re:"
+        and tokens.usage is not None
+        and tokens.usage.prompt_tokens == 1
+    )
     streamed = client.completions.create(model="zangchat-test", prompt="", stream=True)
     assert "".join(chunk.choices[0].text for chunk in streamed) == "Re: "
 
 
 def test_openai_completions_with_log_probabilities(client: openai.OpenAI) -> None:
-    """What evaluation harnesses ask for: the prompt's own log-probabilities, and those of what follows, the end included."""
-    answer = client.completions.create(model="zangchat-test", prompt=[256, 82, 101], max_tokens=1, echo=True, logprobs=2)
+    """What evaluation harnesses ask for: the prompt's own log-probabilities, and those of what
+    follows, the end included.
+    """
+    answer = client.completions.create(
+        model="zangchat-test", prompt=[256, 82, 101], max_tokens=1, echo=True, logprobs=2
+    )
     found = answer.choices[0].logprobs
     assert found is not None and answer.choices[0].text == "<|bos|>Re:"
     assert (found.tokens, found.text_offset) == (["<|bos|>", "R", "e", ":"], [0, 7, 8, 9])
@@ -196,15 +269,31 @@ def test_openai_completions_with_log_probabilities(client: openai.OpenAI) -> Non
     for top, value in zip(found.top_logprobs[1:], found.token_logprobs[1:], strict=True):  # type: ignore[index]
         assert len(top) == 2 and max(top.values()) == value
 
-    unlikely = client.completions.create(model="zangchat-test", prompt=["Rx", ""], max_tokens=0, echo=True, logprobs=1).choices[0]
-    assert unlikely.text == "Rx" and unlikely.logprobs is not None and unlikely.finish_reason == "length"
-    assert unlikely.logprobs.token_logprobs == pytest.approx([likely, likely - 20], abs=1e-4)  # <|bos|> is in front
+    unlikely = client.completions.create(
+        model="zangchat-test", prompt=["Rx", ""], max_tokens=0, echo=True, logprobs=1
+    ).choices[0]
+    assert (
+        unlikely.text == "Rx"
+        and unlikely.logprobs is not None
+        and unlikely.finish_reason == "length"
+    )
+    assert unlikely.logprobs.token_logprobs == pytest.approx(
+        [likely, likely - 20], abs=1e-4
+    )  # <|bos|> is in front
     assert set(unlikely.logprobs.top_logprobs[1]) == {"e", "x"}  # type: ignore[index]
 
     ended = client.completions.create(model="zangchat-test", prompt="", logprobs=0).choices[0]
-    assert ended.logprobs is not None and ended.logprobs.tokens == ["R", "e", ":", " ", "<|assistant_end|>"] and ended.text == "Re: "
+    assert (
+        ended.logprobs is not None
+        and ended.logprobs.tokens == ["R", "e", ":", " ", "<|assistant_end|>"]
+        and ended.text == "Re: "
+    )
     whole = client.completions.create(model="zangchat-test", prompt="Re", echo=True, logprobs=1)
-    streamed = list(client.completions.create(model="zangchat-test", prompt="Re", echo=True, logprobs=1, stream=True))
+    streamed = list(
+        client.completions.create(
+            model="zangchat-test", prompt="Re", echo=True, logprobs=1, stream=True
+        )
+    )
     parts = [chunk.choices[0].logprobs for chunk in streamed]
     for name in ("tokens", "token_logprobs", "text_offset"):
         together = [value for part in parts if part is not None for value in getattr(part, name)]
@@ -213,33 +302,77 @@ def test_openai_completions_with_log_probabilities(client: openai.OpenAI) -> Non
 
 
 def test_bytes_that_are_no_character_are_spelled_out(client: openai.OpenAI) -> None:
-    found = client.completions.create(model="zangchat-test", prompt="é", max_tokens=0, echo=True, logprobs=0).choices[0].logprobs
-    assert found is not None and (found.tokens, found.text_offset) == (["bytes:\\xc3", "bytes:\\xa9"], [0, 0])
+    found = (
+        client.completions.create(
+            model="zangchat-test", prompt="é", max_tokens=0, echo=True, logprobs=0
+        )
+        .choices[0]
+        .logprobs
+    )
+    assert found is not None and (found.tokens, found.text_offset) == (
+        ["bytes:\\xc3", "bytes:\\xa9"],
+        [0, 0],
+    )
 
 
 def test_openai_chat_with_log_probabilities(client: openai.OpenAI) -> None:
     question: Any = ask("calculate")
-    whole = client.chat.completions.create(model="zangchat-test", messages=question, logprobs=True, top_logprobs=2)
+    whole = client.chat.completions.create(
+        model="zangchat-test", messages=question, logprobs=True, top_logprobs=2
+    )
     assert whole.choices[0].logprobs is not None and whole.choices[0].logprobs.content is not None
     content = whole.choices[0].logprobs.content
-    assert "".join(entry.token for entry in content) == whole.choices[0].message.content == "It is , so 42."
-    assert all(len(entry.top_logprobs) == 2 and bytes(entry.bytes or []).decode() == entry.token for entry in content)
-    streamed = client.chat.completions.create(model="zangchat-test", messages=question, logprobs=True, stream=True)
-    entries = [entry for chunk in streamed if chunk.choices[0].logprobs for entry in chunk.choices[0].logprobs.content or []]
-    assert [(entry.token, entry.logprob) for entry in entries] == [(entry.token, entry.logprob) for entry in content]
+    assert (
+        "".join(entry.token for entry in content)
+        == whole.choices[0].message.content
+        == "It is , so 42."
+    )
+    assert all(
+        len(entry.top_logprobs) == 2 and bytes(entry.bytes or []).decode() == entry.token
+        for entry in content
+    )
+    streamed = client.chat.completions.create(
+        model="zangchat-test", messages=question, logprobs=True, stream=True
+    )
+    entries = [
+        entry
+        for chunk in streamed
+        if chunk.choices[0].logprobs
+        for entry in chunk.choices[0].logprobs.content or []
+    ]
+    assert [(entry.token, entry.logprob) for entry in entries] == [
+        (entry.token, entry.logprob) for entry in content
+    ]
 
 
 def test_stop_strings_end_an_answer_and_are_not_shown(client: openai.OpenAI, url: str) -> None:
-    answer = client.chat.completions.create(model="zangchat-test", messages=ask("one two three"), stop=["x", "two t"])  # type: ignore[arg-type]
-    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("Re: one ", "stop")
+    answer = client.chat.completions.create(
+        model="zangchat-test", messages=ask("one two three"), stop=["x", "two t"]
+    )  # type: ignore[arg-type]
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (
+        "Re: one ",
+        "stop",
+    )
     streamed = client.completions.create(model="zangchat-test", prompt="", stop=":", stream=True)
     assert "".join(chunk.choices[0].text for chunk in streamed) == "Re"
-    *tokens, last = events(httpx.post(url + "/chat/completions", json={"messages": ask("hi there"), "stop": "the"}))
-    assert "".join(event["token"] for event in tokens) == "Re: hi " and last["finish_reason"] == "stop"
+    *tokens, last = events(
+        httpx.post(url + "/chat/completions", json={"messages": ask("hi there"), "stop": "the"})
+    )
+    assert (
+        "".join(event["token"] for event in tokens) == "Re: hi " and last["finish_reason"] == "stop"
+    )
 
 
 def test_parameters_that_are_off_or_about_openais_own_service_are_no_hindrance(url: str) -> None:
-    body = {"prompt": "", "logit_bias": {}, "suffix": None, "presence_penalty": 0, "user": "me", "best_of": 1, "min_p": 0.1}
+    body = {
+        "prompt": "",
+        "logit_bias": {},
+        "suffix": None,
+        "presence_penalty": 0,
+        "user": "me",
+        "best_of": 1,
+        "min_p": 0.1,
+    }
     assert httpx.post(url + "/v1/completions", json=body).status_code == 200
 
 
@@ -260,9 +393,11 @@ def test_the_api_keeps_to_its_own_description(url: str) -> None:
     assert {"/v1/completions", "/v1/chat/completions", "/chat/completions", "/metrics"} <= seen
 
 
-# ---- what is refused ------------------------------------------------------------------------------------------------
+# ---- what is refused -----------------------------------------------------------------------------
 
-USER, ASSISTANT, SYSTEM = ({"role": role, "content": "x"} for role in ("user", "assistant", "system"))
+USER, ASSISTANT, SYSTEM = (
+    {"role": role, "content": "x"} for role in ("user", "assistant", "system")
+)
 
 
 @pytest.mark.parametrize("path", ["/chat/completions", "/v1/chat/completions"])
@@ -279,29 +414,59 @@ USER, ASSISTANT, SYSTEM = ({"role": role, "content": "x"} for role in ("user", "
         ({"messages": [{"role": "user"}]}, 400, "messages.0.content"),
         ({"messages": [{"role": "user", "content": 7}]}, 400, "messages.0.content"),
         ({"messages": [{"role": "user", "content": " \n"}]}, 400, "empty"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0.content.0.type: Input should be 'text'"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            400,
+            "messages.0.content.0.type: Input should be 'text'",
+        ),
         ({"messages": [USER, ASSISTANT]}, 400, "last message must be of role 'user'"),
         ({"messages": [SYSTEM]}, 400, "no message of a user"),
-        ({"messages": [USER, USER]}, 400, "message 1 has the role 'user', but it is the turn of the assistant"),
+        (
+            {"messages": [USER, USER]},
+            400,
+            "message 1 has the role 'user', but it is the turn of the assistant",
+        ),
         ({"messages": [ASSISTANT, USER]}, 400, "message 0 has the role 'assistant'"),
         ({"messages": [USER, SYSTEM, USER]}, 400, "message 1 has the role 'system'"),
         ({"messages": [USER] * 501}, 400, "messages"),
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "messages.0.content"),
         ({"messages": [USER], "temperature": -1}, 400, "temperature"),
         ({"messages": [USER], "temperature": "hot"}, 400, "temperature"),
-        ({"messages": [USER], "temperature": True}, 400, "temperature: Input should be a valid number"),
-        ({"messages": [USER], "max_tokens": True}, 400, "max_tokens: Input should be a valid integer"),
+        (
+            {"messages": [USER], "temperature": True},
+            400,
+            "temperature: Input should be a valid number",
+        ),
+        (
+            {"messages": [USER], "max_tokens": True},
+            400,
+            "max_tokens: Input should be a valid integer",
+        ),
         ({"messages": [USER], "top_k": "5"}, 400, "top_k: Input should be a valid integer"),
         ({"messages": [USER], "seed": 1.5}, 400, "seed: Input should be a valid integer"),
-        (b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', 400, "temperature"),
+        (
+            b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+            400,
+            "temperature",
+        ),
         ({"messages": [USER], "top_k": -1}, 400, "top_k"),
         ({"messages": [USER], "top_p": 0}, 400, "top_p"),
         ({"messages": [USER], "max_tokens": 0}, 400, "max_tokens"),
-        ({"messages": [{"role": "user", "content": "x" * 600}]}, 400, "93 more than the context of 512"),
-        ({"messages": [{"role": "user", "content": "x" * 300_000}]}, 413, "larger than 262144 bytes"),
+        (
+            {"messages": [{"role": "user", "content": "x" * 600}]},
+            400,
+            "93 more than the context of 512",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x" * 300_000}]},
+            413,
+            "larger than 262144 bytes",
+        ),
     ],
 )
-def test_bad_requests_are_told_what_is_wrong(server: tuple[str, Any], path: str, body: Any, status: int, complaint: str) -> None:
+def test_bad_requests_are_told_what_is_wrong(
+    server: tuple[str, Any], path: str, body: Any, status: int, complaint: str
+) -> None:
     url, pool = server
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     response = httpx.post(url + path, content=content, headers={"Content-Type": "application/json"})
@@ -324,8 +489,16 @@ def test_bad_requests_are_told_what_is_wrong(server: tuple[str, Any], path: str,
         ({"prompt": [10**30]}, 400, "between 0 and 264"),
         ({"prompt": ["x"] * 40, "n": 2}, 400, "40 prompts x n=2"),
         ({"prompt": "x", "n": 0}, 400, "n: "),
-        ({"prompt": "x", "model": "gpt-9"}, 404, "there is no model 'gpt-9' here; this server has 'zangchat-test'"),
-        ({"prompt": "x", "logit_bias": {"1": 2}, "frequency_penalty": 0.5}, 400, "does not support logit_bias, frequency_penalty"),
+        (
+            {"prompt": "x", "model": "gpt-9"},
+            404,
+            "there is no model 'gpt-9' here; this server has 'zangchat-test'",
+        ),
+        (
+            {"prompt": "x", "logit_bias": {"1": 2}, "frequency_penalty": 0.5},
+            400,
+            "does not support logit_bias, frequency_penalty",
+        ),
         ({"prompt": "x", "temprature": 0}, 400, "does not support temprature"),
         ({"prompt": "x", "stop": [""]}, 400, "stop"),
         ({"prompt": "x", "stop": ["a"] * 17}, 400, "stop"),
@@ -335,8 +508,14 @@ def test_bad_requests_are_told_what_is_wrong(server: tuple[str, Any], path: str,
         ({"prompt": "x" * 512}, 400, "2 more than the context"),
     ],
 )
-def test_bad_completions_are_told_what_is_wrong(url: str, body: dict[str, Any], status: int, complaint: str) -> None:
-    response = httpx.post(url + "/v1/completions", content=json.dumps(body), headers={"Content-Type": "application/json"})
+def test_bad_completions_are_told_what_is_wrong(
+    url: str, body: dict[str, Any], status: int, complaint: str
+) -> None:
+    response = httpx.post(
+        url + "/v1/completions",
+        content=json.dumps(body),
+        headers={"Content-Type": "application/json"},
+    )
     assert response.status_code == status, response.text
     assert complaint in response.json()["error"]["message"]
 
@@ -347,7 +526,9 @@ def test_a_body_without_a_length_is_bounded_as_well(url: str) -> None:
         for _ in range(100):
             yield b"x" * 10_000
 
-    response = httpx.post(url + "/chat/completions", content=endless(), headers={"Content-Type": "application/json"})
+    response = httpx.post(
+        url + "/chat/completions", content=endless(), headers={"Content-Type": "application/json"}
+    )
     assert response.status_code == 413
 
 
@@ -364,22 +545,31 @@ def test_whoever_asks_for_the_head_gets_it(url: str) -> None:
 
 def test_a_body_that_is_not_sent_or_not_written_as_json_is_told_so(url: str) -> None:
     def complaint(content: str, **headers: str) -> str:
-        return httpx.post(url + "/v1/chat/completions", content=content, headers=headers).json()["error"]["message"]
+        return httpx.post(url + "/v1/chat/completions", content=content, headers=headers).json()[
+            "error"
+        ]["message"]
 
-    assert "`Content-Type: application/json`" in complaint("{}")  # as `curl -d` sends it: called a form
-    assert complaint('{"a": }', **{"Content-Type": "application/json"}) == "the body is not JSON: Expecting value at character 6"
+    assert "`Content-Type: application/json`" in complaint(
+        "{}"
+    )  # as `curl -d` sends it: called a form
+    assert (
+        complaint('{"a": }', **{"Content-Type": "application/json"})
+        == "the body is not JSON: Expecting value at character 6"
+    )
 
 
 def test_a_long_chat_is_trimmed_where_that_was_asked_for(url: str) -> None:
     long = [*ask("a" * 300), {"role": "assistant", "content": "b" * 300}, *ask("short")]
     refused = httpx.post(url + "/chat/completions", json={"messages": long})
     assert refused.status_code == 400 and "truncate" in refused.json()["error"]["message"]
-    first, *tokens, _ = events(httpx.post(url + "/chat/completions", json={"messages": long, "truncate": True}))
+    first, *tokens, _ = events(
+        httpx.post(url + "/chat/completions", json={"messages": long, "truncate": True})
+    )
     assert first == {"left_out": 2}
     assert "".join(event["token"] for event in tokens) == "Re: short"
 
 
-# ---- load -----------------------------------------------------------------------------------------------------------
+# ---- load ----------------------------------------------------------------------------------------
 
 
 def connect(url: str) -> socket.socket:
@@ -400,7 +590,9 @@ def test_many_requests_at_once_all_get_their_own_answer(server: tuple[str, Any])
     answers: dict[int, str] = {}
 
     def one(i: int) -> None:
-        response = httpx.post(url + "/v1/chat/completions", json={"messages": ask(f"number {i}")}, timeout=60)
+        response = httpx.post(
+            url + "/v1/chat/completions", json={"messages": ask(f"number {i}")}, timeout=60
+        )
         answers[i] = response.json()["choices"][0]["message"]["content"]
 
     threads = [threading.Thread(target=one, args=(i,)) for i in range(12)]
@@ -423,14 +615,20 @@ def test_a_full_queue_refuses_and_disconnecting_makes_room() -> None:
                 refused = client.post(url + "/v1/chat/completions", json=body)
                 assert (refused.status_code, refused.headers["retry-after"]) == (429, "2")
                 assert refused.json()["error"]["code"] == "queue_full"
-                assert client.get(url + "/health").json() == {"status": "ok"}  # while the model is busy
+                assert client.get(url + "/health").json() == {
+                    "status": "ok"
+                }  # while the model is busy
         assert eventually(lambda: idle(pool))  # both left long before their 400 tokens
 
 
 def test_a_client_that_leaves_before_its_answer_frees_its_slot() -> None:
     slow = engine(lambda question: "x" * 400, pause=0.02)
     with serving(slow, max_batch=2, queue=0) as (url, pool):
-        for path, extra in (("/v1/chat/completions", {}), ("/v1/chat/completions", {"n": 2}), ("/chat/completions", {})):
+        for path, extra in (
+            ("/v1/chat/completions", {}),
+            ("/v1/chat/completions", {"n": 2}),
+            ("/chat/completions", {}),
+        ):
             body = json.dumps({"messages": ask("hi"), **extra}).encode()
             with connect(url) as connection:
                 connection.sendall(post_head(path, body) + body)
@@ -438,7 +636,9 @@ def test_a_client_that_leaves_before_its_answer_frees_its_slot() -> None:
             assert eventually(lambda: idle(pool))
 
 
-@pytest.mark.parametrize("sent", [b"", b"POST /chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Le", None])
+@pytest.mark.parametrize(
+    "sent", [b"", b"POST /chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Le", None]
+)
 def test_half_open_connections_take_no_place(server: tuple[str, Any], sent: bytes | None) -> None:
     url, pool = server
     body = json.dumps({"messages": ask("hi")}).encode()
@@ -448,7 +648,10 @@ def test_half_open_connections_take_no_place(server: tuple[str, Any], sent: byte
         for _ in range(20):
             stack.enter_context(connect(url)).sendall(sent)
         assert pool.load == 0
-        assert httpx.post(url + "/v1/chat/completions", json={"messages": ask("hi")}).status_code == 200
+        assert (
+            httpx.post(url + "/v1/chat/completions", json={"messages": ask("hi")}).status_code
+            == 200
+        )
     assert eventually(lambda: idle(pool))
 
 
@@ -470,7 +673,11 @@ def test_what_never_comes_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> 
             connection.sendall(post_head("/chat/completions", body) + body[:10])
             answer = connection.recv(4096)
             assert answer.startswith(b"HTTP/1.1 408") and b"did not arrive" in answer
-        with connect(url) as connection, pytest.raises(OSError):  # a drop now and then is no excuse either
+        # a drop now and then is no excuse either
+        with (
+            connect(url) as connection,
+            pytest.raises(OSError),
+        ):
             connection.sendall(post_head("/chat/completions", body))
             for i in range(len(body) - 1):
                 time.sleep(0.1)
@@ -489,7 +696,9 @@ def test_headers_are_bounded(url: str) -> None:
     assert httpx.get(url + "/health").status_code == 200
 
 
-def test_stopping_ends_what_is_under_way_without_a_traceback(caplog: pytest.LogCaptureFixture) -> None:
+def test_stopping_ends_what_is_under_way_without_a_traceback(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     with ExitStack() as stack, caplog.at_level(logging.INFO):
         with serving(engine(lambda question: "x" * 400, pause=0.05)) as (url, pool):
             body = json.dumps({"messages": ask("hi")}).encode()
@@ -497,25 +706,36 @@ def test_stopping_ends_what_is_under_way_without_a_traceback(caplog: pytest.LogC
             half.sendall(post_head("/chat/completions", body) + body[:10])
             whole.sendall(post_head("/chat/completions", body) + body)
             assert eventually(lambda: pool.load == 1)
-        assert half.recv(4096).startswith(b"HTTP/1.1 503") and whole.recv(4096).startswith(b"HTTP/1.1 200")
+        assert half.recv(4096).startswith(b"HTTP/1.1 503") and whole.recv(4096).startswith(
+            b"HTTP/1.1 200"
+        )
         assert pool.load == 0
     assert "Traceback" not in caplog.text and "Exception" not in caplog.text
 
 
-def test_a_stream_that_has_nothing_to_say_shows_that_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_that_has_nothing_to_say_shows_that_it_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(server_module, "PING_SECONDS", 0.1)
     with serving(engine(reply, pause=0.5)) as (url, _), httpx.Client(timeout=30) as client:
-        text = client.post(url + "/chat/completions", json={"messages": ask("hi"), "max_tokens": 2}).text
+        text = client.post(
+            url + "/chat/completions", json={"messages": ask("hi"), "max_tokens": 2}
+        ).text
         assert ": still here\n\n" in text and '"done": true' in text
 
 
 def test_a_client_that_stops_reading_loses_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "SEND_SECONDS", 0.3)
     flood = engine(lambda question: "x" * 400, sequence_len=512)
-    with serving(flood, max_tokens=400, model_name="z" * 100_000) as (url, pool), socket.socket() as client:
+    with (
+        serving(flood, max_tokens=400, model_name="z" * 100_000) as (url, pool),
+        socket.socket() as client,
+    ):
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         client.connect(("127.0.0.1", int(url.rpartition(":")[2])))
-        body = json.dumps({"messages": ask("hi"), "stream": True}).encode()  # every event repeats the model's long name
+        body = json.dumps(
+            {"messages": ask("hi"), "stream": True}
+        ).encode()  # every event repeats the model's long name
         client.sendall(post_head("/v1/chat/completions", body) + body)
         assert eventually(lambda: pool.served == 1) and eventually(lambda: idle(pool))
 
@@ -523,33 +743,56 @@ def test_a_client_that_stops_reading_loses_its_place(monkeypatch: pytest.MonkeyP
 def test_a_request_has_a_time_limit() -> None:
     slow = engine(lambda question: "x" * 400, pause=0.02)
     with serving(slow, request_seconds=0.3) as (url, pool):
-        *_, last = events(httpx.post(url + "/chat/completions", json={"messages": ask("hi")}, timeout=30))
+        *_, last = events(
+            httpx.post(url + "/chat/completions", json={"messages": ask("hi")}, timeout=30)
+        )
         assert last == {"done": True, "finish_reason": "timeout"}
         assert eventually(lambda: idle(pool))
 
 
-def test_an_engine_that_fails_answers_with_an_error_and_serves_the_next(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_engine_that_fails_answers_with_an_error_and_serves_the_next(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     def moody(question: str) -> str:
         if question == "secret boom":
             raise RuntimeError("out of memory, say")
         return "fine"
 
     with serving(engine(moody)) as (url, pool), caplog.at_level(logging.INFO):
-        assert httpx.post(url + "/v1/chat/completions", json={"messages": ask("secret boom")}).status_code == 500
-        (last,) = events(httpx.post(url + "/chat/completions", json={"messages": ask("secret boom")}))
+        assert (
+            httpx.post(
+                url + "/v1/chat/completions", json={"messages": ask("secret boom")}
+            ).status_code
+            == 500
+        )
+        (last,) = events(
+            httpx.post(url + "/chat/completions", json={"messages": ask("secret boom")})
+        )
         assert last["done"] and "failed" in last["error"]
-        assert httpx.post(url + "/v1/chat/completions", json={"messages": ask("hi")}).json()["choices"][0]["message"]["content"] == "fine"
+        assert (
+            httpx.post(url + "/v1/chat/completions", json={"messages": ask("hi")}).json()[
+                "choices"
+            ][0]["message"]["content"]
+            == "fine"
+        )
         assert eventually(lambda: idle(pool))
-    assert "out of memory, say" in caplog.text and "secret" not in caplog.text.replace('"secret boom"', "")
+    assert "out of memory, say" in caplog.text and "secret" not in caplog.text.replace(
+        '"secret boom"', ""
+    )
 
 
 def test_several_engines_share_the_load() -> None:
     slow = [engine(lambda question: "x" * 30, pause=0.01) for _ in range(2)]
     with serving(*slow, max_batch=1) as (url, pool), httpx.Client(timeout=30) as client:
-        with client.stream("POST", url + "/chat/completions", json={"messages": ask("hi")}) as first:
+        with client.stream(
+            "POST", url + "/chat/completions", json={"messages": ask("hi")}
+        ) as first:
             lines = first.iter_lines()
             assert '"gpu": 0' in next(lines)
-            assert '"gpu": 1' in client.post(url + "/chat/completions", json={"messages": ask("hi")}).text
+            assert (
+                '"gpu": 1'
+                in client.post(url + "/chat/completions", json={"messages": ask("hi")}).text
+            )
         assert client.get(url + "/stats").json()["served"] == 2
 
 
@@ -566,14 +809,18 @@ def test_what_a_request_does_not_name_is_the_operators_choice() -> None:
     assert [facts[name] for name in sampling] == [0.3, 7, 0.9, 5] and "top_p: facts.top_p" in page
 
 
-# ---- access ---------------------------------------------------------------------------------------------------------
+# ---- access --------------------------------------------------------------------------------------
 
 
 def test_health_and_stats(server: tuple[str, Any]) -> None:
     url, _ = server
     assert httpx.get(url + "/health").json() == {"status": "ok"}
     stats = httpx.get(url + "/stats").json()
-    assert stats["model"] == "zangchat-test" and stats["tokens"] > 0 and stats["workers"][0]["running"] == 0
+    assert (
+        stats["model"] == "zangchat-test"
+        and stats["tokens"] > 0
+        and stats["workers"][0]["running"] == 0
+    )
 
 
 def test_metrics_can_be_scraped(server: tuple[str, Any]) -> None:
@@ -583,35 +830,57 @@ def test_metrics_can_be_scraped(server: tuple[str, Any]) -> None:
     lines = [line for line in response.text.splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r'zangchat_[a-z_]+(\{gpu="0"\})? \d+\.0', line) for line in lines)
     numbers = dict(line.rsplit(" ", 1) for line in lines)
-    assert float(numbers["zangchat_requests_total"]) == pool.served and float(numbers['zangchat_tokens_total{gpu="0"}']) > 0
+    assert (
+        float(numbers["zangchat_requests_total"]) == pool.served
+        and float(numbers['zangchat_tokens_total{gpu="0"}']) > 0
+    )
 
 
 def test_an_api_key_guards_all_but_the_page() -> None:
     with serving(engine(reply), api_key="s3cret") as (url, _):
         assert httpx.get(url + "/").status_code == httpx.get(url + "/health").status_code == 200
         assert "s3cret" not in httpx.get(url + "/").text
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer é".encode()}):
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "Bearer é".encode()},
+        ):
             refused = httpx.get(url + "/v1/models", headers=headers)
             assert refused.status_code == 401 and "API key" in refused.json()["error"]["message"]
-        assert httpx.post(url + "/chat/completions", json={"messages": ask("hi")}).status_code == 401
-        assert httpx.get(url + "/v1/models", headers={"Authorization": "Bearer s3cret"}).status_code == 200
+        assert (
+            httpx.post(url + "/chat/completions", json={"messages": ask("hi")}).status_code == 401
+        )
+        assert (
+            httpx.get(url + "/v1/models", headers={"Authorization": "Bearer s3cret"}).status_code
+            == 200
+        )
 
 
 def test_other_sites_and_other_names_are_not_served(url: str) -> None:
     assert httpx.get(url + "/health", headers={"Host": "attacker.example"}).status_code == 400
     assert httpx.get(url + "/health", headers={"Host": "localhost:1234"}).status_code == 200
-    foreign = httpx.post(url + "/chat/completions", json={"messages": ask("hi")}, headers={"Origin": "http://attacker.example"})
+    foreign = httpx.post(
+        url + "/chat/completions",
+        json={"messages": ask("hi")},
+        headers={"Origin": "http://attacker.example"},
+    )
     assert foreign.status_code == 403
-    own = httpx.post(url + "/chat/completions", json={"messages": ask("hi")}, headers={"Origin": url})
+    own = httpx.post(
+        url + "/chat/completions", json={"messages": ask("hi")}, headers={"Origin": url}
+    )
     assert own.status_code == 200 and "access-control-allow-origin" not in own.headers
 
 
 def test_the_page_may_run_its_own_script_and_nothing_else(url: str) -> None:
     page = httpx.get(url + "/")
     policy = page.headers["content-security-policy"]
-    assert "default-src 'none'" in policy and "unsafe" not in policy and policy.count("'sha256-") == 2
+    assert (
+        "default-src 'none'" in policy and "unsafe" not in policy and policy.count("'sha256-") == 2
+    )
     assert "{{facts}}" not in page.text and "zangchat-test" in page.text
-    assert "http://" not in page.text.replace("http://www.w3.org", "") and "https://" not in page.text
+    assert (
+        "http://" not in page.text.replace("http://www.w3.org", "") and "https://" not in page.text
+    )
     assert page.headers["x-content-type-options"] == "nosniff"
     assert httpx.get(url + "/logo.svg").headers["content-type"] == "image/svg+xml"
 
@@ -631,7 +900,11 @@ def test_rendered_markdown_is_harmless(text: str, forbidden: str) -> None:
 
 
 def test_markdown_is_rendered_part_by_part() -> None:
-    parts = render_parts([{"type": "text", "text": "| a |\n|---|\n| `b` |\n"}, {"type": "python", "text": "*1*"}])
+    parts = render_parts(
+        [{"type": "text", "text": "| a |\n|---|\n| `b` |\n"}, {"type": "python", "text": "*1*"}]
+    )
     assert "<table>" in parts[0]["html"] and "<code>b</code>" in parts[0]["html"]
     assert parts[1] == {"type": "python", "text": "*1*"}
-    assert 'class="language-python"' in render_markdown("```python\nx\n")  # an unfinished block while it streams in
+    assert 'class="language-python"' in render_markdown(
+        "```python\nx\n"
+    )  # an unfinished block while it streams in

@@ -41,7 +41,13 @@ case "$*" in
 esac"""
 
 SCRIPTS = sorted(
-    {"speedrun.sh", "run1000.sh", ".ci/run", "dev/slurm.sbatch", *(str(path.relative_to(ROOT)) for path in (ROOT / "dev").glob("*.sh"))}
+    {
+        "speedrun.sh",
+        "run1000.sh",
+        ".ci/run",
+        "dev/slurm.sbatch",
+        *(str(path.relative_to(ROOT)) for path in (ROOT / "dev").glob("*.sh")),
+    }
 )
 
 
@@ -49,7 +55,14 @@ SCRIPTS = sorted(
 def checkout(tmp_path: Path) -> Path:
     """The files of the repository that setup.sh reads."""
     folder = tmp_path / "checkout"
-    for name in ("dev/setup.sh", "dev/machine.sh", "pyproject.toml", "requirements.lock", "rustbpe/Cargo.toml", "rustbpe/pyproject.toml"):
+    for name in (
+        "dev/setup.sh",
+        "dev/machine.sh",
+        "pyproject.toml",
+        "requirements.lock",
+        "rustbpe/Cargo.toml",
+        "rustbpe/pyproject.toml",
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     (folder / "rustbpe" / "src").mkdir()
@@ -74,8 +87,20 @@ class Setup:
 
     def run(self, *flags: str, **variables: str) -> tuple[int, str, list[str]]:
         self.record.write_text("", encoding="utf-8")
-        done = self.machine.run("bash", "dev/setup.sh", *flags, cwd=self.checkout, RECORD=str(self.record), UV=str(self.uv), **variables)
-        return done.returncode, done.stderr.replace("\x1b[1m[setup]\x1b[0m ", ""), self.record.read_text(encoding="utf-8").splitlines()
+        done = self.machine.run(
+            "bash",
+            "dev/setup.sh",
+            *flags,
+            cwd=self.checkout,
+            RECORD=str(self.record),
+            UV=str(self.uv),
+            **variables,
+        )
+        return (
+            done.returncode,
+            done.stderr.replace("\x1b[1m[setup]\x1b[0m ", ""),
+            self.record.read_text(encoding="utf-8").splitlines(),
+        )
 
 
 @pytest.fixture(params=["Linux", "Darwin"])
@@ -97,7 +122,10 @@ def test_bare_machine_is_set_up_once(setup):
     assert code == 0 and "ready: source .venv/bin/activate" in errors, errors
     assert any(call.startswith("pip") and "--target .uv uv" in call for call in calls)
     assert len(torch_installs(calls)) == 1
-    assert any("--extra norust" in call and "--no-sources" in call for call in calls) and "no cargo on the PATH" in errors
+    assert (
+        any("--extra norust" in call and "--no-sources" in call for call in calls)
+        and "no cargo on the PATH" in errors
+    )
     assert setup.run()[::2] == (0, [])
 
 
@@ -110,20 +138,35 @@ def test_missing_pip(setup):
 
 
 def test_unreachable_pip_index(linux):
-    linux.machine.install("python3", PYTHON.format(version="3.11", pip="true").replace('echo "pip', 'exit 1; echo "pip'))
+    linux.machine.install(
+        "python3",
+        PYTHON.format(version="3.11", pip="true").replace('echo "pip', 'exit 1; echo "pip'),
+    )
     code, errors, _ = linux.run()
-    assert code == 1 and "pip could not install uv: check the network (PIP_INDEX_URL names a mirror)" in errors
+    assert (
+        code == 1
+        and "pip could not install uv: check the network (PIP_INDEX_URL names a mirror)" in errors
+    )
 
 
 @pytest.mark.parametrize("version", ["3.8", "3.15"])
 def test_unsupported_python_is_replaced_by_uv(setup, version):
     setup.python("python3", version)
     code, errors, calls = setup.run()
-    assert code == 0 and f"Python {version} here, and zangchat needs 3.10 to 3.14: uv fetches Python 3.11" in errors
+    assert (
+        code == 0
+        and f"Python {version} here, and zangchat needs 3.10 to 3.14: uv fetches Python 3.11"
+        in errors
+    )
     assert any("venv" in call and "--python 3.11 .venv" in call for call in calls)
     shutil.rmtree(setup.checkout / ".venv")
     code, errors, _ = setup.run(NO_PYTHON="1")
-    assert code == 1 and "uv could not fetch Python 3.11: check the network (UV_PYTHON_INSTALL_MIRROR names a mirror)" in errors
+    assert (
+        code == 1
+        and "uv could not fetch Python 3.11: check the network (UV_PYTHON_INSTALL_MIRROR names a "
+        "mirror)"
+        in errors
+    )
     assert "or install Python 3.10 to 3.14, then run this again" in errors
 
 
@@ -139,7 +182,10 @@ def test_missing_python(setup):
 def test_broken_pyenv_shim_is_skipped(setup):
     setup.machine.install("python3.12", no_path("python3.12"))
     code, errors, calls = setup.run(PYTHON_VERSION="3.12")
-    assert code == 0 and "/bin/python3.12 does not run (if it is pyenv's: `pyenv global 3.12`" in errors
+    assert (
+        code == 0
+        and "/bin/python3.12 does not run (if it is pyenv's: `pyenv global 3.12`" in errors
+    )
     assert any(re.search(r"venv .*--python \S*/python3 ", call) for call in calls)
     for name in ("python3", "python"):
         setup.machine.install(name, no_path(name))
@@ -179,11 +225,17 @@ def test_old_or_broken_uv_is_not_used(linux):
         assert (linux.checkout / ".uv/bin/uv").exists()
 
 
-@pytest.mark.parametrize("system, free, enough", [("Linux", 2, False), ("Darwin", 2, False), ("Linux", 5, True)])
-def test_insufficient_disk_is_an_error_before_the_download(tmp_path, checkout, system, free, enough):
+@pytest.mark.parametrize(
+    "system, free, enough", [("Linux", 2, False), ("Darwin", 2, False), ("Linux", 5, True)]
+)
+def test_insufficient_disk_is_an_error_before_the_download(
+    tmp_path, checkout, system, free, enough
+):
     setup = Setup(tmp_path, checkout, system)
     line = f"/dev/disk 3 s1 100000000 1 {free * 10**9 // 1024} 99% /Volumes/My Disk"
-    setup.machine.install("df", f"echo Filesystem 1024-blocks Used Available Capacity Mounted on; echo '{line}'")
+    setup.machine.install(
+        "df", f"echo Filesystem 1024-blocks Used Available Capacity Mounted on; echo '{line}'"
+    )
     code, errors, calls = setup.run()
     if enough:  # enough for a CPU build
         assert code == 0
@@ -191,7 +243,9 @@ def test_insufficient_disk_is_an_error_before_the_download(tmp_path, checkout, s
         code, errors, calls = setup.run(INDEX="silent")
         assert "needs 6 GB of disk" in errors
     else:
-        assert re.search(r"needs 3 GB of disk, and \.venv has \d GB free: make room \(UV_CACHE_DIR moves", errors)
+        assert re.search(
+            r"needs 3 GB of disk, and \.venv has \d GB free: make room \(UV_CACHE_DIR moves", errors
+        )
     assert code == 1 and not torch_installs(calls)
 
 
@@ -206,8 +260,12 @@ def test_torch_build_depends_on_the_machine(linux, tmp_path):
     (linux.checkout / ".venv/torch").unlink()
     _, _, calls = linux.run()
     assert "--torch-backend=auto" in torch_installs(calls)[0]
-    assert any("pip uninstall" in call for call in calls), "uv takes another build of the version for good enough"
-    assert not any("--reinstall" in call for call in calls), "which downloads what uv has in its cache"
+    assert any("pip uninstall" in call for call in calls), (
+        "uv takes another build of the version for good enough"
+    )
+    assert not any("--reinstall" in call for call in calls), (
+        "which downloads what uv has in its cache"
+    )
     assert linux.run()[2] == []
     (linux.machine.bin / "nvidia-smi").unlink()
     assert linux.run()[2] == [], "a build for GPUs runs on a CPU"
@@ -228,7 +286,10 @@ def test_broken_driver_is_reported(linux):
 
 def test_silent_index_falls_back_to_the_ordinary_build(linux):
     code, errors, calls = linux.run(INDEX="silent")
-    assert code == 0 and "PyTorch's index does not answer: taking the ordinary build from PyPI" in errors
+    assert (
+        code == 0
+        and "PyTorch's index does not answer: taking the ordinary build from PyPI" in errors
+    )
     assert "--torch-backend" not in torch_installs(calls)[0]
 
 
@@ -238,14 +299,19 @@ def test_slow_link_does_not_cause_a_larger_download(linux):
     assert len(torch_installs(calls)) == 1 and torch_installs(calls)[0].endswith("timeout=default")
     assert "--quiet" not in torch_installs(calls)[0], "uv shows how far it is"
     assert "the download broke off" in errors
-    assert "timeout" not in re.sub(r"#.*", "", text_of("dev/setup.sh")).replace("UV_HTTP_TIMEOUT", "")
+    assert "timeout" not in re.sub(r"#.*", "", text_of("dev/setup.sh")).replace(
+        "UV_HTTP_TIMEOUT", ""
+    )
 
 
 def test_driver_too_old_for_every_build_is_reported(linux):
     linux.machine.install("nvidia-smi", nvidia_smi(gpus(0), driver="470.82.01"))
     code, errors, calls = linux.run(INDEX="old")
     assert code == 1 and not torch_installs(calls)
-    assert f"no torch {TORCH} for 'auto' on this machine (driver 470.82.01): update the driver, or TORCH_BACKEND=cpu" in errors
+    assert (
+        f"no torch {TORCH} for 'auto' on this machine (driver 470.82.01): update the driver, or "
+        "TORCH_BACKEND=cpu" in errors
+    )
 
 
 @pytest.mark.parametrize("backend", ["pypi", "cu128"])
@@ -261,8 +327,14 @@ def test_torch_build_can_be_chosen(linux, backend):
 @pytest.mark.parametrize(
     "cargo, reason",
     [
-        ("echo 'cargo 1.84.1 (66221abde 2024-11-19)'", "cargo 1.84.1 (66221abde 2024-11-19) is older than 1.85, which the crate needs:"),
-        ("echo 'error: no default toolchain'; exit 1", "cargo does not run: error: no default toolchain"),
+        (
+            "echo 'cargo 1.84.1 (66221abde 2024-11-19)'",
+            "cargo 1.84.1 (66221abde 2024-11-19) is older than 1.85, which the crate needs:",
+        ),
+        (
+            "echo 'error: no default toolchain'; exit 1",
+            "cargo does not run: error: no default toolchain",
+        ),
         ("echo 'cargo 1.85.0 (d73d2caf9 2024-12-31)'", ""),
         ("echo 'cargo 2.1.0'", ""),
     ],
@@ -272,7 +344,11 @@ def test_unsuitable_cargo_is_reported(setup, cargo, reason):
     code, errors, calls = setup.run()
     assert code == 0
     if reason:
-        assert reason in errors and any("--extra norust" in call for call in calls) and "maturin" not in calls
+        assert (
+            reason in errors
+            and any("--extra norust" in call for call in calls)
+            and "maturin" not in calls
+        )
     else:
         assert "maturin" in calls and "could not be built" not in errors
     setup.machine.install("cargo", "echo 'cargo 1.99.0'")  # rustup update
@@ -297,7 +373,21 @@ def count(machine: Machine, **variables: str) -> list[str]:
     return done.stdout.split("\n")[:4]
 
 
-VISIBLE = [None, "", "-1", "0", "1,0", "0,1,2", "7", "0,7,1", "0,-1,1", "0,0", " 1 , 0", "1gpu2", "x"]
+VISIBLE = [
+    None,
+    "",
+    "-1",
+    "0",
+    "1,0",
+    "0,1,2",
+    "7",
+    "0,7,1",
+    "0,-1,1",
+    "0,0",
+    " 1 , 0",
+    "1gpu2",
+    "x",
+]
 VISIBLE += ["GPU-0a5", "GPU-1,GPU-0", "GPU-", "GPU-7", "GPU-1,0", "GPU-1a,GPU-1a5", "0,GPU-1"]
 
 
@@ -311,7 +401,9 @@ def test_gpus_are_counted_as_torch_counts_them(tmp_path, monkeypatch, visible):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    number, _, _, problem = count(machine, **({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}))
+    number, _, _, problem = count(
+        machine, **({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+    )
     assert int(number) == torch.cuda._device_count_nvml()
     assert problem == ("" if int(number) else f"CUDA_VISIBLE_DEVICES={visible} hides them")
 
@@ -334,7 +426,10 @@ def test_gpus_are_counted_as_torch_counts_them(tmp_path, monkeypatch, visible):
 def test_mig_instances_are_not_counted_as_gpus(tmp_path, migs, visible, expected):
     machine = Machine(tmp_path)
     machine.install("nvidia-smi", nvidia_smi(gpus(*migs)))
-    assert count(machine, **({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}))[:3] == expected
+    assert (
+        count(machine, **({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}))[:3]
+        == expected
+    )
 
 
 def test_missing_gpu_has_a_reason(tmp_path):
@@ -379,7 +474,11 @@ def mac(tmp_path):
     def run(script: str, *arguments: str, **variables: str):
         record = tmp_path / "record"
         record.write_text("")
-        variables = {"RECORD": str(record), "ZANGCHAT_BASE_DIR": str(tmp_path / "base"), **variables}
+        variables = {
+            "RECORD": str(record),
+            "ZANGCHAT_BASE_DIR": str(tmp_path / "base"),
+            **variables,
+        }
         done = machine.run("bash", script, *arguments, cwd=folder, **variables)
         return done, record.read_text().splitlines()
 
@@ -401,28 +500,43 @@ def mac(tmp_path):
 )
 def test_every_script_runs_with_macos_tools(mac, script, variables, last):
     mac.base.mkdir()
-    (mac.base / "runcpu.plan").write_text("# a plan\nBASE_STEPS=1\nMID_STEPS=1\nSFT_STEPS=1\nRL_STEPS=1\n")
+    (mac.base / "runcpu.plan").write_text(
+        "# a plan\nBASE_STEPS=1\nMID_STEPS=1\nSFT_STEPS=1\nRL_STEPS=1\n"
+    )
     if "PATH" in variables:
         variables = {"PATH": f"{mac.folder}/.venv/bin:{mac.machine.bin}"}
     done, calls = mac(*script.split(), **variables)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert last in calls[-1] and "illegal option" not in done.stderr and "command not found" not in done.stderr
+    assert (
+        last in calls[-1]
+        and "illegal option" not in done.stderr
+        and "command not found" not in done.stderr
+    )
 
 
 def test_macos_without_a_gpu_is_pointed_to_runcpu(mac):
     for script in ("speedrun.sh", "run1000.sh", "dev/rungpu.sh"):
         done, calls = mac(script)
-        assert done.returncode == 2 and "No GPU found (nvidia-smi is not installed)" in done.stderr and not calls
+        assert (
+            done.returncode == 2
+            and "No GPU found (nvidia-smi is not installed)" in done.stderr
+            and not calls
+        )
     done, _ = mac("speedrun.sh", DRY_RUN="1")
     assert done.returncode == 0 and "python -m scripts.tok_eval\n" in done.stdout
 
 
 def test_runcpu_uses_the_cpu_if_torch_cannot_use_the_gpu(mac):
     mac.base.mkdir()
-    (mac.base / "runcpu.plan").write_text("# a plan\nBASE_STEPS=1\nMID_STEPS=1\nSFT_STEPS=1\nRL_STEPS=1\n")
+    (mac.base / "runcpu.plan").write_text(
+        "# a plan\nBASE_STEPS=1\nMID_STEPS=1\nSFT_STEPS=1\nRL_STEPS=1\n"
+    )
     mac.machine.install("nvidia-smi", nvidia_smi(gpus(0), driver="470.82.01"))
     done, calls = mac("dev/runcpu.sh")
-    assert done.returncode == 0 and "error: torch cannot use it\nThis run computes on the CPU.\n" in done.stderr
+    assert (
+        done.returncode == 0
+        and "error: torch cannot use it\nThis run computes on the CPU.\n" in done.stderr
+    )
     assert {call.rpartition("cuda=")[2] for call in calls[1:]} == {"-1"}
 
 
@@ -468,7 +582,9 @@ def test_possibly_empty_arrays_are_guarded(name):
 def test_shellcheck_finds_nothing():
     if not shutil.which("shellcheck"):
         pytest.skip("no shellcheck here")
-    done = subprocess.run(["shellcheck", "-x", *SCRIPTS], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["shellcheck", "-x", *SCRIPTS], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -483,18 +599,32 @@ def test_uv_sync_installs_the_same_torch_and_the_crate():
         assert f"torch=={TORCH}" in project["project"]["optional-dependencies"][extra]
     uv = project["tool"]["uv"]
     assert project["dependency-groups"][uv["default-groups"][0]] == ["rustbpe"]
-    assert tomllib.loads(text_of(f"{uv['sources']['rustbpe']['path']}/pyproject.toml"))["project"]["name"] == "rustbpe"
+    assert (
+        tomllib.loads(text_of(f"{uv['sources']['rustbpe']['path']}/pyproject.toml"))["project"][
+            "name"
+        ]
+        == "rustbpe"
+    )
     assert "uv.lock" in text_of(".gitignore").split()
 
 
 @pytest.mark.parametrize("name", READMES)
 def test_readmes_name_the_mirrors_and_untested_platforms(name):
     text = text_of(name)
-    assert any(all(word in line for word in ("UV_DEFAULT_INDEX", "PIP_INDEX_URL", "HF_ENDPOINT")) for line in text.splitlines())
+    assert any(
+        all(word in line for word in ("UV_DEFAULT_INDEX", "PIP_INDEX_URL", "HF_ENDPOINT"))
+        for line in text.splitlines()
+    )
     assert "`uv sync --extra gpu`" in text
-    assert any("MPS" in line or "macOS" in line for line in text.split("\n\n") if "**untested on real hardware**" in line or "真机" in line)
+    assert any(
+        "MPS" in line or "macOS" in line
+        for line in text.split("\n\n")
+        if "**untested on real hardware**" in line or "真机" in line
+    )
 
 
 def test_ci_has_a_job_on_macos():
     jobs = yaml.safe_load(text_of(".github/workflows/ci.yml"))["jobs"]
-    assert any(str(job["os"]).startswith("macos-") for job in jobs["test"]["strategy"]["matrix"]["include"])
+    assert any(
+        str(job["os"]).startswith("macos-") for job in jobs["test"]["strategy"]["matrix"]["include"]
+    )

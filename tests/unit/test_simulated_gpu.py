@@ -34,12 +34,16 @@ def make_model(depth: int, dtype: torch.dtype = torch.bfloat16) -> GPT:
 
 def train(usage: Usage, model: GPT, rows: int, **settings: Any) -> int:
     """Take two steps of two passes each, like the trainer; return the second's peak in bytes."""
-    optimizer = build_optimizer(model, embedding_lr=0.3, unembedding_lr=0.01, matrix_lr=0.02, **settings)
+    optimizer = build_optimizer(
+        model, embedding_lr=0.3, unembedding_lr=0.01, matrix_lr=0.02, **settings
+    )
     for _ in range(2):  # the second step has the optimizer's state, its second pass has gradients
         usage.peak = usage.now
         with model.cast_once():
             for last in (False, True):
-                tokens = torch.zeros(rows, model.config.sequence_len, dtype=torch.int64, device=DEVICE)
+                tokens = torch.zeros(
+                    rows, model.config.sequence_len, dtype=torch.int64, device=DEVICE
+                )
                 losses = [model(tokens, tokens)]
                 if last:
                     optimizer.last_pass()
@@ -75,12 +79,16 @@ def test_simulation_has_no_values_and_one_device() -> None:
         pytest.param(32, 2, torch.bfloat16, True, marks=pytest.mark.slow),
     ],
 )
-def test_training_step_never_waits_and_uses_the_predicted_memory(depth: int, rows: int, dtype: torch.dtype, grad_checkpoint: bool) -> None:
+def test_training_step_never_waits_and_uses_the_predicted_memory(
+    depth: int, rows: int, dtype: torch.dtype, grad_checkpoint: bool
+) -> None:
     with simulated_gpu() as usage:
         model = make_model(depth, dtype)
         model.grad_checkpoint = grad_checkpoint
         taken = train(usage, model, rows)
-    foreseen = memory_estimate(gpt_config(depth), rows, dtype=str(dtype), grad_checkpoint=grad_checkpoint)
+    foreseen = memory_estimate(
+        gpt_config(depth), rows, dtype=str(dtype), grad_checkpoint=grad_checkpoint
+    )
     assert foreseen["total"] == pytest.approx(taken, rel=0.03), foreseen
 
 
@@ -88,7 +96,9 @@ def test_training_step_never_waits_and_uses_the_predicted_memory(depth: int, row
 def test_other_optimizers_use_the_predicted_memory(optimizer: str) -> None:
     with simulated_gpu() as usage:
         taken = train(usage, make_model(12), 2, kind=optimizer)
-    assert memory_estimate(gpt_config(12), 2, optimizer=optimizer)["total"] == pytest.approx(taken, rel=0.03)
+    assert memory_estimate(gpt_config(12), 2, optimizer=optimizer)["total"] == pytest.approx(
+        taken, rel=0.03
+    )
 
 
 @pytest.fixture
@@ -103,7 +113,9 @@ def eight_ranks() -> Iterator[None]:
 def test_one_of_eight_ranks_uses_the_predicted_memory(comm_dtype: torch.dtype) -> None:
     with simulated_gpu() as usage:
         taken = train(usage, make_model(12), 8, world_size=8, comm_dtype=comm_dtype)
-    foreseen = memory_estimate(gpt_config(12), 8, world_size=8, grad_comm_dtype=str(comm_dtype).removeprefix("torch."))
+    foreseen = memory_estimate(
+        gpt_config(12), 8, world_size=8, grad_comm_dtype=str(comm_dtype).removeprefix("torch.")
+    )
     assert foreseen["total"] == pytest.approx(taken, rel=0.03), foreseen
 
 
@@ -122,7 +134,11 @@ def test_inference_never_waits_for_the_gpu() -> None:
 
     Waiting during a capture is an error.
     """
-    requests = [Request([1], temperature=0), Request([1], top_k=50, top_p=0.9), Request([1], top_k=None, top_p=0.9, min_p=0.1)]
+    requests = [
+        Request([1], temperature=0),
+        Request([1], top_k=50, top_p=0.9),
+        Request([1], top_k=None, top_p=0.9, min_p=0.1),
+    ]
     requests.append(Request([1], top_k=None, repetition_penalty=1.2))
     with simulated_gpu(), torch.inference_mode():
         model = InferenceGPT(make_model(12))
@@ -134,6 +150,10 @@ def test_inference_never_waits_for_the_gpu() -> None:
         tokens = sampler(logits[:, 0], [0.5] * 4)
         assert tokens.shape == (4,) and tokens.device == DEVICE
         sampler.mark_seen(tokens[:, None])
-        for rows in (cache.fixed_rows(prompts[:, 0], 512), cache.rows(0, 4), cache.rows(0, 4, [2, 2])):
+        for rows in (
+            cache.fixed_rows(prompts[:, 0], 512),
+            cache.rows(0, 4),
+            cache.rows(0, 4, [2, 2]),
+        ):
             logits = model(tokens[:, None], kv_cache=rows)
             assert logits.shape == (4, 1, 65536) and logits.device == DEVICE

@@ -1,4 +1,6 @@
-"""Scoring tasks with a model: letters, generated answers, pass@k; and that batches and ranks change nothing."""
+"""Scoring tasks with a model: letters, generated answers, pass@k; and that batches and ranks change
+nothing.
+"""
 
 import json
 import threading
@@ -24,7 +26,10 @@ def special(name: str) -> int:
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return Engine(lively_model(TOKENIZER.get_vocab_size(), CONTEXT, n_layer=2, n_embd=32, seed=5).eval(), TOKENIZER)
+    return Engine(
+        lively_model(TOKENIZER.get_vocab_size(), CONTEXT, n_layer=2, n_embd=32, seed=5).eval(),
+        TOKENIZER,
+    )
 
 
 class Choices(Task):
@@ -62,7 +67,7 @@ def verdicts(result: TaskResult) -> list[tuple[int, list[str], list[bool]]]:
     return [(item.index, item.completions, item.verdicts) for item in result.items]
 
 
-# ---- categorical ----------------------------------------------------------------------------------------------------
+# ---- categorical ---------------------------------------------------------------------------------
 
 
 def test_the_chosen_letter_is_the_likeliest_of_the_plain_forward_pass(engine):
@@ -70,9 +75,13 @@ def test_the_chosen_letter_is_the_likeliest_of_the_plain_forward_pass(engine):
     for item in evaluate_task(engine, task).items:
         conversation = task[item.index]
         with torch.no_grad():
-            logits = engine.model(torch.tensor([TOKENIZER.render_for_completion(conversation)]))[0, -1]
+            logits = engine.model(torch.tensor([TOKENIZER.render_for_completion(conversation)]))[
+                0, -1
+            ]
         best = max(conversation["letters"], key=lambda letter: float(logits[ord(letter)]))
-        assert item.completions == [best] and item.verdicts == [best == conversation["messages"][-1]["content"]]
+        assert item.completions == [best] and item.verdicts == [
+            best == conversation["messages"][-1]["content"]
+        ]
 
 
 def test_a_choice_must_be_one_token(engine):
@@ -83,10 +92,12 @@ def test_a_choice_must_be_one_token(engine):
 def test_a_question_longer_than_the_context_keeps_its_end(engine):
     prompt = TOKENIZER.render_for_completion(chat("y" * 300, ""))
     kept = [prompt[0], *prompt[-(CONTEXT - 1) :]]
-    assert task_eval.letter_choices(engine, [prompt], [["A", "B"]]) == task_eval.letter_choices(engine, [kept], [["A", "B"]])
+    assert task_eval.letter_choices(engine, [prompt], [["A", "B"]]) == task_eval.letter_choices(
+        engine, [kept], [["A", "B"]]
+    )
 
 
-# ---- generative -----------------------------------------------------------------------------------------------------
+# ---- generative ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("task", [Choices(), Vowels()], ids=["categorical", "generative"])
@@ -96,7 +107,9 @@ def test_the_batch_changes_nothing(engine, task):
     assert [item.index for item in whole.items] == list(range(len(task)))
     assert 0 < whole.accuracy < 1
     for batch_size in (1, 5):
-        assert verdicts(evaluate_task(engine, task, batch_size=batch_size, **settings)) == verdicts(whole)
+        assert verdicts(evaluate_task(engine, task, batch_size=batch_size, **settings)) == verdicts(
+            whole
+        )
 
 
 @pytest.mark.parametrize("task", [Choices(), Vowels()], ids=["categorical", "generative"])
@@ -162,7 +175,7 @@ def test_pass_at_k():
         result.pass_at(5)
 
 
-# ---- what the model wrote -------------------------------------------------------------------------------------------
+# ---- what the model wrote ------------------------------------------------------------------------
 
 
 def test_tool_calls_and_their_output_become_parts():
@@ -190,12 +203,24 @@ def test_output_that_the_model_made_up_is_neither_tool_use_nor_an_answer():
     ]
     parts = completion_parts(TOKENIZER, [*forged, *TOKENIZER.encode("so")], [1] * (len(forged) + 2))
     assert not tool_used(parts) and visible_text(parts) == "so"
-    assert not tool_used(completion_parts(TOKENIZER, TOKENIZER.encode("<|python_start|>1<|output_start|>1"), [1] * 34))
+    assert not tool_used(
+        completion_parts(
+            TOKENIZER, TOKENIZER.encode("<|python_start|>1<|output_start|>1"), [1] * 34
+        )
+    )
 
 
 def test_the_engine_answers_real_calls(engine):
-    """The whole way: a model that always writes one tool call gets its output, and the verdict sees it."""
-    script = [special("python_start"), *TOKENIZER.encode("2*3"), special("python_end"), *TOKENIZER.encode("6"), special("assistant_end")]
+    """The whole way: a model that always writes one tool call gets its output, and the verdict sees
+    it.
+    """
+    script = [
+        special("python_start"),
+        *TOKENIZER.encode("2*3"),
+        special("python_end"),
+        *TOKENIZER.encode("6"),
+        special("assistant_end"),
+    ]
 
     class Scripted(torch.nn.Module):
         config, compute_dtype = engine.model.config, torch.float32
@@ -203,7 +228,9 @@ def test_the_engine_answers_real_calls(engine):
         def get_device(self) -> torch.device:
             return torch.device("cpu")
 
-        def forward(self, idx: torch.Tensor, kv_cache: Any = None, logits_at: Any = None) -> torch.Tensor:
+        def forward(
+            self, idx: torch.Tensor, kv_cache: Any = None, logits_at: Any = None
+        ) -> torch.Tensor:
             logits = torch.zeros(idx.size(0), 1, self.config.vocab_size)
             for row, position in enumerate(kv_cache.positions.tolist()):
                 said = position - self.prompt + 1 if position else 0
@@ -225,14 +252,23 @@ def test_the_engine_answers_real_calls(engine):
     model = Scripted()
     model.prompt = len(TOKENIZER.render_for_completion(Product()[0]))
     result = evaluate_task(Engine(model, TOKENIZER), Product())  # type: ignore[arg-type]
-    assert result.items[0].completions == ["<|python_start|>2*3<|python_end|><|output_start|>6<|output_end|>6"]
+    assert result.items[0].completions == [
+        "<|python_start|>2*3<|python_end|><|output_start|>6<|output_end|>6"
+    ]
     assert result.accuracy == 1
 
 
 def test_one_line_per_problem_for_people_to_read(engine, tmp_path):
     result = evaluate_task(engine, Vowels(), max_problems=4, max_new_tokens=3)
     result.write(tmp_path / "new" / "vowels.jsonl")
-    rows = [json.loads(line) for line in (tmp_path / "new" / "vowels.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "new" / "vowels.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [row["index"] for row in rows] == [0, 1, 2, 3]
-    assert rows[1]["prompt"] == "say something x" and rows[1]["expected"] == "ok" and rows[1]["passed"] == any(rows[1]["verdicts"])
+    assert (
+        rows[1]["prompt"] == "say something x"
+        and rows[1]["expected"] == "ok"
+        and rows[1]["passed"] == any(rows[1]["verdicts"])
+    )
     assert all(len(row["completions"]) == 1 for row in rows)

@@ -12,12 +12,31 @@ import pytest
 
 from tasks import common, registry
 from tasks.arc import ARC
-from tasks.common import MissingData, TableRows, Task, TaskMixture, TaskSequence, chat, last_number, render_mc, tool_used, visible_text
+from tasks.common import (
+    MissingData,
+    TableRows,
+    Task,
+    TaskMixture,
+    TaskSequence,
+    chat,
+    last_number,
+    render_mc,
+    tool_used,
+    visible_text,
+)
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K, answer_parts, final_number
 from tasks.humaneval import HumanEval, extract_code
 from tasks.mmlu import MMLU
-from tasks.registry import REGISTRY, Entry, build_mixture, held_out_conversations, load_task, parse_mixture, training_conversations
+from tasks.registry import (
+    REGISTRY,
+    Entry,
+    build_mixture,
+    held_out_conversations,
+    load_task,
+    parse_mixture,
+    training_conversations,
+)
 from tasks.smoltalk import SmolTalk
 from tests.hub.rows import write_rows
 from tests.util import ByteTokenizer
@@ -64,7 +83,7 @@ def no_hub(monkeypatch):
     return asked
 
 
-# ---- the protocol ---------------------------------------------------------------------------------------------------
+# ---- the protocol --------------------------------------------------------------------------------
 
 
 def test_a_task_is_a_sequence():
@@ -79,7 +98,11 @@ def test_a_task_is_a_sequence():
 def test_slices_compose_like_those_of_a_list():
     plain = list(range(30))
     for start, stop, step in ((0, None, 1), (3, 20, 1), (5, 25, 4), (0, 99, 7)):
-        task = Numbers(30, start=start, stop=stop, step=step) if stop else Numbers(30, start=start, step=step)
+        task = (
+            Numbers(30, start=start, stop=stop, step=step)
+            if stop
+            else Numbers(30, start=start, step=step)
+        )
         expected = plain[start:stop:step]
         assert questions(task) == [str(i) for i in expected]
         assert questions(task[1:6]) == [str(i) for i in expected[1:6]]
@@ -112,7 +135,9 @@ def test_a_task_that_lacks_a_method_says_which():
             self.data: list[Any] = []
 
     for use in (len, lambda task: task[0]):
-        with pytest.raises(NotImplementedError, match="MyTask must define num_examples.*get_example"):
+        with pytest.raises(
+            NotImplementedError, match="MyTask must define num_examples.*get_example"
+        ):
             use(MyTask())
 
 
@@ -120,14 +145,22 @@ def test_a_mixture_holds_everything_once_in_one_fixed_shuffled_order():
     parts = [Numbers(40), Numbers(25, start=5)]
     mixture = TaskMixture(parts)
     assert Counter(questions(mixture)) == Counter(questions(parts[0]) + questions(parts[1]))
-    assert questions(mixture) == questions(TaskMixture(parts)) != questions(TaskMixture(parts, seed=7))
+    assert (
+        questions(mixture) == questions(TaskMixture(parts)) != questions(TaskMixture(parts, seed=7))
+    )
     assert questions(mixture)[:40] != questions(parts[0])
     assert Counter(questions(TaskMixture([parts[0], parts[0]]))) == Counter(questions(parts[0]) * 2)
     assert questions(mixture[10:20]) == questions(mixture)[10:20]
 
 
 def test_a_sequence_keeps_the_order():
-    assert questions(TaskSequence([Numbers(3), Numbers(0), Numbers(2)])) == ["0", "1", "2", "0", "1"]
+    assert questions(TaskSequence([Numbers(3), Numbers(0), Numbers(2)])) == [
+        "0",
+        "1",
+        "2",
+        "0",
+        "1",
+    ]
     with pytest.raises(IndexError):
         TaskSequence([Numbers(3)])[3]
 
@@ -153,13 +186,21 @@ def test_what_counts_as_tool_use_and_as_words():
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("it is 3.", 3), ("1,234.5 of 7", 7), ("1,234.5", 1234.5), ("-4", -4), ("none", None), ("2 then 10", 10), ("3 apples, 4.", 4)],
+    [
+        ("it is 3.", 3),
+        ("1,234.5 of 7", 7),
+        ("1,234.5", 1234.5),
+        ("-4", -4),
+        ("none", None),
+        ("2 then 10", 10),
+        ("3 apples, 4.", 4),
+    ],
 )
 def test_the_last_number_of_a_text(text, number):
     assert last_number(text) == number
 
 
-# ---- registry and mixtures ------------------------------------------------------------------------------------------
+# ---- registry and mixtures -----------------------------------------------------------------------
 
 
 def test_names_are_found_whatever_their_case():
@@ -212,10 +253,22 @@ class Capitals(Task):
 
 
 def test_a_mixture_is_written_as_names_and_numbers():
-    assert parse_mixture("pydocs:1, identity:4,spellingbee:4000") == [("pydocs", 1.0), ("identity", 4.0), ("spellingbee", 4000.0)]
+    assert parse_mixture("pydocs:1, identity:4,spellingbee:4000") == [
+        ("pydocs", 1.0),
+        ("identity", 4.0),
+        ("spellingbee", 4000.0),
+    ]
     assert parse_mixture("identity") == [("identity", 1.0)]
     assert parse_mixture("C:\\chats.jsonl:2") == [("C:\\chats.jsonl", 2.0)]
-    for wrong in ("identity:x", "identity:0", "identity:-1", "identity:inf", "identity:nan", "spellingbee:1e15", "a.jsonl:"):
+    for wrong in (
+        "identity:x",
+        "identity:0",
+        "identity:-1",
+        "identity:inf",
+        "identity:nan",
+        "spellingbee:1e15",
+        "a.jsonl:",
+    ):
         with pytest.raises(UserError, match="--mixture"):
             parse_mixture(wrong)
     with pytest.raises(UserError, match="empty"):
@@ -251,10 +304,18 @@ def test_a_mixture_never_shrinks_because_data_is_missing(base_dir):
         build_mixture("humaneval:1")
 
 
-# ---- data from outside ----------------------------------------------------------------------------------------------
+# ---- data from outside ---------------------------------------------------------------------------
 
-ARC_ROW = {"id": "x", "question": "Which?", "choices": {"text": ["one", "two", "three"], "label": ["1", "2", "3"]}, "answerKey": "2"}
-GSM_ROW = {"question": "How many?", "answer": "He has 48/2 = <<48/2=24>>24, so 24+1,000=<<24+1000=1024>>1,024.\n#### 1,024"}
+ARC_ROW = {
+    "id": "x",
+    "question": "Which?",
+    "choices": {"text": ["one", "two", "three"], "label": ["1", "2", "3"]},
+    "answerKey": "2",
+}
+GSM_ROW = {
+    "question": "How many?",
+    "answer": "He has 48/2 = <<48/2=24>>24, so 24+1,000=<<24+1000=1024>>1,024.\n#### 1,024",
+}
 
 
 def test_local_files_are_read_before_the_hub_is_asked(base_dir, no_hub):
@@ -265,7 +326,15 @@ def test_local_files_are_read_before_the_hub_is_asked(base_dir, no_hub):
     put(
         base_dir,
         "smoltalk/train.parquet",
-        [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "source": "x"}],
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b"},
+                ],
+                "source": "x",
+            }
+        ],
     )
     assert [len(GSM8K(split=split)) for split in ("train", "test")] == [3, 2]
     assert len(ARC("ARC-Challenge", "test")) == len(HumanEval()) == len(SmolTalk()) == 1
@@ -277,19 +346,33 @@ def test_local_files_are_read_before_the_hub_is_asked(base_dir, no_hub):
     ("task", "asked", "path"),
     [
         (GSM8K(split="train"), ("openai/gsm8k", "main", "train"), "gsm8k/main/train.parquet"),
-        (MMLU(split="train"), ("cais/mmlu", "all", "auxiliary_train"), "mmlu/all/auxiliary_train.parquet"),
+        (
+            MMLU(split="train"),
+            ("cais/mmlu", "all", "auxiliary_train"),
+            "mmlu/all/auxiliary_train.parquet",
+        ),
         (MMLU(split="test"), ("cais/mmlu", "all", "test"), "mmlu/all/test.parquet"),
-        (ARC("ARC-Easy", "train"), ("allenai/ai2_arc", "ARC-Easy", "train"), "ai2_arc/ARC-Easy/train.parquet"),
+        (
+            ARC("ARC-Easy", "train"),
+            ("allenai/ai2_arc", "ARC-Easy", "train"),
+            "ai2_arc/ARC-Easy/train.parquet",
+        ),
         (HumanEval(), ("openai/openai_humaneval", "", "test"), "openai_humaneval/test.parquet"),
         (SmolTalk(), ("HuggingFaceTB/smol-smoltalk", "", "train"), "smoltalk/train.parquet"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_without_a_file_the_hub_is_asked_and_without_the_hub_it_is_said_what_to_download(base_dir, no_hub, task, asked, path):
+def test_without_a_file_the_hub_is_asked_and_without_the_hub_it_is_said_what_to_download(
+    base_dir, no_hub, task, asked, path
+):
     with pytest.raises(MissingData) as told:
         len(task)
     assert no_hub == [asked]
-    assert str(base_dir / "tasks" / path) in str(told.value) and asked[0] in str(told.value) and "offline" in str(told.value)
+    assert (
+        str(base_dir / "tasks" / path) in str(told.value)
+        and asked[0] in str(told.value)
+        and "offline" in str(told.value)
+    )
 
 
 def test_a_hub_that_cannot_be_reached_is_not_asked_for_each_dataset(base_dir, no_hub, monkeypatch):
@@ -318,7 +401,9 @@ def test_arc_keeps_the_letters_of_each_question(base_dir):
     put(base_dir, "ai2_arc/ARC-Easy/test.jsonl", [ARC_ROW])
     task = ARC("ARC-Easy", "test")
     conversation = task[0]
-    assert conversation["letters"] == ["1", "2", "3"] and conversation["messages"][1]["content"] == "2"
+    assert (
+        conversation["letters"] == ["1", "2", "3"] and conversation["messages"][1]["content"] == "2"
+    )
     assert task.evaluate(conversation, "2") and not task.evaluate(conversation, "1")
     put(base_dir, "ai2_arc/ARC-Easy/test.jsonl", [{**ARC_ROW, "answerKey": "B"}])
     with pytest.raises(UserError, match="answerKey 'B'"):
@@ -361,12 +446,50 @@ def test_gsm8k_compares_numbers_behind_the_mark(base_dir, said, right):
 @pytest.mark.parametrize(
     ("said", "number"),
     [
-        *(("#### $1,000", 1000), ("#### $1,000.", 1000), ("#### **18**", 18), ("#### **$18**.", 18), ("####\n18", 18), ("#### 18%", 18)),
-        *(("#### \u22123", -3), ("#### -$3", -3), ("#### $-3", -3), ("#### +5", 5), ("#### \u20131,200.50", -1200.5)),
-        *(("#### \\boxed{18}", 18), ("#### $\\boxed{1,018}$", 1018), ("#### \\(18\\)", 18), ("#### \\$18", 18), ("#### `18`", 18)),
-        *(("#### 1 000", 1000), ("#### 1\u202f000\u202f000", 1000000), ("#### 18 dollars", 18), ("#### 18 300", 18300), ("#### 5.0", 5)),
-        *(("#### １８", 18), ("#### 7 #### eight", 7), ("#### €1,000.5", 1000.5), ("#### 12 34", 12), ("#### 1,2,3", 123)),
-        *(("18", None), ("#### eighteen", None), ("#### ", None), ("####", None), ("#### -", None), ("#### the answer is 18", None)),
+        *(
+            ("#### $1,000", 1000),
+            ("#### $1,000.", 1000),
+            ("#### **18**", 18),
+            ("#### **$18**.", 18),
+            ("####\n18", 18),
+            ("#### 18%", 18),
+        ),
+        *(
+            ("#### \u22123", -3),
+            ("#### -$3", -3),
+            ("#### $-3", -3),
+            ("#### +5", 5),
+            ("#### \u20131,200.50", -1200.5),
+        ),
+        *(
+            ("#### \\boxed{18}", 18),
+            ("#### $\\boxed{1,018}$", 1018),
+            ("#### \\(18\\)", 18),
+            ("#### \\$18", 18),
+            ("#### `18`", 18),
+        ),
+        *(
+            ("#### 1 000", 1000),
+            ("#### 1\u202f000\u202f000", 1000000),
+            ("#### 18 dollars", 18),
+            ("#### 18 300", 18300),
+            ("#### 5.0", 5),
+        ),
+        *(
+            ("#### １８", 18),
+            ("#### 7 #### eight", 7),
+            ("#### €1,000.5", 1000.5),
+            ("#### 12 34", 12),
+            ("#### 1,2,3", 123),
+        ),
+        *(
+            ("18", None),
+            ("#### eighteen", None),
+            ("#### ", None),
+            ("####", None),
+            ("#### -", None),
+            ("#### the answer is 18", None),
+        ),
     ],
 )
 def test_gsm8k_reads_numbers_as_people_write_them(said, number):
@@ -375,29 +498,52 @@ def test_gsm8k_reads_numbers_as_people_write_them(said, number):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the development data is not here")
 def test_every_answer_of_gsm8k_is_read_in_each_of_these_ways():
-    written = ["#### {}", "#### ${}.", "#### **{}**", "#### \\boxed{{{}}}", "#### `{}`\n", "####{}.0"]
+    written = [
+        "#### {}",
+        "#### ${}.",
+        "#### **{}**",
+        "#### \\boxed{{{}}}",
+        "#### `{}`\n",
+        "####{}.0",
+    ]
     for split in ("train", "test"):
         for row in TableRows(SHARED / "gsm8k" / "main" / f"{split}.parquet"):
             gold = row["answer"].split("#### ")[1]
             expected = float(gold.replace(",", ""))
-            assert {final_number(way.format(gold)) for way in written} == {expected} == {final_number(row["answer"])}
-            assert final_number(f"#### {expected:,.0f}".replace(",", " ").replace("-", "\u2212")) == expected
+            assert (
+                {final_number(way.format(gold)) for way in written}
+                == {expected}
+                == {final_number(row["answer"])}
+            )
+            assert (
+                final_number(f"#### {expected:,.0f}".replace(",", " ").replace("-", "\u2212"))
+                == expected
+            )
 
 
 def test_mmlu_answers_are_letters(base_dir):
-    put(base_dir, "mmlu/all/test.jsonl", [{"question": "Q", "subject": "s", "choices": list("wxyz"), "answer": 3}])
+    put(
+        base_dir,
+        "mmlu/all/test.jsonl",
+        [{"question": "Q", "subject": "s", "choices": list("wxyz"), "answer": 3}],
+    )
     task = MMLU(split="test")
-    assert task[0]["messages"][1]["content"] == "D" and task.evaluate(task[0], "D") and not task.evaluate(task[0], "A")
+    assert (
+        task[0]["messages"][1]["content"] == "D"
+        and task.evaluate(task[0], "D")
+        and not task.evaluate(task[0], "A")
+    )
 
 
-# ---- HumanEval ------------------------------------------------------------------------------------------------------
+# ---- HumanEval -----------------------------------------------------------------------------------
 
 PROMPT = 'import math\n\ndef half(x):\n    return x / 2\n\ndef area(r):\n    """Of a circle."""\n'
 PROBLEM = {
     "task_id": "T/0",
     "prompt": PROMPT,
     "canonical_solution": "    return math.pi * r * r\n",
-    "test": "def check(candidate):\n    assert abs(candidate(2) - 12.566) < 0.01\n    assert half(area(0)) == 0\n",
+    "test": "def check(candidate):\n    assert abs(candidate(2) - 12.566) < 0.01\n    assert "
+    "half(area(0)) == 0\n",
     "entry_point": "area",
 }
 
@@ -406,7 +552,9 @@ def test_code_is_taken_out_of_its_fence():
     assert extract_code("Sure:\n```python\nx = 1\n```\nand\n```\ny\n```") == "x = 1\n"
     assert extract_code("```\nx = 1") == "x = 1\n"
     assert extract_code("    return 1") == "    return 1"
-    assert extract_code("```python\n    return 1\n```") == "    return 1\n", "a body that continues the prompt"
+    assert extract_code("```python\n    return 1\n```") == "    return 1\n", (
+        "a body that continues the prompt"
+    )
     assert extract_code("Write ```x``` as ```y```.") == "Write ```x``` as ```y```."
 
 
@@ -436,9 +584,16 @@ ANSWERS = {  # as models write them; CODE is the code, INDENTED the same three c
 @pytest.mark.parametrize("ends", ["\n", "\r\n"], ids=["LF", "CRLF"])
 def test_the_code_that_defines_the_function_is_found_in_any_fence(name, ends):
     def answer(code: str) -> str:
-        indented = "".join(f"   {line}" if line.strip() else line for line in code.splitlines(keepends=True))
+        indented = "".join(
+            f"   {line}" if line.strip() else line for line in code.splitlines(keepends=True)
+        )
         quoted = "".join(f"> {line}" for line in code.splitlines(keepends=True))
-        text = ANSWERS[name].replace("INDENTED", indented).replace("QUOTED", quoted).replace("CODE", code)
+        text = (
+            ANSWERS[name]
+            .replace("INDENTED", indented)
+            .replace("QUOTED", quoted)
+            .replace("CODE", code)
+        )
         return text.replace("\n", ends)
 
     assert extract_code(answer(AREA), "area") == AREA
@@ -446,11 +601,14 @@ def test_the_code_that_defines_the_function_is_found_in_any_fence(name, ends):
         for row in TableRows(SHARED / "openai_humaneval" / "test.parquet"):
             code = row["prompt"] + row["canonical_solution"]
             found = extract_code(answer(code + "\n"), row["entry_point"])
-            assert [line.rstrip() for line in found.rstrip().split("\n")] == [line.rstrip() for line in code.rstrip().split("\n")]
+            assert [line.rstrip() for line in found.rstrip().split("\n")] == [
+                line.rstrip() for line in code.rstrip().split("\n")
+            ]
 
 
 needs_sandbox = pytest.mark.skipif(
-    find_sandbox().level < SandboxLevel.FILTERED, reason="the sandbox of this machine is too weak for model-written code"
+    find_sandbox().level < SandboxLevel.FILTERED,
+    reason="the sandbox of this machine is too weak for model-written code",
 )
 
 
@@ -462,7 +620,8 @@ def test_humaneval_runs_the_tests(base_dir):
     right = [
         conversation["messages"][1]["content"],
         "    return math.pi * r * r\n",  # goes on from the prompt
-        "```python\ndef area(r):\n    return math.pi * r ** 2\n```",  # with the prompt's import and helper
+        # with the prompt's import and helper
+        "```python\ndef area(r):\n    return math.pi * r ** 2\n```",
     ]
     wrong = [
         "    return r\n",
@@ -485,14 +644,18 @@ def test_every_solution_of_humaneval_passes_and_no_empty_one(base_dir):
     assert len(task) == 164
 
     def verdicts(conversation: Any) -> tuple[bool, bool]:
-        return task.evaluate(conversation, conversation["messages"][1]["content"]), task.evaluate(conversation, "    return None\n")
+        return task.evaluate(conversation, conversation["messages"][1]["content"]), task.evaluate(
+            conversation, "    return None\n"
+        )
 
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(verdicts, task))
-    assert found == [(True, False)] * 164, [task[i]["task_id"] for i, pair in enumerate(found) if pair != (True, False)]
+    assert found == [(True, False)] * 164, [
+        task[i]["task_id"] for i, pair in enumerate(found) if pair != (True, False)
+    ]
 
 
-# ---- CustomJSON -----------------------------------------------------------------------------------------------------
+# ---- CustomJSON ----------------------------------------------------------------------------------
 
 
 def test_customjson_reads_the_common_shapes(base_dir):
@@ -509,14 +672,43 @@ def test_customjson_reads_the_common_shapes(base_dir):
     task = CustomJSON(put(base_dir, "own.jsonl", rows))
     assert [task[i] for i in range(len(rows))] == [{"messages": turns}] * len(rows)
     rows = [
-        {"instruction": "Add.", "input": "1 2", "output": "3", "system": "Be short.", "history": [["Hi", "Hello"]]},
-        {"conversations": [{"from": "system", "value": "s"}, {"from": "user", "value": "u"}, {"from": "assistant", "value": "a"}]},
-        {"system": "s", "conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]},
+        {
+            "instruction": "Add.",
+            "input": "1 2",
+            "output": "3",
+            "system": "Be short.",
+            "history": [["Hi", "Hello"]],
+        },
+        {
+            "conversations": [
+                {"from": "system", "value": "s"},
+                {"from": "user", "value": "u"},
+                {"from": "assistant", "value": "a"},
+            ]
+        },
+        {
+            "system": "s",
+            "conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}],
+        },
     ]
     task = CustomJSON(put(base_dir, "more.jsonl", rows))
-    assert [message["content"] for message in task[0]["messages"]] == ["Be short.", "Hi", "Hello", "Add.\n\n1 2", "3"]
-    assert task[1] == task[2] and [message["role"] for message in task[1]["messages"]] == ["system", "user", "assistant"]
-    parts = [{"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}, {"type": "text", "text": "2"}]
+    assert [message["content"] for message in task[0]["messages"]] == [
+        "Be short.",
+        "Hi",
+        "Hello",
+        "Add.\n\n1 2",
+        "3",
+    ]
+    assert task[1] == task[2] and [message["role"] for message in task[1]["messages"]] == [
+        "system",
+        "user",
+        "assistant",
+    ]
+    parts = [
+        {"type": "python", "text": "1+1"},
+        {"type": "python_output", "text": "2"},
+        {"type": "text", "text": "2"},
+    ]
     assert CustomJSON(put(base_dir, "tools.jsonl", [chat("1+1?", parts)]))[0] == chat("1+1?", parts)
 
 
@@ -525,22 +717,33 @@ def test_customjson_reads_the_common_shapes(base_dir):
     [
         ("{", "is not JSON"),
         ("3", "is a JSON int"),
-        ('{"text": "x"}', "has text: expected messages, conversations, instruction and output, or prompt"),
+        (
+            '{"text": "x"}',
+            "has text: expected messages, conversations, instruction and output, or prompt",
+        ),
         ('{"prompt": "x"}', "has prompt: expected"),
         ('{"prompt": "x", "completion": 3}', "message 1 (assistant) needs a string"),
         ('{"prompt": ["x"], "completion": "y"}', "message 0 (user) needs a string"),
         ('{"messages": "x"}', 'a conversation is {"messages"'),
-        ('{"messages": [{"role": "user", "content": "x"}, {"role": "tool", "content": "x"}]}', "message 1 has the role 'tool'"),
+        (
+            '{"messages": [{"role": "user", "content": "x"}, {"role": "tool", "content": "x"}]}',
+            "message 1 has the role 'tool'",
+        ),
         ('{"messages": [3, 4]}', "message 0 has the role None"),
         (
-            '{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "x"}]}',
+            '{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": '
+            '"x"}]}',
             "message 0 (user) needs a string as content",
         ),
         (
-            '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": [{"type": "image"}]}]}',
+            '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": '
+            '[{"type": "image"}]}]}',
             "message 1 has a part that is not",
         ),
-        ('{"conversations": [{"from": "martian", "value": "x"}]}', "the sender 'martian' is not known"),
+        (
+            '{"conversations": [{"from": "martian", "value": "x"}]}',
+            "the sender 'martian' is not known",
+        ),
         ('{"conversations": [{"who": "human"}]}', "list of {from, value} or {role, content}"),
         ('{"instruction": 3, "output": "x"}', "must be texts"),
         ('{"instruction": "x", "output": "y", "history": ["z"]}', "history must be"),
@@ -557,11 +760,18 @@ def test_customjson_names_file_and_line_of_what_it_cannot_read(base_dir, line, c
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ('{"prompt": [{"role": "user", "content": "x"}], "completion": []}', "the last message must be"),
-        ('{"messages": []}', "no message of a user"),
-        ('{"messages": [{"role": "user", "content": "x"}]}', "the last message must be the assistant's"),
         (
-            '{"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}]}',
+            '{"prompt": [{"role": "user", "content": "x"}], "completion": []}',
+            "the last message must be",
+        ),
+        ('{"messages": []}', "no message of a user"),
+        (
+            '{"messages": [{"role": "user", "content": "x"}]}',
+            "the last message must be the assistant's",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": '
+            '"x"}]}',
             "message 0 has the role 'assistant'",
         ),
         (
@@ -574,7 +784,9 @@ def test_customjson_names_file_and_line_of_what_it_cannot_read(base_dir, line, c
         ),
     ],
 )
-def test_customjson_leaves_out_conversations_that_take_no_turns_and_counts_them(base_dir, caplog, line, complaint):
+def test_customjson_leaves_out_conversations_that_take_no_turns_and_counts_them(
+    base_dir, caplog, line, complaint
+):
     path = put(base_dir, "own.jsonl", [chat("q", "a")])
     path.write_text(f"{path.read_text(encoding='utf-8')}\n{line}\n{line}\n", encoding="utf-8")
     assert list(CustomJSON(path)) == [chat("q", "a")]
@@ -604,7 +816,9 @@ def test_customjson_reads_what_public_sets_hold(base_dir):
         {"messages": [{**turns[0], "weight": None}, {**turns[1], "weight": 1}]},
     ]
     rows[1]["conversations"][0]["content"] = [{"type": "text", "text": "s"}]
-    found = [conversation["messages"] for conversation in CustomJSON(put(base_dir, "own.jsonl", rows))]
+    found = [
+        conversation["messages"] for conversation in CustomJSON(put(base_dir, "own.jsonl", rows))
+    ]
     assert found == [[system, *turns], [system, *turns], [turns[0], {**turns[1], "weight": 1}]]
 
 
@@ -616,7 +830,9 @@ def test_customjson_reads_a_json_array_and_lines_in_a_json_file(base_dir):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     assert list(load_task(str(path))) == rows
     path.write_text(json.dumps([*rows, 3]), encoding="utf-8")
-    with pytest.raises(UserError, match=r"array\.json, item 3: it is a JSON int: expected messages"):
+    with pytest.raises(
+        UserError, match=r"array\.json, item 3: it is a JSON int: expected messages"
+    ):
         len(load_task(str(path)))
     assert list(load_task(str(put(base_dir, "own.JSONL", rows)))) == rows
     array = put(base_dir, "array.jsonl", [])
@@ -624,7 +840,9 @@ def test_customjson_reads_a_json_array_and_lines_in_a_json_file(base_dir):
     with pytest.raises(UserError, match=r"array\.jsonl:1 is not JSON .*of a JSON array, each item"):
         len(load_task(str(array)))
     array.write_text(json.dumps(rows), encoding="utf-8")
-    with pytest.raises(UserError, match=r"array\.jsonl:1: it is an array of rows: put each on a line"):
+    with pytest.raises(
+        UserError, match=r"array\.jsonl:1: it is an array of rows: put each on a line"
+    ):
         len(load_task(str(array)))
 
 
@@ -638,7 +856,7 @@ def test_customjson_names_a_file_that_is_not_there(base_dir):
         len(CustomJSON(base_dir / "latin.jsonl"))
 
 
-# ---- the real thing -------------------------------------------------------------------------------------------------
+# ---- the real thing ------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the development data is not here")
@@ -653,7 +871,11 @@ def test_the_real_data(base_dir):
         ("arc-easy", "test"): 2376,
         ("arc-challenge", "test"): 1172,
     }
-    for (name, split), count in {**sizes, ("humaneval", "test"): 164, ("smoltalk", "train"): 20041}.items():
+    for (name, split), count in {
+        **sizes,
+        ("humaneval", "test"): 164,
+        ("smoltalk", "train"): 20041,
+    }.items():
         task = load_task(name, split)
         assert len(task) == count, name
         for conversation in task[:: max(1, count // 50)]:
@@ -675,18 +897,33 @@ def test_a_message_of_weight_0_is_context(base_dir):
     ]
     path = put(base_dir, "own.jsonl", [{"messages": rows}])
     ids, mask = tokenizer.render_conversation(CustomJSON(path)[0])
-    assert tokenizer.decode([token for token, learn in zip(ids, mask, strict=True) if learn]) == "good<|assistant_end|>"
+    assert (
+        tokenizer.decode([token for token, learn in zip(ids, mask, strict=True) if learn])
+        == "good<|assistant_end|>"
+    )
     assert "BAD" in tokenizer.decode(ids)
     tool = [{"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}]
-    ids, mask = tokenizer.render_conversation({"messages": [rows[0], {"role": "assistant", "content": tool, "weight": 0}]})
+    ids, mask = tokenizer.render_conversation(
+        {"messages": [rows[0], {"role": "assistant", "content": tool, "weight": 0}]}
+    )
     assert not any(mask)
     put(base_dir, "own.jsonl", [{"messages": rows[:2]}])
-    with pytest.raises(UserError, match=r"own\.jsonl:1: each of the assistant's messages has weight 0"):
+    with pytest.raises(
+        UserError, match=r"own\.jsonl:1: each of the assistant's messages has weight 0"
+    ):
         len(CustomJSON(path))
     put(base_dir, "own.jsonl", [{"messages": [rows[0], {**rows[1], "weight": 0.5}]}])
-    with pytest.raises(UserError, match=r"own\.jsonl:1: message 1 has the weight 0\.5: 0 \(context\) and 1 \(learned\) are possible"):
+    with pytest.raises(
+        UserError,
+        match=r"own\.jsonl:1: message 1 has the weight 0\.5: 0 \(context\) and 1 \(learned\) are "
+        r"possible",
+    ):
         len(CustomJSON(path))
 
 
 def test_a_file_in_a_mixture_needs_no_number_on_windows_either():
-    assert parse_mixture(r"C:\data\chats.jsonl,C:\b.jsonl:2,identity") == [(r"C:\data\chats.jsonl", 1), (r"C:\b.jsonl", 2), ("identity", 1)]
+    assert parse_mixture(r"C:\data\chats.jsonl,C:\b.jsonl:2,identity") == [
+        (r"C:\data\chats.jsonl", 1),
+        (r"C:\b.jsonl", 2),
+        ("identity", 1),
+    ]

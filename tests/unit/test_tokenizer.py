@@ -21,10 +21,23 @@ from zangchat import bpe as trainer
 from zangchat.dataset.manifest import write_dataset
 from zangchat.errors import UserError
 from zangchat.hf.nanochat import read_tokenizer
-from zangchat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer, get_token_bytes, get_tokenizer
+from zangchat.tokenizer import (
+    SPECIAL_TOKENS,
+    SPLIT_PATTERN,
+    RustBPETokenizer,
+    get_token_bytes,
+    get_tokenizer,
+)
 
-TEXTS = ["The cat sat on the mat, and the other cat sat on the hat.", "print('hello world')  # 2024", "你好,世界。你好吗?"]
-NEEDS_CRATE = pytest.mark.skipif(not hasattr(rustbpe.Tokenizer, "from_ranks"), reason="PyPI's rustbpe stands in for the crate here")
+TEXTS = [
+    "The cat sat on the mat, and the other cat sat on the hat.",
+    "print('hello world')  # 2024",
+    "你好,世界。你好吗?",
+]
+NEEDS_CRATE = pytest.mark.skipif(
+    not hasattr(rustbpe.Tokenizer, "from_ranks"),
+    reason="PyPI's rustbpe stands in for the crate here",
+)
 
 
 class PyPIRustBPE:
@@ -33,7 +46,13 @@ class PyPIRustBPE:
     def __init__(self) -> None:
         self._tokenizer = CRATE()
 
-    def train_from_iterator(self, iterator: Iterator[str], vocab_size: int, buffer_size: int = 8192, pattern: str | None = None) -> None:
+    def train_from_iterator(
+        self,
+        iterator: Iterator[str],
+        vocab_size: int,
+        buffer_size: int = 8192,
+        pattern: str | None = None,
+    ) -> None:
         self._tokenizer.train_from_iterator(iterator, vocab_size, buffer_size, pattern)
 
     def get_mergeable_ranks(self) -> list[tuple[bytes, int]]:
@@ -117,7 +136,11 @@ def shared(made: list[RustBPETokenizer] = []) -> RustBPETokenizer:  # noqa: B006
 
 def test_prepend_and_append(tok: RustBPETokenizer) -> None:
     plain = tok.encode("the cat")
-    assert tok.encode("the cat", prepend="<|bos|>", append=tok.encode_special("<|user_end|>")) == [291, *plain, 293]
+    assert tok.encode("the cat", prepend="<|bos|>", append=tok.encode_special("<|user_end|>")) == [
+        291,
+        *plain,
+        293,
+    ]
     assert tok.encode(["the cat", ""], prepend=291) == [[291, *plain], [291]]
     assert tok("the cat") == plain
 
@@ -127,7 +150,9 @@ def test_lists_and_documents_are_the_same_as_one_by_one(tok: RustBPETokenizer) -
     expected = [tok.encode(text) for text in texts]
     assert tok.encode(texts, num_threads=3) == expected
     ids, offsets = tok.encode_documents(texts, num_threads=2)
-    assert [ids[start:end].tolist() for start, end in zip(offsets, offsets[1:], strict=False)] == expected
+    assert [
+        ids[start:end].tolist() for start, end in zip(offsets, offsets[1:], strict=False)
+    ] == expected
 
 
 def test_surrogates_become_characters_or_the_replacement_character(tok: RustBPETokenizer) -> None:
@@ -164,12 +189,15 @@ def test_pypi_rustbpe_and_tiktoken_take_the_crates_place(
         other.save(tmp_path)
         again = RustBPETokenizer.from_directory(tmp_path)
     assert [record.message for record in caplog.records if "rustbpe" in record.message] == [
-        "the crate rustbpe is not built here: training with PyPI's rustbpe, encoding with tiktoken (slower, the same tokens)"
+        "the crate rustbpe is not built here: training with PyPI's rustbpe, encoding with tiktoken "
+        "(slower, the same tokens)"
     ]
     assert again.fingerprint == tok.fingerprint
     texts = [*TEXTS, "", "unseen \ud800 text"]
     assert again.encode(texts, prepend="<|bos|>") == tok.encode(texts, prepend="<|bos|>")
-    for ours, theirs in zip(tok.encode_documents(texts), again.encode_documents(texts), strict=True):
+    for ours, theirs in zip(
+        tok.encode_documents(texts), again.encode_documents(texts), strict=True
+    ):
         assert ours.dtype == theirs.dtype
         assert ours.tolist() == theirs.tolist()
 
@@ -178,7 +206,9 @@ def test_pypi_rustbpe_and_tiktoken_take_the_crates_place(
 
 
 def test_saved_and_loaded(tok: RustBPETokenizer, base_dir: Path) -> None:
-    with pytest.raises(UserError, match=r"no tokenizer at .*tokenizer\.json: run `python -m scripts\.tok_train`"):
+    with pytest.raises(
+        UserError, match=r"no tokenizer at .*tokenizer\.json: run `python -m scripts\.tok_train`"
+    ):
         get_tokenizer()
     with pytest.raises(UserError, match="tok_train"):
         get_token_bytes()
@@ -190,7 +220,10 @@ def test_saved_and_loaded(tok: RustBPETokenizer, base_dir: Path) -> None:
     saved = torch.load(base_dir / "tokenizer" / "token_bytes.pt", weights_only=True)
     assert saved.dtype == torch.int32
     assert saved.tolist() == get_token_bytes().tolist() == tok.token_bytes().tolist()
-    assert sorted(path.name for path in (base_dir / "tokenizer").iterdir()) == ["token_bytes.pt", "tokenizer.json"]
+    assert sorted(path.name for path in (base_dir / "tokenizer").iterdir()) == [
+        "token_bytes.pt",
+        "tokenizer.json",
+    ]
 
 
 def break_base64(data: dict[str, Any]) -> None:
@@ -211,7 +244,9 @@ def break_base64(data: dict[str, Any]) -> None:
         (break_base64, "base64"),
     ],
 )
-def test_a_damaged_file_is_named(tok: RustBPETokenizer, tmp_path: Path, damage: Callable[[dict[str, Any]], Any], reason: str) -> None:
+def test_a_damaged_file_is_named(
+    tok: RustBPETokenizer, tmp_path: Path, damage: Callable[[dict[str, Any]], Any], reason: str
+) -> None:
     tok.save(tmp_path)
     path = tmp_path / "tokenizer.json"
     data = json.loads(path.read_text())
@@ -230,9 +265,13 @@ def test_a_truncated_file_is_named(tok: RustBPETokenizer, tmp_path: Path) -> Non
         RustBPETokenizer.from_directory(tmp_path)
 
 
-def test_from_pretrained_takes_ranks_and_pattern_of_tiktoken(monkeypatch: pytest.MonkeyPatch, tok: RustBPETokenizer) -> None:
+def test_from_pretrained_takes_ranks_and_pattern_of_tiktoken(
+    monkeypatch: pytest.MonkeyPatch, tok: RustBPETokenizer
+) -> None:
     ranks = {tok.decode_bytes([i]): i for i in range(291)}
-    theirs = tiktoken.Encoding("theirs", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 291})
+    theirs = tiktoken.Encoding(
+        "theirs", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 291}
+    )
     monkeypatch.setattr(tiktoken, "get_encoding", {"theirs": theirs}.__getitem__)
     ours = RustBPETokenizer.from_pretrained("theirs")
     assert ours.encode("the cat's hat") == theirs.encode_ordinary("the cat's hat")
@@ -241,9 +280,14 @@ def test_from_pretrained_takes_ranks_and_pattern_of_tiktoken(monkeypatch: pytest
 
 
 def nanochat_pickle(tok: RustBPETokenizer, protocol: int | None = None, **changes: Any) -> bytes:
-    """What nanochat writes, a pickled tiktoken.Encoding, also with contents that tiktoken would refuse to hold."""
+    """What nanochat writes, a pickled tiktoken.Encoding, also with contents that tiktoken would
+    refuse to hold.
+    """
     encoding = tiktoken.Encoding(
-        "rustbpe", pat_str=tok.pattern, mergeable_ranks=tok.enc._mergeable_ranks, special_tokens=tok.enc._special_tokens
+        "rustbpe",
+        pat_str=tok.pattern,
+        mergeable_ranks=tok.enc._mergeable_ranks,
+        special_tokens=tok.enc._special_tokens,
     )
     for name, value in changes.items():
         setattr(encoding, name, value)
@@ -274,30 +318,64 @@ class Reduces:
 @pytest.mark.parametrize(
     ("contents", "reason"),
     [
-        (lambda tok: pickle.dumps(Reduces(os.system, ("touch executed",))), "asks for posix.system"),
-        (lambda tok: pickle.dumps(Reduces(eval, ("open('executed', 'w')",))), "asks for builtins.eval"),
-        (lambda tok: nanochat_pickle(tok, _pat_str=Reduces(Path.touch, (Path("executed"),))), "asks for (builtins.getattr|pathlib.)"),
-        (lambda tok: nanochat_pickle(tok).replace(b"tiktoken.core", b"tiktoken.cora"), "asks for tiktoken.cora.Encoding"),
+        (
+            lambda tok: pickle.dumps(Reduces(os.system, ("touch executed",))),
+            "asks for posix.system",
+        ),
+        (
+            lambda tok: pickle.dumps(Reduces(eval, ("open('executed', 'w')",))),
+            "asks for builtins.eval",
+        ),
+        (
+            lambda tok: nanochat_pickle(tok, _pat_str=Reduces(Path.touch, (Path("executed"),))),
+            "asks for (builtins.getattr|pathlib.)",
+        ),
+        (
+            lambda tok: nanochat_pickle(tok).replace(b"tiktoken.core", b"tiktoken.cora"),
+            "asks for tiktoken.cora.Encoding",
+        ),
         (lambda tok: pickle.dumps(Reduces(codecs.encode, ("open('executed')", "rot13"))), "rot13"),
         (lambda tok: nanochat_pickle(tok)[:2000], ""),
         (lambda tok: b"", ""),
         (lambda tok: b"no pickle", ""),
         (lambda tok: pickle.dumps({"mergeable_ranks": {}}), "no tiktoken.Encoding"),
-        (lambda tok: b"\x80\x04ctiktoken.core\nEncoding\n)\x81X\x04\x00\x00\x00gpt2b.", "only the name of tiktoken's encoding 'gpt2'"),
+        (
+            lambda tok: b"\x80\x04ctiktoken.core\nEncoding\n)\x81X\x04\x00\x00\x00gpt2b.",
+            "only the name of tiktoken's encoding 'gpt2'",
+        ),
         (lambda tok: nanochat_pickle(tok, _pat_str=b"x"), "wrong type"),
         (lambda tok: nanochat_pickle(tok, _mergeable_ranks={"a": 0}), "wrong type"),
         (lambda tok: nanochat_pickle(tok, _mergeable_ranks=[1]), "wrong type"),
-        (lambda tok: nanochat_pickle(tok, _mergeable_ranks={bytes([i]): 2 * i for i in range(256)}), "gaps"),
-        (lambda tok: nanochat_pickle(tok, _special_tokens={"<|bos|>": 291}), "special tokens must be"),
-        (lambda tok: nanochat_pickle(tok, _special_tokens={name: i for i, name in enumerate(SPECIAL_TOKENS)}), "follow the ranks"),
+        (
+            lambda tok: nanochat_pickle(
+                tok, _mergeable_ranks={bytes([i]): 2 * i for i in range(256)}
+            ),
+            "gaps",
+        ),
+        (
+            lambda tok: nanochat_pickle(tok, _special_tokens={"<|bos|>": 291}),
+            "special tokens must be",
+        ),
+        (
+            lambda tok: nanochat_pickle(
+                tok, _special_tokens={name: i for i, name in enumerate(SPECIAL_TOKENS)}
+            ),
+            "follow the ranks",
+        ),
     ],
 )
 def test_any_other_pickle_is_refused_and_not_executed(
-    tok: RustBPETokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, contents: Callable[[RustBPETokenizer], bytes], reason: str
+    tok: RustBPETokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    contents: Callable[[RustBPETokenizer], bytes],
+    reason: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("tokenizer.pkl").write_bytes(contents(tok))
-    with pytest.raises(UserError, match=rf"^tokenizer\.pkl is not a tokenizer\.pkl of nanochat \(.*{reason}") as caught:
+    with pytest.raises(
+        UserError, match=rf"^tokenizer\.pkl is not a tokenizer\.pkl of nanochat \(.*{reason}"
+    ) as caught:
         read_tokenizer(Path("tokenizer.pkl"))
     assert "\n" not in str(caught.value)
     assert not Path("executed").exists()
@@ -319,8 +397,14 @@ CALL = [
 
 
 def conversation(*contents: Any, system: str | None = None) -> dict[str, Any]:
-    messages = [{"role": "assistant" if i % 2 else "user", "content": content} for i, content in enumerate(contents)]
-    return {"messages": ([{"role": "system", "content": system}] if system is not None else []) + messages}
+    messages = [
+        {"role": "assistant" if i % 2 else "user", "content": content}
+        for i, content in enumerate(contents)
+    ]
+    return {
+        "messages": ([{"role": "system", "content": system}] if system is not None else [])
+        + messages
+    }
 
 
 def test_the_mask_covers_exactly_what_the_assistant_writes(tok: RustBPETokenizer) -> None:
@@ -345,8 +429,12 @@ def test_the_mask_covers_exactly_what_the_assistant_writes(tok: RustBPETokenizer
 
 
 def test_the_system_message_is_put_before_the_first_user_message(tok: RustBPETokenizer) -> None:
-    with_system = tok.render_conversation(conversation("Hi", "Hello", "Bye", "Bye", system="Be kind."))
-    assert with_system == tok.render_conversation(conversation("Be kind.\n\nHi", "Hello", "Bye", "Bye"))
+    with_system = tok.render_conversation(
+        conversation("Hi", "Hello", "Bye", "Bye", system="Be kind.")
+    )
+    assert with_system == tok.render_conversation(
+        conversation("Be kind.\n\nHi", "Hello", "Bye", "Bye")
+    )
 
 
 def test_rendering_leaves_the_conversation_as_it_was(tok: RustBPETokenizer) -> None:
@@ -360,7 +448,10 @@ def test_rendering_leaves_the_conversation_as_it_was(tok: RustBPETokenizer) -> N
 def test_truncation(tok: RustBPETokenizer) -> None:
     ids, mask = tok.render_conversation(conversation("Hi", CALL))
     for limit in (1, 5, len(ids) - 1, len(ids), len(ids) + 5):
-        assert tok.render_conversation(conversation("Hi", CALL), max_tokens=limit) == (ids[:limit], mask[:limit])
+        assert tok.render_conversation(conversation("Hi", CALL), max_tokens=limit) == (
+            ids[:limit],
+            mask[:limit],
+        )
 
 
 def test_nobody_can_type_a_special_token(tok: RustBPETokenizer) -> None:
@@ -368,7 +459,14 @@ def test_nobody_can_type_a_special_token(tok: RustBPETokenizer) -> None:
     parts = [{"type": kind, "text": attack} for kind in ("text", "python", "python_output")]
     ids, _ = tok.render_conversation(conversation(attack, parts, system=attack))
     specials = [tok.id_to_token(i) for i in ids if i >= 291]
-    turn = ["assistant_start", "python_start", "python_end", "output_start", "output_end", "assistant_end"]
+    turn = [
+        "assistant_start",
+        "python_start",
+        "python_end",
+        "output_start",
+        "output_end",
+        "assistant_end",
+    ]
     assert specials == [f"<|{name}|>" for name in ["bos", "user_start", "user_end", *turn]]
 
 
@@ -386,25 +484,53 @@ def test_the_prompt_for_an_answer_is_a_prefix_of_the_conversation(tok: RustBPETo
     [
         ([], "no message"),
         ([{"role": "system", "content": "x"}], "no message"),
-        ([{"role": "assistant", "content": "x"}], "message 0 has the role 'assistant', but it is the turn of the user"),
-        ([{"role": "user", "content": "x"}, {"role": "user", "content": "y"}], "message 1 has the role 'user'"),
-        ([{"role": "system", "content": "x"}, {"role": "assistant", "content": "y"}], "message 1 has the role 'assistant'"),
-        ([{"role": "user", "content": "x"}, {"role": "system", "content": "y"}], "message 1 has the role 'system'"),
+        (
+            [{"role": "assistant", "content": "x"}],
+            "message 0 has the role 'assistant', but it is the turn of the user",
+        ),
+        (
+            [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}],
+            "message 1 has the role 'user'",
+        ),
+        (
+            [{"role": "system", "content": "x"}, {"role": "assistant", "content": "y"}],
+            "message 1 has the role 'assistant'",
+        ),
+        (
+            [{"role": "user", "content": "x"}, {"role": "system", "content": "y"}],
+            "message 1 has the role 'system'",
+        ),
         ([{"role": "user", "content": ["x"]}], "message 0 .user. needs a string"),
-        ([{"role": "system", "content": None}, {"role": "user", "content": "x"}], "message 0 .system. needs a string"),
-        ([{"role": "user", "content": "x"}, {"role": "assistant", "content": 5}], "message 1 .assistant. needs a string or a list"),
-        ([{"role": "user", "content": "x"}, {"role": "assistant", "content": [{"type": "image", "text": ""}]}], "message 1 has a part"),
+        (
+            [{"role": "system", "content": None}, {"role": "user", "content": "x"}],
+            "message 0 .system. needs a string",
+        ),
+        (
+            [{"role": "user", "content": "x"}, {"role": "assistant", "content": 5}],
+            "message 1 .assistant. needs a string or a list",
+        ),
+        (
+            [
+                {"role": "user", "content": "x"},
+                {"role": "assistant", "content": [{"type": "image", "text": ""}]},
+            ],
+            "message 1 has a part",
+        ),
         (["x"], "message 0 has the role None"),
         ("x", "messages"),
     ],
 )
-def test_a_malformed_conversation_names_the_message(tok: RustBPETokenizer, messages: Any, reason: str) -> None:
+def test_a_malformed_conversation_names_the_message(
+    tok: RustBPETokenizer, messages: Any, reason: str
+) -> None:
     with pytest.raises(ValueError, match=reason):
         tok.render_conversation({"messages": messages})
 
 
 def test_completion_needs_a_user_message_last(tok: RustBPETokenizer) -> None:
-    twice = conversation("Hi", "Hello")["messages"] + [{"role": "assistant", "content": "Hello again"}]
+    twice = conversation("Hi", "Hello")["messages"] + [
+        {"role": "assistant", "content": "Hello again"}
+    ]
     with pytest.raises(ValueError, match="message 1"):
         tok.render_for_completion({"messages": twice})
     with pytest.raises(ValueError, match="no message"):
@@ -412,7 +538,9 @@ def test_completion_needs_a_user_message_last(tok: RustBPETokenizer) -> None:
 
 
 def test_visualize_tokenization(tok: RustBPETokenizer) -> None:
-    assert tok.visualize_tokenization([291, 97], [0, 1]) == "\033[91m<|bos|>\033[0m|\033[92ma\033[0m"
+    assert (
+        tok.visualize_tokenization([291, 97], [0, 1]) == "\033[91m<|bos|>\033[0m|\033[92ma\033[0m"
+    )
     assert "(97)" in tok.visualize_tokenization([291, 97], [0, 1], with_token_id=True)
 
 
@@ -432,10 +560,14 @@ def tok_train(*flags: str) -> int:
     return tok_train.main(flags)
 
 
-def test_tok_train_writes_a_tokenizer_and_a_card(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tok_train_writes_a_tokenizer_and_a_card(
+    corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert tok_train("--vocab_size=320", "--doc_cap=60", "--max_chars=20000") == 0
     tokenizer = get_tokenizer()
-    documents = [f"{text} Number {i}. {'long ' * (i % 50)}" for i in range(300) for text in TEXTS][10:]
+    documents = [f"{text} Number {i}. {'long ' * (i % 50)}" for i in range(300) for text in TEXTS][
+        10:
+    ]
     texts, left = [], 20_000
     for document in documents:
         texts.append(document[: min(60, left)])
@@ -449,40 +581,72 @@ def test_tok_train_writes_a_tokenizer_and_a_card(corpus: Path, capsys: pytest.Ca
     assert "320 tokens from 20,000 characters" in capsys.readouterr().out
 
 
-def test_tok_train_reads_the_same_from_lines_and_from_parquet(base_dir: Path, tmp_path: Path) -> None:
+def test_tok_train_reads_the_same_from_lines_and_from_parquet(
+    base_dir: Path, tmp_path: Path
+) -> None:
     import pyarrow
     import pyarrow.parquet
 
     texts = ["", "half \ud83d", *(f"{text} " * 2 for text in TEXTS)]
     (tmp_path / "lines").mkdir()
-    (tmp_path / "lines" / "0.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    (tmp_path / "lines" / "0.jsonl").write_text(
+        "\n".join(json.dumps({"text": text}) for text in texts)
+    )
     whole = pyarrow.array(["", None, "half \ufffd", *texts[2:]])
-    for name, array in {"plain": whole, "large": whole.cast(pyarrow.large_string()), "dictionary": whole.dictionary_encode()}.items():
+    for name, array in {
+        "plain": whole,
+        "large": whole.cast(pyarrow.large_string()),
+        "dictionary": whole.dictionary_encode(),
+    }.items():
         (tmp_path / name).mkdir()
-        pyarrow.parquet.write_table(pyarrow.table({"text": array}), tmp_path / name / "0.parquet", row_group_size=2)
+        pyarrow.parquet.write_table(
+            pyarrow.table({"text": array}), tmp_path / name / "0.parquet", row_group_size=2
+        )
     fingerprints = set()
     for folder in ("lines", "plain", "large", "dictionary"):
         (tmp_path / folder / "1.txt").write_text("for validation")
-        assert tok_train(f"--data_path={tmp_path / folder}", "--vocab_size=280", "--max_chars=200", "--overwrite") == 0
+        assert (
+            tok_train(
+                f"--data_path={tmp_path / folder}",
+                "--vocab_size=280",
+                "--max_chars=200",
+                "--overwrite",
+            )
+            == 0
+        )
         fingerprints.add(get_tokenizer().fingerprint)
     assert len(fingerprints) == 1
-    expected = bpe.train(["half \ufffd", texts[2], texts[3], texts[4][: 200 - 6 - len(texts[2] + texts[3])]], 271, SPLIT_PATTERN)
+    expected = bpe.train(
+        ["half \ufffd", texts[2], texts[3], texts[4][: 200 - 6 - len(texts[2] + texts[3])]],
+        271,
+        SPLIT_PATTERN,
+    )
     assert [get_tokenizer().decode_bytes([i]) for i in range(271)] == expected
 
 
-def test_tok_train_names_a_vocabulary_that_cannot_be(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for size, problem in (("100", "is too small"), ("5000000000", "is not possible: give at least")):
+def test_tok_train_names_a_vocabulary_that_cannot_be(
+    corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for size, problem in (
+        ("100", "is too small"),
+        ("5000000000", "is not possible: give at least"),
+    ):
         assert tok_train(f"--vocab_size={size}") == 2
         assert f"--vocab_size={size} {problem}" in capsys.readouterr().err
 
 
-def test_tok_train_never_replaces_a_tokenizer_unasked(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tok_train_never_replaces_a_tokenizer_unasked(
+    corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert tok_train("--vocab_size=320") == 0
     first = get_tokenizer().fingerprint
     assert tok_train("--vocab_size=320") == 0
     assert "has this tokenizer already" in capsys.readouterr().out
     assert tok_train("--vocab_size=330") == 2
-    assert "vocab_size 320 instead of 330" in (said := capsys.readouterr().err) and "--overwrite" in said
+    assert (
+        "vocab_size 320 instead of 330" in (said := capsys.readouterr().err)
+        and "--overwrite" in said
+    )
     assert get_tokenizer().fingerprint == first
     assert tok_train("--vocab_size=330", "--overwrite") == 0
     assert get_tokenizer().get_vocab_size() == 330
@@ -490,9 +654,15 @@ def test_tok_train_never_replaces_a_tokenizer_unasked(corpus: Path, capsys: pyte
 
 @pytest.mark.parametrize(
     ("flags", "said"),
-    [(["--vocab_size=100"], "--vocab_size=100"), (["--max_chars=0"], "--max_chars=0"), (["--doc_cap=-1"], "--doc_cap=-1")],
+    [
+        (["--vocab_size=100"], "--vocab_size=100"),
+        (["--max_chars=0"], "--max_chars=0"),
+        (["--doc_cap=-1"], "--doc_cap=-1"),
+    ],
 )
-def test_tok_train_names_a_bad_flag(corpus: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str) -> None:
+def test_tok_train_names_a_bad_flag(
+    corpus: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
+) -> None:
     assert tok_train(*flags) == 2
     assert said in capsys.readouterr().err
 
@@ -507,7 +677,10 @@ def test_tok_train_without_text(base_dir: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_tok_eval_compares_with_what_tiktoken_can_load(
-    corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    corpus: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     from scripts import tok_eval
 
@@ -515,15 +688,28 @@ def test_tok_eval_compares_with_what_tiktoken_can_load(
 
     def get_encoding(name: str) -> tiktoken.Encoding:
         if name == "gpt2":
-            return tiktoken.Encoding("bytes", pat_str=r"\S+|\s+", mergeable_ranks=byte_ranks, special_tokens={})
+            return tiktoken.Encoding(
+                "bytes", pat_str=r"\S+|\s+", mergeable_ranks=byte_ranks, special_tokens={}
+            )
         raise ConnectionError("offline")
 
     monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
     assert tok_train("--vocab_size=400") == 0
     assert tok_eval.main([]) == 0
-    assert "no comparison with GPT-4: tiktoken cannot load cl100k_base here (ConnectionError)" in caplog.text
+    assert (
+        "no comparison with GPT-4: tiktoken cannot load cl100k_base here (ConnectionError)"
+        in caplog.text
+    )
     rows = json.loads((corpus / "report" / "tokenizer-evaluation.card.json").read_text())["data"]
-    assert [row["text"] for row in rows] == ["prose", "code", "maths", "Chinese", "Korean", "tiny, train", "tiny, validation"]
+    assert [row["text"] for row in rows] == [
+        "prose",
+        "code",
+        "maths",
+        "Chinese",
+        "Korean",
+        "tiny, train",
+        "tiny, validation",
+    ]
     assert all(row["GPT-2"] == 1.0 for row in rows)  # one byte a token
     train = rows[-2]
     assert train["zangchat"] > 2

@@ -110,9 +110,13 @@ def test_a_string_may_be_a_thousand_characters_long() -> None:
     assert use_calculator("'" + "ab" * 500 + "'.count('b')") == "500"
 
 
-@given(st.integers(-(10**6), 10**6), st.sampled_from(["+", "-", "*", "//", "%"]), st.integers(1, 10**6))
+@given(
+    st.integers(-(10**6), 10**6), st.sampled_from(["+", "-", "*", "//", "%"]), st.integers(1, 10**6)
+)
 def test_integers_agree_with_python(a: int, operator: str, b: int) -> None:
-    assert use_calculator(f"({a}) {operator} {b}") == str({"+": a + b, "-": a - b, "*": a * b, "//": a // b, "%": a % b}[operator])
+    assert use_calculator(f"({a}) {operator} {b}") == str(
+        {"+": a + b, "-": a - b, "*": a * b, "//": a // b, "%": a % b}[operator]
+    )
 
 
 @given(st.one_of(st.text(max_size=80), st.text("0123456789+-*/%(). ,'\"count", max_size=80)))
@@ -122,7 +126,9 @@ def test_any_text_gives_an_answer_or_none(text: str) -> None:
         warnings.simplefilter("always")
         answer = use_calculator(text)
     assert answer is None or len(answer) <= 64
-    assert not warned  # what a model wrote must not fill the terminal with complaints about its Python
+    assert (
+        not warned
+    )  # what a model wrote must not fill the terminal with complaints about its Python
 
 
 def test_it_works_in_a_thread() -> None:

@@ -1,6 +1,8 @@
-"""The training commands at a tiny size, as a user starts them: what they refuse, what they resume, what they leave behind.
+"""The training commands at a tiny size, as a user starts them: what they refuse, what they resume,
+what they leave behind.
 
-One small base directory serves all tests: a tokenizer of 300 tokens, a text file, a base model of one layer, and what was trained from it.
+One small base directory serves all tests: a tokenizer of 300 tokens, a text file, a base model of
+one layer, and what was trained from it.
 """
 
 import contextlib
@@ -32,18 +34,51 @@ from zangchat.training.resolve import REPORTED
 from zangchat.training.settings import INHERITED, TEXT, check_batch, fill, inherited
 from zangchat.training.start import warn_if_disk_is_small
 
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "the", "dog", "ran", "to", "it", "while", "one", "bird", "sang", "of", "two"]
-MODEL = ["--depth=1", "--n_embd=32", "--head_dim=16", "--max_seq_len=32", "--device_type=cpu", "--dtype=float32"]
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "the",
+    "dog",
+    "ran",
+    "to",
+    "it",
+    "while",
+    "one",
+    "bird",
+    "sang",
+    "of",
+    "two",
+]
+MODEL = [
+    "--depth=1",
+    "--n_embd=32",
+    "--head_dim=16",
+    "--max_seq_len=32",
+    "--device_type=cpu",
+    "--dtype=float32",
+]
 BATCH = ["--device_batch_size=4", "--total_batch_size=256"]
 QUIET = ["--sample_every=-1", "--core_metric_every=-1", "--eval_every=5", "--eval_tokens=400"]
 
 
 def text(index: int) -> str:
-    return " ".join(WORDS[(index * 7 + k * (index % 5 + 1)) % len(WORDS)] for k in range(12 + index % 9))
+    return " ".join(
+        WORDS[(index * 7 + k * (index % 5 + 1)) % len(WORDS)] for k in range(12 + index % 9)
+    )
 
 
 def chat(index: int) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": f"say {WORDS[index % 18]}"}, {"role": "assistant", "content": text(index)}]}
+    return {
+        "messages": [
+            {"role": "user", "content": f"say {WORDS[index % 18]}"},
+            {"role": "assistant", "content": text(index)},
+        ]
+    }
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +90,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("WANDB_RUN", "dummy")
         documents = [text(index) for index in range(300)]
         RustBPETokenizer.train_from_iterator(iter(documents), 300).save(root / "tokenizer")
-        (root / "text.jsonl").write_text("".join(json.dumps({"text": document}) + "\n" for document in documents), encoding="utf-8")
-        (root / "chats.jsonl").write_text("".join(json.dumps(chat(index)) + "\n" for index in range(60)), encoding="utf-8")
+        (root / "text.jsonl").write_text(
+            "".join(json.dumps({"text": document}) + "\n" for document in documents),
+            encoding="utf-8",
+        )
+        (root / "chats.jsonl").write_text(
+            "".join(json.dumps(chat(index)) + "\n" for index in range(60)), encoding="utf-8"
+        )
         assert base_train.main(base_flags(root)) == 0
         assert mid_train.main(mid_flags(root)) == 0
         assert chat_sft.main(sft_flags(root)) == 0
@@ -69,17 +109,40 @@ def home(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def base_flags(root: Path, *more: str) -> list[str]:
-    return [*MODEL, *BATCH, *QUIET, "--num_iterations=10", f"--data_path={root / 'text.jsonl'}", *more]
+    return [
+        *MODEL,
+        *BATCH,
+        *QUIET,
+        "--num_iterations=10",
+        f"--data_path={root / 'text.jsonl'}",
+        *more,
+    ]
 
 
 def mid_flags(root: Path, *more: str) -> list[str]:
     mixture = f"--mixture={root / 'chats.jsonl'}:1,arithmetic:40"
-    return [mixture, "--mixture_ratio=0.7", "--num_iterations=10", "--eval_every=5", "--eval_tokens=400", "--device_type=cpu", *more]
+    return [
+        mixture,
+        "--mixture_ratio=0.7",
+        "--num_iterations=10",
+        "--eval_every=5",
+        "--eval_tokens=400",
+        "--device_type=cpu",
+        *more,
+    ]
 
 
 def sft_flags(root: Path, *more: str) -> list[str]:
     mixture = f"--mixture={root / 'chats.jsonl'}:1,arithmetic:20"
-    return [mixture, "--target_examples_per_step=8", "--eval_every=5", "--eval_steps=2", "--init_lr_frac=0.5", "--device_type=cpu", *more]
+    return [
+        mixture,
+        "--target_examples_per_step=8",
+        "--eval_every=5",
+        "--eval_steps=2",
+        "--init_lr_frac=0.5",
+        "--device_type=cpu",
+        *more,
+    ]
 
 
 def folder(root: Path, stage: str, tag: str = "d1") -> Path:
@@ -88,7 +151,10 @@ def folder(root: Path, stage: str, tag: str = "d1") -> Path:
 
 def metrics(root: Path, stage: str) -> list[dict[str, Any]]:
     lines = (folder(root, stage) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in trainer.TIMES} for line in lines]
+    return [
+        {key: value for key, value in json.loads(line).items() if key not in trainer.TIMES}
+        for line in lines
+    ]
 
 
 def losses(root: Path, stage: str) -> list[float]:
@@ -102,7 +168,11 @@ def final(root: Path, stage: str) -> dict[str, Any]:
         directory, checkpoint_manager.find_last_step(directory), "cpu", load_optimizer=True
     )
     assert optimizer is not None
-    tensors = {f"{name}/{key}": tensor for name, entry in optimizer.items() for key, tensor in entry["tensors"].items()}
+    tensors = {
+        f"{name}/{key}": tensor
+        for name, entry in optimizer.items()
+        for key, tensor in entry["tensors"].items()
+    }
     return {"tensors": {**model, **tensors}, "state": {**meta["run_state"], "training_seconds": 0}}
 
 
@@ -120,7 +190,7 @@ def ctrl_c_in_step(step: int) -> Iterator[None]:
         yield
 
 
-# ---- what a run leaves ----------------------------------------------------------------------------------------------
+# ---- what a run leaves ---------------------------------------------------------------------------
 
 
 def test_every_stage_learns_and_leaves_a_model_that_loads(base):
@@ -141,11 +211,23 @@ def test_validation_is_measured_and_falls(base):
 
 
 def test_conversations_of_a_row_can_be_kept_apart(before):
-    short = [{"messages": [{"role": "user", "content": word}, {"role": "assistant", "content": word}]} for word in WORDS]
-    (before / "short.jsonl").write_text("".join(json.dumps(row) + "\n" for row in short), encoding="utf-8")
+    short = [
+        {"messages": [{"role": "user", "content": word}, {"role": "assistant", "content": word}]}
+        for word in WORDS
+    ]
+    (before / "short.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in short), encoding="utf-8"
+    )
     first = []
     for more in ([], ["--block_diagonal"]):
-        flags = [f"--mixture={before / 'short.jsonl'}", "--num_iterations=1", "--eval_every=-1", "--device_type=cpu", "--overwrite", *more]
+        flags = [
+            f"--mixture={before / 'short.jsonl'}",
+            "--num_iterations=1",
+            "--eval_every=-1",
+            "--device_type=cpu",
+            "--overwrite",
+            *more,
+        ]
         assert chat_sft.main(flags) == 0
         first += losses(before, "sft")
     assert len(first) == 2 and first[0] != first[1] and abs(first[0] - first[1]) < 1
@@ -155,24 +237,40 @@ def test_later_stages_inherit_the_settings_of_the_model(base):
     before = checkpoint_manager.read_meta(folder(base, "base"), 10)["user_config"]
     for stage in ("mid", "sft"):
         after = checkpoint_manager.read_meta(folder(base, stage), 10)["user_config"]
-        for name in ("max_seq_len", "device_batch_size", "matrix_lr", "embedding_lr", "grad_clip", "optimizer"):
+        for name in (
+            "max_seq_len",
+            "device_batch_size",
+            "matrix_lr",
+            "embedding_lr",
+            "grad_clip",
+            "optimizer",
+        ):
             assert after[name] == before[name], name
-    assert checkpoint_manager.read_meta(folder(base, "sft"), 10)["run_state"]["source"] == "mid d1 step 10"
+    assert (
+        checkpoint_manager.read_meta(folder(base, "sft"), 10)["run_state"]["source"]
+        == "mid d1 step 10"
+    )
 
 
-# ---- the defaults: a later stage has its own mixture, files and step, whatever the stage before it had ---------------
+# ---- the defaults: a later stage has its own mixture, files and step, whatever the stage before it
 
 SHORT = ["--num_iterations=1", "--eval_every=-1", "--device_type=cpu", "--overwrite"]
 
 
 def user_config(root: Path, stage: str, tag: str = "d1") -> dict[str, Any]:
     directory = folder(root, stage, tag)
-    return checkpoint_manager.read_meta(directory, checkpoint_manager.find_last_step(directory))["user_config"]
+    return checkpoint_manager.read_meta(directory, checkpoint_manager.find_last_step(directory))[
+        "user_config"
+    ]
 
 
 def trained_on(root: Path, stage: str) -> int:
     """The conversations that the report's card counts."""
-    card = json.loads((root / "report" / {"mid": "midtraining.card.json", "sft": "chat-sft.card.json"}[stage]).read_text(encoding="utf-8"))
+    card = json.loads(
+        (
+            root / "report" / {"mid": "midtraining.card.json", "sft": "chat-sft.card.json"}[stage]
+        ).read_text(encoding="utf-8")
+    )
     return card["data"][0]["conversations"]
 
 
@@ -186,7 +284,9 @@ def test_each_later_stage_trains_on_its_own_default_mixture(base, before):
 
 
 @pytest.mark.parametrize("mixture", [MID_MIXTURE, SFT_MIXTURE])
-def test_every_entry_of_a_default_mixture_brings_examples_that_can_be_rendered(base, before, mixture):
+def test_every_entry_of_a_default_mixture_brings_examples_that_can_be_rendered(
+    base, before, mixture
+):
     rows.write_local_copies(before, 500)
     tokenizer = RustBPETokenizer.from_directory(before / "tokenizer")
     for entry in mixture.split(","):
@@ -204,48 +304,97 @@ def test_conversations_of_ones_own_are_added_to_the_default_mixture(base, before
             sizes[stage, bool(more)] = trained_on(before, stage)
             assert user_config(before, stage)["mixture"] == mixture
         assert user_config(before, stage)["identity_data"] == str(base / "chats.jsonl")
-    assert sizes["mid", True] == sizes["mid", False] + 2 * 60 and sizes["sft", True] == sizes["sft", False] + 60
-    assert chat_sft.main(SHORT) == 0  # the file was midtraining's and finetuning's own: it does not travel
-    assert user_config(before, "sft")["identity_data"] is None and trained_on(before, "sft") == sizes["sft", False]
+    assert (
+        sizes["mid", True] == sizes["mid", False] + 2 * 60
+        and sizes["sft", True] == sizes["sft", False] + 60
+    )
+    assert (
+        chat_sft.main(SHORT) == 0
+    )  # the file was midtraining's and finetuning's own: it does not travel
+    assert (
+        user_config(before, "sft")["identity_data"] is None
+        and trained_on(before, "sft") == sizes["sft", False]
+    )
 
 
 def test_what_a_later_stage_takes_over_is_written_down(base, before):
-    """A flag of the later stages that is left open (None) is taken over, or belongs to the stage: a new one has to be put on a side."""
+    """A flag of the later stages that is left open (None) is taken over, or belongs to the stage: a
+    new one has to be put on a side.
+    """
     own = {"model_tag", "from_tag", "model_step", "mixture", "identity_data"}
     for script in (mid_train, chat_sft, chat_rl):
-        left_open = {name for name, value in configurator.to_dict(script.Config()).items() if value is None}
+        left_open = {
+            name for name, value in configurator.to_dict(script.Config()).items() if value is None
+        }
         assert left_open <= own | {*INHERITED, *TEXT}, script.__name__
     settings = dict.fromkeys(configurator.to_dict(mid_train.Config()), "from the model")
     config = mid_train.Config()
     after = configurator.to_dict(fill(config, inherited(config, settings)))
-    assert {name for name, value in after.items() if value == "from the model"} == {*INHERITED, *TEXT}
+    assert {name for name, value in after.items() if value == "from the model"} == {
+        *INHERITED,
+        *TEXT,
+    }
 
 
 def test_the_step_to_start_from_is_not_that_of_the_stage_before(base, before):
     assert mid_train.main([*mid_flags(base), *SHORT, "--model_step=10"]) == 0
     assert chat_sft.main([*sft_flags(base), *SHORT]) == 0
-    assert (user_config(before, "mid")["model_step"], user_config(before, "sft")["model_step"]) == (10, None)
+    assert (user_config(before, "mid")["model_step"], user_config(before, "sft")["model_step"]) == (
+        10,
+        None,
+    )
 
 
 def test_another_text_for_the_later_stage_replaces_the_one_of_the_base_model(base, before):
     documents = [text(index) for index in range(300)]
     write_dataset(before / "base_data" / "words", "words", documents[:-20], documents[-20:])
-    assert mid_train.main([*mid_flags(base), *SHORT, "--dataset=words"]) == 0  # the base model had --data_path
-    assert (user_config(before, "mid")["dataset"], user_config(before, "mid")["data_path"]) == ("words", None)
-    assert base_train.main([*MODEL, *BATCH, *QUIET, "--num_iterations=1", "--dataset=words", "--model_tag=words"]) == 0
+    assert (
+        mid_train.main([*mid_flags(base), *SHORT, "--dataset=words"]) == 0
+    )  # the base model had --data_path
+    assert (user_config(before, "mid")["dataset"], user_config(before, "mid")["data_path"]) == (
+        "words",
+        None,
+    )
+    assert (
+        base_train.main(
+            [*MODEL, *BATCH, *QUIET, "--num_iterations=1", "--dataset=words", "--model_tag=words"]
+        )
+        == 0
+    )
     path = base / "text.jsonl"
-    assert mid_train.main([*mid_flags(base), *SHORT, f"--data_path={path}", "--model_tag=words"]) == 0
-    assert (user_config(before, "mid", "words")["dataset"], user_config(before, "mid", "words")["data_path"]) == (None, str(path))
+    assert (
+        mid_train.main([*mid_flags(base), *SHORT, f"--data_path={path}", "--model_tag=words"]) == 0
+    )
+    assert (
+        user_config(before, "mid", "words")["dataset"],
+        user_config(before, "mid", "words")["data_path"],
+    ) == (None, str(path))
 
 
 def test_a_second_personality_beside_the_first_from_one_base_model(base, before, capsys):
-    weights = {path: path.read_bytes() for stage in ("base", "mid", "sft") for path in folder(before, stage).glob("model_*.pt")}
-    me = [f"--mixture={base / 'chats.jsonl'}", "--num_iterations=1", "--eval_every=-1", "--device_type=cpu", "--model_tag=me"]
+    weights = {
+        path: path.read_bytes()
+        for stage in ("base", "mid", "sft")
+        for path in folder(before, stage).glob("model_*.pt")
+    }
+    me = [
+        f"--mixture={base / 'chats.jsonl'}",
+        "--num_iterations=1",
+        "--eval_every=-1",
+        "--device_type=cpu",
+        "--model_tag=me",
+    ]
     assert "--from_tag" in refused(mid_train.main, me, capsys)  # the base model has another name
     assert mid_train.main([*me, "--from_tag=d1"]) == 0
     assert chat_sft.main([*me]) == 0
     assert chat_sft.main([*me[:-1], "--source=base", "--from_tag=d1", "--model_tag=you"]) == 0
-    rl = ["--task=arithmetic", "--max_new_tokens=4", "--num_samples=2", "--examples_per_step=1", *SHORT]
+    rl = [
+        "--task=arithmetic",
+        "--max_new_tokens=4",
+        "--num_samples=2",
+        "--examples_per_step=1",
+        *SHORT,
+    ]
     assert chat_rl.main([*rl, "--from_tag=me", "--model_tag=mine"]) == 0
     for stage, tag, source in (
         ("mid", "me", "base d1 step 10"),
@@ -262,7 +411,11 @@ def test_a_second_personality_beside_the_first_from_one_base_model(base, before,
 
 
 @pytest.mark.parametrize(
-    ("flags", "named"), [(["--from_tag=d9", "--model_tag=me"], "--from_tag=d9 is not in"), (["--from_tag=../base"], "--from_tag='../base'")]
+    ("flags", "named"),
+    [
+        (["--from_tag=d9", "--model_tag=me"], "--from_tag=d9 is not in"),
+        (["--from_tag=../base"], "--from_tag='../base'"),
+    ],
 )
 def test_a_tag_to_start_from_that_is_not_there_is_named(base, flags, named, capsys):
     assert named in refused(mid_train.main, mid_flags(base, *flags), capsys)
@@ -276,24 +429,36 @@ def test_a_refused_stage_leads_to_a_second_model(base, before, capsys):
 
 
 def test_a_source_that_has_moved_on_is_said(base, before, capsys):
-    """The base model is trained further, then anew; a model that was started from an earlier state says so, and how to start over."""
+    """The base model is trained further, then anew; a model that was started from an earlier state
+    says so, and how to start over.
+    """
     assert base_train.main([*base_flags(base, "--resume=latest"), "--num_iterations=12"]) == 0
     capsys.readouterr()
     assert mid_train.main(mid_flags(base, "--resume=latest")) == 0
     out = capsys.readouterr().out
-    assert "finished" not in out and "started from base d1 step 10, and that model is at step 12 now" in out
+    assert (
+        "finished" not in out
+        and "started from base d1 step 10, and that model is at step 12 now" in out
+    )
     command = shlex.split(out[out.index("`python") + 1 : out.rindex("`")])
     assert command[:3] == ["python", "-m", "scripts.mid_train"] and mid_train.main(command[3:]) == 0
     capsys.readouterr()
     assert mid_train.main(mid_flags(base, "--resume=latest")) == 0
     assert "d1 is finished at step 10 of 10; nothing to do" in capsys.readouterr().out
-    assert base_train.main([*base_flags(base, "--overwrite", "--seed=7"), "--num_iterations=12"]) == 0
+    assert (
+        base_train.main([*base_flags(base, "--overwrite", "--seed=7"), "--num_iterations=12"]) == 0
+    )
     capsys.readouterr()
     assert mid_train.main(mid_flags(base, "--resume=latest")) == 0
-    assert "started from base d1 step 12, and that model has been trained again" in capsys.readouterr().out
+    assert (
+        "started from base d1 step 12, and that model has been trained again"
+        in capsys.readouterr().out
+    )
     shutil.rmtree(folder(before, "base"))
     assert mid_train.main(mid_flags(base, "--resume=latest", "--model_tag=d1")) == 0
-    assert "nothing to do" in capsys.readouterr().out  # nothing to compare with: the model stands by itself
+    assert (
+        "nothing to do" in capsys.readouterr().out
+    )  # nothing to compare with: the model stands by itself
 
 
 def test_a_run_under_way_whose_source_has_moved_on_says_so_and_is_resumed(base, before, caplog):
@@ -302,12 +467,17 @@ def test_a_run_under_way_whose_source_has_moved_on_says_so_and_is_resumed(base, 
         assert chat_sft.main(sft_flags(base)) == 130
     assert mid_train.main([*mid_flags(base, "--resume=latest"), "--num_iterations=11"]) == 0
     assert chat_sft.main(sft_flags(base, "--resume=latest")) == 0
-    assert "d1 is resumed, but it was started from mid d1 step 10, and that model is at step 11 now" in caplog.text
+    assert (
+        "d1 is resumed, but it was started from mid d1 step 10, and that model is at step 11 now"
+        in caplog.text
+    )
     assert losses(before, "sft") == losses(base, "sft")
 
 
 def test_another_batch_brings_the_rates_that_pretraining_would_give_it(base, before, monkeypatch):
-    config = checkpoint_manager.model_config(checkpoint_manager.read_meta(folder(base, "base"), 10), "base")
+    config = checkpoint_manager.model_config(
+        checkpoint_manager.read_meta(folder(base, "base"), 10), "base"
+    )
     more = ["--num_iterations=1", "--eval_every=-1", "--overwrite"]
     for floor, batch in ((None, 512), (0.0, 512), (0.0, 2048)):
         if floor is not None:
@@ -316,25 +486,42 @@ def test_another_batch_brings_the_rates_that_pretraining_would_give_it(base, bef
         assert mid_train.main(mid_flags(base, *more, f"--total_batch_size={batch}")) == 0
         plan = checkpoint_manager.read_meta(folder(before, "mid"), 1)["run_state"]["plan"]
         wanted = schedule.plan_run(config, total_batch_size=batch)
-        assert (plan["lr_scale"], plan["adamw_lr_scale"]) == (wanted.lr_scale, wanted.adamw_lr_scale)
+        assert (plan["lr_scale"], plan["adamw_lr_scale"]) == (
+            wanted.lr_scale,
+            wanted.adamw_lr_scale,
+        )
 
 
 def test_each_stage_reports(base):
-    sections = {json.loads(path.read_text(encoding="utf-8"))["section"] for path in (base / "report").glob("*.card.json")}
+    sections = {
+        json.loads(path.read_text(encoding="utf-8"))["section"]
+        for path in (base / "report").glob("*.card.json")
+    }
     assert {"Base model training", "Midtraining", "Chat SFT"} <= sections
 
 
 def test_base_loss_measures_the_validation_text_as_training_did(base, capsys):
-    assert base_loss.main(["--split_tokens=400", "--device_batch_size=3", "--device_type=cpu", "--dtype=float32"]) == 0
+    assert (
+        base_loss.main(
+            ["--split_tokens=400", "--device_batch_size=3", "--device_type=cpu", "--dtype=float32"]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     measured = float(out.split("validation bits per byte: ")[1].split()[0])
-    assert measured == pytest.approx(checkpoint_manager.read_meta(folder(base, "base"), 10)["val_bpb"], abs=1e-3)
+    assert measured == pytest.approx(
+        checkpoint_manager.read_meta(folder(base, "base"), 10)["val_bpb"], abs=1e-3
+    )
     assert "train bits per byte: " in out and "The capital of France is|" in out
 
 
-# ---- stopping and going on ------------------------------------------------------------------------------------------
+# ---- stopping and going on -----------------------------------------------------------------------
 
-STAGES = {"base": (base_train.main, base_flags), "mid": (mid_train.main, mid_flags), "sft": (chat_sft.main, sft_flags)}
+STAGES = {
+    "base": (base_train.main, base_flags),
+    "mid": (mid_train.main, mid_flags),
+    "sft": (chat_sft.main, sft_flags),
+}
 
 
 @pytest.fixture
@@ -352,7 +539,10 @@ def test_stopped_by_ctrl_c_and_resumed_equals_uninterrupted(base, before, stage,
         assert main(flags) == 130
     printed = capsys.readouterr().out
     assert "yet, starting at step 0" in printed  # --resume=latest is how scripts start a run, too
-    assert f"python -m {checkpoint_manager.COMMANDS[stage]} " in printed and "--resume=latest" in printed
+    assert (
+        f"python -m {checkpoint_manager.COMMANDS[stage]} " in printed
+        and "--resume=latest" in printed
+    )
     assert checkpoint_manager.find_last_step(folder(before, stage)) == 7
     assert main(flags) == 0
     one, two = final(base, stage), final(before, stage)
@@ -360,20 +550,29 @@ def test_stopped_by_ctrl_c_and_resumed_equals_uninterrupted(base, before, stage,
     assert one["tensors"].keys() == two["tensors"].keys()
     assert all(torch.equal(one["tensors"][name], two["tensors"][name]) for name in one["tensors"])
     capsys.readouterr()
-    assert main(flags) == 0 and "is finished at step 10 of 10; nothing to do" in capsys.readouterr().out
+    assert (
+        main(flags) == 0
+        and "is finished at step 10 of 10; nothing to do" in capsys.readouterr().out
+    )
 
 
 def test_the_command_that_is_printed_goes_on_with_the_run(base, before, capsys):
     shutil.rmtree(folder(before, "base"))
     with ctrl_c_in_step(3):
         assert base_train.main(base_flags(base, "--seed=7")) == 130
-    command = next(line for line in capsys.readouterr().out.splitlines() if "python -m scripts.base_train" in line)
+    command = next(
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if "python -m scripts.base_train" in line
+    )
     assert base_train.main(shlex.split(command)[3:]) == 0
     assert checkpoint_manager.find_last_step(folder(before, "base")) == 10
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_run_that_was_killed_before_it_wrote_its_card_writes_it_when_it_is_resumed(base, before, stage, capsys):
+def test_a_run_that_was_killed_before_it_wrote_its_card_writes_it_when_it_is_resumed(
+    base, before, stage, capsys
+):
     """What is left then: the last checkpoint, after its evaluation."""
     main, flags = STAGES[stage][0], STAGES[stage][1](base, "--resume=latest")
     name = {"base": "base-model-training", "mid": "midtraining", "sft": "chat-sft"}[stage]
@@ -386,12 +585,22 @@ def test_a_run_that_was_killed_before_it_wrote_its_card_writes_it_when_it_is_res
     assert main(flags) == 0 and "nothing to do" not in capsys.readouterr().out
     again = json.loads(card.read_text(encoding="utf-8"))["data"]
     for data in (again, written):
-        data[0] = {name: value for name, value in data[0].items() if name not in ("training minutes", "peak memory MiB")}
+        data[0] = {
+            name: value
+            for name, value in data[0].items()
+            if name not in ("training minutes", "peak memory MiB")
+        }
     assert again[0] == written[0]
-    assert model.stat().st_mtime_ns == age and main(flags) == 0 and "nothing to do" in capsys.readouterr().out
+    assert (
+        model.stat().st_mtime_ns == age
+        and main(flags) == 0
+        and "nothing to do" in capsys.readouterr().out
+    )
     with ctrl_c_in_step(3):
         assert main([*STAGES[stage][1](base), "--overwrite"]) == 130
-    assert not (folder(before, stage) / REPORTED).exists(), "the card of the run before is not this one's"
+    assert not (folder(before, stage) / REPORTED).exists(), (
+        "the card of the run before is not this one's"
+    )
 
 
 def test_a_finished_run_can_be_made_longer(base, before):
@@ -409,26 +618,54 @@ def test_the_device_batch_size_may_change_on_the_way(base, before):
 
 
 def test_the_rows_of_a_pass_are_chosen_by_the_memory_there_is(base, before, capsys, monkeypatch):
-    config = checkpoint_manager.model_config(checkpoint_manager.read_meta(folder(base, "base"), 10), "base")
-    needed = {rows: flops.memory_estimate(config, rows, dtype="float32", device_type="cpu")["total"] / flops.USABLE for rows in (1, 3)}
+    config = checkpoint_manager.model_config(
+        checkpoint_manager.read_meta(folder(base, "base"), 10), "base"
+    )
+    needed = {
+        rows: flops.memory_estimate(config, rows, dtype="float32", device_type="cpu")["total"]
+        / flops.USABLE
+        for rows in (1, 3)
+    }
     monkeypatch.setattr(batch_size, "device_memory", lambda device: int(needed[3]) + 1)
     flags = base_flags(base, "--device_batch_size=auto", "--overwrite")
-    assert base_train.main(flags) == 0 and "base: --device_batch_size=2, so 4 passes a step" in capsys.readouterr().out
+    assert (
+        base_train.main(flags) == 0
+        and "base: --device_batch_size=2, so 4 passes a step" in capsys.readouterr().out
+    )
     assert losses(before, "base") == pytest.approx(losses(base, "base"), abs=1e-5)
-    assert checkpoint_manager.read_meta(folder(before, "base"), 10)["user_config"]["device_batch_size"] == 2
+    assert (
+        checkpoint_manager.read_meta(folder(before, "base"), 10)["user_config"]["device_batch_size"]
+        == 2
+    )
     for main, more in ((mid_train.main, mid_flags(base)), (chat_sft.main, sft_flags(base))):
-        assert main([*more, "--device_batch_size=auto", "--num_iterations=1", "--eval_every=-1", "--overwrite"]) == 0
+        assert (
+            main(
+                [
+                    *more,
+                    "--device_batch_size=auto",
+                    "--num_iterations=1",
+                    "--eval_every=-1",
+                    "--overwrite",
+                ]
+            )
+            == 0
+        )
         assert "--device_batch_size=" in capsys.readouterr().out
     monkeypatch.setattr(batch_size, "device_memory", lambda device: int(needed[1]) - 10)
     message = refused(base_train.main, flags, capsys)
-    assert all(told in message for told in ("--device_batch_size=auto: one row takes", "--grad_checkpoint=1", "--depth")), message
+    assert all(
+        told in message
+        for told in ("--device_batch_size=auto: one row takes", "--grad_checkpoint=1", "--depth")
+    ), message
 
 
 def test_a_resumed_run_keeps_its_own_tokenizer(base, before):
     shutil.rmtree(folder(before, "base"))
     with ctrl_c_in_step(5):
         base_train.main(base_flags(base))
-    RustBPETokenizer.train_from_iterator(iter(["another text altogether"]), 280).save(before / "tokenizer")
+    RustBPETokenizer.train_from_iterator(iter(["another text altogether"]), 280).save(
+        before / "tokenizer"
+    )
     assert base_train.main(base_flags(base, "--resume=latest")) == 0
     assert losses(before, "base") == losses(base, "base")
 
@@ -440,7 +677,7 @@ def test_overwriting_starts_over(base, before):
     assert len(losses(before, "base")) == 4
 
 
-# ---- what is refused, in one sentence, with nothing lost ------------------------------------------------------------
+# ---- what is refused, in one sentence, with nothing lost -----------------------------------------
 
 
 def refused(main: Any, flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -453,16 +690,33 @@ def refused(main: Any, flags: list[str], capsys: pytest.CaptureFixture[str]) -> 
 
 def test_an_existing_run_is_not_written_over(base, capsys):
     for stage, (main, flags) in STAGES.items():
-        earlier = sorted((path.name, path.stat().st_mtime_ns) for path in folder(base, stage).iterdir())
+        earlier = sorted(
+            (path.name, path.stat().st_mtime_ns) for path in folder(base, stage).iterdir()
+        )
         message = refused(main, flags(base), capsys)
-        assert "--resume=latest" in message and "--overwrite" in message and "--model_tag" in message
-        assert sorted((path.name, path.stat().st_mtime_ns) for path in folder(base, stage).iterdir()) == earlier
+        assert (
+            "--resume=latest" in message and "--overwrite" in message and "--model_tag" in message
+        )
+        assert (
+            sorted((path.name, path.stat().st_mtime_ns) for path in folder(base, stage).iterdir())
+            == earlier
+        )
 
 
 def test_a_changed_flag_that_alters_the_maths_is_refused_by_name(base, capsys):
-    message = refused(base_train.main, base_flags(base, "--resume=latest", "--matrix_lr=0.5", "--warmup_ratio=0.3"), capsys)
-    assert "--matrix_lr=0.5 (was 0.02)" in message and "--warmup_ratio=0.3 (was 0.05)" in message and "--num_iterations" not in message
-    message = refused(chat_sft.main, sft_flags(base, "--resume=latest", "--target_examples_per_step=4"), capsys)
+    message = refused(
+        base_train.main,
+        base_flags(base, "--resume=latest", "--matrix_lr=0.5", "--warmup_ratio=0.3"),
+        capsys,
+    )
+    assert (
+        "--matrix_lr=0.5 (was 0.02)" in message
+        and "--warmup_ratio=0.3 (was 0.05)" in message
+        and "--num_iterations" not in message
+    )
+    message = refused(
+        chat_sft.main, sft_flags(base, "--resume=latest", "--target_examples_per_step=4"), capsys
+    )
     assert "--target_examples_per_step=4 (was 8)" in message
 
 
@@ -471,7 +725,9 @@ def test_a_run_does_not_go_on_with_another_text(base, before, capsys):
     text = path.read_text(encoding="utf-8")
     try:
         path.write_text(text.replace("cat", "cow"), encoding="utf-8")
-        message = refused(base_train.main, base_flags(base, "--resume=latest", "--num_iterations=12"), capsys)
+        message = refused(
+            base_train.main, base_flags(base, "--resume=latest", "--num_iterations=12"), capsys
+        )
     finally:
         path.write_text(text, encoding="utf-8")
     assert "other shards" in message and "--overwrite" in message
@@ -504,7 +760,9 @@ def test_what_does_not_fit_is_named_before_anything_is_made(base, flags, names, 
     tag = "d1" if "--resume=latest" in flags else "new"
     message = refused(base_train.main, base_flags(base, f"--model_tag={tag}", *flags), capsys)
     assert all(name in message for name in names), message
-    assert not folder(base, "base", "new").exists() or not sorted(checkpoint_manager.steps(folder(base, "base", "new")))
+    assert not folder(base, "base", "new").exists() or not sorted(
+        checkpoint_manager.steps(folder(base, "base", "new"))
+    )
 
 
 def test_what_is_missing_names_the_command_that_makes_it(base, tmp_path, monkeypatch, capsys):
@@ -515,21 +773,35 @@ def test_what_is_missing_names_the_command_that_makes_it(base, tmp_path, monkeyp
     assert "python -m scripts.base_train" in refused(mid_train.main, mid_flags(base), capsys)
     assert "python -m scripts.mid_train" in refused(chat_sft.main, sft_flags(base), capsys)
     assert "python -m scripts.base_train" in refused(base_loss.main, ["--device_type=cpu"], capsys)
-    assert "--device_batch_size=0" in refused(base_loss.main, ["--device_batch_size=0", "--device_type=cpu"], capsys)
+    assert "--device_batch_size=0" in refused(
+        base_loss.main, ["--device_batch_size=0", "--device_type=cpu"], capsys
+    )
 
 
 def test_unknown_tags_steps_and_tasks_are_named(base, capsys):
     assert "choose one of d1" in refused(mid_train.main, mid_flags(base, "--model_tag=d7"), capsys)
-    assert "no step 3" in refused(mid_train.main, mid_flags(base, "--model_step=3", "--overwrite"), capsys)
+    assert "no step 3" in refused(
+        mid_train.main, mid_flags(base, "--model_step=3", "--overwrite"), capsys
+    )
     assert "no step 3" in refused(base_train.main, base_flags(base, "--resume=3"), capsys)
-    assert "unknown task 'nope'" in refused(chat_sft.main, sft_flags(base, "--overwrite", "--mixture=nope:1"), capsys)
-    assert "--eval_steps=0" in refused(chat_sft.main, sft_flags(base, "--overwrite", "--eval_steps=0"), capsys)
-    assert "--identity_data=me.txt" in refused(chat_sft.main, sft_flags(base, "--overwrite", "--identity_data=me.txt"), capsys)
-    assert "max_seq_len=64" in refused(chat_sft.main, sft_flags(base, "--overwrite", "--max_seq_len=64"), capsys)
+    assert "unknown task 'nope'" in refused(
+        chat_sft.main, sft_flags(base, "--overwrite", "--mixture=nope:1"), capsys
+    )
+    assert "--eval_steps=0" in refused(
+        chat_sft.main, sft_flags(base, "--overwrite", "--eval_steps=0"), capsys
+    )
+    assert "--identity_data=me.txt" in refused(
+        chat_sft.main, sft_flags(base, "--overwrite", "--identity_data=me.txt"), capsys
+    )
+    assert "max_seq_len=64" in refused(
+        chat_sft.main, sft_flags(base, "--overwrite", "--max_seq_len=64"), capsys
+    )
     assert checkpoint_manager.find_last_step(folder(base, "mid")) == 10  # --overwrite lost nothing
 
 
-def test_a_run_none_of_whose_checkpoints_is_intact_does_not_start_over_by_itself(before, base, capsys):
+def test_a_run_none_of_whose_checkpoints_is_intact_does_not_start_over_by_itself(
+    before, base, capsys
+):
     for path in folder(before, "base").glob("model_*.pt"):
         path.write_bytes(path.read_bytes()[:-1] + b"?")
     message = refused(base_train.main, base_flags(base, "--resume=latest"), capsys)
@@ -541,19 +813,34 @@ def test_two_processes_do_not_train_one_tag(base, capsys, monkeypatch):
     with folder_lock(folder(base, "base")):
         message = refused(base_train.main, base_flags(base, "--resume=latest"), capsys)
         assert "another process is training" in message and "--model_tag" in message
-    assert base_train.main(base_flags(base, "--resume=latest")) == 0  # and nobody holds it afterwards
+    assert (
+        base_train.main(base_flags(base, "--resume=latest")) == 0
+    )  # and nobody holds it afterwards
 
 
 def test_a_checkpoint_with_another_vocabulary_is_named(before, base, capsys):
-    RustBPETokenizer.train_from_iterator(iter(["another text altogether"]), 280).save(folder(before, "base"))
-    message = refused(base_train.main, base_flags(base, "--resume=latest", "--num_iterations=12"), capsys)
+    RustBPETokenizer.train_from_iterator(iter(["another text altogether"]), 280).save(
+        folder(before, "base")
+    )
+    message = refused(
+        base_train.main, base_flags(base, "--resume=latest", "--num_iterations=12"), capsys
+    )
     assert "tokenizer.json is not the one that step 10 was trained with" in message
-    RustBPETokenizer.train_from_iterator((text(index) for index in range(90)), 310).save(folder(before, "base"))
-    assert "has 310 tokens, the model of step 10 only 300" in refused(mid_train.main, mid_flags(base, "--overwrite"), capsys)
+    RustBPETokenizer.train_from_iterator((text(index) for index in range(90)), 310).save(
+        folder(before, "base")
+    )
+    assert "has 310 tokens, the model of step 10 only 300" in refused(
+        mid_train.main, mid_flags(base, "--overwrite"), capsys
+    )
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
 )
 def test_too_little_memory_names_the_flags(base, capsys, monkeypatch, error):
     def step(self: Any, batch: Any) -> Any:
@@ -561,72 +848,135 @@ def test_too_little_memory_names_the_flags(base, capsys, monkeypatch, error):
 
     monkeypatch.setattr(trainer.Trainer, "train_step", step)
     message = refused(base_train.main, base_flags(base, "--model_tag=big"), capsys)
-    assert all(flag in message for flag in ("--device_batch_size=4", "=auto", "--grad_checkpoint=1", "--depth")), message
+    assert all(
+        flag in message
+        for flag in ("--device_batch_size=4", "=auto", "--grad_checkpoint=1", "--depth")
+    ), message
 
 
 def test_a_disk_that_will_be_full_is_announced_with_numbers(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**10, 0, 5 * 10**9))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**10, 0, 5 * 10**9)
+    )
     warn_if_disk_is_small(tmp_path / "not yet" / "d9", 2 * 10**9, keep_last=1)
     assert not caplog.text
     warn_if_disk_is_small(tmp_path / "not yet" / "d9", 2 * 10**9, keep_last=2)
-    assert "5.0 GB free" in caplog.text and "3 checkpoints of 2.00 GB take 6.0 GB more" in caplog.text
+    assert (
+        "5.0 GB free" in caplog.text and "3 checkpoints of 2.00 GB take 6.0 GB more" in caplog.text
+    )
 
 
 def test_the_size_of_a_checkpoint_is_foreseen(base):
     meta = checkpoint_manager.read_meta(folder(base, "base"), 10)
     written = sum(entry["size"] for entry in meta["files"].values())
     foreseen = checkpoint_bytes(checkpoint_manager.model_config(meta, "base"), "muon", "float32")
-    assert foreseen == pytest.approx(written, rel=0.2) and foreseen < written  # so small a file is in part headers
+    assert (
+        foreseen == pytest.approx(written, rel=0.2) and foreseen < written
+    )  # so small a file is in part headers
     assert {"Python", "torch", "numpy"} <= meta["software"].keys()
 
 
-# ---- the smallest data there is ------------------------------------------------------------------------------------
+# ---- the smallest data there is ------------------------------------------------------------------
 
 
-def test_one_line_of_prompt_and_completion_trains_a_base_model_and_a_chat_model(before, caplog, capsys):
+def test_one_line_of_prompt_and_completion_trains_a_base_model_and_a_chat_model(
+    before, caplog, capsys
+):
     line = before / "data.jsonl"
     line.write_text('{"prompt": "the cat sat", "completion": " on a mat"}\n', encoding="utf-8")
-    assert base_train.main(base_flags(before, f"--data_path={line}", "--model_tag=lone", "--num_iterations=2")) == 0
-    assert caplog.messages.count(f"{line} holds one document: training and validation both read it") == 1
+    assert (
+        base_train.main(
+            base_flags(before, f"--data_path={line}", "--model_tag=lone", "--num_iterations=2")
+        )
+        == 0
+    )
+    assert (
+        caplog.messages.count(f"{line} holds one document: training and validation both read it")
+        == 1
+    )
     assert "base step 2: validation" in capsys.readouterr().out
     caplog.clear()
-    flags = [f"--mixture={line}:1", "--mixture_ratio=0.5", "--from_tag=lone", "--model_tag=lone", "--device_type=cpu"]
+    flags = [
+        f"--mixture={line}:1",
+        "--mixture_ratio=0.5",
+        "--from_tag=lone",
+        "--model_tag=lone",
+        "--device_type=cpu",
+    ]
     assert mid_train.main(flags) == 0  # its text is the base model's
-    assert chat_sft.main([f"--mixture={line}:2", "--model_tag=lone", "--device_type=cpu", "--target_examples_per_step=1"]) == 0
+    assert (
+        chat_sft.main(
+            [
+                f"--mixture={line}:2",
+                "--model_tag=lone",
+                "--device_type=cpu",
+                "--target_examples_per_step=1",
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "mid: 1 conversations" in out and "sft: 2 conversations" in out
 
 
-# ---- looking on -----------------------------------------------------------------------------------------------------
+# ---- looking on ----------------------------------------------------------------------------------
 
 
 def test_samples_and_core_are_reported_where_their_data_is(base, before, capsys):
     """A bundle with one task of three questions; without one, training continues and says so."""
-    flags = [*MODEL, *BATCH, f"--data_path={base / 'text.jsonl'}", "--num_iterations=2", "--eval_every=-1", "--sample_every=2"]
+    flags = [
+        *MODEL,
+        *BATCH,
+        f"--data_path={base / 'text.jsonl'}",
+        "--num_iterations=2",
+        "--eval_every=-1",
+        "--sample_every=2",
+    ]
     assert base_train.main([*flags, "--model_tag=without", "--core_metric_every=2"]) == 0
     out = capsys.readouterr().out
     assert "training goes without CORE evaluations" in out and "The capital of France is|" in out
     bundle = before / "eval_bundle"
     (bundle / "eval_data").mkdir(parents=True)
-    icl_task = {"label": "lambada_openai", "dataset_uri": "toy.jsonl", "num_fewshot": [0], "icl_task_type": "language_modeling"}
+    icl_task = {
+        "label": "lambada_openai",
+        "dataset_uri": "toy.jsonl",
+        "num_fewshot": [0],
+        "icl_task_type": "language_modeling",
+    }
     (bundle / "core.yaml").write_text(json.dumps({"icl_tasks": [icl_task]}), encoding="utf-8")
-    (bundle / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nlambada_openai,0\n", encoding="utf-8")
+    (bundle / "eval_meta_data.csv").write_text(
+        "Eval Task,Random baseline\nlambada_openai,0\n", encoding="utf-8"
+    )
     items = [{"context": f"the {word}", "continuation": " sat"} for word in WORDS[:3]]
-    (bundle / "eval_data" / "toy.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+    (bundle / "eval_data" / "toy.jsonl").write_text(
+        "".join(json.dumps(item) + "\n" for item in items), encoding="utf-8"
+    )
     assert base_train.main([*flags, "--model_tag=with", "--core_metric_every=2"]) == 0
-    lines = [json.loads(line) for line in (folder(before, "base", "with") / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    (score,) = [value for line in lines for name, value in line.items() if name.startswith("CORE (1/22, no hellaswag_zeroshot, ")]
+    lines = [
+        json.loads(line)
+        for line in (folder(before, "base", "with") / "metrics.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    ]
+    (score,) = [
+        value
+        for line in lines
+        for name, value in line.items()
+        if name.startswith("CORE (1/22, no hellaswag_zeroshot, ")
+    ]
     assert 0 <= score <= 1
 
 
-# ---- the plan -------------------------------------------------------------------------------------------------------
+# ---- the plan ------------------------------------------------------------------------------------
 
 
 def test_a_dry_run_prints_the_plan_without_torch_and_without_a_trace(tmp_path):
     program = "import sys; from scripts import base_train; code = base_train.main(); assert 'torch' not in sys.modules; sys.exit(code)"
     environment = {**os.environ, "ZANGCHAT_BASE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", program, "--dry_run", "--depth=20", "--device_batch_size=32"]
-    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True
+    ).stdout
     for expected in (
         "20 layers, width 1280",
         "560,988,160",
@@ -636,14 +986,26 @@ def test_a_dry_run_prints_the_plan_without_torch_and_without_a_trace(tmp_path):
         "141 GB: 32 rows x 16 passes",
     ):
         assert expected in out, out
-    out = subprocess.run([*command[:-1], "--device_batch_size=auto"], env=environment, capture_output=True, text=True, check=True).stdout
-    assert "in passes of what fits" in out and " 24 GB: " in out and "with --grad_checkpoint=1" in out
+    out = subprocess.run(
+        [*command[:-1], "--device_batch_size=auto"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert (
+        "in passes of what fits" in out and " 24 GB: " in out and "with --grad_checkpoint=1" in out
+    )
     assert not list(tmp_path.iterdir())
 
 
 def test_a_batch_is_cut_into_whole_rows_equal_shares_and_equal_passes():
     check_batch(256, 32, 4, 1)
     check_batch(256, 32, 64, 2)  # fewer rows than a pass may hold
-    for arguments, flag in (((100, 32, 4, 1), "--max_seq_len=32"), ((96, 32, 4, 2), "2 ranks"), ((192, 32, 4, 1), "--device_batch_size=4")):
+    for arguments, flag in (
+        ((100, 32, 4, 1), "--max_seq_len=32"),
+        ((96, 32, 4, 2), "2 ranks"),
+        ((192, 32, 4, 1), "--device_batch_size=4"),
+    ):
         with pytest.raises(UserError, match=flag):
             check_batch(*arguments)

@@ -1,4 +1,5 @@
-"""The training loop: what a step computes, what may not change it, and that stopping and going on changes nothing.
+"""The training loop: what a step computes, what may not change it, and that stopping and going on
+changes nothing.
 
 Models are tiny, batches a function of the step number, as in the real loader.
 """
@@ -40,7 +41,9 @@ ROWS = 8
 
 
 def make_batch(step: int, rank: int = 0, world_size: int = 1) -> Batch:
-    """Rows that can be learnt: each counts upwards in its own stride; some targets are ignored, more in some rows than in others."""
+    """Rows that can be learnt: each counts upwards in its own stride; some targets are ignored,
+    more in some rows than in others.
+    """
     generator = torch.Generator().manual_seed(derive_seed("batch", step))
     start, stride = (torch.randint(1, 8, (ROWS, 1), generator=generator) for _ in range(2))
     tokens = (start + stride * torch.arange(CONFIG.sequence_len + 1)) % CONFIG.vocab_size
@@ -75,17 +78,30 @@ def make_trainer(
     model.init_weights(generator=torch.Generator().manual_seed(7))
     rank, world_size = collectives.world()
     optimizer = build_optimizer(
-        model, embedding_lr=0.05, unembedding_lr=0.01, matrix_lr=0.01, weight_decay=0.01, kind=kind, rank=rank, world_size=world_size
+        model,
+        embedding_lr=0.05,
+        unembedding_lr=0.01,
+        matrix_lr=0.01,
+        weight_decay=0.01,
+        kind=kind,
+        rank=rank,
+        world_size=world_size,
     )
     state = RunState()
     if resume is not None:
-        model_data, optimizer_data, meta = checkpoint_manager.load_checkpoint(directory, resume, "cpu", load_optimizer=True)
+        model_data, optimizer_data, meta = checkpoint_manager.load_checkpoint(
+            directory, resume, "cpu", load_optimizer=True
+        )
         checkpoint_manager.load_weights(model, model_data, "checkpoint")
         optimizer.load_shards(optimizer_data)
         state = RunState.from_dict(meta["run_state"])
     state.num_iterations = num_iterations
     stage = kw.pop("stage", None) or Stage("base", batches, schedule)
-    run_config = RunConfig(save_every=kw.pop("save_every", 5), keep_last=kw.pop("keep_last", 9), overwrite=kw.pop("overwrite", False))
+    run_config = RunConfig(
+        save_every=kw.pop("save_every", 5),
+        keep_last=kw.pop("keep_last", 9),
+        overwrite=kw.pop("overwrite", False),
+    )
     resume_command = kw.pop("resume_command", "the same command with --resume=latest")
     return Trainer(
         model,
@@ -119,11 +135,14 @@ def losses(trainer: Trainer, steps: int) -> list[float]:
 
 def metrics(directory: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what the clock decides."""
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
-# ---- a step ---------------------------------------------------------------------------------------------------------
+# ---- a step --------------------------------------------------------------------------------------
 
 
 def test_the_loss_falls():
@@ -151,7 +170,11 @@ def test_the_loss_is_the_mean_over_all_supervised_tokens_not_a_mean_of_means():
 def test_rows_without_supervision_change_nothing():
     batch = make_batch(0)
     padding = torch.zeros(4, CONFIG.sequence_len, dtype=torch.int64)
-    padded = replace(batch, inputs=torch.cat([batch.inputs, padding]), targets=torch.cat([batch.targets, padding - 1]))
+    padded = replace(
+        batch,
+        inputs=torch.cat([batch.inputs, padding]),
+        targets=torch.cat([batch.targets, padding - 1]),
+    )
     plain, more = make_trainer(device_batch_size=4), make_trainer(device_batch_size=4)
     assert plain.train_step(batch)["loss"] == more.train_step(padded)["loss"]
     assert same(weights(plain), weights(more))
@@ -171,7 +194,9 @@ def test_weights_of_tokens_are_factors_on_their_losses():
     trainer = make_trainer(device_batch_size=3)
     each = trainer.model(batch.inputs, batch.targets, loss_reduction="none").detach()
     expected = float((each * factors).sum() / (batch.targets >= 0).sum())
-    assert trainer.train_step(replace(batch, loss_weights=factors))["loss"] == pytest.approx(expected, rel=1e-4)
+    assert trainer.train_step(replace(batch, loss_weights=factors))["loss"] == pytest.approx(
+        expected, rel=1e-4
+    )
 
 
 def test_gradients_are_clipped_once_by_their_global_norm(monkeypatch):
@@ -180,7 +205,9 @@ def test_gradients_are_clipped_once_by_their_global_norm(monkeypatch):
     monkeypatch.setattr(
         trainer.optimizer,
         "step",
-        lambda multipliers: seen.append(math.fsum(float(p.grad.square().sum()) for p in trainer.model.parameters()) ** 0.5),
+        lambda multipliers: seen.append(
+            math.fsum(float(p.grad.square().sum()) for p in trainer.model.parameters()) ** 0.5
+        ),
     )
     assert trainer.train_step(make_batch(0))["grad_norm"] > 1e-2
     assert seen == [pytest.approx(1e-3, rel=1e-3)]
@@ -193,24 +220,38 @@ def test_the_schedule_reaches_the_optimizer(monkeypatch):
     assert seen == [schedule(step) for step in range(3)]
 
 
-# ---- what is not finite ---------------------------------------------------------------------------------------------
+# ---- what is not finite --------------------------------------------------------------------------
 
 
 def nan_at(*steps: int) -> Stage:
     calls = iter(range(1000))
-    return Stage("base", batches, schedule, loss=lambda model, batch: sum_loss(model, batch) * (math.nan if next(calls) in steps else 1.0))
+    return Stage(
+        "base",
+        batches,
+        schedule,
+        loss=lambda model, batch: (
+            sum_loss(model, batch) * (math.nan if next(calls) in steps else 1.0)
+        ),
+    )
 
 
 def test_a_non_finite_loss_skips_the_step_and_training_goes_on(caplog):
     trainer = make_trainer(stage=nan_at(2))
     losses(trainer, 2)
-    before, shards = weights(trainer), {name: dict(shard["tensors"]) for name, shard in trainer.optimizer.state_shards().items()}
+    before, shards = (
+        weights(trainer),
+        {name: dict(shard["tensors"]) for name, shard in trainer.optimizer.state_shards().items()},
+    )
     trainer.train_step(make_batch(2))
     assert same(before, weights(trainer))
-    assert same(shards, {name: shard["tensors"] for name, shard in trainer.optimizer.state_shards().items()})
+    assert same(
+        shards, {name: shard["tensors"] for name, shard in trainer.optimizer.state_shards().items()}
+    )
     assert trainer.state.skipped_steps == 1 and "step 3: loss nan" in caplog.text
     assert 'in the batch after {"step": 2}' in caplog.text
-    assert math.isfinite(trainer.train_step(make_batch(3))["loss"]) and not same(before, weights(trainer))
+    assert math.isfinite(trainer.train_step(make_batch(3))["loss"]) and not same(
+        before, weights(trainer)
+    )
     assert math.isfinite(trainer.smooth_loss)
 
 
@@ -237,12 +278,14 @@ def test_in_fp16_an_overflow_lowers_the_loss_scale():
     trainer.state.loss_scale = 2.0**10
     plain = make_trainer()
     plain.state.step = 1
-    assert trainer.train_step(make_batch(1))["grad_norm"] == pytest.approx(plain.train_step(make_batch(1))["grad_norm"], rel=1e-4)
+    assert trainer.train_step(make_batch(1))["grad_norm"] == pytest.approx(
+        plain.train_step(make_batch(1))["grad_norm"], rel=1e-4
+    )
     for name, tensor in weights(plain).items():
         torch.testing.assert_close(tensor, weights(trainer)[name], atol=1e-4, rtol=1e-4)
 
 
-# ---- the loop -------------------------------------------------------------------------------------------------------
+# ---- the loop ------------------------------------------------------------------------------------
 
 
 def test_hooks_run_when_due():
@@ -251,7 +294,11 @@ def test_hooks_run_when_due():
     def note(name: str) -> Any:
         return lambda trainer: calls.append((name, trainer.state.step))
 
-    hooks = [Every(4, note("a"), at_start=True), Every(-1, note("b")), Every(5, note("c"), at_end=False)]
+    hooks = [
+        Every(4, note("a"), at_start=True),
+        Every(-1, note("b")),
+        Every(5, note("c"), at_end=False),
+    ]
     make_trainer(num_iterations=10, stage=Stage("base", batches, schedule, hooks)).fit()
     assert calls == [("a", 0), ("a", 4), ("c", 5), ("a", 8), ("a", 10), ("b", 10), ("c", 10)]
 
@@ -270,14 +317,24 @@ def test_the_clock_saves_where_no_interval_is_given(tmp_path, monkeypatch):
 
 def test_what_the_last_hooks_measure_is_in_the_last_checkpoint(tmp_path):
     hooks = [Every(-1, lambda trainer: record_validation(trainer, 1.25))]
-    state = make_trainer(tmp_path, num_iterations=3, stage=Stage("base", batches, schedule, hooks)).fit()
+    state = make_trainer(
+        tmp_path, num_iterations=3, stage=Stage("base", batches, schedule, hooks)
+    ).fit()
     meta = checkpoint_manager.verify_checkpoint(tmp_path, 3, hashes=True)
     assert meta["val_bpb"] == 1.25 and RunState.from_dict(meta["run_state"]) == state
 
 
 def test_a_validation_that_gives_no_number_does_not_lose_the_training(tmp_path, caplog):
-    hooks = [Every(1, lambda trainer: record_validation(trainer, math.inf if trainer.state.step else 1.5), at_start=True)]
-    state = make_trainer(tmp_path, num_iterations=2, stage=Stage("base", batches, schedule, hooks)).fit()
+    hooks = [
+        Every(
+            1,
+            lambda trainer: record_validation(trainer, math.inf if trainer.state.step else 1.5),
+            at_start=True,
+        )
+    ]
+    state = make_trainer(
+        tmp_path, num_iterations=2, stage=Stage("base", batches, schedule, hooks)
+    ).fit()
     assert checkpoint_manager.find_verified_step(tmp_path) == 2 and state.last_val_bpb == 1.5
     assert "validation gave inf" in caplog.text
 
@@ -287,11 +344,16 @@ def test_a_crash_in_the_last_evaluation_does_not_lose_the_training(tmp_path):
         raise MemoryError
 
     with pytest.raises(MemoryError):
-        make_trainer(tmp_path, num_iterations=3, stage=Stage("base", batches, schedule, [Every(-1, crash)])).fit()
+        make_trainer(
+            tmp_path, num_iterations=3, stage=Stage("base", batches, schedule, [Every(-1, crash)])
+        ).fit()
     assert checkpoint_manager.find_verified_step(tmp_path) == 3
     ran = []
     make_trainer(
-        tmp_path, num_iterations=3, resume=3, stage=Stage("base", batches, schedule, [Every(-1, lambda t: ran.append(t.state.step))])
+        tmp_path,
+        num_iterations=3,
+        resume=3,
+        stage=Stage("base", batches, schedule, [Every(-1, lambda t: ran.append(t.state.step))]),
     ).fit()
     assert ran == [3]  # resuming makes up for it
 
@@ -317,7 +379,10 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path, monkeypatch, caplo
 def test_a_save_that_cannot_even_begin_costs_a_checkpoint_not_the_run(tmp_path, caplog):
     (tmp_path / checkpoint_manager.meta_name(5)).mkdir()  # cannot be deleted as a file
     make_trainer(tmp_path, num_iterations=12).fit()
-    assert sorted(checkpoint_manager.steps(tmp_path)) == [10, 12] and "could not save step 5" in caplog.text
+    assert (
+        sorted(checkpoint_manager.steps(tmp_path)) == [10, 12]
+        and "could not save step 5" in caplog.text
+    )
 
 
 def test_a_last_checkpoint_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
@@ -327,7 +392,9 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(tmp_path, monkeypa
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
-    """The writer is held back for three steps: what it writes is what there was, and the step exists only when all of it is there."""
+    """The writer is held back for three steps: what it writes is what there was, and the step
+    exists only when all of it is there.
+    """
     write, release, seen = checkpoint_files.write_tensors, threading.Event(), {}
 
     def slowly(path: Path, data: Any) -> tuple[int, str]:
@@ -344,10 +411,16 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
             release.set()
 
     monkeypatch.setattr(checkpoint_files, "write_tensors", slowly)
-    make_trainer(tmp_path, num_iterations=9, stage=Stage("base", batches, schedule, [Every(1, look)])).fit()
+    make_trainer(
+        tmp_path, num_iterations=9, stage=Stage("base", batches, schedule, [Every(1, look)])
+    ).fit()
     assert seen["while writing"] == [] and sorted(checkpoint_manager.steps(tmp_path)) == [5, 9]
     model, _, meta = checkpoint_manager.load_checkpoint(tmp_path, 5, "cpu")
-    assert same(model, seen["weights"]) and meta["val_bpb"] == 1.5 and meta["run_state"]["hooks_done"] == 5
+    assert (
+        same(model, seen["weights"])
+        and meta["val_bpb"] == 1.5
+        and meta["run_state"]["hooks_done"] == 5
+    )
 
 
 def test_a_broken_writer_is_not_silent(tmp_path, monkeypatch):
@@ -399,11 +472,13 @@ def test_a_new_run_does_not_write_over_another_unasked(tmp_path):
     assert sorted(checkpoint_manager.steps(tmp_path)) == [2] and len(metrics(tmp_path)) == 2
 
 
-# ---- stopping and going on ------------------------------------------------------------------------------------------
+# ---- stopping and going on -----------------------------------------------------------------------
 
 
 def evaluating_stage() -> Stage:
-    """With an evaluation every 4 steps, so that resuming has something to repeat or to leave alone."""
+    """With an evaluation every 4 steps, so that resuming has something to repeat or to leave
+    alone.
+    """
 
     def evaluate(trainer: Trainer) -> None:
         batch = make_batch(1000)
@@ -433,15 +508,30 @@ def uninterrupted(request, tmp_path_factory) -> tuple[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("stop", [3, 8, 12])  # between evaluations; at one; at the end
-def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(uninterrupted, stop, tmp_path, capsys):
+def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(
+    uninterrupted, stop, tmp_path, capsys
+):
     kind, expected = uninterrupted
     stage = evaluating_stage()
-    stage.loss = lambda model, batch: (sum_loss(model, batch), first.state.step + 1 == stop and os.kill(os.getpid(), signal.SIGTERM))[0]
-    first = make_trainer(tmp_path, stage=stage, kind=kind, resume_command="python -m scripts.base_train --resume=latest")
+    stage.loss = lambda model, batch: (
+        sum_loss(model, batch),
+        first.state.step + 1 == stop and os.kill(os.getpid(), signal.SIGTERM),
+    )[0]
+    first = make_trainer(
+        tmp_path,
+        stage=stage,
+        kind=kind,
+        resume_command="python -m scripts.base_train --resume=latest",
+    )
     first.fit()
     assert first.state.step == stop and first.exit_code == 143
     assert "python -m scripts.base_train --resume=latest" in capsys.readouterr().out
-    second = make_trainer(tmp_path, stage=evaluating_stage(), kind=kind, resume=checkpoint_manager.find_verified_step(tmp_path))
+    second = make_trainer(
+        tmp_path,
+        stage=evaluating_stage(),
+        kind=kind,
+        resume=checkpoint_manager.find_verified_step(tmp_path),
+    )
     second.fit()
     assert second.exit_code == 0
     assert same(outcome(second, tmp_path), expected)
@@ -503,18 +593,25 @@ def test_ctrl_c_twice_stops_at_once(tmp_path):
     assert sorted(checkpoint_manager.steps(tmp_path)) == []
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)]
+)
 def test_a_signal_saves_and_is_the_exit_code(tmp_path, number, code):
     trainer = make_trainer(tmp_path)
-    trainer.stage.loss = lambda model, batch: (sum_loss(model, batch), os.kill(os.getpid(), number))[0]
+    trainer.stage.loss = lambda model, batch: (
+        sum_loss(model, batch),
+        os.kill(os.getpid(), number),
+    )[0]
     trainer.fit()
     assert trainer.exit_code == code and sorted(checkpoint_manager.steps(tmp_path)) == [1]
 
 
-# ---- several ranks --------------------------------------------------------------------------------------------------
+# ---- several ranks -------------------------------------------------------------------------------
 
 
-def gradients(rank: int = 0, world_size: int = 1, device_batch_size: int = ROWS) -> dict[str, torch.Tensor]:
+def gradients(
+    rank: int = 0, world_size: int = 1, device_batch_size: int = ROWS
+) -> dict[str, torch.Tensor]:
     """Of the first step, summed over ranks."""
     trainer = make_trainer(device_batch_size=device_batch_size)
     supervised = int((make_batch(0).targets >= 0).sum())
@@ -531,7 +628,13 @@ def gradients(rank: int = 0, world_size: int = 1, device_batch_size: int = ROWS)
 
 
 def join_ranks(rank: int, world_size: int, port: int) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     torch.set_num_threads(1)
     compute_init("cpu")
 
@@ -542,7 +645,9 @@ def rank_of_four(rank: int, port: int, directory: str) -> None:
         first = gradients(rank, 4, device_batch_size=1)
         if rank == 0:
             torch.save(first, f"{directory}/gradients4.pt")
-        make_trainer(Path(directory) / "four", num_iterations=20, save_every=10, device_batch_size=1).fit()
+        make_trainer(
+            Path(directory) / "four", num_iterations=20, save_every=10, device_batch_size=1
+        ).fit()
     finally:
         compute_cleanup()
 
@@ -559,21 +664,32 @@ def rank_main(rank: int, port: int, directory: str) -> None:
         trainer.fit()
 
         poisoned = make_trainer()
-        poisoned.stage.loss = lambda model, batch: sum_loss(model, batch) * (math.nan if rank == 1 else 1.0)
+        poisoned.stage.loss = lambda model, batch: (
+            sum_loss(model, batch) * (math.nan if rank == 1 else 1.0)
+        )
         before = weights(poisoned)
         poisoned.train_step(make_batch(0, rank, 2))
-        skipped = collectives.gather([same(before, weights(poisoned)) and poisoned.state.skipped_steps == 1])
+        skipped = collectives.gather(
+            [same(before, weights(poisoned)) and poisoned.state.skipped_steps == 1]
+        )
 
         stopped = make_trainer(root / "stopped")
-        stopped.stage.loss = lambda model, batch: (sum_loss(model, batch), rank == 1 and os.kill(os.getpid(), signal.SIGTERM))[0]
+        stopped.stage.loss = lambda model, batch: (
+            sum_loss(model, batch),
+            rank == 1 and os.kill(os.getpid(), signal.SIGTERM),
+        )[0]
         stopped.fit()
         stops = collectives.gather([stopped.exit_code, stopped.state.step])
 
         resumed = make_trainer(root / "one", num_iterations=20, resume=10)
         resumed.fit()
-        equal = all(torch.equal(p, q) for p in resumed.model.parameters() for q in [collective_copy(p)])
+        equal = all(
+            torch.equal(p, q) for p in resumed.model.parameters() for q in [collective_copy(p)]
+        )
         if rank == 0:
-            (root / "facts.json").write_text(json.dumps({"skipped": skipped, "stops": stops, "equal": equal}))
+            (root / "facts.json").write_text(
+                json.dumps({"skipped": skipped, "stops": stops, "equal": equal})
+            )
     finally:
         compute_cleanup()
 
@@ -587,13 +703,20 @@ def collective_copy(parameter: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> Path:
-    """20 steps on one rank in `single`, on two in `run`, on four in `four`; `one` is begun by one rank, and two continue from its step 10."""
+    """20 steps on one rank in `single`, on two in `run`, on four in `four`; `one` is begun by one
+    rank, and two continue from its step 10.
+    """
     root = tmp_path_factory.mktemp("ranks")
     single = make_trainer(root / "single", num_iterations=20, save_every=10)
     single.fit()
     make_trainer(root / "one", num_iterations=10).fit()
-    for main, count in ((rank_main, 2), (rank_of_four, 4)):  # forked from a server that has imported this
-        mp.start_processes(main, args=(free_port(), str(root)), nprocs=count, start_method="forkserver")
+    for main, count in (
+        (rank_main, 2),
+        (rank_of_four, 4),
+    ):  # forked from a server that has imported this
+        mp.start_processes(
+            main, args=(free_port(), str(root)), nprocs=count, start_method="forkserver"
+        )
     return root
 
 
@@ -624,7 +747,9 @@ def test_two_and_four_ranks_have_the_gradients_of_one(ranks, world_size):
 def test_one_rank_goes_on_with_the_checkpoint_of_four(ranks):
     shutil.copytree(ranks / "four", ranks / "four, then one")
     make_trainer(ranks / "four, then one", num_iterations=20, resume=10).fit()
-    assert loss_curve(ranks / "four, then one") == pytest.approx(loss_curve(ranks / "single"), abs=1e-5)
+    assert loss_curve(ranks / "four, then one") == pytest.approx(
+        loss_curve(ranks / "single"), abs=1e-5
+    )
 
 
 def test_two_ranks_go_on_with_the_checkpoint_of_one(ranks):

@@ -1,4 +1,6 @@
-"""The parts beside the training loop, each by itself: run state, metrics, saves, signals, loss scale, settings."""
+"""The parts beside the training loop, each by itself: run state, metrics, saves, signals, loss
+scale, settings.
+"""
 
 import json
 import os
@@ -26,7 +28,7 @@ from zangchat.training.settings import DEFAULTS, fill, inherited, resumed
 from zangchat.training.signals import StopSignals
 from zangchat.training.step import PATIENCE, LossScale
 
-# ---- the run state, and that of checkpoints with `extra` ------------------------------------------------------------
+# ---- the run state, and that of checkpoints with `extra` -----------------------------------------
 
 PLAN = {
     "tokens": 2560,
@@ -48,7 +50,12 @@ OLD_STATE: dict[str, Any] = {
     "training_seconds": 0.25,
     "cursor": {"step": 5, "reward": 0.125, "sample_tokens": 5.5, "solved": 0.25},
     "extra": {
-        "facts": {"source": "sft d1 step 9", "source_sha256": "ab12", "dataset": "cd34", "plan": PLAN},
+        "facts": {
+            "source": "sft d1 step 9",
+            "source_sha256": "ab12",
+            "dataset": "cd34",
+            "plan": PLAN,
+        },
         "hooks_done": 5,
         "metrics_lines": 7,
         "loss_scale": 32768.0,
@@ -108,7 +115,16 @@ def test_a_run_saved_with_extra_continues_bit_for_bit(tmp_path, hooks_done):
     make_trainer(stopped, num_iterations=8, stage=evaluating_stage(), save_every=4).fit()
     meta = checkpoint_manager.read_meta(stopped, 8)
     new = meta["run_state"]
-    same = ("step", "tokens", "supervised_tokens", "num_iterations", "smooth_loss", "skipped_steps", "training_seconds", "cursor")
+    same = (
+        "step",
+        "tokens",
+        "supervised_tokens",
+        "num_iterations",
+        "smooth_loss",
+        "skipped_steps",
+        "training_seconds",
+        "cursor",
+    )
     before_evaluation = json.loads((whole / "meta_000004.json").read_text())["run_state"]
     measured = new if hooks_done else before_evaluation
     meta["run_state"] = {
@@ -128,7 +144,7 @@ def test_a_run_saved_with_extra_continues_bit_for_bit(tmp_path, hooks_done):
     assert all((one["weights"][name] == two["weights"][name]).all() for name in one["weights"])
 
 
-# ---- metrics --------------------------------------------------------------------------------------------------------
+# ---- metrics -------------------------------------------------------------------------------------
 
 
 def test_lines_from_before_the_file_is_open_come_first(tmp_path):
@@ -166,7 +182,7 @@ def test_a_trainer_logs_before_it_trains(tmp_path):
     assert [line["step"] for line in lines] == [0, 1, 2] and trainer.state.metrics_lines == 3
 
 
-# ---- saves ----------------------------------------------------------------------------------------------------------
+# ---- saves ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("every", "due"), [(4, [4, 8, 10]), (-1, [10]), (0, [10])])
@@ -187,7 +203,7 @@ def test_the_clock_asks_for_a_save_only_without_an_interval(tmp_path, monkeypatc
         assert schedule.is_due(3, last=False) is is_due
 
 
-# ---- signals --------------------------------------------------------------------------------------------------------
+# ---- signals -------------------------------------------------------------------------------------
 
 
 def test_the_first_signal_is_noted_and_handlers_are_restored():
@@ -223,7 +239,7 @@ def test_in_another_thread_no_handler_is_set():
     assert received == [0]
 
 
-# ---- loss scale -----------------------------------------------------------------------------------------------------
+# ---- loss scale ----------------------------------------------------------------------------------
 
 
 def test_the_loss_scale_halves_on_an_overflow_and_doubles_with_patience():
@@ -250,32 +266,64 @@ def test_a_loss_scale_of_one_is_not_the_cause_of_an_overflow():
     assert scale.after_overflow() and not scale.after_overflow() and scale.value == 1.0
 
 
-# ---- settings -------------------------------------------------------------------------------------------------------
+# ---- settings ------------------------------------------------------------------------------------
 
 
 def test_an_open_flag_is_filled_from_the_first_source_that_has_it():
     config = mid_train.Config(matrix_lr=0.5)
-    filled = fill(config, {"matrix_lr": 1.0, "grad_clip": None, "optimizer": "sgd", "model_tag": "x"}, {"grad_clip": 2.0}, DEFAULTS)
-    assert (filled.matrix_lr, filled.grad_clip, filled.optimizer, filled.embedding_lr) == (0.5, 2.0, "sgd", 0.3)
+    filled = fill(
+        config,
+        {"matrix_lr": 1.0, "grad_clip": None, "optimizer": "sgd", "model_tag": "x"},
+        {"grad_clip": 2.0},
+        DEFAULTS,
+    )
+    assert (filled.matrix_lr, filled.grad_clip, filled.optimizer, filled.embedding_lr) == (
+        0.5,
+        2.0,
+        "sgd",
+        0.3,
+    )
     assert filled.device_type == "" and filled.mixture is None and config.grad_clip is None
 
 
 def test_the_text_is_inherited_as_one_choice():
-    settings = {"dataset": "words", "data_path": None, "mixture": "theirs", "model_step": 3, "grad_clip": 0.5}
-    assert inherited(mid_train.Config(), settings) == {"dataset": "words", "data_path": None, "grad_clip": 0.5}
+    settings = {
+        "dataset": "words",
+        "data_path": None,
+        "mixture": "theirs",
+        "model_step": 3,
+        "grad_clip": 0.5,
+    }
+    assert inherited(mid_train.Config(), settings) == {
+        "dataset": "words",
+        "data_path": None,
+        "grad_clip": 0.5,
+    }
     assert inherited(mid_train.Config(data_path="x.txt"), settings) == {"grad_clip": 0.5}
     assert fill(chat_rl.Config(), inherited(chat_rl.Config(), settings)).grad_clip == 0.5
 
 
 def test_a_resumed_run_has_its_old_settings_and_new_free_flags():
-    saved = configurator.to_dict(base_train.Config(data_path="a.txt", matrix_lr=0.1, dtype="float32"))
+    saved = configurator.to_dict(
+        base_train.Config(data_path="a.txt", matrix_lr=0.1, dtype="float32")
+    )
     again = resumed(base_train.Config(matrix_lr=0.1, num_iterations=7, keep_last=5), saved)
-    assert (again.data_path, again.dtype, again.num_iterations, again.keep_last) == ("a.txt", "float32", 7, 5)
+    assert (again.data_path, again.dtype, again.num_iterations, again.keep_last) == (
+        "a.txt",
+        "float32",
+        7,
+        5,
+    )
     del saved["fp8"]  # a flag that is newer than the checkpoint
     assert resumed(base_train.Config(matrix_lr=0.1), saved) == replace(base_train.Config(), **saved)
-    with pytest.raises(UserError, match=r"cannot change --dataset=b \(was not given\), --matrix_lr=0.02 \(was 0.1\).*") as refusal:
+    with pytest.raises(
+        UserError,
+        match=r"cannot change --dataset=b \(was not given\), --matrix_lr=0.02 \(was 0.1\).*",
+    ) as refusal:
         resumed(base_train.Config(dataset="b"), saved)
-    assert "give --matrix_lr=0.1 and leave out --dataset, or start over with --overwrite" in str(refusal.value)
+    assert "give --matrix_lr=0.1 and leave out --dataset, or start over with --overwrite" in str(
+        refusal.value
+    )
 
 
 def test_a_checkpoint_folder_of_another_run_is_not_mixed_up(tmp_path: Path):

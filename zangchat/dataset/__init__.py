@@ -1,4 +1,5 @@
-"""Pretraining text: datasets of shards with a manifest, from the hub, this machine's documentation, or files of your own.
+"""Pretraining text: datasets of shards with a manifest, from the hub, this machine's documentation,
+or files of your own.
 
 `python -m zangchat.dataset --help` builds, fetches, checks and tokenizes them.
 """

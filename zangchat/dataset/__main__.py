@@ -1,10 +1,13 @@
 """Build, fetch, check or tokenize the text of pretraining.
 
-python -m zangchat.dataset --source=pydocs                the corpus made from this machine's own Python documentation
-python -m zangchat.dataset -n 8                           8 training shards of climbmix from the hub, and its validation shard
+python -m zangchat.dataset --source=pydocs                the corpus made from this machine's own
+Python documentation
+python -m zangchat.dataset -n 8                           8 training shards of climbmix from the
+hub, and its validation shard
 python -m zangchat.dataset --source=fineweb-edu -n 8
 python -m zangchat.dataset verify [--dataset=NAME] [--repair]
-python -m zangchat.dataset tokenize [--dataset=NAME]      token ids in <base>/base_data/NAME-tokens (dataset/tokens.py)
+python -m zangchat.dataset tokenize [--dataset=NAME]      token ids in <base>/base_data/NAME-tokens
+(dataset/tokens.py)
 """
 
 import os
@@ -36,12 +39,17 @@ def tokenize(config: "TokenizeConfig") -> int:
 
     dataset = find_dataset(config.dataset, config.data_path)
     if dataset.tokenizer_fingerprint is not None:
-        raise UserError(f"--dataset={dataset.name} holds token ids already: give {dataset.text_flag}")
+        raise UserError(
+            f"--dataset={dataset.name} holds token ids already: give {dataset.text_flag}"
+        )
     folder = datasets_dir() / f"{dataset.name}{TOKENS_SUFFIX}"
     train = shlex.quote(f"--dataset={folder.name}")
     with folder_lock(folder):
         if (folder / MANIFEST).exists() and not config.overwrite:
-            raise UserError(f"{folder} is there already: train with {train}, or give --overwrite to make it again")
+            raise UserError(
+                f"{folder} is there already: train with {train}, or give --overwrite to make it "
+                "again"
+            )
         made = tokenize(dataset, get_tokenizer(), folder, config.num_threads or os.cpu_count() or 1)
     tokens = sum(entry.get("tokens", 0) for entry in made.manifest["shards"])
     print0(f"{folder}: {tokens:,} tokens; train on them with {train}")
@@ -57,7 +65,10 @@ def verify(config: "VerifyConfig") -> int:
         if problem:
             bad[entry["name"]] = problem
     if not bad:
-        print0(f"{dataset.name}: {len(dataset.manifest['shards'])} shards are what the manifest says (fingerprint {dataset.fingerprint})")
+        print0(
+            f"{dataset.name}: {len(dataset.manifest['shards'])} shards are what the manifest says "
+            f"(fingerprint {dataset.fingerprint})"
+        )
         return 0
     if config.repair and (dataset.manifest["source"] == "pydocs" or "repo" in dataset.manifest):
         for name in bad:
@@ -75,7 +86,9 @@ def verify(config: "VerifyConfig") -> int:
 @dataclass
 class Config:
     source: str = ""  # pydocs | climbmix | fineweb-edu; default with -n: climbmix
-    num_shards: Annotated[int, tyro.conf.arg(aliases=["-n"])] = -1  # training shards to fetch from the hub; -1 = all of them
+    num_shards: Annotated[
+        int, tyro.conf.arg(aliases=["-n"])
+    ] = -1  # training shards to fetch from the hub; -1 = all of them
     num_workers: Annotated[int, tyro.conf.arg(aliases=["-w"])] = 4  # downloads at a time
     overwrite: bool = False  # pydocs: build it again although it is there
 
@@ -83,7 +96,8 @@ class Config:
 @dataclass
 class VerifyConfig:
     dataset: str | None = None  # which dataset; default: the only one present
-    repair: bool = False  # fetch or build missing and damaged shards again, if they are the hub's or pydocs
+    repair: bool = False
+    """fetch or build missing and damaged shards again, if they are the hub's or pydocs"""
 
 
 @dataclass
@@ -99,7 +113,8 @@ def build(config: Config) -> int:
 
     if not config.source and config.num_shards < 0:
         raise UserError(
-            f"--source is missing: `{BUILD_PYDOCS}` needs no download, `python -m zangchat.dataset -n 8` fetches text from the hub"
+            f"--source is missing: `{BUILD_PYDOCS}` needs no download, `python -m zangchat.dataset "
+            "-n 8` fetches text from the hub"
         )
     source = config.source or hub.DEFAULT
     if source == "pydocs":
@@ -107,9 +122,14 @@ def build(config: Config) -> int:
 
         return pydocs.build(datasets_dir() / "pydocs", overwrite=config.overwrite)
     if source not in hub.HUB_REPOS:
-        raise UserError(f"--source={source} is unknown: choose one of pydocs, {', '.join(hub.HUB_REPOS)}")
+        raise UserError(
+            f"--source={source} is unknown: choose one of pydocs, {', '.join(hub.HUB_REPOS)}"
+        )
     if config.num_shards == 0 or config.num_shards < -1 or config.num_workers < 1:
-        raise UserError(f"-n {config.num_shards} -w {config.num_workers}: both must be at least 1 (-n -1 fetches all shards)")
+        raise UserError(
+            f"-n {config.num_shards} -w {config.num_workers}: both must be at least 1 (-n -1 "
+            "fetches all shards)"
+        )
     hub.download(source, config.num_shards, num_workers=config.num_workers)
     return 0
 

@@ -18,17 +18,36 @@ DOCUMENT_CHARS = range(200, 8001)
 JOINED_CHARS = 1500  # short docstrings of a file are joined until they amount to this
 ENTRY_CHARS = 60  # a docstring or comment below this says too little
 
-# Read by importing them, like the modules of the interpreter: written in C, and without side effects.
-BUILT_IN_MODULES = {"array", "binascii", "builtins", "cmath", "math", "select", "unicodedata", "zlib"}
-LICENCE = re.compile(r"licensed under|permission is hereby granted|redistribution and use|without warrant|all rights reserved|spdx-", re.I)
-GENERATED = re.compile(r"do not (edit|modify)|auto-?generated|@generated|generated (by|from|code|file)|automatically generated", re.I)
+# Read by importing them, like the modules of the interpreter: written in C, and without side
+# effects.
+BUILT_IN_MODULES = {
+    "array",
+    "binascii",
+    "builtins",
+    "cmath",
+    "math",
+    "select",
+    "unicodedata",
+    "zlib",
+}
+LICENCE = re.compile(
+    r"licensed under|permission is hereby granted|redistribution and use|without warrant|all "
+    r"rights reserved|spdx-",
+    re.I,
+)
+GENERATED = re.compile(
+    r"do not (edit|modify)|auto-?generated|@generated|generated (by|from|code|file)|automatically "
+    r"generated",
+    re.I,
+)
 LETTERS = string.ascii_letters.encode()
 DIGITS = string.digits.encode()
 COMMON_WORDS = frozenset(
     """
-    a an and are as at be been but by can does each for from has have how if in into is it its may more most must no not of on one
-    only or other should so such than that the their them then there these they this those to two use used using was were what when
-    where which while will with without you your
+    a an and are as at be been but by can does each for from has have how if in into is it its may
+    more most must no not of on one only or other should so such than that the their them then there
+    these they this those to two use used using was were what when where which while will with
+    without you your
     """.split()
 )
 
@@ -43,7 +62,7 @@ class Extract(NamedTuple):
     code: list[str]
 
 
-# ---- prose --------------------------------------------------------------------------------------------------------------
+# ---- prose ---------------------------------------------------------------------------------------
 
 
 def from_source(source: str, key: str, with_code: bool = True) -> tuple[list[str], list[str]]:
@@ -60,13 +79,21 @@ def from_source(source: str, key: str, with_code: bool = True) -> tuple[list[str
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return [], []
     module = key.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-    documented = [(node, name) for node, name in _definitions(tree, module) if ast.get_docstring(node, clean=False)]
+    documented = [
+        (node, name)
+        for node, name in _definitions(tree, module)
+        if ast.get_docstring(node, clean=False)
+    ]
     prose = documents_of(_docstring_entry(node, name) for node, name in documented) + comments
-    return capped(prose), capped(code_documents(source, tree, [node for node, _ in documented], key)) if with_code else []
+    return capped(prose), capped(
+        code_documents(source, tree, [node for node, _ in documented], key)
+    ) if with_code else []
 
 
 def _definitions(node: Definition, name: str) -> Iterator[tuple[Definition, str]]:
-    """The module, its classes and functions, and those within them, each with its dotted name, in source order."""
+    """The module, its classes and functions, and those within them, each with its dotted name, in
+    source order.
+    """
     yield node, name
     for child in node.body:
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -78,7 +105,11 @@ def _docstring_entry(node: Definition, name: str) -> str:
     docstring = clean_markup(ast.get_docstring(node) or "")
     if len(docstring) < ENTRY_CHARS:
         return ""
-    arguments = f"({ast.unparse(node.args)})" if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else ""
+    arguments = (
+        f"({ast.unparse(node.args)})"
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        else ""
+    )
     return f"{name}{arguments if len(arguments) < 300 else '(...)'}\n\n{docstring}"
 
 
@@ -88,7 +119,12 @@ def _long_comments(source: str) -> list[str]:
     for block in re.findall(r"(?:^[ \t]*#(?!!).*\n){3,}", source, flags=re.M):
         lines = [re.sub(r"^[ \t]*#+:? ?|[-=#*~ ]+$", "", line) for line in block.splitlines()]
         text = "\n".join(lines).strip()
-        if len(text) >= 3 * ENTRY_CHARS and not LICENCE.search(text) and "copyright" not in text.lower() and looks_english(text):
+        if (
+            len(text) >= 3 * ENTRY_CHARS
+            and not LICENCE.search(text)
+            and "copyright" not in text.lower()
+            and looks_english(text)
+        ):
             comments.append(text)
     return comments
 
@@ -102,7 +138,9 @@ def language_topics() -> Iterator[Extract]:
 
 
 def built_in_docstrings() -> Iterator[Extract]:
-    """Docstrings of names written in C, without a source file: `len`, `str.split`, `math.sqrt`, ..."""
+    """Docstrings of names written in C, without a source file: `len`, `str.split`, `math.sqrt`,
+    ...
+    """
     linked = {name for name in sys.builtin_module_names if not name.startswith(("_", "xx"))}
     for name in sorted(BUILT_IN_MODULES | linked):
         module = importlib.import_module(name)
@@ -111,22 +149,30 @@ def built_in_docstrings() -> Iterator[Extract]:
             if inspect.isbuiltin(value) or inspect.isclass(value):
                 entries.append(_describe(f"{name}.{attribute}".removeprefix("builtins."), value))
             if inspect.isclass(value) and not issubclass(value, BaseException):
-                members = sorted((key, member) for key, member in vars(value).items() if not key.startswith("_"))
+                members = sorted(
+                    (key, member) for key, member in vars(value).items() if not key.startswith("_")
+                )
                 entries += [_describe(f"{attribute}.{key}", member) for key, member in members]
         yield Extract(f"builtin/{name}", documents_of(map(clean_markup, entries)), [])
 
 
 def _describe(name: str, value: object) -> str:
     docstring = inspect.cleandoc(value.__doc__) if isinstance(value.__doc__, str) else ""
-    signature = re.sub(r"\$\w+(, )?(/, |/)?", "", getattr(value, "__text_signature__", None) or "")  # without the implicit first argument
+    signature = re.sub(
+        r"\$\w+(, )?(/, |/)?", "", getattr(value, "__text_signature__", None) or ""
+    )  # without the implicit first argument
     return f"{name}{signature}\n\n{docstring}" if docstring else ""
 
 
 def clean_markup(text: str) -> str:
-    """reStructuredText and markdown -> text as a person would type it: no badges, HTML, link targets, directives, roles."""
+    """reStructuredText and markdown -> text as a person would type it: no badges, HTML, link
+    targets, directives, roles.
+    """
     text = text.expandtabs(4)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.S)
-    text = re.sub(r"\[?!\[[^\]]*\][(\[][^)\]]*[)\]](\]\(?[^)\s]*\)?)?", "", text)  # images, linked or not
+    text = re.sub(
+        r"\[?!\[[^\]]*\][(\[][^)\]]*[)\]](\]\(?[^)\s]*\)?)?", "", text
+    )  # images, linked or not
     text = re.sub(
         r"</?(?:p|a|img|br|div|h\d|b|i|em|strong|sub|sup|span|center|picture|source|details|summary|table|tr|td|th|code|kbd)\b[^>]*>",
         "",
@@ -134,10 +180,15 @@ def clean_markup(text: str) -> str:
     )
     text = re.sub(r"\[([^\]\n]+)\]\((?:https?:|#|/|\.)[^)\s]*\)", r"\1", text)  # [words](target)
     text = re.sub(r"`([^`<>\n]+) <[^>`\n]+>`__?", r"\1", text)  # `words <target>`_
-    text = re.sub(r"(?<![\w`]):[a-z:]+:`~?\.?([^`<\n]+?)(?: <[^>`]+>)?`", r"`\1`", text)  # :func:`name`
-    text = re.sub(r"^[ ]*(?:\[[^\]\n]+\]:|\.\. _[^:\n]+:)[ ]+\S+.*\n?", "", text, flags=re.M)  # link targets
     text = re.sub(
-        r"^[ ]*\.\. (?:versionadded|versionchanged|deprecated|currentmodule|module|toctree|index|contents|image|figure).*\n?",
+        r"(?<![\w`]):[a-z:]+:`~?\.?([^`<\n]+?)(?: <[^>`]+>)?`", r"`\1`", text
+    )  # :func:`name`
+    text = re.sub(
+        r"^[ ]*(?:\[[^\]\n]+\]:|\.\. _[^:\n]+:)[ ]+\S+.*\n?", "", text, flags=re.M
+    )  # link targets
+    text = re.sub(
+        r"^[ ]*\.\. "
+        r"(?:versionadded|versionchanged|deprecated|currentmodule|module|toctree|index|contents|image|figure).*\n?",
         "",
         text,
         flags=re.M,
@@ -147,13 +198,17 @@ def clean_markup(text: str) -> str:
 
 
 def documents_of(entries: Iterable[str]) -> list[str]:
-    """Entries of one file -> documents of sensible length that read as English: short ones joined, long ones cut between paragraphs."""
+    """Entries of one file -> documents of sensible length that read as English: short ones joined,
+    long ones cut between paragraphs.
+    """
     documents: list[str] = []
     pending = ""
     for entry in entries:
         if not entry or LICENCE.search(entry[:600]):
             continue
-        if pending and (len(pending) >= JOINED_CHARS or len(pending) + len(entry) > 2 * JOINED_CHARS):
+        if pending and (
+            len(pending) >= JOINED_CHARS or len(pending) + len(entry) > 2 * JOINED_CHARS
+        ):
             documents.append(pending)
             pending = ""
         pending = f"{pending}\n\n{entry}" if pending else entry
@@ -175,7 +230,9 @@ def cut_between(text: str, separator: str) -> list[str]:
 
 
 def looks_english(text: str) -> bool:
-    """Mostly ASCII letters, no very long lines, and the small words that hold English sentences together."""
+    """Mostly ASCII letters, no very long lines, and the small words that hold English sentences
+    together.
+    """
     if not is_clean(text, longest_line=2000) or _count(text, LETTERS + b" \n") < 0.75 * len(text):
         return False
     words = re.findall(r"[a-z]+", text.lower())
@@ -184,19 +241,28 @@ def looks_english(text: str) -> bool:
 
 def is_clean(text: str, longest_line: int) -> bool:
     """No control characters, few beyond ASCII, no line that is longer than a person writes it."""
-    if len(text.encode("ascii", "ignore")) < 0.97 * len(text) or re.search(r"[\x00-\x08\x0b-\x1f\x7f\ufffd]", text):
+    if len(text.encode("ascii", "ignore")) < 0.97 * len(text) or re.search(
+        r"[\x00-\x08\x0b-\x1f\x7f\ufffd]", text
+    ):
         return False
     return max(map(len, text.split("\n"))) <= longest_line
 
 
-# ---- code ---------------------------------------------------------------------------------------------------------------
+# ---- code ----------------------------------------------------------------------------------------
 
 
-def code_documents(source: str, tree: ast.Module, documented: Iterable[Definition], key: str) -> list[str]:
-    """The file without docstrings and header comment, cut before top-level definitions into documents that begin with the file's name."""
+def code_documents(
+    source: str, tree: ast.Module, documented: Iterable[Definition], key: str
+) -> list[str]:
+    """The file without docstrings and header comment, cut before top-level definitions into
+    documents that begin with the file's name.
+    """
     lines = source.split("\n")
     dropped = _docstring_lines(documented)
-    starts = {min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))]) for node in tree.body}
+    starts = {
+        min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
+        for node in tree.body
+    }
     pieces: list[list[str]] = [[]]
     begun = False
     for number, line in enumerate(lines, 1):
@@ -213,7 +279,11 @@ def code_documents(source: str, tree: ast.Module, documented: Iterable[Definitio
             documents.append(header)
         documents[-1] += "\n\n\n" * (len(documents[-1]) > len(header)) + piece
     documents = [piece for document in documents for piece in cut_between(document, "\n\n")]
-    return [document for document in documents if len(document) in DOCUMENT_CHARS and looks_like_code(document)]
+    return [
+        document
+        for document in documents
+        if len(document) in DOCUMENT_CHARS and looks_like_code(document)
+    ]
 
 
 def _docstring_lines(documented: Iterable[Definition]) -> set[int]:
@@ -229,7 +299,11 @@ def _docstring_lines(documented: Iterable[Definition]) -> set[int]:
 def looks_like_code(text: str) -> bool:
     """Statements rather than tables: letters outweigh digits and marks, and no very long lines."""
     visible = len(text) - _count(text, b" \n")
-    return is_clean(text, longest_line=200) and _count(text, LETTERS) >= 0.6 * visible and _count(text, DIGITS) <= 0.1 * visible
+    return (
+        is_clean(text, longest_line=200)
+        and _count(text, LETTERS) >= 0.6 * visible
+        and _count(text, DIGITS) <= 0.1 * visible
+    )
 
 
 def _count(text: str, characters: bytes) -> int:

@@ -80,10 +80,13 @@ def _how_to_get(name: str, present: Sequence[str]) -> str:
         return f"get it with `python -m zangchat.dataset --source={name} -n 8`"
     if name == "pydocs":
         return f"build it with `{BUILD_PYDOCS}`"
-    return f"give --data_path=PATH for files of your own, or build the dataset that needs no download with `{BUILD_PYDOCS}`"
+    return (
+        "give --data_path=PATH for files of your own, "
+        f"or build the dataset that needs no download with `{BUILD_PYDOCS}`"
+    )
 
 
-# ---- files of your own ----------------------------------------------------------------------------------------------
+# ---- files of your own ---------------------------------------------------------------------------
 
 
 class Choice(NamedTuple):
@@ -147,7 +150,9 @@ def _choose(folder: Path) -> Choice:
     if not train:
         problem = f"--data_path={folder} holds no text to train on"
         if validation or left_out:
-            problem += f" ({_list_names(folder, {**dict.fromkeys(validation, 'validation'), **left_out})})"
+            problem += (
+                f" ({_list_names(folder, {**dict.fromkeys(validation, 'validation'), **left_out})})"
+            )
         raise UserError(f"{problem}: {EXPECTED}")
     if validation and not any(map(_has_text, validation)):
         left_out |= dict.fromkeys(validation, "empty")
@@ -195,11 +200,14 @@ def _text_files(folder: Path) -> tuple[list[Path], dict[Path, str]]:
 
 
 def _refuse(error: OSError) -> NoReturn:
-    raise UserError(f"{error.filename} cannot be read ({reason_of(error)}): correct its permissions")
+    raise UserError(
+        f"{error.filename} cannot be read ({reason_of(error)}): correct its permissions"
+    )
 
 
 def _hold_out(files: list[Path]) -> tuple[list[Path], list[Path]]:
-    """(train, validation): the last file that has text validates, and empty ones after it are left out.
+    """(train, validation): the last file that has text validates, and empty ones after it are left
+    out.
 
     If only one file has text, there is no validation file: its own end is held out.
     """
@@ -218,7 +226,9 @@ def _has_text(path: Path) -> bool:
 
 
 def _log_choice(folder: Path, choice: Choice) -> None:
-    validation = ", ".join(_shorten([file.relative_to(folder).as_posix() for file in choice.validation]))
+    validation = ", ".join(
+        _shorten([file.relative_to(folder).as_posix() for file in choice.validation])
+    )
     train = _shorten([file.relative_to(folder).as_posix() for file in choice.train])
     ends = validation or f"the end of {train[0]}"
     message = f"{folder}: training on {', '.join(train)}; validating on {ends}"
@@ -228,7 +238,9 @@ def _log_choice(folder: Path, choice: Choice) -> None:
 
 
 def _list_names(folder: Path, reasons: dict[Path, str]) -> str:
-    names = [f"{path.relative_to(folder).as_posix()} ({reason})" for path, reason in reasons.items()]
+    names = [
+        f"{path.relative_to(folder).as_posix()} ({reason})" for path, reason in reasons.items()
+    ]
     return ", ".join(_shorten(names))
 
 

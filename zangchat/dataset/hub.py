@@ -1,9 +1,9 @@
 """Downloads from the Hugging Face hub: pretraining shards and the tables of tasks.
 
-All are checked against the hub's own sha256. The transfer itself (mirrors by HF_ENDPOINT, tokens, Xet,
-resuming after a broken connection) is huggingface_hub's. Shards are planned at a pinned revision and
-fetched in order, each into a folder of its own, compared with the manifest, and renamed into place: a
-present shard is whole. Running the same command again fetches missing ones.
+All are checked against the hub's own sha256. The transfer itself (mirrors by HF_ENDPOINT, tokens,
+Xet, resuming after a broken connection) is huggingface_hub's. Shards are planned at a pinned
+revision and fetched in order, each into a folder of its own, compared with the manifest, and
+renamed into place: a present shard is whole. Running the same command again fetches missing ones.
 """
 
 import contextlib
@@ -49,12 +49,15 @@ MB = 1_000_000
 SHARD_NAME = re.compile(r"shard_\d{5}\.parquet")
 INCOMING = ".incoming"
 TRIES = 5
-LOCK_WAIT = 10.0  # seconds; the loader takes the lock for an instant to see whether a download is running
+LOCK_WAIT = (
+    10.0  # seconds; the loader takes the lock for an instant to see whether a download is running
+)
 RETRY_WAIT = 2.0  # seconds before the second try, doubled for each further one
 
 
 def download(source: str, num_shards: int, *, num_workers: int = 4) -> Dataset:
-    """Fetch `num_shards` training shards (-1 = all) and the validation shard, the repository's last.
+    """Fetch `num_shards` training shards (-1 = all) and the validation shard, the repository's
+    last.
 
     Present shards stay. Raises UserError, naming a shard that cannot be fetched intact.
     """
@@ -72,9 +75,11 @@ def fetch_missing(dataset: Dataset) -> None:
 
 
 def fetch_table(repo: str, config: str, split: str) -> "datasets.Dataset":
-    """One split of a dataset, from the cache of the hub's client or from the hub. An empty `config` means the only one.
+    """One split of a dataset, from the cache of the hub's client or from the hub. An empty `config`
+    means the only one.
 
-    Of several processes that want the same dataset the first fetches it. Raises OSError, ValueError or RuntimeError.
+    Of several processes that want the same dataset the first fetches it. Raises OSError, ValueError
+    or RuntimeError.
     """
     import datasets
 
@@ -103,13 +108,19 @@ def _fetch_table_files(builder: "datasets.DatasetBuilder") -> None:
     api, files = HfApi(endpoint=endpoint()), HfFileSystem(endpoint=endpoint())
     for url in (url for urls in (builder.config.data_files or {}).values() for url in urls):
         place: Any = files.resolve_path(url)
-        where: dict[str, Any] = {"repo_id": place.repo_id, "repo_type": "dataset", "revision": place.revision}
+        where: dict[str, Any] = {
+            "repo_id": place.repo_id,
+            "repo_type": "dataset",
+            "revision": place.revision,
+        }
         listed: Any = api.get_paths_info(paths=[place.path_in_repo], **where)[0]
         path = Path(api.hf_hub_download(filename=place.path_in_repo, **where))
         if listed.lfs is not None and file_sha256(path) != listed.lfs.sha256:
             path.resolve().unlink()
             path.unlink(missing_ok=True)  # the link to it
-            raise OSError(f"the sha256 of {place.path_in_repo} is not the one that {endpoint()} lists")
+            raise OSError(
+                f"the sha256 of {place.path_in_repo} is not the one that {endpoint()} lists"
+            )
 
 
 def endpoint() -> str:
@@ -121,7 +132,9 @@ def endpoint() -> str:
 
 @functools.lru_cache(maxsize=8)
 def is_reachable(url: str) -> bool:
-    """Whether a hub answers anything within seconds; asked once per process. Its client would try for half a minute."""
+    """Whether a hub answers anything within seconds; asked once per process. Its client would try
+    for half a minute.
+    """
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5.0).close()
     except urllib.error.HTTPError:  # an answer, if a refusal
@@ -140,16 +153,32 @@ def _retried(label: str, attempt: Callable[[], T]) -> T:
 
 
 def _judge(error: Exception) -> Failure:
-    """The client's errors differ between versions, but those for absent things are known to be final."""
+    """The client's errors differ between versions, but those for absent things are known to be
+    final.
+    """
     from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     response = _response(error)
-    absent = (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, DatasetNotFoundError, ValueError, UserError)
+    absent = (
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+        EntryNotFoundError,
+        DatasetNotFoundError,
+        ValueError,
+        UserError,
+    )
     final = isinstance(error, absent) or (response is not None and is_refusal(response.status_code))
-    if isinstance(error, LocalEntryNotFoundError):  # which the client raises when it could not connect
-        final = False
-    return Failure(_short(error), final, retry_after(response.headers) if response is not None else 0.0)
+    if isinstance(error, LocalEntryNotFoundError):
+        final = False  # the client raises it when it could not connect
+    return Failure(
+        _short(error), final, retry_after(response.headers) if response is not None else 0.0
+    )
 
 
 def _response(error: BaseException | None) -> Any:
@@ -165,7 +194,9 @@ def _exclusive(folder: Path) -> Any:
     try:
         return folder_lock(folder).acquire(timeout=LOCK_WAIT)
     except filelock.Timeout:
-        raise UserError(f"another process is writing to {folder}: let it finish, then run this command again") from None
+        raise UserError(
+            f"another process is writing to {folder}: let it finish, then run this command again"
+        ) from None
 
 
 def _plan(source: str, folder: Path, num_shards: int) -> Dataset:
@@ -182,9 +213,13 @@ def _plan(source: str, folder: Path, num_shards: int) -> Dataset:
     revision, files = _list_shards(repo, planned.manifest["revision"] if planned else None)
     available = len(files) - 1
     if num_shards > available:
-        raise UserError(f"-n {num_shards}: {repo} has {available} training shards (and one for validation)")
+        raise UserError(
+            f"-n {num_shards}: {repo} has {available} training shards (and one for validation)"
+        )
     chosen = files[: available if num_shards == -1 else num_shards]
-    shards = [{**file, "split": "train"} for file in chosen] + [{**files[-1], "split": "validation"}]
+    shards = [{**file, "split": "train"} for file in chosen] + [
+        {**files[-1], "split": "validation"}
+    ]
     manifest = {
         "format": FORMAT,
         "name": source,
@@ -214,23 +249,36 @@ def _list_shards(repo: str, revision: str | None) -> tuple[str, list[dict[str, A
         commit, tree = _retried(repo, attempt)
     except Exception as error:  # clients differ for no network, no repository, no permission
         raise UserError(
-            f"{endpoint()} does not list {repo} ({_short(error)}): check the network or set HF_ENDPOINT to a mirror, "
+            f"{endpoint()} does not list {repo} ({_short(error)}): check the network or set "
+            "HF_ENDPOINT to a mirror, "
             "or use `python -m zangchat.dataset --source=pydocs`, which needs neither"
         ) from error
-    found: list[Any] = sorted((file for file in tree if SHARD_NAME.fullmatch(file.path)), key=lambda file: file.path)
+    found: list[Any] = sorted(
+        (file for file in tree if SHARD_NAME.fullmatch(file.path)), key=lambda file: file.path
+    )
     if commit is None or len(found) < 2:
         raise UserError(
-            f"{repo} at {endpoint()} holds {len(found)} shards named shard_NNNNN.parquet: at least 2 are needed; is the mirror complete?"
+            f"{repo} at {endpoint()} holds {len(found)} shards named shard_NNNNN.parquet: at least "
+            "2 are needed; is the mirror complete?"
         )
     for file in found:
         if getattr(file, "lfs", None) is None:
-            raise UserError(f"{endpoint()} gives no sha256 for {file.path} of {repo}: choose another mirror by HF_ENDPOINT")
-    return commit, [{"name": file.path, "bytes": file.lfs.size, "sha256": file.lfs.sha256} for file in found]
+            raise UserError(
+                f"{endpoint()} gives no sha256 for {file.path} of {repo}: choose another mirror by "
+                "HF_ENDPOINT"
+            )
+    return commit, [
+        {"name": file.path, "bytes": file.lfs.size, "sha256": file.lfs.sha256} for file in found
+    ]
 
 
 def _fetch(dataset: Dataset, num_workers: int) -> None:
-    """Validation first, then the training shards in order, several at a time. Daemon threads: Ctrl-C leaves at once, whole shards stay."""
-    shutil.rmtree(dataset.folder / INCOMING, ignore_errors=True)  # of a process that was killed; we hold the lock
+    """Validation first, then the training shards in order, several at a time. Daemon threads:
+    Ctrl-C leaves at once, whole shards stay.
+    """
+    shutil.rmtree(
+        dataset.folder / INCOMING, ignore_errors=True
+    )  # of a process that was killed; we hold the lock
     entries = sorted(dataset.manifest["shards"], key=lambda entry: entry["split"] == "train")
     todo: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     missing = [entry for entry in entries if not _is_there(dataset.folder / entry["name"], entry)]
@@ -239,7 +287,8 @@ def _fetch(dataset: Dataset, num_workers: int) -> None:
     counts = f"{len(dataset.shards('train'))} training shards and the validation shard"
     if not missing:
         print0(
-            f"{dataset.name}: {counts} are in {dataset.folder} already (fingerprint {dataset.fingerprint}); "
+            f"{dataset.name}: {counts} are in {dataset.folder} already (fingerprint "
+            f"{dataset.fingerprint}); "
             f"`python -m zangchat.dataset verify {dataset.flag}` checks them"
         )
         return
@@ -266,7 +315,9 @@ def _fetch(dataset: Dataset, num_workers: int) -> None:
     print0(f"{dataset.name}: {counts} are in {dataset.folder} (fingerprint {dataset.fingerprint})")
 
 
-def _follow(dataset: Dataset, missing: list[dict[str, Any]], done: "queue.SimpleQueue[BaseException | None]") -> None:
+def _follow(
+    dataset: Dataset, missing: list[dict[str, Any]], done: "queue.SimpleQueue[BaseException | None]"
+) -> None:
     """Show progress until all of `missing` are done; raise the first failure."""
     total = sum(entry["bytes"] for entry in missing)
     with Progress(f"{dataset.name}, MB", max(1, total // MB)) as progress:
@@ -279,13 +330,23 @@ def _follow(dataset: Dataset, missing: list[dict[str, Any]], done: "queue.Simple
                 finished += 1
             except queue.Empty:
                 pass
-            arrived = sum(entry["bytes"] for entry in missing if (dataset.folder / entry["name"]).exists())
-            progress.update(min(total, arrived + _size_below(dataset.folder / INCOMING)) // MB, f"{finished}/{len(missing)} shards")
+            arrived = sum(
+                entry["bytes"] for entry in missing if (dataset.folder / entry["name"]).exists()
+            )
+            progress.update(
+                min(total, arrived + _size_below(dataset.folder / INCOMING)) // MB,
+                f"{finished}/{len(missing)} shards",
+            )
 
 
 def _fetch_shard(dataset: Dataset, entry: dict[str, Any]) -> None:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()  # one bar for all shards is shown instead
@@ -293,7 +354,11 @@ def _fetch_shard(dataset: Dataset, entry: dict[str, Any]) -> None:
 
     def attempt() -> None:
         incoming = dataset.folder / INCOMING / uuid.uuid4().hex
-        where: dict[str, Any] = {"repo_type": "dataset", "revision": manifest["revision"], "endpoint": endpoint()}
+        where: dict[str, Any] = {
+            "repo_type": "dataset",
+            "revision": manifest["revision"],
+            "endpoint": endpoint(),
+        }
         try:
             path = Path(hf_hub_download(manifest["repo"], name, local_dir=incoming, **where))
             if problem := check_shard(path, entry):
@@ -305,12 +370,18 @@ def _fetch_shard(dataset: Dataset, entry: dict[str, Any]) -> None:
     try:
         _retried(name, attempt)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise UserError(f"{name}: {endpoint()} no longer serves {manifest['repo']} at {manifest['revision']} ({_short(error)})") from error
+        raise UserError(
+            f"{name}: {endpoint()} no longer serves {manifest['repo']} at {manifest['revision']} "
+            f"({_short(error)})"
+        ) from error
     except Exception as error:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            raise UserError(f"{name} is not in {manifest['repo']} at {endpoint()}: is the mirror complete?") from error
+            raise UserError(
+                f"{name} is not in {manifest['repo']} at {endpoint()}: is the mirror complete?"
+            ) from error
         raise UserError(
-            f"{name} could not be fetched intact from {endpoint()} in {TRIES} tries ({_short(error)}): run the same command again later, "
+            f"{name} could not be fetched intact from {endpoint()} in {TRIES} tries "
+            f"({_short(error)}): run the same command again later, "
             "or with HF_ENDPOINT set to another mirror; shards that are there stay"
         ) from error
 

@@ -6,10 +6,10 @@ start, in order, each with its split, size and sha256:
     {"format": 1, "name": "climbmix", "source": "climbmix", "repo": "...", "revision": "<commit>",
      "shards": [{"name": "shard_00000.parquet", "split": "train", "bytes": 123, "sha256": "..."}]}
 
-A shard is a parquet file with a column `text`, zstd, row groups of 1,024 documents. Files of your own
-(`--data_path`) get a manifest in memory, see find.py. The split "both" marks a lone file: its last
-group that has text is held out for validation. A single document is trained on and validated on,
-with a warning.
+A shard is a parquet file with a column `text`, zstd, row groups of 1,024 documents. Files of your
+own (`--data_path`) get a manifest in memory, see find.py. The split "both" marks a lone file: its
+last group that has text is held out for validation. A single document is trained on and validated
+on, with a warning.
 """
 
 import hashlib
@@ -63,7 +63,9 @@ class Dataset:
         self.folder = folder
         self.manifest = manifest
         self.name: str = manifest["name"]
-        self._entries: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in manifest["shards"]}
+        self._entries: dict[str, dict[str, Any]] = {
+            entry["name"]: entry for entry in manifest["shards"]
+        }
         self._warned = False
         self._held_out_groups: dict[str, tuple[int, bool]] = {}  # of lone files
         self._checked: dict[str, tuple[int, int]] = {}  # size and mtime of intact shards
@@ -127,7 +129,11 @@ class Dataset:
         """(the last group with text of a lone file, whether another group has text)."""
         if shard not in self._held_out_groups:
             file = self._file(shard)
-            with_text = (group for group in reversed(range(file.num_groups())) if has_documents(file.read_group(group)))
+            with_text = (
+                group
+                for group in reversed(range(file.num_groups()))
+                if has_documents(file.read_group(group))
+            )
             last = next(with_text, None)
             if last is None:
                 remedy = "give a file with at least one document that is not empty"

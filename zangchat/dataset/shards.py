@@ -1,6 +1,7 @@
 """Shards on disk: parquet, .jsonl, .txt and token files, each as numbered groups of documents.
 
-The group is the unit of reading: the data loader needs (shard, group, row) to find its place again, in every format.
+The group is the unit of reading: the data loader needs (shard, group, row) to find its place again,
+in every format.
 """
 
 import contextlib
@@ -190,7 +191,8 @@ def cut_text(text: str, limit: int = TXT_DOCUMENT_CHARS) -> list[str]:
 
 
 def record_text(record: Any, where: str) -> str:
-    """A record as plain text: `text`, else prompt + completion, else the messages, one paragraph each.
+    """A record as plain text: `text`, else prompt + completion, else the messages, one paragraph
+    each.
 
     Empty for a record whose text is null. Raises UserError, beginning with `where`, if it has none.
     """
@@ -203,9 +205,14 @@ def record_text(record: Any, where: str) -> str:
     if isinstance(prompt, str) and isinstance(completion, str):
         return prompt + _gap(prompt, completion) + completion
     if isinstance(messages, list):
-        problem, remedy = f"{where} has a message without role or text", "see the README for the format"
+        problem, remedy = (
+            f"{where} has a message without role or text",
+            "see the README for the format",
+        )
         with explain(problem, remedy, KeyError, TypeError, AttributeError):
-            return "\n\n".join(f"{m['role'].capitalize()}: {all_text(m['content'])}" for m in messages)
+            return "\n\n".join(
+                f"{m['role'].capitalize()}: {all_text(m['content'])}" for m in messages
+            )
     if any(name in record and record[name] is None for name in RECORD_FIELDS):
         return ""
     detail = f" (its `text` is a JSON {type(text).__name__})" if "text" in record else ""
@@ -223,11 +230,15 @@ def write_shard(path: Path, texts: Sequence[str]) -> None:
     import pyarrow.parquet
 
     table = pyarrow.table({"text": pyarrow.array(texts, type=pyarrow.string())})
-    pyarrow.parquet.write_table(table, path, row_group_size=GROUP_DOCUMENTS, compression="zstd", use_dictionary=False)
+    pyarrow.parquet.write_table(
+        table, path, row_group_size=GROUP_DOCUMENTS, compression="zstd", use_dictionary=False
+    )
 
 
 class TokenFile:
-    """A shard of ids on disk: numbered groups of documents, each an (n,) array that looks into the file."""
+    """A shard of ids on disk: numbered groups of documents, each an (n,) array that looks into the
+    file.
+    """
 
     def __init__(self, path: Path, entry: dict[str, Any], dtype: str) -> None:
         self.groups: list[int] = entry["groups"]
@@ -235,8 +246,15 @@ class TokenFile:
         size = tokens * np.dtype(dtype).itemsize
         start = size + -size % OFFSET_BYTES
         if path.stat().st_size != start + (documents + 1) * OFFSET_BYTES:
-            raise UserError(f"{path} is damaged: its size is not that of {tokens:,} tokens in {documents:,} documents")
-        self._ids = np.memmap(path, dtype=dtype, mode="r", shape=(tokens,)) if tokens else np.zeros(0, dtype=dtype)
+            raise UserError(
+                f"{path} is damaged: its size is not that of {tokens:,} tokens in {documents:,} "
+                "documents"
+            )
+        self._ids = (
+            np.memmap(path, dtype=dtype, mode="r", shape=(tokens,))
+            if tokens
+            else np.zeros(0, dtype=dtype)
+        )
         self._offsets = np.memmap(path, dtype="<i8", mode="r", offset=start, shape=(documents + 1,))
 
     def num_groups(self) -> int:

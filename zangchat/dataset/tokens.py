@@ -94,7 +94,9 @@ def _finished_shards(building: Path, manifest: dict[str, Any]) -> dict[str, dict
     return {entry["name"]: entry for entry in shards} if before == manifest else {}
 
 
-def _write_tokens(path: Path, groups: Iterator[list[str]], tokenizer: Any, dtype: str, num_threads: int) -> dict[str, Any]:
+def _write_tokens(
+    path: Path, groups: Iterator[list[str]], tokenizer: Any, dtype: str, num_threads: int
+) -> dict[str, Any]:
     sizes, lengths = [], [np.zeros(1, dtype=np.int64)]
     written = 0
     with atomic_file(path) as file:

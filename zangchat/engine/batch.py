@@ -1,15 +1,15 @@
 """One running batch for the terminal, the web server, evaluation and RL.
 
-`RunningBatch` is the only path from prompts to tokens. Requests join it when a row is free and leave
-it when they end; each row has its own position, sampling settings and tool state. In a step the
-`Scheduler` chooses, the `Runner` computes (one forward pass over the running rows, a bounded one over
-prompts, one draw per row), and each `Sequence` accepts its token.
+`RunningBatch` is the only path from prompts to tokens. Requests join it when a row is free and
+leave it when they end; each row has its own position, sampling settings and tool state. In a step
+the `Scheduler` chooses, the `Runner` computes (one forward pass over the running rows, a bounded
+one over prompts, one draw per row), and each `Sequence` accepts its token.
 
-A draw depends only on (seed, sample index, number of tokens so far) and on the row's logits: the same
-request gives the same text by itself or in a crowd, up to rounding in the logits.
+A draw depends only on (seed, sample index, number of tokens so far) and on the row's logits: the
+same request gives the same text by itself or in a crowd, up to rounding in the logits.
 
-On CUDA the host runs one step ahead: tokens go from the draw to the next forward pass on the device,
-and the host reads them while that pass runs. Before rows join or must end, it waits.
+On CUDA the host runs one step ahead: tokens go from the draw to the next forward pass on the
+device, and the host reads them while that pass runs. Before rows join or must end, it waits.
 """
 
 from collections import deque
@@ -78,7 +78,9 @@ class RunningBatch:
         context, vocab_size = self.config.sequence_len, self.config.vocab_size
         room = context - len(request.tokens)
         if room < 0:
-            raise ValueError(f"the prompt has {len(request.tokens)} tokens, the model's context {context}")
+            raise ValueError(
+                f"the prompt has {len(request.tokens)} tokens, the model's context {context}"
+            )
         if not 0 <= min(request.tokens) <= max(request.tokens) < vocab_size:
             raise ValueError(f"the prompt has a token outside of 0..{vocab_size - 1}")
         limit = room if request.max_tokens is None else min(room, request.max_tokens)
@@ -99,7 +101,9 @@ class RunningBatch:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Schedule, run, accept: the next token of each running sequence, the first one of those whose prompt was read."""
+        """Schedule, run, accept: the next token of each running sequence, the first one of those
+        whose prompt was read.
+        """
         self._arrange()
         scheduler, runner = self.scheduler, self.runner
         events = scheduler.admit()

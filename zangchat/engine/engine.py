@@ -18,7 +18,8 @@ from zangchat.runtime.devices import compute_init
 
 
 class Engine:
-    """A model and its tokenizer, ready to continue prompts. Each call has a running batch of its own.
+    """A model and its tokenizer, ready to continue prompts. Each call has a running batch of its
+    own.
 
     The model is a snapshot (see model.InferenceGPT): make a new engine after training it.
     """
@@ -53,7 +54,9 @@ class Engine:
             batch.submit(Request(tokens, *settings, sample_index=i, **more))
         return self._columns(batch, num_samples)
 
-    def _columns(self, batch: RunningBatch, num_samples: int) -> Iterator[tuple[list[int], list[int]]]:
+    def _columns(
+        self, batch: RunningBatch, num_samples: int
+    ) -> Iterator[tuple[list[int], list[int]]]:
         while batch.busy:
             column, masks = [-1] * num_samples, [0] * num_samples
             for sequence, token, mask, _ in batch.step():
@@ -63,8 +66,12 @@ class Engine:
             if any(token >= 0 for token in column):
                 yield column, masks
 
-    def generate_batch(self, tokens: Sequence[int], num_samples: int = 1, **settings: Any) -> tuple[list[list[int]], list[list[int]]]:
-        """`num_samples` whole sequences with the prompt, and masks (0 for prompt and tool output)."""
+    def generate_batch(
+        self, tokens: Sequence[int], num_samples: int = 1, **settings: Any
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """`num_samples` whole sequences with the prompt, and masks (0 for prompt and tool
+        output).
+        """
         sequences = [list(tokens) for _ in range(num_samples)]
         masks = [[0] * len(tokens) for _ in range(num_samples)]
         for column, mask_column in self.generate(tokens, num_samples, **settings):
@@ -75,7 +82,8 @@ class Engine:
         return sequences, masks
 
     def generate_many(self, requests: Sequence[Request], max_rows: int = MAX_ROWS) -> list[Result]:
-        """Continue different prompts, at most `max_rows` at a time; results in order of the requests.
+        """Continue different prompts, at most `max_rows` at a time; results in order of the
+        requests.
 
         Equal prompts next to each other are read once.
         """
@@ -85,15 +93,22 @@ class Engine:
             batch.step()
         return [sequence.result() for sequence in sequences]
 
-    def score(self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], greedy: bool = False) -> list[float]:
+    def score(
+        self,
+        prompts: Sequence[Sequence[int]],
+        continuations: Sequence[Sequence[int]],
+        greedy: bool = False,
+    ) -> list[float]:
         """Log-probabilities of continuations, see scoring.score."""
         return score(self.model, prompts, continuations, greedy)
 
 
-# ---- loading --------------------------------------------------------------------------------------------------------
+# ---- loading -------------------------------------------------------------------------------------
 
 
-def load_for_chat(config: CheckpointConfig, device: torch.device | str | None = None) -> tuple[GPT, Any, dict[str, Any]]:
+def load_for_chat(
+    config: CheckpointConfig, device: torch.device | str | None = None
+) -> tuple[GPT, Any, dict[str, Any]]:
     """(model, tokenizer, meta) for a command's flags; weights in the compute dtype."""
     if device is None:
         device = compute_init(config.device_type)[-1]

@@ -1,6 +1,7 @@
 """Keys and values of many rows, each at its own position; the decoding step as CUDA graphs.
 
-Shapes: B rows, T new tokens, N = B x T, S stored tokens, L layers, G key/value heads, D head dimension.
+Shapes: B rows, T new tokens, N = B x T, S stored tokens, L layers, G key/value heads, D head
+dimension.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,8 +46,15 @@ class KVCache:
     ) -> None:
         self.max_capacity = _rounded(config.sequence_len)
         self.lengths = [0] * num_rows  # tokens stored, per row
-        shape = (config.n_layer, 2 * config.n_kv_head, num_rows, _rounded(capacity), config.head_dim)
-        # zeros, not empty: a masked position enters the sum as 0 x value, NaN if the memory held one
+        shape = (
+            config.n_layer,
+            2 * config.n_kv_head,
+            num_rows,
+            _rounded(capacity),
+            config.head_dim,
+        )
+        # zeros, not empty: a masked position enters the sum as 0 x value, NaN if the memory held
+        # one
         self._keep(torch.zeros(shape, dtype=dtype, device=device))
 
     def _keep(self, storage: Tensor) -> None:
@@ -67,7 +75,9 @@ class KVCache:
         return self.storage.size(1) * self.storage.size(4) * self.storage.element_size()
 
     def reserve(self, num_rows: int, capacity: int) -> None:
-        """Make room and keep the contents. Storage at least doubles: growing costs little over time."""
+        """Make room and keep the contents. Storage at least doubles: growing costs little over
+        time.
+        """
         if num_rows > self.num_rows:
             num_rows = max(num_rows, 2 * self.num_rows)
             self.lengths += [0] * (num_rows - self.num_rows)
@@ -82,7 +92,10 @@ class KVCache:
 
     def copy_rows(self, sources: Mapping[int, int]) -> None:
         """Copy into each row (key) the contents of another one (value), all at once."""
-        stored = {row: self.storage[:, :, source, : self.lengths[source]] for row, source in sorted(sources.items())}
+        stored = {
+            row: self.storage[:, :, source, : self.lengths[source]]
+            for row, source in sorted(sources.items())
+        }
         for row, source in sources.items():
             if source < row and source in sources:  # will be written before it is read
                 stored[row] = stored[row].clone()
@@ -116,7 +129,9 @@ class KVCache:
         device from call to call. The caller updates `lengths`.
         """
         B = positions.numel()
-        return CacheRows(self, range(B), positions, [_Span(B, end - 1, aligned=False)], counts=False)
+        return CacheRows(
+            self, range(B), positions, [_Span(B, end - 1, aligned=False)], counts=False
+        )
 
 
 class _Span(NamedTuple):
@@ -156,7 +171,9 @@ class CacheRows:
         if len(self.spans) > 1:
             self.spans = [_Span(len(self.rows), self.longest, aligned=False)]
         new = torch.stack((k, v)).permute(1, 3, 0, 2, 4)  # (B, T, 2, G, D)
-        (everything,) = self.store(layer_idx, new.reshape(new.size(0) * new.size(1), -1, new.size(4)))
+        (everything,) = self.store(
+            layer_idx, new.reshape(new.size(0) * new.size(1), -1, new.size(4))
+        )
         return everything
 
     def store(self, layer_idx: int, new: Tensor) -> Sequence[tuple[Tensor, Tensor, Tensor | None]]:
@@ -176,7 +193,9 @@ class CacheRows:
         T, first = new.size(0) // B, self.rows[0]
         fits = new.size(0) == T * B and new.size(1) == cache.storage.size(1)
         if not fits or self.longest + T > cache.capacity:
-            raise ValueError(f"no room for {tuple(new.shape)} after {self.longest} tokens in {B} rows")
+            raise ValueError(
+                f"no room for {tuple(new.shape)} after {self.longest} tokens in {B} rows"
+            )
         where = self.positions[:, None] + torch.arange(T, device=device)  # (B, T)
         self._where = (self._row_numbers(device)[:, None] * cache.capacity + where).flatten()
         if self.longest == 0:

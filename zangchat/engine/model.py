@@ -5,7 +5,8 @@ one scale per output; q, k and v are one product; a block is as few operations a
 tensors (rows, features), since a small model with few rows spends its time on calls. The slow twin
 is gpt.GPT.
 
-Shapes: B rows, T tokens, N = B x T, C width, H query heads, G key/value heads, D head dimension, V vocabulary.
+Shapes: B rows, T tokens, N = B x T, C width, H query heads, G key/value heads, D head dimension, V
+vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -138,7 +139,10 @@ class InferenceGPT:
         self.attention_backend = model.attention_backend
         self.device, dtype, make = model.get_device(), model.compute_dtype, PRODUCTS[quantize]
         self.embedding = model.wte.weight.data.to(dtype)
-        self.layers = [Layer(*(make(weight.to(dtype)) for weight in self._weights(block))) for block in cast(Any, model.transformer["h"])]
+        self.layers = [
+            Layer(*(make(weight.to(dtype)) for weight in self._weights(block)))
+            for block in cast(Any, model.transformer["h"])
+        ]
         self.head = make(model.lm_head.weight.data.to(dtype))
         # a cache may be longer than the context, by less than its block
         cos, sin = rotary_tables(self.config, self.config.sequence_len + 64, self.device)
@@ -148,7 +152,8 @@ class InferenceGPT:
         self._cap = torch.full((), self.config.logit_cap, device=self.device)
         eps = self.config.rms_norm_eps
         self._floors = {
-            width: (torch.tensor((width * eps) ** 0.5), torch.tensor(width**-0.5)) for width in (self.config.n_embd, self.config.head_dim)
+            width: (torch.tensor((width * eps) ** 0.5), torch.tensor(width**-0.5))
+            for width in (self.config.n_embd, self.config.head_dim)
         }
 
     def _weights(self, block: Any) -> Iterator[Tensor]:
@@ -176,7 +181,8 @@ class InferenceGPT:
         loss_reduction: str = "none",
         logits_at: Tensor | None = None,
     ) -> Tensor:
-        """As GPT.forward: logits (B, T, V), fp32, capped; with logits_at (B,) of one position per row, (B, 1, V).
+        """As GPT.forward: logits (B, T, V), fp32, capped; with logits_at (B,) of one position per
+        row, (B, 1, V).
 
         Given targets, the loss of each token (B, T); no other reduction.
         """
@@ -210,7 +216,9 @@ class InferenceGPT:
         logits = self.head(self._norm(x))[:, : config.vocab_size].float()
         logits = logits.div_(self._cap).tanh_().mul_(self._cap)
         if targets is not None:
-            losses = F.cross_entropy(logits, targets.reshape(-1), ignore_index=IGNORE, reduction="none")
+            losses = F.cross_entropy(
+                logits, targets.reshape(-1), ignore_index=IGNORE, reduction="none"
+            )
             return losses.view(B, T)
         return logits.view(B, -1, config.vocab_size)
 
@@ -240,7 +248,9 @@ class InferenceGPT:
         return self._rotary.index_select(0, (starts + steps).expand(B, T).reshape(-1))
 
     def _rotate(self, x: Tensor, angles: Tensor) -> None:
-        """functional.rotate on x (N, heads, D), in place, neighbouring channels as pairs; in fp32."""
+        """functional.rotate on x (N, heads, D), in place, neighbouring channels as pairs; in
+        fp32.
+        """
         precise = x.float()
         precise.view(torch.complex64).mul_(angles)
         if precise is not x:

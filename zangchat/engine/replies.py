@@ -1,4 +1,6 @@
-"""Tokens to text: streams, stop strings, the parts of a reply, conversations that fit the context."""
+"""Tokens to text: streams, stop strings, the parts of a reply, conversations that fit the
+context.
+"""
 
 import codecs
 from collections.abc import Sequence
@@ -60,7 +62,8 @@ class StopFinder:
 
 
 class Markup:
-    """The special tokens of a reply: those that end it, and those that change the kind of its parts.
+    """The special tokens of a reply: those that end it, and those that change the kind of its
+    parts.
 
     text <|python_start|> python <|python_end|> text
     text <|output_start|> python_output <|output_end|> text
@@ -71,7 +74,8 @@ class Markup:
         special = tokenizer.encode_special
         self.stop_tokens = frozenset((special("<|assistant_end|>"), special("<|bos|>")))
         self.python_start, self.python_end, self.output_start, self.output_end = (
-            special(f"<|{name}|>") for name in ("python_start", "python_end", "output_start", "output_end")
+            special(f"<|{name}|>")
+            for name in ("python_start", "python_end", "output_start", "output_end")
         )
         self.kinds = {
             self.python_start: "python",
@@ -145,7 +149,9 @@ class ReplyDecoder:
         return [(self.kind, text)]
 
 
-def fit_conversation(tokenizer: Any, messages: list[dict[str, Any]], max_prompt: int) -> tuple[list[int], int]:
+def fit_conversation(
+    tokenizer: Any, messages: list[dict[str, Any]], max_prompt: int
+) -> tuple[list[int], int]:
     """A chat that waits for the assistant, cut to `max_prompt` tokens.
 
     Returns (prompt tokens, number of oldest messages left out). The system message stays, turns go

@@ -65,11 +65,12 @@ class Logprob(NamedTuple):
 
 
 class Sampler:
-    """Draws one token per row for a fixed list of requests; their settings are vectors on the device.
+    """Draws one token per row for a fixed list of requests; their settings are vectors on the
+    device.
 
-    Inverse-CDF sampling in the order of the vocabulary: other rows of the batch change a result only
-    if the draw is within rounding of a boundary. `histories` are the rows' tokens so far, for the
-    repetition penalty.
+    Inverse-CDF sampling in the order of the vocabulary: other rows of the batch change a result
+    only if the draw is within rounding of a boundary. `histories` are the rows' tokens so far, for
+    the repetition penalty.
     """
 
     def __init__(
@@ -94,7 +95,9 @@ class Sampler:
         greedy = [request.greedy for request in requests]
         self.is_greedy = self._column(greedy, torch.bool) if any(greedy) else None
         self.temperature = self._column([1.0 if r.greedy else r.temperature for r in requests])
-        top_k = [vocab_size if r.greedy else min(r.top_k or vocab_size, vocab_size) for r in requests]
+        top_k = [
+            vocab_size if r.greedy else min(r.top_k or vocab_size, vocab_size) for r in requests
+        ]
         top_p = [1.0 if r.greedy else r.top_p or 1.0 for r in requests]
         limited = [k < vocab_size for k in top_k]
         self.limited = self._column(limited, torch.bool) if any(limited) else None
@@ -103,7 +106,9 @@ class Sampler:
         self.unlimited = not all(a or b for a, b in zip(limited, greedy, strict=True))
         self.nucleus = any(p < 1 and k == vocab_size for k, p in zip(top_k, top_p, strict=True))
         self.top_k = self._column(top_k, torch.int64)
-        self.top_p = self._column([p if p < 1 else 2.0 for p in top_p], self.precise)  # 2: never reached
+        self.top_p = self._column(
+            [p if p < 1 else 2.0 for p in top_p], self.precise
+        )  # 2: never reached
         self.has_top_p = min(top_p) < 1
         self.has_min_p = any(request.min_p for request in requests if not request.greedy)
         self.min_p = self._column([request.min_p or 0.0 for request in requests])
@@ -130,7 +135,9 @@ class Sampler:
             likely = scores
             if self.nucleus:  # with all tokens as likely as the last one that top_p takes
                 best = _descending(scores)
-                likely = scores.masked_fill(scores < best.gather(1, self._last_likely(best)), -math.inf)
+                likely = scores.masked_fill(
+                    scores < best.gather(1, self._last_likely(best)), -math.inf
+                )
             drawn = self._drawn(likely, targets)
         if self.limited is not None:
             best, ids = scores.topk(self.candidates, dim=-1)  # descending
@@ -152,7 +159,9 @@ class Sampler:
         if self.has_min_p:
             p = p.masked_fill(p < self.min_p * p.amax(dim=-1, keepdim=True), 0.0)
         cdf = self._summed(p)
-        return torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True).clamp_(max=cdf.size(-1) - 1)
+        return torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True).clamp_(
+            max=cdf.size(-1) - 1
+        )
 
     def _summed(self, probabilities: Tensor) -> Tensor:
         """Cumulative sums (B, K). On a CPU a quarter of the time of cumsum(dtype=...)."""

@@ -1,4 +1,5 @@
-"""The order of work in a running batch: which requests join, which prompts are read, which row is whose. No tensors.
+"""The order of work in a running batch: which requests join, which prompts are read, which row is
+whose. No tensors.
 
 Rows 0..len(running)-1 of the cache belong to the running sequences, the rows after them to the
 prompts being read.
@@ -33,7 +34,9 @@ class Prompt:
 
 @dataclass
 class Chunk:
-    """The next `size` tokens of some prompts, for one forward pass; of each at most what is left."""
+    """The next `size` tokens of some prompts, for one forward pass; of each at most what is
+    left.
+    """
 
     prompts: list[Prompt]
     size: int

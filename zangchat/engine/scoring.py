@@ -49,7 +49,9 @@ def score(
         last = torch.tensor(lengths, device=device) - 1
         logits = model(idx, kv_cache=context, logits_at=last)[:, 0]
         logprobs = _greedy_logprobs(logits) if greedy else logits.log_softmax(dim=-1)
-        first = torch.tensor([(owner, continuations[row][0]) for owner, row in owned], device=device)
+        first = torch.tensor(
+            [(owner, continuations[row][0]) for owner, row in owned], device=device
+        )
         values = logprobs[first[:, 0], first[:, 1]].tolist()
         for (_, row), value in zip(owned, values, strict=True):
             scores[row] = value

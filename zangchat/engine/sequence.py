@@ -1,4 +1,6 @@
-"""A request and its state: the tokens so far, and the effect of the next one. No model, no tensors."""
+"""A request and its state: the tokens so far, and the effect of the next one. No model, no
+tensors.
+"""
 
 from collections import deque
 from collections.abc import Iterable
@@ -16,9 +18,16 @@ class Result:
 
     tokens: list[int]
     mask: list[int]  # 1 for a token that the model chose, 0 for tool output
-    stop_reason: str  # "stop" (end of turn or stop string), "length" (max_tokens or the context), "cancelled"
-    logprobs: list[Logprob] = field(default_factory=list)  # if requested: per token, then of stop_token
-    prompt_logprobs: list[Logprob] = field(default_factory=list)  # if requested: all but the first token's
+    stop_reason: str
+    """Why it ended: "stop" (end of turn or stop string), "length" (max_tokens or the context) or
+    "cancelled".
+    """
+    logprobs: list[Logprob] = field(
+        default_factory=list
+    )  # if requested: per token, then of stop_token
+    prompt_logprobs: list[Logprob] = field(
+        default_factory=list
+    )  # if requested: all but the first token's
     stop_token: int | None = None  # the special token that ended it
 
 
@@ -109,16 +118,24 @@ class Sequence:
             result = use_calculator(markup.tokenizer.decode(self.call))
             self.call = None
             if result is not None:
-                self.forced += [markup.output_start, *markup.tokenizer.encode(result), markup.output_end]
+                self.forced += [
+                    markup.output_start,
+                    *markup.tokenizer.encode(result),
+                    markup.output_end,
+                ]
 
 
 class Event(NamedTuple):
-    """A sequence got a token, or (token None) ended without one; its stop_reason tells whether it ended."""
+    """A sequence got a token, or (token None) ended without one; its stop_reason tells whether it
+    ended.
+    """
 
     sequence: Sequence
     token: int | None
     mask: int = 0
-    logprob: Logprob | None = None  # if requested, also of the stop token in an event without a token
+    logprob: Logprob | None = (
+        None  # if requested, also of the stop token in an event without a token
+    )
 
 
 def unended(sequences: Iterable[Sequence]) -> list[Sequence]:

@@ -4,9 +4,9 @@
     use_calculator("' strawberry'.count('r')")    -> "3"
     use_calculator("open('x')")                   -> None
 
-The expression is untrusted text. It is restricted to a small alphabet, then parsed, and only the node
-types below are evaluated. Sizes are checked before each operation, so that no input costs noticeable
-time or memory. No signals and no state: it works in any thread.
+The expression is untrusted text. It is restricted to a small alphabet, then parsed, and only the
+node types below are evaluated. Sizes are checked before each operation, so that no input costs
+noticeable time or memory. No signals and no state: it works in any thread.
 """
 
 import ast
@@ -35,8 +35,8 @@ class _RefusedError(Exception):
 def use_calculator(expr: str) -> str | None:
     """The value of an expression as text; None unless it is plain arithmetic or counting.
 
-    Numbers with + - * / // % ** and parentheses (1,000 is a thousand), and "text".count("part") as a
-    number. Whole results have no decimal point, others up to 12 significant digits.
+    Numbers with + - * / // % ** and parentheses (1,000 is a thousand), and "text".count("part") as
+    a number. Whole results have no decimal point, others up to 12 significant digits.
     """
     try:
         return _format(_value(_parse(expr)))
@@ -49,7 +49,9 @@ def _parse(expr: str) -> ast.expr:
     formulas, strings = pieces[::2], pieces[1::2]
     if sum(map(len, formulas)) > MAX_FORMULA or any(len(s) > MAX_STRING + 2 for s in strings):
         raise _RefusedError
-    pieces[::2] = [_THOUSANDS.sub(lambda match: match[0].replace(",", ""), formula) for formula in formulas]
+    pieces[::2] = [
+        _THOUSANDS.sub(lambda match: match[0].replace(",", ""), formula) for formula in formulas
+    ]
     if not all(_ALPHABET.fullmatch(formula) for formula in pieces[::2]):
         raise _RefusedError
     tree = ast.parse("".join(pieces), mode="eval").body
@@ -82,7 +84,13 @@ def _quotient(a: Number, b: Number) -> Number:
 
 
 def _power(a: Number, b: Number) -> Number:
-    if isinstance(a, int) and isinstance(b, int) and b > 0 and abs(a) > 1 and a.bit_length() * b > MAX_BITS:
+    if (
+        isinstance(a, int)
+        and isinstance(b, int)
+        and b > 0
+        and abs(a) > 1
+        and a.bit_length() * b > MAX_BITS
+    ):
         raise _RefusedError  # known before it is computed
     result = a**b
     if isinstance(result, complex):

@@ -96,7 +96,9 @@ def attack(jail: Jail) -> dict[str, bool]:
             path.chmod(mode)  # all users may read the secret: only a world or Landlock hides it
         with _victim() as victim:
             port = server.getsockname()[1]
-            program = ATTACK.format(port=port, secret=str(secret), target=str(target), victim=victim)
+            program = ATTACK.format(
+                port=port, secret=str(secret), target=str(target), victim=victim
+            )
             result = run_in_jail(program, jail, timeout=20.0, memory_bytes=MEMORY_BYTES)
     if not result.success:
         raise SandboxError(f"the probe failed: {result.error}; {result.stderr[-300:]}")

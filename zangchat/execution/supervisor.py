@@ -56,7 +56,9 @@ def run_in_jail(
             return Watch(process, result, request["nonce"], timeout).run()
 
 
-def make_request(code: str, jail: Jail, timeout: float, memory_bytes: int, tests: tuple[str, str] | None) -> dict[str, Any]:
+def make_request(
+    code: str, jail: Jail, timeout: float, memory_bytes: int, tests: tuple[str, str] | None
+) -> dict[str, Any]:
     """The request that the jail's program reads, but for the folder to work in."""
     limits = {
         "RLIMIT_CORE": 0,
@@ -87,7 +89,9 @@ def make_request(code: str, jail: Jail, timeout: float, memory_bytes: int, tests
     }
 
 
-def start(jail: Jail, folder: str, stdin: IO[bytes], tests_fd: int) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
+def start(
+    jail: Jail, folder: str, stdin: IO[bytes], tests_fd: int
+) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
     """(the jail's first process, the pipe of its messages)."""
     result_read, result_write = os.pipe()
     try:
@@ -138,7 +142,9 @@ def read_messages(report: bytes, nonce: str) -> dict[str, Message]:
 class Watch:
     """Collects a program's output and messages until its verdict, or until it exceeds a limit."""
 
-    def __init__(self, process: subprocess.Popen[bytes], result: IO[bytes], nonce: str, timeout: float) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], result: IO[bytes], nonce: str, timeout: float
+    ) -> None:
         self.process, self.result, self.nonce, self.timeout = process, result, nonce, timeout
         self.stdout, self.stderr, self.report = Output(), Output(), Output()
         self.deadline = time.monotonic() + STARTUP_SECONDS

@@ -21,7 +21,8 @@ FAILED = "the export failed its check"
 
 
 def check_export(folder: Path, model: "GPT", tokenizer: "RustBPETokenizer") -> dict[str, Any]:
-    """Load `folder` with transformers and compare it with `model`, in fp32 with the exported weights.
+    """Load `folder` with transformers and compare it with `model`, in fp32 with the exported
+    weights.
 
     Returns the measurements. Raises UserError naming the first difference.
     """
@@ -30,7 +31,9 @@ def check_export(folder: Path, model: "GPT", tokenizer: "RustBPETokenizer") -> d
 
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()  # the sample texts are longer than a short context
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
     theirs, loading = loaded
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     unplaced = sorted({str(name) for kind in kinds for name in loading[kind]})
@@ -42,7 +45,11 @@ def check_export(folder: Path, model: "GPT", tokenizer: "RustBPETokenizer") -> d
     texts = check_tokens(their_tokenizer, tokenizer)
     check_chat(their_tokenizer, tokenizer)
     difference, greedy = check_predictions(theirs.eval(), model, tokenizer)
-    return {"largest logit difference": difference, "equal greedy tokens": greedy, "texts with equal token ids": texts}
+    return {
+        "largest logit difference": difference,
+        "equal greedy tokens": greedy,
+        "texts with equal token ids": texts,
+    }
 
 
 def check_tokens(theirs: Any, tokenizer: "RustBPETokenizer") -> int:
@@ -58,26 +65,34 @@ def check_tokens(theirs: Any, tokenizer: "RustBPETokenizer") -> int:
 def check_chat(theirs: Any, tokenizer: "RustBPETokenizer") -> None:
     for messages in CONVERSATIONS:
         ids, mask = tokenizer.render_conversation({"messages": messages})
-        rendered = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        rendered = theirs.apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask=True
+        )
         if (rendered["input_ids"], rendered["assistant_masks"]) != (ids, mask):
             raise UserError(f"{FAILED}: its chat template renders {messages} in another way")
         if messages[-1]["role"] == "user":
-            prompt = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+            prompt = theirs.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=True
+            )["input_ids"]
             if prompt != tokenizer.render_for_completion({"messages": messages}):
                 raise UserError(f"{FAILED}: its chat template asks {messages} in another way")
 
 
 @torch.inference_mode()
-def check_predictions(theirs: Any, model: "GPT", tokenizer: "RustBPETokenizer") -> tuple[float, int]:
+def check_predictions(
+    theirs: Any, model: "GPT", tokenizer: "RustBPETokenizer"
+) -> tuple[float, int]:
     """(largest difference of a logit, number of greedy tokens that agree).
 
-    Theirs continues each prompt by `generate`, with its cache. Ours reads prompt and continuation in
-    one pass and must have chosen the same token everywhere, so both would have written the same.
+    Theirs continues each prompt by `generate`, with its cache. Ours reads prompt and continuation
+    in one pass and must have chosen the same token everywhere, so both would have written the same.
     """
     room = model.config.sequence_len
     prompts = [tokenizer.encode(text, prepend="<|bos|>") for text in PROMPTS]
     prompts.append(tokenizer.render_for_completion({"messages": CONVERSATIONS[0]}))
-    prompts.append([tokenizer.get_bos_token_id(), *(tokenizer.encode(" ".join(PROMPTS)) * 8)][:512])  # far positions, too
+    prompts.append(
+        [tokenizer.get_bos_token_id(), *(tokenizer.encode(" ".join(PROMPTS)) * 8)][:512]
+    )  # far positions, too
     worst, agreed = 0.0, 0
     for prompt in prompts:
         prompt = prompt[: max(room - GREEDY_TOKENS, room // 2)]
@@ -92,11 +107,15 @@ def check_predictions(theirs: Any, model: "GPT", tokenizer: "RustBPETokenizer") 
         ours = model(ids)
         difference = float((ours - theirs(ids).logits).abs().max())
         if not difference <= LOGIT_TOLERANCE:  # also if it is NaN
-            raise UserError(f"{FAILED}: a logit differs by {difference:.3g}, {LOGIT_TOLERANCE:g} is allowed")
+            raise UserError(
+                f"{FAILED}: a logit differs by {difference:.3g}, {LOGIT_TOLERANCE:g} is allowed"
+            )
         worst = max(worst, difference)
         new, ahead = ids[0, len(prompt) :], ours[0, len(prompt) - 1 : -1]
         behind = ahead.max(dim=-1).values - ahead.gather(1, new[:, None])[:, 0]
         if float(behind.max()) > TIE:
-            raise UserError(f"{FAILED}: after {tokenizer.decode(prompt)[-40:]!r} it continues in other words")
+            raise UserError(
+                f"{FAILED}: after {tokenizer.decode(prompt)[-40:]!r} it continues in other words"
+            )
         agreed += len(new)
     return worst, agreed

@@ -3,9 +3,9 @@
 Versions 5.0 and later have the architecture as NanoChatForCausalLM. The directory has
 model.safetensors config.json generation_config.json tokenizer.json tokenizer_config.json
 chat_template.jinja README.md and manifest.json (sizes and hashes of the others, the source, the
-checks). The weights are 6 L + 2 tensors (L layers): the norms have no weights, and the rows that pad
-the vocabulary are cut. The directory gets its name only after it was loaded back and gave our logits,
-greedy tokens, token ids and chat prompts.
+checks). The weights are 6 L + 2 tensors (L layers): the norms have no weights, and the rows that
+pad the vocabulary are cut. The directory gets its name only after it was loaded back and gave our
+logits, greedy tokens, token ids and chat prompts.
 """
 
 import json
@@ -44,10 +44,17 @@ if TYPE_CHECKING:
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 MODEL_CARD = Path(__file__).with_name("model_card.jinja")
 SHARD_BYTES = 5 * 10**9
-SETTINGS = {"do_sample": True, "temperature": 0.6, "top_k": 50, "max_new_tokens": 512}  # as in the terminal chat
+SETTINGS = {
+    "do_sample": True,
+    "temperature": 0.6,
+    "top_k": 50,
+    "max_new_tokens": 512,
+}  # as in the terminal chat
 
 
-def export(model: "GPT", tokenizer: "RustBPETokenizer", meta: Mapping[str, Any], folder: Path, dtype: str) -> dict[str, Any]:
+def export(
+    model: "GPT", tokenizer: "RustBPETokenizer", meta: Mapping[str, Any], folder: Path, dtype: str
+) -> dict[str, Any]:
     """Write `model` to a new directory; returns the manifest.
 
     The model is in fp32, as load_model(..., dtype="float32") gives it; its weights are rounded to
@@ -76,7 +83,9 @@ def export(model: "GPT", tokenizer: "RustBPETokenizer", meta: Mapping[str, Any],
     return manifest
 
 
-def _write(model: "GPT", tokenizer: "RustBPETokenizer", meta: Mapping[str, Any], folder: Path, dtype: str) -> dict[str, Any]:
+def _write(
+    model: "GPT", tokenizer: "RustBPETokenizer", meta: Mapping[str, Any], folder: Path, dtype: str
+) -> dict[str, Any]:
     folder.mkdir(parents=True)
     write_weights(model, folder, DTYPES[dtype])
     base = meta["stage"] == "base"
@@ -108,7 +117,11 @@ def check_exportable(model: "GPT", tokenizer: "RustBPETokenizer") -> None:
     if sizes[0] != sizes[1]:
         remedy = "put the tokenizer that it was trained with beside the checkpoint"
         raise UserError(f"the model has {sizes[0]} tokens and its tokenizer {sizes[1]}: {remedy}")
-    broken = [name for name, tensor in model.state_dict().items() if not bool(torch.isfinite(tensor).all())]
+    broken = [
+        name
+        for name, tensor in model.state_dict().items()
+        if not bool(torch.isfinite(tensor).all())
+    ]
     if broken:
         raise UserError(f"{broken[0]} holds values that are not finite: choose an earlier --step")
 
@@ -125,7 +138,11 @@ def write_weights(model: "GPT", folder: Path, dtype: torch.dtype) -> None:
         tensors[theirs] = tensor.to("cpu", dtype).contiguous().clone()
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_BYTES)
     for name, members in split.filename_to_tensors.items():
-        save_file({member: tensors[member] for member in members}, folder / name, metadata={"format": "pt"})
+        save_file(
+            {member: tensors[member] for member in members},
+            folder / name,
+            metadata={"format": "pt"},
+        )
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         atomic_write(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
@@ -141,7 +158,10 @@ def make_manifest(
 ) -> dict[str, Any]:
     from zangchat.report import software
 
-    files = {path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(folder.iterdir())}
+    files = {
+        path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in sorted(folder.iterdir())
+    }
     return {
         "format": FORMAT,
         "version": 1,
@@ -160,7 +180,9 @@ def origin(meta: Mapping[str, Any]) -> dict[str, Any]:
     return {"stage": meta["stage"], "model_tag": tag, "step": meta["step"]}
 
 
-def model_card(config: GPTConfig, meta: Mapping[str, Any], dtype: str, checks: Mapping[str, Any]) -> str:
+def model_card(
+    config: GPTConfig, meta: Mapping[str, Any], dtype: str, checks: Mapping[str, Any]
+) -> str:
     """README.md of an export: how to use it, what was measured, what it cannot do."""
     source = origin(meta)
     template = jinja2.Template(
@@ -188,7 +210,9 @@ def model_card(config: GPTConfig, meta: Mapping[str, Any], dtype: str, checks: M
 
 
 def measured(meta: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of this checkpoint: its validation loss, and scores on report cards that name it."""
+    """The numbers of this checkpoint: its validation loss, and scores on report cards that name
+    it.
+    """
     from zangchat.report import checkpoint_name, get_report, summary_table
 
     name = checkpoint_name(meta)

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 FORMAT = "zangchat-export"
 MANIFEST = "manifest.json"
 MODEL_TYPE, ARCHITECTURE = "nanochat", "NanoChatForCausalLM"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # not float16: relu^2 reaches beyond its 65504
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+}  # not float16: relu^2 reaches beyond its 65504
 LAYER_NAMES = {
     "attn.c_q": "self_attn.q_proj",
     "attn.c_k": "self_attn.k_proj",
@@ -55,7 +58,11 @@ def weight_names(config: GPTConfig) -> dict[str, str]:
         for i in range(config.n_layer)
         for ours, theirs in LAYER_NAMES.items()
     }
-    return {"transformer.wte.weight": "model.embed_tokens.weight", **layers, "lm_head.weight": "lm_head.weight"}
+    return {
+        "transformer.wte.weight": "model.embed_tokens.weight",
+        **layers,
+        "lm_head.weight": "lm_head.weight",
+    }
 
 
 def special_ids(tokenizer: "RustBPETokenizer", base: bool) -> dict[str, Any]:
@@ -68,7 +75,9 @@ def special_ids(tokenizer: "RustBPETokenizer", base: bool) -> dict[str, Any]:
     return {"bos_token_id": bos, "eos_token_id": ends, "pad_token_id": bos}
 
 
-def hf_config(config: GPTConfig, tokenizer: "RustBPETokenizer", base: bool, dtype: str) -> dict[str, Any]:
+def hf_config(
+    config: GPTConfig, tokenizer: "RustBPETokenizer", base: bool, dtype: str
+) -> dict[str, Any]:
     return {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,
@@ -114,12 +123,21 @@ def config_from_hf(data: Mapping[str, Any], path: Path) -> GPTConfig:
     }
     for name, (found, wanted) in demanded.items():
         if found != wanted:
-            raise UserError(f"{path}: {name} is {found!r}, this program knows only {wanted!r}: this model cannot be imported")
-    cap = data["final_logit_softcapping"] if "final_logit_softcapping" in data else data.get("logits_soft_cap", 15.0)
+            raise UserError(
+                f"{path}: {name} is {found!r}, this program knows only {wanted!r}: this model "
+                "cannot be imported"
+            )
+    cap = (
+        data["final_logit_softcapping"]
+        if "final_logit_softcapping" in data
+        else data.get("logits_soft_cap", 15.0)
+    )
     problem, remedy = f"{path} describes an unknown model", "only this architecture can be imported"
     with explain(problem, remedy, KeyError, TypeError, ValueError):
         if data["intermediate_size"] != 4 * int(data["hidden_size"]):
-            raise ValueError(f"intermediate_size is {data['intermediate_size']} and not four times hidden_size")
+            raise ValueError(
+                f"intermediate_size is {data['intermediate_size']} and not four times hidden_size"
+            )
         return GPTConfig(
             sequence_len=data["max_position_embeddings"],
             vocab_size=data["vocab_size"],

@@ -1,4 +1,5 @@
-"""Hugging Face directory -> a checkpoint of ours, which chats, is evaluated and finetuned like any other.
+"""Hugging Face directory -> a checkpoint of ours, which chats, is evaluated and finetuned like any
+other.
 
 Everything is read as data: tensors and JSON.
 """
@@ -14,7 +15,15 @@ from torch import Tensor
 from zangchat import checkpoint_manager
 from zangchat.config import GPTConfig, RunState
 from zangchat.errors import UserError, explain
-from zangchat.hf.format import ARCHITECTURE, MANIFEST, VOCAB_ROWS, config_from_hf, read_json, require_libraries, weight_names
+from zangchat.hf.format import (
+    ARCHITECTURE,
+    MANIFEST,
+    VOCAB_ROWS,
+    config_from_hf,
+    read_json,
+    require_libraries,
+    weight_names,
+)
 from zangchat.hf.tokenizer import read_tokenizer_json
 from zangchat.runtime.files import file_sha256
 
@@ -49,16 +58,29 @@ def read_hf(folder: Path) -> Imported:
         verify_files(folder, manifest)
     config = config_from_hf(read_json(folder / "config.json"), folder / "config.json")
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index).get("weight_map", {}).values())) if index.is_file() else ["model.safetensors"]
+    names = (
+        sorted(set(read_json(index).get("weight_map", {}).values()))
+        if index.is_file()
+        else ["model.safetensors"]
+    )
     tensors: dict[str, Tensor] = {}
     for name in names:
         path = folder / Path(name).name
         with explain(f"{path} cannot be read", "copy the model again", OSError, SafetensorError):
             tensors.update(load_file(path))
     ours = {theirs: ours for ours, theirs in weight_names(config).items()}
-    weights = fit({ours.get(name, name): tensor for name, tensor in tensors.items()}, config, folder)
+    weights = fit(
+        {ours.get(name, name): tensor for name, tensor in tensors.items()}, config, folder
+    )
     tokenizer = read_tokenizer_json(folder / "tokenizer.json")
-    return Imported(weights, config, tokenizer, int(source.get("step", 0)), None, f"{ARCHITECTURE} directory {folder.name}")
+    return Imported(
+        weights,
+        config,
+        tokenizer,
+        int(source.get("step", 0)),
+        None,
+        f"{ARCHITECTURE} directory {folder.name}",
+    )
 
 
 def verify_files(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -69,7 +91,8 @@ def verify_files(folder: Path, manifest: Mapping[str, Any]) -> None:
             raise UserError(f"{path} is missing: copy the export again")
         if path.stat().st_size != expected["size"] or file_sha256(path) != expected["sha256"]:
             raise UserError(
-                f"{path} is not the file that {MANIFEST} describes: copy the export again, or delete {MANIFEST} if you changed it"
+                f"{path} is not the file that {MANIFEST} describes: copy the export again, or "
+                f"delete {MANIFEST} if you changed it"
             )
 
 
@@ -84,18 +107,27 @@ def fit(tensors: Mapping[str, Tensor], config: GPTConfig, where: Path) -> dict[s
     foreign, missing = sorted(set(tensors) - set(shapes)), sorted(set(shapes) - set(tensors))
     if foreign:
         raise UserError(
-            f"{where} is of another architecture: it also has {', '.join(foreign[:8])}{' ...' if len(foreign) > 8 else ''}, "
+            f"{where} is of another architecture: it also has "
+            f"{', '.join(foreign[:8])}{' ...' if len(foreign) > 8 else ''}, "
             f"{len(foreign)} tensors that this program does not know and cannot leave out"
         )
     if missing:
-        raise UserError(f"{where} lacks {', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''}: copy the model again")
+        raise UserError(
+            f"{where} lacks {', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''}: copy the "
+            "model again"
+        )
     weights = {}
     for name, shape in shapes.items():
         tensor = tensors[name]
         if name in VOCAB_ROWS and tensor.dim() == 2 and tensor.size(0) >= config.vocab_size:
-            tensor = torch.nn.functional.pad(tensor[: config.vocab_size], (0, 0, 0, config.padded_vocab_size - config.vocab_size))
+            tensor = torch.nn.functional.pad(
+                tensor[: config.vocab_size], (0, 0, 0, config.padded_vocab_size - config.vocab_size)
+            )
         if tuple(tensor.shape) != shape or not tensor.is_floating_point():
-            raise UserError(f"{where}: {name} is {tuple(tensor.shape)} of {tensor.dtype}, the model it belongs to needs {shape}")
+            raise UserError(
+                f"{where}: {name} is {tuple(tensor.shape)} of {tensor.dtype}, the model it belongs "
+                f"to needs {shape}"
+            )
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{where}: {name} holds values that are not finite")
         weights[name] = tensor
@@ -109,12 +141,15 @@ def save(imported: Imported, source: str, model_tag: str, overwrite: bool = Fals
     """
     if imported.config.vocab_size != imported.tokenizer.get_vocab_size():
         raise UserError(
-            f"the model has {imported.config.vocab_size} tokens and its tokenizer {imported.tokenizer.get_vocab_size()}: they do not "
+            f"the model has {imported.config.vocab_size} tokens and its tokenizer "
+            f"{imported.tokenizer.get_vocab_size()}: they do not "
             "belong together"
         )
     folder = checkpoint_manager.tag_folder(source, model_tag)
     if any(folder.glob("meta_*.json")) and not overwrite:
-        raise UserError(f"{folder} has checkpoints already: choose another --model_tag, or give --overwrite")
+        raise UserError(
+            f"{folder} has checkpoints already: choose another --model_tag, or give --overwrite"
+        )
     meta = {
         "stage": source,
         "val_bpb": imported.val_bpb,

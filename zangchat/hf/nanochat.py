@@ -1,4 +1,6 @@
-"""Checkpoints of nanochat, read as data: tensors, JSON, and a tokenizer that is a pickle, by a reader that runs none of it."""
+"""Checkpoints of nanochat, read as data: tensors, JSON, and a tokenizer that is a pickle, by a
+reader that runs none of it.
+"""
 
 import io
 import math
@@ -15,12 +17,15 @@ from zangchat.hf.format import SIZES, read_json
 from zangchat.hf.importing import Imported, fit
 from zangchat.tokenizer import RustBPETokenizer
 
-# nanochat normalizes by F.rms_norm(x, shape) with eps=None. For fp32 and bf16 alike torch then takes
-# float32's epsilon, although its documentation says finfo(x.dtype): the sum is in fp32, compiled or not.
+# nanochat normalizes by F.rms_norm(x, shape) with eps=None. For fp32 and bf16 alike torch then
+# takes float32's epsilon, although its documentation says finfo(x.dtype): the sum is in fp32,
+# compiled or not.
 NANOCHAT_EPS = 2.0**-23
 
 
-def read_checkpoint(base: Path, source: str, from_tag: str | None = None, step: int | None = None) -> Imported:
+def read_checkpoint(
+    base: Path, source: str, from_tag: str | None = None, step: int | None = None
+) -> Imported:
     """A checkpoint of nanochat, of the architecture that it had in 2025.
 
     `base` is its base directory, or one folder with model_*.pt, meta_*.json and tokenizer.pkl.
@@ -31,7 +36,10 @@ def read_checkpoint(base: Path, source: str, from_tag: str | None = None, step: 
     meta_path = folder / checkpoint_manager.meta_name(step)
     model_path = folder / checkpoint_manager.model_name(step)
     meta = read_json(meta_path)
-    problem, remedy = f"{meta_path} describes an unknown model", "take the files of a whole checkpoint"
+    problem, remedy = (
+        f"{meta_path} describes an unknown model",
+        "take the files of a whole checkpoint",
+    )
     with explain(problem, remedy, KeyError, TypeError, ValueError):
         settings = dict(meta["model_config"])
         sizes = {name: settings.pop(name) for name in SIZES}
@@ -75,11 +83,12 @@ def _find_step(folder: Path, step: int | None) -> int:
     return steps[-1] if step is None else step
 
 
-# ---- the tokenizer --------------------------------------------------------------------------------------------------
+# ---- the tokenizer -------------------------------------------------------------------------------
 
 
 def read_tokenizer(path: Path) -> RustBPETokenizer:
-    """tokenizer.pkl, a pickled tiktoken.Encoding, read as data: nothing that the file names is imported or called.
+    """tokenizer.pkl, a pickled tiktoken.Encoding, read as data: nothing that the file names is
+    imported or called.
 
     Raises UserError naming the file if it is missing or holds anything else.
     """
@@ -119,7 +128,9 @@ class _EncodingReader(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a tokenizer does not need")
+            raise pickle.UnpicklingError(
+                f"it asks for {module}.{name}, which a tokenizer does not need"
+            )
         return self.ALLOWED[module, name]
 
     def read(self) -> dict[str, Any]:
@@ -127,10 +138,14 @@ class _EncodingReader(pickle.Unpickler):
         encoding = self.load()
         state = encoding.state if isinstance(encoding, _PickledEncoding) else None
         if isinstance(state, str):
-            raise ValueError(f"it is only the name of tiktoken's encoding {state!r}, without its ranks")
+            raise ValueError(
+                f"it is only the name of tiktoken's encoding {state!r}, without its ranks"
+            )
         if not isinstance(state, dict):
             raise ValueError("it holds no tiktoken.Encoding")
-        pattern, ranks, names = (state.get(key) for key in ("pat_str", "mergeable_ranks", "special_tokens"))
+        pattern, ranks, names = (
+            state.get(key) for key in ("pat_str", "mergeable_ranks", "special_tokens")
+        )
         if not (
             isinstance(pattern, str)
             and isinstance(ranks, dict)
@@ -138,5 +153,7 @@ class _EncodingReader(pickle.Unpickler):
             and all(type(token) is bytes and type(rank) is int for token, rank in ranks.items())
             and all(type(name) is str and type(id) is int for name, id in names.items())
         ):
-            raise ValueError("its pattern, ranks or special tokens are missing or of the wrong type")
+            raise ValueError(
+                "its pattern, ranks or special tokens are missing or of the wrong type"
+            )
         return state

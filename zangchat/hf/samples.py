@@ -33,7 +33,13 @@ CONVERSATIONS: tuple[list[dict[str, Any]], ...] = (
     [{"role": "user", "content": " Hi,\n\nwho are you? "}],
     [
         {"role": "system", "content": "Answer in one word."},
-        {"role": "user", "content": [{"type": "text", "text": "How many r are in "}, {"type": "text", "text": "strawberry?"}]},
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "How many r are in "},
+                {"type": "text", "text": "strawberry?"},
+            ],
+        },
         {
             "role": "assistant",
             "content": [
@@ -56,10 +62,14 @@ def sample_texts(tokenizer: "RustBPETokenizer") -> list[str]:
     texts = ["", " ", *PROMPTS]
     while len(texts) < NUM_TEXTS:
         if len(texts) % 3 == 0:
-            text = tokenizer.decode([random_.randrange(ordinary) for _ in range(random_.randrange(1, 40))])
+            text = tokenizer.decode(
+                [random_.randrange(ordinary) for _ in range(random_.randrange(1, 40))]
+            )
         else:
             pools = random_.choices(CHARACTERS, k=random_.randrange(1, 5))
-            text = "".join(random_.choice(random_.choice(pools)) for _ in range(random_.randrange(1, 120)))
+            text = "".join(
+                random_.choice(random_.choice(pools)) for _ in range(random_.randrange(1, 120))
+            )
             text += random_.choice(("", *SUFFIXES))
         texts.append(text)
     # others read a special token that is written out as that token

@@ -21,7 +21,9 @@ def byte_characters() -> list[str]:
     """
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in visible]
-    return [chr(byte) if byte in visible else chr(0x100 + hidden.index(byte)) for byte in range(256)]
+    return [
+        chr(byte) if byte in visible else chr(0x100 + hidden.index(byte)) for byte in range(256)
+    ]
 
 
 def recover_merges(tokens: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
@@ -36,11 +38,15 @@ def recover_merges(tokens: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
     for rank, token in enumerate(tokens):
         parts = [bytes([byte]) for byte in token]
         while len(parts) > 2:
-            best, i = min((ranks.get(parts[i] + parts[i + 1], rank), i) for i in range(len(parts) - 1))
+            best, i = min(
+                (ranks.get(parts[i] + parts[i + 1], rank), i) for i in range(len(parts) - 1)
+            )
             if best >= rank:
                 break
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) > 2 or any(ranks.get(part, rank) >= rank for part in parts[:2] if len(part) > 1):
+        if len(parts) > 2 or any(
+            ranks.get(part, rank) >= rank for part in parts[:2] if len(part) > 1
+        ):
             raise ValueError(f"token {rank}, {token!r}, is not made of two earlier ones")
         if len(parts) == 2:
             merges.append((parts[0], parts[1]))
@@ -48,8 +54,18 @@ def recover_merges(tokens: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
 
 
 def tokenizer_json(tokenizer: "RustBPETokenizer") -> dict[str, Any]:
-    """The file of the library `tokenizers`: the same tokens for the same text. Raises UserError if the ranks are not those of merges."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    """The file of the library `tokenizers`: the same tokens for the same text. Raises UserError if
+    the ranks are not those of merges.
+    """
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+        processors,
+    )
 
     tokens = tokenizer.mergeable_tokens
     problem, remedy = "this tokenizer cannot be exported", "its ranks must be those of merges"
@@ -61,24 +77,37 @@ def tokenizer_json(tokenizer: "RustBPETokenizer") -> dict[str, Any]:
         return "".join(characters[byte] for byte in token)
 
     vocab = {written(token): i for i, token in enumerate(tokens)}
-    theirs: Any = Tokenizer(models.BPE(vocab=vocab, merges=[(written(left), written(right)) for left, right in merges]))
+    theirs: Any = Tokenizer(
+        models.BPE(vocab=vocab, merges=[(written(left), written(right)) for left, right in merges])
+    )
     theirs.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(tokenizer.pattern), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(tokenizer.pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     theirs.decoder = decoders.ByteLevel()
-    theirs.add_special_tokens([AddedToken(name, normalized=False) for name in tokenizer.get_special_tokens()])
+    theirs.add_special_tokens(
+        [AddedToken(name, normalized=False) for name in tokenizer.get_special_tokens()]
+    )
     bos = ("<|bos|>", tokenizer.get_bos_token_id())
-    theirs.post_processor = processors.TemplateProcessing(single="<|bos|> $A", pair="<|bos|> $A <|bos|> $B", special_tokens=[bos])
+    theirs.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A", pair="<|bos|> $A <|bos|> $B", special_tokens=[bos]
+    )
     return dict(json.loads(theirs.to_str()))
 
 
-def tokenizer_config(config: GPTConfig, tokenizer: "RustBPETokenizer", base: bool) -> dict[str, Any]:
+def tokenizer_config(
+    config: GPTConfig, tokenizer: "RustBPETokenizer", base: bool
+) -> dict[str, Any]:
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|bos|>",
         "eos_token": "<|bos|>" if base else "<|assistant_end|>",
         "pad_token": "<|bos|>",
-        "additional_special_tokens": [name for name in tokenizer.get_special_tokens() if name != "<|bos|>"],
+        "additional_special_tokens": [
+            name for name in tokenizer.get_special_tokens() if name != "<|bos|>"
+        ],
         "model_max_length": config.sequence_len,
         "model_input_names": ["input_ids", "attention_mask"],
         "padding_side": "left",
@@ -87,7 +116,9 @@ def tokenizer_config(config: GPTConfig, tokenizer: "RustBPETokenizer", base: boo
 
 
 def read_tokenizer_json(path: Path) -> "RustBPETokenizer":
-    """Our tokenizer from a byte-level BPE of the library `tokenizers`. Raises UserError if it would give other tokens."""
+    """Our tokenizer from a byte-level BPE of the library `tokenizers`. Raises UserError if it would
+    give other tokens.
+    """
     from tokenizers import Tokenizer
 
     from zangchat.tokenizer import RustBPETokenizer
@@ -104,10 +135,20 @@ def read_tokenizer_json(path: Path) -> "RustBPETokenizer":
         (pattern,) = [step["pattern"]["Regex"] for step in steps if step["type"] == "Split"]
         if sorted(special.values()) != list(range(len(tokens), len(tokens) + len(special))):
             raise ValueError("its special tokens do not follow the others")
-        tokenizer = RustBPETokenizer(tokens, pattern, sorted(special, key=special.__getitem__), {"imported": path.parent.name})
+        tokenizer = RustBPETokenizer(
+            tokens,
+            pattern,
+            sorted(special, key=special.__getitem__),
+            {"imported": path.parent.name},
+        )
     theirs = Tokenizer.from_file(str(path))
     texts = sample_texts(tokenizer)
-    for text, encoding in zip(texts, theirs.encode_batch(texts, add_special_tokens=False), strict=True):
+    for text, encoding in zip(
+        texts, theirs.encode_batch(texts, add_special_tokens=False), strict=True
+    ):
         if encoding.ids != tokenizer.encode(text):
-            raise UserError(f"{path} splits text in a way that this tokenizer cannot, as in {text[:40]!r}: it cannot be imported")
+            raise UserError(
+                f"{path} splits text in a way that this tokenizer cannot, as in {text[:40]!r}: it "
+                "cannot be imported"
+            )
     return tokenizer

@@ -3,11 +3,12 @@
 `sdpa` (torch's scaled_dot_product_attention with the kernel it chooses) runs everywhere and is the
 default. `cudnn` (its cuDNN kernel), `flex` (torch's flex_attention), `flash` (flash-attn 4 or 3, if
 installed) and `blocks` (products of bf16 matrices, for CPUs) compute the same function for plain
-causal attention; with a mask sdpa is used. A backend is a value: to train on a GPU, `choose_backend`
-times those whose output and gradients agree with sdpa's, because a successful import proves nothing
-about the kernel, the driver or the GPU.
+causal attention; with a mask sdpa is used. A backend is a value: to train on a GPU,
+`choose_backend` times those whose output and gradients agree with sdpa's, because a successful
+import proves nothing about the kernel, the driver or the GPU.
 
-Shapes: B batch, H query heads, G key/value heads (G divides H), T new tokens, S tokens attended to, D head dimension.
+Shapes: B batch, H query heads, G key/value heads (G divides H), T new tokens, S tokens attended to,
+D head dimension.
 """
 
 import math
@@ -31,7 +32,9 @@ TRIAL_HEADS = 64  # times rows: enough to fill a GPU
 TRIALS = 5  # for a median
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, backend: str = "sdpa") -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, backend: str = "sdpa"
+) -> Tensor:
     """Softmax attention of q (B, H, T, D) over k, v (B, G, S, D) -> (B, H, T, D).
 
     Query head h reads key/value head h // (H/G). `mask` is broadcastable to (B, H, T, S): boolean,
@@ -47,7 +50,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, backend:
         return _causal_kernel(backend)(q, k, v)
     if mask is None and T > 1:  # is_causal of SDPA would align the triangle at the wrong corner
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.size(1) != k.size(1))
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, enable_gqa=q.size(1) != k.size(1)
+    )
 
 
 class WithinDocuments:
@@ -79,7 +84,11 @@ def candidates(device: torch.device | str, dtype: torch.dtype) -> tuple[str, ...
         return ("blocks",) if dtype == torch.bfloat16 else ("sdpa",)
     if torch.device(device).type != "cuda" or torch.are_deterministic_algorithms_enabled():
         return ("sdpa",)
-    return ("flash", "cudnn", "flex", "sdpa") if dtype in (torch.bfloat16, torch.float16) else ("flex", "sdpa")
+    return (
+        ("flash", "cudnn", "flex", "sdpa")
+        if dtype in (torch.bfloat16, torch.float16)
+        else ("flex", "sdpa")
+    )
 
 
 def choose_backend(
@@ -96,7 +105,9 @@ def choose_backend(
     device = torch.device(device)
     backends = candidates(device, dtype) if backends is None else backends
     if unknown := set(backends) - set(_BUILDERS):
-        raise ValueError(f"unknown attention backend {sorted(unknown)[0]!r}; there are {', '.join(_BUILDERS)}")
+        raise ValueError(
+            f"unknown attention backend {sorted(unknown)[0]!r}; there are {', '.join(_BUILDERS)}"
+        )
     failures = {name: _smoke(name, device, dtype, head_dim) for name in backends if name != "sdpa"}
     usable = [name for name in backends if failures.get(name) is None] or ["sdpa"]
     reasons = [f"{name} is not usable here ({why})" for name, why in failures.items() if why]
@@ -152,16 +163,22 @@ _kernels: dict[str, Kernel] = {}  # not functools.cache: torch.compile does not 
 
 
 def _causal_kernel(backend: str) -> Kernel:
-    """The causal self-attention (T == S) of a backend. Raises ImportError if a package is missing."""
+    """The causal self-attention (T == S) of a backend. Raises ImportError if a package is
+    missing.
+    """
     if backend not in _kernels:
         if backend not in _BUILDERS:
-            raise ValueError(f"unknown attention backend {backend!r}; there are {', '.join(_BUILDERS)}")
+            raise ValueError(
+                f"unknown attention backend {backend!r}; there are {', '.join(_BUILDERS)}"
+            )
         _kernels[backend] = _BUILDERS[backend]()
     return _kernels[backend]
 
 
 def _sdpa_kernel() -> Kernel:
-    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
+    return lambda q, k, v: F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)
+    )
 
 
 def _cudnn_kernel() -> Kernel:
@@ -245,7 +262,9 @@ class _CausalBlocks(torch.autograd.Function):
             queries = q[:, :, start:end].flatten(1, 2)
             dout = grad[:, :, start:end].reshape(queries.shape)
             dp = dout @ v[:, :end].mT
-            dscores = torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale)  # p * (dp - sum(p * dp))
+            dscores = torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(
+                scale
+            )  # p * (dp - sum(p * dp))
             dq[:, :, start:end] = (dscores @ k[:, :end]).unflatten(1, (-1, end - start))
             dk[:, :end] += dscores.mT @ queries
             dv[:, :end] += p.mT @ dout

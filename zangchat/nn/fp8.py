@@ -3,8 +3,8 @@
 Each operand has one scale, for its largest magnitude: activations and weights in e4m3, gradients in
 e5m2. The three products of a layer (forward, both backward) run through torch._scaled_mm on GPUs of
 compute capability 9.0 and later. Elsewhere the same rounded operands are multiplied in the dtype of
-the activations: a slow emulation, to test the numerics. The products by _scaled_mm are untested on a
-GPU so far.
+the activations: a slow emulation, to test the numerics. The products by _scaled_mm are untested on
+a GPU so far.
 
 Shapes: M tokens, K inputs, N outputs of one layer.
 """
@@ -30,7 +30,9 @@ def use_fp8(model: nn.Module, device: torch.device) -> str:
 
 
 def unusable(device: torch.device) -> str | None:
-    """None if the device's product of two small matrices equals the emulation's, else the problem."""
+    """None if the device's product of two small matrices equals the emulation's, else the
+    problem.
+    """
     if device.type != "cuda":
         return f"no GPU: {device.type}"
     if torch.cuda.get_device_capability(device) < CAPABILITY:
@@ -70,7 +72,9 @@ def convert_to_fp8(model: nn.Module, min_size: int = 2**20) -> int:
 
 
 class Fp8Linear(Linear):
-    """x W^T in fp8 while gradients are recorded; evaluation and sampling use the ordinary product."""
+    """x W^T in fp8 while gradients are recorded; evaluation and sampling use the ordinary
+    product.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.size(-1))
@@ -80,14 +84,20 @@ class Fp8Linear(Linear):
 
 
 def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(x / scale rounded to the fp8 `dtype`, scale); scale, fp32, fits the largest magnitude of x."""
+    """(x / scale rounded to the fp8 `dtype`, scale); scale, fp32, fits the largest magnitude of
+    x.
+    """
     largest = torch.finfo(dtype).max
     scale = x.abs().amax().float().clamp(min=1e-12) / largest
     return (x.float() / scale).clamp(-largest, largest).to(dtype), scale
 
 
-def scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
-    """(M, N) in `dtype` from fp8 a (M, K) and b (N, K), both row-major: scale_a * scale_b * a b^T."""
+def scaled_product(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """(M, N) in `dtype` from fp8 a (M, K) and b (N, K), both row-major: scale_a * scale_b * a
+    b^T.
+    """
     if a.is_cuda and torch.cuda.get_device_capability(a.device) >= CAPABILITY:
         # b^T is column-major, as _scaled_mm requires
         return torch._scaled_mm(a, b.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=dtype)

@@ -3,11 +3,11 @@
 loss_i = logsumexp(u_i) - u_i[target_i]  with  u = cap * tanh(z / cap),  z = x W^T.
 
 The (tokens, vocabulary) matrix would be by far the biggest tensor of a training step, so it never
-exists as a whole: a chunk of tokens gets its logits, its loss and, in training, at once the gradient
-of its logits, from which dx and dW follow. The products run in the dtype of x; cap, exponentials,
-sums and dW are fp32. Between the products a chunk is changed by passes in place, or, compiled, read
-once for the loss and once for the gradient: on a GPU that decides between waiting for memory and
-waiting for the products. The slow twin is tests/reference/loss.py.
+exists as a whole: a chunk of tokens gets its logits, its loss and, in training, at once the
+gradient of its logits, from which dx and dW follow. The products run in the dtype of x; cap,
+exponentials, sums and dW are fp32. Between the products a chunk is changed by passes in place, or,
+compiled, read once for the loss and once for the gradient: on a GPU that decides between waiting
+for memory and waiting for the products. The slow twin is tests/reference/loss.py.
 
 Shapes: N tokens, D width, V vocabulary (padding rows of W cut).
 """
@@ -93,7 +93,9 @@ def _default_chunk(vocab_size: int, device: torch.device, compiled: bool) -> int
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The sum, with gradients from the forward pass; or per token, recomputed in the backward pass."""
+    """The sum, with gradients from the forward pass; or per token, recomputed in the backward
+    pass.
+    """
 
     @staticmethod
     def forward(
@@ -144,14 +146,18 @@ def _chunked(
     targets = targets.clamp(min=0)  # ignored tokens: any valid index, their factor is 0
     losses = torch.empty(x.size(0), dtype=torch.float32, device=x.device)
     dx = None if grads is None else torch.empty_like(x)
-    dweight = None if grads is None else torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
+    dweight = (
+        None if grads is None else torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
+    )
     if compile_backend is None:
         between: _InPlace | _Fused = _InPlace(cap, min(chunk, x.size(0)), vocab_size, x.device)
     else:
         between = _Fused(cap, compile_backend)
     for start in range(0, x.size(0), chunk):
         rows = slice(start, start + chunk)
-        losses[rows], dz = between(x[rows], w, targets[rows, None], None if grads is None else grads[rows, None])
+        losses[rows], dz = between(
+            x[rows], w, targets[rows, None], None if grads is None else grads[rows, None]
+        )
         if dz is None or dx is None or dweight is None:
             continue
         torch.mm(dz, w, out=dx[rows])
@@ -163,11 +169,11 @@ def _chunked(
     return losses, dx, dweight
 
 
-# ---- between the products: from x (n, D) and W to losses (n,) and dz (n, V), z = x W^T ----------
+# ---- between the products: from x (n, D) and W to losses (n,) and dz (n, V), z = x W^T -----------
 #
-# With s = sigmoid(2 z / cap), u = cap * (2 s - 1): a CPU computes a sigmoid in a seventh of a tanh's
-# time. u is bounded by cap, so cap replaces the row maximum in a stable logsumexp. targets and g,
-# the gradient of each loss, are (n, 1).
+# With s = sigmoid(2 z / cap), u = cap * (2 s - 1): a CPU computes a sigmoid in a seventh of a
+# tanh's time. u is bounded by cap, so cap replaces the row maximum in a stable logsumexp. targets
+# and g, the gradient of each loss, are (n, 1).
 
 
 class _InPlace:
@@ -178,7 +184,9 @@ class _InPlace:
         size = (chunk, vocab_size)
         self.buffers = [torch.empty(size, dtype=torch.float32, device=device) for _ in range(2)]
 
-    def __call__(self, x: Tensor, w: Tensor, targets: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def __call__(
+        self, x: Tensor, w: Tensor, targets: Tensor, g: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         cap = self.cap
         s, e = (buffer[: targets.size(0)] for buffer in self.buffers)
         if x.dtype == torch.float32:
@@ -202,7 +210,9 @@ class _Fused:
     def __init__(self, cap: float, backend: Any) -> None:
         self.cap, self.backend = cap, backend
 
-    def __call__(self, x: Tensor, w: Tensor, targets: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def __call__(
+        self, x: Tensor, w: Tensor, targets: Tensor, g: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         z = _product(x, w, 2 / self.cap)
         total, losses = _compiled(_totals_and_losses, self.backend)(z, targets, self.cap)
         if g is None:

@@ -84,7 +84,11 @@ def core_scores(cards: Iterable[Card]) -> dict[str, float]:
     for card in cards:
         for scores in filter(is_scores, card.data):
             if any(name.upper().startswith("CORE") for name in scores):
-                tasks = {name: float(value) for name, value in scores.items() if not name.upper().startswith("CORE")}
+                tasks = {
+                    name: float(value)
+                    for name, value in scores.items()
+                    if not name.upper().startswith("CORE")
+                }
                 if tasks:
                     return tasks
     return {}

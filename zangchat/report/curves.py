@@ -81,7 +81,9 @@ def plot_curve(curve: Curve) -> str | None:
         if smooth[1]:
             axes.plot(x, y, color="#b9c6f2", linewidth=0.8)
             x, y = smooth
-        axes.plot(x, y, color="#3056d3", linewidth=1.2, marker="o" if len(x) < 12 else None, markersize=3)
+        axes.plot(
+            x, y, color="#3056d3", linewidth=1.2, marker="o" if len(x) < 12 else None, markersize=3
+        )
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 800k, 2.5M
         axes.set_title(label, fontsize=10)
         axes.set_xlabel(axis, fontsize=9)

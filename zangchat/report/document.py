@@ -68,7 +68,11 @@ def _header(cards: Sequence[Card], started: float | None, dollars_per_hour: floa
 def _summary(cards: Sequence[Card], curves: Sequence[Curve]) -> list[str]:
     lines = ["## Summary", ""]
     if not cards and not curves:
-        return [*lines, "Nothing has run yet: there are no report cards and no training curves.", ""]
+        return [
+            *lines,
+            "Nothing has run yet: there are no report cards and no training curves.",
+            "",
+        ]
     table = summary_table(cards, curves)
     if table:
         lines += [_row(["metric", *STAGES]), "|---" * (len(STAGES) + 1) + "|"]
@@ -101,7 +105,12 @@ def _card_lines(card: Card) -> list[str]:
     for columns, group in itertools.groupby(card.data, key=_columns):
         items = list(group)
         if columns and len(items) > 1:  # rows of one table
-            lines += [_row(columns), "|---" * len(columns) + "|", *(_row(item.values()) for item in items), ""]
+            lines += [
+                _row(columns),
+                "|---" * len(columns) + "|",
+                *(_row(item.values()) for item in items),
+                "",
+            ]
             continue
         for item in items:
             lines += [*_item_lines(item), ""]
@@ -135,7 +144,12 @@ def _content_text(content: Any) -> str:
     """The text of a message's content: a string or parts (text, python, python_output)."""
     if not isinstance(content, list):
         return str(content)
-    return "".join(part.get("text", "") if part.get("type") == "text" else f"[{part.get('type')}: {part.get('text')}]" for part in content)
+    return "".join(
+        part.get("text", "")
+        if part.get("type") == "text"
+        else f"[{part.get('type')}: {part.get('text')}]"
+        for part in content
+    )
 
 
 def _fenced(text: str) -> list[str]:

@@ -1,4 +1,5 @@
-"""The few collective operations that the training loop and the checkpoints need; without a process group each is the identity.
+"""The few collective operations that the training loop and the checkpoints need; without a process
+group each is the identity.
 
 Small values only: gradients and parameters travel in optim.py.
 """
@@ -30,7 +31,9 @@ def max_over_ranks(values: Sequence[float]) -> list[float]:
 
 
 def gather(value: T) -> list[T]:
-    """Every rank's value, by rank: anything that pickles, for it stays among the processes of one run."""
+    """Every rank's value, by rank: anything that pickles, for it stays among the processes of one
+    run.
+    """
     values = [value]
     if is_active():
         values *= dist.get_world_size()
@@ -52,7 +55,8 @@ def _reduced(values: Sequence[float], operation: "dist.ReduceOp.RedOpType") -> l
     if not is_active():
         return [float(value) for value in values]
     device = _device()
-    # Counts stay exact: float64 holds every whole number up to 2^53 (MPS, which lacks it, has no collectives either).
+    # Counts stay exact: float64 holds every whole number up to 2^53 (MPS, which lacks it, has no
+    # collectives either).
     vector = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
     dist.all_reduce(vector, op=operation)
     return vector.tolist()
@@ -60,4 +64,8 @@ def _reduced(values: Sequence[float], operation: "dist.ReduceOp.RedOpType") -> l
 
 def _device() -> torch.device:
     """The device of this backend's tensors."""
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if dist.get_backend() == "nccl"
+        else torch.device("cpu")
+    )

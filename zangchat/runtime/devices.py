@@ -1,6 +1,7 @@
 """The device, its number format and the process group.
 
-torch is imported inside the functions that use it, so that importing this module costs nothing and changes nothing.
+torch is imported inside the functions that use it, so that importing this module costs nothing and
+changes nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # the longest wait of a rank for another: only rank 0 saves, samples and compiles
+COLLECTIVE_TIMEOUT = timedelta(
+    minutes=30
+)  # the longest wait of a rank for another: only rank 0 saves, samples and compiles
 # The first driver for each CUDA: https://docs.nvidia.com/cuda/cuda-toolkit-release-notes
 FIRST_DRIVER = {"11": 450, "12": 525, "13": 580}
 
@@ -37,7 +40,10 @@ def autodetect_device_type() -> str:
     if torch.cuda.is_available():
         return "cuda"
     if torch.backends.mps.is_available() and not is_ddp():
-        logger.warning("computing on Apple's GPU (MPS), untested on real hardware; --device_type=cpu computes on the CPU")
+        logger.warning(
+            "computing on Apple's GPU (MPS), untested on real hardware; --device_type=cpu computes "
+            "on the CPU"
+        )
         return "mps"
     _check_driver()
     return "cpu"
@@ -66,44 +72,68 @@ def _check_driver() -> None:
         return
     driver, cuda = answer.split()[0], torch.version.cuda
     if not cuda:
-        problem, remedy = f"torch {torch.__version__} is a build without CUDA", "run `bash dev/setup.sh`"
+        problem, remedy = (
+            f"torch {torch.__version__} is a build without CUDA",
+            "run `bash dev/setup.sh`",
+        )
     elif int(driver.split(".")[0]) < (first := FIRST_DRIVER.get(cuda.split(".")[0], 0)):
-        problem = f"torch {torch.__version__} is built for CUDA {cuda}, which needs driver {first} or newer"
+        problem = (
+            f"torch {torch.__version__} is built for CUDA {cuda}, "
+            f"which needs driver {first} or newer"
+        )
         remedy = "update the driver"
     elif visible:
-        problem, remedy = f"CUDA_VISIBLE_DEVICES={visible} leaves torch {torch.__version__} none", "correct or unset it"
+        problem, remedy = (
+            f"CUDA_VISIBLE_DEVICES={visible} leaves torch {torch.__version__} none",
+            "correct or unset it",
+        )
     else:
         problem = f"torch {torch.__version__}, built for CUDA {cuda}, cannot use it"
         remedy = 'see `python -c "import torch; torch.cuda.init()"` for the reason'
     raise UserError(
         f"nvidia-smi finds a GPU (driver {driver}), but {problem}: {remedy}, "
-        "or compute on the CPU with --device_type=cpu (in front of a script: CUDA_VISIBLE_DEVICES=-1)"
+        "or compute on the CPU with --device_type=cpu (in front of a script: "
+        "CUDA_VISIBLE_DEVICES=-1)"
     )
 
 
-def compute_init(device_type: str = "", seed: int = 42, deterministic: bool = False) -> tuple[bool, int, int, int, torch.device]:
-    """Make this process ready to compute: device, seeds, matmul precision, CPU threads and, under torchrun, the process group.
+def compute_init(
+    device_type: str = "", seed: int = 42, deterministic: bool = False
+) -> tuple[bool, int, int, int, torch.device]:
+    """Make this process ready to compute: device, seeds, matmul precision, CPU threads and, under
+    torchrun, the process group.
 
-    Returns (ddp, rank, local_rank, world_size, device). An empty device_type means the best one present; raises UserError for one that is
-    absent. `deterministic` matters on CUDA, where sums otherwise take whichever order is fastest.
+    Returns (ddp, rank, local_rank, world_size, device). An empty device_type means the best one
+    present; raises UserError for one that is absent. `deterministic` matters on CUDA, where sums
+    otherwise take whichever order is fastest.
     """
     import torch
 
     device_type = device_type or autodetect_device_type()
     ddp, rank, local_rank, world_size = get_dist_info()
     _check_device(device_type, local_rank, ddp)
-    torch.manual_seed(seed)  # weights only: every later draw has a generator of its own, seeded by derive_seed
-    device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device(device_type)
+    torch.manual_seed(
+        seed
+    )  # weights only: every later draw has a generator of its own, seeded by derive_seed
+    device = (
+        torch.device(device_type, local_rank)
+        if device_type == "cuda"
+        else torch.device(device_type)
+    )
     if device_type == "cuda":
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-            torch.use_deterministic_algorithms(True, warn_only=True)  # stderr names operations without such a form
+            torch.use_deterministic_algorithms(
+                True, warn_only=True
+            )  # stderr names operations without such a form
         torch.cuda.set_device(device)
         torch.cuda.manual_seed(seed)
-        # fp32 products on tensor cores. By the older of torch's two settings: after the newer one (`fp32_precision`), torch.compile
-        # stops with "mix of the legacy and new APIs", since parts of it still read the older (seen in 2.9 to 2.13).
+        # fp32 products on tensor cores. By the older of torch's two settings: after the newer one
+        # (`fp32_precision`), torch.compile stops with "mix of the legacy and new APIs", since parts
+        # of it still read the older (seen in 2.9 to 2.13).
         torch.set_float32_matmul_precision("high")
-    # Ranks that each take every core slow each other down. torchrun sets the variable to 1 if the user did not set it.
+    # Ranks that each take every core slow each other down. torchrun sets the variable to 1 if the
+    # user did not set it.
     if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ and ranks_here() > 1:
         torch.set_num_threads(max(1, _usable_cores() // ranks_here()))
     if ddp and not torch.distributed.is_initialized():
@@ -121,17 +151,30 @@ def _check_device(device_type: str, local_rank: int, ddp: bool) -> None:
     import torch
 
     if device_type not in ("cuda", "mps", "cpu"):
-        raise UserError(f"--device_type={device_type} is not known: choose cuda, mps or cpu, or leave the flag out for the best one")
+        raise UserError(
+            f"--device_type={device_type} is not known: choose cuda, mps or cpu, or leave the flag "
+            "out for the best one"
+        )
     if device_type == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            f"--device_type=cuda, but torch {torch.__version__} finds no CUDA device: leave the flag out or use --device_type=cpu"
+            f"--device_type=cuda, but torch {torch.__version__} finds no CUDA device: leave the "
+            "flag out or use --device_type=cpu"
         )
     if device_type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device_type=mps, but there is no Metal device here: leave the flag out or use --device_type=cpu")
+        raise UserError(
+            "--device_type=mps, but there is no Metal device here: leave the flag out or use "
+            "--device_type=cpu"
+        )
     if device_type == "mps" and ddp:
-        raise UserError("--device_type=mps works with a single process: start the command with plain python, or use --device_type=cpu")
+        raise UserError(
+            "--device_type=mps works with a single process: start the command with plain python, "
+            "or use --device_type=cpu"
+        )
     if device_type == "cuda" and local_rank >= torch.cuda.device_count():
-        raise UserError(f"process {local_rank + 1} of this machine finds {torch.cuda.device_count()} CUDA devices: lower --nproc_per_node")
+        raise UserError(
+            f"process {local_rank + 1} of this machine finds {torch.cuda.device_count()} CUDA "
+            "devices: lower --nproc_per_node"
+        )
 
 
 def _usable_cores() -> int:
@@ -139,27 +182,36 @@ def _usable_cores() -> int:
 
 
 def resolve_dtype(flag: str, device: torch.device | str) -> torch.dtype:
-    """The dtype matmuls run in: the one `flag` names, or for an empty flag the one the device is really fast with.
+    """The dtype matmuls run in: the one `flag` names, or for an empty flag the one the device is
+    really fast with.
 
-    bfloat16 on CUDA from compute capability 8.0 and on CPUs with AVX512-BF16 or AMX, float16 on older CUDA, else float32. Raises UserError.
+    bfloat16 on CUDA from compute capability 8.0 and on CPUs with AVX512-BF16 or AMX, float16 on
+    older CUDA, else float32. Raises UserError.
     """
     import torch
 
     choices = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     if flag:
         if flag not in choices:
-            raise UserError(f"--dtype={flag} is not known: choose {', '.join(choices)}, or leave the flag out for what suits the device")
+            raise UserError(
+                f"--dtype={flag} is not known: choose {', '.join(choices)}, or leave the flag out "
+                "for what suits the device"
+            )
         return choices[flag]
     device = torch.device(device)
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+        return (
+            torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+        )
     if device.type == "cpu" and _cpu_has_bf16():
         return torch.bfloat16
     return torch.float32
 
 
 def _cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bf16 in hardware; without that bf16 is emulated, and slower than fp32."""
+    """Whether the CPU multiplies bf16 in hardware; without that bf16 is emulated, and slower than
+    fp32.
+    """
     import torch
 
     flags = {"avx512_bf16", "amx_bf16"}
@@ -167,7 +219,9 @@ def _cpu_has_bf16() -> bool:
         capabilities = torch.cpu.get_capabilities()
         return any(capabilities.get(flag) for flag in flags)
     cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and not flags.isdisjoint(cpuinfo.read_text(encoding="utf-8", errors="replace").split())
+    return cpuinfo.exists() and not flags.isdisjoint(
+        cpuinfo.read_text(encoding="utf-8", errors="replace").split()
+    )
 
 
 def device_synchronize(device: torch.device | str) -> None:

@@ -25,13 +25,16 @@ DOWNLOAD_TIMEOUT = 60.0  # seconds without a byte
 
 
 def download_file_with_lock(
-    url: str, filename: str, postprocess_fn: Callable[[Path], None] | None = None, sha256: str | None = None
+    url: str,
+    filename: str,
+    postprocess_fn: Callable[[Path], None] | None = None,
+    sha256: str | None = None,
 ) -> Path:
     """Fetch `url` to <base>/filename once for all processes; returns the path.
 
-    `postprocess_fn(path)` gets the complete download before that has its name, so that a present file was
-    also processed. Raises UserError if the server refuses, or if DOWNLOAD_TRIES attempts gave no complete
-    file with that sha256.
+    `postprocess_fn(path)` gets the complete download before that has its name, so that a present
+    file was also processed. Raises UserError if the server refuses, or if DOWNLOAD_TRIES attempts
+    gave no complete file with that sha256.
     """
     path = get_base_dir() / filename
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +65,9 @@ def _is_intact(path: Path, sha256: str | None) -> bool:
 
 
 class Failure(NamedTuple):
-    """A failed attempt: the reason, whether a retry is pointless, and the requested wait (seconds)."""
+    """A failed attempt: the reason, whether a retry is pointless, and the requested wait
+    (seconds).
+    """
 
     reason: str
     final: bool
@@ -80,7 +85,14 @@ def is_refusal(status: int) -> bool:
     return 400 <= status < 500 and status not in (408, 429)
 
 
-def with_retries(label: str, attempt: Callable[[], T], judge: Callable[[Exception], Failure], *, tries: int, first_wait: float) -> T:
+def with_retries(
+    label: str,
+    attempt: Callable[[], T],
+    judge: Callable[[Exception], Failure],
+    *,
+    tries: int,
+    first_wait: float,
+) -> T:
     """attempt(), repeated after temporary failures, with waits that double.
 
     Raises the last error, or one that `judge` calls final.
@@ -93,7 +105,14 @@ def with_retries(label: str, attempt: Callable[[], T], judge: Callable[[Exceptio
             if failure.final:
                 raise
             wait = max(first_wait * 2 ** (number - 1), failure.wait)
-            logger.warning("%s: %s; trying again in %.0f s (%d of %d)", label, failure.reason, wait, number + 1, tries)
+            logger.warning(
+                "%s: %s; trying again in %.0f s (%d of %d)",
+                label,
+                failure.reason,
+                wait,
+                number + 1,
+                tries,
+            )
             time.sleep(wait)
     return attempt()
 
@@ -105,24 +124,37 @@ def _download(url: str, temporary: Path, path: Path, sha256: str | None) -> None
 
     try:
         with_retries(url, attempt, _judge_download, tries=DOWNLOAD_TRIES, first_wait=1.0)
-    except (OSError, HTTPException) as error:  # URLError, timeouts and broken connections are OSErrors
+    except (
+        OSError,
+        HTTPException,
+    ) as error:  # URLError, timeouts and broken connections are OSErrors
         problem = _judge_download(error).reason
         raise UserError(
-            f"could not download {url}: {problem}; check the network and run this again, or put the file at {path} yourself"
+            f"could not download {url}: {problem}; check the network and run this again, or put "
+            f"the file at {path} yourself"
         ) from error
 
 
 def _judge_download(error: Exception) -> Failure:
     if isinstance(error, urllib.error.HTTPError):
-        return Failure(f"the server answered {error.code} {error.reason}", is_refusal(error.code), retry_after(error.headers))
-    return Failure(str(error) or type(error).__name__, not isinstance(error, (OSError, HTTPException)), 0.0)
+        return Failure(
+            f"the server answered {error.code} {error.reason}",
+            is_refusal(error.code),
+            retry_after(error.headers),
+        )
+    return Failure(
+        str(error) or type(error).__name__, not isinstance(error, (OSError, HTTPException)), 0.0
+    )
 
 
 def _download_once(url: str, temporary: Path, sha256: str | None) -> str:
     """One attempt; returns the problem with the received bytes, "" if they are complete."""
     digest, length = hashlib.sha256(), 0
     request = urllib.request.Request(url, headers={"User-Agent": "zangchat"})
-    with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response, open(temporary, "wb") as file:
+    with (
+        urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response,
+        open(temporary, "wb") as file,
+    ):
         announced = response.headers.get("Content-Length")
         while block := response.read(CHUNK):
             file.write(block)

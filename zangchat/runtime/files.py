@@ -49,7 +49,9 @@ def expand_home(path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
-    """Open a file that gets its name only if the block ends without an exception; then it is synced."""
+    """Open a file that gets its name only if the block ends without an exception; then it is
+    synced.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
@@ -85,7 +87,8 @@ def sync_folder(folder: Path) -> None:
         if error.errno not in CANNOT_SYNC:
             raise
         _warn_once(
-            f"{folder} is on a file system that cannot sync folders ({error.strerror}): after a power cut the last files may be missing"
+            f"{folder} is on a file system that cannot sync folders ({error.strerror}): after a "
+            "power cut the last files may be missing"
         )
     finally:
         os.close(descriptor)
@@ -115,7 +118,8 @@ def _lock_class() -> type[filelock.FileLock]:
                 if error.errno not in NO_LOCKS:
                     raise
                 raise UserError(
-                    f"{self.lock_file} cannot be locked ({error.strerror}): set ZANGCHAT_BASE_DIR to a folder on a disk with locks"
+                    f"{self.lock_file} cannot be locked ({error.strerror}): set ZANGCHAT_BASE_DIR "
+                    "to a folder on a disk with locks"
                 ) from error
 
     return Lock
@@ -160,10 +164,19 @@ def _parse_json(line: bytes, place: str, kinds: tuple[type, ...]) -> Any:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"{place} is not UTF-8 text ({error.reason}): save it as UTF-8") from error
-    except (ValueError, RecursionError) as error:  # also an integer of 5,000 digits, or deep nesting
-        hint = "; of a JSON array, each item goes on a line" if line.lstrip().startswith(b"[") else ""
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # also an integer of 5,000 digits, or deep nesting
+        hint = (
+            "; of a JSON array, each item goes on a line" if line.lstrip().startswith(b"[") else ""
+        )
         reason = getattr(error, "msg", None) or str(error)
-        raise UserError(f"{place} is not JSON ({reason}); each line must be one JSON object{hint}") from error
+        raise UserError(
+            f"{place} is not JSON ({reason}); each line must be one JSON object{hint}"
+        ) from error
     if not isinstance(value, kinds):
-        raise UserError(f"{place} is a JSON {type(value).__name__}; each line must be one JSON object")
+        raise UserError(
+            f"{place} is a JSON {type(value).__name__}; each line must be one JSON object"
+        )
     return value

@@ -1,9 +1,9 @@
 """Output: two channels, streams that may break, experiment tracking.
 
-`print0` is for people: the answer of a command, its progress, the next command. It goes to stdout, on
-rank 0 only. A module's `logger` is for the log: how the command got there. It goes to stderr with time
-and level, on rank 0 from INFO and on other ranks from WARNING; `log0` is for a warning that all ranks
-would repeat. rich only draws (bars, tables, the terminal chat).
+`print0` is for people: the answer of a command, its progress, the next command. It goes to stdout,
+on rank 0 only. A module's `logger` is for the log: how the command got there. It goes to stderr
+with time and level, on rank 0 from INFO and on other ranks from WARNING; `log0` is for a warning
+that all ranks would repeat. rich only draws (bars, tables, the terminal chat).
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class _StderrHandler(logging.StreamHandler):
 
 
 def setup_default_logging() -> None:
-    """Log to stderr: our own modules from INFO (rank 0) or WARNING (elsewhere), others from WARNING.
+    """Log to stderr: our own modules from INFO (rank 0) or WARNING (elsewhere), others from
+    WARNING.
 
     A second call changes nothing.
     """
@@ -67,10 +68,14 @@ def setup_default_logging() -> None:
     if any(isinstance(handler.formatter, ColoredFormatter) for handler in root.handlers):
         return
     handler = _StderrHandler()
-    handler.setFormatter(ColoredFormatter(color=sys.stderr.isatty() and "NO_COLOR" not in os.environ))
+    handler.setFormatter(
+        ColoredFormatter(color=sys.stderr.isatty() and "NO_COLOR" not in os.environ)
+    )
     root.addHandler(handler)
     for name in ("zangchat", "scripts", "tasks", "__main__"):
-        logging.getLogger(name).setLevel(logging.INFO if get_dist_info()[1] == 0 else logging.WARNING)
+        logging.getLogger(name).setLevel(
+            logging.INFO if get_dist_info()[1] == 0 else logging.WARNING
+        )
 
 
 class _SteadyStream:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def keep_freed_memory() -> None:
     """On a CPU with glibc: memory that is freed stays with the process, for the next tensor.
 
-    By default each tensor of some megabytes is fetched from the system and given back, page by page: some hundredths of a training step.
+    By default each tensor of some megabytes is fetched from the system and given back, page by
+    page: some hundredths of a training step.
     """
     import ctypes
 
@@ -27,12 +28,18 @@ def keep_freed_memory() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out: torch's CUDA error, Python's, or the RuntimeError of torch's CPU allocator."""
+    """Whether an exception says that memory ran out: torch's CUDA error, Python's, or the
+    RuntimeError of torch's CPU allocator.
+    """
     import torch
 
     message = str(error)
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(words in message for words in ("can't allocate memory", "not enough memory", "bad_alloc"))
+        isinstance(error, RuntimeError)
+        and any(
+            words in message
+            for words in ("can't allocate memory", "not enough memory", "bad_alloc")
+        )
     )
 
 
@@ -54,7 +61,9 @@ def device_memory(device: torch.device | str) -> int:
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes of main memory that can still be taken: of the machine or, if that is less, of the container or job (Linux's cgroups)."""
+    """Bytes of main memory that can still be taken: of the machine or, if that is less, of the
+    container or job (Linux's cgroups).
+    """
     import psutil
 
     available = float(psutil.virtual_memory().available)
@@ -67,7 +76,10 @@ def available_memory(root: Path = Path("/")) -> int:
         if controllers == "":  # version 2
             home, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
         elif "memory" in controllers.split(","):
-            home, names = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            home, names = (
+                root / "sys/fs/cgroup/memory",
+                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+            )
         else:
             continue
         inside = home / path.lstrip("/")
@@ -79,18 +91,28 @@ def available_memory(root: Path = Path("/")) -> int:
 
 
 def _left_in(group: Path, limit: str, usage: str, cached: str) -> float:
-    """Bytes that a cgroup has left, its file cache included, which is given up on demand; infinity if it has no limit."""
+    """Bytes that a cgroup has left, its file cache included, which is given up on demand; infinity
+    if it has no limit.
+    """
     try:
-        limit_bytes = float((group / limit).read_text(encoding="utf-8").strip().replace("max", "inf"))
+        limit_bytes = float(
+            (group / limit).read_text(encoding="utf-8").strip().replace("max", "inf")
+        )
         used = int((group / usage).read_text(encoding="utf-8"))
-        stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
-    except (OSError, ValueError):  # the root has no such files, a container may not see those above it
+        stat = dict(
+            line.split()
+            for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines()
+        )
+    except (OSError, ValueError):
+        # the root has no such files, and a container may not see those above it
         return float("inf")
     return max(0.0, limit_bytes - used + int(stat.get(cached, 0)))
 
 
 def peak_memory_bytes(device: torch.device | str) -> int:
-    """The most memory used so far: of the device by tensors on CUDA, of the driver on MPS (now), of this process on a CPU."""
+    """The most memory used so far: of the device by tensors on CUDA, of the driver on MPS (now), of
+    this process on a CPU.
+    """
     import torch
 
     device = torch.device(device)
@@ -103,7 +125,9 @@ def peak_memory_bytes(device: torch.device | str) -> int:
     except ImportError:  # Windows
         import psutil
 
-        return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))  # only in the class of Windows
+        return int(
+            getattr(psutil.Process().memory_info(), "peak_wset", 0)
+        )  # only in the class of Windows
 
     unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -34,26 +34,34 @@ def check_meeting_place() -> None:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
             raise UserError(
-                f"{', '.join(RANK_VARIABLES)} are set and {name} is not: start with torchrun, or unset these three for a single process"
+                f"{', '.join(RANK_VARIABLES)} are set and {name} is not: start with torchrun, or "
+                "unset these three for a single process"
             )
 
 
 def ranks_here() -> int:
     """How many processes of the run are on this machine."""
     ddp, _, _, world_size = get_dist_info()
-    return _whole_number("LOCAL_WORLD_SIZE") if ddp and os.environ.get("LOCAL_WORLD_SIZE") else world_size
+    return (
+        _whole_number("LOCAL_WORLD_SIZE")
+        if ddp and os.environ.get("LOCAL_WORLD_SIZE")
+        else world_size
+    )
 
 
 def _whole_number(name: str) -> int:
     if not os.environ[name].isdecimal():
         raise UserError(
-            f"the environment has {name}={os.environ[name]}, which is not a number of processes: unset it, or start with torchrun"
+            f"the environment has {name}={os.environ[name]}, which is not a number of processes: "
+            "unset it, or start with torchrun"
         )
     return int(os.environ[name])
 
 
 def compute_cleanup() -> None:
-    """Leave the process group, if there is one. Does not import torch: an interrupted import cannot be retried."""
+    """Leave the process group, if there is one. Does not import torch: an interrupted import cannot
+    be retried.
+    """
     torch = sys.modules.get("torch")
     if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -1,4 +1,6 @@
-"""The progress of a long job: a live line at the bottom of a terminal, else a plain line every few seconds."""
+"""The progress of a long job: a live line at the bottom of a terminal, else a plain line every few
+seconds.
+"""
 
 import time
 from types import TracebackType
@@ -20,7 +22,9 @@ def in_words(seconds: float) -> str:
 
 
 class Progress:
-    """`with Progress("sft", total) as progress: progress.update(done, "loss 1.234")`; silent unless `shown` (other ranks)."""
+    """`with Progress("sft", total) as progress: progress.update(done, "loss 1.234")`; silent unless
+    `shown` (other ranks).
+    """
 
     def __init__(self, label: str, total: int, done: int = 0, shown: bool = True) -> None:
         self.label, self.total, self.shown = label, total, shown
@@ -29,7 +33,12 @@ class Progress:
         self.bar: Bar | None = None
         console = Console()
         if shown and console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}"),
+            )
             self.bar = Bar(*columns, console=console, auto_refresh=False)
             self.task = self.bar.add_task(label, total=total, completed=done, text="")
 
@@ -38,7 +47,12 @@ class Progress:
             self.bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         if self.bar:
             self.bar.stop()
 
@@ -46,12 +60,15 @@ class Progress:
         if not self.shown:
             return
         now = time.monotonic()
-        if self.start is None:  # the first unit pays for compiling and warming up, so the pace is that of the later ones
+        # the first unit pays for compiling and warming up, so the pace is that of the later ones
+        if self.start is None:
             self.start = (now, done)
         left = self._seconds_left(now, done)
         text = text if left is None else f"{text} | ETA {in_words(left)}"
         if self.bar:
-            redraw = now - self.last_line >= SECONDS_BETWEEN_FRAMES or done >= self.total  # drawing costs more than a tiny step
+            redraw = (
+                now - self.last_line >= SECONDS_BETWEEN_FRAMES or done >= self.total
+            )  # drawing costs more than a tiny step
             self.bar.update(self.task, completed=done, text=text, refresh=redraw)
             self.last_line = now if redraw else self.last_line
         elif now - self.last_line >= SECONDS_BETWEEN_LINES or done >= self.total:

@@ -10,7 +10,8 @@ from typing import Any
 def derive_seed(*parts: Any) -> int:
     """A 63-bit seed that depends only on `parts`, e.g. (seed, "shuffle", epoch, index).
 
-    Parts are str, int, float, bool, None or tuples of these; raises TypeError for others, whose repr may not be the same elsewhere.
+    Parts are str, int, float, bool, None or tuples of these; raises TypeError for others, whose
+    repr may not be the same elsewhere.
     """
     text = "\x1f".join(_stable(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "little") >> 1

@@ -59,7 +59,10 @@ class Guard:
                 started, message["headers"] = True, [*message["headers"], *self.headers]
             await send(message)
 
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        headers = {
+            name.decode("latin-1").lower(): value.decode("latin-1")
+            for name, value in scope["headers"]
+        }
         try:
             self._check(scope["path"], headers)
             if scope["method"] == "HEAD":  # for monitors; uvicorn leaves the body out
@@ -189,7 +192,9 @@ def _receive_of(request: Request) -> Receive:
 Incoming = Annotated[Receive, Depends(_receive_of)]  # the connection's messages, for a route
 
 
-async def unless_disconnected(receive: Receive, work: Awaitable[T], *background: Awaitable[None]) -> T | None:
+async def unless_disconnected(
+    receive: Receive, work: Awaitable[T], *background: Awaitable[None]
+) -> T | None:
     """The result of `work`; None, with the work cancelled, if the client disconnects first.
 
     `background` runs until then.
@@ -236,7 +241,9 @@ class EventStream(StreamingResponse):
             while True:
                 await asyncio.sleep(PING_SECONDS)
                 comment = b": still here\n\n"
-                await send_in_time({"type": "http.response.body", "body": comment, "more_body": True})
+                await send_in_time(
+                    {"type": "http.response.body", "body": comment, "more_body": True}
+                )
 
         writing = asyncio.ensure_future(self.stream_response(send_in_time))
         try:

@@ -30,8 +30,12 @@ class PoolCollector(Collector):
         load = "Continuations accepted and not yet delivered."
         yield GaugeMetricFamily("zangchat_in_hand", load, pool.load)
         tokens = CounterMetricFamily("zangchat_tokens", "Tokens generated.", labels=["gpu"])
-        running = GaugeMetricFamily("zangchat_rows_running", "Rows of the running batch in use.", labels=["gpu"])
-        waiting = GaugeMetricFamily("zangchat_requests_waiting", "Continuations that wait for a row.", labels=["gpu"])
+        running = GaugeMetricFamily(
+            "zangchat_rows_running", "Rows of the running batch in use.", labels=["gpu"]
+        )
+        waiting = GaugeMetricFamily(
+            "zangchat_requests_waiting", "Continuations that wait for a row.", labels=["gpu"]
+        )
         for worker in pool.workers:
             gpu = [str(worker.number)]
             tokens.add_metric(gpu, worker.tokens)
@@ -62,5 +66,8 @@ async def stats(service: CurrentService) -> dict[str, Any]:
         "served": pool.served,
         "refused": pool.refused,
         "tokens": sum(worker.tokens for worker in pool.workers),
-        "workers": [{"gpu": w.number, "running": w.rows, "waiting": w.waiting, "tokens": w.tokens} for w in pool.workers],
+        "workers": [
+            {"gpu": w.number, "running": w.rows, "waiting": w.waiting, "tokens": w.tokens}
+            for w in pool.workers
+        ],
     }

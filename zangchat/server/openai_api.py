@@ -256,7 +256,9 @@ class Answer:
         self.completion_tokens += item.token is not None
         return self.choices[item.choice].feed(item)
 
-    def envelope(self, choices: list[dict[str, Any]], chunk: bool = False, **more: Any) -> dict[str, Any]:
+    def envelope(
+        self, choices: list[dict[str, Any]], chunk: bool = False, **more: Any
+    ) -> dict[str, Any]:
         return {
             "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{self.id}",
             "object": f"{self.kind}.chunk" if chunk and self.is_chat else self.kind,
@@ -368,7 +370,9 @@ def describe_model(service: Service) -> dict[str, Any]:
 async def openai_chat(body: OpenAIChat, service: CurrentService, receive: Incoming) -> Response:
     settings = service.settings
     body.check(settings)
-    prompt, _ = await run_in_threadpool(service.prompter.chat, body.messages, body.limit, body.truncate)
+    prompt, _ = await run_in_threadpool(
+        service.prompter.chat, body.messages, body.limit, body.truncate
+    )
     more = {
         "logprobs": (body.top_logprobs or 0) if body.logprobs else None,
         "max_tokens": body.limit or settings.max_tokens,
@@ -380,11 +384,15 @@ async def openai_chat(body: OpenAIChat, service: CurrentService, receive: Incomi
 
 
 @router.post("/completions", responses=JSON_OR_EVENTS)
-async def openai_completion(body: OpenAICompletion, service: CurrentService, receive: Incoming) -> Response:
+async def openai_completion(
+    body: OpenAICompletion, service: CurrentService, receive: Incoming
+) -> Response:
     settings, tokenizer = service.settings, service.tokenizer
     body.check(settings)
     sent = body.prompts()
-    prompts = await run_in_threadpool(lambda: [service.prompter.completion(prompt, body.max_tokens) for prompt in sent])
+    prompts = await run_in_threadpool(
+        lambda: [service.prompter.completion(prompt, body.max_tokens) for prompt in sent]
+    )
     more = {
         "logprobs": body.logprobs,
         "prompt_logprobs": body.echo and body.logprobs is not None,
@@ -404,7 +412,9 @@ async def openai_completion(body: OpenAICompletion, service: CurrentService, rec
     return await respond(service, receive, body, answer)
 
 
-async def respond(service: Service, receive: Receive, body: OpenAIRequest, answer: Answer) -> Response:
+async def respond(
+    service: Service, receive: Receive, body: OpenAIRequest, answer: Answer
+) -> Response:
     """Run the answer's requests; JSON, or events if the client asked for a stream."""
     stream = service.pool.open([choice.request for choice in answer.choices])
     if body.stream:

@@ -72,7 +72,9 @@ async def logo() -> Response:
     response_class=Response,
 )
 async def page_chat(body: PageChat, service: CurrentService) -> Response:
-    prompt, left_out = await run_in_threadpool(service.prompter.chat, body.messages, body.max_tokens, body.truncate)
+    prompt, left_out = await run_in_threadpool(
+        service.prompter.chat, body.messages, body.max_tokens, body.truncate
+    )
     stream = service.pool.open(body.requests(prompt, 1, service.settings))
     decoder = ReplyDecoder(service.tokenizer, stream.requests[0].stop)
     return EventStream(stream, page_events(stream, decoder, body.render, left_out))
@@ -107,7 +109,9 @@ def load_page(settings: Settings, context: int) -> tuple[str, str]:
 # -- events ----------------------------------------------------------------------------------------
 
 
-async def page_events(stream: Stream, decoder: ReplyDecoder, render: bool, left_out: int) -> AsyncIterator[bytes]:
+async def page_events(
+    stream: Stream, decoder: ReplyDecoder, render: bool, left_out: int
+) -> AsyncIterator[bytes]:
     """nanochat's events {"token", "gpu"} ... {"done": true}.
 
     Pieces of tool calls are {"tool", "text"}; {"queued"} counts the continuations ahead. With
@@ -145,7 +149,10 @@ async def page_events(stream: Stream, decoder: ReplyDecoder, render: bool, left_
 
 
 def render_parts(parts: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    return [{**part, "html": render_markdown(part["text"])} if part["type"] == "text" else dict(part) for part in parts]
+    return [
+        {**part, "html": render_markdown(part["text"])} if part["type"] == "text" else dict(part)
+        for part in parts
+    ]
 
 
 def render_markdown(text: str) -> str:

@@ -69,7 +69,9 @@ class Stream:
             self._has_arrived.clear()
             tokens, self._arrived = self._arrived, []
             if any(token.stop_reason == "error" for token in tokens):
-                raise EngineFailed("the engine failed on this request; the server's log has the reason")
+                raise EngineFailed(
+                    "the engine failed on this request; the server's log has the reason"
+                )
             self._open -= sum(token.stop_reason is not None for token in tokens)
             yield tokens
 
@@ -207,7 +209,9 @@ class Pool:
     refused: int = 0
 
     def start(self) -> None:
-        self.workers = [Worker(engine, number, self.max_batch) for number, engine in enumerate(self.engines)]
+        self.workers = [
+            Worker(engine, number, self.max_batch) for number, engine in enumerate(self.engines)
+        ]
         for worker in self.workers:
             worker.start()
 
@@ -226,7 +230,9 @@ class Pool:
         capacity = self.max_batch * len(self.workers) + self.queue
         if self.load + len(requests) > capacity:
             self.refused += 1
-            raise QueueFull(f"the server is busy: {self.load} continuations are in hand; try again soon")
+            raise QueueFull(
+                f"the server is busy: {self.load} continuations are in hand; try again soon"
+            )
         worker = min(self.workers, key=lambda w: w.load)
         stream = Stream(self, worker, requests)
         self.load += len(requests)

@@ -118,7 +118,9 @@ class ChatMessage(BaseModel):
 
 # -- sampling --------------------------------------------------------------------------------------
 
-StopText = Annotated[str, AfterValidator(check_surrogates), Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+StopText = Annotated[
+    str, AfterValidator(check_surrogates), Field(min_length=1, max_length=MAX_STOP_LENGTH)
+]
 
 
 def limited(name: str) -> Any:

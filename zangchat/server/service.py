@@ -20,7 +20,9 @@ class Prompter:
     def __init__(self, tokenizer: Any, context: int, settings: Settings) -> None:
         self.tokenizer, self.context, self.settings = tokenizer, context, settings
 
-    def chat(self, messages: list[ChatMessage], max_tokens: int | None, truncate: bool) -> tuple[list[int], int]:
+    def chat(
+        self, messages: list[ChatMessage], max_tokens: int | None, truncate: bool
+    ) -> tuple[list[int], int]:
         """(prompt, number of messages left out).
 
         Raises ApiError for an impossible order of roles and for a chat that is too long.

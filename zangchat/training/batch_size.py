@@ -1,5 +1,5 @@
-"""--device_batch_size: the rows of a pass, chosen by the available memory, and advice if it does not
-suffice."""
+"""--device_batch_size: the rows of a pass, chosen by the available memory, and advice if it does
+not suffice."""
 
 import contextlib
 import dataclasses
@@ -28,8 +28,8 @@ def choose_batch(
     rows: int,
     even: bool,
 ) -> C:
-    """The configuration with --device_batch_size=auto replaced by the rows that fit the device, out of
-    a step's `rows` on all ranks; `even` as in flops.fitting_batch.
+    """The configuration with --device_batch_size=auto replaced by the rows that fit the device, out
+    of a step's `rows` on all ranks; `even` as in flops.fitting_batch.
 
     The rank with the least memory decides. Raises UserError if not even one row fits.
     """

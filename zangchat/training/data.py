@@ -22,7 +22,8 @@ def pretraining_text(run: Resolved) -> Dataset:
         changed = f"dataset {dataset.name} has other shards than when this run began"
         if not dataset.arrives_in_order:
             raise UserError(
-                f"{changed}, so its text would continue in another order: restore the old ones, or start over with --overwrite",
+                f"{changed}, so its text would continue in another order: restore the old ones, or "
+                "start over with --overwrite",
             )
         logger.warning(f"{changed}: the order of its text changes after the first pass")
     run.state.dataset = run.state.dataset or dataset.fingerprint

@@ -74,7 +74,9 @@ def validation_loss(n: int, batches: Callable[[], Iterable["Batch"]]) -> Every:
 
 
 def core_metric(n: int, max_per_task: int) -> list[Every]:
-    """The CORE metric of DCLM (arXiv:2406.11794); no hook, with a message, if its data is missing."""
+    """The CORE metric of DCLM (arXiv:2406.11794); no hook, with a message, if its data is
+    missing.
+    """
     try:
         bundle = find_bundle(download=False)
     except UserError as error:
@@ -83,7 +85,9 @@ def core_metric(n: int, max_per_task: int) -> list[Every]:
 
     def evaluate(trainer: Trainer) -> None:
         state = trainer.state
-        result = evaluate_core(trainer.model, trainer.tokenizer, max_per_task=max_per_task, bundle=bundle)
+        result = evaluate_core(
+            trainer.model, trainer.tokenizer, max_per_task=max_per_task, bundle=bundle
+        )
         name, value = result["name"], result["core_metric"]  # the name says which tasks are missing
         trainer.log({name: value, "tokens": state.tokens})
         state.results["core"] = {name: value}
@@ -102,7 +106,9 @@ def rewards() -> Every:
         trainer.log(metrics)
         solved = f"{metrics['solved']:.0%} of the prompts solved"
         length = f"{metrics['sample_tokens']:.0f} tokens a sample"
-        print0(f"{trainer.stage.name} step {step}: reward {metrics['reward']:.3f}, {solved}, {length}")
+        print0(
+            f"{trainer.stage.name} step {step}: reward {metrics['reward']:.3f}, {solved}, {length}"
+        )
 
     return Every(1, log)
 
@@ -121,7 +127,9 @@ def pass_at_k(n: int, task: Any, num_samples: int, **options: Any) -> Every:
         trainer.log(scores)
         listed = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
         examples = f"{len(result.items)} examples"
-        print0(f"{trainer.stage.name} step {state.step}: held-out {task.name}: {listed} ({examples})")
+        print0(
+            f"{trainer.stage.name} step {state.step}: held-out {task.name}: {listed} ({examples})"
+        )
 
     return Every(n, evaluate, at_start=True)
 
@@ -148,7 +156,8 @@ def complete(
     temperature: float = 0.0,
     seed: int = 42,
 ) -> list[tuple[str, str]]:
-    """(prompt, continuation) pairs. Every rank computes them all, so that no rank waits for another.
+    """(prompt, continuation) pairs. Every rank computes them all, so that no rank waits for
+    another.
 
     Of a prompt that is longer than half the context, the end is used.
     """

@@ -26,8 +26,8 @@ def finite(values: Mapping[str, Any]) -> dict[str, Any]:
 class MetricsFile:
     """Appends lines to `path` while it is open; None writes nothing (ranks other than 0).
 
-    Lines that a full disk refuses, and lines from before the file is open, are kept and written with
-    the next one.
+    Lines that a full disk refuses, and lines from before the file is open, are kept and written
+    with the next one.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -38,7 +38,9 @@ class MetricsFile:
 
     @contextlib.contextmanager
     def open(self, known_lines: int) -> Iterator[None]:
-        """Cut the file back to the lines that the run's state knows of, those not yet written included."""
+        """Cut the file back to the lines that the run's state knows of, those not yet written
+        included.
+        """
         if self.path is None:
             yield
             return

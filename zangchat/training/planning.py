@@ -24,14 +24,16 @@ def check(config: Any) -> None:
 
 
 def model_config(config: Any, vocab_size: int) -> GPTConfig:
-    """--depth, --n_embd, --head_dim and --n_kv_head as a GPTConfig; raises UserError naming the flag
-    that does not fit."""
+    """--depth, --n_embd, --head_dim and --n_kv_head as a GPTConfig; raises UserError naming the
+    flag that does not fit."""
     configurator.check_range(1, config, "depth", "max_seq_len")
     sizes = {"vocab_size": vocab_size, "sequence_len": config.max_seq_len}
     head_dim = config.head_dim
     if not config.n_embd:
         try:
-            return schedule.model_config_for_depth(config.depth, head_dim, config.n_kv_head, **sizes)
+            return schedule.model_config_for_depth(
+                config.depth, head_dim, config.n_kv_head, **sizes
+            )
         except ValueError as error:  # it begins with the parameter's name, which is the flag's
             raise UserError(f"--{error}") from None
     heads = config.n_embd // head_dim if head_dim > 0 else 0

@@ -7,8 +7,8 @@ their standard deviation). A step's loss is the sum over sampled tokens of advan
 divided by their number over all ranks. Tokens that a tool put in carry no loss.
 
 Step s takes the prompts [s*E, (s+1)*E) of an endless, seeded order of the task's examples, whatever
-the clock or the ranks do; every draw is seeded by (seed, step, prompt, sample). So the cursor is the
-step, and a resumed run continues exactly.
+the clock or the ranks do; every draw is seeded by (seed, step, prompt, sample). So the cursor is
+the step, and a resumed run continues exactly.
 """
 
 import logging
@@ -78,7 +78,9 @@ def rollout(
     for conversation, (prompt, results) in zip(conversations, answers, strict=True):
         group: list[Sample] = []
         for result in results:
-            reward = float(task.reward(conversation, completion_parts(tokenizer, result.tokens, result.mask)))
+            reward = float(
+                task.reward(conversation, completion_parts(tokenizer, result.tokens, result.mask))
+            )
             ending = [] if result.stop_token is None else [result.stop_token]  # chosen by the model
             mask = [0] * len(prompt) + list(result.mask) + [1] * len(ending)
             group.append(Sample([*prompt, *result.tokens, *ending], mask, reward))
@@ -110,7 +112,9 @@ def to_batch(
 
 
 def prompt_order(num_examples: int, seed: int, first: int, count: int) -> list[int]:
-    """Places first..first+count-1 of the endless order: every example once an epoch, each epoch in its own order."""
+    """Places first..first+count-1 of the endless order: every example once an epoch, each epoch in
+    its own order.
+    """
     places = []
     for place in range(first, first + count):
         epoch, index = divmod(place, num_examples)
@@ -136,7 +140,9 @@ def rollout_batches(
     """
     rank, world_size = collectives.world()
     if examples_per_step % world_size:
-        raise ValueError(f"{examples_per_step} prompts a step cannot be shared equally by {world_size} ranks")
+        raise ValueError(
+            f"{examples_per_step} prompts a step cannot be shared equally by {world_size} ranks"
+        )
     share = examples_per_step // world_size
     step = cursor["step"] if cursor else 0
     while True:

@@ -1,5 +1,5 @@
-"""The life of a training run: opened (new, resumed or finished) with its settings resolved once, then
-fitted and reported.
+"""The life of a training run: opened (new, resumed or finished) with its settings resolved once,
+then fitted and reported.
 
     with Run.open("mid", config, source="base") as run:
         if run is None:  # it is finished, and Run.open said so
@@ -65,11 +65,11 @@ class Run(Resolved):
         rows: int | None = None,
         defaults: Mapping[str, Any] | None = None,
     ) -> Iterator["Run | None"]:
-        """Set up devices and processes, resolve resume, source, defaults and batch, and clean up at the
-        end. Yields None, with a message, if the run is finished.
+        """Set up devices and processes, resolve resume, source, defaults and batch, and clean up at
+        the end. Yields None, with a message, if the run is finished.
 
-        A base model has a `tag` and a `design`; every other stage has a `source`, the stage whose model
-        it starts from. `rows` and `defaults`: see resolve.Kind.
+        A base model has a `tag` and a `design`; every other stage has a `source`, the stage whose
+        model it starts from. `rows` and `defaults`: see resolve.Kind.
 
         Raises UserError for an existing tag without --resume or --overwrite, a step that does not
         exist, a changed flag that alters the maths, another process that trains the same tag, and
@@ -97,11 +97,13 @@ class Run(Resolved):
         finally:
             compute_cleanup()
 
-    # ---- model and length ---------------------------------------------------------------------------
+    # ---- model and length ------------------------------------------------------------------------
 
     @functools.cached_property
     def model(self) -> "GPT":
-        """On the device; a new base model is initialised by --seed only, any other is filled by `fit`."""
+        """On the device; a new base model is initialised by --seed only, any other is filled by
+        `fit`.
+        """
         config = self.config
         # with --fsdp it is filled in main memory, and `fit` cuts it up
         place = torch.device("cpu") if getattr(config, "fsdp", False) else self.device
@@ -122,7 +124,9 @@ class Run(Resolved):
         return model
 
     def steps(self, derive: Callable[[], float]) -> int:
-        """--num_iterations, else as planned when the run began, else `derive()`. Raises UserError."""
+        """--num_iterations, else as planned when the run began, else `derive()`. Raises
+        UserError.
+        """
         requested = self.config.num_iterations
         if requested != -1 and requested < 1:
             advice = "give a positive number, or -1 to have it derived"
@@ -131,7 +135,7 @@ class Run(Resolved):
             return requested
         return self.state.num_iterations if self.is_resumed else max(1, round(derive()))
 
-    # ---- to the end ---------------------------------------------------------------------------------
+    # ---- to the end ------------------------------------------------------------------------------
 
     def fit(
         self,
@@ -142,8 +146,9 @@ class Run(Resolved):
         *tables: Mapping[str, Any],
         compile: bool = True,
     ) -> int:
-        """Train for the plan's number of steps, and write the report's card `title`, with `results` and
-        further `tables`, if nothing stopped the run. Returns the exit code. Compiles on CUDA only."""
+        """Train for the plan's number of steps, and write the report's card `title`, with `results`
+        and further `tables`, if nothing stopped the run. Returns the exit code. Compiles on CUDA
+        only."""
         trainer = self._trainer(stage, plan, compile and self.device.type == "cuda")
         trainer.fit()
         if not trainer.exit_code:
@@ -196,8 +201,9 @@ class Run(Resolved):
         )
 
     def _load(self, optimizer: OptimizerGroup) -> None:
-        """Weights and optimizer state of the origin. A new run of a later stage takes the optimizer's
-        state only with --load_optimizer, and only from an optimizer of the same kind."""
+        """Weights and optimizer state of the origin. A new run of a later stage takes the
+        optimizer's state only with --load_optimizer, and only from an optimizer of the same
+        kind."""
         origin = self.origin
         if origin is None:
             return
@@ -254,7 +260,9 @@ def check_fsdp(config: Any) -> None:
 
 
 def load_into(model: "GPT", optimizer: OptimizerGroup | None, origin: Origin) -> None:
-    """Fill model and optimizer from a checkpoint; raises UserError naming the part that does not fit."""
+    """Fill model and optimizer from a checkpoint; raises UserError naming the part that does not
+    fit.
+    """
     directory, step = origin.directory, origin.step
     wanted = optimizer is not None
     model_data, optimizer_data, _ = checkpoint_manager.load_checkpoint(

@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 
 
 class SaveSchedule:
-    """Checkpoints of a run in `directory` (None: it saves nothing), as --save_every, --keep_last and
-    --keep_every ask.
+    """Checkpoints of a run in `directory` (None: it saves nothing), as --save_every, --keep_last
+    and --keep_every ask.
 
     A save in the middle of a run copies the tensors, and a thread writes them. The step exists from
     the first boundary at which all ranks have written (`finish`); until then its meta may change.
@@ -47,7 +47,8 @@ class SaveSchedule:
         self._pending: Save | None = None
 
     def prepare(self, step: int, tokenizer: Any = None) -> None:
-        """Prepare the folder for a run at `step`: delete later steps, add the tokenizer. All ranks call it.
+        """Prepare the folder for a run at `step`: delete later steps, add the tokenizer. All ranks
+        call it.
 
         Raises ValueError if a new run would mix with the steps of another.
         """
@@ -56,15 +57,21 @@ class SaveSchedule:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         if self.rank == 0:
-            if step == 0 and not self.config.overwrite and list(checkpoint_manager.steps(self.directory)):
+            if (
+                step == 0
+                and not self.config.overwrite
+                and list(checkpoint_manager.steps(self.directory))
+            ):
                 raise ValueError(
-                    f"{self.directory} holds the checkpoints of another run; overwrite=True deletes them",
+                    f"{self.directory} holds the checkpoints of another run; overwrite=True "
+                    "deletes them",
                 )
             checkpoint_manager.remove_temporary_files(self.directory)
             deleted = checkpoint_manager.discard_after(self.directory, step or -1)
             if deleted:
                 logger.info(
-                    f"deleted step {', '.join(map(str, deleted))} from {self.directory}: this run computes them again from step {step}",
+                    f"deleted step {', '.join(map(str, deleted))} from {self.directory}: this run "
+                    f"computes them again from step {step}",
                 )
             path = self.directory / "tokenizer.json"
             if tokenizer is not None and (step == 0 or not path.exists()):
@@ -72,7 +79,7 @@ class SaveSchedule:
             self.tokenizer_sha256 = file_sha256(path) if path.exists() else None
         collectives.barrier()
 
-    # ---- when ---------------------------------------------------------------------------------------
+    # ---- when ------------------------------------------------------------------------------------
 
     def is_due(self, step: int, last: bool) -> bool:
         every = self.config.save_every
@@ -88,7 +95,7 @@ class SaveSchedule:
     def is_writing(self) -> bool:
         return self._pending is not None and self._pending.is_writing
 
-    # ---- how ----------------------------------------------------------------------------------------
+    # ---- how -------------------------------------------------------------------------------------
 
     def begin(self, step: int, model_data: Any, optimizer_data: Any, meta: Any, last: bool) -> None:
         """Every rank calls this, after `finish`. The last save of a run is finished at once."""
@@ -108,7 +115,8 @@ class SaveSchedule:
 
     def finish(self, last: bool = False) -> None:
         """Wait for the save under way and make its step exist. If it could not be written, the
-        previous step stays and training continues; raises UserError if there is no training left."""
+        previous step stays and training continues; raises UserError if there is no training
+        left."""
         save, self._pending = self._pending, None
         if save is None:
             return
@@ -121,7 +129,8 @@ class SaveSchedule:
                 remedy = f"make room, then continue with `{self.resume_command}`"
                 raise UserError(f"{problem} ({error}): {remedy}") from error
             logger.warning(
-                f"{problem} ({error}): training continues, the previous save stays, and the next one comes at its time",
+                f"{problem} ({error}): training continues, the previous save stays, and the next "
+                "one comes at its time",
             )
             return
         if self.rank == 0:
@@ -130,7 +139,9 @@ class SaveSchedule:
             logger.info(f"saved step {save.step} to {save.directory}")
 
     def update_meta(self, step: int, make_meta: Callable[[], dict[str, Any]]) -> None:
-        """Add the results of the hooks to the checkpoint of `step`, if that was saved before them."""
+        """Add the results of the hooks to the checkpoint of `step`, if that was saved before
+        them.
+        """
         if self.last_step != step or self.directory is None:
             return
         if self._pending is not None:
@@ -140,5 +151,6 @@ class SaveSchedule:
                 checkpoint_manager.update_meta(self.directory, step, make_meta())
             except OSError as error:
                 logger.warning(
-                    f"could not update the meta of step {step} ({error}): resuming evaluates that step again",
+                    f"could not update the meta of step {step} ({error}): resuming evaluates that "
+                    "step again",
                 )

@@ -59,7 +59,9 @@ def fill(config: C, *sources: Mapping[str, Any]) -> C:
 
 
 def inherited(config: RunConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of `settings`, those of the model that a later stage starts from, that it inherits."""
+    """The part of `settings`, those of the model that a later stage starts from, that it
+    inherits.
+    """
     text_is_open = all(getattr(config, name, None) is None for name in TEXT)
     names = (*INHERITED, *TEXT) if text_is_open else INHERITED
     return {name: settings[name] for name in names if name in settings}
@@ -74,7 +76,11 @@ def resumed(config: C, saved: Mapping[str, Any]) -> C:
     before = {**defaults, **saved}  # a flag that is newer than the checkpoint had its default
     config = fill(config, before)
     values = configurator.to_dict(config)
-    changed = {name: value for name, value in values.items() if name not in FREE_FLAGS and value != before[name]}
+    changed = {
+        name: value
+        for name, value in values.items()
+        if name not in FREE_FLAGS and value != before[name]
+    }
     if not changed:
         return config
     was = {name: "not given" if before[name] is None else before[name] for name in changed}
@@ -108,7 +114,8 @@ def check_batch(
     problem = f"--total_batch_size={total_batch_size}"
     if device_batch_size < 1:
         raise UserError(
-            f"--device_batch_size={device_batch_size} is not possible: a pass holds at least one row",
+            f"--device_batch_size={device_batch_size} is not possible: a pass holds at least one "
+            "row",
         )
     if total_batch_size < 1 or total_batch_size % sequence_len:
         better = max(total_batch_size // sequence_len, 1) * sequence_len

@@ -46,15 +46,15 @@ class Origin:
         return any(name.startswith("optim_") for name in self.meta["files"])
 
 
-# ---- tags -------------------------------------------------------------------------------------------
+# ---- tags ----------------------------------------------------------------------------------------
 
 
 def choose_tags(config: F, source: str) -> F:
     """The configuration with the tags of a stage that starts from a model of stage `source`.
 
-    The model to start from is --from_tag, else the one of the same tag, else the largest; --model_tag
-    is the same tag unless given. --from_tag stays None if both are the same. Raises UserError for a
-    --from_tag that cannot be a tag.
+    The model to start from is --from_tag, else the one of the same tag, else the largest;
+    --model_tag is the same tag unless given. --from_tag stays None if both are the same. Raises
+    UserError for a --from_tag that cannot be a tag.
     """
     if config.from_tag is not None:
         checkpoint_manager.tag_folder(source, config.from_tag, "--from_tag")
@@ -84,7 +84,10 @@ def refuse_existing(stage: str, config: RunConfig, directory: Path) -> None:
         return
     another = "choose another --model_tag"
     if stage != "base":
-        another = f"keep it and give the new model another name: --from_tag={source_tag(config)} --model_tag=NAME"
+        another = (
+            "keep it and give the new model another name: "
+            f"--from_tag={source_tag(config)} --model_tag=NAME"
+        )
     raise UserError(
         f"{directory} has checkpoints already: continue with "
         f"`{command(stage, config, resume='latest')}`, or put --overwrite=1 in place of "
@@ -92,12 +95,12 @@ def refuse_existing(stage: str, config: RunConfig, directory: Path) -> None:
     )
 
 
-# ---- the checkpoint to begin from -------------------------------------------------------------------
+# ---- the checkpoint to begin from ----------------------------------------------------------------
 
 
 def find_resumed(stage: str, config: RunConfig, directory: Path) -> Origin | None:
-    """The step that --resume means, with verified hashes; None for a new run. Raises UserError if it
-    is damaged or does not exist."""
+    """The step that --resume means, with verified hashes; None for a new run. Raises UserError if
+    it is damaged or does not exist."""
     if not config.resume:
         return None
     requested = None if config.resume == "latest" else int(config.resume)
@@ -129,8 +132,8 @@ def find_source(stage: str, config: Any, source: str) -> Origin:
 
 
 def source_change(stage: str, config: Any, source: str, state: RunState) -> str:
-    """How the model that a run started from has changed since, and the command that starts over from
-    it; empty if it is the same or was deleted."""
+    """How the model that a run started from has changed since, and the command that starts over
+    from it; empty if it is the same or was deleted."""
     if not source or state.source is None:
         return ""
     directory = checkpoint_manager.checkpoints_dir(source) / source_tag(config)
@@ -146,16 +149,18 @@ def source_change(stage: str, config: Any, source: str, state: RunState) -> str:
     else:
         return ""
     again = command(stage, config, resume="", overwrite=True)
-    return f"it was started from {state.source}, and {change}: to start over from there, run `{again}`"
+    return (
+        f"it was started from {state.source}, and {change}: to start over from there, run `{again}`"
+    )
 
 
-# ---- the folder -------------------------------------------------------------------------------------
+# ---- the folder ----------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def exclusive(directory: Path) -> Iterator[None]:
-    """Rank 0 holds the tag's lock inside the block: two processes that train one tag would delete each
-    other's checkpoints. Raises UserError on all ranks if another process holds it."""
+    """Rank 0 holds the tag's lock inside the block: two processes that train one tag would delete
+    each other's checkpoints. Raises UserError on all ranks if another process holds it."""
     lock, problem = folder_lock(directory), ""
     if collectives.world()[0] == 0:
         try:
@@ -182,7 +187,9 @@ def warn_if_disk_is_small(directory: Path, size: int, keep_last: int) -> None:
     needed, free = count * size - present, shutil.disk_usage(home).free
     if needed > free:
         logger.warning(
-            f"{home} has {free / 1e9:.1f} GB free, and {count} checkpoints of {size / 1e9:.2f} GB take "
-            f"{needed / 1e9:.1f} GB more: make room, lower --keep_last, or set ZANGCHAT_BASE_DIR to "
+            f"{home} has {free / 1e9:.1f} GB free, and {count} checkpoints of {size / 1e9:.2f} GB "
+            "take "
+            f"{needed / 1e9:.1f} GB more: make room, lower --keep_last, or set ZANGCHAT_BASE_DIR "
+            "to "
             "another disk",
         )

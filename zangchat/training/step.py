@@ -26,13 +26,17 @@ Loss = Callable[[Callable[..., Tensor], "Batch"], Tensor]  # (model, micro-batch
 
 
 def sum_loss(model: Callable[..., Tensor], batch: "Batch") -> Tensor:
-    """Sum of the next-token losses (nats) of the supervised tokens, times the batch's loss weights."""
+    """Sum of the next-token losses (nats) of the supervised tokens, times the batch's loss
+    weights.
+    """
     weights = {} if batch.loss_weights is None else {"loss_weights": batch.loss_weights}
     return model(batch.inputs, batch.targets, loss_reduction="sum", **weights)
 
 
 class Passes:
-    """Runs a batch through the model, `rows_per_pass` rows at a time, and adds up their gradients."""
+    """Runs a batch through the model, `rows_per_pass` rows at a time, and adds up their
+    gradients.
+    """
 
     def __init__(
         self,
@@ -71,12 +75,15 @@ class Passes:
     def _on_device(self, batch: "Batch", rows: slice) -> "Batch":
         names = ("inputs", "targets", "loss_weights")
         parts = {name: part for name in names if (part := getattr(batch, name)) is not None}
-        moved = {name: part[rows].to(self.device, non_blocking=True) for name, part in parts.items()}
+        moved = {
+            name: part[rows].to(self.device, non_blocking=True) for name, part in parts.items()
+        }
         return replace(batch, **moved)
 
 
 class LossScale:
-    """A factor on the loss that keeps small gradients above fp16's underflow, as torch's GradScaler.
+    """A factor on the loss that keeps small gradients above fp16's underflow, as torch's
+    GradScaler.
 
     Its state is in the RunState. Without fp16 the factor is 1.
     """
@@ -105,7 +112,9 @@ class LossScale:
         return True
 
 
-def describe_non_finite(optimizer: OptimizerGroup, loss_sum: float, loss: float, grad_norm: float) -> str:
+def describe_non_finite(
+    optimizer: OptimizerGroup, loss_sum: float, loss: float, grad_norm: float
+) -> str:
     """Which rank's loss, or else which parameter's gradient, is not finite. All ranks call it."""
     finite = collectives.gather(math.isfinite(loss_sum))
     culprits = ", ".join(str(rank) for rank, is_finite in enumerate(finite) if not is_finite)

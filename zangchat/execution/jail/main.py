@@ -80,7 +80,9 @@ class Verdict:
         os.write(self.fd, line + text.encode("unicode_escape") + b"\n")
 
 
-def start_processes(request: dict[str, Any], verdict: Verdict, tests: int) -> tuple[str | bytes, int, int]:
+def start_processes(
+    request: dict[str, Any], verdict: Verdict, tests: int
+) -> tuple[str | bytes, int, int]:
     """Enter the namespaces and fork.
 
     Returns in the process that gives the verdict: (the code to run here, the descriptor to send

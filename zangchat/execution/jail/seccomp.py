@@ -133,7 +133,9 @@ def filter_program(machine: str, pid: int, writes: bool) -> list[Instruction]:
     return program
 
 
-def argument_rules(pid: int, writes: bool) -> dict[str, tuple[int, list[tuple[int, int, int]], int]]:
+def argument_rules(
+    pid: int, writes: bool
+) -> dict[str, tuple[int, list[tuple[int, int, int]], int]]:
     """{call: (which argument, [(test, value, verdict)], verdict if no test applies)}."""
     itself = [(JUMP_EQUAL, pid, ALLOW)]
     names = [(JUMP_EQUAL, option, ALLOW) for option in (PR_SET_NAME, PR_GET_NAME, PR_SET_VMA)]
