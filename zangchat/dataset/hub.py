@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from zangchat.dataset.manifest import (
     FORMAT,
-    HUB_REPOS,
     MANIFEST,
     Dataset,
     check_shard,
@@ -43,6 +42,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+HUB_REPOS = {
+    "climbmix": "karpathy/climbmix-400b-shuffle",
+    "fineweb-edu": "karpathy/fineweb-edu-100b-shuffle",
+}
 
 DEFAULT = "climbmix"
 MB = 1_000_000

@@ -39,11 +39,6 @@ from zangchat.runtime.logs import log0
 if TYPE_CHECKING:
     import pyarrow
 
-HUB_REPOS = {
-    "climbmix": "karpathy/climbmix-400b-shuffle",
-    "fineweb-edu": "karpathy/fineweb-edu-100b-shuffle",
-}
-
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 FORMAT = 1
