@@ -225,9 +225,8 @@ def curve(config: Config, base: Path, code: str, seed: int) -> list[dict[str, An
             "core_metric_every": -1,
         }
         if code:
-            rows = (
-                config.device_batch_size * config.max_seq_len
-            )  # it validates at its end in any case, on this little
+            # it validates at its end in any case, on this little
+            rows = config.device_batch_size * config.max_seq_len
             settings |= {"eval_every": 10**9, "sample_every": 10**9, "eval_tokens": rows}
             command = [
                 sys.executable,

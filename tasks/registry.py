@@ -13,9 +13,8 @@ from tasks.common import Task, TaskMixture, check_split
 from tasks.customjson import CustomJSON, is_file_name
 from zangchat.errors import UserError
 
-MAX_AMOUNT = (
-    10_000_000  # of a task in a mixture: just their order takes a hundred bytes a conversation
-)
+# of a task in a mixture: just their order takes a hundred bytes a conversation
+MAX_AMOUNT = 10_000_000
 MAX_HELDOUT = 1000  # generated examples per task in a held-out mixture
 
 

@@ -17,9 +17,8 @@ def count_params(config: GPTConfig) -> dict[str, int]:
     all blocks), total.
     """
     kv_width = config.n_kv_head * config.head_dim
-    attention = (
-        2 * config.n_embd * config.n_embd + 2 * config.n_embd * kv_width
-    )  # q and output; k and v
+    # q and output; k and v
+    attention = 2 * config.n_embd * config.n_embd + 2 * config.n_embd * kv_width
     mlp = 2 * config.n_embd * 4 * config.n_embd
     table = config.padded_vocab_size * config.n_embd
     matrices = config.n_layer * (attention + mlp)
@@ -190,9 +189,8 @@ def activation_bytes_per_token(
         if grad_checkpoint
         else block_bytes_per_token(config, size, device_type)
     )
-    ends = (
-        size * 3 * config.n_embd + 8
-    )  # the first norm, the last norm and its output; the loss's gradient
+    # the first norm, the last norm and its output; the loss's gradient
+    ends = size * 3 * config.n_embd + 8
     return config.n_layer * kept + ends
 
 

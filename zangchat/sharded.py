@@ -126,9 +126,8 @@ class GradientSums:
 
     def __init__(self, pieces: Mapping[Tensor, list[Piece]], rank: int, dtype: torch.dtype) -> None:
         self.pieces, self.rank, self.dtype = dict(pieces), rank, dtype
-        self.last_pass = (
-            False  # set before a step's last backward pass; earlier ones only accumulate
-        )
+        # set before a step's last backward pass; earlier ones only accumulate
+        self.last_pass = False
         self._ready: set[Tensor] = set()
         self._waiting = list(self.pieces)  # not begun, in order
         self._reductions: list[

@@ -127,9 +127,8 @@ def test_rank_dies_on_one_of_two_hosts(base, hosts, tmp_path, capsys):  # noqa: 
     launch = f"--nnodes=2 --nproc_per_node=1 --rdzv_backend=c10d --rdzv_endpoint={first.address}:29511 --rdzv_id=1 --max-restarts=5"
     agents = []
     for host in (first, second):
-        place = (
-            f"--local-addr={host.address} --rdzv-conf=is_host={int(host is first)}".split()
-        )  # neither name is in the name service
+        # neither name is in the name service
+        place = f"--local-addr={host.address} --rdzv-conf=is_host={int(host is first)}".split()
         command = [sys.executable, "-m", "torch.distributed.run", *launch.split(), *place]
         environment = {
             **os.environ,

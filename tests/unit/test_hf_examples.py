@@ -155,9 +155,8 @@ def lm_eval(
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.tasks import TaskManager
 
-    init = (
-        TaskManager.__init__
-    )  # reading the thousands of tasks that it brings takes longer than all the rest
+    # reading the thousands of tasks that it brings takes longer than all the rest
+    init = TaskManager.__init__
     monkeypatch.setattr(
         TaskManager,
         "__init__",

@@ -43,9 +43,8 @@ def test_equals_the_twin(
     N: int, V: int, padding: int, chunk: int, reduction: str, weighted: bool, fused: bool, seed: int
 ) -> None:
     x, weight, targets = problem(N, 8, V, V + padding, seed)
-    weights = (
-        torch.randn(N, generator=torch.Generator().manual_seed(seed)) if weighted else None
-    )  # advantages may be negative
+    # advantages may be negative
+    weights = torch.randn(N, generator=torch.Generator().manual_seed(seed)) if weighted else None
     x64, weight64 = in_fp64(x, weight)
     expected = reference.softcapped_cross_entropy(
         x64, weight64, targets, V, CAP, reduction, weights

@@ -53,9 +53,8 @@ MB = 1_000_000
 SHARD_NAME = re.compile(r"shard_\d{5}\.parquet")
 INCOMING = ".incoming"
 TRIES = 5
-LOCK_WAIT = (
-    10.0  # seconds; the loader takes the lock for an instant to see whether a download is running
-)
+# seconds; the loader takes the lock for an instant to see whether a download is running
+LOCK_WAIT = 10.0
 RETRY_WAIT = 2.0  # seconds before the second try, doubled for each further one
 
 

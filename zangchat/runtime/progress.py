@@ -66,9 +66,8 @@ class Progress:
         left = self._seconds_left(now, done)
         text = text if left is None else f"{text} | ETA {in_words(left)}"
         if self.bar:
-            redraw = (
-                now - self.last_line >= SECONDS_BETWEEN_FRAMES or done >= self.total
-            )  # drawing costs more than a tiny step
+            # drawing costs more than a tiny step
+            redraw = now - self.last_line >= SECONDS_BETWEEN_FRAMES or done >= self.total
             self.bar.update(self.task, completed=done, text=text, refresh=redraw)
             self.last_line = now if redraw else self.last_line
         elif now - self.last_line >= SECONDS_BETWEEN_LINES or done >= self.total:

@@ -108,9 +108,8 @@ def is_finished(stage: str, config: Any, directory: Path, state: RunState, chang
     """Whether a resumed run has nothing left to do, its last evaluation and its card in the report
     included; prints so, with the `change` of its source if there is one."""
     planned = config.num_iterations if config.num_iterations > 0 else state.num_iterations
-    mark = (
-        directory / REPORTED
-    )  # it may be missing: a process may be killed before it writes its card
+    # it may be missing: a process may be killed before it writes its card
+    mark = directory / REPORTED
     is_reported = mark.exists() and mark.read_text(encoding="utf-8") == str(state.step)
     if state.step < planned or state.hooks_done != state.step or not is_reported:
         return False
