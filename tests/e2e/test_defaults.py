@@ -51,12 +51,13 @@ RUNS = """
     zangchat.report
 """
 CHILD = """
-import importlib, json, sys
+import json, sys
+from tests.commands import entry_point
 
 calls = sys.stdin.readline()
 for module, *flags in json.loads(calls):
     print(f"\\n@@@ {' '.join([module, *flags])}", flush=True)
-    print("\\n@@@ code", importlib.import_module(module).main(flags), flush=True)
+    print("\\n@@@ code", entry_point(module).main(flags), flush=True)
 """
 
 

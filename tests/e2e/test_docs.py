@@ -6,7 +6,6 @@ test_marked_docs.py runs the marked blocks (network, gpu ...).
 """
 
 import contextlib
-import importlib
 import io
 import json
 import os
@@ -23,6 +22,7 @@ from typing import Any
 
 import pytest
 
+from tests.commands import entry_point
 from tests.documents import PAGES, READMES, ROOT, blocks, commands, lines_of, text_of
 
 # tests/unit/test_readme.py: the Chinese ones are the same
@@ -65,7 +65,7 @@ def run(module: str, *flags: str) -> str:
     """stdout of a command, run in this process; it must succeed."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        code = importlib.import_module(module).main(list(flags))
+        code = entry_point(module).main(list(flags))
     assert code == 0, f"{module} {' '.join(flags)} left with {code}:\n{out.getvalue()}"
     return out.getvalue()
 
@@ -249,9 +249,10 @@ def apply(root: Path, info: str, language: str, body: str) -> None:
 
 DRIVER = """
 import importlib, json, sys
+packages = ("zangchat.dataset", "zangchat.report")
 for module, *flags in json.loads(sys.argv[1]):
     print("$", module, *flags, flush=True)
-    found = importlib.import_module(module)
+    found = importlib.import_module(f"{module}.__main__" if module in packages else module)
     assert (found.main(flags) if hasattr(found, "Config") else found.main()) in (0, None), module
 import pytest
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/unit/test_gated_mlp.py"]))

@@ -5,7 +5,6 @@ starting torch takes most of the time, and some of each kind in a shell. A comma
 gets small ones. All paths contain a space.
 """
 
-import importlib
 import json
 import os
 import re
@@ -22,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.commands import ROOT, find
+from tests.commands import ROOT, entry_point, find
 from tests.hub.contents import stand_in
 from tests.hub.server import Hub
 from tests.talker import engine, serving
@@ -69,7 +68,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Say:
 
     def command(module: str, *flags: str, code: int = 0) -> str:
         capsys.readouterr()
-        exit_code = importlib.import_module(module).main(list(flags))
+        exit_code = entry_point(module).main(list(flags))
         streams = capsys.readouterr()
         output = streams.out + streams.err
         assert exit_code == code, f"{module} {shlex.join(flags)} left with {exit_code}\n{output}"

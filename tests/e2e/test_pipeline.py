@@ -4,7 +4,6 @@ All stages share one base folder. The tests build on each other in file order. T
 that the commands write.
 """
 
-import importlib
 import json
 import os
 import signal
@@ -17,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from tests.commands import entry_point
 
 ROOT = Path(__file__).parents[2]
 DEVICE = ["--device_type=cpu"]
@@ -335,7 +336,7 @@ def mistake(
 
     def complaint(base: Path, module: str, *flags: str) -> str:
         monkeypatch.setenv("ZANGCHAT_BASE_DIR", str(base))
-        assert importlib.import_module(module).main(flags) == 2
+        assert entry_point(module).main(flags) == 2
         return capsys.readouterr().err
 
     return complaint
