@@ -123,8 +123,8 @@ def test_a_folder_without_training_files_says_which_there_are(tmp_path):
 
 def test_shards_of_folders_below_are_tokenized_in_the_same_order(tmp_path):
     from tests.util import ByteTokenizer
-    from zangchat.dataloader import TextStream
     from zangchat.dataset.tokens import tokenize
+    from zangchat.streams import TextStream
 
     for folder in "ab":
         put(tmp_path / "text" / folder / "train.parquet", [f"{folder} {i}" for i in range(9)], 2)
