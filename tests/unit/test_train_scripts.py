@@ -515,7 +515,7 @@ def test_base_loss_measures_the_validation_text_as_training_did(base, capsys):
     assert "train bits per byte: " in out and "The capital of France is|" in out
 
 
-# ---- stopping and going on -----------------------------------------------------------------------
+# ---- stopping and resuming ------------------------------------------------------------------------
 
 STAGES = {
     "base": (base_train.main, base_flags),

@@ -472,7 +472,7 @@ def test_a_new_run_does_not_write_over_another_unasked(tmp_path):
     assert sorted(checkpoint_manager.steps(tmp_path)) == [2] and len(metrics(tmp_path)) == 2
 
 
-# ---- stopping and going on -----------------------------------------------------------------------
+# ---- stopping and resuming ------------------------------------------------------------------------
 
 
 def evaluating_stage() -> Stage:
