@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from zangchat import configurator
 from zangchat.config import COMMANDS
 from zangchat.errors import UserError
-from zangchat.runtime.processes import get_dist_info
+from zangchat.runtime.processes import get_dist_info, ranks_here
 from zangchat.training.flags import BatchSize, RunConfig
 
 C = TypeVar("C", bound=RunConfig)
@@ -155,7 +155,7 @@ def command(stage: str, config: RunConfig, **changes: Any) -> str:
     ddp, _, _, world_size = get_dist_info()
     if not ddp:
         return shlex.join(["python", "-m", COMMANDS[stage], *flags])
-    on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    on_this_node = ranks_here()
     launcher = ["torchrun", "--standalone", f"--nproc_per_node={world_size}"]
     note = ""
     if on_this_node < world_size:
