@@ -102,24 +102,12 @@ def collect(roots: Sequence[Path], workers: int) -> tuple[list[str], list[str], 
             if done % 100 == 0 or done == len(jobs):
                 progress.update(done, extract.key.partition("/")[0])
     seen: set[bytes] = set()
-    prose = _shuffled(
-        [
-            (text, extract.key)
-            for extract in extracts
-            for text in extract.prose
-            if is_new(text, seen)
-        ],
-        "prose",
-    )
-    code = _shuffled(
-        [
-            (text, extract.key)
-            for extract in extracts
-            for text in extract.code
-            if is_new(text, seen)
-        ],
-        "code",
-    )
+
+    def new_texts(kind: str) -> list[tuple[str, str]]:
+        texts = ((text, extract.key) for extract in extracts for text in getattr(extract, kind))
+        return _shuffled([pair for pair in texts if is_new(pair[0], seen)], kind)
+
+    prose, code = new_texts("prose"), new_texts("code")
     prose, prose_bytes = first_bytes(prose, PROSE_BYTES)
     code, code_bytes = first_bytes(code, int(prose_bytes * CODE_SHARE / (1 - CODE_SHARE)))
     train, validation = split_by_key(_shuffled(prose + code, "all"))

@@ -3,7 +3,6 @@ tensors.
 """
 
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -22,12 +21,10 @@ class Result:
     """Why it ended: "stop" (end of turn or stop string), "length" (max_tokens or the context) or
     "cancelled".
     """
-    logprobs: list[Logprob] = field(
-        default_factory=list
-    )  # if requested: per token, then of stop_token
-    prompt_logprobs: list[Logprob] = field(
-        default_factory=list
-    )  # if requested: all but the first token's
+    # if requested: per token, then of stop_token
+    logprobs: list[Logprob] = field(default_factory=list)
+    # if requested: all but the first token's
+    prompt_logprobs: list[Logprob] = field(default_factory=list)
     stop_token: int | None = None  # the special token that ended it
 
 
@@ -133,10 +130,5 @@ class Event(NamedTuple):
     sequence: Sequence
     token: int | None
     mask: int = 0
-    logprob: Logprob | None = (
-        None  # if requested, also of the stop token in an event without a token
-    )
-
-
-def unended(sequences: Iterable[Sequence]) -> list[Sequence]:
-    return [sequence for sequence in sequences if sequence.stop_reason is None]
+    # if requested, also of the stop token in an event without a token
+    logprob: Logprob | None = None
