@@ -14,12 +14,13 @@ from tasks.registry import load_task
 from zangchat import configurator
 from zangchat.config import CheckpointConfig
 
+# (dtype, how weights are stored)
 KINDS = (
     ("bfloat16", ""),
     ("float32", "fp16"),
     ("float32", "int8"),
     ("bfloat16", "int8"),
-)  # (dtype, how weights are stored)
+)
 
 
 @dataclass

@@ -20,6 +20,7 @@ from zangchat.errors import UserError
 from zangchat.report import cpu_name
 
 BUSY = 0.2  # cores used by others, above which a timing is worthless
+# of psutil.cpu_times, as far as the system has them
 BUSY_TIMES = (
     "user",
     "nice",
@@ -27,7 +28,7 @@ BUSY_TIMES = (
     "irq",
     "softirq",
     "steal",
-)  # of psutil.cpu_times, as far as the system has them
+)
 
 
 def taken_meanwhile(work: Callable[[], Any]) -> tuple[float, Any]:

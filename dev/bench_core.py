@@ -78,9 +78,8 @@ def bench(config: Config) -> None:
             tokenizer,
             config.max_seq_len,
         )
-        core_eval.judge(
-            model, task.kind, rows[:1], golds[:1]
-        )  # not timed: the first products of a shape
+        # not timed: the first products of a shape
+        core_eval.judge(model, task.kind, rows[:1], golds[:1])
         verdicts, times = {}, {}
         for name, way in ways.items():
             taken = []

@@ -216,9 +216,8 @@ def take_turns(config: Config, task: str, folder: Path, threads: int) -> dict[st
                 if finished.returncode:
                     failed[name] = finished.stderr.strip().rsplit("\n", 1)[-1]
                 else:
-                    done.append(
-                        json.loads(finished.stdout.splitlines()[-1])
-                    )  # tokenizers and others print, too
+                    # tokenizers and others print, too
+                    done.append(json.loads(finished.stdout.splitlines()[-1]))
     return {
         name: {"missing": failed[name]} if name in failed else summary(done)
         for name, done in runs.items()

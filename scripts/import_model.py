@@ -44,9 +44,8 @@ def import_model(config: Config) -> int:
     from zangchat.hf import nanochat
     from zangchat.hf.importing import read_hf, save
 
-    checkpoint_manager.tag_folder(
-        config.source, config.model_tag
-    )  # a mistake in these shows before anything large is read
+    # a mistake in these shows before anything large is read
+    checkpoint_manager.tag_folder(config.source, config.model_tag)
     path = expand_home(config.path)
     if not path.is_dir():
         raise configurator.UserError(

@@ -179,9 +179,8 @@ class Text:
             group.filter(pc.greater(pc.binary_length(group), 0)), 0, self.config.doc_cap
         )
         ends = np.cumsum(pc.utf8_length(texts).to_numpy(), dtype=np.int64) + self.characters
-        last = int(
-            np.searchsorted(ends, self.config.max_chars)
-        )  # the document that reaches the limit, if there is one
+        # the document that reaches the limit, if there is one
+        last = int(np.searchsorted(ends, self.config.max_chars))
         if last < len(texts):
             within = self.config.max_chars - (int(ends[last - 1]) if last else self.characters)
             rest = pc.utf8_slice_codeunits(texts[last : last + 1], 0, within)

@@ -36,9 +36,8 @@ class Task:
     `reward` for RL).
     """
 
-    eval_type: ClassVar[str] = (
-        "generative"  # or "categorical": the answer is one of conversation["letters"]
-    )
+    # or "categorical": the answer is one of conversation["letters"]
+    eval_type: ClassVar[str] = "generative"
     generated: ClassVar[bool] = False  # on demand: has a size, not epochs
     rewarded: ClassVar[bool] = False  # has a reward, for RL
     needs_tool: ClassVar[bool] = False  # only for answers that came from a tool

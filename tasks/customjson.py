@@ -1,10 +1,12 @@
 """CustomJSON: your own conversations from a JSONL file, one on each line, in one of these shapes:
 
-{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
-OpenAI {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}
-ShareGPT {"instruction": "...", "input": "...", "output": "...", "system": "...", "history": [["q",
-"a"]]}  Alpaca {"prompt": "...", "completion": "..."}                                          a
-question and its answer
+    OpenAI     {"messages": [{"role": "user", "content": "..."},
+                             {"role": "assistant", "content": "..."}]}
+    ShareGPT   {"conversations": [{"from": "human", "value": "..."},
+                                  {"from": "gpt", "value": "..."}]}
+    Alpaca     {"instruction": "...", "input": "...", "output": "...", "system": "...",
+                "history": [["q", "a"]]}
+    TRL        {"prompt": "...", "completion": "..."}
 
 A line may also be a bare list of messages. Messages may be of either kind, {role, content} or
 {from, value}, in both lists. Of Alpaca's keys all but instruction and output are optional; a

@@ -13,9 +13,8 @@ NUMBER = re.compile(
     r"[-+]?(?:[0-9]{1,3}(?: [0-9]{3})+(?![0-9])|[0-9][0-9,]*)(?:\.[0-9]+)?|[-+]?\.[0-9]+"
 )
 MINUS = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2212", "-"))
-MARKUP = re.compile(
-    r"\\(?:boxed|text|mathbf|textbf|[(\[])|[\\{}*_`~$€£¥]"
-)  # of Markdown and LaTeX, and of money
+# of Markdown and LaTeX, and of money
+MARKUP = re.compile(r"\\(?:boxed|text|mathbf|textbf|[(\[])|[\\{}*_`~$€£¥]")
 
 
 def final_number(text: str) -> float | None:

@@ -142,9 +142,8 @@ def _words_of_corpus(cache: Path) -> list[str]:
     from zangchat import dataset
 
     corpora = map(dataset.find_dataset, dataset.present_datasets())
-    corpus = next(
-        (corpus for corpus in corpora if corpus.tokenizer_fingerprint is None), None
-    )  # else it holds token ids
+    # else it holds token ids
+    corpus = next((corpus for corpus in corpora if corpus.tokenizer_fingerprint is None), None)
     if corpus is None:
         raise MissingData(
             "no words for the spelling tasks: put a list, one a line, into "

@@ -32,12 +32,13 @@ from zangchat.training import trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 SAVE_EVERY = 3
+# the files whose code writes a checkpoint
 SAVING = (
     "checkpoint_manager.py",
     "checkpoint_files.py",
     "saves.py",
     "files.py",
-)  # the files whose code writes a checkpoint
+)
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "base": base_train.main,
     "mid": mid_train.main,

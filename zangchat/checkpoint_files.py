@@ -77,9 +77,8 @@ class Save:
             parts[model_name(step)] = _on_cpu(strip_prefix(model_data), copy=snapshot)
         if optimizer_data is not None:
             parts[optim_name(step, rank)] = _on_cpu(optimizer_data, copy=snapshot)
-        obstacle = collectives.from_rank_0(
-            obstacle
-        )  # and no rank writes before the old meta is gone
+        # and no rank writes before the old meta is gone
+        obstacle = collectives.from_rank_0(obstacle)
         arguments = (parts, obstacle)
         self._thread = threading.Thread(target=self._write, args=arguments, daemon=True)
         self._thread.name = "zangchat-save"

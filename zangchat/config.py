@@ -159,9 +159,8 @@ class RunState:
     steps_at_scale: int = 0  # updates since the loss scale changed
     training_seconds: float = 0.0  # wall-clock inside steps, over all attempts
     cursor: dict[str, Any] = field(default_factory=dict)  # of the data loader, after `step` steps
-    batch_metrics: dict[str, float] = field(
-        default_factory=dict
-    )  # of the last batch (RL's rewards)
+    # of the last batch (RL's rewards)
+    batch_metrics: dict[str, float] = field(default_factory=dict)
     hooks_done: int = -1  # the step whose hooks have run
     metrics_lines: int = 0  # lines of metrics.jsonl that belong to the run so far
     # the latest figures of each evaluation, by name, for the report

@@ -261,9 +261,8 @@ def item_rows(
         answer_ids = tokenizer.encode(answer if answer.startswith(" ") else f" {answer}")
         context_ids = [*head, *tokenizer.encode(question)]
         answer_ids = answer_ids[:context_len]
-        room = context_len - len(
-            answer_ids
-        )  # <|bos|> needs no room: the last token is only a target
+        # <|bos|> needs no room: the last token is only a target
+        room = context_len - len(answer_ids)
         kept = context_ids[max(0, len(context_ids) - room) :] if room else []
         rows.append(Row([tokenizer.get_bos_token_id(), *kept, *answer_ids], 1 + len(kept)))
     return rows

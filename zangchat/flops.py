@@ -230,11 +230,12 @@ def logits_bytes(config: GPTConfig, tokens: int, size: int = 2, device_type: str
 CARDS = (8, 16, 24, 40, 80, 141)  # GB of the GPUs that people have
 USABLE = 0.88  # share of the memory; fragmentation and the libraries' workspaces take the rest
 CONTEXT = {"cuda": 6e8}  # bytes that a process takes on the device before its first tensor
+# longer passes gain nothing: the products run at full speed
 PASS_TOKENS = {
     "cuda": 2**16,
     "mps": 2**14,
     "cpu": 2**13,
-}  # longer passes gain nothing: the products run at full speed
+}
 
 
 def fitting_batch(

@@ -39,9 +39,8 @@ class FSDPGroup(OptimizerGroup):
         self.rank, self.world_size = collectives.world()
         _shard(model, device, group.comm_dtype)
         named = dict(model.named_parameters())
-        self._parts: dict[Tensor, Any] = {
-            p: named[name] for p, name in self.names.items()
-        }  # DTensors
+        # DTensors
+        self._parts: dict[Tensor, Any] = {p: named[name] for p, name in self.names.items()}
         for p in self.names:
             _release(p, device)
         for optimizer in self.optimizers:
@@ -88,17 +87,17 @@ class FSDPGroup(OptimizerGroup):
 
 def _shard(model: Any, device: torch.device, comm_dtype: torch.dtype) -> None:
     mesh = init_device_mesh(device.type, (collectives.world()[1],))
+    # the embedding by itself: it may have a dtype of its own
     modules = [
         model.wte,
         *model.transformer["h"],
         model,
-    ]  # the embedding by itself: it may have a dtype of its own
+    ]
     for module in modules:
         fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=comm_dtype))
     for module in modules:
-        module.set_gradient_divide_factor(
-            1.0
-        )  # the loss is divided by the tokens of all ranks already
+        # the loss is divided by the tokens of all ranks already
+        module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # a plain sum, which gloo knows as well
         # its buffers are made here: by a first evaluation, under inference_mode, they would be of
         # no use for training

@@ -1,7 +1,7 @@
 """The model: maths and initialisation only.
 
-    wte -> norm -> n_layer x [ x += attn(norm(x)); x += mlp(norm(x)) ] -> norm -> lm_head -> cap *
-    tanh(z / cap)
+    wte -> norm -> n_layer x [ x += attn(norm(x)); x += mlp(norm(x)) ]
+        -> norm -> lm_head -> cap * tanh(z / cap)
 
 No weights in the norms, no biases, rotary positions, QK-norm, grouped-query attention, relu^2,
 embedding and head untied: the architecture of nanochat at the end of 2025, NanoChatForCausalLM in

@@ -121,9 +121,8 @@ class Muon(ShardedOptimizer):
         dtype = self.ortho_dtype or (torch.bfloat16 if grads.is_cuda else torch.float32)
         update = orthogonalise(grads.lerp_(momentum, group["momentum"]), dtype).float()
 
-        mean_square = update.square().mean(
-            dim=_neuron_dim(params[0].shape), keepdim=True
-        )  # (K, R, 1) or (K, 1, C)
+        # of shape (K, R, 1) or (K, 1, C)
+        mean_square = update.square().mean(dim=_neuron_dim(params[0].shape), keepdim=True)
         second.lerp_(mean_square, 1 - group["beta2"])
         scale = second.clamp(min=1e-10).rsqrt()
         # all rows have the same length, so means of mean squares compare the norms of whole

@@ -4,8 +4,9 @@ gradient sums, norms, state.
 State is exchanged in *shards*, keyed by parameter name, so that a run saved on some number of ranks
 continues on any other:
 
-    {name: {"shape": [rows, ...] of the whole parameter, "slice": [first, end) rows covered,
-    "tensors": {key: tensor}}}
+    {name: {"shape": [rows, ...] of the whole parameter,
+            "slice": [first, end) rows covered,
+            "tensors": {key: tensor}}}
 
 A tensor of a shard either covers those rows or, if the shard covers the whole parameter, belongs to
 it as a whole; scalars are equal in all shards. `merge_shards` joins the shards of all ranks into

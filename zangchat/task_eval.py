@@ -33,9 +33,8 @@ class Item:
     index: int  # in the task
     prompt: str
     expected: Any  # the content of the task's own answer
-    completions: list[str] = field(
-        default_factory=list
-    )  # as the model wrote them, special tokens visible
+    # as the model wrote them, special tokens visible
+    completions: list[str] = field(default_factory=list)
     verdicts: list[bool] = field(default_factory=list)
     note: str = ""  # the reason if there are no completions
 

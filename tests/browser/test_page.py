@@ -401,9 +401,10 @@ def shot(page: Page, name: str, folder: Path) -> None:
     if kept:
         from PIL import Image
 
+        # half the bytes
         Image.open(path).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(
             path, optimize=True
-        )  # half the bytes
+        )
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,8 @@ def _best_quintic(low: float, high: float) -> np.ndarray:
         points = np.array([low, *inner, high])
         system = np.stack([points, points**3, points**5, [1, -1, 1, -1]], axis=1)
         a, b, c, new_error = np.linalg.solve(system, np.ones(4))
-        inner = np.sqrt(
-            (-3 * b + np.array([-1, 1]) * math.sqrt(9 * b * b - 20 * a * c)) / (10 * c)
-        )  # a + 3b x^2 + 5c x^4 = 0
+        # a + 3b x^2 + 5c x^4 = 0
+        inner = np.sqrt((-3 * b + np.array([-1, 1]) * math.sqrt(9 * b * b - 20 * a * c)) / (10 * c))
         if abs(new_error - error) < 1e-15:
             return np.array([a, b, c])
         error = new_error

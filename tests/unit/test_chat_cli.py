@@ -211,9 +211,8 @@ def test_ctrl_c_in_a_terminal_leaves_no_traceback(
             while awaited not in seen:
                 assert time.monotonic() < end, f"{awaited!r} did not come after {shown!r}"
                 if not select.select([screen], [], [], 3)[0]:
-                    screen.write(
-                        b"\x03" if pressed.endswith("\x03") else b""
-                    )  # input() overlooks one that comes before it listens
+                    # input() overlooks one that comes before it listens
+                    screen.write(b"\x03" if pressed.endswith("\x03") else b"")
                     continue
                 piece = screen.read(1000).decode(errors="replace")
                 shown, seen = shown + piece, seen + piece
@@ -472,9 +471,8 @@ def test_chat_web_serves_until_it_is_interrupted(checkpoint: GPT) -> None:
 def test_the_server_loses_nothing_under_many_clients(
     checkpoint: GPT, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        bench_serve, "QUESTIONS", ("some words", "words")
-    )  # the model's context is short
+    # the model's context is short
+    monkeypatch.setattr(bench_serve, "QUESTIONS", ("some words", "words"))
     flags = [
         "--streams=8",
         "--requests=60",

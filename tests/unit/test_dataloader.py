@@ -306,9 +306,8 @@ def test_the_rows_of_a_step_do_not_depend_on_the_number_of_ranks(small, world_si
                 torch.cat([part.inputs for part in parts]),
                 torch.cat([part.targets for part in parts]),
             )
-            count = len(
-                alone.inputs
-            )  # what is more is padding, so that all ranks have equally many rows
+            # what is more is padding, so that all ranks have equally many rows
+            count = len(alone.inputs)
             assert torch.equal(alone.inputs, inputs[:count]) and torch.equal(
                 alone.targets, targets[:count]
             )

@@ -156,9 +156,8 @@ def test_cached_logits_equal_the_plain_forward_pass_at_every_position(model: GPT
         expected = model(tokens)
         cache = KVCache(model.config, 2, 100, torch.float32, "cpu")
         got = [model(tokens[:, :7], kv_cache=cache.rows(0, 2))]
-        got.append(
-            model(tokens[:, 7:30], kv_cache=cache.rows(0, 2))
-        )  # a chunk behind stored tokens
+        # a chunk behind stored tokens
+        got.append(model(tokens[:, 7:30], kv_cache=cache.rows(0, 2)))
         got += [model(tokens[:, i : i + 1], kv_cache=cache.rows(0, 2)) for i in range(30, 100)]
     torch.testing.assert_close(torch.cat(got, dim=1), expected, atol=1e-4, rtol=1e-4)
 
@@ -750,9 +749,8 @@ def test_int8_weights_nearly_agree_with_the_weights_they_round(model: GPT) -> No
     idx = torch.tensor([prompt(1, 60)])
     with torch.inference_mode():
         exact, rounded = model(idx), InferenceGPT(model, "int8")(idx)
-        each = torch.cat(
-            [InferenceGPT(model, "int8")(idx[:, :n])[:, -1:] for n in (5, 20)], dim=1
-        )  # few rows: the int8 kernel
+        # few rows: the int8 kernel
+        each = torch.cat([InferenceGPT(model, "int8")(idx[:, :n])[:, -1:] for n in (5, 20)], dim=1)
     distance = (exact.softmax(-1) - rounded.softmax(-1)).abs().sum(-1).mean() / 2
     assert distance < 0.1
     torch.testing.assert_close(each, rounded[:, [4, 19]], atol=0.6, rtol=0)  # it computes in bf16

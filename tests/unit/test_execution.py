@@ -47,9 +47,8 @@ def guard(tmp_path_factory) -> Iterator[Guard]:
     (home / ".ssh").mkdir()
     (home / ".ssh" / "id_rsa").write_text("hf_secret", encoding="utf-8")
     for path in (home / ".ssh" / "id_rsa", home / ".ssh", home, *home.parents[:3]):
-        os.chmod(
-            path, path.stat().st_mode | 0o055
-        )  # for everyone's eyes: only a layer that hides files keeps it
+        # for everyone's eyes: only a layer that hides files keeps it
+        os.chmod(path, path.stat().st_mode | 0o055)
     try:
         guard = Guard(home)
     except OSError as error:

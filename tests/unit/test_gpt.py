@@ -84,10 +84,11 @@ def test_parameter_names_and_shapes() -> None:
         "mlp.c_fc.weight": (128, 32),
         "mlp.c_proj.weight": (32, 128),
     }
+    # 70 tokens padded to 128 rows
     expected = {
         "transformer.wte.weight": (128, 32),
         "lm_head.weight": (128, 32),
-    }  # 70 tokens padded to 128 rows
+    }
     expected |= {
         f"transformer.h.{layer}.{name}": shape
         for layer in range(2)

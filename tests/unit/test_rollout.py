@@ -103,9 +103,8 @@ def test_a_prompt_that_fills_the_context_gives_no_samples(model):
 
 
 def test_only_sampled_tokens_are_targets_and_carry_the_advantage():
-    tool = Sample(
-        [9, 1, 2, 3, 4, 5], [0, 0, 1, 0, 0, 1], 1.0, 0.75
-    )  # 3 and 4 were put in by a tool
+    # 3 and 4 were put in by a tool
+    tool = Sample([9, 1, 2, 3, 4, 5], [0, 0, 1, 0, 0, 1], 1.0, 0.75)
     short = Sample([9, 1, 7], [0, 0, 1], 0.0, -0.25)
     batch = to_batch([tool, short], {"step": 1})
     assert batch.inputs.tolist() == [[9, 1, 2, 3, 4], [9, 1, 0, 0, 0]]

@@ -281,9 +281,8 @@ reads_proc = pytest.mark.skipif(
 
 def sizes_over_trainings(as_arrow: bool) -> list[int]:
     rng = random.Random(3)
-    texts = [
-        " ".join(f"{rng.randrange(10_000)}é" for _ in range(20_000)) for _ in range(4)
-    ]  # 0.5 MB
+    # 0.5 MB
+    texts = [" ".join(f"{rng.randrange(10_000)}é" for _ in range(20_000)) for _ in range(4)]
     tokenizer = rustbpe.Tokenizer()
     sizes = []
     for _ in range(40):

@@ -1,13 +1,12 @@
 """Build, fetch, check or tokenize the text of pretraining.
 
-python -m zangchat.dataset --source=pydocs                the corpus made from this machine's own
-Python documentation
-python -m zangchat.dataset -n 8                           8 training shards of climbmix from the
-hub, and its validation shard
-python -m zangchat.dataset --source=fineweb-edu -n 8
-python -m zangchat.dataset verify [--dataset=NAME] [--repair]
-python -m zangchat.dataset tokenize [--dataset=NAME]      token ids in <base>/base_data/NAME-tokens
-(dataset/tokens.py)
+    python -m zangchat.dataset --source=pydocs             a corpus of this machine's documentation
+    python -m zangchat.dataset -n 8                        8 shards of climbmix, and its validation
+    python -m zangchat.dataset --source=fineweb-edu -n 8
+    python -m zangchat.dataset verify [--dataset=NAME] [--repair]
+    python -m zangchat.dataset tokenize [--dataset=NAME]   token ids, as the dataset NAME-tokens
+
+Files of your own need no command: every command that reads text takes --data_path.
 """
 
 import os

@@ -158,9 +158,8 @@ def built_in_docstrings() -> Iterator[Extract]:
 
 def _describe(name: str, value: object) -> str:
     docstring = inspect.cleandoc(value.__doc__) if isinstance(value.__doc__, str) else ""
-    signature = re.sub(
-        r"\$\w+(, )?(/, |/)?", "", getattr(value, "__text_signature__", None) or ""
-    )  # without the implicit first argument
+    # without the implicit first argument
+    signature = re.sub(r"\$\w+(, )?(/, |/)?", "", getattr(value, "__text_signature__", None) or "")
     return f"{name}{signature}\n\n{docstring}" if docstring else ""
 
 
@@ -170,9 +169,8 @@ def clean_markup(text: str) -> str:
     """
     text = text.expandtabs(4)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.S)
-    text = re.sub(
-        r"\[?!\[[^\]]*\][(\[][^)\]]*[)\]](\]\(?[^)\s]*\)?)?", "", text
-    )  # images, linked or not
+    # images, linked or not
+    text = re.sub(r"\[?!\[[^\]]*\][(\[][^)\]]*[)\]](\]\(?[^)\s]*\)?)?", "", text)
     text = re.sub(
         r"</?(?:p|a|img|br|div|h\d|b|i|em|strong|sub|sup|span|center|picture|source|details|summary|table|tr|td|th|code|kbd)\b[^>]*>",
         "",
@@ -180,12 +178,10 @@ def clean_markup(text: str) -> str:
     )
     text = re.sub(r"\[([^\]\n]+)\]\((?:https?:|#|/|\.)[^)\s]*\)", r"\1", text)  # [words](target)
     text = re.sub(r"`([^`<>\n]+) <[^>`\n]+>`__?", r"\1", text)  # `words <target>`_
-    text = re.sub(
-        r"(?<![\w`]):[a-z:]+:`~?\.?([^`<\n]+?)(?: <[^>`]+>)?`", r"`\1`", text
-    )  # :func:`name`
-    text = re.sub(
-        r"^[ ]*(?:\[[^\]\n]+\]:|\.\. _[^:\n]+:)[ ]+\S+.*\n?", "", text, flags=re.M
-    )  # link targets
+    # :func:`name`
+    text = re.sub(r"(?<![\w`]):[a-z:]+:`~?\.?([^`<\n]+?)(?: <[^>`]+>)?`", r"`\1`", text)
+    # link targets
+    text = re.sub(r"^[ ]*(?:\[[^\]\n]+\]:|\.\. _[^:\n]+:)[ ]+\S+.*\n?", "", text, flags=re.M)
     text = re.sub(
         r"^[ ]*\.\. "
         r"(?:versionadded|versionchanged|deprecated|currentmodule|module|toctree|index|contents|image|figure).*\n?",

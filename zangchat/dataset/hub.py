@@ -279,9 +279,8 @@ def _fetch(dataset: Dataset, num_workers: int) -> None:
     """Validation first, then the training shards in order, several at a time. Daemon threads:
     Ctrl-C leaves at once, whole shards stay.
     """
-    shutil.rmtree(
-        dataset.folder / INCOMING, ignore_errors=True
-    )  # of a process that was killed; we hold the lock
+    # of a process that was killed; we hold the lock
+    shutil.rmtree(dataset.folder / INCOMING, ignore_errors=True)
     entries = sorted(dataset.manifest["shards"], key=lambda entry: entry["split"] == "train")
     todo: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     missing = [entry for entry in entries if not _is_there(dataset.folder / entry["name"], entry)]

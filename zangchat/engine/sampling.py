@@ -106,9 +106,8 @@ class Sampler:
         self.unlimited = not all(a or b for a, b in zip(limited, greedy, strict=True))
         self.nucleus = any(p < 1 and k == vocab_size for k, p in zip(top_k, top_p, strict=True))
         self.top_k = self._column(top_k, torch.int64)
-        self.top_p = self._column(
-            [p if p < 1 else 2.0 for p in top_p], self.precise
-        )  # 2: never reached
+        # 2: never reached
+        self.top_p = self._column([p if p < 1 else 2.0 for p in top_p], self.precise)
         self.has_top_p = min(top_p) < 1
         self.has_min_p = any(request.min_p for request in requests if not request.greedy)
         self.min_p = self._column([request.min_p or 0.0 for request in requests])

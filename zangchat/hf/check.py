@@ -90,9 +90,8 @@ def check_predictions(
     room = model.config.sequence_len
     prompts = [tokenizer.encode(text, prepend="<|bos|>") for text in PROMPTS]
     prompts.append(tokenizer.render_for_completion({"messages": CONVERSATIONS[0]}))
-    prompts.append(
-        [tokenizer.get_bos_token_id(), *(tokenizer.encode(" ".join(PROMPTS)) * 8)][:512]
-    )  # far positions, too
+    # far positions, too
+    prompts.append([tokenizer.get_bos_token_id(), *(tokenizer.encode(" ".join(PROMPTS)) * 8)][:512])
     worst, agreed = 0.0, 0
     for prompt in prompts:
         prompt = prompt[: max(room - GREEDY_TOKENS, room // 2)]

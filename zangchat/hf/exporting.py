@@ -44,12 +44,13 @@ if TYPE_CHECKING:
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 MODEL_CARD = Path(__file__).with_name("model_card.jinja")
 SHARD_BYTES = 5 * 10**9
+# as in the terminal chat
 SETTINGS = {
     "do_sample": True,
     "temperature": 0.6,
     "top_k": 50,
     "max_new_tokens": 512,
-}  # as in the terminal chat
+}
 
 
 def export(

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 FORMAT = "zangchat-export"
 MANIFEST = "manifest.json"
 MODEL_TYPE, ARCHITECTURE = "nanochat", "NanoChatForCausalLM"
+# not float16: relu^2 reaches beyond its 65504
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
-}  # not float16: relu^2 reaches beyond its 65504
+}
 LAYER_NAMES = {
     "attn.c_q": "self_attn.q_proj",
     "attn.c_k": "self_attn.k_proj",

@@ -262,9 +262,8 @@ class _CausalBlocks(torch.autograd.Function):
             queries = q[:, :, start:end].flatten(1, 2)
             dout = grad[:, :, start:end].reshape(queries.shape)
             dp = dout @ v[:, :end].mT
-            dscores = torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(
-                scale
-            )  # p * (dp - sum(p * dp))
+            # the derivative of softmax: p * (dp - sum(p * dp))
+            dscores = torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale)
             dq[:, :, start:end] = (dscores @ k[:, :end]).unflatten(1, (-1, end - start))
             dk[:, :end] += dscores.mT @ queries
             dv[:, :end] += p.mT @ dout

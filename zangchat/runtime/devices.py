@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
-COLLECTIVE_TIMEOUT = timedelta(
-    minutes=30
-)  # the longest wait of a rank for another: only rank 0 saves, samples and compiles
+# the longest wait of a rank for another: only rank 0 saves, samples and compiles
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 # The first driver for each CUDA: https://docs.nvidia.com/cuda/cuda-toolkit-release-notes
 FIRST_DRIVER = {"11": 450, "12": 525, "13": 580}
 
@@ -112,9 +111,8 @@ def compute_init(
     device_type = device_type or autodetect_device_type()
     ddp, rank, local_rank, world_size = get_dist_info()
     _check_device(device_type, local_rank, ddp)
-    torch.manual_seed(
-        seed
-    )  # weights only: every later draw has a generator of its own, seeded by derive_seed
+    # weights only: every later draw has a generator of its own, seeded by derive_seed
+    torch.manual_seed(seed)
     device = (
         torch.device(device_type, local_rank)
         if device_type == "cuda"
@@ -123,9 +121,8 @@ def compute_init(
     if device_type == "cuda":
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-            torch.use_deterministic_algorithms(
-                True, warn_only=True
-            )  # stderr names operations without such a form
+            # stderr names operations without such a form
+            torch.use_deterministic_algorithms(True, warn_only=True)
         torch.cuda.set_device(device)
         torch.cuda.manual_seed(seed)
         # fp32 products on tensor cores. By the older of torch's two settings: after the newer one

@@ -125,9 +125,8 @@ def peak_memory_bytes(device: torch.device | str) -> int:
     except ImportError:  # Windows
         import psutil
 
-        return int(
-            getattr(psutil.Process().memory_info(), "peak_wset", 0)
-        )  # only in the class of Windows
+        # only in the class of Windows
+        return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))
 
     unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -188,8 +188,6 @@ def warn_if_disk_is_small(directory: Path, size: int, keep_last: int) -> None:
     if needed > free:
         logger.warning(
             f"{home} has {free / 1e9:.1f} GB free, and {count} checkpoints of {size / 1e9:.2f} GB "
-            "take "
-            f"{needed / 1e9:.1f} GB more: make room, lower --keep_last, or set ZANGCHAT_BASE_DIR "
-            "to "
-            "another disk",
+            f"take {needed / 1e9:.1f} GB more: make room, lower --keep_last, or set "
+            "ZANGCHAT_BASE_DIR to another disk",
         )
