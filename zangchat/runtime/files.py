@@ -164,10 +164,8 @@ def _parse_json(line: bytes, place: str, kinds: tuple[type, ...]) -> Any:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"{place} is not UTF-8 text ({error.reason}): save it as UTF-8") from error
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # also an integer of 5,000 digits, or deep nesting
+    except (ValueError, RecursionError) as error:
+        # also an integer of 5,000 digits, or deep nesting
         hint = (
             "; of a JSON array, each item goes on a line" if line.lstrip().startswith(b"[") else ""
         )
