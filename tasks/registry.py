@@ -27,6 +27,7 @@ class Entry:
     options: dict[str, Any] = field(default_factory=dict)
     baseline: float | None = None
     test: bool = True  # can be evaluated
+    small: bool = False  # of a world that only small models are taught: evaluated by name only
 
 
 REGISTRY: dict[str, Entry] = {
@@ -40,6 +41,11 @@ REGISTRY: dict[str, Entry] = {
     "Arithmetic": Entry("tasks.arithmetic", "Arithmetic"),
     "PyDocs": Entry("tasks.pydocs", "PyDocs"),
     "Identity": Entry("tasks.identity", "Identity"),
+    "Stories": Entry("tasks.stories", "Stories", small=True),
+    "StoryQuestions": Entry("tasks.stories", "StoryQuestions", small=True),
+    "StoriesAgain": Entry("tasks.stories", "StoriesAgain", small=True),
+    "SmallTalk": Entry("tasks.smalltalk", "SmallTalk", small=True),
+    "DontKnow": Entry("tasks.smalltalk", "DontKnow", small=True),
     "SmolTalk": Entry("tasks.smoltalk", "SmolTalk", test=False),
 }
 
@@ -60,7 +66,7 @@ def find_name(name: str) -> str:
 
 def scored_tasks(names: str | None = None, *, every: bool = False) -> list[str]:
     """The registry's names of the tasks to score: those in `names`, separated by |; else all of
-    ChatCORE's, or `every` one there is.
+    ChatCORE's, or `every` one that is not of the small world.
 
     Raises UserError for a name that it does not know, or a task that has nothing to score.
     """
@@ -68,7 +74,7 @@ def scored_tasks(names: str | None = None, *, every: bool = False) -> list[str]:
         return [
             name
             for name, entry in REGISTRY.items()
-            if entry.test and (every or entry.baseline is not None)
+            if entry.test and (entry.baseline is not None or (every and not entry.small))
         ]
     chosen = list(
         dict.fromkeys(find_name(name.strip()) for name in names.split("|") if name.strip())

@@ -1,0 +1,127 @@
+"""Small talk in English and Chinese: greetings, feelings, jokes, advice, opposites, colors, days,
+simple facts; and questions that a small model should not try to answer.
+
+smalltalk.yaml has the phrasings. Each phrasing of an intent, and each pair of a table in each of
+its question forms, belongs to one split: held-out ones are new in their words, not in their
+meaning.
+"""
+
+import random
+import re
+from collections.abc import Iterator
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tasks.common import (
+    Content,
+    Conversation,
+    GeneratedTask,
+    Task,
+    chat,
+    check_split,
+    split_of,
+    visible_text,
+)
+from zangchat.runtime.seeds import derive_seed
+
+PHRASINGS = Path(__file__).with_name("smalltalk.yaml")
+
+
+@cache
+def phrasings() -> dict[str, Any]:
+    import yaml
+
+    return yaml.safe_load(PHRASINGS.read_text(encoding="utf-8"))
+
+
+class Example(NamedTuple):
+    intent: str
+    question: str
+    answers: tuple[str, ...]
+    needed: tuple[str, ...]  # a right answer has one of them
+    forbidden: tuple[str, ...] = ()
+
+
+def plain(text: str) -> str:
+    """Letters and digits only, in lower case: "Hello!" and "hello" are one phrasing."""
+    return "".join(char for char in text.lower() if char.isalnum())
+
+
+def has_word(text: str, word: str) -> bool:
+    """Whether the word occurs in the text: as a whole word in a script that has spaces."""
+    pattern = rf"\b{re.escape(word.lower())}\b" if word.isascii() else re.escape(word)
+    return bool(re.search(pattern, text.lower()))
+
+
+def examples() -> Iterator[Example]:
+    """Every example of every split."""
+    for intent, written in phrasings()["intents"].items():
+        answers = tuple(written["say"].splitlines())
+        needed, forbidden = written["need"].split(), written.get("never", "").split()
+        for question in written["ask"].splitlines():
+            yield Example(intent, question, answers, tuple(needed), tuple(forbidden))
+    for intent, written in phrasings()["tables"].items():
+        pairs = [pair.split("=") for pair in written["pairs"].split(", ")]
+        for a, b in pairs:
+            for form in written["ask"].splitlines():
+                question = form.format(a=a)
+                answers = tuple(line.format(a=a, b=b) for line in written["say"].splitlines())
+                yield Example(intent, question[0].upper() + question[1:], answers, (b,))
+
+
+class SmallTalk(Task):
+    """Finite: an epoch shows each phrasing as written, and as hurried people type it."""
+
+    def __init__(self, split: str = "train", **view: int) -> None:
+        super().__init__(**view)
+        self.split = check_split(split)
+
+    @cached_property
+    def examples(self) -> list[Example]:
+        own = {}
+        for example in examples():
+            if split_of("smalltalk", example.intent, plain(example.question)) == self.split:
+                hurried = example.question.rstrip("?.!。？！").lower()
+                own[example.question] = example
+                own[hurried] = example._replace(question=hurried)
+        chosen = list(own.values())
+        random.Random(derive_seed("smalltalk", self.split)).shuffle(chosen)
+        return chosen
+
+    def num_examples(self) -> int:
+        return len(self.examples)
+
+    def get_example(self, index: int) -> Conversation:
+        example = self.examples[index]
+        number = derive_seed("smalltalk answer", example.question) % len(example.answers)
+        judged = {"needed": example.needed, "forbidden": example.forbidden}
+        return chat(example.question, example.answers[number], **judged)
+
+    def evaluate(self, conversation: Conversation, completion: Content) -> bool:
+        text = visible_text(completion)
+        return any(has_word(text, word) for word in conversation["needed"]) and not any(
+            has_word(text, word) for word in conversation["forbidden"]
+        )
+
+
+class DontKnow(GeneratedTask):
+    """Questions about today, places, people, theories: "I don't know that." is right.
+
+    A question with its names filled in belongs to one split.
+    """
+
+    def make(self, rng: random.Random) -> Conversation:
+        written = phrasings()["unknown"]
+        chinese = "_zh" if rng.random() < 0.2 else ""
+        forms = written[f"ask{chinese}"].splitlines()
+        while True:
+            values = {name: rng.choice(line.split(", ")) for name, line in written["fill"].items()}
+            question = rng.choice(forms).format(**values)
+            if split_of("unknown", question) == self.split:
+                break
+        return chat(question, rng.choice(written[f"say{chinese}"].splitlines()))
+
+    def evaluate(self, conversation: Conversation, completion: Content) -> bool:  # noqa: ARG002
+        text = visible_text(completion).lower()
+        return "don't know" in text or "do not know" in text or "不知道" in text
