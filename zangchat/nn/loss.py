@@ -12,12 +12,12 @@ for memory and waiting for the products. The slow twin is tests/reference/loss.p
 Shapes: N tokens, D width, V vocabulary (padding rows of W cut).
 """
 
-from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from zangchat.runtime.compiler import compiled
 
 IGNORE = -1  # a target that carries no loss
 MAX_CAP = 40.0  # exp(u - cap) >= exp(-2 cap) must stay a normal fp32 number
@@ -214,10 +214,10 @@ class _Fused:
         self, x: Tensor, w: Tensor, targets: Tensor, g: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         z = _product(x, w, 2 / self.cap)
-        total, losses = _compiled(_totals_and_losses, self.backend)(z, targets, self.cap)
+        total, losses = compiled(_totals_and_losses, self.backend)(z, targets, self.cap)
         if g is None:
             return losses, None
-        gradient = _compiled(_logits_to_gradient, self.backend)
+        gradient = compiled(_logits_to_gradient, self.backend)
         return losses, gradient(z, total, targets, g, self.cap)
 
 
@@ -234,11 +234,6 @@ def _logits_to_gradient(z: Tensor, total: Tensor, targets: Tensor, g: Tensor, ca
     onehot = torch.arange(z.size(1), device=z.device) == targets
     softmax = torch.exp(2 * cap * (s - 1)) / total
     return z.copy_((softmax - onehot.float()) * (4 * g) * (s - s * s))
-
-
-@lru_cache
-def _compiled(function: Callable[..., Any], backend: Any) -> Callable[..., Any]:
-    return torch.compile(function, backend=backend)
 
 
 def _product(x: Tensor, w: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:
