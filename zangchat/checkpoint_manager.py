@@ -347,11 +347,10 @@ def empty_model(
     It is not made on the meta device: GPT only reserves memory anyway, and operations on meta
     tensors import torch's compiler, which takes seconds.
     """
-    from zangchat.gpt import GPT, ForwardOptions
+    from zangchat.gpt import GPT
 
     with torch.device(device):
-        dtype_of_products = resolve_dtype(dtype, torch.device(device))
-        return GPT(config, dtype_of_products, options or ForwardOptions())
+        return GPT(config, resolve_dtype(dtype, torch.device(device)), options)
 
 
 def model_config(meta: Mapping[str, Any], checkpoint_dir: str | Path) -> GPTConfig:

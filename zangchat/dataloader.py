@@ -271,7 +271,7 @@ def validation_batches(
     def size(length: int) -> int:
         return rows_per_batch * sequence_len // length * world_size
 
-    def batch(rows: list[np.ndarray], length: int) -> Batch:
+    def batch(rows: Sequence[np.ndarray], length: int) -> Batch:
         ids = np.full((size(length), length + 1), bos, dtype=np.int32)
         learn = np.zeros(ids.shape, dtype=bool)
         for i, row in enumerate(rows):
@@ -293,10 +293,7 @@ def validation_batches(
 
 
 def _validation_rows(
-    dataset: Dataset,
-    tokenizer: Any,
-    width: int,
-    eval_tokens: int | None,
+    dataset: Dataset, tokenizer: Any, width: int, eval_tokens: int | None
 ) -> Iterator[np.ndarray]:
     """<|bos|> and the first T tokens of each document."""
     bos = tokenizer.get_bos_token_id()
@@ -313,11 +310,7 @@ def _validation_rows(
 
 
 def _batch(
-    ids: np.ndarray,
-    learn: np.ndarray,
-    cursor: dict[str, Any],
-    rank: int,
-    world_size: int,
+    ids: np.ndarray, learn: np.ndarray, cursor: dict[str, Any], rank: int, world_size: int
 ) -> Batch:
     """Rows (R, W) of a step -> this rank's Batch."""
     share = len(ids) // world_size
@@ -331,8 +324,7 @@ def _batch(
 
 
 def prefetched(
-    produce: Callable[[], Iterator[Item]],
-    depth: int = PREFETCHED_STEPS,
+    produce: Callable[[], Iterator[Item]], depth: int = PREFETCHED_STEPS
 ) -> Iterator[Item]:
     """The items of `produce()`, made by a thread up to `depth` ahead; its exception is raised here.
     Closing it ends the thread."""

@@ -51,9 +51,6 @@ class ForwardOptions:
     compile_backend: Any = None  # of torch.compile; None: run eagerly
 
 
-DEFAULT_OPTIONS = ForwardOptions()
-
-
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer_idx: int) -> None:
         super().__init__()
@@ -135,10 +132,10 @@ class GPT(nn.Module):
         self,
         config: GPTConfig,
         compute_dtype: torch.dtype = torch.float32,
-        options: ForwardOptions = DEFAULT_OPTIONS,
+        options: ForwardOptions | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.options = config, options
+        self.config, self.options = config, options or ForwardOptions()
         rows = config.padded_vocab_size
         self.transformer = nn.ModuleDict(
             {
@@ -175,11 +172,14 @@ class GPT(nn.Module):
 
         Weights must not change there. Gradients still accumulate in the fp32 masters.
         """
-        with contextlib.ExitStack() as stack:
-            for layer in self.modules():
-                if isinstance(layer, Linear):
-                    stack.enter_context(layer.cast_once(self.compute_dtype))
+        layers = [layer for layer in self.modules() if isinstance(layer, Linear)]
+        try:
+            for layer in layers:
+                layer.hold(self.compute_dtype)
             yield
+        finally:
+            for layer in layers:
+                layer.release()
 
     @torch.no_grad()
     def init_weights(
@@ -240,30 +240,16 @@ class GPT(nn.Module):
     # -- forward -----------------------------------------------------------------------------------
 
     def _rotary(self, T: int, context: AttentionContext | None) -> Rotary:
-        """cos, sin in the compute dtype, (T, 1, D/2), or (B, T, 1, D/2) at each row's own
-        positions.
-        """
+        """cos, sin in the compute dtype, (T, 1, D/2), or (B, T, 1, D/2) at the rows' positions."""
         needed = T if context is None else context.longest + T
         if needed > self.cos.size(0):
             self.init_rotary(max(needed, 2 * self.cos.size(0)))
         if context is None:
-            cos, sin = self.cos[:T], self.sin[:T]
+            cos, sin = self.cos[:T, None], self.sin[:T, None]
         else:
             positions = context.positions[:, None] + torch.arange(T, device=self.get_device())
-            cos, sin = self.cos[positions], self.sin[positions]
-        dtype = self.compute_dtype
-        return cos.unsqueeze(-2).to(dtype), sin.unsqueeze(-2).to(dtype)
-
-    def _runner(self, context: AttentionContext | None) -> Callable[..., Any]:
-        """train_block or read_block, compiled and recomputed in backward as the options say."""
-        records, options = torch.is_grad_enabled(), self.options
-        run: Callable[..., Any] = train_block if records else read_block
-        own = context is None or isinstance(context, WithinDocuments)
-        if options.compile_backend is not None and own:
-            run = compiled(run, options.compile_backend)
-        if records and options.grad_checkpoint:
-            run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
-        return run
+            cos, sin = self.cos[positions, None], self.sin[positions, None]
+        return cos.to(self.compute_dtype), sin.to(self.compute_dtype)
 
     def forward(
         self,
@@ -286,7 +272,12 @@ class GPT(nn.Module):
             context = WithinDocuments(idx, options.document_start)
         rotary = self._rotary(T, context)
         x = rms_norm(self.wte(idx).to(self.compute_dtype), config.rms_norm_eps)
-        run = self._runner(context)
+        records = torch.is_grad_enabled()
+        run: Callable[..., Any] = train_block if records else read_block
+        if options.compile_backend is not None and kv_cache is None:
+            run = compiled(run, options.compile_backend)
+        if records and options.grad_checkpoint:
+            run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
         for block in cast(nn.ModuleList, self.transformer["h"]):
             x = run(block, x, rotary, context, options.attention)
         x = rms_norm(x, config.rms_norm_eps)

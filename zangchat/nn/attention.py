@@ -40,7 +40,7 @@ WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDP
 class AttentionContext(Protocol):
     """The tokens that new ones attend to, other than those before them in the same pass.
 
-    A key/value cache, a shared prefix, or a mask; the policy belongs to whoever makes it.
+    A key/value cache, a shared prefix, or a mask; its maker decides which.
     """
 
     positions: Tensor  # (B,) int64: the position of each row's first new token
@@ -85,8 +85,7 @@ def attend(
     """
     if q.dtype != k.dtype:
         return attend(q.to(k.dtype), k, v, mask, backend).to(q.dtype)
-    if backend not in _KERNELS:
-        raise ValueError(f"unknown attention backend {backend!r}; there are {', '.join(_KERNELS)}")
+    _check_known((backend,))
     T, S = q.size(-2), k.size(-2)
     if T > S:
         raise ValueError(f"{T} queries cannot be the last of {S} positions")
@@ -95,22 +94,22 @@ def attend(
         return _KERNELS["sdpa" if reads_only else backend](q, k, v)
     if mask is None and T > 1:  # is_causal of SDPA would align the triangle at the wrong corner
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    return _sdpa(q, k, v, mask=mask)
+    return _sdpa(q, k, v, attn_mask=mask)
 
 
-def _sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kernels: Any = WITHOUT_PLANS,
-    mask: Tensor | None = None,
-    causal: bool = False,
-) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, kernels: Any = WITHOUT_PLANS, **how: Any) -> Tensor:
     """torch's function by one of `kernels`; raises RuntimeError if none supports the problem."""
-    # a branch, since the comparison is symbolic while torch compiles for any number of heads
-    shared = {"enable_gqa": True} if q.size(1) != k.size(1) else {}
+    if q.size(1) != k.size(1):  # as a value it would be symbolic while torch compiles for all sizes
+        how["enable_gqa"] = True
     with sdpa_kernel(kernels) if q.is_cuda or kernels is not WITHOUT_PLANS else nullcontext():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, **shared)
+        return F.scaled_dot_product_attention(q, k, v, **how)
+
+
+def _check_known(backends: Sequence[str]) -> None:
+    for name in backends:
+        if name not in _KERNELS:
+            known = ", ".join(_KERNELS)
+            raise ValueError(f"unknown attention backend {name!r}; there are {known}")
 
 
 # ---- the choice ----------------------------------------------------------------------------------
@@ -145,14 +144,10 @@ def choose_backend(
     """
     device = torch.device(device)
     backends = candidates(device, dtype) if backends is None else backends
-    if unknown := set(backends) - set(_KERNELS):
-        raise ValueError(
-            f"unknown attention backend {sorted(unknown)[0]!r}; there are {', '.join(_KERNELS)}"
-        )
-    choice = ("", "")
-    if collectives.world()[0] == 0:
-        choice = _fastest(device, dtype, head_dim, backends)
-    best, reason = collectives.from_rank_0(choice)
+    _check_known(backends)
+    is_first = collectives.world()[0] == 0
+    own = _fastest(device, dtype, head_dim, backends) if is_first else ("", "")
+    best, reason = collectives.from_rank_0(own)
     _activate(best)
     return best, f"{best}: {reason}"
 
@@ -173,16 +168,14 @@ def _fastest(
 
 
 def _activate(backend: str) -> None:
-    """Make torch's flash operation, which is one for the process, that of the backend.
-
-    Raises ImportError if its package is missing, ValueError if torch does not know it.
-    """
-    current = getattr(torch_attention, "current_flash_attention_impl", lambda: None)
-    if backend in ("FA3", "FA4"):
-        if not hasattr(torch_attention, "activate_flash_attention_impl"):
-            raise ImportError(f"torch {torch.__version__} cannot load {backend}")
-        torch_attention.activate_flash_attention_impl(backend)
-    elif current():
+    """Make torch's flash operation, which is one for the process, that of the backend. Raises
+    ImportError if its package is missing."""
+    wanted = backend if backend in ("FA3", "FA4") else None
+    if wanted == getattr(torch_attention, "current_flash_attention_impl", lambda: None)():
+        return
+    if wanted:
+        torch_attention.activate_flash_attention_impl(wanted)
+    else:
         torch_attention.restore_flash_attention_impl()
 
 
@@ -199,6 +192,7 @@ def _trial_inputs(
 
 def _forward_backward(backend: str, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     """The output and the gradients of q, k, v."""
+    _activate(backend)
     out = attend(q, k, v, backend=backend)
     return [out.detach(), *torch.autograd.grad(out.float().square().sum(), (q, k, v))]
 
@@ -207,10 +201,8 @@ def _smoke(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int
     """None if output and gradients agree with sdpa's on a small problem, else the problem."""
     try:
         shapes = ((1, 2, 128, head_dim), (1, 1, 128, head_dim), (1, 1, 128, head_dim))
-        inputs, results = _trial_inputs(shapes, device, dtype), []
-        for name in (backend, "sdpa"):
-            _activate(name)
-            results.append(_forward_backward(name, *inputs))
+        inputs = _trial_inputs(shapes, device, dtype)
+        results = [_forward_backward(name, *inputs) for name in (backend, "sdpa")]
     except Exception as error:  # any failure of a kernel: do not use it, and say why
         message = str(error) or "no message"
         return f"{type(error).__name__}: {message.splitlines()[0]}"
@@ -222,7 +214,6 @@ def _smoke(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int
 
 def _seconds(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> float:
     """Median time of a forward and backward pass at a realistic size, without compilation."""
-    _activate(backend)
     inputs = _trial_inputs([(8, TRIAL_HEADS // 8, TRIAL_TOKENS, head_dim)] * 3, device, dtype)
     times = []
     for _ in range(1 + TRIALS):
@@ -284,12 +275,12 @@ def _blocks(T: int) -> list[tuple[int, int]]:
     return [(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK)]
 
 
-_FLASH: Kernel = partial(_sdpa, kernels=SDPBackend.FLASH_ATTENTION, causal=True)
+_FLASH: Kernel = partial(_sdpa, kernels=SDPBackend.FLASH_ATTENTION, is_causal=True)
 _KERNELS: dict[str, Kernel] = {  # causal self-attention (T == S)
-    "sdpa": partial(_sdpa, causal=True),
+    "sdpa": partial(_sdpa, is_causal=True),
     "flash": _FLASH,
     "FA3": _FLASH,
     "FA4": _FLASH,
-    "cudnn": partial(_sdpa, kernels=SDPBackend.CUDNN_ATTENTION, causal=True),
+    "cudnn": partial(_sdpa, kernels=SDPBackend.CUDNN_ATTENTION, is_causal=True),
     "blocks": lambda q, k, v: _CausalBlocks.apply(q, k, v),
 }

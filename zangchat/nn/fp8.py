@@ -9,8 +9,6 @@ a GPU so far.
 Shapes: M tokens, K inputs, N outputs of one layer.
 """
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -78,9 +76,7 @@ class Fp8Linear(Linear):
     product.
     """
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features)
-        self.quantised: tuple[Tensor, Tensor, Tensor] | None = None  # inside cast_once
+    quantised: tuple[Tensor, Tensor, Tensor] | None = None  # between hold and release
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.size(-1))
@@ -89,18 +85,13 @@ class Fp8Linear(Linear):
         operands = self.quantised or quantised_weight(self.weight)
         return _Fp8Product.apply(flat, self.weight, *operands).view(*x.shape[:-1], -1)
 
-    @contextlib.contextmanager
-    def cast_once(self, dtype: torch.dtype) -> Iterator[None]:
-        """In training the weight is quantised once for all passes; else as Linear's."""
+    def hold(self, dtype: torch.dtype) -> None:
         if not torch.is_grad_enabled():
-            with super().cast_once(dtype):
-                yield
-            return
+            return super().hold(dtype)
         self.quantised = quantised_weight(self.weight)
-        try:
-            yield
-        finally:
-            self.quantised = None
+
+    def release(self) -> None:
+        self.cast = self.quantised = None
 
 
 def quantised_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from zangchat.runtime.compiler import compiled
 
 IGNORE = -1  # a target that carries no loss
+Settings = tuple[int, float, int, Any]  # vocabulary size, cap, tokens in a chunk, torch.compile's
 MAX_CAP = 40.0  # exp(u - cap) >= exp(-2 cap) must stay a normal fp32 number
 
 
@@ -99,18 +100,12 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        w: Tensor,
-        targets: Tensor,
-        factors: Tensor,
-        mode: str,
-        settings: tuple[Any, ...],
+        ctx: Any, x: Tensor, weight: Tensor, w: Tensor, targets: Tensor, factors: Tensor, *how: Any
     ) -> Tensor:
-        ctx.mode, ctx.settings, ctx.weight_dtype = mode, settings, weight.dtype
+        mode, settings = ctx.mode, ctx.settings = how
+        ctx.weight_dtype = weight.dtype
         grads = factors if mode == "sum with gradients" else None
-        losses, *ctx.grads = _chunked(x, w, targets, grads, *settings)
+        losses, *ctx.grads = _chunked(x, w, targets, grads, settings)
         losses = losses * factors
         if mode != "none":
             return losses.sum()
@@ -127,21 +122,15 @@ class _CrossEntropy(torch.autograd.Function):
             dx, dweight = dx.mul_(grad.to(dx.dtype)), dweight.mul_(grad)
         else:
             x, w, targets, factors = ctx.saved_tensors
-            _, dx, dweight = _chunked(x, w, targets, factors * grad, *ctx.settings)
+            _, dx, dweight = _chunked(x, w, targets, factors * grad, ctx.settings)
         return dx, dweight.to(ctx.weight_dtype), None, None, None, None, None
 
 
 def _chunked(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    grads: Tensor | None,
-    vocab_size: int,
-    cap: float,
-    chunk: int,
-    compile_backend: Any,
+    x: Tensor, weight: Tensor, targets: Tensor, grads: Tensor | None, settings: Settings
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Losses (N,) and, given the gradient of each, dx like x and dW like weight, but fp32."""
+    vocab_size, cap, chunk, compile_backend = settings
     w = weight[:vocab_size]
     targets = targets.clamp(min=0)  # ignored tokens: any valid index, their factor is 0
     losses = torch.empty(x.size(0), dtype=torch.float32, device=x.device)

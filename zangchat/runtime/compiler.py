@@ -57,7 +57,7 @@ def compile_failure(device: torch.device) -> str | None:
         x = torch.ones(64, 64, device=device)
         result = torch.compile(function, backend=BACKEND)(x)
         error = float((result - function(x)).abs().max())
-    except Exception as problem:  # whatever is missing or broken: run without, and say why
+    except Exception as problem:  # any part of the toolchain may be missing or broken
         cause = getattr(problem, "inner_exception", problem)
         lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
         return f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"
