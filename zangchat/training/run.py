@@ -91,12 +91,13 @@ class Run(Resolved):
                 keep_freed_memory()
             check_fsdp(config)
             with exclusive(directory), steady_streams():
-                backend = None if has_fsdp(config) else working_backend(config.compile, device)
                 resolved = resolve(kind, config, directory, device)
                 if resolved is None:
                     yield None
                     return
-                with explain_memory(stage, resolved.config, device):
+                config = resolved.config
+                backend = None if has_fsdp(config) else working_backend(config.compile, device)
+                with explain_memory(stage, config, device):
                     yield cls(**vars(resolved), compile_backend=backend)
         finally:
             compute_cleanup()
