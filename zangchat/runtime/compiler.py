@@ -1,18 +1,15 @@
 """torch.compile: one wrapper, and a trial of the compiler before a run depends on it."""
 
-from __future__ import annotations
-
 import logging
 import os
 import time
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from zangchat.runtime import collectives
-
-if TYPE_CHECKING:
-    import torch
 
 BACKEND = "inductor"
 
@@ -22,31 +19,25 @@ logger = logging.getLogger(__name__)
 @lru_cache
 def compiled(function: Callable[..., Any], backend: Any) -> Callable[..., Any]:
     """The function specialised for its first shape; if others come, once more for all of them."""
-    import torch
-
     return torch.compile(function, backend=backend)
 
 
 def working_backend(requested: bool | None, device: torch.device) -> Any:
     """The backend for torch.compile, or None: as `requested`, by default on CUDA only, and with a
-    warning if a small compilation fails here. All ranks call this and get the same answer."""
+    warning if a small compilation fails. All ranks call this and get the same answer."""
     if not (device.type == "cuda" if requested is None else requested):
         return None
     failures = [why for why in collectives.gather(compile_failure(device)) if why]
     if not failures:
         return BACKEND
     if collectives.world()[0] == 0:
-        remedy = (
-            "the usual causes: no C compiler, no Python.h (python3-dev), no Triton, a GPU too old"
-        )
-        logger.warning(f"not compiling, which is slower: {failures[0]} ({remedy})")
+        causes = "no C compiler, no Python.h (package python3-dev), no Triton, or a GPU too old"
+        logger.warning(f"not compiling, which is slower: {failures[0]}; usual causes: {causes}")
     return None
 
 
 def compile_failure(device: torch.device) -> str | None:
     """None if a function can be compiled and run on the device, else the reason."""
-    import torch
-
     # new code each time: that of an earlier run is cached, and proves nothing about today
     never_seen = 1 + (time.time_ns() ^ os.getpid()) % 2**40 / 2**40
 
