@@ -120,14 +120,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-STAGES: dict[str, tuple[Any, list[str], int]] = {
-    "base": (base_train, [*MODEL, "--total_batch_size=256", "--device_batch_size=4"], 6),
-    "mid": (mid_train, ["--mixture=arithmetic:400", "--block_diagonal=1"], 6),
-    "sft": (chat_sft, ["--mixture=arithmetic:400", "--target_examples_per_step=14"], 10),
+STAGES: dict[str, tuple[Any, list[str]]] = {
+    "base": (base_train, [*MODEL, "--total_batch_size=256", "--device_batch_size=4"]),
+    "mid": (mid_train, ["--mixture=arithmetic:400", "--block_diagonal=1"]),
+    "sft": (chat_sft, ["--mixture=arithmetic:400", "--target_examples_per_step=14"]),
     "rl": (
         chat_rl,
         ["--task=arithmetic", "--examples_per_step=4", "--num_samples=4", "--max_new_tokens=8"],
-        6,
     ),
 }
 
@@ -137,7 +136,7 @@ def test_each_stage_compiles_a_function_at_most_for_one_shape_and_then_for_all(
 ) -> None:
     monkeypatch.setenv("ZANGCHAT_BASE_DIR", str(root))
     monkeypatch.setattr(compiler, "BACKEND", compilations)
-    for stage, (command, flags, most) in STAGES.items():
+    for stage, (command, flags) in STAGES.items():
         if stage == "base":
             more = [
                 "--core_metric_every=-1",
@@ -152,4 +151,5 @@ def test_each_stage_compiles_a_function_at_most_for_one_shape_and_then_for_all(
         assert command.main(flags) == 0, stage
         # the first shape, all shapes, and the one row that torch takes for a case of its own
         assert max(compilations.of.values()) <= 3, (stage, compilations.of)
-        assert sum(compilations.of.values()) <= 1 + most, (stage, compilations.of)  # 1: the trial
+        # the trial, blocks with and without gradients, the loss and its gradient
+        assert len(compilations.of) <= 5, (stage, compilations.of)
