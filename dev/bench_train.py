@@ -38,7 +38,6 @@ from zangchat.training import planning
 class Config(base_train.Config):
     vocab_size: int = 65536
     device_batch_size: int = 32  # rows in one pass; "auto" is not available here
-    compile: bool | None = None  # torch.compile of the model; default: as in training, on CUDA
     steps: int = 8  # timed steps of a repetition
     repeats: int = 3
     peer: str = ""  # folder of a nanochat checkout to compare with
@@ -191,19 +190,29 @@ def zangchat(config: Config, device: Any) -> tuple[Callable[[], Any], Any]:
     from zangchat import checkpoint_manager
     from zangchat.config import RunState, StepMultipliers
     from zangchat.dataloader import Batch
+    from zangchat.gpt import ForwardOptions
+    from zangchat.nn import fp8
     from zangchat.nn.attention import choose_backend
     from zangchat.optim import build_optimizer
+    from zangchat.runtime.compiler import working_backend
     from zangchat.training.trainer import Stage, Trainer
 
     if device.type == "cpu":
         keep_freed_memory()
     gpt = planning.model_config(config, config.vocab_size)
     dtype = resolve_dtype(config.dtype, device)
-    model = checkpoint_manager.empty_model(gpt, device, str(dtype).removeprefix("torch."))
-    model.init_weights(0.0, torch.Generator(device).manual_seed(1))
-    model.attention_backend, reason = choose_backend(device, dtype, gpt.head_dim)
+    backend, reason = choose_backend(device, dtype, gpt.head_dim)
     if device.type != "cpu":  # nothing to choose on a CPU
         print(f"attention: {reason}", file=sys.stderr)
+    options = ForwardOptions(
+        attention=backend,
+        grad_checkpoint=config.grad_checkpoint,
+        compile_backend=working_backend(config.compile, device),
+    )
+    model = checkpoint_manager.empty_model(gpt, device, str(dtype).removeprefix("torch."), options)
+    model.init_weights(0.0, torch.Generator(device).manual_seed(1))
+    if config.fp8:
+        print(fp8.use_fp8(model, device), file=sys.stderr)
     optimizer = build_optimizer(
         model,
         embedding_lr=1e-3,
@@ -222,7 +231,6 @@ def zangchat(config: Config, device: Any) -> tuple[Callable[[], Any], Any]:
         RunState(num_iterations=10**9),
         device=device,
         device_batch_size=config.device_batch_size,
-        compile=device.type == "cuda" if config.compile is None else config.compile,
     )
     return lambda: trainer.train_step(batch), dtype
 

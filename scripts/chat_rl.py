@@ -43,6 +43,7 @@ class Config(FinetuneConfig):
     device_batch_size: BatchSize = 8
     """answers per rank in one training pass; auto = as many as fit the memory"""
     init_lr_frac: float = 0.05  # factor on all rates, which then fall to 0
+    compile: bool | None = False  # torch.compile; its answers have a new length at each step
     # evaluation
     eval_every: int = 60  # steps between evaluations on held-out examples; -1 = none
     eval_examples: int = 400  # held-out examples
@@ -71,7 +72,7 @@ def train(config: Config) -> int:
         print0(f"rl: {task.name}, {steps:,} steps of {answers}")
         plan = run.plan._replace(num_iterations=steps)
         stage = make_stage(run, steps, task, held_out)
-        return run.fit(stage, plan, "Chat RL", compile=False)
+        return run.fit(stage, plan, "Chat RL")
 
 
 def check(config: Config) -> None:

@@ -77,7 +77,7 @@ def simulated_gpu() -> Iterator[Usage]:
     with pytest.MonkeyPatch.context() as patch, FakeTensorMode(), Usage() as usage:
         for module in (sampling, kv_cache):
             patch.setattr(module, "to_device", sent)
-        patch.setitem(attention._kernels, "sdpa", flash)
+        patch.setitem(attention._KERNELS, "sdpa", flash)
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))  # Hopper
         # the key of a recomputed block during a backward pass
         patch.setattr(torch._C, "_current_graph_task_id", lambda: 1)

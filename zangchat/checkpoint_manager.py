@@ -41,7 +41,7 @@ from zangchat.runtime.files import atomic_write, file_sha256, get_base_dir
 from zangchat.runtime.logs import log0
 
 if TYPE_CHECKING:
-    from zangchat.gpt import GPT
+    from zangchat.gpt import GPT, ForwardOptions
     from zangchat.tokenizer import RustBPETokenizer
 
 META = re.compile(r"^meta_(\d+)\.json$")
@@ -336,7 +336,12 @@ def build_model(
     return model, load_tokenizer(checkpoint_dir, meta), meta
 
 
-def empty_model(config: GPTConfig, device: torch.device | str, dtype: str = "") -> "GPT":
+def empty_model(
+    config: GPTConfig,
+    device: torch.device | str,
+    dtype: str = "",
+    options: "ForwardOptions | None" = None,
+) -> "GPT":
     """A model on `device`, to be filled by `init_weights` or `load_weights`.
 
     It is not made on the meta device: GPT only reserves memory anyway, and operations on meta
@@ -345,7 +350,7 @@ def empty_model(config: GPTConfig, device: torch.device | str, dtype: str = "") 
     from zangchat.gpt import GPT
 
     with torch.device(device):
-        return GPT(config, resolve_dtype(dtype, torch.device(device)))
+        return GPT(config, resolve_dtype(dtype, torch.device(device)), options)
 
 
 def model_config(meta: Mapping[str, Any], checkpoint_dir: str | Path) -> GPTConfig:

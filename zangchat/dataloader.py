@@ -13,7 +13,6 @@ Legend: R rows of a step, T targets in a row, W = T + 1 tokens in a row.
 """
 
 import contextlib
-import itertools
 import logging
 import math
 import queue
@@ -33,6 +32,7 @@ Item = TypeVar("Item")
 
 LOOK_AHEAD = 16  # unfinished documents that the packer holds while it looks for one that fits
 PREFETCHED_STEPS = 2
+LENGTH_CLASSES = 8  # of validation rows
 IGNORED = -1  # target without loss
 
 
@@ -257,27 +257,43 @@ def validation_batches(
     world_size: int = 1,
 ) -> Iterator[Batch]:
     """Validation rows, the same for any packer and number of ranks: each document from its <|bos|>,
-    at most T targets, the rest ignored.
+    at most T targets.
 
-    Documents are taken in order until they amount to `eval_tokens` targets; without that, all.
-    Every rank gets the same number of batches of `rows_per_batch` rows; rows without targets fill
-    the last.
+    Documents are taken in order until they amount to `eval_tokens` targets; without that, all. Rows
+    of about the same length share a batch, which is cut to that length and holds more of them:
+    `rows_per_batch` x T positions, few of them padding. Every rank gets batches of the same shapes,
+    of which there are at most LENGTH_CLASSES; rows without targets fill the last.
     """
-    width, rows_per_step = sequence_len + 1, rows_per_batch * world_size
-    rows = _validation_rows(dataset, tokenizer, width, eval_tokens)
-    while step := list(itertools.islice(rows, rows_per_step)):
-        ids = np.full((rows_per_step, width), tokenizer.get_bos_token_id(), dtype=np.int32)
+    unit = -(-sequence_len // LENGTH_CLASSES)
+    bos = tokenizer.get_bos_token_id()
+    waiting: dict[int, list[np.ndarray]] = {}  # by the targets in a row, rounded up
+
+    def size(length: int) -> int:
+        return rows_per_batch * sequence_len // length * world_size
+
+    def batch(rows: Sequence[np.ndarray], length: int) -> Batch:
+        ids = np.full((size(length), length + 1), bos, dtype=np.int32)
         learn = np.zeros(ids.shape, dtype=bool)
-        for i, row in enumerate(step):
+        for i, row in enumerate(rows):
             ids[i, : len(row)], learn[i, : len(row)] = row, True
-        yield _batch(ids, learn, {}, rank, world_size)
+        return _batch(ids, learn, {}, rank, world_size)
+
+    for row in _validation_rows(dataset, tokenizer, sequence_len + 1, eval_tokens):
+        length = min(-(-(len(row) - 1) // unit) * unit, sequence_len)
+        rows = waiting.setdefault(length, [])
+        rows.append(row)
+        if len(rows) == size(length):
+            yield batch(waiting.pop(length), length)
+    rows = []
+    for length in sorted(waiting):  # the rest goes to longer rows as long as there are any
+        rows += waiting[length]
+        while rows and (len(rows) >= size(length) or length == max(waiting)):
+            yield batch(rows[: size(length)], length)
+            rows = rows[size(length) :]
 
 
 def _validation_rows(
-    dataset: Dataset,
-    tokenizer: Any,
-    width: int,
-    eval_tokens: int | None,
+    dataset: Dataset, tokenizer: Any, width: int, eval_tokens: int | None
 ) -> Iterator[np.ndarray]:
     """<|bos|> and the first T tokens of each document."""
     bos = tokenizer.get_bos_token_id()
@@ -294,11 +310,7 @@ def _validation_rows(
 
 
 def _batch(
-    ids: np.ndarray,
-    learn: np.ndarray,
-    cursor: dict[str, Any],
-    rank: int,
-    world_size: int,
+    ids: np.ndarray, learn: np.ndarray, cursor: dict[str, Any], rank: int, world_size: int
 ) -> Batch:
     """Rows (R, W) of a step -> this rank's Batch."""
     share = len(ids) // world_size
@@ -312,8 +324,7 @@ def _batch(
 
 
 def prefetched(
-    produce: Callable[[], Iterator[Item]],
-    depth: int = PREFETCHED_STEPS,
+    produce: Callable[[], Iterator[Item]], depth: int = PREFETCHED_STEPS
 ) -> Iterator[Item]:
     """The items of `produce()`, made by a thread up to `depth` ahead; its exception is raised here.
     Closing it ends the thread."""

@@ -197,17 +197,17 @@ def activation_bytes_per_token(
 def block_bytes_per_token(config: GPTConfig, size: int = 2, device_type: str = "cuda") -> int:
     """Bytes that one block's forward pass keeps for its backward pass, per token.
 
-    In widths: inputs of its norms (x twice, q; and k), x normed twice, q normed, attention's output
-    as computed and in rows, relu and its square (4 each), k normed and v. On a CPU the norm of
-    functional.py keeps only its output, and in 16 bits attention keeps its probabilities
-    (attention.py, `blocks`) instead of its output as computed. Row statistics are fp32: one number
-    for each norm of x, and per head those of q, k and softmax.
+    In widths: inputs of its norms (x twice, q; and k), x normed twice, q normed, attention's
+    output, relu and its square (4 each), k normed and v. On a CPU the norm of functional.py keeps
+    only its output, and attention also keeps its output as computed, head by head, in 16 bits its
+    probabilities instead (attention.py, `blocks`). Row statistics are fp32: one number for each
+    norm of x, and per head those of q, k and softmax.
     """
     width, kv_width = config.n_embd, config.n_kv_head * config.head_dim
     cpu = device_type == "cpu"
     inputs = 0 if cpu else size * (3 * width + kv_width)
     statistics = 4 * (2 + 2 * config.n_head + config.n_kv_head)
-    kept = size * (13 * width + 2 * kv_width) + statistics
+    kept = size * ((13 if cpu else 12) * width + 2 * kv_width) + statistics
     if cpu and size == 2:
         block = min(config.sequence_len, 128)  # as attention.py cuts a row
         kept += size * (config.n_head * (config.sequence_len + block) // 2 - width)

@@ -15,8 +15,9 @@ vocabulary.
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -24,39 +25,30 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from zangchat.config import GPTConfig
-from zangchat.nn.attention import WithinDocuments, attend
+from zangchat.nn.attention import AttentionContext, WithinDocuments, attend
 from zangchat.nn.functional import relu_squared, rms_norm, rotate
 from zangchat.nn.linear import Linear
 from zangchat.nn.loss import softcap, softcapped_cross_entropy
+from zangchat.runtime.compiler import compiled
 
-__all__ = ["GPT", "AttentionContext", "GPTConfig"]
+__all__ = ["GPT", "AttentionContext", "ForwardOptions", "GPTConfig"]
 
 Rotary = tuple[Tensor, Tensor]  # cos, sin
 
 
-class AttentionContext(Protocol):
-    """The tokens that new ones attend to, other than those before them in the same pass.
+@dataclass(frozen=True)
+class ForwardOptions:
+    """How a model's passes run. Except for `document_start`, they change results by rounding only.
 
-    A key/value cache, a shared prefix, or a mask; the policy belongs to whoever makes it.
+    Compiling: the blocks, which share one compilation that torch keeps on disk for the next launch,
+    and the loss between its products. Passes with a key/value cache are never compiled.
     """
 
-    @property
-    def positions(self) -> Tensor:
-        """(B,) int64: the position of each row's first new token."""
-
-    @property
-    def longest(self) -> int:
-        """At least the largest of `positions`, known without asking the device."""
-
-    def update(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The new tokens' k, v (B, G, T, D) -> keys and values (B, G, S, D) to attend to, and a
-        mask.
-
-        The mask is (B, 1, T, S), None for plain causal attention.
-        """
-
-    def advance(self, num_tokens: int) -> None:
-        """T more tokens were read in every row; called once, after the last layer."""
+    attention: str = "sdpa"  # see attention.choose_backend
+    grad_checkpoint: bool = False  # True: keep each block's input only, recompute the rest
+    # a token (<|bos|>) that begins a document; a document does not attend to those before it
+    document_start: int | None = None
+    compile_backend: Any = None  # of torch.compile; None: run eagerly
 
 
 class Attention(nn.Module):
@@ -75,10 +67,10 @@ class Attention(nn.Module):
     ) -> Tensor:
         B, T, C = x.shape
         q, k, v = (
-            project(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-            for project in (self.c_q, self.c_k, self.c_v)
+            project(x).view(B, T, -1, self.head_dim) for project in (self.c_q, self.c_k, self.c_v)
         )
         q, k = (rms_norm(rotate(part, *rotary), self.eps) for part in (q, k))
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # views, as kernels expect them
         mask = None
         if context is not None:
             k, v, mask = context.update(self.layer_idx, k, v)
@@ -110,10 +102,13 @@ class Block(nn.Module):
         return x + self.mlp(rms_norm(x, self.eps))
 
 
-def run_block(
-    block: nn.Module, x: Tensor, rotary: Rotary, context: AttentionContext | None, backend: str
-) -> Tensor:
-    return block(x, rotary, context, backend)
+def train_block(block: nn.Module, *inputs: Any) -> Tensor:
+    return block(*inputs)
+
+
+def read_block(block: nn.Module, *inputs: Any) -> Tensor:
+    """The same without gradients: torch counts shapes by function, and these are others."""
+    return block(*inputs)
 
 
 def rotary_tables(config: GPTConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -133,15 +128,14 @@ class GPT(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        config: GPTConfig,
+        compute_dtype: torch.dtype = torch.float32,
+        options: ForwardOptions | None = None,
+    ) -> None:
         super().__init__()
-        self.config = config
-        self.attention_backend = "sdpa"  # see attention.choose_backend
-        self.grad_checkpoint = False  # True: keep each block's input only, recompute the rest
-        # a token (<|bos|>) that begins a document; a document does not attend to those before it
-        self.document_start: int | None = None
-        self.run_block = run_block  # for passes that record gradients, see compile_blocks
-        self.compile_backend: Any = None
+        self.config, self.options = config, options or ForwardOptions()
         rows = config.padded_vocab_size
         self.transformer = nn.ModuleDict(
             {
@@ -178,24 +172,14 @@ class GPT(nn.Module):
 
         Weights must not change there. Gradients still accumulate in the fp32 masters.
         """
-        linear = (layer for layer in self.modules() if type(layer) is Linear)
-        layers = [layer for layer in linear if layer.weight.dtype != self.compute_dtype]
-        for layer in layers:
-            layer.cast = layer.weight.to(self.compute_dtype)
+        layers = [layer for layer in self.modules() if isinstance(layer, Linear)]
         try:
+            for layer in layers:
+                layer.hold(self.compute_dtype)
             yield
         finally:
             for layer in layers:
-                layer.cast = None
-
-    def compile_blocks(self, backend: str = "inductor") -> None:
-        """Compile training passes from now on: the blocks, and the loss between its products.
-
-        All blocks share one compilation, which torch keeps on disk for the next launch. Evaluation
-        and sampling, whose shapes change from call to call, stay eager.
-        """
-        self.run_block = torch.compile(run_block, backend=backend, dynamic=False)
-        self.compile_backend = backend
+                layer.release()
 
     @torch.no_grad()
     def init_weights(
@@ -256,17 +240,15 @@ class GPT(nn.Module):
     # -- forward -----------------------------------------------------------------------------------
 
     def _rotary(self, T: int, context: AttentionContext | None) -> Rotary:
-        """cos, sin in the compute dtype, (T, D/2), or (B, 1, T, D/2) at each row's own
-        positions.
-        """
+        """cos, sin in the compute dtype, (T, 1, D/2), or (B, T, 1, D/2) at the rows' positions."""
         needed = T if context is None else context.longest + T
         if needed > self.cos.size(0):
             self.init_rotary(max(needed, 2 * self.cos.size(0)))
         if context is None:
-            cos, sin = self.cos[:T], self.sin[:T]
+            cos, sin = self.cos[:T, None], self.sin[:T, None]
         else:
             positions = context.positions[:, None] + torch.arange(T, device=self.get_device())
-            cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+            cos, sin = self.cos[positions, None], self.sin[positions, None]
         return cos.to(self.compute_dtype), sin.to(self.compute_dtype)
 
     def forward(
@@ -285,16 +267,19 @@ class GPT(nn.Module):
         ones; loss_weights (B, T) are factors on each token's loss. logits_at (B,) selects one
         position per row -> (B, 1, vocab_size), all that a prefill needs.
         """
-        (B, T), config, context = idx.shape, self.config, kv_cache
-        if context is None and self.document_start is not None:
-            context = WithinDocuments(idx, self.document_start)
+        (B, T), config, options, context = idx.shape, self.config, self.options, kv_cache
+        if context is None and options.document_start is not None:
+            context = WithinDocuments(idx, options.document_start)
         rotary = self._rotary(T, context)
         x = rms_norm(self.wte(idx).to(self.compute_dtype), config.rms_norm_eps)
-        run: Callable[..., Any] = self.run_block if torch.is_grad_enabled() else run_block
-        if torch.is_grad_enabled() and self.grad_checkpoint:
-            run = partial(checkpoint, run, use_reentrant=False)
+        records = torch.is_grad_enabled()
+        run: Callable[..., Any] = train_block if records else read_block
+        if options.compile_backend is not None and kv_cache is None:
+            run = compiled(run, options.compile_backend)
+        if records and options.grad_checkpoint:
+            run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
         for block in cast(nn.ModuleList, self.transformer["h"]):
-            x = run(block, x, rotary, context, self.attention_backend)
+            x = run(block, x, rotary, context, options.attention)
         x = rms_norm(x, config.rms_norm_eps)
         if context is not None:
             context.advance(T)
@@ -311,6 +296,6 @@ class GPT(nn.Module):
             loss_reduction,
             None if loss_weights is None else loss_weights.reshape(-1),
             cast=self.lm_head.cast,
-            compile_backend=self.compile_backend if torch.is_grad_enabled() else None,
+            compile_backend=options.compile_backend,
         )
         return loss.view(B, T) if loss_reduction == "none" else loss

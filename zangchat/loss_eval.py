@@ -24,16 +24,14 @@ def evaluate_bpb(model: "GPT", batches: Iterable["Batch"], token_bytes: torch.Te
     device = model.get_device()
     token_bytes = token_bytes.cpu()
     nats, num_bytes = 0.0, 0
-    for batch in batches:
-        losses = (
-            model(batch.inputs.to(device), batch.targets.to(device), loss_reduction="none")
-            .cpu()
-            .double()
-        )
-        targets = batch.targets.cpu()
-        lengths = torch.where(targets >= 0, token_bytes[targets.clamp(min=0)], 0)
-        nats += float(losses[lengths > 0].sum())
-        num_bytes += int(lengths.sum())
+    with model.cast_once():
+        for batch in batches:
+            inputs, targets = batch.inputs.to(device), batch.targets.to(device)
+            losses = model(inputs, targets, loss_reduction="none").cpu().double()
+            targets = batch.targets.cpu()
+            lengths = torch.where(targets >= 0, token_bytes[targets.clamp(min=0)], 0)
+            nats += float(losses[lengths > 0].sum())
+            num_bytes += int(lengths.sum())
     nats, total = collectives.sum_over_ranks([nats, num_bytes])
     return nats / math.log(2) / total if total else math.inf
 
@@ -43,10 +41,10 @@ def evaluate_loss(model: "GPT", batches: Iterable["Batch"]) -> float:
     """Mean loss (nats) of the supervised targets of all batches of all ranks; nan without any."""
     device = model.get_device()
     loss, count = 0.0, 0
-    for batch in batches:
-        loss += float(
-            model(batch.inputs.to(device), batch.targets.to(device), loss_reduction="sum")
-        )
-        count += int((batch.targets >= 0).sum())
+    with model.cast_once():
+        for batch in batches:
+            inputs, targets = batch.inputs.to(device), batch.targets.to(device)
+            loss += float(model(inputs, targets, loss_reduction="sum"))
+            count += int((batch.targets >= 0).sum())
     loss, total = collectives.sum_over_ranks([loss, count])
     return loss / total if total else math.nan

@@ -1,11 +1,17 @@
 """Attention equals an explicit softmax over the visible positions; only correct backends run."""
 
+import contextlib
 import math
 import re
 import time
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
 
 from zangchat.nn import attention
 from zangchat.nn.attention import attend, choose_backend
@@ -57,14 +63,6 @@ def test_gradients_reach_shared_key_value_heads() -> None:
     torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # flex_attention advises compiling it
-def test_flex_equals_explicit_attention() -> None:
-    q, k, v = qkv(32, 32)
-    torch.testing.assert_close(
-        attend(q, k, v, backend="flex"), attend(q, k, v), atol=1e-5, rtol=1e-5
-    )
-
-
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
 # less than a block, more than one, a whole number of blocks
 @pytest.mark.parametrize("T", [2, 5, 6, 20])
@@ -113,16 +111,14 @@ def test_failing_or_wrong_backend_is_not_chosen(monkeypatch: pytest.MonkeyPatch)
     def fails(q, k, v):
         raise RuntimeError("no kernel image is available")
 
-    original = attention._causal_kernel
-    broken = {"flash": fails, "flex": lambda q, k, v: original("sdpa")(q, k, v) * 1.5}
-    monkeypatch.setattr(
-        attention, "_causal_kernel", lambda name: broken.get(name) or original(name)
-    )
-    name, reason = choose_backend("cpu", torch.float32, 16, ["flash", "flex"])
+    sdpa = attention._KERNELS["sdpa"]
+    monkeypatch.setitem(attention._KERNELS, "flash", fails)
+    monkeypatch.setitem(attention._KERNELS, "blocks", lambda q, k, v: sdpa(q, k, v) * 1.5)
+    name, reason = choose_backend("cpu", torch.float32, 16, ["flash", "blocks"])
     assert (
         name == "sdpa"
         and "flash is not usable here (RuntimeError: no kernel image" in reason
-        and "flex" in reason
+        and "blocks" in reason
         and "differs" in reason
     )
     # cuDNN has no kernel for a CPU: sdpa must refuse, not quietly take another one
@@ -133,29 +129,127 @@ def test_failing_or_wrong_backend_is_not_chosen(monkeypatch: pytest.MonkeyPatch)
 def test_fastest_correct_backend_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "TRIAL_TOKENS", 32)
     monkeypatch.setattr(attention, "TRIAL_HEADS", 8)
-    original, sdpa = attention._causal_kernel, attention._causal_kernel("sdpa")
+    sdpa = attention._KERNELS["sdpa"]
 
     def slow(q, k, v):
         time.sleep(0.2)
         return sdpa(q, k, v)
 
+    monkeypatch.setitem(attention._KERNELS, "flash", slow)
+    monkeypatch.setitem(attention._KERNELS, "blocks", sdpa)
+    name, reason = choose_backend("cpu", torch.float32, 16, ["flash", "blocks"])
+    assert name == "blocks" and re.fullmatch(
+        r"blocks: forward and backward in [0-9.]+ ms \(blocks\), [0-9.]+ ms \(flash\)", reason
+    )
+
+
+def test_the_trial_runs_on_inputs_like_those_of_a_model() -> None:
+    """Normal draws, as the norms make them, in the memory order of the projections."""
+    q, k, v = attention._trial_inputs([(2, 4, 64, 16)] * 3, torch.device("cpu"), torch.float32)
+    for part in (q, k, v):
+        assert part.shape == (2, 4, 64, 16) and part.transpose(1, 2).is_contiguous()
+        assert abs(float(part.detach().std()) - 1) < 0.05
+    assert not torch.equal(q, k) and not torch.equal(k, v)
+
+
+def test_rank_0_chooses_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def races(*args):
+        raise AssertionError("a second race")
+
+    monkeypatch.setattr(attention.collectives, "world", lambda: (1, 2))
+    monkeypatch.setattr(attention.collectives, "from_rank_0", lambda own: ("blocks", "it won"))
+    monkeypatch.setattr(attention, "_fastest", races)
+    assert choose_backend("cpu", torch.bfloat16, 64) == ("blocks", "blocks: it won")
+
+
+def test_the_winner_is_the_one_that_torch_calls_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flash-attn 3 and 4 take the place of one operation of torch's, for the whole process."""
+    active: list[str | None] = [None]
+    names = attention.torch_attention
+    monkeypatch.setattr(names, "current_flash_attention_impl", lambda: active[-1], raising=False)
+    monkeypatch.setattr(names, "activate_flash_attention_impl", active.append, raising=False)
     monkeypatch.setattr(
-        attention,
-        "_causal_kernel",
-        lambda name: {"flash": slow, "flex": sdpa}.get(name) or original(name),
+        names, "restore_flash_attention_impl", lambda: active.append(None), raising=False
     )
-    name, reason = choose_backend("cpu", torch.float32, 16, ["flash", "flex"])
-    assert name == "flex" and re.fullmatch(
-        r"flex: forward and backward in [0-9.]+ ms \(flex\), [0-9.]+ ms \(flash\)", reason
-    )
+    seconds = {"FA4": 3.0, "FA3": 1.0, "flash": 2.0, "sdpa": 4.0}
+    ran = set()
+    monkeypatch.setattr(attention, "_seconds", lambda name, *args: seconds[name])
+    for name, kernel in list(attention._KERNELS.items()):
+        recorded = partial(lambda kernel, name, *qkv: ran.add((name, active[-1])) or kernel(*qkv))
+        monkeypatch.setitem(attention._KERNELS, name, partial(recorded, kernel, name))
+    name, _ = choose_backend("cpu", torch.float32, 16, list(seconds))
+    assert ran == {("FA4", "FA4"), ("FA3", "FA3"), ("flash", None), ("sdpa", None)}
+    assert name == "FA3" and active[-1] == "FA3"
+    assert choose_backend("cpu", torch.float32, 16)[0] == "sdpa" and active[-1] is None
+
+
+def test_a_package_that_is_not_installed_is_named() -> None:
+    name, reason = choose_backend("cpu", torch.float32, 16, ["FA4", "FA3", "sdpa"])
+    assert name == "sdpa" and "FA4 is not usable here" in reason and "FA3 is not usable" in reason
 
 
 def test_candidates_for_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert attention.candidates("cuda", torch.bfloat16) == ("flash", "cudnn", "flex", "sdpa")
-    assert attention.candidates("cuda", torch.float32) == ("flex", "sdpa")
+    fast = ("FA4", "FA3", "flash", "cudnn", "sdpa")
+    assert attention.candidates("cuda", torch.bfloat16) == fast
+    assert attention.candidates("cuda", torch.float32) == ("sdpa",)
     assert attention.candidates("mps", torch.float32) == ("sdpa",)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     assert attention.candidates("cuda", torch.bfloat16) == ("sdpa",)
+
+
+# ---- kernels on a GPU ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def allowed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The kernels that each call on a GPU (without values) leaves to torch's choice."""
+    calls: list[Any] = []
+
+    def recorded(kernels: Any) -> contextlib.AbstractContextManager[None]:
+        calls.append(kernels)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(attention, "sdpa_kernel", recorded)
+    return calls
+
+
+def on_gpu(*sizes: int) -> list[torch.Tensor]:
+    return [torch.empty(2, 4, T, 16, device="cuda", dtype=torch.bfloat16) for T in sizes]
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "cudnn", "FA3"])
+def test_passes_without_gradients_never_let_cudnn_plan_for_their_shapes(
+    allowed: list[Any], backend: str
+) -> None:
+    with FakeTensorMode(), torch.no_grad():
+        for T in (5, 64, 130):
+            attend(*on_gpu(T, T, T), backend=backend)  # a prompt
+            attend(*on_gpu(1, T, T), backend=backend)  # a token
+            mask = torch.ones(2, 1, 3, T, device="cuda", dtype=torch.bool)
+            attend(*on_gpu(3, T, T), mask, backend)  # a chunk
+    assert allowed == [attention.WITHOUT_PLANS] * 9
+    assert SDPBackend.CUDNN_ATTENTION not in attention.WITHOUT_PLANS
+
+
+def test_training_takes_the_kernel_that_was_chosen_and_none_else(allowed: list[Any]) -> None:
+    with FakeTensorMode():
+        for backend in ("cudnn", "flash", "FA4", "sdpa"):
+            attend(*(part.requires_grad_() for part in on_gpu(64, 64, 64)), backend=backend)
+    flash = SDPBackend.FLASH_ATTENTION
+    assert allowed == [SDPBackend.CUDNN_ATTENTION, flash, flash, attention.WITHOUT_PLANS]
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "flash", "FA3", "FA4", "blocks"])
+def test_every_backend_stays_within_one_graph(backend: str) -> None:
+    """fullgraph=True makes a break an error. cuDNN's, for which torch asks the GPU, is chosen in
+    the same way as flash."""
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, backend="eager", fullgraph=True)
+    inputs = [part.requires_grad_() for part in qkv(8, 8)]
+    torch.testing.assert_close(compiled(*inputs, backend=backend), attend(*inputs, backend=backend))
+    if backend == "sdpa":
+        with FakeTensorMode():
+            assert compiled(*on_gpu(8, 8, 8)).shape == (2, 4, 8, 16)
 
 
 def test_unknown_backends_are_named() -> None:

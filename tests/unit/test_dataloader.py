@@ -15,6 +15,7 @@ from tests.reference import packing as reference
 from tests.util import ByteTokenizer, conversation, make_dataset
 from zangchat import dataloader
 from zangchat.dataloader import (
+    LENGTH_CLASSES,
     Packer,
     example_batches,
     first_fit,
@@ -483,31 +484,44 @@ def validation(dataset, rank=0, world_size=1, rows=2, **limits):
 
 
 def test_validation_rows_are_the_beginnings_of_the_documents(dataset):
-    rows = [
-        row
-        for batch in validation(dataset)
-        for row in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True)
-    ]
-    documents = list(dataset.iter_documents("validation"))
-    for (inputs, targets), text in zip(rows, documents, strict=False):
-        ids = list(text.encode())[:T]
-        assert targets == ids + [-1] * (T - len(ids))
-        assert inputs[: len(ids)] == [BOS, *ids][: len(ids)]
-    assert all(set(targets) == {-1} for _, targets in rows[len(documents) :])
+    beginnings = [list(text.encode())[:T] for text in dataset.iter_documents("validation")]
+    for batch in validation(dataset):
+        for inputs, targets in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
+            ids = [target for target in targets if target != -1]
+            assert targets == ids + [-1] * (batch.inputs.size(1) - len(ids))
+            assert inputs[: len(ids)] == [BOS, *ids][: len(ids)]
+            if ids:
+                beginnings.remove(ids)
+    assert beginnings == []
+
+
+def test_validation_rows_of_one_length_share_a_batch_and_little_is_padding(tmp_path):
+    """By the lengths of the documents, not by the order in which they come."""
+    texts = ["x" * (1 + 37 * i % (2 * T)) for i in range(150)]
+    dataset = make_dataset(tmp_path / "lengths", ["train"], texts)
+    batches = validation(dataset, rows=4)
+    shapes = Counter(tuple(batch.inputs.shape) for batch in batches)
+    assert len(shapes) <= LENGTH_CLASSES
+    assert all(rows * length <= 4 * T for rows, length in shapes)
+    supervised = sum(int((batch.targets >= 0).sum()) for batch in batches)
+    assert supervised == sum(min(len(text), T) for text in texts)
+    read = sum(batch.targets.numel() for batch in batches)
+    assert read < 1.25 * supervised < len(texts) * T  # the last: rows as long as the longest
 
 
 @pytest.mark.parametrize("limits", [{}, {"eval_tokens": 100}])
 def test_validation_is_the_same_for_any_number_of_ranks(dataset, limits):
     def targets(world_size):
         batches = [validation(dataset, rank, world_size, **limits) for rank in range(world_size)]
-        assert len({len(rank) for rank in batches}) == 1
+        shapes = {tuple(batch.inputs.shape for batch in rank) for rank in batches}
+        assert len(shapes) == 1  # the ranks run in step
         rows = [
             row
             for step in zip(*batches, strict=True)
             for batch in step
             for row in batch.targets.tolist()
         ]
-        return [row for row in rows if set(row) != {-1}]
+        return sorted([token for token in row if token != -1] for row in rows if max(row) >= 0)
 
     assert targets(1) == targets(2) == targets(4)
     supervised = sum(token >= 0 for row in targets(1) for token in row)

@@ -105,14 +105,14 @@ def test_decoding_limits_of_d20():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_equal_the_tensors_saved_by_autograd(dtype, kv_heads):
     """Bytes saved for the backward pass, without weights and casts, plus the loss's gradient."""
-    from zangchat.gpt import GPT
+    from zangchat.gpt import GPT, ForwardOptions
     from zangchat.nn.attention import choose_backend
 
     config = GPTConfig(
         sequence_len=256, vocab_size=256, n_layer=3, n_head=4, n_kv_head=kv_heads, n_embd=128
     )
-    model = GPT(config, compute_dtype=dtype)
-    model.attention_backend, _ = choose_backend("cpu", dtype, config.head_dim)
+    backend, _ = choose_backend("cpu", dtype, config.head_dim)
+    model = GPT(config, dtype, ForwardOptions(attention=backend))
     model.init_weights()
     weight_shapes = {p.shape for p in model.parameters()} | {
         p.shape[::-1] for p in model.parameters()
@@ -191,15 +191,15 @@ import sys, json
 from pathlib import Path
 import torch
 from zangchat.config import GPTConfig
-from zangchat.gpt import GPT
+from zangchat.gpt import GPT, ForwardOptions
 
 def kilobytes(key):
     return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
 
 def train(rows, dtype, checkpoint, *sizes):
     config = GPTConfig(*sizes)
-    model = GPT(config, compute_dtype=getattr(torch, dtype))
-    model.grad_checkpoint = checkpoint
+    options = ForwardOptions(grad_checkpoint=checkpoint)
+    model = GPT(config, getattr(torch, dtype), options)
     model.init_weights()
     optimizer = model.setup_optimizers(embedding_lr=0.1, unembedding_lr=0.01, matrix_lr=0.01)
     tokens = torch.randint(config.vocab_size, (rows, config.sequence_len))

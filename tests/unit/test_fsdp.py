@@ -19,6 +19,7 @@ from tests.unit.test_trainer import (
 from tests.unit.test_trainer import batches as plain_batches
 from zangchat import checkpoint_manager
 from zangchat.flops import memory_estimate
+from zangchat.gpt import ForwardOptions
 from zangchat.runtime import collectives
 from zangchat.runtime.processes import compute_cleanup
 from zangchat.training.hooks import record_validation
@@ -74,11 +75,13 @@ def rank_main(rank: int, world_size: int, port: int, directory: str) -> None:
         for part in trainer.optimizer._parts.values():  # only a share of the rows of each parameter
             assert part.to_local().size(0) <= -(-part.size(0) // world_size)
         assert all(p.untyped_storage().nbytes() <= 4 for p in trainer.optimizer.names)
-        checkpointed = sharded_trainer(
-            root / "checkpointed", stage=eval_stage(), num_iterations=10, save_every=10
-        )
-        checkpointed.model.grad_checkpoint = True
-        checkpointed.fit()
+        sharded_trainer(
+            root / "checkpointed",
+            stage=eval_stage(),
+            num_iterations=10,
+            save_every=10,
+            options=ForwardOptions(grad_checkpoint=True),
+        ).fit()
         sharded_trainer(root / "one", stage=eval_stage(), num_iterations=20, resume=10).fit()
     finally:
         compute_cleanup()

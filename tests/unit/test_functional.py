@@ -27,9 +27,9 @@ def plain_rotate(x: Tensor) -> Tensor:
 
 
 def angles(x: Tensor) -> tuple[Tensor, Tensor]:
-    angle = torch.arange(x.size(-2))[:, None] * torch.linspace(
-        0.1, 1.0, x.size(-1) // 2, dtype=torch.float64
-    )
+    """Of x (B, T, heads, D): (T, 1, D/2)."""
+    frequencies = torch.linspace(0.1, 1.0, x.size(-1) // 2, dtype=torch.float64)
+    angle = torch.arange(x.size(1))[:, None, None] * frequencies
     return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
 
 

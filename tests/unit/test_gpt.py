@@ -1,23 +1,27 @@
 """The model equals its slow twin and transformers' NanoChat, with and without a cache."""
 
 import contextlib
-import copy
+import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 
 from tests.reference import gpt as reference
-from zangchat.gpt import GPT, GPTConfig
+from zangchat.gpt import GPT, ForwardOptions, GPTConfig, read_block, train_block
+from zangchat.nn.attention import WithinDocuments
+from zangchat.nn.fp8 import convert_to_fp8
 
 TINY = GPTConfig(sequence_len=16, vocab_size=70, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
 
 
 def lively_model(
-    config: GPTConfig = TINY, dtype: torch.dtype = torch.float32, seed: int = 0
+    config: GPTConfig = TINY, dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any
 ) -> GPT:
     """A model in which every matrix affects the logits: init_weights leaves identity blocks."""
-    model = GPT(config)
+    model = GPT(config, options=ForwardOptions(**options))
     generator = torch.Generator().manual_seed(seed)
     model.init_weights(head_init_scale=0.3, generator=generator)
     with torch.no_grad():
@@ -271,7 +275,7 @@ def test_document_start_separates_the_documents_of_a_row() -> None:
     separate = torch.cat([model(piece) for piece in pieces], dim=1)
     together = model(row)
     assert not torch.allclose(together, separate, atol=1e-2)
-    model.document_start = start
+    model = lively_model(document_start=start)
     torch.testing.assert_close(model(row), separate, atol=1e-5, rtol=1e-5)
     # a row may begin inside a document
     torch.testing.assert_close(model(row[:, 2:])[:, 3:], separate[:, 5:], atol=1e-5, rtol=1e-5)
@@ -291,8 +295,7 @@ def test_document_start_separates_the_documents_of_a_row() -> None:
 @pytest.mark.parametrize("grad_checkpoint", [False, True])
 def test_weights_cast_once_for_all_passes_give_the_same_gradients(grad_checkpoint: bool) -> None:
     def learn(once: bool) -> dict[str, torch.Tensor]:
-        model = lively_model(dtype=torch.bfloat16)
-        model.grad_checkpoint = grad_checkpoint
+        model = lively_model(dtype=torch.bfloat16, grad_checkpoint=grad_checkpoint)
         with model.cast_once() if once else contextlib.nullcontext():
             for seed in range(3):
                 rows = torch.randint(
@@ -377,10 +380,9 @@ def test_compiled_blocks_share_one_graph_and_keep_the_results(grad_checkpoint: b
         graphs.append(graph)
         return graph
 
-    plain = lively_model()
-    compiled = copy.deepcopy(plain)
-    plain.grad_checkpoint = compiled.grad_checkpoint = grad_checkpoint
-    compiled.compile_blocks(backend)
+    torch._dynamo.reset()
+    plain = lively_model(grad_checkpoint=grad_checkpoint)
+    compiled = lively_model(grad_checkpoint=grad_checkpoint, compile_backend=backend)
     idx = tokens(2, 16)
     for _ in range(2):
         results = []
@@ -392,10 +394,60 @@ def test_compiled_blocks_share_one_graph_and_keep_the_results(grad_checkpoint: b
             results.append([loss.detach(), *(p.grad for p in model.parameters())])
         torch.testing.assert_close(results[1], results[0])
     assert len(graphs) == 3  # a block, and the loss forward and backward
-    with torch.no_grad():  # evaluation, whose shapes vary, is not compiled
-        for length in (3, 5, 7):
-            torch.testing.assert_close(compiled(idx[:, :length]), plain(idx[:, :length]))
-            torch.testing.assert_close(
-                compiled(idx[:, :length], idx[:, :length]), plain(idx[:, :length], idx[:, :length])
-            )
-    assert len(graphs) == 3
+    with torch.inference_mode():  # evaluation has graphs of its own, for any shape after the first
+        counts = []
+        for length in (16, 3, 5, 7, 11):
+            rows = idx[:, :length]
+            torch.testing.assert_close(compiled(rows), plain(rows))
+            torch.testing.assert_close(compiled(rows, rows), plain(rows, rows))
+            counts.append(len(graphs))
+        # a block and a loss of the first shape, then of all
+        assert counts == [3 + 2] + [3 + 4] * 4
+        compiled(idx[:, :4], kv_cache=RowCache(TINY, 2))
+    assert len(graphs) == counts[-1]  # a cache's own code runs as it is
+
+
+def test_options_cannot_be_changed_afterwards() -> None:
+    model = lively_model(document_start=3)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        model.options.document_start = 4  # type: ignore[misc]
+    knobs = {field.name for field in dataclasses.fields(ForwardOptions)}
+    assert not knobs & vars(model).keys()  # one place for each
+
+
+def test_recomputing_asks_for_no_random_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model draws nothing, and on a GPU the question makes the host wait."""
+    model, idx = lively_model(grad_checkpoint=True), tokens(2, 8)
+    asked = []
+    monkeypatch.setattr(torch, "get_rng_state", lambda: asked.append("get_rng_state"))
+    model(idx, idx).backward()
+    assert asked == []
+
+
+@pytest.mark.parametrize("variant", ["fp32", "cast once", "fp8", "documents", "inference"])
+def test_a_block_is_one_graph_that_all_layers_share(variant: str) -> None:
+    """fullgraph=True makes a break an error."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    dtype = torch.float32 if variant == "fp32" else torch.bfloat16
+    config = dataclasses.replace(TINY, n_layer=12)
+    model, idx = lively_model(config, dtype), tokens(2, 16)
+    if variant == "fp8":
+        assert convert_to_fp8(model, min_size=1) == 6 * 12
+    context = WithinDocuments(idx, 3) if variant == "documents" else None
+    rotary, blocks = model._rotary(16, context), model.transformer["h"]
+    reads = variant == "inference"
+    torch._dynamo.reset()
+    run = torch.compile(read_block if reads else train_block, backend=backend, fullgraph=True)
+    with torch.inference_mode(reads), model.cast_once():
+        for _ in range(2):
+            x = torch.randn(2, 16, 32, dtype=dtype, requires_grad=not reads)
+            for block in blocks:
+                x = run(block, x, rotary, context, "sdpa")
+            if not reads:
+                x.float().sum().backward()
+    assert len(graphs) == 1

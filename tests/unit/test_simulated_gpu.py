@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.simulated_gpu import DEVICE, Usage, backward, simulated_gpu
 from zangchat import schedule
@@ -15,9 +16,10 @@ from zangchat.config import GPTConfig
 from zangchat.engine.kv_cache import KVCache
 from zangchat.engine.model import InferenceGPT
 from zangchat.engine.sampling import Request, Sampler
-from zangchat.flops import memory_estimate
-from zangchat.gpt import GPT
+from zangchat.flops import block_bytes_per_token, memory_estimate
+from zangchat.gpt import GPT, ForwardOptions
 from zangchat.nn import fp8
+from zangchat.nn.linear import Linear
 from zangchat.optim import build_optimizer
 
 
@@ -25,9 +27,9 @@ def gpt_config(depth: int) -> GPTConfig:
     return schedule.model_config_for_depth(depth, 128, 0, vocab_size=65536, sequence_len=2048)
 
 
-def make_model(depth: int, dtype: torch.dtype = torch.bfloat16) -> GPT:
+def make_model(depth: int, dtype: torch.dtype = torch.bfloat16, **options: Any) -> GPT:
     with DEVICE:
-        model = GPT(gpt_config(depth), dtype)
+        model = GPT(gpt_config(depth), dtype, ForwardOptions(**options))
     model.init_weights()
     return model
 
@@ -83,8 +85,7 @@ def test_training_step_never_waits_and_uses_the_predicted_memory(
     depth: int, rows: int, dtype: torch.dtype, grad_checkpoint: bool
 ) -> None:
     with simulated_gpu() as usage:
-        model = make_model(depth, dtype)
-        model.grad_checkpoint = grad_checkpoint
+        model = make_model(depth, dtype, grad_checkpoint=grad_checkpoint)
         taken = train(usage, model, rows)
     foreseen = memory_estimate(
         gpt_config(depth), rows, dtype=str(dtype), grad_checkpoint=grad_checkpoint
@@ -119,6 +120,42 @@ def test_one_of_eight_ranks_uses_the_predicted_memory(comm_dtype: torch.dtype) -
     assert foreseen["total"] == pytest.approx(taken, rel=0.03), foreseen
 
 
+def test_heads_are_copied_by_their_rotations_only() -> None:
+    """Queries and keys stay as the projections make them, (B, T, heads, D), through rotation, norm
+    and attention: two copies in the forward pass, and the same two back."""
+    with simulated_gpu() as usage:
+        model = make_model(4)
+        tokens = torch.zeros(4, 2048, dtype=torch.int64, device=DEVICE)
+        with model.cast_once():
+            usage.calls.clear()
+            losses = [model(tokens, tokens)]
+            assert usage.calls["clone"] == 2 * 4
+            backward(losses)
+            assert usage.calls["clone"] == 4 * 4
+
+
+def test_a_block_keeps_what_the_memory_estimate_says() -> None:
+    """To the byte: attention's output once, not also as a copy in rows."""
+    kept: dict[int, int] = {}
+    with simulated_gpu():
+        model = make_model(4)
+        x = torch.zeros(4, 2048, 256, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        rotary = model._rotary(2048, None)
+        with model.cast_once():
+            casts = [layer.cast for layer in model.modules() if isinstance(layer, Linear)]
+            known = {t.untyped_storage()._cdata for t in (*casts, *rotary)}
+
+            def keep(tensor: Any) -> Any:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in known and tensor.numel() > 2:
+                    kept[storage._cdata] = storage.nbytes()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                model.transformer["h"][0](x, rotary, None, "sdpa")
+    assert sum(kept.values()) == 4 * 2048 * block_bytes_per_token(model.config)
+
+
 def test_fp8_products_get_valid_operands() -> None:
     """_scaled_mm needs fp8, one column-major side and multiples of 16; torch checks that here."""
     with simulated_gpu() as usage:
@@ -127,6 +164,25 @@ def test_fp8_products_get_valid_operands() -> None:
         train(usage, model, 1)
     assert layers == 6 * 12
     assert usage.calls["_scaled_mm"] == 2 * 2 * 3 * layers  # steps, passes, products
+    # the scales: of the inputs and gradients in each pass, of the weights once per step
+    assert usage.calls["amax"] == 2 * (2 * 2 + 1) * layers
+
+
+def test_fp8_accumulates_fast_in_the_forward_pass_only() -> None:
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+            if function is torch.ops.aten._scaled_mm.default:
+                fast.append((kwargs or {}).get("use_fast_accum", (*args, False)[7:8] == (True,)))
+            return function(*args, **(kwargs or {}))
+
+    fast: list[bool] = []
+    with simulated_gpu(), Products():
+        with DEVICE:
+            layer = fp8.Fp8Linear(64, 32)
+        y = layer(torch.zeros(16, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True))
+        assert fast == [True]
+        backward([y.sum()])
+    assert fast == [True, False, False]
 
 
 def test_inference_never_waits_for_the_gpu() -> None:

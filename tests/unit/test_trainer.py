@@ -24,7 +24,7 @@ from zangchat import checkpoint_files, checkpoint_manager
 from zangchat.config import GPTConfig, RunState, StepMultipliers
 from zangchat.dataloader import Batch
 from zangchat.errors import UserError
-from zangchat.gpt import GPT
+from zangchat.gpt import GPT, ForwardOptions
 from zangchat.optim import build_optimizer
 from zangchat.runtime import collectives
 from zangchat.runtime.devices import compute_init
@@ -74,7 +74,7 @@ def make_trainer(
     shard: Any = None,
     **kw: Any,
 ) -> Trainer:
-    model = GPT(CONFIG)
+    model = GPT(CONFIG, options=kw.pop("options", ForwardOptions()))
     model.init_weights(generator=torch.Generator().manual_seed(7))
     rank, world_size = collectives.world()
     optimizer = build_optimizer(

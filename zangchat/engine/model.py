@@ -136,7 +136,7 @@ class InferenceGPT:
             known = ", ".join(filter(None, PRODUCTS))
             raise ValueError(f"unknown quantization {quantize!r}: {known}, or none")
         self.config, self.compute_dtype = model.config, model.compute_dtype
-        self.attention_backend = model.attention_backend
+        self.attention_backend = model.options.attention
         self.device, dtype, make = model.get_device(), model.compute_dtype, PRODUCTS[quantize]
         self.embedding = model.wte.weight.data.to(dtype)
         self.layers = [

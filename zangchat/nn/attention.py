@@ -1,11 +1,11 @@
 """One attention interface, several backends.
 
 `sdpa` (torch's scaled_dot_product_attention with the kernel it chooses) runs everywhere and is the
-default. `cudnn` (its cuDNN kernel), `flex` (torch's flex_attention), `flash` (flash-attn 4 or 3, if
-installed) and `blocks` (products of bf16 matrices, for CPUs) compute the same function for plain
-causal attention; with a mask sdpa is used. A backend is a value: to train on a GPU,
-`choose_backend` times those whose output and gradients agree with sdpa's, because a successful
-import proves nothing about the kernel, the driver or the GPU.
+default. For plain causal attention there are also single kernels of torch's: `flash`, `FA3` and
+`FA4` (the same operation by flash-attn 3 or 4, if installed) and `cudnn`; and `blocks` (products of
+bf16 matrices, for CPUs). A backend is a value: to train on a GPU, `choose_backend` times those
+whose output and gradients agree with sdpa's, because a successful import proves nothing about the
+kernel, the driver or the GPU.
 
 Shapes: B batch, H query heads, G key/value heads (G divides H), T new tokens, S tokens attended to,
 D head dimension.
@@ -15,14 +15,17 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from importlib import import_module
-from typing import Any
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import attention as torch_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from zangchat.runtime import collectives
 from zangchat.runtime.devices import device_synchronize
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v -> output
@@ -30,36 +33,32 @@ BLOCK = 128  # queries at a time in `blocks`: they fit the caches, and products 
 TRIAL_TOKENS = 2048  # context of the timed trial
 TRIAL_HEADS = 64  # times rows: enough to fill a GPU
 TRIALS = 5  # for a median
+# cuDNN builds a plan for each (B, T, S), 23 to 37 ms on an H100: for training's one shape only
+WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, backend: str = "sdpa"
-) -> Tensor:
-    """Softmax attention of q (B, H, T, D) over k, v (B, G, S, D) -> (B, H, T, D).
+class AttentionContext(Protocol):
+    """The tokens that new ones attend to, other than those before them in the same pass.
 
-    Query head h reads key/value head h // (H/G). `mask` is broadcastable to (B, H, T, S): boolean,
-    True to attend, or to be added. Without one attention is causal and the T queries are the last T
-    of the S positions. The computation runs in the dtype of the keys and values.
+    A key/value cache, a shared prefix, or a mask; its maker decides which.
     """
-    if q.dtype != k.dtype:
-        return attend(q.to(k.dtype), k, v, mask, backend).to(q.dtype)
-    T, S = q.size(-2), k.size(-2)
-    if T > S:
-        raise ValueError(f"{T} queries cannot be the last of {S} positions")
-    if mask is None and T == S and T > 1:
-        return _causal_kernel(backend)(q, k, v)
-    if mask is None and T > 1:  # is_causal of SDPA would align the triangle at the wrong corner
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, enable_gqa=q.size(1) != k.size(1)
-    )
+
+    positions: Tensor  # (B,) int64: the position of each row's first new token
+    longest: int  # at least the largest of `positions`, known without asking the device
+
+    def update(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The new tokens' k, v (B, G, T, D) -> keys and values (B, G, S, D) to attend to, and a
+        mask (B, 1, T, S), None for plain causal attention.
+        """
+
+    def advance(self, num_tokens: int) -> None:
+        """T more tokens were read in every row; called once, after the last layer."""
 
 
-class WithinDocuments:
-    """Attention that stays within each document of a row: a gpt.AttentionContext.
+class WithinDocuments(AttentionContext):
+    """Attention that stays within each document of a row; a document begins with the token `start`.
 
-    A document begins with the token `start`. Positions continue through the row: rotary attention
-    only depends on their differences.
+    Positions continue through the row: rotary attention only depends on their differences.
     """
 
     def __init__(self, idx: Tensor, start: int) -> None:
@@ -74,21 +73,61 @@ class WithinDocuments:
         """Does nothing: no token is stored."""
 
 
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, backend: str = "sdpa"
+) -> Tensor:
+    """Softmax attention of q (B, H, T, D) over k, v (B, G, S, D) -> (B, H, T, D).
+
+    Query head h reads key/value head h // (H/G). `mask` is broadcastable to (B, H, T, S): boolean,
+    True to attend, or to be added. Without one attention is causal and the T queries are the last T
+    of the S positions. The computation runs in the dtype of the keys and values. With a mask, and
+    for the changing shapes of passes without gradients on a GPU, the backend is sdpa.
+    """
+    if q.dtype != k.dtype:
+        return attend(q.to(k.dtype), k, v, mask, backend).to(q.dtype)
+    _check_known((backend,))
+    T, S = q.size(-2), k.size(-2)
+    if T > S:
+        raise ValueError(f"{T} queries cannot be the last of {S} positions")
+    if mask is None and T == S and T > 1:
+        reads_only = q.is_cuda and not torch.is_grad_enabled()
+        return _KERNELS["sdpa" if reads_only else backend](q, k, v)
+    if mask is None and T > 1:  # is_causal of SDPA would align the triangle at the wrong corner
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    return _sdpa(q, k, v, attn_mask=mask)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, kernels: Any = WITHOUT_PLANS, **how: Any) -> Tensor:
+    """torch's function by one of `kernels`; raises RuntimeError if none supports the problem."""
+    if q.size(1) != k.size(1):  # as a value it would be symbolic while torch compiles for all sizes
+        how["enable_gqa"] = True
+    with sdpa_kernel(kernels) if q.is_cuda or kernels is not WITHOUT_PLANS else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, **how)
+
+
+def _check_known(backends: Sequence[str]) -> None:
+    for name in backends:
+        if name not in _KERNELS:
+            known = ", ".join(_KERNELS)
+            raise ValueError(f"unknown attention backend {name!r}; there are {known}")
+
+
+# ---- the choice ----------------------------------------------------------------------------------
+
+
 def candidates(device: torch.device | str, dtype: torch.dtype) -> tuple[str, ...]:
     """The backends that may be the fastest.
 
     One for deterministic runs, as the fastest may change from run to run. One for CPUs: in bf16
     torch's kernel takes three times as long as `blocks`, in fp32 little longer, with less memory.
     """
-    if torch.device(device).type == "cpu":
-        return ("blocks",) if dtype == torch.bfloat16 else ("sdpa",)
-    if torch.device(device).type != "cuda" or torch.are_deterministic_algorithms_enabled():
+    kind = torch.device(device).type
+    if kind == "cpu" and dtype == torch.bfloat16:
+        return ("blocks",)
+    in_16_bits = dtype in (torch.bfloat16, torch.float16)
+    if kind != "cuda" or not in_16_bits or torch.are_deterministic_algorithms_enabled():
         return ("sdpa",)
-    return (
-        ("flash", "cudnn", "flex", "sdpa")
-        if dtype in (torch.bfloat16, torch.float16)
-        else ("flex", "sdpa")
-    )
+    return ("FA4", "FA3", "flash", "cudnn", "sdpa")
 
 
 def choose_backend(
@@ -100,43 +139,71 @@ def choose_backend(
     """(the fastest correct one of `backends`, default `candidates`; the reason, for the log).
 
     Those whose output and gradients agree with sdpa's on a small problem are timed on a larger one.
-    If only one works, nothing is timed; if none, it is sdpa. Raises ValueError for an unknown name.
+    If only one works, nothing is timed; if none, it is sdpa. Rank 0 chooses for all ranks, which
+    call this together. Raises ValueError for an unknown name.
     """
     device = torch.device(device)
     backends = candidates(device, dtype) if backends is None else backends
-    if unknown := set(backends) - set(_BUILDERS):
-        raise ValueError(
-            f"unknown attention backend {sorted(unknown)[0]!r}; there are {', '.join(_BUILDERS)}"
-        )
+    _check_known(backends)
+    is_first = collectives.world()[0] == 0
+    own = _fastest(device, dtype, head_dim, backends) if is_first else ("", "")
+    best, reason = collectives.from_rank_0(own)
+    _activate(best)
+    return best, f"{best}: {reason}"
+
+
+def _fastest(
+    device: torch.device, dtype: torch.dtype, head_dim: int, backends: Sequence[str]
+) -> tuple[str, str]:
     failures = {name: _smoke(name, device, dtype, head_dim) for name in backends if name != "sdpa"}
     usable = [name for name in backends if failures.get(name) is None] or ["sdpa"]
     reasons = [f"{name} is not usable here ({why})" for name, why in failures.items() if why]
-    best = usable[0]
     if len(usable) > 1:
         seconds = {name: _seconds(name, device, dtype, head_dim) for name in usable}
-        ranking = sorted(usable, key=lambda name: seconds[name])
-        best = ranking[0]
-        times = ", ".join(f"{1000 * seconds[name]:.2f} ms ({name})" for name in ranking)
+        usable.sort(key=lambda name: seconds[name])
+        times = ", ".join(f"{1000 * seconds[name]:.2f} ms ({name})" for name in usable)
         reasons = [f"forward and backward in {times}", *reasons]
-    reason = "; ".join(reasons) or f"nothing else is tried on {device.type} in {dtype}"
-    return best, f"{best}: {reason}"
+    nothing = f"nothing else is tried on {device.type} in {dtype}"
+    return usable[0], "; ".join(reasons) or nothing
+
+
+def _activate(backend: str) -> None:
+    """Make torch's flash operation, which is one for the process, that of the backend. Raises
+    ImportError if its package is missing."""
+    wanted = backend if backend in ("FA3", "FA4") else None
+    if wanted == getattr(torch_attention, "current_flash_attention_impl", lambda: None)():
+        return
+    if wanted:
+        torch_attention.activate_flash_attention_impl(wanted)
+    else:
+        torch_attention.restore_flash_attention_impl()
+
+
+def _trial_inputs(
+    shapes: Sequence[Sequence[int]], device: torch.device, dtype: torch.dtype
+) -> list[Tensor]:
+    """Normal draws of q, k, v, each (B, heads, T, D) in the memory order of the model's."""
+    generator = torch.Generator(device=device).manual_seed(0)
+    draws = (
+        torch.randn(B, T, heads, D, generator=generator, device=device) for B, heads, T, D in shapes
+    )
+    return [draw.to(dtype).transpose(1, 2).requires_grad_() for draw in draws]
 
 
 def _forward_backward(backend: str, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     """The output and the gradients of q, k, v."""
+    _activate(backend)
     out = attend(q, k, v, backend=backend)
     return [out.detach(), *torch.autograd.grad(out.float().square().sum(), (q, k, v))]
 
 
 def _smoke(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """None if output and gradients agree with sdpa's on a small problem, else the problem."""
-    generator = torch.Generator(device=device).manual_seed(0)
-    shapes = ((1, 2, 128, head_dim), (1, 1, 128, head_dim), (1, 1, 128, head_dim))
-    draws = (torch.randn(s, generator=generator, device=device) for s in shapes)
-    inputs = [draw.to(dtype).requires_grad_() for draw in draws]
     try:
+        shapes = ((1, 2, 128, head_dim), (1, 1, 128, head_dim), (1, 1, 128, head_dim))
+        inputs = _trial_inputs(shapes, device, dtype)
         results = [_forward_backward(name, *inputs) for name in (backend, "sdpa")]
-    except Exception as error:  # any failure of a third-party kernel: do not use it, and say why
+    except Exception as error:  # any failure of a kernel: do not use it, and say why
         message = str(error) or "no message"
         return f"{type(error).__name__}: {message.splitlines()[0]}"
     worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*results, strict=True))
@@ -147,8 +214,7 @@ def _smoke(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int
 
 def _seconds(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> float:
     """Median time of a forward and backward pass at a realistic size, without compilation."""
-    shape = (8, TRIAL_HEADS // 8, TRIAL_TOKENS, head_dim)
-    inputs = [torch.ones(shape, device=device, dtype=dtype).requires_grad_() for _ in range(3)]
+    inputs = _trial_inputs([(8, TRIAL_HEADS // 8, TRIAL_TOKENS, head_dim)] * 3, device, dtype)
     times = []
     for _ in range(1 + TRIALS):
         device_synchronize(device)
@@ -159,72 +225,7 @@ def _seconds(backend: str, device: torch.device, dtype: torch.dtype, head_dim: i
     return statistics.median(times[1:])
 
 
-_kernels: dict[str, Kernel] = {}  # not functools.cache: torch.compile does not see it
-
-
-def _causal_kernel(backend: str) -> Kernel:
-    """The causal self-attention (T == S) of a backend. Raises ImportError if a package is
-    missing.
-    """
-    if backend not in _kernels:
-        if backend not in _BUILDERS:
-            raise ValueError(
-                f"unknown attention backend {backend!r}; there are {', '.join(_BUILDERS)}"
-            )
-        _kernels[backend] = _BUILDERS[backend]()
-    return _kernels[backend]
-
-
-def _sdpa_kernel() -> Kernel:
-    return lambda q, k, v: F.scaled_dot_product_attention(
-        q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)
-    )
-
-
-def _cudnn_kernel() -> Kernel:
-    """cuDNN's kernel only: sdpa raises if it does not support the problem."""
-    choice: Any = import_module("torch.nn.attention")
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with choice.sdpa_kernel(choice.SDPBackend.CUDNN_ATTENTION):
-            return _causal_kernel("sdpa")(q, k, v)
-
-    return run
-
-
-def _flex_kernel() -> Kernel:
-    flex: Any = import_module("torch.nn.attention.flex_attention")
-    compiled = torch.compile(flex.flex_attention, dynamic=False)  # eager makes all scores at once
-
-    @lru_cache(maxsize=8)
-    def causal(T: int, device: torch.device) -> Any:
-        return flex.create_block_mask(lambda _b, _h, i, j: i >= j, None, None, T, T, device)
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        function = compiled if q.device.type == "cuda" else flex.flex_attention
-        mask = causal(q.size(-2), q.device)
-        return function(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
-
-    return run
-
-
-def _flash_kernel() -> Kernel:
-    """The installed one of flash-attn 4 (package flash-attn-4) and 3; both take (B, T, H, D)."""
-    errors = []
-    for module in ("flash_attn.cute", "flash_attn_interface"):
-        try:
-            function = import_module(module).flash_attn_func
-            break
-        except (ImportError, AttributeError) as error:
-            errors.append(str(error))
-    else:
-        raise ImportError("no flash-attn 4 or 3: " + "; ".join(errors))
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = function(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=True)
-        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
-
-    return run
+# ---- blocks --------------------------------------------------------------------------------------
 
 
 class _CausalBlocks(torch.autograd.Function):
@@ -274,10 +275,12 @@ def _blocks(T: int) -> list[tuple[int, int]]:
     return [(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK)]
 
 
-_BUILDERS: dict[str, Callable[[], Kernel]] = {
-    "sdpa": _sdpa_kernel,
-    "cudnn": _cudnn_kernel,
-    "flex": _flex_kernel,
-    "flash": _flash_kernel,
-    "blocks": lambda: _CausalBlocks.apply,
+_FLASH: Kernel = partial(_sdpa, kernels=SDPBackend.FLASH_ATTENTION, is_causal=True)
+_KERNELS: dict[str, Kernel] = {  # causal self-attention (T == S)
+    "sdpa": partial(_sdpa, is_causal=True),
+    "flash": _FLASH,
+    "FA3": _FLASH,
+    "FA4": _FLASH,
+    "cudnn": partial(_sdpa, kernels=SDPBackend.CUDNN_ATTENTION, is_causal=True),
+    "blocks": lambda q, k, v: _CausalBlocks.apply(q, k, v),
 }

@@ -76,11 +76,28 @@ class Fp8Linear(Linear):
     product.
     """
 
+    quantised: tuple[Tensor, Tensor, Tensor] | None = None  # between hold and release
+
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.size(-1))
         if not torch.is_grad_enabled() or flat.size(0) % MULTIPLE:
             return super().forward(x)
-        return _Fp8Product.apply(flat, self.weight).view(*x.shape[:-1], -1)
+        operands = self.quantised or quantised_weight(self.weight)
+        return _Fp8Product.apply(flat, self.weight, *operands).view(*x.shape[:-1], -1)
+
+    def hold(self, dtype: torch.dtype) -> None:
+        if not torch.is_grad_enabled():
+            return super().hold(dtype)
+        self.quantised = quantised_weight(self.weight)
+
+    def release(self) -> None:
+        self.cast = self.quantised = None
+
+
+def quantised_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(N, K) in e4m3, its transpose (K, N) for the gradient's product, both row-major; scale."""
+    w8, scale = quantise(weight.detach(), E4M3)
+    return w8, w8.T.contiguous(), scale
 
 
 def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -93,30 +110,39 @@ def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def scaled_product(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    dtype: torch.dtype,
+    fast: bool = False,
 ) -> Tensor:
-    """(M, N) in `dtype` from fp8 a (M, K) and b (N, K), both row-major: scale_a * scale_b * a
-    b^T.
+    """(M, N) in `dtype` from fp8 a (M, K) and b (N, K), both row-major: scale_a * scale_b * a b^T.
+
+    `fast`: tensor cores keep the sums in their own registers, of fewer bits than fp32; enough for
+    activations, too coarse for gradients.
     """
     if a.is_cuda and torch.cuda.get_device_capability(a.device) >= CAPABILITY:
+        scales = {"scale_a": scale_a, "scale_b": scale_b}
         # b^T is column-major, as _scaled_mm requires
-        return torch._scaled_mm(a, b.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=dtype)
+        return torch._scaled_mm(a, b.t(), **scales, out_dtype=dtype, use_fast_accum=fast)
     return ((a.to(dtype) @ b.to(dtype).T).float() * (scale_a * scale_b)).to(dtype)
 
 
 class _Fp8Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, w8: Tensor, w8_transposed: Tensor, w_scale: Tensor
+    ) -> Tensor:
         x8, x_scale = quantise(x, E4M3)
-        w8, w_scale = quantise(weight, E4M3)
-        ctx.save_for_backward(x8, x_scale, w8, w_scale)
+        ctx.save_for_backward(x8, x_scale, w8_transposed, w_scale)
         ctx.weight_dtype = weight.dtype
-        return scaled_product(x8, w8, x_scale, w_scale, x.dtype)
+        return scaled_product(x8, w8, x_scale, w_scale, x.dtype, fast=True)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        x8, x_scale, w8, w_scale = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x8, x_scale, w8_transposed, w_scale = ctx.saved_tensors
         g8, g_scale = quantise(grad, E5M2)
-        dx = scaled_product(g8, w8.T.contiguous(), g_scale, w_scale, grad.dtype)
+        dx = scaled_product(g8, w8_transposed, g_scale, w_scale, grad.dtype)
         dweight = scaled_product(g8.T.contiguous(), x8.T.contiguous(), g_scale, x_scale, grad.dtype)
-        return dx, dweight.to(ctx.weight_dtype)
+        return dx, dweight.to(ctx.weight_dtype), None, None, None

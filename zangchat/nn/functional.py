@@ -33,7 +33,7 @@ def relu_squared(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (arXiv:2104.09864) on x (B, heads, T, D); cos, sin (..., T, D/2).
+    """Rotary positions (arXiv:2104.09864) on x (B, T, heads, D); cos, sin (..., T, 1, D/2).
 
     Channel i pairs with i + D/2, rotated by -theta as in nanochat. No gradient for cos and sin.
     """
@@ -92,8 +92,8 @@ class _Rotate(torch.autograd.Function):
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x1, x2 = x.chunk(2, dim=-1)
     # on a CPU head by head in memory: faster here, in the norm and in attention
-    layout = torch.contiguous_format if x.is_cpu else torch.preserve_format
-    out = x.clone(memory_format=layout)
+    by_head = torch.contiguous_format
+    out = x.transpose(1, 2).clone(memory_format=by_head).transpose(1, 2) if x.is_cpu else x.clone()
     out1, out2 = out.chunk(2, dim=-1)
     out1.mul_(cos).addcmul_(x2, sin)
     out2.mul_(cos).addcmul_(x1, sin, value=-1)

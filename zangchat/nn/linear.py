@@ -9,7 +9,7 @@ from torch import Tensor
 class Linear(nn.Module):
     """x W^T in the dtype of x. The weight keeps its own dtype (fp32 master in training)."""
 
-    cast: Tensor | None = None  # the weight in the compute dtype, see GPT.cast_once
+    cast: Tensor | None = None  # the weight in the compute dtype, between hold and release
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -17,3 +17,12 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, (self.weight if self.cast is None else self.cast).to(x.dtype))
+
+    def hold(self, dtype: torch.dtype) -> None:
+        """Cast the weight, which must not change, for all passes until `release`; not if it is
+        spread over ranks, as each pass gathers it."""
+        if self.weight.dtype != dtype and not hasattr(self.weight, "to_local"):
+            self.cast = self.weight.to(dtype)
+
+    def release(self) -> None:
+        self.cast = None

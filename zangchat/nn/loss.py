@@ -12,14 +12,15 @@ for memory and waiting for the products. The slow twin is tests/reference/loss.p
 Shapes: N tokens, D width, V vocabulary (padding rows of W cut).
 """
 
-from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from zangchat.runtime.compiler import compiled
+
 IGNORE = -1  # a target that carries no loss
+Settings = tuple[int, float, int, Any]  # vocabulary size, cap, tokens in a chunk, torch.compile's
 MAX_CAP = 40.0  # exp(u - cap) >= exp(-2 cap) must stay a normal fp32 number
 
 
@@ -99,18 +100,12 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        w: Tensor,
-        targets: Tensor,
-        factors: Tensor,
-        mode: str,
-        settings: tuple[Any, ...],
+        ctx: Any, x: Tensor, weight: Tensor, w: Tensor, targets: Tensor, factors: Tensor, *how: Any
     ) -> Tensor:
-        ctx.mode, ctx.settings, ctx.weight_dtype = mode, settings, weight.dtype
+        mode, settings = ctx.mode, ctx.settings = how
+        ctx.weight_dtype = weight.dtype
         grads = factors if mode == "sum with gradients" else None
-        losses, *ctx.grads = _chunked(x, w, targets, grads, *settings)
+        losses, *ctx.grads = _chunked(x, w, targets, grads, settings)
         losses = losses * factors
         if mode != "none":
             return losses.sum()
@@ -127,21 +122,15 @@ class _CrossEntropy(torch.autograd.Function):
             dx, dweight = dx.mul_(grad.to(dx.dtype)), dweight.mul_(grad)
         else:
             x, w, targets, factors = ctx.saved_tensors
-            _, dx, dweight = _chunked(x, w, targets, factors * grad, *ctx.settings)
+            _, dx, dweight = _chunked(x, w, targets, factors * grad, ctx.settings)
         return dx, dweight.to(ctx.weight_dtype), None, None, None, None, None
 
 
 def _chunked(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    grads: Tensor | None,
-    vocab_size: int,
-    cap: float,
-    chunk: int,
-    compile_backend: Any,
+    x: Tensor, weight: Tensor, targets: Tensor, grads: Tensor | None, settings: Settings
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Losses (N,) and, given the gradient of each, dx like x and dW like weight, but fp32."""
+    vocab_size, cap, chunk, compile_backend = settings
     w = weight[:vocab_size]
     targets = targets.clamp(min=0)  # ignored tokens: any valid index, their factor is 0
     losses = torch.empty(x.size(0), dtype=torch.float32, device=x.device)
@@ -214,10 +203,10 @@ class _Fused:
         self, x: Tensor, w: Tensor, targets: Tensor, g: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         z = _product(x, w, 2 / self.cap)
-        total, losses = _compiled(_totals_and_losses, self.backend)(z, targets, self.cap)
+        total, losses = compiled(_totals_and_losses, self.backend)(z, targets, self.cap)
         if g is None:
             return losses, None
-        gradient = _compiled(_logits_to_gradient, self.backend)
+        gradient = compiled(_logits_to_gradient, self.backend)
         return losses, gradient(z, total, targets, g, self.cap)
 
 
@@ -234,11 +223,6 @@ def _logits_to_gradient(z: Tensor, total: Tensor, targets: Tensor, g: Tensor, ca
     onehot = torch.arange(z.size(1), device=z.device) == targets
     softmax = torch.exp(2 * cap * (s - 1)) / total
     return z.copy_((softmax - onehot.float()) * (4 * g) * (s - s * s))
-
-
-@lru_cache
-def _compiled(function: Callable[..., Any], backend: Any) -> Callable[..., Any]:
-    return torch.compile(function, backend=backend)
 
 
 def _product(x: Tensor, w: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:

@@ -20,6 +20,8 @@ class RunConfig:
     """bfloat16 | float16 | float32; empty = the one that is really fast on the device"""
     fp8: bool = False
     """products of the large layers in fp8, if the GPU has it; otherwise they stay in --dtype"""
+    compile: bool | None = None
+    """torch.compile; None = on CUDA. Without a working compiler the run goes without it"""
     grad_comm_dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 halves the traffic of summing gradients, and rounds them"""
     seed: int = 42

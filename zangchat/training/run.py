@@ -13,17 +13,20 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from zangchat import checkpoint_manager, configurator, flops
 from zangchat.config import TrainPlan
 from zangchat.errors import UserError
+from zangchat.gpt import GPT, ForwardOptions
 from zangchat.nn import attention, fp8
 from zangchat.optim import OptimizerGroup, build_optimizer
 from zangchat.report import get_report, software
 from zangchat.runtime import collectives
+from zangchat.runtime.compiler import working_backend
 from zangchat.runtime.devices import compute_init
 from zangchat.runtime.files import atomic_write
 from zangchat.runtime.logs import get_wandb, print0, steady_streams
@@ -43,14 +46,14 @@ from zangchat.training.start import (
 )
 from zangchat.training.trainer import Stage, Trainer
 
-if TYPE_CHECKING:
-    from zangchat.gpt import GPT
-
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Run(Resolved):
     """One training command: its resolved settings, its model and its way to the end."""
+
+    compile_backend: Any  # of torch.compile; None: do not compile
 
     @classmethod
     @contextlib.contextmanager
@@ -92,35 +95,40 @@ class Run(Resolved):
                 if resolved is None:
                     yield None
                     return
-                with explain_memory(stage, resolved.config, device):
-                    yield cls(**vars(resolved))
+                config = resolved.config
+                backend = None if has_fsdp(config) else working_backend(config.compile, device)
+                with explain_memory(stage, config, device):
+                    yield cls(**vars(resolved), compile_backend=backend)
         finally:
             compute_cleanup()
 
     # ---- model and length ------------------------------------------------------------------------
 
     @functools.cached_property
-    def model(self) -> "GPT":
+    def model(self) -> GPT:
         """On the device; a new base model is initialised by --seed only, any other is filled by
         `fit`.
         """
-        config = self.config
+        config, gpt = self.config, self.model_config
         # with --fsdp it is filled in main memory, and `fit` cuts it up
-        place = torch.device("cpu") if getattr(config, "fsdp", False) else self.device
-        model = checkpoint_manager.empty_model(self.model_config, place, config.dtype)
-        head_dim = self.model_config.head_dim
-        backend, reason = attention.choose_backend(self.device, model.compute_dtype, head_dim)
-        model.attention_backend = backend
+        place = torch.device("cpu") if has_fsdp(config) else self.device
+        dtype = getattr(torch, config.dtype)
+        backend, reason = attention.choose_backend(self.device, dtype, gpt.head_dim)
         level = logging.DEBUG if self.device.type == "cpu" else logging.INFO  # a CPU has no choice
         logger.log(level, f"attention: {reason}")
+        separate = getattr(config, "block_diagonal", False)
+        options = ForwardOptions(
+            attention=backend,
+            grad_checkpoint=getattr(config, "grad_checkpoint", False),
+            document_start=self.tokenizer.get_bos_token_id() if separate else None,
+            compile_backend=self.compile_backend,
+        )
+        model = checkpoint_manager.empty_model(gpt, place, config.dtype, options)
         if config.fp8:
             logger.info(fp8.use_fp8(model, self.device))
         if self.origin is None:
             generator = torch.Generator(place).manual_seed(derive_seed(config.seed, "init"))
             model.init_weights(config.head_init_scale, generator)
-        model.grad_checkpoint = getattr(config, "grad_checkpoint", False)
-        if getattr(config, "block_diagonal", False):
-            model.document_start = self.tokenizer.get_bos_token_id()
         return model
 
     def steps(self, derive: Callable[[], float]) -> int:
@@ -144,18 +152,16 @@ class Run(Resolved):
         title: str,
         results: Mapping[str, Any] | None = None,
         *tables: Mapping[str, Any],
-        compile: bool = True,
     ) -> int:
         """Train for the plan's number of steps, and write the report's card `title`, with `results`
-        and further `tables`, if nothing stopped the run. Returns the exit code. Compiles on CUDA
-        only."""
-        trainer = self._trainer(stage, plan, compile and self.device.type == "cuda")
+        and further `tables`, if nothing stopped the run. Returns the exit code."""
+        trainer = self._trainer(stage, plan)
         trainer.fit()
         if not trainer.exit_code:
             self._report(title, trainer.smooth_loss, results or {}, tables)
         return trainer.exit_code
 
-    def _trainer(self, stage: Stage, plan: TrainPlan, compile: bool) -> Trainer:
+    def _trainer(self, stage: Stage, plan: TrainPlan) -> Trainer:
         config = self.config
         optimizer = self._optimizer(plan)
         self._load(optimizer)
@@ -164,10 +170,10 @@ class Run(Resolved):
             size = flops.checkpoint_bytes(self.model_config, config.optimizer, config.dtype)
             warn_if_disk_is_small(self.directory, size, config.keep_last)
         self.state.num_iterations, self.state.plan = plan.num_iterations, plan
-        if getattr(config, "fsdp", False):
+        if has_fsdp(config):
             from zangchat.fsdp import FSDPGroup  # a slow import that others do not need
 
-            optimizer, compile = FSDPGroup(optimizer, self.model, self.device), False
+            optimizer = FSDPGroup(optimizer, self.model, self.device)
         settings = configurator.to_dict(config)
         again = command(self.kind.stage, config, resume="latest", overwrite=False)
         return Trainer(
@@ -182,7 +188,6 @@ class Run(Resolved):
             saves=SaveSchedule(self.directory, config, again),
             meta={"user_config": settings, "software": software() if self.rank == 0 else {}},
             wandb=get_wandb(config.run, settings, project=f"zangchat-{self.kind.stage}"),
-            compile=compile,
         )
 
     def _optimizer(self, plan: TrainPlan) -> OptimizerGroup:
@@ -233,6 +238,7 @@ class Run(Resolved):
             "supervised tokens": state.supervised_tokens,
             "skipped steps": state.skipped_steps,
             "ranks": self.world_size,
+            "compiled": self.compile_backend is not None,
             "training loss": loss,
             "minimum validation bpb": state.min_val_bpb,
             "final validation bpb": state.last_val_bpb,
@@ -249,17 +255,22 @@ class Run(Resolved):
             atomic_write(self.directory / REPORTED, str(state.step))
 
 
+def has_fsdp(config: Any) -> bool:
+    return getattr(config, "fsdp", False)
+
+
 def check_fsdp(config: Any) -> None:
-    if not getattr(config, "fsdp", False):
+    if not has_fsdp(config):
         return
-    if config.fp8:
-        raise UserError("--fp8 and --fsdp do not go together yet: leave one of them out")
+    for flag in ("fp8", "compile"):
+        if getattr(config, flag):
+            raise UserError(f"--{flag} and --fsdp do not go together yet: leave one of them out")
     if collectives.world()[1] == 1:
         advice = "start with torchrun, or leave the flag out"
         raise UserError(f"--fsdp spreads a model over several processes: {advice}")
 
 
-def load_into(model: "GPT", optimizer: OptimizerGroup | None, origin: Origin) -> None:
+def load_into(model: GPT, optimizer: OptimizerGroup | None, origin: Origin) -> None:
     """Fill model and optimizer from a checkpoint; raises UserError naming the part that does not
     fit.
     """

@@ -20,7 +20,16 @@ C = TypeVar("C", bound=RunConfig)
 # May differ between the attempts of one run: they change neither the data nor the maths of a step.
 FREE_FLAGS = {
     *("run", "model_tag", "device_type", "num_iterations", "device_batch_size", "grad_checkpoint"),
-    *("fsdp", "deterministic", "dry_run", "save_every", "keep_last", "keep_every", "resume"),
+    *(
+        "compile",
+        "fsdp",
+        "deterministic",
+        "dry_run",
+        "save_every",
+        "keep_last",
+        "keep_every",
+        "resume",
+    ),
     *("overwrite", "eval_every", "eval_tokens", "eval_steps", "eval_examples", "eval_samples"),
     *("sample_every", "core_metric_every", "core_metric_max_per_task"),
 }

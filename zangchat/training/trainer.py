@@ -104,11 +104,8 @@ class Trainer:
         saves: SaveSchedule | None = None,
         meta: Mapping[str, Any] | None = None,
         wandb: Any = None,
-        compile: bool = False,
     ):
         self.model, self.optimizer, self.stage, self.state = model, optimizer, stage, state
-        if compile:
-            model.compile_blocks()
         self.passes = Passes(model, optimizer, torch.device(device), device_batch_size)
         self.grad_clip = grad_clip
         self.tokenizer, self.meta, self.wandb = tokenizer, dict(meta or {}), wandb or DummyWandb()
