@@ -130,7 +130,7 @@ def tokens_per_step(config: Config) -> int:
 def work(config: Config) -> int:
     device = compute_init(config.device_type)[-1]
     make = nanochat if config.worker == "nanochat" else zangchat
-    step, dtype = make(config, device)
+    step, dtype, fp8_note = make(config, device)
     step()
     device_synchronize(device)
     first = time.time() - config.launched
@@ -143,6 +143,7 @@ def work(config: Config) -> int:
             json.dumps(
                 {
                     "seconds_to_first_step": round(first, 2),
+                    "fp8": fp8_note,
                     **timed_steps(config, step, device, dtype, rate),
                 }
             ),
@@ -184,13 +185,14 @@ def timed_steps(
     }
 
 
-def zangchat(config: Config, device: Any) -> tuple[Callable[[], Any], Any]:
-    """A step of the real Trainer on batches made beforehand."""
+def zangchat(config: Config, device: Any) -> tuple[Callable[[], Any], Any, str]:
+    """(a step of the real Trainer on batches made beforehand, its dtype, what became of --fp8)"""
     import torch
 
     from zangchat import checkpoint_manager
     from zangchat.config import RunState, StepMultipliers
     from zangchat.dataloader import Batch
+    from zangchat.nn import fp8
     from zangchat.nn.attention import choose_backend
     from zangchat.optim import build_optimizer
     from zangchat.training.trainer import Stage, Trainer
@@ -204,6 +206,7 @@ def zangchat(config: Config, device: Any) -> tuple[Callable[[], Any], Any]:
     model.attention_backend, reason = choose_backend(device, dtype, gpt.head_dim)
     if device.type != "cpu":  # nothing to choose on a CPU
         print(f"attention: {reason}", file=sys.stderr)
+    fp8_note = fp8.use_fp8(model, device) if config.fp8 else ""
     optimizer = build_optimizer(
         model,
         embedding_lr=1e-3,
@@ -224,10 +227,10 @@ def zangchat(config: Config, device: Any) -> tuple[Callable[[], Any], Any]:
         device_batch_size=config.device_batch_size,
         compile=device.type == "cuda" if config.compile is None else config.compile,
     )
-    return lambda: trainer.train_step(batch), dtype
+    return lambda: trainer.train_step(batch), dtype, fp8_note
 
 
-def nanochat(config: Config, device: Any) -> tuple[Callable[[], Any], Any]:
+def nanochat(config: Config, device: Any) -> tuple[Callable[[], Any], Any, str]:
     """A step of nanochat's pretraining: its model and optimizers, combined as in its own script."""
     import contextlib
 
@@ -283,7 +286,7 @@ def nanochat(config: Config, device: Any) -> tuple[Callable[[], Any], Any]:
         model.zero_grad(set_to_none=True)
         return total
 
-    return step, dtype
+    return step, dtype, ""
 
 
 def gemm_rate(config: Config, device: Any, dtype: Any) -> float:
