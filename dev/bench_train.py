@@ -187,47 +187,26 @@ def timed_steps(
 
 def zangchat(config: Config, device: Any) -> tuple[Callable[[], Any], Any, str]:
     """(a step of the real Trainer on batches made beforehand, its dtype, what became of --fp8)"""
-    import torch
-
-    from zangchat import checkpoint_manager
-    from zangchat.config import RunState, StepMultipliers
-    from zangchat.dataloader import Batch
-    from zangchat.nn import fp8
-    from zangchat.nn.attention import choose_backend
-    from zangchat.optim import build_optimizer
-    from zangchat.training.trainer import Stage, Trainer
+    from dev.gpu_check import ours
 
     if device.type == "cpu":
         keep_freed_memory()
     gpt = planning.model_config(config, config.vocab_size)
     dtype = resolve_dtype(config.dtype, device)
-    model = checkpoint_manager.empty_model(gpt, device, str(dtype).removeprefix("torch."))
-    model.init_weights(0.0, torch.Generator(device).manual_seed(1))
-    model.attention_backend, reason = choose_backend(device, dtype, gpt.head_dim)
-    if device.type != "cpu":  # nothing to choose on a CPU
-        print(f"attention: {reason}", file=sys.stderr)
-    fp8_note = fp8.use_fp8(model, device) if config.fp8 else ""
-    optimizer = build_optimizer(
-        model,
-        embedding_lr=1e-3,
-        unembedding_lr=1e-3,
-        matrix_lr=1e-3,
+    trainer, chosen = ours.make_trainer(
+        gpt,
+        device,
+        dtype,
+        config.device_batch_size,
+        fp8_products=config.fp8,
+        compile=device.type == "cuda" if config.compile is None else config.compile,
         weight_decay=config.weight_decay,
         kind=config.optimizer,
     )
-    rows = tokens_per_step(config) // gpt.sequence_len
-    tokens = torch.randint(gpt.vocab_size, (rows, gpt.sequence_len + 1))
-    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), {})
-    trainer = Trainer(
-        model,
-        optimizer,
-        Stage("base", lambda cursor: iter(()), lambda step: StepMultipliers()),
-        RunState(num_iterations=10**9),
-        device=device,
-        device_batch_size=config.device_batch_size,
-        compile=device.type == "cuda" if config.compile is None else config.compile,
-    )
-    return lambda: trainer.train_step(batch), dtype, fp8_note
+    if device.type != "cpu":  # nothing to choose on a CPU
+        print(f"attention: {chosen['attention']}", file=sys.stderr)
+    batch = ours.make_batch(gpt, tokens_per_step(config) // gpt.sequence_len)
+    return lambda: trainer.train_step(batch), dtype, chosen["fp8"]
 
 
 def nanochat(config: Config, device: Any) -> tuple[Callable[[], Any], Any, str]:

