@@ -1,4 +1,4 @@
-"""What a pass and a decoding step should cost: arithmetic from data sheets, not measurements.
+"""The time that a pass should take: arithmetic from data sheets, not measurements.
 
 The shares of a data sheet's peak are those that well-tuned kernels reach on an H100.
 dev/docs/en/scaling.md explains the formulas; a test holds its table to `milliseconds`.
