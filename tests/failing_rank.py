@@ -1,6 +1,6 @@
 """A training command of several processes, one of which raises: tests start it with torchrun.
 
-As with NCCL, whoever leaves the process group waits for the others.
+As with NCCL, a process that leaves the process group waits for the others.
 """
 
 import sys

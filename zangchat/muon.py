@@ -17,14 +17,13 @@ matrices of a shape are dealt round robin; a rank keeps state for its own and up
 Shapes: K matrices of one shape, R rows (outputs), C columns (inputs).
 """
 
-from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zangchat.sharded import Piece, ShardedOptimizer
+from zangchat.sharded import Params, Piece, ShardedOptimizer
 
 # Five Polar Express steps for singular values from 1e-3 to 1 after the division by the norm;
 # tests/reference/muon.py derives them.
@@ -76,21 +75,16 @@ class Muon(ShardedOptimizer):
 
     def __init__(
         self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        params: Params,
         lr: float = 0.02,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         beta2: float = 0.95,
         ortho_dtype: torch.dtype | None = None,
-        rank: int = 0,
-        world_size: int = 1,
+        **ranks: int,
     ) -> None:
-        super().__init__(
-            params,
-            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "beta2": beta2},
-            rank,
-            world_size,
-        )
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "beta2": beta2}
+        super().__init__(params, defaults, **ranks)
         self.ortho_dtype = ortho_dtype
         for p in (p for group in self.param_groups for p in group["params"]):
             if p.dim() != 2:
@@ -105,10 +99,10 @@ class Muon(ShardedOptimizer):
 
     @cached_property
     def pieces(self) -> dict[Tensor, list[Piece]]:
-        stacks = [stack for group in self.param_groups for stack in self.update_groups(group)]
         return {
             p: [Piece(0, p.size(0), i % self.world_size)]
-            for stack in stacks
+            for group in self.param_groups
+            for stack in self.update_groups(group)
             for i, p in enumerate(stack)
         }
 
@@ -133,8 +127,7 @@ class Muon(ShardedOptimizer):
         mean_square = update.square().mean(dim=_neuron_dim(params[0].shape), keepdim=True)
         second.lerp_(mean_square, 1 - group["beta2"])
         scale = second.clamp(min=1e-10).rsqrt()
-        # all rows have the same length, so means of mean squares compare the norms of whole
-        # matrices
+        # rows have one length, so means of mean squares compare the norms of whole matrices
         before, after = (
             m.mean(dim=(-2, -1), keepdim=True) for m in (mean_square, mean_square * scale.square())
         )

@@ -1,5 +1,5 @@
 """`python -m dev.gpu_check` in its rehearsal on a CPU: every part, with tiny sizes; parts that fail
-or take too long; the text for an issue; what it needs to be installed."""
+or take too long; the text for an issue; the packages it needs."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ from dev.gpu_check.parts import PARTS, RANKS, TINY
 from tests.documents import ROOT, text_of
 from zangchat import flops, schedule
 
-# of zangchat's dependencies, and of what the crate builds
+# of zangchat's dependencies, and the crate
 NOT_NEEDED = """datasets fastapi huggingface_hub httptools matplotlib nh3 prometheus_client pyarrow
 pydantic regex rustbpe safetensors tiktoken tokenizers transformers uvicorn uvloop wandb yaml"""
 WITHOUT_THEM = f"""
