@@ -212,7 +212,9 @@ def _train(
         "ok": math.isfinite(last["loss"]) and last["loss"] < first["loss"],
     }
     tokens = rows * sizes.sequence_len
-    yield {"name": f"step of {rows} rows", "value": 1e3 * taken, "unit": "ms"}
+    expected = arithmetic(gpt, tokens, sheet, fp8_products) if sheet else {}
+    whole = expected.get("the pass")  # the optimizer's step comes on top
+    yield {"name": f"step of {rows} rows", "value": 1e3 * taken, "unit": "ms", "expected": whole}
     rate: Row = {"name": "pace", "value": tokens / taken, "unit": "tok/s"}
     work = flops.flops_per_token(gpt) * tokens / taken
     yield {**rate, "share": work / (sheet.half * 1e12)} if sheet else rate
@@ -222,19 +224,31 @@ def _train(
     if device.type == "cuda":  # elsewhere of the whole process
         memory |= {"expected": planned / flops.GIB, "share": used / planned}
     yield memory
-    foreseen = milliseconds(gpt, tokens, sheet, fp8_products) if sheet else {}
-    if sheet:
-        for share, (low, high) in foreseen.items():
-            yield {"name": f"arithmetic: {share}", "expected": (low + high) / 2, "unit": "ms"}
-    yield from shares(lambda: trainer.train_step(batch), device, 1e3 * taken)
+    yield from shares(lambda: trainer.train_step(batch), device, 1e3 * taken, expected)
 
 
+def arithmetic(
+    gpt: GPTConfig, tokens: int, sheet: flops.Device, fp8_products: bool
+) -> dict[str, float]:
+    """Milliseconds expected of each kind of kernel, between the best and the cautious figure."""
+    pairs = milliseconds(gpt, tokens, sheet, fp8_products)
+    middle = {name: (best + cautious) / 2 for name, (best, cautious) in pairs.items()}
+    return {
+        "products": middle["block products"] + middle["head and loss"],
+        "attention": middle["attention"],
+        OTHERS: middle["element-wise"] + middle["embedding, casts, adds"],
+        "the pass": middle["the pass"],
+    }
+
+
+OTHERS = "element-wise, others"
 KINDS = {  # a part of a kernel's or operation's name -> its share of the step; the first that fits
     "nccl": "communication",
     "attention": "attention",
     "flash": "attention",
     "fmha": "attention",
     "sdpa": "attention",
+    "triton": OTHERS,
     "gemm": "products",
     "nvjet": "products",
     "cutlass": "products",
@@ -250,7 +264,9 @@ KINDS = {  # a part of a kernel's or operation's name -> its share of the step; 
 }
 
 
-def shares(step: Callable[[], Any], device: torch.device, wall: float) -> Iterator[Row]:
+def shares(
+    step: Callable[[], Any], device: torch.device, wall: float, expected: dict[str, float]
+) -> Iterator[Row]:
     """Milliseconds of one step by kind of kernel, and when the device was idle."""
     on_gpu = device.type == "cuda"
     activity = torch.profiler.ProfilerActivity
@@ -262,11 +278,12 @@ def shares(step: Callable[[], Any], device: torch.device, wall: float) -> Iterat
     for event in profiler.key_averages():
         spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         name = event.key.lower()
-        kind = next((kind for part, kind in KINDS.items() if part in name), "element-wise, others")
+        kind = next((kind for part, kind in KINDS.items() if part in name), OTHERS)
         found[kind] = found.get(kind, 0.0) + spent / 1e3
     found["idle"] = max(0.0, wall - sum(found.values()))
     for kind, spent in sorted(found.items(), key=lambda item: -item[1]):
-        yield {"name": f"measured: {kind}", "value": spent, "unit": "ms", "share": spent / wall}
+        row = {"name": f"of it {kind}", "value": spent, "unit": "ms", "share": spent / wall}
+        yield {**row, "expected": expected.get(kind)}
 
 
 def resume(sizes: Sizes, device: torch.device) -> Iterator[Row]:
@@ -392,14 +409,15 @@ def decode(sizes: Sizes, device: torch.device) -> Iterator[Row]:
             continue
         run = ours.Decoding(engine, [prompt] * rows, 2 * sizes.steps)
         run.begin()
-        times, steps = [], run.steps()
-        for _ in range(2 * sizes.steps - 2):
-            start = time.perf_counter()
-            if next(steps, run) is run:
-                break
-            device_synchronize(device)
-            times.append(time.perf_counter() - start)
-        taken = statistics.median(times[len(times) // 2 :])  # after the graphs were captured
+        steps = run.steps()
+        for _ in range(sizes.steps // 2):  # captures the graphs
+            next(steps)
+        device_synchronize(device)
+        start = time.perf_counter()
+        for _ in range(sizes.steps):
+            next(steps)
+        device_synchronize(device)
+        taken = (time.perf_counter() - start) / sizes.steps
         row: Row = {"name": f"{rows} rows", "value": rows / taken, "unit": "tok/s"}
         if sheet:
             context = sizes.prompt + sizes.steps
@@ -416,6 +434,7 @@ def graphs(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     prompts = [
         [(3 * i + n) % gpt.vocab_size for n in range(size)] for i, size in enumerate(lengths)
     ]
+    torch.set_float32_matmul_precision("highest")  # TF32 would decide between close tokens
     for dtype in (FP32, BF16):
         engine = ours.make_engine(gpt, device, dtype)
         fast = ours.Decoding(engine, prompts, sizes.steps)
