@@ -129,7 +129,7 @@ def tokens_per_step(config: Config) -> int:
 def work(config: Config) -> int:
     device = compute_init(config.device_type)[-1]
     make = nanochat if config.worker == "nanochat" else zangchat
-    step, dtype = make(config, device)
+    step, dtype, fp8_note = make(config, device)
     step()
     device_synchronize(device)
     first = time.time() - config.launched
@@ -142,6 +142,7 @@ def work(config: Config) -> int:
             json.dumps(
                 {
                     "seconds_to_first_step": round(first, 2),
+                    "fp8": fp8_note,
                     **timed_steps(config, step, device, dtype, rate),
                 }
             ),
@@ -183,59 +184,32 @@ def timed_steps(
     }
 
 
-def zangchat(config: Config, device: Any) -> tuple[Callable[[], Any], Any]:
-    """A step of the real Trainer on batches made beforehand."""
-    import torch
-
-    from zangchat import checkpoint_manager
-    from zangchat.config import RunState, StepMultipliers
-    from zangchat.dataloader import Batch
-    from zangchat.gpt import ForwardOptions
-    from zangchat.nn import fp8
-    from zangchat.nn.attention import choose_backend
-    from zangchat.optim import build_optimizer
-    from zangchat.runtime.compiler import working_backend
-    from zangchat.training.trainer import Stage, Trainer
+def zangchat(config: Config, device: Any) -> tuple[Callable[[], Any], Any, str]:
+    """(a step of the real Trainer on batches made beforehand, its dtype, what became of --fp8)"""
+    from dev.gpu_check import ours
 
     if device.type == "cpu":
         keep_freed_memory()
     gpt = planning.model_config(config, config.vocab_size)
     dtype = resolve_dtype(config.dtype, device)
-    backend, reason = choose_backend(device, dtype, gpt.head_dim)
-    if device.type != "cpu":  # nothing to choose on a CPU
-        print(f"attention: {reason}", file=sys.stderr)
-    options = ForwardOptions(
-        attention=backend,
+    trainer, chosen = ours.make_trainer(
+        gpt,
+        device,
+        dtype,
+        config.device_batch_size,
+        fp8_products=config.fp8,
         grad_checkpoint=config.grad_checkpoint,
-        compile_backend=working_backend(config.compile, device),
-    )
-    model = checkpoint_manager.empty_model(gpt, device, str(dtype).removeprefix("torch."), options)
-    model.init_weights(0.0, torch.Generator(device).manual_seed(1))
-    if config.fp8:
-        print(fp8.use_fp8(model, device), file=sys.stderr)
-    optimizer = build_optimizer(
-        model,
-        embedding_lr=1e-3,
-        unembedding_lr=1e-3,
-        matrix_lr=1e-3,
+        compile=config.compile,
         weight_decay=config.weight_decay,
         kind=config.optimizer,
     )
-    rows = tokens_per_step(config) // gpt.sequence_len
-    tokens = torch.randint(gpt.vocab_size, (rows, gpt.sequence_len + 1))
-    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), {})
-    trainer = Trainer(
-        model,
-        optimizer,
-        Stage("base", lambda cursor: iter(()), lambda step: StepMultipliers()),
-        RunState(num_iterations=10**9),
-        device=device,
-        device_batch_size=config.device_batch_size,
-    )
-    return lambda: trainer.train_step(batch), dtype
+    if device.type != "cpu":  # nothing to choose on a CPU
+        print(f"attention: {chosen['attention']}", file=sys.stderr)
+    batch = ours.make_batch(gpt, tokens_per_step(config) // gpt.sequence_len)
+    return lambda: trainer.train_step(batch), dtype, chosen["fp8"]
 
 
-def nanochat(config: Config, device: Any) -> tuple[Callable[[], Any], Any]:
+def nanochat(config: Config, device: Any) -> tuple[Callable[[], Any], Any, str]:
     """A step of nanochat's pretraining: its model and optimizers, combined as in its own script."""
     import contextlib
 
@@ -291,7 +265,7 @@ def nanochat(config: Config, device: Any) -> tuple[Callable[[], Any], Any]:
         model.zero_grad(set_to_none=True)
         return total
 
-    return step, dtype
+    return step, dtype, ""
 
 
 def gemm_rate(config: Config, device: Any, dtype: Any) -> float:

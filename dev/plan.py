@@ -44,7 +44,7 @@ def show(config: Config) -> int:
         "fsdp": config.fsdp,
     }
     if config.device_batch_size == "auto":
-        fitting = flops.fitting_batch(gpt, rows, config.memory_gb * 2**30, **settings)
+        fitting = flops.fitting_batch(gpt, rows, config.memory_gb * flops.GIB, **settings)
         if not fitting:
             raise configurator.UserError(
                 f"not even one row of this model fits into {config.memory_gb} GB: choose a smaller "
@@ -55,7 +55,7 @@ def show(config: Config) -> int:
     planning.print_plan(
         dataclasses.replace(config, device_batch_size=fitting), gpt, plan, config.world_size
     )
-    memory = flops.memory_estimate(gpt, fitting, **settings)["total"] / 2**30
+    memory = flops.memory_estimate(gpt, fitting, **settings)["total"] / flops.GIB
     print(f"memory         {memory:.1f} GiB on each GPU with {fitting} rows in a pass, estimated")
     work = flops.flops_per_token(gpt) * plan.tokens
     for name in CARDS:

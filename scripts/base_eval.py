@@ -16,7 +16,7 @@ from zangchat import configurator
 from zangchat.config import CheckpointConfig, SourceFlag
 from zangchat.runtime.files import atomic_write
 from zangchat.runtime.logs import print0
-from zangchat.runtime.processes import compute_cleanup, get_dist_info
+from zangchat.runtime.processes import get_dist_info
 
 
 @dataclass
@@ -37,27 +37,24 @@ def evaluate(config: Config) -> int:
         raise configurator.UserError(
             f"--max_per_task={config.max_per_task} is not possible: give at least 1, or -1 for all"
         )
-    try:
-        model, tokenizer, meta = load_for_chat(config)
-        bundle = find_bundle()
-        start = time.monotonic()
+    model, tokenizer, meta = load_for_chat(config)
+    bundle = find_bundle()
+    start = time.monotonic()
 
-        def print_task(label: str, accuracy: float, centred: float) -> None:
-            print0(f"{label:<34} accuracy {accuracy:.4f}   centred {centred:+.4f}")
+    def print_task(label: str, accuracy: float, centred: float) -> None:
+        print0(f"{label:<34} accuracy {accuracy:.4f}   centred {centred:+.4f}")
 
-        result = evaluate_core(
-            model,
-            tokenizer,
-            bundle,
-            max_per_task=config.max_per_task,
-            on_task=print_task,
-            show_progress=True,
-        )
-        minutes = (time.monotonic() - start) / 60
-        print0(f"{result['name']}: {result['core_metric']:.4f} in {minutes:.1f} minutes")
-        write(config, meta, result, minutes)
-    finally:
-        compute_cleanup()
+    result = evaluate_core(
+        model,
+        tokenizer,
+        bundle,
+        max_per_task=config.max_per_task,
+        on_task=print_task,
+        show_progress=True,
+    )
+    minutes = (time.monotonic() - start) / 60
+    print0(f"{result['name']}: {result['core_metric']:.4f} in {minutes:.1f} minutes")
+    write(config, meta, result, minutes)
     return 0
 
 

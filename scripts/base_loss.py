@@ -13,7 +13,6 @@ from zangchat import configurator
 from zangchat.config import CheckpointConfig, SourceFlag
 from zangchat.runtime.devices import compute_init
 from zangchat.runtime.logs import print0
-from zangchat.runtime.processes import compute_cleanup
 
 if TYPE_CHECKING:
     from zangchat.dataset import Dataset
@@ -44,21 +43,18 @@ def evaluate(config: Config) -> None:
 
     configurator.check_range(1, config, "split_tokens", "device_batch_size")
     _, rank, _, world_size, device = compute_init(config.device_type)
-    try:
-        model, tokenizer, meta = checkpoint_manager.load_model(
-            config.source, device, "eval", config.model_tag, config.step, config.dtype
-        )
-        trained_on = meta["user_config"] if not (config.dataset or config.data_path) else {}
-        dataset = find_dataset(
-            config.dataset or trained_on.get("dataset"),
-            config.data_path or trained_on.get("data_path"),
-        )
-        bpb = bits_per_byte(config, model, tokenizer, dataset, rank, world_size)
-        samples = sample(model, tokenizer)
-        measured = {"step": meta["step"], "text": dataset.name, **bpb}
-        get_report().log(f"{config.source.capitalize()} model loss", [measured, *samples])
-    finally:
-        compute_cleanup()
+    model, tokenizer, meta = checkpoint_manager.load_model(
+        config.source, device, "eval", config.model_tag, config.step, config.dtype
+    )
+    trained_on = meta["user_config"] if not (config.dataset or config.data_path) else {}
+    dataset = find_dataset(
+        config.dataset or trained_on.get("dataset"),
+        config.data_path or trained_on.get("data_path"),
+    )
+    bpb = bits_per_byte(config, model, tokenizer, dataset, rank, world_size)
+    samples = sample(model, tokenizer)
+    measured = {"step": meta["step"], "text": dataset.name, **bpb}
+    get_report().log(f"{config.source.capitalize()} model loss", [measured, *samples])
 
 
 def bits_per_byte(

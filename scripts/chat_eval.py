@@ -22,7 +22,6 @@ from tasks.registry import REGISTRY, load_task, scored_tasks
 from zangchat import configurator
 from zangchat.config import CheckpointConfig
 from zangchat.runtime.logs import print0
-from zangchat.runtime.processes import compute_cleanup
 
 if TYPE_CHECKING:
     from tasks.common import Task
@@ -56,32 +55,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(config: Config) -> int:
     check(config)
     names = scored_tasks(config.task_name, every=config.all_tasks)
-    try:
-        from zangchat.engine import Engine, load_for_chat
-        from zangchat.execution import SandboxRefused
-        from zangchat.report import checkpoint_name
+    from zangchat.engine import Engine, load_for_chat
+    from zangchat.execution import SandboxRefused
+    from zangchat.report import checkpoint_name
 
-        model, tokenizer, meta = load_for_chat(config)
-        engine = Engine(model, tokenizer)
-        model_name = checkpoint_name(meta)
-        results: dict[str, TaskResult] = {}
-        missing: dict[str, str] = {}
-        for name in names:
-            try:
-                results[name] = score(config, name, engine, model_name)
-            except (MissingData, SandboxRefused) as error:
-                if config.task_name:
-                    raise
-                missing[name] = str(error)
-                print0(f"{name}: not scored, {error}")
-        if not results:
-            raise configurator.UserError(nothing_scored(config, list(missing)))
-        summary = scores(results, missing)
-        for name, value in summary.items():
-            print0(f"{name:<34} {value:.4f}")
-        report(config, meta["stage"], model_name, results, summary, missing)
-    finally:
-        compute_cleanup()
+    model, tokenizer, meta = load_for_chat(config)
+    engine = Engine(model, tokenizer)
+    model_name = checkpoint_name(meta)
+    results: dict[str, TaskResult] = {}
+    missing: dict[str, str] = {}
+    for name in names:
+        try:
+            results[name] = score(config, name, engine, model_name)
+        except (MissingData, SandboxRefused) as error:
+            if config.task_name:
+                raise
+            missing[name] = str(error)
+            print0(f"{name}: not scored, {error}")
+    if not results:
+        raise configurator.UserError(nothing_scored(config, list(missing)))
+    summary = scores(results, missing)
+    for name, value in summary.items():
+        print0(f"{name:<34} {value:.4f}")
+    report(config, meta["stage"], model_name, results, summary, missing)
     return 0
 
 

@@ -8,14 +8,13 @@ A parameter that is not fp32 (an embedding stored in bf16) is updated through an
 the own rows, kept in the state: late in training the steps are smaller than bf16 can represent.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as fused_adamw
 
-from zangchat.sharded import ShardedOptimizer
+from zangchat.sharded import Params, ShardedOptimizer
 
 
 class AdamW(ShardedOptimizer):
@@ -28,20 +27,15 @@ class AdamW(ShardedOptimizer):
 
     def __init__(
         self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        params: Params,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        rank: int = 0,
-        world_size: int = 1,
+        **ranks: int,
     ) -> None:
-        super().__init__(
-            params,
-            {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay},
-            rank,
-            world_size,
-        )
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults, **ranks)
 
     def update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for p in params:
@@ -63,21 +57,15 @@ class AdamW(ShardedOptimizer):
             state["master"] = rows.float()
         target = state.get("master", rows)
         beta1, beta2 = group["betas"]
+        moments = [state["exp_avg"]], [state["exp_avg_sq"]], []
         fused_adamw(
-            [target],
-            [grad.float()],
-            [state["exp_avg"]],
-            [state["exp_avg_sq"]],
-            [],
-            [state["step"]],
+            *([target], [grad.float()], *moments, [state["step"]]),
             fused=target.device.type in ("cpu", "cuda"),
             amsgrad=False,
+            maximize=False,
             beta1=beta1,
             beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
+            **{name: group[name] for name in ("lr", "weight_decay", "eps")},
         )
         if target is not rows:
             rows.copy_(target)

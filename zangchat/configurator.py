@@ -34,11 +34,13 @@ import tyro
 from zangchat.config import USER_LIMITS
 from zangchat.errors import UserError
 from zangchat.runtime.logs import setup_default_logging
+from zangchat.runtime.processes import compute_cleanup, note_failure, report_failure
 
 C = TypeVar("C")
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
-USER_ERROR = 2  # exit codes
+FAILED = 1  # exit codes
+USER_ERROR = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141  # as a shell reports a writer whose reader has closed the pipe
 BOOLEANS = {
@@ -73,7 +75,8 @@ def run(
     """The entry point of every script: parse `argv`, call `command(config)`, return the exit code.
 
     `argv` is the process's by default. A UserError, or a disk that is full or forbidden, becomes
-    one line on stderr and code 2, Ctrl-C code 130; every other exception keeps its traceback.
+    one line on stderr and code 2, Ctrl-C code 130; every other exception keeps its traceback, on
+    the first rank that fails. A command that succeeded leaves the process group.
     """
     _prepare_streams()
     try:
@@ -82,21 +85,31 @@ def run(
         except SystemExit as stop:  # --help was answered
             return int(stop.code or 0)
         setup_default_logging()
-        return command(config) or 0
+        code = command(config) or 0
+        compute_cleanup()
+        return code
     except UserError as error:
+        note_failure()
         _print_error(f"error: {error}")
         return USER_ERROR
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _is_stdout_closed():
             return BROKEN_PIPE
         if error.errno not in DISK_ERRORS:
-            raise
+            if report_failure(error):
+                raise
+            return FAILED
+        note_failure()
         remedy = "make room, or set ZANGCHAT_BASE_DIR to a folder on a disk that takes it"
         _print_error(f"error: {error}: {remedy}")
         return USER_ERROR
     except KeyboardInterrupt:
         _print_error("interrupted")
         return INTERRUPTED
+    except Exception as error:
+        if report_failure(error):
+            raise
+        return FAILED
 
 
 def _is_stdout_closed() -> bool:

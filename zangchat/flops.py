@@ -1,7 +1,9 @@
 """The cost of a model, computed from its GPTConfig: parameters, FLOPs, bytes moved, memory; and the
 peaks of known devices.
 
-Nothing here imports torch. FLOPs count a multiplication and an addition as two; bytes are bytes.
+Nothing here imports torch. FLOPs count a multiplication and an addition as two. Memory is in GiB,
+as on the boxes of graphics cards ("24 GB" are 24 x 2^30 bytes); disks and rates are in powers of
+ten.
 """
 
 from collections.abc import Iterator
@@ -166,13 +168,14 @@ def update_bytes(
     config: GPTConfig, kind: str = "muon", world_size: int = 1, ortho_size: int = 2
 ) -> int:
     """Scratch memory of the optimizer. Muon stacks all matrices of a shape: two fp32 copies of
-    them, and four in the dtype of the orthogonalisation (`ortho_size` bytes). AdamW takes one
-    parameter at a time and needs an fp32 copy of its gradient."""
+    them, and four in the dtype of the orthogonalisation (`ortho_size` bytes), or after it two more
+    fp32 copies and a mask. AdamW takes one parameter at a time and needs an fp32 copy of its
+    gradient."""
     params = count_params(config)
     largest = 4 * params["wte"]
     if kind == "muon":
         layers = -(-config.n_layer // world_size)
-        return max(largest, (2 * 4 + 4 * ortho_size) * layers * 4 * config.n_embd**2)
+        return max(largest, (2 * 4 + max(4 * ortho_size, 9)) * layers * 4 * config.n_embd**2)
     return largest
 
 
@@ -227,8 +230,11 @@ def logits_bytes(config: GPTConfig, tokens: int, size: int = 2, device_type: str
 
 # ---- batch size ----------------------------------------------------------------------------------
 
-CARDS = (8, 16, 24, 40, 80, 141)  # GB of the GPUs that people have
-USABLE = 0.88  # share of the memory; fragmentation and the libraries' workspaces take the rest
+GIB = 2**30
+CARDS = (8, 16, 24, 40, 80, 141)  # GiB of the GPUs that people have
+# share of the memory, with expandable segments (devices.py); the libraries' workspaces, NCCL's
+# buffers and some fragmentation take the rest
+USABLE = 0.92
 CONTEXT = {"cuda": 6e8}  # bytes that a process takes on the device before its first tensor
 # longer passes gain nothing: the products run at full speed
 PASS_TOKENS = {
@@ -261,20 +267,18 @@ def what_fits(config: GPTConfig, rows: int, **settings: Any) -> Iterator[str]:
     """For each of CARDS a line: the rows of a pass and the passes of a step of `rows` rows, and
     what --grad_checkpoint=1 would change.
     """
-    for gigabytes in CARDS:
+    for card in CARDS:
         options = []
         for checkpoint in (False, True):
-            size = fitting_batch(
-                config, rows, gigabytes * 1e9, grad_checkpoint=checkpoint, **settings
-            )
+            size = fitting_batch(config, rows, card * GIB, grad_checkpoint=checkpoint, **settings)
             if size:
                 needed = memory_estimate(config, size, grad_checkpoint=checkpoint, **settings)[
                     "total"
                 ]
-                options.append(f"{size} rows x {-(-rows // size)} passes ({needed / 1e9:.1f} GB)")
+                options.append(f"{size} rows x {-(-rows // size)} passes ({needed / GIB:.1f} GiB)")
             else:
                 options.append("not one row")
-        yield f"{gigabytes:>3} GB: {options[0]}" + (
+        yield f"{card:>3} GB: {options[0]}" + (
             f"; with --grad_checkpoint=1 {options[1]}" if options[1] != options[0] else ""
         )
 

@@ -17,14 +17,13 @@ matrices of a shape are dealt round robin; a rank keeps state for its own and up
 Shapes: K matrices of one shape, R rows (outputs), C columns (inputs).
 """
 
-from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zangchat.sharded import Piece, ShardedOptimizer
+from zangchat.sharded import Params, Piece, ShardedOptimizer
 
 # Five Polar Express steps for singular values from 1e-3 to 1 after the division by the norm;
 # tests/reference/muon.py derives them.
@@ -52,6 +51,13 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
     return x if wide else x.mT
 
 
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bf16 on GPUs whose tensor cores have it; older ones emulate it."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16
+    return torch.float32
+
+
 def _neuron_dim(shape: torch.Size) -> int:
     """The dimension that NorMuon sums over: the shorter one. Along the shorter side all norms are
     equal after orthogonalising."""
@@ -63,27 +69,22 @@ class Muon(ShardedOptimizer):
     so schedules may change them.
 
     The update of a matrix has the root-mean-square size lr * sqrt(max(1, R/C) / max(R, C)).
-    `ortho_dtype` None means bf16 on CUDA, fp32 elsewhere. State of an own parameter: momentum (R,
-    C) and second_moment (R, 1) or (1, C), fp32.
+    `ortho_dtype` None means `fast_dtype`. State of an own parameter: momentum (R, C) and
+    second_moment (R, 1) or (1, C), fp32.
     """
 
     def __init__(
         self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        params: Params,
         lr: float = 0.02,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         beta2: float = 0.95,
         ortho_dtype: torch.dtype | None = None,
-        rank: int = 0,
-        world_size: int = 1,
+        **ranks: int,
     ) -> None:
-        super().__init__(
-            params,
-            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "beta2": beta2},
-            rank,
-            world_size,
-        )
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "beta2": beta2}
+        super().__init__(params, defaults, **ranks)
         self.ortho_dtype = ortho_dtype
         for p in (p for group in self.param_groups for p in group["params"]):
             if p.dim() != 2:
@@ -98,10 +99,10 @@ class Muon(ShardedOptimizer):
 
     @cached_property
     def pieces(self) -> dict[Tensor, list[Piece]]:
-        stacks = [stack for group in self.param_groups for stack in self.update_groups(group)]
         return {
             p: [Piece(0, p.size(0), i % self.world_size)]
-            for stack in stacks
+            for group in self.param_groups
+            for stack in self.update_groups(group)
             for i, p in enumerate(stack)
         }
 
@@ -109,35 +110,36 @@ class Muon(ShardedOptimizer):
         if not params:
             return
         R, C = params[0].shape
+        states = [self._state(p) for p in params]
         grads = torch.stack(
             [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
         ).float()
         momentum, second = (
-            torch.stack([self._state(p)[key] for p in params])
-            for key in ("momentum", "second_moment")
+            torch.stack([state[key] for state in states]) for key in ("momentum", "second_moment")
         )
 
         momentum.lerp_(grads, 1 - group["momentum"])
-        dtype = self.ortho_dtype or (torch.bfloat16 if grads.is_cuda else torch.float32)
+        dtype = self.ortho_dtype or fast_dtype(grads.device)
         update = orthogonalise(grads.lerp_(momentum, group["momentum"]), dtype).float()
+        del grads  # its memory is used again below
 
         # of shape (K, R, 1) or (K, 1, C)
         mean_square = update.square().mean(dim=_neuron_dim(params[0].shape), keepdim=True)
         second.lerp_(mean_square, 1 - group["beta2"])
         scale = second.clamp(min=1e-10).rsqrt()
-        # all rows have the same length, so means of mean squares compare the norms of whole
-        # matrices
+        # rows have one length, so means of mean squares compare the norms of whole matrices
         before, after = (
             m.mean(dim=(-2, -1), keepdim=True) for m in (mean_square, mean_square * scale.square())
         )
         update.mul_(scale * (before / after.clamp(min=1e-20)).sqrt())
 
         lr = group["lr"] * max(1.0, R / C) ** 0.5
-        for p, u, m, s in zip(params, update, momentum, second, strict=True):
-            decay = (u * p >= 0) * p * (lr * group["weight_decay"])
-            p.sub_((u * lr + decay).to(p.dtype))
-            self._state(p)["momentum"].copy_(m)
-            self._state(p)["second_moment"].copy_(s)
+        weights = torch.stack(params)
+        decay = ((update * weights >= 0) * weights).mul_(lr * group["weight_decay"])
+        weights.sub_(update.mul_(lr).add_(decay).to(weights.dtype))
+        torch._foreach_copy_(params, list(weights))
+        torch._foreach_copy_([state["momentum"] for state in states], list(momentum))
+        torch._foreach_copy_([state["second_moment"] for state in states], list(second))
 
     def _state(self, p: Tensor) -> dict[str, Tensor]:
         state = self.state[p]

@@ -22,34 +22,24 @@ from torch import Tensor, nn
 from zangchat.adamw import AdamW
 from zangchat.config import OPTIMIZERS, StepMultipliers
 from zangchat.muon import Muon
-from zangchat.sharded import GradientSums, ShardedOptimizer
+from zangchat.sharded import GradientSums, Params, ShardedOptimizer
 
 Shards = dict[str, dict[str, Any]]
 
 
 class SGD(ShardedOptimizer):
-    """p -= lr * (grad + weight_decay * p), without state: the baseline that everything else has to
-    beat.
-    """
+    """p -= lr * (grad + weight_decay * p), without state: the baseline to beat."""
 
-    def __init__(
-        self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
-        lr: float,
-        weight_decay: float = 0.0,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, rank, world_size)
+    def __init__(self, params: Params, lr: float, weight_decay: float = 0.0, **ranks: int) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, **ranks)
 
     def update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        lr = group["lr"]
         for p in params:
             piece = self.own_piece(p)
             if piece is not None and p.grad is not None:
                 grad = piece.of(p.grad).to(p.dtype)
-                piece.of(p).mul_(1 - group["lr"] * group["weight_decay"]).sub_(
-                    grad, alpha=group["lr"]
-                )
+                piece.of(p).mul_(1 - lr * group["weight_decay"]).sub_(grad, alpha=lr)
 
 
 class OptimizerGroup:
@@ -70,17 +60,12 @@ class OptimizerGroup:
     ) -> None:
         self.optimizers = list(optimizers)
         self.names, self.comm_dtype = dict(names), comm_dtype
-        pieces = {
-            p: dealt for optimizer in self.optimizers for p, dealt in optimizer.pieces.items()
-        }
-        self._own = {
-            p: optimizer.own_piece(p) for optimizer in self.optimizers for p in optimizer.pieces
-        }
-        backwards = {p: pieces[p] for p in reversed(self.names)}
-        first = self.optimizers[0]
-        self._sums = (
-            GradientSums(backwards, first.rank, comm_dtype) if first.world_size > 1 else None
-        )
+        owner = {p: optimizer for optimizer in self.optimizers for p in optimizer.pieces}
+        self._own = {p: optimizer.own_piece(p) for p, optimizer in owner.items()}
+        self._sums, first = None, self.optimizers[0]
+        if first.world_size > 1:
+            backwards = {p: owner[p].pieces[p] for p in reversed(self.names)}
+            self._sums = GradientSums(backwards, first.rank, comm_dtype)
         for group in self.param_groups:
             group["initial_lr"] = group["lr"]
             group["initial_weight_decay"] = group["weight_decay"]
@@ -125,11 +110,10 @@ class OptimizerGroup:
 
     def gradients(self) -> dict[str, Tensor]:
         """This rank's part of them, by name: all rows, once, over all ranks."""
-        own = ((name, p.grad, self._own[p]) for p, name in self.names.items())
         return {
-            name: piece.of(grad)
-            for name, grad, piece in own
-            if grad is not None and piece is not None
+            name: piece.of(p.grad)
+            for p, name in self.names.items()
+            if p.grad is not None and (piece := self._own[p]) is not None
         }
 
     def model_weights(self, model: nn.Module) -> dict[str, Tensor]:
@@ -146,13 +130,10 @@ class OptimizerGroup:
         shards: Shards = {}
         for optimizer in self.optimizers:
             for p, state in optimizer.state.items():
-                piece = optimizer.own_piece(p)
+                piece = self._own[p]
                 assert piece is not None
-                shards[self.names[p]] = {
-                    "shape": list(p.shape),
-                    "slice": [piece.first, piece.end],
-                    "tensors": dict(state),
-                }
+                entry = {"shape": list(p.shape), "slice": list(piece[:2]), "tensors": dict(state)}
+                shards[self.names[p]] = entry
         return shards
 
     def load_shards(self, merged: Mapping[str, Mapping[str, Any]]) -> None:
@@ -164,37 +145,31 @@ class OptimizerGroup:
         another form.
         """
         if not is_shards(merged):
-            raise ValueError(
-                "this is not what state_shards() gives: load state dicts with each optimizer's "
-                "load_state_dict"
-            )
+            advice = "load state dicts with each optimizer's load_state_dict"
+            raise ValueError(f"this is not the form of state_shards(): {advice}")
         unknown = set(merged) - set(self.names.values())
         if unknown:
             raise ValueError(f"optimizer state of unknown parameters: {', '.join(sorted(unknown))}")
         for optimizer in self.optimizers:
             optimizer.state.clear()
             for p in optimizer.pieces:
-                name, piece = self.names[p], optimizer.own_piece(p)
+                name, piece = self.names[p], self._own[p]
                 if name not in merged or piece is None:
                     continue
-                entry = merged[name]
-                whole = p.size(0) if p.dim() else 1
-                if list(entry["shape"]) != list(p.shape):
+                shape, rows, tensors = (merged[name][key] for key in ("shape", "slice", "tensors"))
+                whole, problem = p.size(0) if p.dim() else 1, f"optimizer state of {name}"
+                if list(shape) != list(p.shape):
                     raise ValueError(
-                        f"optimizer state of {name} has shape {list(entry['shape'])}, the "
-                        f"parameter {list(p.shape)}"
+                        f"{problem} has shape {list(shape)}, the parameter {list(p.shape)}"
                     )
-                if list(entry["slice"]) != [0, whole]:
-                    raise ValueError(
-                        f"optimizer state of {name} covers rows {list(entry['slice'])} of {whole}: "
-                        "merge all shards first"
-                    )
+                if list(rows) != [0, whole]:
+                    advice = "merge all shards first"
+                    raise ValueError(f"{problem} covers rows {list(rows)} of {whole}: {advice}")
                 # a tensor that belongs to the whole parameter may have other rows than it
                 part = slice(None) if piece[:2] == (0, whole) else slice(*piece[:2])
-                for key, tensor in entry["tensors"].items():
-                    optimizer.state[p][key] = (tensor[part] if tensor.dim() else tensor).to(
-                        p.device, copy=True
-                    )
+                for key, tensor in tensors.items():
+                    own = tensor[part] if tensor.dim() else tensor
+                    optimizer.state[p][key] = own.to(p.device, copy=True)
 
 
 def is_shards(data: Any) -> bool:
@@ -216,20 +191,16 @@ def merge_shards(shards: Iterable[Mapping[str, Mapping[str, Any]]]) -> Shards:
     for name, entries in pieces.items():
         entries.sort(key=lambda entry: entry["slice"][0])
         shape, end = list(entries[0]["shape"]), 0
-        for entry in entries:
-            if entry["slice"][0] != end:
-                raise ValueError(
-                    f"optimizer state of {name}: rows from {end} are missing or there twice"
-                )
-            end = entry["slice"][1]
-        if end != (shape[0] if shape else 1):
-            raise ValueError(f"optimizer state of {name}: rows from {end} are missing")
-        tensors = {
-            key: first
-            if first.dim() == 0 or len(entries) == 1
-            else torch.cat([entry["tensors"][key] for entry in entries])
-            for key, first in entries[0]["tensors"].items()
-        }
+        whole = shape[0] if shape else 1
+        for first, last in (*(entry["slice"] for entry in entries), (whole, whole)):
+            if first != end:
+                problem = f"optimizer state of {name}: rows from {end} are missing or there twice"
+                raise ValueError(problem)
+            end = last
+        tensors = dict(entries[0]["tensors"])
+        for key, first in tensors.items():
+            if first.dim() and len(entries) > 1:
+                tensors[key] = torch.cat([entry["tensors"][key] for entry in entries])
         merged[name] = {"shape": shape, "slice": [0, end], "tensors": tensors}
     return merged
 
@@ -260,28 +231,28 @@ def build_optimizer(
     named = {name.removeprefix("_orig_mod."): p for name, p in model.named_parameters()}
     embedding, head = named["transformer.wte.weight"], named["lm_head.weight"]
     matrices = [p for p in named.values() if p is not embedding and p is not head]
-    wrong = [name for name, p in named.items() if p.dim() != 2]
-    if wrong:
-        raise ValueError(
-            f"no optimizer is planned for parameters that are not matrices: {', '.join(wrong)}: "
-            "leave them out (bias=False), or give "
-            "them to one in zangchat/optim.py:build_optimizer"
+    if wrong := [name for name, p in named.items() if p.dim() != 2]:
+        advice = (
+            "leave them out (bias=False), or give them to one in zangchat/optim.py:build_optimizer"
         )
-    tables = [{"params": [embedding], "lr": embedding_lr}, {"params": [head], "lr": unembedding_lr}]
-    blocks: dict[str, Any] = {"params": matrices, "lr": matrix_lr, "weight_decay": weight_decay}
+        problem = "no optimizer is planned for parameters that are not matrices"
+        raise ValueError(f"{problem}: {', '.join(wrong)}: {advice}")
+    groups: list[dict[str, Any]] = [
+        {"params": [embedding], "lr": embedding_lr},
+        {"params": [head], "lr": unembedding_lr},
+        {"params": matrices, "lr": matrix_lr, "weight_decay": weight_decay},
+    ]
     ranks = {"rank": rank, "world_size": world_size}
     optimizers: list[ShardedOptimizer]
-    if kind == "muon":
-        if ortho_dtype is None and getattr(model, "compute_dtype", None) == torch.bfloat16:
-            ortho_dtype = torch.bfloat16
-        optimizers = [
-            AdamW(tables, betas=betas, eps=1e-10, **ranks),
-            Muon([blocks], ortho_dtype=ortho_dtype, **ranks),
-        ]
-    elif kind == "adamw":
-        optimizers = [AdamW([*tables, blocks], betas=betas, eps=1e-10, **ranks)]
+    if kind == "sgd":
+        optimizers = [SGD(groups, lr=matrix_lr, **ranks)]
     else:
-        optimizers = [SGD([*tables, blocks], lr=matrix_lr, **ranks)]
+        blocks = [groups.pop()] if kind == "muon" else []
+        optimizers = [AdamW(groups, betas=betas, eps=1e-10, **ranks)]
+        if blocks:
+            if ortho_dtype is None and getattr(model, "compute_dtype", None) == torch.bfloat16:
+                ortho_dtype = torch.bfloat16
+            optimizers.append(Muon(blocks, ortho_dtype=ortho_dtype, **ranks))
     return OptimizerGroup(optimizers, {p: name for name, p in named.items()}, comm_dtype)
 
 

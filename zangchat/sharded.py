@@ -4,8 +4,7 @@ gradient, state and update belong to one rank.
 A piece is all rows of a parameter, or one of as many equal slices of them as there are ranks. In a
 step
   1. `GradientSums` adds up each piece's gradient on the rank that owns it, while the backward pass
-     still
-     computes the others;
+     still computes the others;
   2. the owner updates the piece (the subclasses' part);
   3. the result goes to all ranks.
 Together they move as much as a reduce-scatter and an all-gather (arXiv:1910.02054), without copies
@@ -22,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 SHARD_NUMEL = 2**16  # smaller parameters are not worth cutting
+Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 
 class Piece(NamedTuple):
@@ -45,11 +45,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
 
     def __init__(
-        self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
-        defaults: dict[str, Any],
-        rank: int = 0,
-        world_size: int = 1,
+        self, params: Params, defaults: dict[str, Any], rank: int = 0, world_size: int = 1
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} does not exist among {world_size}")
@@ -72,17 +68,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def pieces(self) -> dict[Tensor, list[Piece]]:
         """How each parameter is dealt. Here: a large one with evenly divisible rows is cut, the
         others go round robin."""
-        dealt = {}
+        dealt, ranks = {}, self.world_size
         for index, p in enumerate(p for group in self.param_groups for p in group["params"]):
-            rows, share = p.size(0) if p.dim() else 1, 0
-            if self.world_size > 1 and p.numel() >= SHARD_NUMEL and rows % self.world_size == 0:
-                share = rows // self.world_size
-            whole = [Piece(0, rows, index % self.world_size)]
-            dealt[p] = (
-                [Piece(r * share, (r + 1) * share, r) for r in range(self.world_size)]
-                if share
-                else whole
-            )
+            rows = p.size(0) if p.dim() else 1
+            dealt[p] = [Piece(0, rows, index % ranks)]
+            if ranks > 1 and p.numel() >= SHARD_NUMEL and rows % ranks == 0:
+                share = rows // ranks
+                dealt[p] = [Piece(rank * share, (rank + 1) * share, rank) for rank in range(ranks)]
         return dealt
 
     def own_piece(self, p: Tensor) -> Piece | None:
@@ -102,11 +94,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for params in self.update_groups(group):
                 self.update([p for p in params if self.own_piece(p)], group)
                 if self.world_size > 1:
-                    dealt = [
-                        (piece.of(p.data), piece.owner) for p in params for piece in self.pieces[p]
-                    ]
                     broadcasts += [
-                        dist.broadcast(rows, src=owner, async_op=True) for rows, owner in dealt
+                        dist.broadcast(piece.of(p.data), src=piece.owner, async_op=True)
+                        for p in params
+                        for piece in self.pieces[p]
                     ]
         for work in broadcasts:
             work.wait()
@@ -126,15 +117,17 @@ class GradientSums:
 
     def __init__(self, pieces: Mapping[Tensor, list[Piece]], rank: int, dtype: torch.dtype) -> None:
         self.pieces, self.rank, self.dtype = dict(pieces), rank, dtype
+        self._begin_step()
+        for p in self.pieces:
+            p.register_post_accumulate_grad_hook(self._on_gradient)
+
+    def _begin_step(self) -> None:
         # set before a step's last backward pass; earlier ones only accumulate
         self.last_pass = False
         self._ready: set[Tensor] = set()
         self._waiting = list(self.pieces)  # not begun, in order
-        self._reductions: list[
-            tuple[Any, Tensor, Tensor]
-        ] = []  # (work, sent tensor, target of the sum)
-        for p in self.pieces:
-            p.register_post_accumulate_grad_hook(self._on_gradient)
+        # (work, sent tensor, target of the sum)
+        self._reductions: list[tuple[Any, Tensor, Tensor]] = []
 
     def _on_gradient(self, p: Tensor) -> None:
         if self.last_pass:
@@ -164,9 +157,4 @@ class GradientSums:
         for p, pieces in self.pieces.items():
             if all(piece.owner != self.rank for piece in pieces):
                 p.grad = None
-        self.last_pass, self._ready, self._waiting, self._reductions = (
-            False,
-            set(),
-            list(self.pieces),
-            [],
-        )
+        self._begin_step()

@@ -67,6 +67,9 @@ def test_train_bench_measures_steps():
     )
     found = bench("train", *model, "--steps=1", "--repeats=2")["zangchat"]
     assert len(found["all_tok_per_sec"]) == 2 and found["seconds_to_first_step"] > 0
+    assert found["fp8"] == ""
+    found = bench("train", *model, "--steps=1", "--repeats=1", "--fp8")["zangchat"]
+    assert found["fp8"] == "fp8: not used (no GPU: cpu); the products stay in --dtype"
 
 
 def test_quality_bench_uses_our_own_steps(text, tmp_path):

@@ -38,6 +38,7 @@ ELSEWHERE = {  # test file -> the commands that it runs, whose programs it names
     "tests/e2e/test_docs.py": """torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d
         --rdzv_endpoint=HEAD:29500 --rdzv_id=1 --max-restarts=3 -m scripts.base_train
         -- --depth=26 --resume=latest""",
+    "tests/e2e/test_gpu_check.py": "python -m dev.gpu_check | python -m dev.gpu_check --report",
     "tests/unit/test_hf.py": """python -m scripts.import_model --path=nanochat --source=base
         --from_tag=d20 --model_tag=nano20""",
     "tests/unit/test_hf_examples.py": """python -m dev.examples.lora --model=d20-sft
@@ -98,7 +99,9 @@ def test_only_sizes_are_added_to_commands() -> None:
 def test_other_test_files_name_their_commands(file: str) -> None:
     source = text_of(file)
     for line in listed(ELSEWHERE[file]):
-        program = re.search(r"[\w/]+\.(?:sh|sbatch|yaml)\b|\b(?:scripts|examples)\.(\w+)", line)
+        program = re.search(
+            r"[\w/]+\.(?:sh|sbatch|yaml)\b|\b(?:scripts|examples|dev)\.(?!examples)(\w+)", line
+        )
         assert program, line
         name = program[1] or program[0]
         assert name in source or Path(name).name in source, f"{file} no longer names {name}"

@@ -405,6 +405,36 @@ def test_cleaning_up_after_an_interrupted_import_does_not_import_again(monkeypat
     assert "torch" not in sys.modules
 
 
+@pytest.mark.parametrize(
+    ("users", "setting"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}, "max_split_size_mb:512"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:256"}, "max_split_size_mb:256"),
+    ],
+)
+def test_cuda_memory_is_mapped_piece_by_piece_unless_the_user_has_a_setting(users, setting):
+    """torch is imported before the setting is made, as in every command; its own allocator says
+    what it has read."""
+    done = subprocess.run(
+        [sys.executable, "-c", ALLOCATOR],
+        env={**{k: v for k, v in os.environ.items() if "ALLOC_CONF" not in k}, **users},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == setting, done.stderr
+
+
+ALLOCATOR = """
+import torch
+from zangchat.runtime import devices
+devices._check_device = lambda *_: None
+torch.cuda.set_device = torch.cuda.manual_seed = lambda *_: None
+devices.compute_init("cuda")
+print(torch._C._accelerator_getAllocatorSettings())
+"""
+
+
 @pytest.mark.parametrize("device_type", ["gpu", "cuda:0", "tpu"])
 def test_unknown_device_names_the_choices(device_type):
     with pytest.raises(

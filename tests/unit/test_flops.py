@@ -12,6 +12,7 @@ import torch
 from zangchat.config import GPTConfig
 from zangchat.flops import (
     CARDS,
+    GIB,
     USABLE,
     activation_bytes_per_token,
     count_params,
@@ -160,17 +161,17 @@ def test_memory_of_a_training_step():
 def test_chosen_batch_fits_divides_and_is_the_largest(gigabytes):
     for rows in (512, 24, 7):
         for checkpoint in (False, True):
-            size = fitting_batch(D20, rows, gigabytes * 1e9, grad_checkpoint=checkpoint)
+            size = fitting_batch(D20, rows, gigabytes * GIB, grad_checkpoint=checkpoint)
             cost = {
                 n: memory_estimate(D20, n, grad_checkpoint=checkpoint)["total"]
                 for n in range(1, 33)
                 if rows % n == 0
             }
             assert size == max(
-                (n for n in cost if cost[n] <= USABLE * (gigabytes - 0.6) * 1e9), default=0
+                (n for n in cost if cost[n] <= USABLE * (gigabytes * GIB - 6e8)), default=0
             )
-    assert fitting_batch(D20, 7, gigabytes * 1e9, even=False) >= fitting_batch(
-        D20, 7, gigabytes * 1e9
+    assert fitting_batch(D20, 7, gigabytes * GIB, even=False) >= fitting_batch(
+        D20, 7, gigabytes * GIB
     )
 
 
@@ -180,6 +181,8 @@ def test_plan_reports_the_batch_for_each_card():
         f"{gigabytes} GB" for gigabytes in CARDS
     ]
     assert "not one row" in lines[0] and "32 rows x 16 passes" in lines[-1]
+    needed = memory_estimate(D20, 32)["total"]
+    assert lines[-2].startswith(f" 80 GB: 32 rows x 16 passes ({needed / GIB:.1f} GiB)")
     assert (
         memory_estimate(D20, 32, grad_checkpoint=True)["activations"]
         < memory_estimate(D20, 32)["activations"] / 5

@@ -1,9 +1,13 @@
 """Muon: its coefficients, the orthogonalisation, and the whole update against the slow twin."""
 
+from collections import Counter
+
 import pytest
 import torch
 
 from tests.reference import muon as reference
+from tests.simulated_gpu import DEVICE, simulated_gpu
+from zangchat import muon
 from zangchat.muon import POLAR_EXPRESS, Muon, orthogonalise
 
 
@@ -88,3 +92,44 @@ def test_16_bit_orthogonalisation_stays_close() -> None:
 def test_vectors_are_refused() -> None:
     with pytest.raises(ValueError, match="matrices"):
         Muon([torch.nn.Parameter(torch.zeros(3))])
+
+
+def test_more_matrices_take_no_more_kernels() -> None:
+    """Of one shape: each element-wise operation runs on their stack, or on all in one call."""
+
+    def calls(count: int) -> Counter[str]:
+        with simulated_gpu() as usage:
+            weights = [torch.nn.Parameter(torch.zeros(8, 16, device=DEVICE)) for _ in range(count)]
+            optimizer = Muon(weights, weight_decay=0.1)
+            for _ in range(2):  # the first step makes the state
+                usage.calls.clear()
+                for w in weights:
+                    w.grad = torch.zeros_like(w)
+                made = Counter(usage.calls)
+                optimizer.step()
+            del usage.calls["device"]  # a question, not a kernel
+            return usage.calls - made
+
+    few, many = calls(2), calls(12)
+    assert many == few
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((9, 0), torch.bfloat16), ((7, 5), torch.float32)]
+)
+def test_gpus_that_emulate_bf16_orthogonalise_in_fp32(
+    capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def record(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        seen.append(dtype)
+        return matrices
+
+    monkeypatch.setattr(muon, "orthogonalise", record)
+    with simulated_gpu():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        w = torch.nn.Parameter(torch.zeros(8, 16, device=DEVICE))
+        w.grad = torch.zeros_like(w)
+        Muon([w]).step()
+    assert seen == [dtype]

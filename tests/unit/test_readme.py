@@ -734,6 +734,9 @@ def test_rungpu_picks_sizes_for_the_gpu_memory(chain):
     assert any("--vocab_size=32768" in call for call in calls)
     _, _, calls = chain("dev/rungpu.sh", smi="24564", NPROC_PER_NODE="1", DEPTH="2")
     assert any("--depth=2" in call for call in calls), "what is set in front counts"
+    for memory, card in (("15109", 16), ("23034", 24), ("46068", 48), ("81559", 80)):  # T4, L4, ...
+        _, output, _ = chain("dev/rungpu.sh", smi(0, memory=memory), DRY_RUN="1")
+        assert f"the preset for {card} GB" in output
     for memory, complaint in (
         ("", "No GPU found"),
         ("4096", "smallest preset is for 8 GB"),

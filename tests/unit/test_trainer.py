@@ -72,9 +72,10 @@ def make_trainer(
     device_batch_size: int = ROWS,
     kind: str = "muon",
     shard: Any = None,
+    dtype: torch.dtype = torch.float32,
     **kw: Any,
 ) -> Trainer:
-    model = GPT(CONFIG, options=kw.pop("options", ForwardOptions()))
+    model = GPT(CONFIG, dtype, kw.pop("options", ForwardOptions()))
     model.init_weights(generator=torch.Generator().manual_seed(7))
     rank, world_size = collectives.world()
     optimizer = build_optimizer(
@@ -673,6 +674,14 @@ def rank_main(rank: int, port: int, directory: str) -> None:
             [same(before, weights(poisoned)) and poisoned.state.skipped_steps == 1]
         )
 
+        overflow = make_trainer(dtype=torch.float16)
+        scale, before = overflow.loss_scale.value, weights(overflow)
+        if rank == 1:  # a finite loss, and one gradient that fp16 cannot hold
+            overflow.model.lm_head.weight.register_hook(lambda gradient: gradient * math.inf)
+        overflow.train_step(make_batch(0, rank, 2))
+        unchanged = same(before, weights(overflow))
+        halved = collectives.gather([overflow.loss_scale.value / scale, unchanged])
+
         stopped = make_trainer(root / "stopped")
         stopped.stage.loss = lambda model, batch: (
             sum_loss(model, batch),
@@ -688,7 +697,7 @@ def rank_main(rank: int, port: int, directory: str) -> None:
         )
         if rank == 0:
             (root / "facts.json").write_text(
-                json.dumps({"skipped": skipped, "stops": stops, "equal": equal})
+                json.dumps({"skipped": skipped, "halved": halved, "stops": stops, "equal": equal})
             )
     finally:
         compute_cleanup()
@@ -764,5 +773,10 @@ def test_one_rank_goes_on_with_the_checkpoint_of_two(ranks):
 
 def test_ranks_agree_on_skipping_and_stopping_and_hold_the_same_weights(ranks):
     facts = json.loads((ranks / "facts.json").read_text())
-    assert facts == {"skipped": [[1], [1]], "stops": [[143, 1], [143, 1]], "equal": True}
+    assert facts == {
+        "skipped": [[1], [1]],
+        "halved": [[0.5, True], [0.5, True]],
+        "stops": [[143, 1], [143, 1]],
+        "equal": True,
+    }
     assert sorted(checkpoint_manager.steps(ranks / "stopped")) == [1]

@@ -119,6 +119,7 @@ def compute_init(
         else torch.device(device_type)
     )
     if device_type == "cuda":
+        expand_segments()
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
             # stderr names operations without such a form
@@ -142,6 +143,13 @@ def compute_init(
         )
         torch.distributed.barrier()
     return ddp, rank, local_rank, world_size, device
+
+
+def expand_segments() -> None:
+    """Let CUDA's allocator map memory piece by piece instead of in blocks that fragment, unless the
+    user has set it up. It reads its settings when it is first used."""
+    if not any(os.environ.get(f"PYTORCH_{name}ALLOC_CONF") for name in ("", "CUDA_")):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _check_device(device_type: str, local_rank: int, ddp: bool) -> None:

@@ -2,10 +2,13 @@
 
 import os
 import sys
+import time
 
 from zangchat.errors import UserError
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+# The time that a rank, which fails because another did, leaves torchrun to see the other one first
+GRACE_SECONDS = 5.0
 
 
 def is_ddp() -> bool:
@@ -59,9 +62,46 @@ def _whole_number(name: str) -> int:
 
 
 def compute_cleanup() -> None:
-    """Leave the process group, if there is one. Does not import torch: an interrupted import cannot
-    be retried.
+    """Leave the process group, if there is one.
+
+    Only after success: NCCL waits here for the other ranks, and a rank that fails would wait until
+    a collective's timeout. Does not import torch: an interrupted import cannot be retried.
     """
+    if in_process_group():
+        sys.modules["torch"].distributed.destroy_process_group()
+
+
+def in_process_group() -> bool:
     torch = sys.modules.get("torch")
-    if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    return bool(torch and torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
+def note_failure() -> bool:
+    """Whether this rank is the first of the run to fail. The others then fail as well, since it
+    leaves them."""
+    if not in_process_group():
+        return True
+    store = sys.modules["torch"].distributed.distributed_c10d._get_default_store()
+    try:
+        return bool(store.add("zangchat/failed", 1) == 1)
+    except RuntimeError:  # the rank that served the store has left
+        return False
+
+
+def report_failure(error: BaseException) -> bool:
+    """Give the first failure of a run to torchrun, which ends its output with the traceback.
+
+    On a rank that fails later: say so in one line, leave torchrun time to see the first one, and
+    return False.
+    """
+    if not note_failure():
+        rank = os.environ.get("RANK", "?")
+        problem = f"{type(error).__name__}: {error}".partition("\n")[0]
+        print(f"[rank {rank}] {problem} (another rank failed first)", file=sys.stderr, flush=True)
+        time.sleep(GRACE_SECONDS)
+        return False
+    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+    return True

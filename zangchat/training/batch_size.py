@@ -47,13 +47,13 @@ def choose_batch(
     if not size:
         needed = flops.memory_estimate(gpt, 1, **settings)["total"]
         raise UserError(
-            f"--device_batch_size=auto: one row takes about {needed / 1e9:.1f} GB, {device} has "
-            f"{memory / 1e9:.1f}: {', or '.join(_savings(stage, config))}",
+            f"--device_batch_size=auto: one row takes about {needed / flops.GIB:.1f} GiB, {device} "
+            f"has {memory / flops.GIB:.1f}: {', or '.join(_savings(stage, config))}",
         )
     needed = flops.memory_estimate(gpt, size, **settings)["total"]
     print0(
         f"{stage}: --device_batch_size={size}, so {-(-per_rank // size)} passes a step: about "
-        f"{needed / 1e9:.1f} GB of the {memory / 1e9:.1f} that {device} has",
+        f"{needed / flops.GIB:.1f} GiB of the {memory / flops.GIB:.1f} that {device} has",
     )
     return dataclasses.replace(config, device_batch_size=size)  # type: ignore[call-arg]
 

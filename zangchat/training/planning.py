@@ -134,8 +134,8 @@ def print_memory(config: Any, gpt: GPTConfig, plan: TrainPlan, world_size: int) 
         checkpoint = config.grad_checkpoint
         memory = flops.memory_estimate(gpt, min(size, rows), grad_checkpoint=checkpoint, **settings)
         parts = ((name, part) for name, part in memory.items() if part and name != "total")
-        listed = ", ".join(f"{name} {part / 1e9:.2f}" for name, part in parts)
-        total = f"{memory['total'] / 1e9:.2f} GB"
+        listed = ", ".join(f"{name} {part / flops.GIB:.2f}" for name, part in parts)
+        total = f"{memory['total'] / flops.GIB:.2f} GiB"
         print0(f"               {total} with --device_batch_size={size}: {listed}")
     for line in flops.what_fits(gpt, rows, **settings):
         print0(f"               {line}")

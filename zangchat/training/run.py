@@ -31,7 +31,6 @@ from zangchat.runtime.devices import compute_init
 from zangchat.runtime.files import atomic_write
 from zangchat.runtime.logs import get_wandb, print0, steady_streams
 from zangchat.runtime.memory import keep_freed_memory, peak_memory_bytes
-from zangchat.runtime.processes import compute_cleanup
 from zangchat.runtime.seeds import derive_seed
 from zangchat.training.batch_size import explain_memory
 from zangchat.training.resolve import REPORTED, Design, Kind, Resolved, resolve
@@ -68,8 +67,8 @@ class Run(Resolved):
         rows: int | None = None,
         defaults: Mapping[str, Any] | None = None,
     ) -> Iterator["Run | None"]:
-        """Set up devices and processes, resolve resume, source, defaults and batch, and clean up at
-        the end. Yields None, with a message, if the run is finished.
+        """Set up devices and processes, resolve resume, source, defaults and batch. Yields None,
+        with a message, if the run is finished.
 
         A base model has a `tag` and a `design`; every other stage has a `source`, the stage whose
         model it starts from. `rows` and `defaults`: see resolve.Kind.
@@ -86,21 +85,18 @@ class Run(Resolved):
         refuse_existing(stage, config, directory)
         kind = Kind(stage, source, design, rows, defaults or {})
         device = compute_init(config.device_type, deterministic=config.deterministic)[-1]
-        try:
-            if device.type == "cpu":
-                keep_freed_memory()
-            check_fsdp(config)
-            with exclusive(directory), steady_streams():
-                resolved = resolve(kind, config, directory, device)
-                if resolved is None:
-                    yield None
-                    return
-                config = resolved.config
-                backend = None if has_fsdp(config) else working_backend(config.compile, device)
-                with explain_memory(stage, config, device):
-                    yield cls(**vars(resolved), compile_backend=backend)
-        finally:
-            compute_cleanup()
+        if device.type == "cpu":
+            keep_freed_memory()
+        check_fsdp(config)
+        with exclusive(directory), steady_streams():
+            resolved = resolve(kind, config, directory, device)
+            if resolved is None:
+                yield None
+                return
+            config = resolved.config
+            backend = None if has_fsdp(config) else working_backend(config.compile, device)
+            with explain_memory(stage, config, device):
+                yield cls(**vars(resolved), compile_backend=backend)
 
     # ---- model and length ------------------------------------------------------------------------
 
