@@ -73,13 +73,16 @@ def source_tag(config: Any) -> str:
 
 
 def refuse_existing(stage: str, config: RunConfig, directory: Path) -> None:
-    """Raises UserError if a new run would overwrite checkpoints."""
+    """Raises UserError if a new run would overwrite checkpoints, or delete some of another
+    format."""
     if config.resume and config.overwrite:
         raise UserError("--resume continues a run and --overwrite starts it over: give one of them")
     if config.resume and config.resume != "latest" and not config.resume.isdigit():
         raise UserError(
             f"--resume={config.resume} is not understood: write --resume=latest or --resume=STEP",
         )
+    if config.overwrite:
+        checkpoint_manager.refuse_other_formats(directory)
     if config.resume or config.overwrite or not any(directory.glob("meta_*.json")):
         return
     another = "choose another --model_tag"
