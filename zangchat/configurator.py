@@ -38,6 +38,7 @@ from zangchat.runtime.logs import setup_default_logging
 C = TypeVar("C")
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
+SPIN_COUNT = "1000"  # of threads at a barrier, some 20 microseconds; measured in dev/LOG.md
 USER_ERROR = 2  # exit codes
 INTERRUPTED = 130
 BROKEN_PIPE = 141  # as a shell reports a writer whose reader has closed the pipe
@@ -76,6 +77,7 @@ def run(
     one line on stderr and code 2, Ctrl-C code 130; every other exception keeps its traceback.
     """
     _prepare_streams()
+    _prepare_threads()
     try:
         try:
             config = parse(config_cls, argv)
@@ -131,6 +133,16 @@ def _prepare_streams() -> None:
     if isinstance(sys.stdin, io.TextIOWrapper):
         with contextlib.suppress(io.UnsupportedOperation):  # a caller has read from it already
             sys.stdin.reconfigure(errors="replace")
+
+
+def _prepare_threads() -> None:
+    """Let threads that wait for each other on a CPU soon sleep, before torch is loaded.
+
+    By default they spin for milliseconds, and if another program has one of the cores, the others
+    spin through its turns. Values of the user's own stay.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 
 
 def _print_error(message: str) -> None:

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,7 @@ from zangchat.report import get_report, software
 from zangchat.runtime import collectives
 from zangchat.runtime.devices import compute_init
 from zangchat.runtime.files import atomic_write
-from zangchat.runtime.logs import get_wandb, print0, steady_streams
+from zangchat.runtime.logs import print0, steady_streams
 from zangchat.runtime.memory import keep_freed_memory, peak_memory_bytes
 from zangchat.runtime.processes import compute_cleanup
 from zangchat.runtime.seeds import derive_seed
@@ -39,6 +40,7 @@ from zangchat.training.start import (
     choose_tags,
     exclusive,
     refuse_existing,
+    tracked,
     warn_if_disk_is_small,
 )
 from zangchat.training.trainer import Stage, Trainer
@@ -49,8 +51,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
 class Run(Resolved):
     """One training command: its resolved settings, its model and its way to the end."""
+
+    wandb: Any
 
     @classmethod
     @contextlib.contextmanager
@@ -72,8 +77,8 @@ class Run(Resolved):
         model it starts from. `rows` and `defaults`: see resolve.Kind.
 
         Raises UserError for an existing tag without --resume or --overwrite, a step that does not
-        exist, a changed flag that alters the maths, another process that trains the same tag, and
-        insufficient memory.
+        exist, a changed flag that alters the maths, another process that trains the same tag, a
+        wandb that cannot start, and insufficient memory.
         """
         check_rates(config)
         if source:
@@ -92,8 +97,12 @@ class Run(Resolved):
                 if resolved is None:
                     yield None
                     return
-                with explain_memory(stage, resolved.config, device):
-                    yield cls(**vars(resolved))
+                config, state = resolved.config, resolved.state
+                with (
+                    tracked(stage, config, state, directory) as wandb,
+                    explain_memory(stage, config, device),
+                ):
+                    yield cls(**vars(resolved), wandb=wandb)
         finally:
             compute_cleanup()
 
@@ -181,7 +190,7 @@ class Run(Resolved):
             tokenizer=self.tokenizer,
             saves=SaveSchedule(self.directory, config, again),
             meta={"user_config": settings, "software": software() if self.rank == 0 else {}},
-            wandb=get_wandb(config.run, settings, project=f"zangchat-{self.kind.stage}"),
+            wandb=self.wandb,
             compile=compile,
         )
 
@@ -232,6 +241,7 @@ class Run(Resolved):
             "tokens": state.tokens,
             "supervised tokens": state.supervised_tokens,
             "skipped steps": state.skipped_steps,
+            "skipped rows": ", ".join(f"{k} {n:,}" for k, n in state.skipped_rows.items()) or None,
             "ranks": self.world_size,
             "training loss": loss,
             "minimum validation bpb": state.min_val_bpb,

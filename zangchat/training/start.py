@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 
 import filelock
 
-from zangchat import checkpoint_manager
+from zangchat import checkpoint_manager, configurator
 from zangchat.config import RunState
 from zangchat.dataset import folder_lock
 from zangchat.errors import UserError
 from zangchat.runtime import collectives
-from zangchat.runtime.logs import print0
+from zangchat.runtime.logs import DummyWandb, get_wandb, print0
 from zangchat.training.flags import FinetuneConfig, RunConfig
+from zangchat.training.metrics import last_step
 from zangchat.training.settings import command
 
 LOCK_WAIT = 2.0  # seconds that a process which was just killed may take to release its tag
@@ -179,6 +180,28 @@ def exclusive(directory: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def tracked(stage: str, config: RunConfig, state: RunState, directory: Path) -> Iterator[Any]:
+    """Inside the block, the wandb run of --run, which a resumed run continues. Raises UserError on
+    all ranks if it cannot start."""
+    wandb, problem = DummyWandb(), ""
+    before = {"run_id": state.wandb, "last_step": last_step(directory / "metrics.jsonl")}
+    settings, project = configurator.to_dict(config), f"zangchat-{stage}"
+    try:
+        wandb = get_wandb(config.run, settings, project, **before)
+    except UserError as error:
+        problem = str(error)
+    if problem := collectives.from_rank_0(problem):
+        raise UserError(problem)
+    state.wandb = getattr(wandb, "id", None) or state.wandb
+    try:
+        yield wandb
+    except BaseException:
+        wandb.finish(exit_code=1)
+        raise
+    wandb.finish()
 
 
 def warn_if_disk_is_small(directory: Path, size: int, keep_last: int) -> None:
