@@ -46,6 +46,7 @@ class Config(FinetuneConfig):
     model
     """
     data_path: str | None = None
+    skip_bad_rows: bool = False  # leave out rows of own files that cannot be read, and count them
     # length and batches
     num_iterations: int = -1  # optimizer steps; -1 = about once through the mixture
     block_diagonal: bool = False  # conversations that share a row do not see each other
@@ -78,9 +79,15 @@ def train(config: Config) -> int:
     with Run.open("mid", config, source="base", defaults={"mixture": MID_MIXTURE}) as run:
         if run is None:
             return 0
-        mixture, own = run.config.mixture, run.config.identity_data
-        seed, tokenizer = run.config.seed, run.tokenizer
-        task = training_conversations(mixture, own, 2, tokenizer=tokenizer, seed=seed)
+        config = run.config
+        task = training_conversations(
+            config.mixture,
+            config.identity_data,
+            2,
+            tokenizer=run.tokenizer,
+            seed=config.seed,
+            skip_bad_rows=config.skip_bad_rows,
+        )
         plan = make_plan(run, task)
         results = {"conversations": len(task), "mixture": str(task)}
         return run.fit(make_stage(run, plan, task), plan, "Midtraining", results)
@@ -116,6 +123,7 @@ def make_stage(run: "Run", plan: TrainPlan, task: "Task") -> "Stage":
         final_lr_frac=config.final_lr_frac,
     )
     dataset = data.pretraining_text(run) if config.mixture_ratio < 1 else None
+    task = data.conversations(run, task)
     batches = data.packed(run, task, config.mixture_ratio, dataset)
     return Stage("mid", batches, multipliers, make_hooks(run))
 

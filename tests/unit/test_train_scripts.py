@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -556,6 +557,66 @@ def test_stopped_by_ctrl_c_and_resumed_equals_uninterrupted(base, before, stage,
     )
 
 
+def test_another_number_of_threads_is_announced(base, before, caplog):
+    threads = torch.get_num_threads()
+    assert checkpoint_manager.read_meta(folder(base, "base"), 10)["run_state"]["threads"] == threads
+    flags = base_flags(base, "--resume=latest")
+    assert base_train.main([*flags, "--num_iterations=11"]) == 0
+    assert "threads" not in caplog.text
+    torch.set_num_threads(threads + 1)
+    try:
+        assert base_train.main([*flags, "--num_iterations=12"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert f"OMP_NUM_THREADS={threads} keeps them" in caplog.text
+
+
+def test_a_killed_run_continues_its_curve_at_wandb(base, before, monkeypatch):
+    class Curve:
+        step = 0
+
+        def __init__(self, **flags: Any) -> None:
+            self.flags, self.id, self.steps, self.code = flags, flags["id"], [], None
+            curves.append(self)
+
+        def log(self, values: dict[str, Any], step: int) -> None:
+            self.steps.append(step)
+
+        def finish(self, exit_code: int = 0) -> None:
+            self.code = exit_code
+
+    def train_step(self: Any, batch: Any) -> Any:
+        if self.state.step == 7 and len(curves) == 1:
+            raise RuntimeError("killed")
+        return original(self, batch)
+
+    curves: list[Curve] = []
+    original = trainer.Trainer.train_step
+    monkeypatch.setattr(trainer.Trainer, "train_step", train_step)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=Curve))
+    flags = base_flags(base, "--run=first", "--save_every=4", "--model_tag=w", "--resume=latest")
+    with pytest.raises(RuntimeError, match="killed"):
+        base_train.main(flags)
+    assert base_train.main(flags) == 0
+    first, second = curves
+    assert first.id == second.id and second.flags["resume"] == "allow"
+    assert (first.code, second.code) == (1, 0)
+    assert sorted({*first.steps}) == list(range(8)) and sorted({*second.steps}) == [8, 9, 10]
+
+
+def test_without_a_key_nothing_begins(base, before, monkeypatch, capsys):
+    class NoKey(Exception):
+        pass
+
+    def init(**flags: Any) -> None:
+        raise NoKey("no API key")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Error=NoKey))
+    message = refused(base_train.main, base_flags(base, "--run=first", "--model_tag=w"), capsys)
+    assert "no API key" in message and "wandb login" in message
+    assert not list(folder(base, "base").with_name("w").glob("*"))
+
+
 def test_the_command_that_is_printed_goes_on_with_the_run(base, before, capsys):
     shutil.rmtree(folder(before, "base"))
     with ctrl_c_in_step(3):
@@ -731,6 +792,23 @@ def test_a_run_does_not_go_on_with_another_text(base, before, capsys):
     finally:
         path.write_text(text, encoding="utf-8")
     assert "other shards" in message and "--overwrite" in message
+
+
+@pytest.mark.parametrize("stage", ["mid", "sft"])
+@pytest.mark.parametrize("change", ["a word", "fewer"])
+def test_a_run_does_not_continue_with_other_conversations(base, before, stage, change, capsys):
+    path, (main, flags) = base / "chats.jsonl", STAGES[stage]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    changed = lines[:-5]
+    if change == "a word":
+        changed = [*lines[:30], lines[30].replace("say", "tell"), *lines[31:]]
+    try:
+        path.write_text("".join(changed), encoding="utf-8")
+        message = refused(main, flags(base, "--resume=latest", "--num_iterations=12"), capsys)
+    finally:
+        path.write_text("".join(lines), encoding="utf-8")
+    assert "chats has other conversations" in message and "--overwrite" in message
+    assert "arithmetic" not in message.lower()
 
 
 @pytest.mark.parametrize(
