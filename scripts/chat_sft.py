@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from tasks.registry import SFT_MIXTURE, held_out_conversations, training_conversations
@@ -127,10 +126,8 @@ def make_hooks(run: "Run") -> list["Every"]:
     if held_out is None:
         return []
 
-    def batches() -> Iterator["Batch"]:
-        size = config.target_examples_per_step
-        return islice(data.examples(run, held_out, size, seed=0, num_epochs=1), config.eval_steps)
-
+    size, steps = config.target_examples_per_step, config.eval_steps
+    batches = partial(data.held_out, run, held_out, size, steps)
     return [hooks.validation_loss(config.eval_every, batches)]
 
 

@@ -9,8 +9,9 @@ Starts from <base>/base_checkpoints/<model_tag> with its settings, and writes to
 --resume=latest continues.
 """
 
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,11 +24,11 @@ from zangchat.training.flags import BatchSize, FinetuneConfig
 
 if TYPE_CHECKING:
     from tasks.common import Task
-    from zangchat.dataloader import Batch
     from zangchat.training.run import Run
     from zangchat.training.trainer import Every, Stage
 
 SAMPLE = 512  # conversations from which the length of the mixture is estimated
+HELD_OUT_STEP = 32  # conversations that validation packs at a time
 
 
 @dataclass
@@ -139,11 +140,9 @@ def make_hooks(run: "Run") -> list["Every"]:
     if held_out is None:
         return []
 
-    def batches() -> Iterator["Batch"]:
-        size = 4 * config.device_batch_size * run.world_size
-        examples = data.examples(run, held_out, size, seed=0, num_epochs=1)
-        return hooks.first_tokens(examples, config.eval_tokens, run.world_size)
-
+    length = tokens_in(held_out, tokenizer, config.max_seq_len) / len(held_out)
+    steps = math.ceil(config.eval_tokens / length / HELD_OUT_STEP)
+    batches = partial(data.held_out, run, held_out, HELD_OUT_STEP, steps)
     return [hooks.validation_bpb(config.eval_every, batches)]
 
 

@@ -30,7 +30,7 @@ from zangchat.dataset.manifest import write_dataset
 from zangchat.errors import UserError
 from zangchat.flops import checkpoint_bytes
 from zangchat.tokenizer import RustBPETokenizer
-from zangchat.training import batch_size, start, trainer
+from zangchat.training import batch_size, hooks, start, trainer
 from zangchat.training.resolve import REPORTED
 from zangchat.training.settings import INHERITED, TEXT, check_batch, fill, inherited
 from zangchat.training.start import warn_if_disk_is_small
@@ -150,8 +150,9 @@ def folder(root: Path, stage: str, tag: str = "d1") -> Path:
     return root / checkpoint_manager.SOURCES[stage] / tag
 
 
-def metrics(root: Path, stage: str) -> list[dict[str, Any]]:
-    lines = (folder(root, stage) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+def metrics(root: Path, stage: str, tag: str = "d1") -> list[dict[str, Any]]:
+    path = folder(root, stage).with_name(tag) / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines()
     return [
         {key: value for key, value in json.loads(line).items() if key not in trainer.TIMES}
         for line in lines
@@ -569,6 +570,32 @@ def test_another_number_of_threads_is_announced(base, before, caplog):
     finally:
         torch.set_num_threads(threads)
     assert f"OMP_NUM_THREADS={threads} keeps them" in caplog.text
+
+
+@pytest.mark.parametrize("stage", ["mid", "sft"])
+def test_validation_of_conversations_does_not_depend_on_the_rows_of_a_pass(
+    base, before, stage, monkeypatch
+):
+    heights: set[int] = set()
+    name = {"mid": "evaluate_bpb", "sft": "evaluate_loss"}[stage]
+    measure = getattr(hooks, name)
+
+    def watch(model: Any, batches: Any, *rest: Any) -> float:
+        watched = ((heights.add(len(batch.inputs)), batch)[1] for batch in batches)
+        return measure(model, watched, *rest)
+
+    monkeypatch.setattr(hooks, name, watch)
+    main, flags = STAGES[stage]
+    found = {}
+    for size in (1, 4):
+        options = [f"--device_batch_size={size}", "--num_iterations=1", f"--model_tag=b{size}"]
+        assert main(flags(base, "--from_tag=d1", *options)) == 0
+        lines = metrics(before, stage, f"b{rows}")
+        found[rows] = [
+            line[key] for line in lines for key in ("val_bpb", "val_loss") if key in line
+        ]
+        assert max(heights) <= rows
+    assert len(found[1]) == 2 and found[1] == pytest.approx(found[4], rel=1e-5)
 
 
 def test_a_killed_run_continues_its_curve_at_wandb(base, before, monkeypatch):

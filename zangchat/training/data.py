@@ -1,8 +1,11 @@
 """The batches of a run: packed text and conversations, whole conversations, validation rows."""
 
+import contextlib
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from zangchat.dataloader import Batch, example_batches, packed_batches, validation_batches
@@ -98,6 +101,18 @@ def examples(run: Resolved, task: Any, examples_per_step: int, **options: Any) -
         world_size=run.world_size,
         **options,
     )
+
+
+def held_out(run: Resolved, task: Any, per_step: int, steps: int) -> Iterator[Batch]:
+    """The first `steps` times `per_step` conversations of a held-out task, the same for any batch
+    and any number of ranks, in passes of --device_batch_size rows."""
+    size = run.config.device_batch_size
+    batches: Any = examples(run, task, per_step, seed=0, num_epochs=1)  # closing ends its thread
+    with contextlib.closing(batches):
+        for batch in itertools.islice(batches, steps):
+            for start in range(0, batch.inputs.size(0), size):
+                rows = slice(start, start + size)
+                yield replace(batch, inputs=batch.inputs[rows], targets=batch.targets[rows])
 
 
 def validation(run: Resolved, dataset: Dataset) -> Callable[[], Iterator[Batch]]:
