@@ -152,7 +152,8 @@ def build_mixture(
         whole = int(epochs)
         parts += [task] * whole
         rest = round((epochs - whole) * len(task))
-        if rest:
+        if rest or not whole:  # at least one, as of a generated task
+            rest = max(rest, 1)
             parts.append(task[:rest])
     if not parts:
         raise UserError('--mixture is empty: write it as "pydocs:1,identity:4,spellingbee:4000"')

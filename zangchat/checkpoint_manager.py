@@ -39,6 +39,7 @@ from zangchat.checkpoint_files import (
     verify_checkpoint,
 )
 from zangchat.config import COMMANDS, SOURCES, GPTConfig
+from zangchat.configurator import check_folder_name
 from zangchat.errors import UserError
 from zangchat.optim import is_shards, merge_shards
 from zangchat.runtime import collectives
@@ -65,9 +66,7 @@ def checkpoints_dir(source: str) -> Path:
 def tag_folder(source: str, model_tag: str, flag: str = "--model_tag") -> Path:
     """The folder of a stage's model, whether it exists or not; raises UserError, naming the flag,
     for a tag that cannot be a folder's name."""
-    if not re.fullmatch(r"[\w.+-]+", model_tag) or model_tag in (".", ".."):
-        advice = "use letters, digits and . _ + -"
-        raise UserError(f"{flag}={model_tag!r} cannot name a folder: {advice}")
+    check_folder_name(flag, model_tag)
     return checkpoints_dir(source) / model_tag
 
 

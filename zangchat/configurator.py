@@ -23,6 +23,7 @@ import errno
 import io
 import math
 import os
+import re
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -187,6 +188,12 @@ def check_range(least: int, config: Any, *names: str, most: float = math.inf) ->
         if value is not None and not least <= value <= most:
             bound = f" and at most {most}" if most < math.inf else ""
             raise UserError(f"--{name}={value} is not possible: give at least {least}{bound}")
+
+
+def check_folder_name(flag: str, name: str) -> None:
+    """Raises UserError for a value of `flag` that cannot name a folder."""
+    if not re.fullmatch(r"[\w.+-]+", name) or name in (".", ".."):
+        raise UserError(f"{flag}={name!r} cannot name a folder: use letters, digits and . _ + -")
 
 
 def check_fraction(config: Any, *names: str) -> None:

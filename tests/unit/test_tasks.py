@@ -657,6 +657,11 @@ def test_every_solution_of_humaneval_passes_and_no_empty_one(base_dir):
     ]
 
 
+def test_a_small_share_of_a_task_is_one_example_at_least():
+    assert len(build_mixture("identity:0.001", "val")) == 1
+    assert len(build_mixture("identity:0.0001")) == 1
+
+
 # ---- CustomJSON ----------------------------------------------------------------------------------
 
 

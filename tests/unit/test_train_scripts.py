@@ -859,6 +859,15 @@ def test_a_run_does_not_continue_with_other_conversations(base, before, stage, c
         (["--mixture=nope:1", "--mixture_ratio=0.5"], ["nope"]),
         (["--device_type=tpu"], ["--device_type=tpu"]),
         (["--dtype=float12"], ["--dtype=float12"]),
+        (["--dtype=half", "--dry_run"], ["--dtype=half"]),
+        (["--device_type=tpu", "--dry_run"], ["--device_type=tpu"]),
+        (["--target_param_data_ratio=1e300", "--num_iterations=-1"], ["--target_param_data_ratio"]),
+        (["--target_flops=1e300", "--num_iterations=-1", "--dry_run"], ["--target_flops=1e+300"]),
+        (["--resume=latest", "--overwrite", "--dry_run"], ["--resume", "--overwrite"]),
+        (["--model_tag=a/b", "--dry_run"], ["--model_tag='a/b'"]),
+        (["--fsdp", "--fp8", "--dry_run"], ["--fp8 and --fsdp"]),
+        (["--warmdown_ratio=9", "--dry_run"], ["--warmdown_ratio=9"]),
+        (["--resume=\u00b2", "--dry_run"], ["--resume=\u00b2"]),
     ],
 )
 def test_what_does_not_fit_is_named_before_anything_is_made(base, flags, names, capsys):
@@ -868,6 +877,11 @@ def test_what_does_not_fit_is_named_before_anything_is_made(base, flags, names, 
     assert not folder(base, "base", "new").exists() or not sorted(
         checkpoint_manager.steps(folder(base, "base", "new"))
     )
+
+
+def test_a_batch_below_one_is_named_by_later_stages(base, capsys):
+    message = refused(mid_train.main, mid_flags(base, "--total_batch_size=-5"), capsys)
+    assert "--total_batch_size=-5" in message
 
 
 def test_what_is_missing_names_the_command_that_makes_it(base, tmp_path, monkeypatch, capsys):

@@ -34,7 +34,7 @@ from zangchat.runtime.seeds import derive_seed
 from zangchat.training.batch_size import explain_memory
 from zangchat.training.resolve import REPORTED, Design, Kind, Resolved, resolve
 from zangchat.training.saves import SaveSchedule
-from zangchat.training.settings import check_rates, command
+from zangchat.training.settings import check_flags, command
 from zangchat.training.start import (
     Origin,
     choose_tags,
@@ -80,7 +80,7 @@ class Run(Resolved):
         exist, a changed flag that alters the maths, another process that trains the same tag, a
         wandb that cannot start, and insufficient memory.
         """
-        check_rates(config)
+        check_flags(config)
         if source:
             config = choose_tags(config, source)
             tag = config.model_tag
@@ -262,8 +262,6 @@ class Run(Resolved):
 def check_fsdp(config: Any) -> None:
     if not getattr(config, "fsdp", False):
         return
-    if config.fp8:
-        raise UserError("--fp8 and --fsdp do not go together yet: leave one of them out")
     if collectives.world()[1] == 1:
         advice = "start with torchrun, or leave the flag out"
         raise UserError(f"--fsdp spreads a model over several processes: {advice}")

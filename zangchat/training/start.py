@@ -54,11 +54,8 @@ def choose_tags(config: F, source: str) -> F:
     """The configuration with the tags of a stage that starts from a model of stage `source`.
 
     The model to start from is --from_tag, else the one of the same tag, else the largest;
-    --model_tag is the same tag unless given. --from_tag stays None if both are the same. Raises
-    UserError for a --from_tag that cannot be a tag.
+    --model_tag is the same tag unless given. --from_tag stays None if both are the same.
     """
-    if config.from_tag is not None:
-        checkpoint_manager.tag_folder(source, config.from_tag, "--from_tag")
     start = config.from_tag or config.model_tag
     if not start:
         folder = checkpoint_manager.checkpoints_dir(source)
@@ -76,12 +73,6 @@ def source_tag(config: Any) -> str:
 def refuse_existing(stage: str, config: RunConfig, directory: Path) -> None:
     """Raises UserError if a new run would overwrite checkpoints, or delete some of another
     format."""
-    if config.resume and config.overwrite:
-        raise UserError("--resume continues a run and --overwrite starts it over: give one of them")
-    if config.resume and config.resume != "latest" and not config.resume.isdigit():
-        raise UserError(
-            f"--resume={config.resume} is not understood: write --resume=latest or --resume=STEP",
-        )
     if config.overwrite:
         checkpoint_manager.refuse_other_formats(directory)
     if config.resume or config.overwrite or not any(directory.glob("meta_*.json")):
