@@ -186,9 +186,9 @@ def get_wandb(
     with explain(f"--run={run} needs wandb", "install it, or give --run=dummy", ImportError):
         import wandb
 
-    name = {"id": run_id or uuid.uuid4().hex[:12], "name": run, "project": project}
     try:
-        started = wandb.init(**name, config=config, resume="allow")
+        own_id = run_id or uuid.uuid4().hex[:12]
+        started = wandb.init(project=project, name=run, id=own_id, config=config, resume="allow")
     except wandb.Error as error:
         remedy = "run `wandb login`, set WANDB_MODE=offline, or give --run=dummy"
         raise UserError(
@@ -196,5 +196,5 @@ def get_wandb(
         ) from error
     if run_id is None:
         return started
-    # the server knows the last step; offline there is only what the caller knows
+    # the server knows the last step; offline only the caller knows it
     return _ContinuedWandb(started, started.step - 1 if started.step else last_step)

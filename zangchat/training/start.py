@@ -178,10 +178,9 @@ def tracked(stage: str, config: RunConfig, state: RunState, directory: Path) -> 
     """Inside the block, the wandb run of --run, which a resumed run continues. Raises UserError on
     all ranks if it cannot start."""
     wandb, problem = DummyWandb(), ""
-    before = {"run_id": state.wandb, "last_step": last_step(directory / "metrics.jsonl")}
-    settings, project = configurator.to_dict(config), f"zangchat-{stage}"
+    settings, logged = configurator.to_dict(config), last_step(directory / "metrics.jsonl")
     try:
-        wandb = get_wandb(config.run, settings, project, **before)
+        wandb = get_wandb(config.run, settings, f"zangchat-{stage}", state.wandb, logged)
     except UserError as error:
         problem = str(error)
     if problem := collectives.from_rank_0(problem):
