@@ -131,10 +131,11 @@ class TaskMixture(Task):
 
     def fingerprints(self) -> dict[str, str]:
         """A task that is listed several times has those of all its parts."""
-        known: dict[int, dict[str, str]] = {}  # an epoch is the same object again
+        distinct = {id(task): task for task in self.tasks}  # another epoch is the same object
+        parts = {key: task.fingerprints() for key, task in distinct.items()}
         found: dict[str, str] = {}
         for task in self.tasks:
-            for name, digest in known.setdefault(id(task), task.fingerprints()).items():
+            for name, digest in parts[id(task)].items():
                 found[name] = f"{found[name]} {digest}" if name in found else digest
         return found
 
