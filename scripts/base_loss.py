@@ -28,6 +28,7 @@ class Config(CheckpointConfig):
     dataset: str | None = None
     """the text; default: what the model was trained on, else the only one there"""
     data_path: str | None = None
+    skip_bad_rows: bool = False  # leave out rows of own files that cannot be read, and count them
     split_tokens: int = 20 * 524288  # tokens of each split at most
     device_batch_size: int = 32  # rows in one pass
 
@@ -50,6 +51,7 @@ def evaluate(config: Config) -> None:
     dataset = find_dataset(
         config.dataset or trained_on.get("dataset"),
         config.data_path or trained_on.get("data_path"),
+        config.skip_bad_rows or trained_on.get("skip_bad_rows", False),
     )
     bpb = bits_per_byte(config, model, tokenizer, dataset, rank, world_size)
     samples = sample(model, tokenizer)

@@ -42,6 +42,7 @@ class Config(RunConfig):
     # the data
     dataset: str | None = None  # a folder of <base>/base_data; default: the only one there
     data_path: str | None = None  # a .parquet, .jsonl or .txt file, or a folder of them, instead
+    skip_bad_rows: bool = False  # leave out rows of own files that cannot be read, and count them
     mixture: str = ""
     """conversations to mix in, like "pydocs:1,identity:4,spellingbee:4000" in mid_train"""
     mixture_ratio: float = 0.0  # their share of the tokens, 0 to 1
@@ -118,7 +119,13 @@ def make_stage(run: "Run") -> "Stage":
     config: Config = run.config
     dataset, task = data.pretraining_text(run), None
     if config.mixture:
-        task = training_conversations(config.mixture, tokenizer=run.tokenizer, seed=config.seed)
+        task = training_conversations(
+            config.mixture,
+            tokenizer=run.tokenizer,
+            seed=config.seed,
+            skip_bad_rows=config.skip_bad_rows,
+        )
+        task = data.conversations(run, task)
     multipliers = partial(
         schedule.base_multipliers,
         num_iterations=run.plan.num_iterations,

@@ -105,12 +105,13 @@ def load(config: Config, split: str, tokenizer: Any) -> "Task":
 
 
 def make_stage(run: "Run", steps: int, task: "Task", held_out: "Task") -> "Stage":
-    from zangchat.training import hooks
+    from zangchat.training import data, hooks
     from zangchat.training.rollout import Sampling, rollout_batches
     from zangchat.training.trainer import Stage
 
     config: Config = run.config
     top_k = config.top_k or None
+    task = data.conversations(run, task)
     sampling = Sampling(config.num_samples, config.max_new_tokens, config.temperature, top_k)
 
     def batches(cursor: dict[str, Any] | None) -> Iterator["Batch"]:

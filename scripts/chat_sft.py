@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from tasks.registry import SFT_MIXTURE, held_out_conversations, training_conversations
@@ -39,6 +38,7 @@ class Config(FinetuneConfig):
     """
     identity_data: str | None = None
     """a .jsonl file of conversations of your own, added to the mixture: seen once per epoch"""
+    skip_bad_rows: bool = False  # leave out rows of own files that cannot be read, and count them
     # length and batches
     num_epochs: int = 1  # times through the mixture
     num_iterations: int = -1  # optimizer steps; -1 = from --num_epochs
@@ -74,10 +74,15 @@ def train(config: Config) -> int:
     ) as run:
         if run is None:
             return 0
-        mixture, own = run.config.mixture, run.config.identity_data
-        seed, tokenizer = run.config.seed, run.tokenizer
-        task = training_conversations(mixture, own, tokenizer=tokenizer, seed=seed)
-        epochs, per_step = run.config.num_epochs, run.config.target_examples_per_step
+        config = run.config
+        task = training_conversations(
+            config.mixture,
+            config.identity_data,
+            tokenizer=run.tokenizer,
+            seed=config.seed,
+            skip_bad_rows=config.skip_bad_rows,
+        )
+        epochs, per_step = config.num_epochs, config.target_examples_per_step
         steps = run.steps(lambda: math.ceil(len(task) * epochs / per_step))
         print0(f"sft: {len(task):,} conversations ({task}); {steps:,} steps of {per_step}")
         plan, stage = run.plan._replace(num_iterations=steps), make_stage(run, steps, task)
@@ -97,6 +102,7 @@ def make_stage(run: "Run", steps: int, task: "Task") -> "Stage":
 
     config = run.config
     size, seed, init_lr_frac = config.target_examples_per_step, config.seed, config.init_lr_frac
+    task = data.conversations(run, task)
 
     def batches(cursor: dict[str, Any] | None) -> Iterator["Batch"]:
         return data.examples(run, task, size, seed=seed, cursor=cursor)
@@ -120,10 +126,8 @@ def make_hooks(run: "Run") -> list["Every"]:
     if held_out is None:
         return []
 
-    def batches() -> Iterator["Batch"]:
-        size = config.target_examples_per_step
-        return islice(data.examples(run, held_out, size, seed=0, num_epochs=1), config.eval_steps)
-
+    size, steps = config.target_examples_per_step, config.eval_steps
+    batches = partial(data.held_out, run, held_out, size, steps)
     return [hooks.validation_loss(config.eval_every, batches)]
 
 

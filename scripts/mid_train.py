@@ -9,8 +9,9 @@ Starts from <base>/base_checkpoints/<model_tag> with its settings, and writes to
 --resume=latest continues.
 """
 
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,11 +24,11 @@ from zangchat.training.flags import BatchSize, FinetuneConfig
 
 if TYPE_CHECKING:
     from tasks.common import Task
-    from zangchat.dataloader import Batch
     from zangchat.training.run import Run
     from zangchat.training.trainer import Every, Stage
 
 SAMPLE = 512  # conversations from which the length of the mixture is estimated
+HELD_OUT_STEP = 32  # conversations that validation packs at a time
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Config(FinetuneConfig):
     model
     """
     data_path: str | None = None
+    skip_bad_rows: bool = False  # leave out rows of own files that cannot be read, and count them
     # length and batches
     num_iterations: int = -1  # optimizer steps; -1 = about once through the mixture
     block_diagonal: bool = False  # conversations that share a row do not see each other
@@ -78,9 +80,15 @@ def train(config: Config) -> int:
     with Run.open("mid", config, source="base", defaults={"mixture": MID_MIXTURE}) as run:
         if run is None:
             return 0
-        mixture, own = run.config.mixture, run.config.identity_data
-        seed, tokenizer = run.config.seed, run.tokenizer
-        task = training_conversations(mixture, own, 2, tokenizer=tokenizer, seed=seed)
+        config = run.config
+        task = training_conversations(
+            config.mixture,
+            config.identity_data,
+            2,
+            tokenizer=run.tokenizer,
+            seed=config.seed,
+            skip_bad_rows=config.skip_bad_rows,
+        )
         plan = make_plan(run, task)
         results = {"conversations": len(task), "mixture": str(task)}
         return run.fit(make_stage(run, plan, task), plan, "Midtraining", results)
@@ -116,6 +124,7 @@ def make_stage(run: "Run", plan: TrainPlan, task: "Task") -> "Stage":
         final_lr_frac=config.final_lr_frac,
     )
     dataset = data.pretraining_text(run) if config.mixture_ratio < 1 else None
+    task = data.conversations(run, task)
     batches = data.packed(run, task, config.mixture_ratio, dataset)
     return Stage("mid", batches, multipliers, make_hooks(run))
 
@@ -131,11 +140,9 @@ def make_hooks(run: "Run") -> list["Every"]:
     if held_out is None:
         return []
 
-    def batches() -> Iterator["Batch"]:
-        size = 4 * config.device_batch_size * run.world_size
-        examples = data.examples(run, held_out, size, seed=0, num_epochs=1)
-        return hooks.first_tokens(examples, config.eval_tokens, run.world_size)
-
+    length = tokens_in(held_out, tokenizer, config.max_seq_len) / len(held_out)
+    steps = math.ceil(config.eval_tokens / length / HELD_OUT_STEP)
+    batches = partial(data.held_out, run, held_out, HELD_OUT_STEP, steps)
     return [hooks.validation_bpb(config.eval_every, batches)]
 
 

@@ -93,6 +93,7 @@ logger = logging.getLogger(__name__)
 class Config:
     dataset: str | None = None  # the corpus to measure on; default: that of the tokenizer
     data_path: str | None = None  # a .parquet, .jsonl or .txt file, or a folder of them, instead
+    skip_bad_rows: bool = False  # leave out rows of own files that cannot be read, and count them
     max_chars: int = 1_000_000  # characters taken of each split of the corpus
 
 
@@ -164,7 +165,7 @@ def corpus(config: Config, tokenizer: "RustBPETokenizer") -> dict[str, str]:
                 "no corpus here: measuring only on the samples (--data_path or --dataset name one)"
             )
             return {}
-    dataset = find_dataset(name, config.data_path)
+    dataset = find_dataset(name, config.data_path, config.skip_bad_rows)
     return {
         f"{dataset.name}, {split}": beginning(dataset.iter_documents(split), config.max_chars)
         for split in ("train", "validation")

@@ -37,6 +37,7 @@ class Config:
     vocab_size: int = 65_536  # tokens, the special ones included
     dataset: str | None = None  # a folder of <base>/base_data; default: the only one there
     data_path: str | None = None  # a .parquet, .jsonl or .txt file, or a folder of them, instead
+    skip_bad_rows: bool = False  # leave out rows of own files that cannot be read, and count them
     overwrite: bool = False  # replace a tokenizer that was made otherwise
 
 
@@ -52,7 +53,8 @@ def train(config: Config) -> None:
     check(config)
     if get_dist_info()[1] != 0:
         return  # under torchrun one process is enough: training uses all cores
-    dataset = find_dataset(config.dataset, config.data_path)
+    dataset = find_dataset(config.dataset, config.data_path, config.skip_bad_rows)
+    dataset.count_left_out()
     facts = settings(config, dataset)
     if not config.overwrite and already_trained(facts):
         return

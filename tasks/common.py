@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
+import json
 import random
 import re
 from collections.abc import Iterable, Sequence
@@ -17,7 +19,7 @@ from typing import Any, ClassVar
 
 from zangchat.conversation import Content, Conversation, OrderError, tool_used, turns, visible_text
 from zangchat.errors import UserError, explain
-from zangchat.runtime.files import get_base_dir, read_jsonl
+from zangchat.runtime.files import PACKED, get_base_dir, read_jsonl, unpacked, unpacked_name
 from zangchat.runtime.seeds import derive_seed
 
 SPLITS = ("train", "val", "test")
@@ -41,6 +43,7 @@ class Task:
     generated: ClassVar[bool] = False  # on demand: has a size, not epochs
     rewarded: ClassVar[bool] = False  # has a reward, for RL
     needs_tool: ClassVar[bool] = False  # only for answers that came from a tool
+    fingerprinted: ClassVar[int] = 4096  # examples, spread evenly, that the fingerprint reads
     name: str = ""  # how the registry spells it
     _view: slice = slice(None)  # all, for a subclass that does not call __init__
     _indices: range | None = None
@@ -74,6 +77,21 @@ class Task:
             self.evaluate(conversation, completion)
             and (tool_used(completion) or not self.needs_tool)
         )
+
+    def fingerprint(self) -> str:
+        """16 hex digits that change with the number of examples, and with those that are read."""
+        digest = hashlib.sha256(str(len(self)).encode())
+        for index in range(0, len(self), -(-len(self) // self.fingerprinted) or 1):
+            digest.update(json.dumps(self[index]["messages"], sort_keys=True).encode())
+        return digest.hexdigest()[:16]
+
+    def fingerprints(self) -> dict[str, str]:
+        """The fingerprint of each task in it, by name."""
+        return {self.name or type(self).__name__: self.fingerprint()}
+
+    def skipped_rows(self) -> dict[str, int]:
+        """How many rows --skip_bad_rows left out, by task."""
+        return {}
 
     @property
     def indices(self) -> range:
@@ -110,6 +128,19 @@ class TaskMixture(Task):
             name = task.name or type(task).__name__
             counts[name] = counts.get(name, 0) + len(task)
         return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+
+    def fingerprints(self) -> dict[str, str]:
+        """A task that is listed several times has those of all its parts."""
+        distinct = {id(task): task for task in self.tasks}  # another epoch is the same object
+        parts = {key: task.fingerprints() for key, task in distinct.items()}
+        found: dict[str, str] = {}
+        for task in self.tasks:
+            for name, digest in parts[id(task)].items():
+                found[name] = f"{found[name]} {digest}" if name in found else digest
+        return found
+
+    def skipped_rows(self) -> dict[str, int]:
+        return {name: n for task in self.tasks for name, n in task.skipped_rows().items()}
 
     def num_examples(self) -> int:
         return len(self._order)
@@ -251,18 +282,20 @@ class TableRows(Sequence[dict[str, Any]]):
 def load_rows(
     folder: str, config: str, split: str, *, hub: str, fields: Iterable[str]
 ) -> Sequence[dict[str, Any]]:
-    """The rows of <base>/tasks/<folder>/[<config>/]<split>.parquet|jsonl, else those from the hub.
+    """The rows of <base>/tasks/<folder>/[<config>/]<split>.parquet|jsonl[.gz|.zst|.bz2], else those
+    from the hub.
 
     An empty `config` means none. Raises MissingData if neither can be had, UserError for a file
     without the expected fields.
     """
     home = get_base_dir() / "tasks" / folder / config
-    paths = [home / f"{split}.{suffix}" for suffix in ("parquet", "jsonl")]
+    names = [f"{split}{kind}" for kind in (".parquet", ".jsonl")]
+    paths = (home / f"{name}{packed}" for packed in ("", *PACKED) for name in names)
     local = next((path for path in paths if path.is_file()), None)
     if local is None:
         rows, source = _from_hub(hub, config, split, home), f"{hub} on the hub"
-    elif local.suffix == ".parquet":
-        rows, source = TableRows(local), str(local)
+    elif unpacked_name(local).suffix == ".parquet":
+        rows, source = TableRows(unpacked(local)), str(local)
     else:
         rows, source = [row for _, row in read_jsonl(local)], str(local)
     if not len(rows):

@@ -15,11 +15,13 @@ in TRL. Texts are taken as they are: a leading space stays. A message with "weig
 and not learned. A .json file holds the same as one JSON array.
 
 A conversation in which user and assistant do not take turns, or which does not end with an answer,
-is left out; a warning has the number. Any other mistake is an error that names the line.
+is left out; a warning has the number. Any other mistake is an error that names the line, unless
+--skip_bad_rows leaves the line out. The file may be compressed (.gz, .zst, .bz2).
 """
 
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -28,11 +30,18 @@ from typing import Any
 from tasks.common import Conversation, Task, check_messages, training_messages
 from zangchat.conversation import OrderError, all_text, is_text, messages_of
 from zangchat.errors import UserError, explain
-from zangchat.runtime.files import expand_home, read_jsonl
+from zangchat.runtime.files import (
+    LeftOut,
+    converted,
+    expand_home,
+    read_jsonl,
+    unpacked,
+    unpacked_name,
+)
 
 logger = logging.getLogger(__name__)
 
-ENDINGS = (".jsonl", ".ndjson", ".json")
+FORMATS = (".jsonl", ".ndjson", ".json")
 SHAPES = "messages, conversations, instruction and output, or prompt and completion"
 ROLES = {
     "human": "user",
@@ -48,7 +57,7 @@ ROLES = {
 
 def is_file_name(name: str) -> bool:
     """Whether a task's name is the path of a file of conversations."""
-    return name.lower().endswith(ENDINGS)
+    return unpacked_name(Path(name)).suffix.lower() in FORMATS
 
 
 class OutOfOrder(UserError):
@@ -61,27 +70,50 @@ class CustomJSON(Task):
     A UserError names file and line of one that cannot be read.
     """
 
-    def __init__(self, filepath: str | Path, split: str = "train", **view: int) -> None:
+    fingerprinted = sys.maxsize  # people edit such files: all examples
+
+    def __init__(
+        self,
+        filepath: str | Path,
+        split: str = "train",
+        *,
+        skip_bad_rows: bool = False,
+        **view: int,
+    ) -> None:
         super().__init__(**view)
         self.path = expand_home(filepath)
+        self.bad_rows = LeftOut() if skip_bad_rows else None
         self.split = split  # not used: the caller decides on the purpose of a file
 
     @cached_property
     def conversations(self) -> list[Conversation]:
-        found, left_out = [], []
-        for where, row in _read_rows(self.path):
+        left_out: list[OutOfOrder] = []
+
+        def convert(row: Any, where: str) -> Conversation | None:
             try:
-                found.append(conversation_of(row, where))
+                return conversation_of(row, where)
             except OutOfOrder as error:
                 left_out.append(error)
-        if not found and left_out:
-            raise left_out[0]
+                return None
+
+        rows = converted(_read_rows(self.path, self.bad_rows), convert, self.bad_rows)
+        found = [conversation for _, conversation in rows if conversation is not None]
+        if not found and (left_out or self.bad_rows):
+            raise left_out[0] if left_out else UserError(str(self.bad_rows and self.bad_rows.first))
         if not found:
             raise UserError(f"{self.path} is empty: it must hold one conversation a line")
         if left_out:
             counts = f"{len(left_out)} of {len(found) + len(left_out)} conversations"
             logger.warning("%s: left out %s, the first: %s", self.path, counts, left_out[0])
+        if self.bad_rows:
+            rows_left = f"{len(self.bad_rows)} rows that cannot be read"
+            logger.warning(
+                "%s: left out %s, the first: %s", self.path, rows_left, self.bad_rows.first
+            )
         return found
+
+    def skipped_rows(self) -> dict[str, int]:
+        return {self.name: len(self.bad_rows)} if self.conversations and self.bad_rows else {}
 
     def num_examples(self) -> int:
         return len(self.conversations)
@@ -90,7 +122,7 @@ class CustomJSON(Task):
         return self.conversations[index]
 
 
-def _read_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_rows(path: Path, bad_rows: LeftOut | None) -> Iterator[tuple[str, Any]]:
     """(place, row) of each line, or of each item of a .json file that is one array."""
     if not path.exists():
         remedy = "give the path of a .jsonl file with one conversation a line"
@@ -100,15 +132,15 @@ def _read_rows(path: Path) -> Iterator[tuple[str, Any]]:
         if (rows := _json_array(path)) is not None:
             yield from ((f"{path}, item {number}", row) for number, row in enumerate(rows, 1))
         else:
-            yield from read_jsonl(path, (dict, list))
+            yield from read_jsonl(path, (dict, list), left_out=bad_rows)
 
 
 def _json_array(path: Path) -> list[Any] | None:
     """The items of a .json file that is one array; None for JSON Lines, as some .json files are."""
-    if path.suffix.lower() != ".json":
+    if unpacked_name(path).suffix.lower() != ".json":
         return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = json.loads(unpacked(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError):  # the reader of lines names the place
         return None
     return value if isinstance(value, list) else None

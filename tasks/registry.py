@@ -12,6 +12,7 @@ from typing import Any
 from tasks.common import Task, TaskMixture, check_split
 from tasks.customjson import CustomJSON, is_file_name
 from zangchat.errors import UserError
+from zangchat.runtime.files import unpacked_name
 
 # of a task in a mixture: just their order takes a hundred bytes a conversation
 MAX_AMOUNT = 10_000_000
@@ -95,7 +96,7 @@ def load_task(name: str, split: str = "train", **options: Any) -> Task:
     """
     if is_file_name(name):
         task: Task = CustomJSON(name, **options)
-        task.name = Path(name).stem
+        task.name = unpacked_name(Path(name)).stem
         return task
     known = find_name(name)
     entry = REGISTRY[known]
@@ -134,6 +135,7 @@ def build_mixture(
     *,
     tokenizer: Any = None,
     seed: int = 42,
+    skip_bad_rows: bool = False,
 ) -> TaskMixture:
     """The mixture that `spec` describes. Its numbers mean epochs for finite data (fractions
     allowed) and examples for generated tasks.
@@ -145,7 +147,8 @@ def build_mixture(
     check_split(split)
     parts: list[Task] = []
     for name, amount in parse_mixture(spec) if isinstance(spec, str) else spec:
-        task = load_task(name, split)
+        options = {"skip_bad_rows": skip_bad_rows} if is_file_name(name) else {}
+        task = load_task(name, split, **options)
         if task.generated:
             size = max(1, round(amount))
             size = size if split == "train" else min(size, MAX_HELDOUT)
@@ -155,7 +158,8 @@ def build_mixture(
         whole = int(epochs)
         parts += [task] * whole
         rest = round((epochs - whole) * len(task))
-        if rest:
+        if rest or not whole:  # at least one, as of a generated task
+            rest = max(rest, 1)
             parts.append(task[:rest])
     if not parts:
         raise UserError('--mixture is empty: write it as "pydocs:1,identity:4,spellingbee:4000"')
@@ -176,15 +180,27 @@ SFT_MIXTURE = (
 
 
 def training_conversations(
-    spec: str, own_file: str | None = None, own_epochs: int = 1, *, tokenizer: Any, seed: int
+    spec: str,
+    own_file: str | None = None,
+    own_epochs: int = 1,
+    *,
+    tokenizer: Any,
+    seed: int,
+    skip_bad_rows: bool = False,
 ) -> TaskMixture:
-    """What `--mixture` and `--identity_data` describe. Raises UserError for an unknown task, or one
-    whose data is missing.
+    """The conversations of `--mixture` and `--identity_data`. Raises UserError for an unknown task,
+    or one whose data is missing.
     """
     if own_file and not is_file_name(own_file):
         raise UserError(f"--identity_data={own_file} is not a .jsonl file of conversations")
     own = [(own_file, float(own_epochs))] if own_file else []
-    return build_mixture([*parse_mixture(spec), *own], "train", tokenizer=tokenizer, seed=seed)
+    return build_mixture(
+        [*parse_mixture(spec), *own],
+        "train",
+        tokenizer=tokenizer,
+        seed=seed,
+        skip_bad_rows=skip_bad_rows,
+    )
 
 
 def held_out_conversations(spec: str, *, tokenizer: Any, seed: int) -> TaskMixture | None:

@@ -8,6 +8,7 @@ same reason every phrasing has a space before the word and no letter after it.
 """
 
 import functools
+import hashlib
 import json
 import random
 import re
@@ -116,8 +117,8 @@ def word_split(word: str) -> str:
 
 
 def word_list() -> list[str]:
-    """All usable words, sorted: of <base>/tasks/words/*.txt, else the corpus's with three
-    occurrences or more (counted once).
+    """All usable words, sorted: of <base>/tasks/words/*.txt, else those of a corpus with three
+    occurrences or more (the first corpus that was counted, else the first by name).
     """
     home = get_base_dir() / "tasks"
     files = sorted((home / "words").glob("*.txt"))
@@ -141,20 +142,22 @@ def _words_of_files(files: Sequence[Path]) -> list[str]:
 def _words_of_corpus(cache: Path) -> list[str]:
     from zangchat import dataset
 
-    corpora = map(dataset.find_dataset, dataset.present_datasets())
-    # else it holds token ids
-    corpus = next((corpus for corpus in corpora if corpus.tokenizer_fingerprint is None), None)
-    if corpus is None:
+    present = map(dataset.find_dataset, dataset.present_datasets())
+    corpora = [corpus for corpus in present if corpus.tokenizer_fingerprint is None]  # else ids
+    if not corpora:
         raise MissingData(
             "no words for the spelling tasks: put a list, one a line, into "
             f"{cache.parent / 'words'}/, "
             f"or build a corpus with `{dataset.BUILD_PYDOCS}`"
         )
-    path = cache / f"{corpus.folder.name}.json"
-    if path.is_file():
-        cached = json.loads(path.read_text(encoding="utf-8"))
-        if cached["fingerprint"] == corpus.fingerprint:
-            return cached["words"]
+    files = {cache / f"{corpus.folder.name}.json": corpus for corpus in corpora}
+    # A corpus that was counted comes first: one that is added later must not change the tasks.
+    for path, corpus in files.items():
+        if path.is_file():
+            cached = json.loads(path.read_text(encoding="utf-8"))
+            if cached["fingerprint"] == corpus.fingerprint:
+                return cached["words"]
+    path, corpus = next(iter(files.items()))
     words = count_words(corpus.iter_documents("train"))
     atomic_write(path, json.dumps({"fingerprint": corpus.fingerprint, "words": words}))
     return words
@@ -206,6 +209,10 @@ class _WordTask(GeneratedTask):
     def num_examples(self) -> int:
         words_of(self.split)  # raises MissingData before training starts if there are none
         return super().num_examples()
+
+    def fingerprint(self) -> str:
+        words = "\n".join([super().fingerprint(), *words_of(self.split)])
+        return hashlib.sha256(words.encode()).hexdigest()[:16]
 
     def word(self, rng: random.Random) -> str:
         if rng.random() >= INVENTED or self.split != "train":

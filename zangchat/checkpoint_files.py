@@ -1,5 +1,5 @@
-"""The files of one step of a checkpoint: their names, tensors in and out, and the save that makes
-the step exist.
+"""The files of one step of a checkpoint: their names, tensors in and out, the save that makes the
+step exist, and whether it is whole.
 
 Every file is written under a temporary name, synced and renamed. Rank 0 writes the meta, with the
 size and the sha256 of each file, when all ranks are done. A save that is killed leaves the previous
@@ -9,23 +9,31 @@ step as it was.
 import contextlib
 import hashlib
 import json
+import logging
+import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import IO, Any, cast
+from typing import IO, Any, Literal, cast
 
 import torch
 
 from zangchat.errors import UserError
 from zangchat.runtime import collectives
-from zangchat.runtime.files import atomic_file, atomic_write
+from zangchat.runtime.files import atomic_file, atomic_write, file_sha256
+from zangchat.runtime.logs import log0
 
 FORMAT_VERSION = 1
+META = re.compile(r"^meta_(\d+)\.json$")
 
 
 class CheckpointError(UserError):
     """A checkpoint file is missing, damaged or not one of ours; the message names it."""
+
+
+class FormatError(CheckpointError):
+    """Another version of this code wrote the step: it is whole, and must not be deleted."""
 
 
 def model_name(step: int) -> str:
@@ -209,3 +217,98 @@ def read_tensors(path: Path, device: torch.device | str) -> dict[str, Any]:
 
 def to_json(meta: Mapping[str, Any]) -> str:
     return json.dumps(meta, indent=1, allow_nan=False) + "\n"
+
+
+# ---- is it whole? --------------------------------------------------------------------------------
+
+
+def listing(folder: str | Path) -> list[Path]:
+    """The content of a folder, sorted; nothing if there is no such folder."""
+    return sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []
+
+
+def read_meta(checkpoint_dir: str | Path, step: int) -> dict[str, Any]:
+    """Raises CheckpointError, naming the file, if the step does not exist or its meta is damaged;
+    FormatError if it is of another format."""
+    path = Path(checkpoint_dir) / meta_name(step)
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        present = ", ".join(map(str, sorted(steps(checkpoint_dir)))) or "none"
+        raise CheckpointError(
+            f"there is no step {step} in {checkpoint_dir} (present: {present})"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    version = meta.get("format_version") if isinstance(meta, dict) else None
+    if version not in (None, FORMAT_VERSION):
+        problem = f"has format version {version}, this code reads version {FORMAT_VERSION}"
+        remedy = f"update zangchat, or move the files of step {step} to another folder"
+        raise FormatError(f"{path} {problem}: {remedy}")
+    files = meta.get("files") if version is not None else None
+    if not isinstance(files, dict) or meta.get("step") != step:
+        raise CheckpointError(f"{path} is damaged: it does not describe step {step}")
+    return meta
+
+
+def verify_checkpoint(
+    checkpoint_dir: str | Path, step: int, hashes: bool = False
+) -> dict[str, Any]:
+    """The meta of a step whose files are all there in the right sizes (`hashes`: and unaltered);
+    raises CheckpointError naming the file."""
+    meta = read_meta(checkpoint_dir, step)
+    for name, expected in meta["files"].items():
+        path = Path(checkpoint_dir) / name
+        try:
+            size = path.stat().st_size
+            if size != expected["size"]:
+                problem = f"{size} bytes instead of {expected['size']}"
+                raise CheckpointError(f"{path} is damaged: {problem}")
+            if hashes and file_sha256(path) != expected["sha256"]:
+                problem = f"its sha256 is not the one in {meta_name(step)}"
+                raise CheckpointError(f"{path} is damaged: {problem}")
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing") from None
+        except OSError as error:  # such as EIO
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return meta
+
+
+def steps(
+    checkpoint_dir: str | Path, check: Literal["", "sizes", "hashes"] = "sizes"
+) -> Iterator[int]:
+    """The steps of a folder, newest first: those with files of the right sizes, with the right
+    hashes (reporting damaged ones), or, with an empty `check`, all that have a meta, whole or
+    not."""
+    found = (META.match(path.name) for path in listing(checkpoint_dir))
+    for step in sorted((int(match[1]) for match in found if match), reverse=True):
+        try:
+            if check:
+                verify_checkpoint(checkpoint_dir, step, hashes=check == "hashes")
+        except CheckpointError as error:
+            if check == "hashes":
+                log0(f"skipping step {step}: {error}", logging.WARNING)
+            continue
+        yield step
+
+
+def other_formats(checkpoint_dir: str | Path) -> dict[int, FormatError]:
+    """The steps that another version of this code wrote, newest first, each with its refusal."""
+    found = {}
+    for step in steps(checkpoint_dir, check=""):
+        try:
+            read_meta(checkpoint_dir, step)
+        except FormatError as error:
+            found[step] = error
+        except CheckpointError:
+            pass  # damaged, whatever its format
+    return found
+
+
+def refuse_other_formats(checkpoint_dir: str | Path, after: int = -1) -> None:
+    """Raises FormatError for the newest step of another format, if it is newer than `after`."""
+    for step, refusal in other_formats(checkpoint_dir).items():
+        if step > after:
+            raise refusal

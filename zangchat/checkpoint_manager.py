@@ -9,30 +9,37 @@
         metrics.jsonl  tokenizer.json  token_bytes.pt
 
 A step exists if its meta does, which is written last (checkpoint_files.py). Files hold tensors and
-plain containers, and are read with weights_only=True.
+plain containers, and are read with weights_only=True. A step in the format of another version of
+this code is refused by name, and never deleted.
 """
 
-import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from zangchat.checkpoint_files import (
-    FORMAT_VERSION,
+    META,
     CheckpointError,
     Save,
+    listing,
     meta_name,
     model_name,
     optim_name,
+    other_formats,
+    read_meta,
     read_tensors,
+    refuse_other_formats,
+    steps,
     strip_prefix,
     to_json,
+    verify_checkpoint,
 )
 from zangchat.config import COMMANDS, SOURCES, GPTConfig
+from zangchat.configurator import check_folder_name
 from zangchat.errors import UserError
 from zangchat.optim import is_shards, merge_shards
 from zangchat.runtime import collectives
@@ -44,7 +51,6 @@ if TYPE_CHECKING:
     from zangchat.gpt import GPT, ForwardOptions
     from zangchat.tokenizer import RustBPETokenizer
 
-META = re.compile(r"^meta_(\d+)\.json$")
 STEP_FILE = re.compile(r"^(?:model|optim|meta)_(\d+)(?:_rank\d+)?\.(?:pt|json)$")
 
 logger = logging.getLogger(__name__)
@@ -60,9 +66,7 @@ def checkpoints_dir(source: str) -> Path:
 def tag_folder(source: str, model_tag: str, flag: str = "--model_tag") -> Path:
     """The folder of a stage's model, whether it exists or not; raises UserError, naming the flag,
     for a tag that cannot be a folder's name."""
-    if not re.fullmatch(r"[\w.+-]+", model_tag) or model_tag in (".", ".."):
-        advice = "use letters, digits and . _ + -"
-        raise UserError(f"{flag}={model_tag!r} cannot name a folder: {advice}")
+    check_folder_name(flag, model_tag)
     return checkpoints_dir(source) / model_tag
 
 
@@ -122,8 +126,10 @@ def remove_temporary_files(checkpoint_dir: str | Path) -> None:
 
 
 def _delete(checkpoint_dir: str | Path, is_unwanted: Callable[[int], bool]) -> None:
-    files = ((path, STEP_FILE.match(path.name)) for path in _listing(checkpoint_dir))
-    paths = [path for path, match in files if match and is_unwanted(int(match[1]))]
+    kept = other_formats(checkpoint_dir)
+    files = ((path, STEP_FILE.match(path.name)) for path in listing(checkpoint_dir))
+    found = [(path, int(match[1])) for path, match in files if match]
+    paths = [path for path, step in found if step not in kept and is_unwanted(step)]
     # metas first, so that a step never exists in part
     for path in sorted(paths, key=lambda path: not META.match(path.name)):
         _unlink(path)
@@ -136,84 +142,16 @@ def _unlink(path: Path) -> None:
         logger.warning(f"could not delete {path}: {error}")
 
 
-def _listing(folder: str | Path) -> list[Path]:
-    return sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []
-
-
 # ---- find and verify -----------------------------------------------------------------------------
 
 
-def read_meta(checkpoint_dir: str | Path, step: int) -> dict[str, Any]:
-    """Raises CheckpointError, naming the file, if the step does not exist or its meta is
-    damaged.
-    """
-    path = Path(checkpoint_dir) / meta_name(step)
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        present = ", ".join(map(str, sorted(steps(checkpoint_dir)))) or "none"
-        raise CheckpointError(
-            f"there is no step {step} in {checkpoint_dir} (present: {present})"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
-    if (
-        not isinstance(meta, dict)
-        or not isinstance(meta.get("files"), dict)
-        or meta.get("step") != step
-    ):
-        raise CheckpointError(f"{path} is damaged: it does not describe step {step}")
-    version = meta.get("format_version")
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {version}, this code reads version {FORMAT_VERSION}"
-        )
-    return meta
-
-
-def verify_checkpoint(
-    checkpoint_dir: str | Path, step: int, hashes: bool = False
-) -> dict[str, Any]:
-    """The meta of a step whose files are all there in the right sizes (`hashes`: and unaltered);
-    raises CheckpointError naming the file."""
-    meta = read_meta(checkpoint_dir, step)
-    for name, expected in meta["files"].items():
-        path = Path(checkpoint_dir) / name
-        try:
-            size = path.stat().st_size
-        except OSError:
-            raise CheckpointError(f"{path} is missing") from None
-        if size != expected["size"]:
-            raise CheckpointError(f"{path} is damaged: {size} bytes instead of {expected['size']}")
-        if hashes and file_sha256(path) != expected["sha256"]:
-            raise CheckpointError(
-                f"{path} is damaged: its sha256 is not the one in {meta_name(step)}"
-            )
-    return meta
-
-
-def steps(
-    checkpoint_dir: str | Path, check: Literal["", "sizes", "hashes"] = "sizes"
-) -> Iterator[int]:
-    """The steps of a folder, newest first: those with files of the right sizes, with the right
-    hashes (reporting damaged ones), or, with an empty `check`, all that have a meta, whole or
-    not."""
-    found = (META.match(path.name) for path in _listing(checkpoint_dir))
-    for step in sorted((int(match[1]) for match in found if match), reverse=True):
-        try:
-            if check:
-                verify_checkpoint(checkpoint_dir, step, hashes=check == "hashes")
-        except CheckpointError as error:
-            if check == "hashes":
-                log0(f"skipping step {step}: {error}", logging.WARNING)
-            continue
-        yield step
-
-
 def find_last_step(checkpoint_dir: str | Path) -> int:
-    """The newest whole step (by size); raises UserError if there is none, naming a damaged file."""
-    for step in steps(checkpoint_dir):
-        return step
+    """The newest whole step (by size); raises UserError if there is none, naming a damaged file, or
+    if a later one has another format."""
+    newest = next(steps(checkpoint_dir), -1)
+    refuse_other_formats(checkpoint_dir, after=newest)
+    if newest >= 0:
+        return newest
     for step in steps(checkpoint_dir, check=""):
         try:
             verify_checkpoint(checkpoint_dir, step)
@@ -227,15 +165,23 @@ def find_verified_step(checkpoint_dir: str | Path, step: int | None = None) -> i
     """The newest step that verifies, hashes included, reporting those it skips; None if there is
     none. All ranks get rank 0's answer.
 
-    With `step`, only that one: raises CheckpointError if it does not verify.
+    With `step`, only that one: raises CheckpointError if it does not verify. Raises FormatError for
+    a later step of another format, which a run that continues from here would make again.
     """
-    if step is not None:
-        verify_checkpoint(checkpoint_dir, step, hashes=True)
-        return step
-    found = None
+    found, refusal = step, None
     if collectives.world()[0] == 0:
-        found = next(steps(checkpoint_dir, check="hashes"), None)
-    return collectives.from_rank_0(found)
+        try:
+            if step is None:
+                found = next(steps(checkpoint_dir, check="hashes"), None)
+            else:
+                verify_checkpoint(checkpoint_dir, step, hashes=True)
+            refuse_other_formats(checkpoint_dir, after=-1 if found is None else found)
+        except CheckpointError as error:
+            refusal = error
+    found, refusal = collectives.from_rank_0((found, refusal))
+    if refusal is not None:
+        raise refusal
+    return found
 
 
 def find_largest_model(checkpoints_dir: str | Path) -> str:
@@ -255,12 +201,9 @@ def find_largest_model(checkpoints_dir: str | Path) -> str:
 
 
 def model_tags(checkpoints_dir: str | Path) -> list[str]:
-    """Folders that hold at least one whole step."""
-    return [
-        path.name
-        for path in _listing(checkpoints_dir)
-        if path.is_dir() and any(True for _ in steps(path))
-    ]
+    """Folders that hold at least one whole step, whatever its format."""
+    folders = (path for path in listing(checkpoints_dir) if path.is_dir())
+    return [path.name for path in folders if any(True for _ in steps(path)) or other_formats(path)]
 
 
 def _next_command(folder: str | Path) -> str:

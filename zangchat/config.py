@@ -157,7 +157,7 @@ class RunState:
     skips_in_a_row: int = 0  # non-finite steps since the last update
     loss_scale: float | None = None  # fp16 only
     steps_at_scale: int = 0  # updates since the loss scale changed
-    training_seconds: float = 0.0  # wall-clock inside steps, over all attempts
+    training_seconds: float = 0.0  # wall-clock of steps and their data, over all attempts
     cursor: dict[str, Any] = field(default_factory=dict)  # of the data loader, after `step` steps
     # of the last batch (RL's rewards)
     batch_metrics: dict[str, float] = field(default_factory=dict)
@@ -165,11 +165,16 @@ class RunState:
     metrics_lines: int = 0  # lines of metrics.jsonl that belong to the run so far
     # the latest figures of each evaluation, by name, for the report
     results: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    threads: int | None = None  # of each rank on a CPU, on which the last bits depend
+    wandb: str | None = None  # id of its wandb run
+    # left out by --skip_bad_rows, by file or task
+    skipped_rows: dict[str, int] = field(default_factory=dict)
     # fixed when the run was new
     plan: TrainPlan | None = None
     source: str | None = None  # the model it started from: "base d20 step 5000"
     source_sha256: str | None = None  # of that model's weights
     dataset: str | None = None  # fingerprint of the pretraining text
+    tasks: dict[str, str] = field(default_factory=dict)  # of the conversations, by task
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "plan": self.plan and self.plan._asdict()}

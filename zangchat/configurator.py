@@ -23,6 +23,7 @@ import errno
 import io
 import math
 import os
+import re
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +42,8 @@ C = TypeVar("C")
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
 FAILED = 1  # exit codes
 USER_ERROR = 2
+SPIN_COUNT = "1000"  # of threads at a barrier, some 20 microseconds; measured in dev/LOG.md
+USER_ERROR = 2  # exit codes
 INTERRUPTED = 130
 BROKEN_PIPE = 141  # as a shell reports a writer whose reader has closed the pipe
 BOOLEANS = {
@@ -79,6 +82,7 @@ def run(
     the first rank that fails. A command that succeeded leaves the process group.
     """
     _prepare_streams()
+    _prepare_threads()
     try:
         try:
             config = parse(config_cls, argv)
@@ -146,6 +150,16 @@ def _prepare_streams() -> None:
             sys.stdin.reconfigure(errors="replace")
 
 
+def _prepare_threads() -> None:
+    """Let threads that wait for each other on a CPU soon sleep, before torch is loaded.
+
+    By default they spin for milliseconds, and if another program has one of the cores, the others
+    spin through its turns. Values of the user's own stay.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
+
+
 def _print_error(message: str) -> None:
     rank = os.environ.get("RANK") or "0"
     sys.stdout.flush()
@@ -188,6 +202,12 @@ def check_range(least: int, config: Any, *names: str, most: float = math.inf) ->
         if value is not None and not least <= value <= most:
             bound = f" and at most {most}" if most < math.inf else ""
             raise UserError(f"--{name}={value} is not possible: give at least {least}{bound}")
+
+
+def check_folder_name(flag: str, name: str) -> None:
+    """Raises UserError for a value of `flag` that cannot name a folder."""
+    if not re.fullmatch(r"[\w.+-]+", name) or name in (".", ".."):
+        raise UserError(f"{flag}={name!r} cannot name a folder: use letters, digits and . _ + -")
 
 
 def check_fraction(config: Any, *names: str) -> None:

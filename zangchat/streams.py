@@ -20,6 +20,10 @@ logger = logging.getLogger(__name__)
 
 TEXT_RUN = 32  # documents tokenised at a time
 CONVERSATION_RUN = 8
+SHORTER = (
+    "the run cannot be resumed: it had read beyond the end of its data. Restore the data, or "
+    "start over with --overwrite"
+)
 
 
 class Document(NamedTuple):
@@ -152,6 +156,8 @@ class ConversationStream:
 
     def next_documents(self) -> list[Document]:
         epoch, index = self.cursor["epoch"], self.cursor["index"]
+        if index >= len(self.task):
+            raise UserError(SHORTER)
         empty_epochs = 0
         while self.num_epochs is None or epoch < self.num_epochs:
             stop = min(index + CONVERSATION_RUN, len(self.task))
@@ -246,6 +252,8 @@ class DocumentReader:
         if cursor is not None and cursor["taken"]:
             self._run = stream.next_documents()
             self._taken = cursor["taken"]
+            if self._taken > len(self._run):
+                raise UserError(SHORTER)
 
     @property
     def cursor(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 the right one is found.
 """
 
+import errno
 import json
 import os
 import subprocess
@@ -68,7 +69,7 @@ def test_what_is_saved_comes_back(tmp_path):
     assert (
         {key: meta[key] for key in META} == META
         and meta["step"] == 123
-        and meta["format_version"] == cm.FORMAT_VERSION
+        and meta["format_version"] == checkpoint_files.FORMAT_VERSION
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "meta_000123.json",
@@ -156,7 +157,9 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     size = (tmp_path / "model_000001.pt").stat().st_size
     files = {"model_000001.pt": {"size": size, "sha256": file_sha256(tmp_path / "model_000001.pt")}}
     (tmp_path / "meta_000001.json").write_text(
-        json.dumps({**META, "step": 1, "files": files, "format_version": cm.FORMAT_VERSION})
+        json.dumps(
+            {**META, "step": 1, "files": files, "format_version": checkpoint_files.FORMAT_VERSION}
+        )
     )
     with pytest.raises(UserError, match="model_000001.pt cannot be read"):
         cm.load_checkpoint(tmp_path, 1, "cpu")
@@ -262,11 +265,53 @@ def test_a_step_without_meta_does_not_exist(tmp_path):
         cm.load_checkpoint(tmp_path, 2, "cpu")
 
 
-def test_a_checkpoint_of_a_later_format_is_refused(tmp_path):
+def write_newer_format(directory: Path, step: int) -> None:
+    """A step of a version of this code that is still to come: other files, other entries."""
+    files = [f"weights_{step:06d}.safetensors", f"model_{step:06d}.pt"]
+    for name in files:
+        (directory / name).write_bytes(b"newer")
+    meta = {"format_version": checkpoint_files.FORMAT_VERSION + 1, "at": step, "files": files}
+    (directory / f"meta_{step:06d}.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+def test_a_step_of_a_newer_format_is_refused_by_name_and_never_deleted(tmp_path):
+    stage = tmp_path / "base_checkpoints"
+    folder = stage / "d2"
+    save(folder, 1)
+    save(folder, 2)
+    write_newer_format(folder, 3)
+    before = {path.name for path in folder.glob("*_000003*")}
+    refusal = r"meta_000003.json has format version 2, this code reads version 1: update zangchat"
+    for refused in (
+        lambda: cm.load_checkpoint(folder, 3, "cpu"),
+        lambda: cm.find_last_step(folder),
+        lambda: cm.find_verified_step(folder),  # --resume=latest
+        lambda: cm.find_verified_step(folder, 2),  # its run would make step 3 again
+        lambda: cm.load_model_from_dir(stage, "cpu", "eval"),
+    ):
+        with pytest.raises(UserError, match=refusal):
+            refused()
+    cm.purge(folder, keep_last=1)
+    assert cm.discard_after(folder, -1) == [2]
+    assert {path.name for path in folder.glob("*_0*")} == before
+    assert cm.model_tags(stage) == ["d2"]  # so that it is refused, and not passed over
+
+
+def test_an_input_error_is_reported_and_latest_falls_back(tmp_path, caplog, monkeypatch):
     save(tmp_path, 1)
-    cm.update_meta(tmp_path, 1, {"format_version": cm.FORMAT_VERSION + 1})
-    with pytest.raises(UserError, match="format version"):
-        cm.load_checkpoint(tmp_path, 1, "cpu")
+    save(tmp_path, 2)
+    read = checkpoint_files.file_sha256
+
+    def fail(path: Path) -> str:
+        if path.name == "model_000002.pt":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return read(path)
+
+    monkeypatch.setattr(checkpoint_files, "file_sha256", fail)
+    assert cm.find_verified_step(tmp_path) == 1
+    assert "skipping step 2" in caplog.text and "cannot be read: [Errno 5]" in caplog.text
+    with pytest.raises(UserError, match=r"model_000002.pt cannot be read: \[Errno 5\]"):
+        cm.find_verified_step(tmp_path, 2)
 
 
 # ---- which ones are kept, which one is found -----------------------------------------------------

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -561,6 +562,37 @@ def test_wandb_runs_only_on_rank_0(monkeypatch):
     for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     assert isinstance(get_wandb("first", to_dict(RunConfig()), "zangchat"), common.DummyWandb)
+
+
+def test_wandb_that_is_missing_or_has_no_key_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="--run=first needs wandb .*--run=dummy"):
+        get_wandb("first", {}, "zangchat")
+    program = "from zangchat.runtime.logs import get_wandb; get_wandb('first', {}, 'zangchat')"
+    home = {"HOME": str(tmp_path), "WANDB_DIR": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
+    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**env, **home},
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+    error = done.stderr.splitlines()[-1]
+    assert "UserError: --run=first: wandb did not start" in error and "`wandb login`" in error
+
+
+@pytest.mark.parametrize("known", [0, 12], ids=["offline", "online"])
+def test_a_continued_wandb_run_logs_no_step_twice(monkeypatch, known):
+    logged, calls = [], []
+    run = types.SimpleNamespace(step=known, log=lambda values, step: logged.append(step))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace())
+    sys.modules["wandb"].init = lambda **kwargs: calls.append(kwargs) or run
+    continued = get_wandb("first", {}, "zangchat", run_id="abc", last_step=7)
+    for step in range(5, 15):
+        continued.log({"loss": 1.0}, step=step)
+    assert (calls[0]["id"], calls[0]["resume"]) == ("abc", "allow")
+    assert logged == list(range(max(known, 8), 15))
 
 
 def test_offline_wandb_stores_the_metrics(tmp_path, monkeypatch):

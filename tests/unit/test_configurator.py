@@ -1,5 +1,6 @@
 """Command lines: every spelling a user may try, and one sentence for every mistake."""
 
+import ast
 import importlib
 import json
 import os
@@ -481,3 +482,32 @@ def test_what_json_has_of_a_configuration():
 def test_a_configuration_as_flags_gives_it_again(config):
     assert parse(Config, as_flags(config)) == config
     assert as_flags(Config(depth=7, tools=False)) == ["--depth=7", "--tools=0"]
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({}, {"GOMP_SPINCOUNT": configurator.SPIN_COUNT}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+    ],
+    ids=["ours", "a count of one's own", "a policy of one's own"],
+)
+def test_threads_get_a_short_spin_before_torch_is_loaded(own, expected):
+    program = """
+import dataclasses, os, sys
+from zangchat import configurator
+
+@dataclasses.dataclass
+class Config:
+    pass
+
+def show(config):
+    assert "torch" not in sys.modules
+    print({name: value for name, value in os.environ.items() if name.partition("_")[0] in ("OMP", "GOMP")})
+
+configurator.run(Config, show, [])
+"""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+    out = subprocess.check_output([sys.executable, "-c", program], env={**env, **own})
+    assert ast.literal_eval(out.decode()) == expected

@@ -26,7 +26,7 @@ from zangchat.dataloader import (
 from zangchat.dataset import find_dataset, load_dataset
 from zangchat.dataset.tokens import tokenize
 from zangchat.errors import UserError
-from zangchat.streams import ConversationStream, Document, MixedStream, TextStream
+from zangchat.streams import ConversationStream, Document, DocumentReader, MixedStream, TextStream
 
 TOKENIZER = ByteTokenizer()
 BOS = TOKENIZER.get_bos_token_id()
@@ -439,6 +439,17 @@ def test_conversations_without_anything_to_learn_are_a_clear_error():
     stream = ConversationStream([conversation("q" * 100, "a")], TOKENIZER, seed=0, max_tokens=20)
     with pytest.raises(UserError, match="no conversation has a token to learn from"):
         stream.next_documents()
+
+
+@pytest.mark.parametrize("left", [9, 5], ids=["within a run", "before it"])
+def test_a_cursor_beyond_shortened_conversations_is_a_clear_error(left):
+    task = [conversation(f"q{index}", "a") for index in range(16)]
+    reader = DocumentReader(ConversationStream(task, TOKENIZER, seed=0, max_tokens=20))
+    for _ in range(12):
+        reader.next()
+    stream = ConversationStream(task[:left], TOKENIZER, seed=0, max_tokens=20)
+    with pytest.raises(UserError, match="cannot be resumed.*--overwrite"):
+        DocumentReader(stream, reader.cursor)
 
 
 # ---- examples ------------------------------------------------------------------------------------

@@ -295,6 +295,30 @@ def test_words_come_from_the_corpus_without_a_list(base_dir):
     ]
 
 
+def corpus_of(base_dir: Path, name: str, beginning: str) -> None:
+    words = " ".join(beginning + a + b for a in LETTERS for b in LETTERS)
+    write_dataset(base_dir / "base_data" / name, name, [words] * 3, ["validation"])
+
+
+def test_a_corpus_that_is_added_later_changes_no_words(base_dir):
+    corpus_of(base_dir, "pydocs", "word")
+    before = spellingbee.word_list()
+    corpus_of(base_dir, "another", "other")
+    assert spellingbee.word_list() == before
+
+
+def test_the_fingerprint_of_a_word_task_changes_with_the_words(base_dir):
+    folder = base_dir / "tasks" / "words"
+    folder.mkdir(parents=True)
+    listed = [f"word{a}{b}" for a in LETTERS for b in LETTERS]
+    found = set()
+    for words in (listed, [word.replace("word", "other") for word in listed], listed):
+        (folder / "own.txt").write_text("\n".join(words), encoding="utf-8")
+        spellingbee._split_words.cache_clear()
+        found.add(SpellingBee(10).fingerprint())
+    assert len(found) == 2
+
+
 def test_missing_words_are_reported_with_a_remedy(base_dir):
     with pytest.raises(MissingData, match=r"zangchat\.dataset"):
         build_mixture("spellingbee:4")

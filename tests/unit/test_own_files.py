@@ -14,7 +14,7 @@ from zangchat.dataset import shards as data
 from zangchat.dataset.find import split_of_name
 from zangchat.dataset.shards import cut_text, record_text, write_shard
 from zangchat.errors import UserError
-from zangchat.runtime.files import read_jsonl
+from zangchat.runtime.files import PACKED, read_jsonl
 
 BOM = b"\xef\xbb\xbf"
 
@@ -31,6 +31,10 @@ def put(path: Path, texts: list[str | None], group: int = 1024) -> Path:
         lines = (json.dumps({"text": text}) + "\n" for text in texts)
         path.write_text("".join(lines), encoding="utf-8")
     return path
+
+
+def documents(path: Path, split: str) -> list[str]:
+    return list(find_dataset(data_path=str(path)).iter_documents(split))
 
 
 def splits(path: Path) -> tuple[Counter[str], Counter[str]]:
@@ -279,17 +283,93 @@ def test_lines_are_read_from_any_range(tmp_path):
     assert list(read_jsonl(path, start=14, end=23)) == [(f"{path}:1 after byte 14", {"a": 2})]
 
 
-def test_compressed_and_foreign_files_are_named(tmp_path, caplog):
-    (tmp_path / "a.jsonl.gz").write_bytes(b"\x1f\x8b")
+def pack(path: Path, kind: str) -> Path:
+    """Replace a file by its compressed form."""
+    packed = path.with_name(f"{path.name}{kind}")
+    with pyarrow.output_stream(str(packed), compression=PACKED[kind.lower()]) as stream:
+        stream.write(path.read_bytes())
+    path.unlink()
+    return packed
+
+
+@pytest.mark.parametrize("kind", [".gz", ".zst", ".bz2", ".GZ"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.NDJSON", "a.txt", "a.parquet"])
+def test_compressed_text_is_read_as_it_is_unpacked(tmp_path, base_dir, name, kind):
+    texts = [f"document {index} with words" for index in range(60)]
+    put(tmp_path / name, texts)
+    plain = {split: documents(tmp_path / name, split) for split in ("train", "validation")}
+    packed = pack(tmp_path / name, kind)
+    for path in (packed, tmp_path):
+        assert {split: documents(path, split) for split in plain} == plain
+    assert plain["train"] and plain["validation"]
+    assert len(list((base_dir / "unpacked").glob("[!.]*"))) == 1
+
+
+def test_split_names_are_seen_through_the_compression(tmp_path):
+    for split in ("train", "test"):
+        put(tmp_path / f"{split}.jsonl", [f"{split} {index}" for index in range(40)])
+        pack(tmp_path / f"{split}.jsonl", ".zst")
+    assert all(text.startswith("train") for text in documents(tmp_path, "train"))
+
+
+def test_large_compressed_file_is_read_in_groups(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "TEXT_GROUP_BYTES", 1000)
+    texts = [f"document {index} with words" for index in range(200)]
+    put(tmp_path / "a.jsonl", texts)
+    packed = pack(tmp_path / "a.jsonl", ".gz")
+    dataset = find_dataset(data_path=str(packed))
+    assert dataset.num_groups(packed.name, "train") > 5
+    both = [text for split in ("train", "validation") for text in dataset.iter_documents(split)]
+    assert sorted(both) == sorted(texts)
+
+
+def test_damaged_compressed_file_is_named(tmp_path, base_dir):
+    put(tmp_path / "a.jsonl", [f"document {index}" for index in range(2000)])
+    packed = pack(tmp_path / "a.jsonl", ".gz")
+    packed.write_bytes(packed.read_bytes()[:-200])
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz cannot be unpacked .*intact copy"):
+        documents(packed, "train")
+    assert not list((base_dir / "unpacked").glob("*.jsonl"))
+
+
+def test_other_archives_and_foreign_files_are_named(tmp_path, caplog):
+    (tmp_path / "a.jsonl.xz").write_bytes(b"\xfd7zXZ")
     (tmp_path / "b.csv").write_text("text\nx\n")
-    with pytest.raises(UserError, match=r"no text to train on \(a\.jsonl\.gz \(compressed: unpack"):
+    with pytest.raises(UserError, match=r"no text to train on \(a\.jsonl\.xz \(compressed: unpack"):
         find_dataset(data_path=str(tmp_path))
     with pytest.raises(UserError, match="is compressed: unpack it first"):
-        find_dataset(data_path=str(tmp_path / "a.jsonl.gz"))
+        find_dataset(data_path=str(tmp_path / "a.jsonl.xz"))
     put(tmp_path / "c.txt", ["one", "two"])
     with caplog.at_level(logging.INFO, "zangchat"):
         find_dataset(data_path=str(tmp_path))
-    assert "a.jsonl.gz (compressed: unpack it first), b.csv (.csv is not read)" in caplog.text
+    assert "a.jsonl.xz (compressed: unpack it first), b.csv (.csv is not read)" in caplog.text
+
+
+BAD_LINES = ["{not json", '{"other": 1}', '["a list"]', '{"text": 3}']
+
+
+def test_bad_rows_are_refused_by_default_and_else_left_out_with_a_count(tmp_path, caplog):
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": f"document {index}"}) for index in range(60)]
+    lines[10:10] = BAD_LINES
+    path.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(UserError, match=r"a\.jsonl:11 is not JSON"):
+        documents(path, "train")
+    dataset = find_dataset(data_path=str(path), skip_bad_rows=True)
+    for _ in range(2):  # a row that is read again counts once
+        assert dataset.count_left_out() == 4
+    assert "left out 4 rows that cannot be read, the first: " in caplog.text
+    found = [text for split in ("train", "validation") for text in dataset.iter_documents(split)]
+    assert found == [f"document {index}" for index in range(60)]
+
+
+def test_bad_rows_of_parquet_are_counted_too(tmp_path):
+    contents = [f"text {index}" if index % 5 else None for index in range(20)]
+    rows = [{"messages": [{"role": "user", "content": content}]} for content in contents]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="row group 0, row 0 has a message without"):
+        documents(tmp_path / "a.parquet", "train")
+    assert find_dataset(data_path=str(tmp_path), skip_bad_rows=True).count_left_out() == 4
 
 
 def test_one_long_line_becomes_documents():

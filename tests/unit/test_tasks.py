@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 
 from tasks import common, registry
@@ -43,6 +44,7 @@ from tests.util import ByteTokenizer
 from zangchat.dataset import hub
 from zangchat.errors import UserError
 from zangchat.execution import SandboxLevel, find_sandbox
+from zangchat.runtime.files import PACKED
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "tasks"
 
@@ -655,7 +657,36 @@ def test_every_solution_of_humaneval_passes_and_no_empty_one(base_dir):
     ]
 
 
+def test_a_small_share_of_a_task_is_one_example_at_least():
+    assert len(build_mixture("identity:0.001", "val")) == 1
+    assert len(build_mixture("identity:0.0001")) == 1
+
+
 # ---- CustomJSON ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [".gz", ".zst", ".bz2"])
+@pytest.mark.parametrize("name", ["own.jsonl", "own.NDJSON", "own.json"])
+def test_compressed_conversations_are_read_as_they_are_unpacked(base_dir, name, kind):
+    rows = [chat("q", str(index)) for index in range(5)]
+    path = base_dir / f"{name}{kind}"
+    text = json.dumps(rows) if name.endswith("json") else "\n".join(map(json.dumps, rows))
+    with pyarrow.output_stream(str(path), compression=PACKED[kind]) as stream:
+        stream.write(text.encode())
+    mixture = build_mixture(f"{path}:1")
+    assert str(mixture) == "own 5"
+    assert sorted(map(str, mixture)) == sorted(map(str, rows))
+
+
+def test_bad_conversations_are_refused_by_default_and_else_left_out_with_a_count(base_dir, caplog):
+    rows = [chat("q", str(index)) for index in range(5)]
+    path = put(base_dir, "own.jsonl", [*rows[:2], {"nothing": 1}, *rows[2:]])
+    path.write_text(path.read_text(encoding="utf-8") + "{half\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"own\.jsonl:3: it has nothing"):
+        build_mixture(f"{path}:1")
+    mixture = build_mixture(f"{path}:1", skip_bad_rows=True)
+    assert len(mixture) == 5 and mixture.skipped_rows() == {"own": 2}
+    assert "left out 2 rows that cannot be read, the first: " in caplog.text
 
 
 def test_customjson_reads_the_common_shapes(base_dir):

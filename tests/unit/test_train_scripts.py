@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from zangchat.dataset.manifest import write_dataset
 from zangchat.errors import UserError
 from zangchat.flops import checkpoint_bytes
 from zangchat.tokenizer import RustBPETokenizer
-from zangchat.training import batch_size, start, trainer
+from zangchat.training import batch_size, hooks, start, trainer
 from zangchat.training.resolve import REPORTED
 from zangchat.training.settings import INHERITED, TEXT, check_batch, fill, inherited
 from zangchat.training.start import warn_if_disk_is_small
@@ -149,8 +150,9 @@ def folder(root: Path, stage: str, tag: str = "d1") -> Path:
     return root / checkpoint_manager.SOURCES[stage] / tag
 
 
-def metrics(root: Path, stage: str) -> list[dict[str, Any]]:
-    lines = (folder(root, stage) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+def metrics(root: Path, stage: str, tag: str = "d1") -> list[dict[str, Any]]:
+    path = folder(root, stage).with_name(tag) / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines()
     return [
         {key: value for key, value in json.loads(line).items() if key not in trainer.TIMES}
         for line in lines
@@ -556,6 +558,92 @@ def test_stopped_by_ctrl_c_and_resumed_equals_uninterrupted(base, before, stage,
     )
 
 
+def test_another_number_of_threads_is_announced(base, before, caplog):
+    threads = torch.get_num_threads()
+    assert checkpoint_manager.read_meta(folder(base, "base"), 10)["run_state"]["threads"] == threads
+    flags = base_flags(base, "--resume=latest")
+    assert base_train.main([*flags, "--num_iterations=11"]) == 0
+    assert "threads" not in caplog.text
+    torch.set_num_threads(threads + 1)
+    try:
+        assert base_train.main([*flags, "--num_iterations=12"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert f"OMP_NUM_THREADS={threads} keeps them" in caplog.text
+
+
+@pytest.mark.parametrize("stage", ["mid", "sft"])
+def test_validation_of_conversations_does_not_depend_on_the_rows_of_a_pass(
+    base, before, stage, monkeypatch
+):
+    heights: set[int] = set()
+    name = {"mid": "evaluate_bpb", "sft": "evaluate_loss"}[stage]
+    measure = getattr(hooks, name)
+
+    def watch(model: Any, batches: Any, *rest: Any) -> float:
+        watched = ((heights.add(len(batch.inputs)), batch)[1] for batch in batches)
+        return measure(model, watched, *rest)
+
+    monkeypatch.setattr(hooks, name, watch)
+    main, flags = STAGES[stage]
+    found = {}
+    for size in (1, 4):
+        options = [f"--device_batch_size={size}", "--num_iterations=1", f"--model_tag=b{size}"]
+        assert main(flags(base, "--from_tag=d1", *options)) == 0
+        lines = metrics(before, stage, f"b{rows}")
+        found[rows] = [
+            line[key] for line in lines for key in ("val_bpb", "val_loss") if key in line
+        ]
+        assert max(heights) <= rows
+    assert len(found[1]) == 2 and found[1] == pytest.approx(found[4], rel=1e-5)
+
+
+def test_a_killed_run_continues_its_curve_at_wandb(base, before, monkeypatch):
+    class Curve:
+        step = 0
+
+        def __init__(self, **flags: Any) -> None:
+            self.flags, self.id, self.steps, self.code = flags, flags["id"], [], None
+            curves.append(self)
+
+        def log(self, values: dict[str, Any], step: int) -> None:
+            self.steps.append(step)
+
+        def finish(self, exit_code: int = 0) -> None:
+            self.code = exit_code
+
+    def train_step(self: Any, batch: Any) -> Any:
+        if self.state.step == 7 and len(curves) == 1:
+            raise RuntimeError("killed")
+        return original(self, batch)
+
+    curves: list[Curve] = []
+    original = trainer.Trainer.train_step
+    monkeypatch.setattr(trainer.Trainer, "train_step", train_step)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=Curve))
+    flags = base_flags(base, "--run=first", "--save_every=4", "--model_tag=w", "--resume=latest")
+    with pytest.raises(RuntimeError, match="killed"):
+        base_train.main(flags)
+    assert base_train.main(flags) == 0
+    first, second = curves
+    assert first.id == second.id and second.flags["resume"] == "allow"
+    assert (first.code, second.code) == (1, 0)
+    assert sorted({*first.steps}) == list(range(8)) and sorted({*second.steps}) == [8, 9, 10]
+
+
+def test_without_a_key_nothing_begins(base, before, monkeypatch, capsys):
+    class NoKey(Exception):
+        pass
+
+    def init(**flags: Any) -> None:
+        raise NoKey("no API key")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Error=NoKey))
+    message = refused(base_train.main, base_flags(base, "--run=first", "--model_tag=w"), capsys)
+    assert "no API key" in message and "wandb login" in message
+    assert not list(folder(base, "base").with_name("w").glob("*"))
+
+
 def test_the_command_that_is_printed_goes_on_with_the_run(base, before, capsys):
     shutil.rmtree(folder(before, "base"))
     with ctrl_c_in_step(3):
@@ -733,6 +821,23 @@ def test_a_run_does_not_go_on_with_another_text(base, before, capsys):
     assert "other shards" in message and "--overwrite" in message
 
 
+@pytest.mark.parametrize("stage", ["mid", "sft"])
+@pytest.mark.parametrize("change", ["a word", "fewer"])
+def test_a_run_does_not_continue_with_other_conversations(base, before, stage, change, capsys):
+    path, (main, flags) = base / "chats.jsonl", STAGES[stage]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    changed = lines[:-5]
+    if change == "a word":
+        changed = [*lines[:30], lines[30].replace("say", "tell"), *lines[31:]]
+    try:
+        path.write_text("".join(changed), encoding="utf-8")
+        message = refused(main, flags(base, "--resume=latest", "--num_iterations=12"), capsys)
+    finally:
+        path.write_text("".join(lines), encoding="utf-8")
+    assert "chats has other conversations" in message and "--overwrite" in message
+    assert "arithmetic" not in message.lower()
+
+
 @pytest.mark.parametrize(
     ("flags", "names"),
     [
@@ -754,6 +859,15 @@ def test_a_run_does_not_go_on_with_another_text(base, before, capsys):
         (["--mixture=nope:1", "--mixture_ratio=0.5"], ["nope"]),
         (["--device_type=tpu"], ["--device_type=tpu"]),
         (["--dtype=float12"], ["--dtype=float12"]),
+        (["--dtype=half", "--dry_run"], ["--dtype=half"]),
+        (["--device_type=tpu", "--dry_run"], ["--device_type=tpu"]),
+        (["--target_param_data_ratio=1e300", "--num_iterations=-1"], ["--target_param_data_ratio"]),
+        (["--target_flops=1e300", "--num_iterations=-1", "--dry_run"], ["--target_flops=1e+300"]),
+        (["--resume=latest", "--overwrite", "--dry_run"], ["--resume", "--overwrite"]),
+        (["--model_tag=a/b", "--dry_run"], ["--model_tag='a/b'"]),
+        (["--fsdp", "--fp8", "--dry_run"], ["--fp8 and --fsdp"]),
+        (["--warmdown_ratio=9", "--dry_run"], ["--warmdown_ratio=9"]),
+        (["--resume=\u00b2", "--dry_run"], ["--resume=\u00b2"]),
     ],
 )
 def test_what_does_not_fit_is_named_before_anything_is_made(base, flags, names, capsys):
@@ -763,6 +877,11 @@ def test_what_does_not_fit_is_named_before_anything_is_made(base, flags, names, 
     assert not folder(base, "base", "new").exists() or not sorted(
         checkpoint_manager.steps(folder(base, "base", "new"))
     )
+
+
+def test_a_batch_below_one_is_named_by_later_stages(base, capsys):
+    message = refused(mid_train.main, mid_flags(base, "--total_batch_size=-5"), capsys)
+    assert "--total_batch_size=-5" in message
 
 
 def test_what_is_missing_names_the_command_that_makes_it(base, tmp_path, monkeypatch, capsys):

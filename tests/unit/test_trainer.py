@@ -289,6 +289,34 @@ def test_in_fp16_an_overflow_lowers_the_loss_scale():
 # ---- the loop ------------------------------------------------------------------------------------
 
 
+def test_a_step_takes_as_long_as_its_data_and_no_evaluation(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("zangchat.training.step.time.monotonic", lambda: clock[0])
+
+    def slow_batches(cursor: Any) -> Iterator[Batch]:
+        for batch in batches(cursor):
+            clock[0] += 60 if batch.cursor["step"] == 1 else 3  # the first pays for its compilation
+            yield batch
+
+    def slow_loss(model: Any, batch: Batch) -> torch.Tensor:
+        clock[0] += 9 if batch.cursor["step"] == 4 else 1
+        return sum_loss(model, batch)
+
+    def evaluate(trainer: Trainer) -> None:
+        clock[0] += 100
+
+    stage = Stage("base", slow_batches, schedule, [Every(1, evaluate)], slow_loss)
+    trainer = make_trainer(stage=stage, num_iterations=4, device_batch_size=ROWS)
+    found: list[dict[str, Any]] = []
+    monkeypatch.setattr(trainer, "log", found.append)
+    trainer.fit()
+    assert [line["seconds"] for line in found] == [61, 4, 4, 12]
+    assert trainer.state.training_seconds == 81
+    tokens = trainer.state.tokens / 4
+    rates = [tokens / 61, tokens / 4, tokens / 4, tokens / (0.9 * 4 + 0.1 * 12)]
+    assert [line["tok_per_sec"] for line in found] == pytest.approx(rates)
+
+
 def test_hooks_run_when_due():
     calls: list[tuple[str, int]] = []
 

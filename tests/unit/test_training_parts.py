@@ -22,7 +22,7 @@ from zangchat.errors import UserError
 from zangchat.runtime.files import atomic_write
 from zangchat.training import saves, signals
 from zangchat.training.flags import RunConfig
-from zangchat.training.metrics import MetricsFile
+from zangchat.training.metrics import MetricsFile, last_step
 from zangchat.training.saves import SaveSchedule
 from zangchat.training.settings import DEFAULTS, fill, inherited, resumed
 from zangchat.training.signals import StopSignals
@@ -164,6 +164,14 @@ def test_opening_cuts_the_file_back_to_the_lines_of_the_state(tmp_path, caplog):
     with MetricsFile(path).open(known_lines=3):
         pass
     assert "lacks 2 lines" in caplog.text
+
+
+@pytest.mark.parametrize(("end", "step"), [("", 7), ('{"step": 8', 7)], ids=["whole", "half"])
+def test_the_last_step_in_the_file(tmp_path, end, step):
+    path = tmp_path / "metrics.jsonl"
+    assert last_step(path) == -1
+    path.write_text('{"step": 6}\n{"step": 7}\n' + end, encoding="utf-8")
+    assert last_step(path) == step
 
 
 def test_without_a_path_nothing_is_written(tmp_path):

@@ -36,7 +36,8 @@ def tokenize(config: "TokenizeConfig") -> int:
     from zangchat.dataset.tokens import tokenize
     from zangchat.tokenizer import get_tokenizer
 
-    dataset = find_dataset(config.dataset, config.data_path)
+    dataset = find_dataset(config.dataset, config.data_path, config.skip_bad_rows)
+    dataset.count_left_out()
     if dataset.tokenizer_fingerprint is not None:
         raise UserError(
             f"--dataset={dataset.name} holds token ids already: give {dataset.text_flag}"
@@ -103,6 +104,7 @@ class VerifyConfig:
 class TokenizeConfig:
     dataset: str | None = None  # whose text; default: the only one present
     data_path: str | None = None  # a .parquet, .jsonl or .txt file, or a folder of them, instead
+    skip_bad_rows: bool = False  # leave out rows of own files that cannot be read, and count them
     num_threads: int = 0  # 0 = one per core
     overwrite: bool = False  # make it again although it is there
 

@@ -3,11 +3,12 @@
 A folder is read as the hub reads one: with its subfolders, and with the splits that its names say.
 """
 
+import functools
 import logging
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -24,13 +25,13 @@ from zangchat.dataset.manifest import (
     load_dataset,
     present_datasets,
 )
-from zangchat.dataset.shards import FORMATS, REPLACE, open_shard
+from zangchat.dataset.shards import FORMATS, REPLACE, open_shard, text_format
 from zangchat.errors import UserError, reason_of
-from zangchat.runtime.files import expand_home
+from zangchat.runtime.files import LeftOut, expand_home, unpacked_name
 
 logger = logging.getLogger(__name__)
 
-EXPECTED = "give a folder or file of .parquet, .jsonl, .txt"
+EXPECTED = "give a folder or file of .parquet, .jsonl, .txt, or of these as .gz or .zst"
 # https://huggingface.co/docs/hub/datasets-file-names-and-splits. If a name has words of several
 # splits, the first in this order counts, so that a test file never trains.
 SPLIT_WORDS = {
@@ -40,17 +41,23 @@ SPLIT_WORDS = {
 }
 SEPARATORS = re.compile(r"[-._ 0-9/]+")
 # Files that probably hold text, but cannot be read.
-COMPRESSED = {".gz", ".zst", ".bz2", ".xz", ".zip", ".tar"}
+COMPRESSED = {".xz", ".zip", ".tar", ".7z", ".rar", ".lz4"}
 FOREIGN = {".json", ".csv", ".tsv", ".arrow", ".feather"}
 
 
-def find_dataset(name: str | None = None, data_path: str | None = None) -> Dataset:
-    """The dataset of these flags; without them, the only one of text present. Raises UserError."""
+def find_dataset(
+    name: str | None = None, data_path: str | None = None, skip_bad_rows: bool = False
+) -> Dataset:
+    """The dataset of these flags; without them, the only one of text present. Raises UserError.
+
+    With `skip_bad_rows`, rows of `data_path` that cannot be read are left out.
+    """
     if data_path:
         if name:
             problem = f"--dataset={name} and --data_path={data_path} exclude each other"
             raise UserError(f"{problem}: give one of them")
-        return _local_dataset(expand_home(data_path))
+        left_out = LeftOut() if skip_bad_rows else None
+        return _local_dataset(expand_home(data_path), left_out)
     present = present_datasets()
     if name:
         if name not in present:
@@ -97,13 +104,13 @@ class Choice(NamedTuple):
     left_out: dict[Path, str]
 
 
-def _local_dataset(path: Path) -> Dataset:
+def _local_dataset(path: Path, left_out: LeftOut | None) -> Dataset:
     if not path.exists():
         raise UserError(f"--data_path={path} does not exist: {EXPECTED}")
     if path.is_dir() and (path / MANIFEST).exists():
         return load_dataset(path)
     if path.is_dir():
-        folder, choice = path, _choose(path)
+        folder, choice = path, _choose(path, left_out)
     else:
         _check_lone_file(path)
         folder, choice = path.parent, Choice([path], [], {})
@@ -113,12 +120,12 @@ def _local_dataset(path: Path) -> Dataset:
     shards = [_entry(file, folder, split) for file, split in files.items()]
     manifest = {
         "format": FORMAT,
-        "name": path.stem,
+        "name": unpacked_name(path).stem,
         "source": "local",
         "path": str(path.absolute()),
         "shards": shards,
     }
-    return Dataset(folder, manifest)
+    return Dataset(folder, manifest, left_out)
 
 
 def _entry(file: Path, folder: Path, split: str) -> dict[str, Any]:
@@ -132,12 +139,12 @@ def _entry(file: Path, folder: Path, split: str) -> dict[str, Any]:
 
 def _check_lone_file(path: Path) -> None:
     if path.suffix.lower() in COMPRESSED:
-        raise UserError(f"--data_path={path} is compressed: unpack it first, as with gunzip")
-    if path.suffix.lower() not in FORMATS or not path.stat().st_size:
+        raise UserError(f"--data_path={path} is compressed: unpack it first")
+    if text_format(path) not in FORMATS or not path.stat().st_size:
         raise UserError(f"--data_path={path} holds no text: {EXPECTED}")
 
 
-def _choose(folder: Path) -> Choice:
+def _choose(folder: Path, left_out_rows: LeftOut | None) -> Choice:
     """Choose the files of a folder by the splits that their names say, and log the choice."""
     files, left_out = _text_files(folder)
     by_split: dict[str, list[Path]] = {"": [], "train": [], "validation": [], "test": []}
@@ -154,12 +161,13 @@ def _choose(folder: Path) -> Choice:
                 f" ({_list_names(folder, {**dict.fromkeys(validation, 'validation'), **left_out})})"
             )
         raise UserError(f"{problem}: {EXPECTED}")
-    if validation and not any(map(_has_text, validation)):
+    has_text = functools.partial(_has_text, left_out=left_out_rows)
+    if validation and not any(map(has_text, validation)):
         left_out |= dict.fromkeys(validation, "empty")
         validation = []
     if not validation:
         files = train
-        train, validation = _hold_out(files)
+        train, validation = _hold_out(files, has_text)
         left_out |= {file: "empty" for file in files if file not in (*train, *validation)}
     _log_choice(folder, choice := Choice(train, validation, left_out))
     return choice
@@ -188,11 +196,11 @@ def _text_files(folder: Path) -> tuple[list[Path], dict[Path, str]]:
     for place, folders, names in os.walk(folder, onerror=_refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(place, name) for name in names if not name.startswith(".")):
-            suffix = path.suffix.lower()
+            suffix = text_format(path)
             if suffix in FORMATS and path.is_file():
                 if path.stat().st_size:
                     found.append(path)
-            elif suffix in COMPRESSED:
+            elif path.suffix.lower() in COMPRESSED:
                 left_out[path] = "compressed: unpack it first"
             elif suffix in FOREIGN:
                 left_out[path] = f"{suffix} is not read"
@@ -205,24 +213,24 @@ def _refuse(error: OSError) -> NoReturn:
     )
 
 
-def _hold_out(files: list[Path]) -> tuple[list[Path], list[Path]]:
+def _hold_out(files: list[Path], has_text: Callable[[Path], bool]) -> tuple[list[Path], list[Path]]:
     """(train, validation): the last file that has text validates, and empty ones after it are left
     out.
 
     If only one file has text, there is no validation file: its own end is held out.
     """
-    while len(files) > 1 and not _has_text(files[-1]):
+    while len(files) > 1 and not has_text(files[-1]):
         files = files[:-1]
     # A .txt file is often a single document, so one file would be too little to validate on.
-    all_txt = all(file.suffix.lower() == ".txt" for file in files)
+    all_txt = all(text_format(file) == ".txt" for file in files)
     count = max(1, len(files) // LONE_FILE_HOLDOUT) if all_txt else 1
-    if len(files) > 1 and not any(map(_has_text, files[:-count])):
-        files, count = [file for file in files[-count:] if _has_text(file)], 1
+    if len(files) > 1 and not any(map(has_text, files[:-count])):
+        files, count = [file for file in files[-count:] if has_text(file)], 1
     return (files, []) if len(files) == 1 else (files[:-count], files[-count:])
 
 
-def _has_text(path: Path) -> bool:
-    return open_shard(path, REPLACE).has_text()
+def _has_text(path: Path, left_out: LeftOut | None) -> bool:
+    return open_shard(path, REPLACE, left_out).has_text()
 
 
 def _log_choice(folder: Path, choice: Choice) -> None:

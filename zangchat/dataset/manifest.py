@@ -33,7 +33,7 @@ from zangchat.dataset.shards import (
     write_shard,
 )
 from zangchat.errors import UserError, explain
-from zangchat.runtime.files import atomic_write, file_lock, file_sha256, get_base_dir
+from zangchat.runtime.files import LeftOut, atomic_write, file_lock, file_sha256, get_base_dir
 from zangchat.runtime.logs import log0
 
 if TYPE_CHECKING:
@@ -51,11 +51,14 @@ BUILD_PYDOCS = "python -m zangchat.dataset --source=pydocs"
 class Dataset:
     """A manifest and the folder of its shards.
 
-    Splits are "train" and "validation"; groups are numbered from 0 within (shard, split).
+    Splits are "train" and "validation"; groups are numbered from 0 within (shard, split). A row
+    that cannot be read raises UserError, unless there is a `left_out` for it.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: Path, manifest: dict[str, Any], left_out: LeftOut | None = None
+    ) -> None:
+        self.folder, self.left_out = folder, left_out
         self.manifest = manifest
         self.name: str = manifest["name"]
         self._entries: dict[str, dict[str, Any]] = {
@@ -150,6 +153,19 @@ class Dataset:
         held_out = max(1, len(texts) // LONE_FILE_HOLDOUT)
         return texts[:-held_out] if split == "train" else texts[-held_out:]
 
+    def count_left_out(self) -> int:
+        """Read all rows of --data_path once to count those that --skip_bad_rows leaves out."""
+        if self.left_out is None or self.manifest["source"] != "local":
+            return 0
+        for shard in self.manifest["shards"]:
+            file = self._file(shard["name"])
+            for group in range(file.num_groups()):
+                file.read_group(group)
+        if self.left_out:
+            counts = f"{self.name}: left out {len(self.left_out)} rows that cannot be read"
+            log0(f"{counts}, the first: {self.left_out.first}", logging.WARNING)
+        return len(self.left_out)
+
     @property
     def holds_one_document(self) -> bool:
         """Whether this is a lone file of a single document, which both splits then consist of."""
@@ -212,7 +228,7 @@ class Dataset:
         self._check(shard, path)
         if path.suffix == TOKENS:
             return TokenFile(path, self._entries[shard], self.manifest["dtype"])
-        return open_shard(path, self.repair_hint())
+        return open_shard(path, self.repair_hint(), self.left_out)
 
     def _check(self, shard: str, path: Path) -> None:
         """Compare a shard with the manifest when it is first opened, and again after each change.

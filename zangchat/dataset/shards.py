@@ -14,7 +14,14 @@ import numpy as np
 
 from zangchat.conversation import all_text
 from zangchat.errors import UserError, explain
-from zangchat.runtime.files import BOM, read_jsonl
+from zangchat.runtime.files import (
+    BOM,
+    LeftOut,
+    converted,
+    read_jsonl,
+    unpacked,
+    unpacked_name,
+)
 
 if TYPE_CHECKING:
     import pyarrow
@@ -44,11 +51,15 @@ def has_documents(texts: "pyarrow.ChunkedArray | list[Any]") -> bool:
 
 
 class _File:
-    """A shard on disk, as numbered groups of documents."""
+    """A shard on disk, as numbered groups of documents; one that is compressed is unpacked.
 
-    def __init__(self, path: Path, repair_hint: str) -> None:
-        self.path = path
+    A row that cannot be read raises UserError, unless there is a `left_out` for it.
+    """
+
+    def __init__(self, path: Path, repair_hint: str, left_out: LeftOut | None = None) -> None:
+        self.path, self.unpacked = path, unpacked(path)
         self.repair_hint = repair_hint
+        self.left_out = left_out
 
     def num_groups(self) -> int:
         raise NotImplementedError
@@ -83,14 +94,15 @@ class ParquetFile(_File):
         with self.explained(pyarrow.ArrowException, OSError):
             rows = file.read_row_group(group).to_pylist()
         where = f"{self.path}, row group {group}"
-        return [text for row in rows if (text := record_text(row, where))]
+        places = ((f"{where}, row {number}", row) for number, row in enumerate(rows))
+        return [text for _, text in converted(places, record_text, self.left_out) if text]
 
     def _open(self) -> Any:
         import pyarrow
         import pyarrow.parquet
 
         with self.explained(pyarrow.ArrowException, OSError):
-            return pyarrow.parquet.ParquetFile(self.path)
+            return pyarrow.parquet.ParquetFile(self.unpacked)
 
     def _check_column(self, schema: "pyarrow.Schema") -> None:
         """Raises UserError unless there is one column `text`, of strings."""
@@ -115,16 +127,17 @@ class LineFile(_File):
     """
 
     def num_groups(self) -> int:
-        with self.path.open("rb") as file:
+        with self.unpacked.open("rb") as file:
             return _last_line_start(file) // TEXT_GROUP_BYTES + 1
 
     def read_group(self, group: int) -> list[str]:
-        with self.path.open("rb") as file:
+        with self.unpacked.open("rb") as file:
             start = _line_start(file, group * TEXT_GROUP_BYTES)
             end = _line_start(file, (group + 1) * TEXT_GROUP_BYTES)
-            if self.path.suffix.lower() != ".txt":
-                records = read_jsonl(self.path, start=start, end=end)
-                return [text for place, record in records if (text := record_text(record, place))]
+            if text_format(self.path) != ".txt":
+                records = read_jsonl(self.path, start=start, end=end, left_out=self.left_out)
+                texts = converted(records, record_text, self.left_out)
+                return [text for _, text in texts if text]
             file.seek(start)
             raw = file.read(max(0, end - start))
         if start == 0 and raw.startswith(BOM):
@@ -137,9 +150,16 @@ class LineFile(_File):
         return cut_text(text.replace("\r\n", "\n"))
 
 
-def open_shard(path: Path, repair_hint: str) -> ParquetFile | LineFile:
-    kind = ParquetFile if path.suffix.lower() == ".parquet" else LineFile
-    return kind(path, repair_hint)
+def text_format(path: Path) -> str:
+    """The ending in lower case, without that of a compressed file: .jsonl of A.JSONL.gz."""
+    return unpacked_name(path).suffix.lower()
+
+
+def open_shard(
+    path: Path, repair_hint: str, left_out: LeftOut | None = None
+) -> ParquetFile | LineFile:
+    kind = ParquetFile if text_format(path) == ".parquet" else LineFile
+    return kind(path, repair_hint, left_out)
 
 
 def _line_start(file: Any, position: int) -> int:

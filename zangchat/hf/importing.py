@@ -150,6 +150,7 @@ def save(imported: Imported, source: str, model_tag: str, overwrite: bool = Fals
         raise UserError(
             f"{folder} has checkpoints already: choose another --model_tag, or give --overwrite"
         )
+    checkpoint_manager.refuse_other_formats(folder)
     meta = {
         "stage": source,
         "val_bpb": imported.val_bpb,

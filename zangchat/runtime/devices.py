@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 # the longest wait of a rank for another: only rank 0 saves, samples and compiles
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+DTYPES = ("bfloat16", "float16", "float32")
 # The first driver for each CUDA: https://docs.nvidia.com/cuda/cuda-toolkit-release-notes
 FIRST_DRIVER = {"11": 450, "12": 525, "13": 580}
 
@@ -152,14 +153,28 @@ def expand_segments() -> None:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
+def check_device_type(flag: str) -> None:
+    """Raises UserError for a device that is not known; empty is the best one."""
+    if flag not in ("", "cuda", "mps", "cpu"):
+        raise UserError(
+            f"--device_type={flag} is not known: choose cuda, mps or cpu, or leave the flag out "
+            "for the best one"
+        )
+
+
+def check_dtype(flag: str) -> None:
+    """Raises UserError for a number format that is not known; empty is the device's best."""
+    if flag not in ("", *DTYPES):
+        raise UserError(
+            f"--dtype={flag} is not known: choose {', '.join(DTYPES)}, or leave the flag out for "
+            "the one that suits the device"
+        )
+
+
 def _check_device(device_type: str, local_rank: int, ddp: bool) -> None:
     import torch
 
-    if device_type not in ("cuda", "mps", "cpu"):
-        raise UserError(
-            f"--device_type={device_type} is not known: choose cuda, mps or cpu, or leave the flag "
-            "out for the best one"
-        )
+    check_device_type(device_type)
     if device_type == "cuda" and not torch.cuda.is_available():
         raise UserError(
             f"--device_type=cuda, but torch {torch.__version__} finds no CUDA device: leave the "
@@ -195,14 +210,9 @@ def resolve_dtype(flag: str, device: torch.device | str) -> torch.dtype:
     """
     import torch
 
-    choices = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    check_dtype(flag)
     if flag:
-        if flag not in choices:
-            raise UserError(
-                f"--dtype={flag} is not known: choose {', '.join(choices)}, or leave the flag out "
-                "for what suits the device"
-            )
-        return choices[flag]
+        return getattr(torch, flag)
     device = torch.device(device)
     if device.type == "cuda":
         return (

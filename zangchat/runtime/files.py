@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 CHUNK = 1 << 20
 BOM = b"\xef\xbb\xbf"  # Windows programs put it before UTF-8
+PACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}  # ending: its name in pyarrow
 CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF}
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
 
@@ -134,19 +135,100 @@ def file_sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def unpacked_name(path: Path) -> Path:
+    """The name without the ending of a compressed file: texts.jsonl of texts.jsonl.gz."""
+    return path.with_suffix("") if path.suffix.lower() in PACKED else path
+
+
+def unpacked(path: Path) -> Path:
+    """The file itself, or of a compressed one a copy in <base>/unpacked, made at the first use:
+    readers go to and fro in a file. Raises UserError for a damaged one."""
+    if path.suffix.lower() not in PACKED:
+        return path
+    status = path.stat()
+    facts = f"{path.absolute()} {status.st_size} {status.st_mtime_ns}"
+    key = hashlib.sha256(facts.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    copy = get_base_dir() / "unpacked" / f"{key}-{unpacked_name(path).name}"
+    if not copy.exists():
+        copy.parent.mkdir(exist_ok=True)
+        with file_lock(copy.with_name(f".{key}.lock")):  # the other ranks wait for it
+            if not copy.exists():
+                _unpack(path, copy)
+    return copy
+
+
+def _unpack(path: Path, copy: Path) -> None:
+    import pyarrow
+
+    logger.info("unpacking %s to %s", path, copy)
+    kind, remedy = PACKED[path.suffix.lower()], "put an intact copy in its place"
+    with atomic_file(copy) as file, pyarrow.input_stream(str(path), compression=kind) as stream:
+        while True:
+            # a disk that is full is another error than a damaged file
+            with explain(f"{path} cannot be unpacked", remedy, pyarrow.ArrowException, OSError):
+                block = stream.read(CHUNK)
+            if not block:
+                return
+            file.write(block)
+
+
+class LeftOut:
+    """The rows that --skip_bad_rows leaves out; one that is read again counts once."""
+
+    def __init__(self) -> None:
+        self.first: UserError | None = None
+        self._rows: set[int] = set()
+
+    def add(self, error: UserError) -> None:
+        self.first = self.first or error
+        self._rows.add(hash(str(error)))  # it names the place
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+def converted(
+    rows: Iterable[tuple[str, Any]],
+    convert: Callable[[Any, str], Any],
+    left_out: LeftOut | None = None,
+) -> Iterator[tuple[str, Any]]:
+    """(place, convert(row, place)) of each; a UserError is raised, or with `left_out` noted there
+    and the row left out."""
+    for place, row in rows:
+        try:
+            value = convert(row, place)
+        except UserError as error:
+            if left_out is None:
+                raise
+            left_out.add(error)
+        else:
+            yield place, value
+
+
 def read_jsonl(
     path: Path,
     kinds: tuple[type, ...] = (dict,),
     *,
     start: int = 0,
     end: int | None = None,
+    left_out: LeftOut | None = None,
 ) -> Iterator[tuple[str, Any]]:
-    """(place, value) of each line in bytes [start, end) of a file; blank lines are skipped.
+    """(place, value) of each line in bytes [start, end) of a file, as unpacked; blank lines are
+    skipped.
 
     Both offsets must be line starts. The place is "file:line", or tells the line after a byte.
-    Raises UserError, naming the place, for a line that is not JSON or not of these `kinds`.
+    Raises UserError, naming the place, for a line that is not JSON or not of these `kinds`, unless
+    there is a `left_out` for it.
     """
-    with open(path, "rb") as file:
+
+    def parse(line: bytes, place: str) -> Any:
+        return _parse_json(line, place, kinds)
+
+    return converted(_read_lines(path, start, end), parse, left_out)
+
+
+def _read_lines(path: Path, start: int, end: int | None) -> Iterator[tuple[str, bytes]]:
+    with open(unpacked(path), "rb") as file:
         file.seek(start)
         number, position = 0, start
         while (end is None or position < end) and (line := file.readline()):
@@ -155,8 +237,10 @@ def read_jsonl(
                 line = line.removeprefix(BOM)
             position = file.tell()
             if line.strip():
-                place = f"{path}:{number}" if not start else f"{path}:{number} after byte {start}"
-                yield place, _parse_json(line, place, kinds)
+                yield (
+                    f"{path}:{number}" if not start else f"{path}:{number} after byte {start}",
+                    line,
+                )
 
 
 def _parse_json(line: bytes, place: str, kinds: tuple[type, ...]) -> Any:

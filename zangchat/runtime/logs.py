@@ -12,9 +12,11 @@ import contextlib
 import logging
 import os
 import sys
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
+from zangchat.errors import UserError, explain, reason_of
 from zangchat.runtime.processes import get_dist_info
 
 BANNER = r"""
@@ -138,6 +140,8 @@ def print_banner() -> None:
 class DummyWandb:
     """Has the methods of a wandb run and does nothing."""
 
+    id: str | None = None
+
     def __init__(self) -> None:
         self.summary: dict[str, Any] = {}
 
@@ -148,15 +152,49 @@ class DummyWandb:
         pass
 
 
-def get_wandb(run: str, config: dict[str, Any], project: str) -> Any:
-    """A wandb run named `run` (for "dummy": $WANDB_RUN), with `config` recorded.
+class _ContinuedWandb:
+    """A wandb run that continues one with the steps up to `last_step`: none is logged twice."""
 
-    A DummyWandb if both are "dummy", and on other ranks than 0.
+    def __init__(self, run: Any, last_step: int) -> None:
+        self._run, self._last_step = run, last_step
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        if step > self._last_step:
+            self._run.log(values, step=step)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._run, name)
+
+
+def get_wandb(
+    run: str,
+    config: dict[str, Any],
+    project: str,
+    run_id: str | None = None,
+    last_step: int = -1,
+) -> Any:
+    """A wandb run named `run` (for "dummy": $WANDB_RUN), with `config` recorded; its `id` continues
+    it later, as `run_id`, with the `last_step` that was logged.
+
+    A DummyWandb if both names are "dummy", and on other ranks than 0. Raises UserError if wandb is
+    not installed or cannot start, as without a key.
     """
     if run == "dummy":
         run = os.environ.get("WANDB_RUN", "dummy")
     if run == "dummy" or get_dist_info()[1] != 0:
         return DummyWandb()
-    import wandb
+    with explain(f"--run={run} needs wandb", "install it, or give --run=dummy", ImportError):
+        import wandb
 
-    return wandb.init(project=project, name=run, config=config)
+    try:
+        own_id = run_id or uuid.uuid4().hex[:12]
+        started = wandb.init(project=project, name=run, id=own_id, config=config, resume="allow")
+    except wandb.Error as error:
+        remedy = "run `wandb login`, set WANDB_MODE=offline, or give --run=dummy"
+        raise UserError(
+            f"--run={run}: wandb did not start ({reason_of(error)}): {remedy}"
+        ) from error
+    if run_id is None:
+        return started
+    # the server knows the last step; offline only the caller knows it
+    return _ContinuedWandb(started, started.step - 1 if started.step else last_step)

@@ -1,8 +1,11 @@
 """The batches of a run: packed text and conversations, whole conversations, validation rows."""
 
+import contextlib
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from zangchat.dataloader import Batch, example_batches, packed_batches, validation_batches
@@ -17,7 +20,8 @@ logger = logging.getLogger(__name__)
 def pretraining_text(run: Resolved) -> Dataset:
     """The pretraining text of --dataset or --data_path. Raises UserError if it is not the text that
     the run began with."""
-    dataset = find_dataset(run.config.dataset, run.config.data_path)
+    config = run.config
+    dataset = find_dataset(config.dataset, config.data_path, config.skip_bad_rows)
     if run.state.dataset not in (None, dataset.fingerprint):
         changed = f"dataset {dataset.name} has other shards than when this run began"
         if not dataset.arrives_in_order:
@@ -27,7 +31,25 @@ def pretraining_text(run: Resolved) -> Dataset:
             )
         logger.warning(f"{changed}: the order of its text changes after the first pass")
     run.state.dataset = run.state.dataset or dataset.fingerprint
+    if skipped := dataset.count_left_out():
+        run.state.skipped_rows[dataset.name] = skipped
     return dataset
+
+
+def conversations(run: Resolved, task: Any) -> Any:
+    """The task to train on. Raises UserError if its conversations are not those with which the run
+    began, naming the parts that differ."""
+    found, before = task.fingerprints(), run.state.tasks
+    changed = [name for name in found if before.get(name, found[name]) != found[name]]
+    if changed:
+        raise UserError(
+            f"{', '.join(changed)} has other conversations than when this run began, so a resumed "
+            "run would learn from some twice and from others never: restore them, or start over "
+            "with --overwrite",
+        )
+    run.state.tasks = found
+    run.state.skipped_rows |= task.skipped_rows()
+    return task
 
 
 def packed(
@@ -79,6 +101,18 @@ def examples(run: Resolved, task: Any, examples_per_step: int, **options: Any) -
         world_size=run.world_size,
         **options,
     )
+
+
+def held_out(run: Resolved, task: Any, per_step: int, steps: int) -> Iterator[Batch]:
+    """The first `steps` times `per_step` conversations of a held-out task, the same for any batch
+    and any number of ranks, in passes of --device_batch_size rows."""
+    size = run.config.device_batch_size
+    batches: Any = examples(run, task, per_step, seed=0, num_epochs=1)  # closing ends its thread
+    with contextlib.closing(batches):
+        for batch in itertools.islice(batches, steps):
+            for start in range(0, batch.inputs.size(0), size):
+                rows = slice(start, start + size)
+                yield replace(batch, inputs=batch.inputs[rows], targets=batch.targets[rows])
 
 
 def validation(run: Resolved, dataset: Dataset) -> Callable[[], Iterator[Batch]]:

@@ -23,6 +23,13 @@ def finite(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value if keep(value) else None for key, value in values.items()}
 
 
+def last_step(path: Path) -> int:
+    """The step of the last whole line of a metrics.jsonl; -1 if there is none."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return json.loads(lines[-1])["step"] if lines else -1
+
+
 class MetricsFile:
     """Appends lines to `path` while it is open; None writes nothing (ranks other than 0).
 

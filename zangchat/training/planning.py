@@ -11,12 +11,12 @@ from zangchat.config import GPTConfig, TrainPlan
 from zangchat.errors import UserError
 from zangchat.runtime.logs import print0
 from zangchat.runtime.processes import get_dist_info
-from zangchat.training.settings import check_batch, check_rates, memory_settings
+from zangchat.training.settings import check_batch, check_flags, memory_settings
 
 
 def check(config: Any) -> None:
     """Refuse flags that are wrong in themselves, before anything is loaded. Raises UserError."""
-    check_rates(config)
+    check_flags(config)
     model_config(config, vocab_size=2**16)
     if config.total_batch_size != -1:
         size, world_size = config.total_batch_size, get_dist_info()[3]

@@ -77,6 +77,7 @@ def resolve(kind: Kind, config: Any, directory: Path, device: torch.device) -> R
         origin = find_source(stage, config, kind.source)
         state.source, state.source_sha256 = origin.describe(kind.source), origin.sha256
         config = fill(config, inherited(config, origin.meta["user_config"]))
+    keep_threads(stage, state, device)
     tokenizer = find_tokenizer(config, origin)
     if origin is None:
         assert kind.design is not None
@@ -119,6 +120,20 @@ def is_finished(stage: str, config: Any, directory: Path, state: RunState, chang
         done = f"finished at step {state.step} of {planned}"
         print0(f"{stage}: {directory.name} is {done}; nothing to do")
     return True
+
+
+def keep_threads(stage: str, state: RunState, device: torch.device) -> None:
+    """Note the number of threads with which the run computes on a CPU; warn if it has changed."""
+    if device.type != "cpu":
+        return
+    now = torch.get_num_threads()
+    state.threads = state.threads or now
+    if state.threads != now and collectives.world()[0] == 0:
+        logger.warning(
+            f"{stage}: the run began with {state.threads} threads on each rank and has {now} now, "
+            "so the last bits of its results may differ from the uninterrupted run's: "
+            f"OMP_NUM_THREADS={state.threads} keeps them",
+        )
 
 
 def find_tokenizer(config: Any, origin: Origin | None) -> RustBPETokenizer:

@@ -1,10 +1,14 @@
 """Prompts -> samples -> rewards -> Batch: reinforcement learning on the one training loop.
 
-GRPO (arXiv:2402.03300) reduced to REINFORCE with a baseline, as in nanochat: samples come from the
-very weights that the step updates, so there is no importance ratio to clip, and no KL term. The
-advantage of a sample is its reward minus the mean reward of its prompt's samples (not divided by
-their standard deviation). A step's loss is the sum over sampled tokens of advantage x (-log p),
-divided by their number over all ranks. Tokens that a tool put in carry no loss.
+GRPO (arXiv:2402.03300) reduced to REINFORCE with a baseline: samples come from the very weights
+that the step updates, so there is no importance ratio to clip, and no KL term. The advantage of a
+sample is its reward minus the mean reward of its prompt's samples (not divided by their standard
+deviation). A step's loss is the sum over sampled tokens of advantage x (-log p), divided by their
+number over all ranks. Tokens that a tool put in carry no loss.
+
+nanochat has the same loss, but divides each pass by its own tokens, gives no loss to the token that
+ends an answer, draws one first token for all answers of a prompt, and neither clips gradients nor
+shuffles prompts.
 
 Step s takes the prompts [s*E, (s+1)*E) of an endless, seeded order of the task's examples, whatever
 the clock or the ranks do; every draw is seeded by (seed, step, prompt, sample). So the cursor is

@@ -29,18 +29,19 @@ from zangchat.runtime import collectives
 from zangchat.runtime.compiler import working_backend
 from zangchat.runtime.devices import compute_init
 from zangchat.runtime.files import atomic_write
-from zangchat.runtime.logs import get_wandb, print0, steady_streams
+from zangchat.runtime.logs import print0, steady_streams
 from zangchat.runtime.memory import keep_freed_memory, peak_memory_bytes
 from zangchat.runtime.seeds import derive_seed
 from zangchat.training.batch_size import explain_memory
 from zangchat.training.resolve import REPORTED, Design, Kind, Resolved, resolve
 from zangchat.training.saves import SaveSchedule
-from zangchat.training.settings import check_rates, command
+from zangchat.training.settings import check_flags, command
 from zangchat.training.start import (
     Origin,
     choose_tags,
     exclusive,
     refuse_existing,
+    tracked,
     warn_if_disk_is_small,
 )
 from zangchat.training.trainer import Stage, Trainer
@@ -53,6 +54,7 @@ class Run(Resolved):
     """One training command: its resolved settings, its model and its way to the end."""
 
     compile_backend: Any  # of torch.compile; None: do not compile
+    wandb: Any
 
     @classmethod
     @contextlib.contextmanager
@@ -74,10 +76,10 @@ class Run(Resolved):
         model it starts from. `rows` and `defaults`: see resolve.Kind.
 
         Raises UserError for an existing tag without --resume or --overwrite, a step that does not
-        exist, a changed flag that alters the maths, another process that trains the same tag, and
-        insufficient memory.
+        exist, a changed flag that alters the maths, another process that trains the same tag, a
+        wandb that cannot start, and insufficient memory.
         """
-        check_rates(config)
+        check_flags(config)
         if source:
             config = choose_tags(config, source)
             tag = config.model_tag
@@ -93,10 +95,13 @@ class Run(Resolved):
             if resolved is None:
                 yield None
                 return
-            config = resolved.config
+            config, state = resolved.config, resolved.state
             backend = None if has_fsdp(config) else working_backend(config.compile, device)
-            with explain_memory(stage, config, device):
-                yield cls(**vars(resolved), compile_backend=backend)
+            with (
+                tracked(stage, config, state, directory) as wandb,
+                explain_memory(stage, config, device),
+            ):
+                yield cls(**vars(resolved), compile_backend=backend, wandb=wandb)
 
     # ---- model and length ------------------------------------------------------------------------
 
@@ -183,7 +188,7 @@ class Run(Resolved):
             tokenizer=self.tokenizer,
             saves=SaveSchedule(self.directory, config, again),
             meta={"user_config": settings, "software": software() if self.rank == 0 else {}},
-            wandb=get_wandb(config.run, settings, project=f"zangchat-{self.kind.stage}"),
+            wandb=self.wandb,
         )
 
     def _optimizer(self, plan: TrainPlan) -> OptimizerGroup:
@@ -233,6 +238,7 @@ class Run(Resolved):
             "tokens": state.tokens,
             "supervised tokens": state.supervised_tokens,
             "skipped steps": state.skipped_steps,
+            "skipped rows": ", ".join(f"{k} {n:,}" for k, n in state.skipped_rows.items()) or None,
             "ranks": self.world_size,
             "compiled": self.compile_backend is not None,
             "training loss": loss,
@@ -258,9 +264,6 @@ def has_fsdp(config: Any) -> bool:
 def check_fsdp(config: Any) -> None:
     if not has_fsdp(config):
         return
-    for flag in ("fp8", "compile"):
-        if getattr(config, flag):
-            raise UserError(f"--{flag} and --fsdp do not go together yet: leave one of them out")
     if collectives.world()[1] == 1:
         advice = "start with torchrun, or leave the flag out"
         raise UserError(f"--fsdp spreads a model over several processes: {advice}")

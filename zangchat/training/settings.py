@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from zangchat import configurator
 from zangchat.config import COMMANDS
 from zangchat.errors import UserError
+from zangchat.runtime.devices import check_device_type, check_dtype
 from zangchat.runtime.processes import get_dist_info, ranks_here
 from zangchat.training.flags import BatchSize, RunConfig
 
@@ -52,8 +53,9 @@ DEFAULTS = {
 }
 NOT_NEGATIVE = (
     *("embedding_lr", "unembedding_lr", "matrix_lr", "init_lr_frac", "final_lr_frac"),
-    *("warmup_ratio", "warmdown_ratio", "weight_decay", "grad_clip"),
+    *("weight_decay", "grad_clip"),
 )
+SHARES = ("warmup_ratio", "warmdown_ratio")
 
 
 def fill(config: C, *sources: Mapping[str, Any]) -> C:
@@ -104,10 +106,28 @@ def resumed(config: C, saved: Mapping[str, Any]) -> C:
     )
 
 
-def check_rates(config: RunConfig) -> None:
-    """Raises UserError for a rate or a share below zero."""
-    names = [name for name in NOT_NEGATIVE if hasattr(config, name)]
-    configurator.check_range(0, config, *names)
+def check_flags(config: Any) -> None:
+    """Refuse values that no training command can have, before anything is loaded. Raises
+    UserError."""
+    present = {field.name for field in dataclasses.fields(config)}
+    configurator.check_range(0, config, *(name for name in NOT_NEGATIVE if name in present))
+    configurator.check_range(0, config, *(name for name in SHARES if name in present), most=1)
+    if getattr(config, "total_batch_size", -1) != -1:
+        configurator.check_range(1, config, "total_batch_size")
+    check_dtype(config.dtype)
+    check_device_type(config.device_type)
+    for name in ("model_tag", "from_tag"):
+        if getattr(config, name, None) is not None:
+            configurator.check_folder_name(f"--{name}", getattr(config, name))
+    for flag in ("fp8", "compile"):
+        if getattr(config, flag) and getattr(config, "fsdp", False):
+            raise UserError(f"--{flag} and --fsdp do not go together yet: leave one of them out")
+    if config.resume and config.overwrite:
+        raise UserError("--resume continues a run and --overwrite starts it over: give one of them")
+    is_step = config.resume.isascii() and config.resume.isdigit()
+    if config.resume not in ("", "latest") and not is_step:
+        problem = f"--resume={config.resume} is not understood"
+        raise UserError(f"{problem}: write --resume=latest or --resume=STEP")
 
 
 def check_batch(

@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 
 import filelock
 
-from zangchat import checkpoint_manager
+from zangchat import checkpoint_manager, configurator
 from zangchat.config import RunState
 from zangchat.dataset import folder_lock
 from zangchat.errors import UserError
 from zangchat.runtime import collectives
-from zangchat.runtime.logs import print0
+from zangchat.runtime.logs import DummyWandb, get_wandb, print0
 from zangchat.training.flags import FinetuneConfig, RunConfig
+from zangchat.training.metrics import last_step
 from zangchat.training.settings import command
 
 LOCK_WAIT = 2.0  # seconds that a process which was just killed may take to release its tag
@@ -53,11 +54,8 @@ def choose_tags(config: F, source: str) -> F:
     """The configuration with the tags of a stage that starts from a model of stage `source`.
 
     The model to start from is --from_tag, else the one of the same tag, else the largest;
-    --model_tag is the same tag unless given. --from_tag stays None if both are the same. Raises
-    UserError for a --from_tag that cannot be a tag.
+    --model_tag is the same tag unless given. --from_tag stays None if both are the same.
     """
-    if config.from_tag is not None:
-        checkpoint_manager.tag_folder(source, config.from_tag, "--from_tag")
     start = config.from_tag or config.model_tag
     if not start:
         folder = checkpoint_manager.checkpoints_dir(source)
@@ -73,13 +71,10 @@ def source_tag(config: Any) -> str:
 
 
 def refuse_existing(stage: str, config: RunConfig, directory: Path) -> None:
-    """Raises UserError if a new run would overwrite checkpoints."""
-    if config.resume and config.overwrite:
-        raise UserError("--resume continues a run and --overwrite starts it over: give one of them")
-    if config.resume and config.resume != "latest" and not config.resume.isdigit():
-        raise UserError(
-            f"--resume={config.resume} is not understood: write --resume=latest or --resume=STEP",
-        )
+    """Raises UserError if a new run would overwrite checkpoints, or delete some of another
+    format."""
+    if config.overwrite:
+        checkpoint_manager.refuse_other_formats(directory)
     if config.resume or config.overwrite or not any(directory.glob("meta_*.json")):
         return
     another = "choose another --model_tag"
@@ -176,6 +171,27 @@ def exclusive(directory: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def tracked(stage: str, config: RunConfig, state: RunState, directory: Path) -> Iterator[Any]:
+    """Inside the block, the wandb run of --run, which a resumed run continues. Raises UserError on
+    all ranks if it cannot start."""
+    wandb, problem = DummyWandb(), ""
+    settings, logged = configurator.to_dict(config), last_step(directory / "metrics.jsonl")
+    try:
+        wandb = get_wandb(config.run, settings, f"zangchat-{stage}", state.wandb, logged)
+    except UserError as error:
+        problem = str(error)
+    if problem := collectives.from_rank_0(problem):
+        raise UserError(problem)
+    state.wandb = getattr(wandb, "id", None) or state.wandb
+    try:
+        yield wandb
+    except BaseException:
+        wandb.finish(exit_code=1)
+        raise
+    wandb.finish()
 
 
 def warn_if_disk_is_small(directory: Path, size: int, keep_last: int) -> None:

@@ -3,6 +3,7 @@ diagnosis."""
 
 import contextlib
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from zangchat.dataloader import Batch
     from zangchat.gpt import GPT
 
+SMOOTHING = 0.9  # of the training loss and the pace shown
 FIRST_LOSS_SCALE = 2.0**16
 PATIENCE = 1000  # updates without an overflow before the loss scale is doubled
 
@@ -134,16 +136,34 @@ def _first_non_finite_gradient(optimizer: OptimizerGroup) -> str:
 
 
 class Pace:
-    """Tokens per second, and the share of the device's peak FLOP/s (mfu) if the peak is known."""
+    """Tokens per second, and the share of the device's peak FLOP/s (mfu) if the peak is known, as
+    moving averages over whole steps: waiting for their data included, evaluations and saves not.
+
+    The first step, which pays for compiling and warming up, stands for itself.
+    """
 
     def __init__(self, model: "GPT", device: torch.device, world_size: int) -> None:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         peak = peak_flops(name, getattr(model, "compute_dtype", torch.float32))
         self.peak = peak * world_size if peak else None
         self.flops_per_token = model.estimate_flops()
+        self._began: float | None = None  # the step under way
+        self._steps, self._tokens, self._seconds = 0, 0.0, 0.0  # the averages, not debiased
 
-    def metrics(self, tokens: int, seconds: float) -> dict[str, float]:
-        tok_per_sec = tokens / max(seconds, 1e-9)
+    def begin(self) -> None:
+        """A step begins, unless one is under way."""
+        if self._began is None:
+            self._began = time.monotonic()
+
+    def end(self, tokens: int) -> dict[str, float]:
+        """The metrics of the step under way, which took `tokens` on all ranks."""
+        assert self._began is not None
+        seconds, self._began = time.monotonic() - self._began, None
+        keep = SMOOTHING if self._steps > 1 else 0.0
+        self._tokens = keep * self._tokens + (1 - keep) * tokens
+        self._seconds = keep * self._seconds + (1 - keep) * seconds
+        self._steps += 1
+        tok_per_sec = self._tokens / max(self._seconds, 1e-9)
         pace = {"seconds": seconds, "tok_per_sec": tok_per_sec}
         if self.peak:
             pace["mfu"] = tok_per_sec * self.flops_per_token / self.peak

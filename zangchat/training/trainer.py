@@ -20,7 +20,6 @@ import json
 import logging
 import math
 import signal
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -37,6 +36,7 @@ from zangchat.training.metrics import finite
 from zangchat.training.saves import SaveSchedule
 from zangchat.training.signals import StopSignals
 from zangchat.training.step import (
+    SMOOTHING,
     Loss,
     LossScale,
     Pace,
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from zangchat.dataloader import Batch
     from zangchat.gpt import GPT
 
-SMOOTHING = 0.9  # of the training loss shown
 MAX_SKIPS_IN_A_ROW = 10  # non-finite steps, after which the run has diverged for good
 TIMES = ("seconds", "tok_per_sec", "mfu")  # metrics that differ between two runs of the same steps
 
@@ -126,7 +125,8 @@ class Trainer:
         A step without supervised tokens, or with a non-finite loss or gradient on any rank, changes
         no weight and counts as skipped. Raises UserError after MAX_SKIPS_IN_A_ROW non-finite ones.
         """
-        state, start = self.state, time.monotonic()
+        state = self.state
+        self.pace.begin()
         multipliers = self.stage.schedule(state.step)
         supervised_here = int((batch.targets >= 0).sum().item())
         counts = collectives.sum_over_ranks([batch.inputs.numel(), supervised_here])
@@ -147,12 +147,12 @@ class Trainer:
             self._update(multipliers, grad_norm)
             state.smooth_loss = SMOOTHING * state.smooth_loss + (1 - SMOOTHING) * loss
         self.optimizer.zero_grad()
-        seconds = time.monotonic() - start
+        pace = self.pace.end(tokens)
         state.step += 1
         state.tokens += tokens
         state.supervised_tokens += supervised
         state.cursor, state.batch_metrics = batch.cursor, batch.metrics
-        state.training_seconds += seconds
+        state.training_seconds += pace["seconds"]
         return {
             "step": state.step,
             "loss": loss,
@@ -162,7 +162,7 @@ class Trainer:
             "tokens": state.tokens,
             "supervised_tokens": state.supervised_tokens,
             "skipped_steps": state.skipped_steps,
-            **self.pace.metrics(tokens, seconds),
+            **pace,
         }
 
     @property
@@ -225,6 +225,7 @@ class Trainer:
                     if state.step >= state.num_iterations:
                         break
                     batches = batches or self.stage.batches(state.cursor or None)
+                    self.pace.begin()  # with the wait for data; RL samples it
                     metrics = self.train_step(next(batches))
                     self.log(metrics)
                     progress.update(state.step, progress_line(metrics, state.last_val_bpb))
