@@ -8,12 +8,9 @@ from zangchat.engine.scoring import score
 from zangchat.engine.sequence import Event, Result, Sequence
 from zangchat.engine.tools import use_calculator
 
-Generation = Sequence  # for files in which Sequence is that of collections.abc
-
 __all__ = [
     "Engine",
     "Event",
-    "Generation",
     "KVCache",
     "Request",
     "Result",

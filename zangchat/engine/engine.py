@@ -1,5 +1,6 @@
 """A model and its tokenizer, ready to generate and to score; loading them for a command."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from zangchat import checkpoint_manager
 from zangchat.config import CheckpointConfig
 from zangchat.engine.batch import MAX_ROWS, RunningBatch
 from zangchat.engine.model import InferenceGPT
+from zangchat.engine.runner import Runner
 from zangchat.engine.sampling import Request
 from zangchat.engine.scoring import score
 from zangchat.engine.sequence import Result
@@ -18,15 +20,29 @@ from zangchat.runtime.devices import compute_init
 
 
 class Engine:
-    """A model and its tokenizer, ready to continue prompts. Each call has a running batch of its
-    own.
+    """A model and its tokenizer, ready to continue prompts.
 
-    The model is a snapshot (see model.InferenceGPT): make a new engine after training it.
+    The model is a snapshot (see model.InferenceGPT): call `refresh` after training it. The cache
+    and the CUDA graphs of a call are kept for the next one; calls that overlap have their own.
     """
 
     def __init__(self, model: GPT, tokenizer: Any, quantize: str = "") -> None:
         self.model: Any = InferenceGPT(model, quantize) if isinstance(model, GPT) else model
         self.tokenizer = tokenizer
+        self._idle: list[Runner] = []
+
+    def refresh(self, model: GPT) -> None:
+        """Take over the weights of the model as they are now."""
+        self.model.refresh(model)
+
+    @contextlib.contextmanager
+    def running_batch(self, max_rows: int = MAX_ROWS) -> Iterator[RunningBatch]:
+        """A running batch on the memory of one that has ended, if there is any."""
+        runner = self._idle.pop() if self._idle else Runner(self.model)
+        try:
+            yield RunningBatch(runner, self.tokenizer, max_rows)
+        finally:
+            self._idle.append(runner)
 
     def generate(
         self,
@@ -44,27 +60,30 @@ class Engine:
         Yields (token column, mask column) per step, with one entry per sample. The mask is 1 for a
         token that the model chose and 0 for tool output. A sample that has ended shows -1 (mask 0)
         until all have ended; the token that ended it is never shown. `more` are further fields of a
-        Request.
+        Request. Raises UserError if the memory is too small for one sample.
         """
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, not {num_samples}")
-        batch = RunningBatch(self.model, self.tokenizer, max_rows=num_samples)
         settings = (max_tokens, temperature, top_k, top_p, seed)
-        for i in range(num_samples):
-            batch.submit(Request(tokens, *settings, sample_index=i, **more))
-        return self._columns(batch, num_samples)
+        requests = [Request(tokens, *settings, sample_index=i, **more) for i in range(num_samples)]
+        columns = self._columns(requests)
+        next(columns)  # submits them, which may raise ValueError
+        return columns
 
-    def _columns(
-        self, batch: RunningBatch, num_samples: int
-    ) -> Iterator[tuple[list[int], list[int]]]:
-        while batch.busy:
-            column, masks = [-1] * num_samples, [0] * num_samples
-            for sequence, token, mask, _ in batch.step():
-                if token is not None:
-                    i = sequence.request.sample_index
-                    column[i], masks[i] = token, mask
-            if any(token >= 0 for token in column):
-                yield column, masks
+    def _columns(self, requests: Sequence[Request]) -> Iterator[tuple[list[int], list[int]]]:
+        with self.running_batch(max_rows=len(requests)) as batch:
+            sequences = [batch.submit(request) for request in requests]
+            yield [], []
+            while batch.busy:
+                column, masks = [-1] * len(requests), [0] * len(requests)
+                for sequence, token, mask, *_ in batch.step():
+                    if token is not None:
+                        i = sequence.request.sample_index
+                        column[i], masks[i] = token, mask
+                if any(token >= 0 for token in column):
+                    yield column, masks
+            for sequence in sequences:
+                sequence.result()  # raises its error
 
     def generate_batch(
         self, tokens: Sequence[int], num_samples: int = 1, **settings: Any
@@ -87,10 +106,10 @@ class Engine:
 
         Equal prompts next to each other are read once.
         """
-        batch = RunningBatch(self.model, self.tokenizer, max_rows)
-        sequences = [batch.submit(request) for request in requests]
-        while batch.busy:
-            batch.step()
+        with self.running_batch(max_rows) as batch:
+            sequences = [batch.submit(request) for request in requests]
+            while batch.busy:
+                batch.step()
         return [sequence.result() for sequence in sequences]
 
     def score(

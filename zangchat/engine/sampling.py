@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from zangchat.config import SAMPLING_LIMITS
+from zangchat.engine.cuda import to_device
 
 MIN_TEMPERATURE = 1e-5  # lower ones count as 0, before logits / temperature overflows
 
@@ -184,13 +185,6 @@ def _best(logits: Tensor) -> Tensor:
     if logits.is_cpu:
         return torch.from_numpy(logits.numpy().argmax(axis=-1))
     return logits.argmax(dim=-1)
-
-
-def to_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A small tensor on the device, without waiting for the device."""
-    if device.type != "cuda":
-        return torch.tensor(values, dtype=dtype, device=device)
-    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
 class LogprobTensors(NamedTuple):
