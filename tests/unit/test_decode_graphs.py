@@ -139,7 +139,8 @@ def test_graphs_serve_all_calls_of_an_engine(model: GPT, captures: Captures) -> 
     # rows 4, 2, 1 and lengths up to 16, 32, 48
     assert 0 < captures.number <= 9
     before = captures.number
-    assert engine.generate_many(requests, max_rows=3) == first
+    again = engine.generate_many(requests, max_rows=3)
+    assert [s.tokens for s in again] == [s.tokens for s in first]
     assert captures.number == before
     for turn in range(1, 4):  # a chat: each prompt longer than the one before
         list(engine.generate(prompt(0, 12 * turn), max_tokens=8, temperature=0))

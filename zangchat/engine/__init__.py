@@ -5,7 +5,7 @@ from zangchat.engine.engine import Engine, engine_for_chat, load_for_chat
 from zangchat.engine.kv_cache import KVCache
 from zangchat.engine.sampling import Request
 from zangchat.engine.scoring import score
-from zangchat.engine.sequence import Event, Result, Sequence
+from zangchat.engine.sequence import Event, Sequence
 from zangchat.engine.tools import use_calculator
 
 __all__ = [
@@ -13,7 +13,6 @@ __all__ = [
     "Event",
     "KVCache",
     "Request",
-    "Result",
     "RunningBatch",
     "Sequence",
     "engine_for_chat",

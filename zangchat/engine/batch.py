@@ -15,6 +15,7 @@ On CUDA the host runs one step ahead: tokens go from the draw to the next forwar
 device, and the host reads them while that pass runs. Before rows join or must end, it waits.
 """
 
+import logging
 from collections import deque
 from typing import Any
 
@@ -27,6 +28,7 @@ from zangchat.engine.sampling import Request
 from zangchat.engine.scheduler import Scheduler
 from zangchat.engine.sequence import Event, Sequence
 
+logger = logging.getLogger(__name__)
 MAX_ROWS = 64  # of a running batch, by default
 PREFILL_TOKENS = {"cuda": 4096}  # prompt positions that a step reads, next to the running rows
 PREFILL_TOKENS_ELSEWHERE = 512
@@ -145,16 +147,13 @@ class RunningBatch:
         try:
             return [self.runner.decode(running, groups)]
         except Exception as error:
-            if len(running) == 1:
-                events.append(running[0].fail(error))
-        none = torch.zeros(1, self.config.vocab_size, device=self.runner.device)
-        logits = [none] * len(running)
+            logger.warning("a step of %d rows failed (%s): now row by row", len(running), error)
+        logits = [torch.zeros(1, self.config.vocab_size, device=self.runner.device)] * len(running)
         for row, sequence in enumerate(running):
-            if sequence.stop_reason is None:
-                try:
-                    logits[row] = self.runner.decode(running, groups, only=row)
-                except Exception as error:
-                    events.append(sequence.fail(error))
+            try:
+                logits[row] = self.runner.decode(running, groups, only=row)
+            except Exception as error:
+                events.append(sequence.fail(error))
         return logits
 
     def _read(self, events: list[Event]) -> list[torch.Tensor]:
@@ -166,6 +165,9 @@ class RunningBatch:
             try:
                 after = runner.read(chunk, scheduler.first_free_row, scheduler.most_tokens)
             except Exception as error:
+                if len(chunk.prompts) > 1:
+                    number = len(chunk.prompts)
+                    logger.warning("%d prompts failed (%s): now one by one", number, error)
                 events += scheduler.failed(chunk, error)
                 continue
             for prompt, row in zip(chunk.prompts, after, strict=True):

@@ -1,7 +1,8 @@
 """A model and its tokenizer, ready to generate and to score; loading them for a command."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections import abc
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from zangchat.engine.model import InferenceGPT
 from zangchat.engine.runner import Runner
 from zangchat.engine.sampling import Request
 from zangchat.engine.scoring import score
-from zangchat.engine.sequence import Result
+from zangchat.engine.sequence import Sequence
 from zangchat.errors import UserError
 from zangchat.gpt import GPT
 from zangchat.runtime.devices import compute_init
@@ -46,7 +47,7 @@ class Engine:
 
     def generate(
         self,
-        tokens: Sequence[int],
+        tokens: abc.Sequence[int],
         num_samples: int = 1,
         max_tokens: int | None = None,
         temperature: float = 1.0,
@@ -70,7 +71,7 @@ class Engine:
         next(columns)  # submits them, which may raise ValueError
         return columns
 
-    def _columns(self, requests: Sequence[Request]) -> Iterator[tuple[list[int], list[int]]]:
+    def _columns(self, requests: abc.Sequence[Request]) -> Iterator[tuple[list[int], list[int]]]:
         with self.running_batch(max_rows=len(requests)) as batch:
             sequences = [batch.submit(request) for request in requests]
             yield [], []
@@ -86,7 +87,7 @@ class Engine:
                 sequence.result()  # raises its error
 
     def generate_batch(
-        self, tokens: Sequence[int], num_samples: int = 1, **settings: Any
+        self, tokens: abc.Sequence[int], num_samples: int = 1, **settings: Any
     ) -> tuple[list[list[int]], list[list[int]]]:
         """`num_samples` whole sequences with the prompt, and masks (0 for prompt and tool
         output).
@@ -100,7 +101,9 @@ class Engine:
                     masks[i].append(mask)
         return sequences, masks
 
-    def generate_many(self, requests: Sequence[Request], max_rows: int = MAX_ROWS) -> list[Result]:
+    def generate_many(
+        self, requests: abc.Sequence[Request], max_rows: int = MAX_ROWS
+    ) -> list[Sequence]:
         """Continue different prompts, at most `max_rows` at a time; results in order of the
         requests.
 
@@ -114,8 +117,8 @@ class Engine:
 
     def score(
         self,
-        prompts: Sequence[Sequence[int]],
-        continuations: Sequence[Sequence[int]],
+        prompts: abc.Sequence[abc.Sequence[int]],
+        continuations: abc.Sequence[abc.Sequence[int]],
         greedy: bool = False,
     ) -> list[float]:
         """Log-probabilities of continuations, see scoring.score."""

@@ -11,7 +11,7 @@ vocabulary.
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,18 +23,6 @@ from zangchat.nn.loss import IGNORE
 
 PACKED_ROWS = 64  # MKL's layout for this many rows is the fastest for fewer, not slower for more
 FEW_INT8_ROWS = 8  # up to here the int8 kernel for CPUs beats a product with dequantised weights
-
-
-class InferenceContext(Protocol):
-    """A gpt.AttentionContext that takes the keys and values of all heads at once."""
-
-    positions: Tensor
-    longest: int
-
-    def store(self, layer_idx: int, new: Tensor) -> Sequence[tuple[Tensor, Tensor, Tensor | None]]:
-        """Store keys and values (N, 2 x G, D); the results of update(), per group of rows."""
-
-    def advance(self, num_tokens: int) -> None: ...
 
 
 class Product:
@@ -199,13 +187,13 @@ class InferenceGPT:
         self,
         idx: Tensor,
         targets: Tensor | None = None,
-        kv_cache: InferenceContext | None = None,
+        kv_cache: Any = None,
         loss_reduction: str = "none",
         logits_at: Tensor | None = None,
     ) -> Tensor:
-        """As GPT.forward: logits (B, T, V), fp32, capped; with logits_at (B,) of one position per
-        row, (B, 1, V).
+        """As GPT.forward, with a cache that has the method `store` of kv_cache.CacheRows.
 
+        Logits (B, T, V), fp32, capped; with logits_at (B,) of one position per row, (B, 1, V).
         Given targets, the loss of each token (B, T); no other reduction.
         """
         if loss_reduction != "none":
@@ -261,7 +249,7 @@ class InferenceGPT:
         normed = F.rms_norm(x, (width,), eps=self.config.rms_norm_eps)
         return normed if out is None else out.copy_(normed)
 
-    def _angles(self, B: int, T: int, kv_cache: InferenceContext | None) -> Tensor:
+    def _angles(self, B: int, T: int, kv_cache: Any) -> Tensor:
         """Numbers (N, 1, D/2) on the unit circle, by the tokens' positions."""
         if kv_cache is not None and T == 1:
             return self._rotary.index_select(0, kv_cache.positions)

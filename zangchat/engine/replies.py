@@ -83,6 +83,7 @@ class Markup:
             self.output_start: "python_output",
             self.output_end: "text",
         }
+        self.silent = {*map(special, tokenizer.get_special_tokens())} - {*self.kinds}
 
 
 class Reply:
@@ -125,9 +126,8 @@ class ReplyDecoder(Reply):
         self.kind = "text"  # of the part that grows
         self._decoder = StreamDecoder(tokenizer)
         self._finder = StopFinder(stop)
-        self.kinds = Markup(tokenizer).kinds  # of the parts that these tokens begin
-        specials = map(tokenizer.encode_special, tokenizer.get_special_tokens())
-        self._silent = {token for token in specials if token not in self.kinds}
+        markup = Markup(tokenizer)
+        self.kinds, self._silent = markup.kinds, markup.silent
 
     def feed(self, token: int) -> list[tuple[str, str]]:
         """The (type, text) pieces that this token adds, for Reply.add."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zangchat.engine.cuda import DecodeGraphs, to_device, to_host
 from zangchat.engine.kv_cache import CACHE_BLOCK, KVCache, storage_dtype
-from zangchat.engine.sampling import Logprob, LogprobTensors, Sampler
+from zangchat.engine.sampling import LogprobTensors, Sampler
 from zangchat.engine.scheduler import Chunk, Prompt
 from zangchat.engine.sequence import Event, Sequence
 from zangchat.runtime.memory import free_memory
@@ -36,13 +36,12 @@ class Draw(NamedTuple):
         """Wait for the tokens and give them to their sequences."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        logprobs: dict[int, Logprob] = {}
-        if self.logprobs is not None:
-            most = max(self.sequences[row].request.logprobs or 0 for row in self.rows)
-            logprobs = dict(zip(self.rows, self.logprobs.on_host(most), strict=True))
-        drawn = zip(self.sequences, self.tokens.tolist(), strict=True)
+        values = self.logprobs.on_host() if self.logprobs is not None else []
+        logprobs = dict(zip(self.rows, values, strict=True))
         events = []
-        for row, (sequence, token) in enumerate(drawn):
+        for row, (sequence, token) in enumerate(
+            zip(self.sequences, self.tokens.tolist(), strict=True)
+        ):
             if sequence.stop_reason is not None:
                 continue  # it ended while the draw was under way
             try:
@@ -170,11 +169,11 @@ class Runner:
         if not following:
             return
         tokens = to_device(following, torch.int64, self.device)
-        tensors = LogprobTensors.of(logits[: len(following)], tokens, prompt.logprobs or 0)
+        found = LogprobTensors.of(logits[: len(following)], tokens, prompt.logprobs or 0).on_host()
         for sequence in prompt.sequences:
             if sequence.request.prompt_logprobs:
-                most = sequence.request.logprobs or 0
-                sequence.prompt_logprobs[prompt.read :] = tensors.on_host(most)
+                n = sequence.request.logprobs or 0
+                sequence.prompt_logprobs[prompt.read :] = [lp.cut(n) for lp in found]
 
     def draw(self, running: list[Sequence], logits: Tensor) -> Draw:
         """Logits (B, V) -> the next token of each running row, on its way to the host."""

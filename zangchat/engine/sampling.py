@@ -201,7 +201,7 @@ class LogprobTensors(NamedTuple):
         values = logprobs.gather(-1, tokens[:, None]).squeeze(-1)
         return cls(values, *logprobs.topk(min(n, logits.size(-1)), dim=-1))
 
-    def on_host(self, n: int) -> list[Logprob]:
-        columns = (self.values, self.top_ids[:, :n], self.top_values[:, :n])
+    def on_host(self) -> list[Logprob]:
+        columns = (self.values, self.top_ids, self.top_values)
         rows = zip(*(column.tolist() for column in columns), strict=True)
         return [Logprob(value, list(zip(ids, top, strict=True))) for value, ids, top in rows]

@@ -11,26 +11,9 @@ from zangchat.engine.sampling import Logprob, Request
 from zangchat.engine.tools import use_calculator
 
 
-@dataclass
-class Result:
-    """The new tokens of a request, without the token that ended it."""
-
-    tokens: list[int]
-    mask: list[int]  # 1 for a token that the model chose, 0 for tool output
-    stop_reason: str
-    """Why it ended: "stop" (end of turn or stop string), "length" (max_tokens or the context) or
-    the reason with which it was cancelled.
-    """
-    # if requested: per token, then of stop_token
-    logprobs: list[Logprob] = field(default_factory=list)
-    # if requested: all but the first token's
-    prompt_logprobs: list[Logprob] = field(default_factory=list)
-    stop_token: int | None = None  # the special token that ended it
-
-
 @dataclass(eq=False)
 class Sequence:
-    """A request in a running batch."""
+    """A request in a running batch, and its new tokens without the one that ended it."""
 
     request: Request
     limit: int  # new tokens at most
@@ -38,12 +21,18 @@ class Sequence:
     owner: Any = None  # sequences of one owner share its part of the rows; by default alone
     text: bool = False  # events bring text
     tokens: list[int] = field(default_factory=list)
-    mask: list[int] = field(default_factory=list)
-    stop_reason: str | None = None  # None while waiting or running
-    error: Exception | None = None  # if the reason is "error"
+    mask: list[int] = field(
+        default_factory=list
+    )  # 1 for a token that the model chose, 0 for a tool
+    # "stop" (end of turn or stop string), "length" (max_tokens or the context), "error", or the
+    # reason with which it was cancelled; None while waiting or running
+    stop_reason: str | None = None
+    stop_token: int | None = None  # the special token that ended it
+    error: Exception | None = None
+    # if requested: per token, then of stop_token
     logprobs: list[Logprob] = field(default_factory=list)
+    # if requested: all but the first token's
     prompt_logprobs: list[Logprob] = field(default_factory=list)
-    stop_token: int | None = None
     drawn: int = 0  # tokens drawn so far, including one that the host has not read yet
     forced: deque[int] = field(default_factory=deque)  # tool output still to be inserted
     call: int | None = None  # number of tokens before the tool call being written
@@ -102,20 +91,13 @@ class Sequence:
         self.stop_reason, self.error = "error", error
         return Event(self, None)
 
-    def result(self) -> Result:
-        """Raises the error with which it ended."""
+    def result(self) -> "Sequence":
+        """The ended sequence. Raises the error with which it ended."""
         if self.error is not None:
             raise self.error
         if self.stop_reason is None:
             raise ValueError("this sequence has not ended yet")
-        return Result(
-            self.tokens,
-            self.mask,
-            self.stop_reason,
-            self.logprobs,
-            self.prompt_logprobs,
-            self.stop_token,
-        )
+        return self
 
     def _follow_call(self, token: int) -> None:
         """<|python_start|> expression <|python_end|> forces <|output_start|> result <|output_end|>.
