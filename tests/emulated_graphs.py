@@ -1,5 +1,5 @@
 """CUDA graphs emulated on a CPU: a captured pass is replayed operation by operation, in the memory
-of its capture, whatever the Python code would compute by then.
+of its capture, without running its Python code again.
 """
 
 import contextlib

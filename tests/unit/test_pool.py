@@ -102,7 +102,6 @@ def test_a_request_that_never_fits_fails_by_itself(
     before, large, after = run(
         batch, question("before"), question("large", max_tokens=500), question("after")
     )
-    # max_tokens=400 does not fit either, with a prompt; ask for what does
     assert {s.stop_reason for s in (before, large, after)} == {"error"}
     batch = RunningBatch(Talker(lambda question: question * 3), TOKENIZER, 16)
     before, large, after = run(

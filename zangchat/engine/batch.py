@@ -16,7 +16,6 @@ device, and the host reads them while that pass runs. Before rows join or must e
 """
 
 import logging
-from collections import deque
 from typing import Any
 
 import torch
@@ -39,8 +38,8 @@ class RunningBatch:
     """Continuous batching: submit requests at any time, call step() until `busy` is False.
 
     For one thread; holds no lock. `model`: a model, or a Runner that no other batch uses now.
-    `ahead`: launch a step before the host knows the tokens of the previous one; by default on CUDA,
-    where that is faster.
+    `ahead`: launch a step before the host knows the tokens of the previous one, which is faster on
+    CUDA, where it is the default.
     """
 
     def __init__(
@@ -64,6 +63,7 @@ class RunningBatch:
             LOGIT_ELEMENTS // self.config.vocab_size,
             self.runner.cache,
         )
+        self.waiting, self.live = self.scheduler.waiting, self.scheduler.live
         self._under_way: Draw | None = None
 
     @property
@@ -74,14 +74,6 @@ class RunningBatch:
     def num_rows(self) -> int:
         """Rows in use."""
         return self.scheduler.num_rows
-
-    @property
-    def waiting(self) -> deque[Sequence]:
-        return self.scheduler.waiting
-
-    def live(self) -> list[Sequence]:
-        """All sequences that have not ended."""
-        return self.scheduler.live()
 
     def submit(self, request: Request, owner: Any = None, text: bool = False) -> Sequence:
         """Queue a request. Raises ValueError for a prompt that the model cannot read.

@@ -47,7 +47,7 @@ class KVCache:
         device: torch.device | str,
     ) -> None:
         self.budget = math.inf
-        self.max_capacity = _rounded(config.sequence_len)
+        self.longest = _rounded(config.sequence_len)
         self.lengths = [0] * num_rows  # tokens stored, per row; 0 for a row that is not in use
         size = (num_rows, _rounded(capacity), config.head_dim)
         # zeros, not empty: a masked position enters the sum as 0 x value, NaN if the memory held
@@ -57,35 +57,19 @@ class KVCache:
         )
 
     def _keep(self, storage: Tensor) -> None:
+        _, heads, self.num_rows, self.capacity, head_dim = storage.shape
         self.storage = storage
         self.layers = storage.flatten(2, 3).unbind(0)  # (2 x G, rows x S, D) each
-
-    @property
-    def num_rows(self) -> int:
-        return self.storage.size(2)
-
-    @property
-    def capacity(self) -> int:
-        return self.storage.size(3)
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes that a layer reads per row and stored token."""
-        return self.storage.size(1) * self.storage.size(4) * self.storage.element_size()
-
-    def fits(self, num_rows: int, capacity: int) -> bool:
-        """Whether `reserve` finds room within the budget."""
-        return self._size(num_rows, capacity) is not None
+        # that a layer reads per row and stored token
+        self.bytes_per_token = heads * head_dim * storage.element_size()
 
     def too_small(self, capacity: int) -> UserError:
         """The error for a row of this many tokens."""
-        need, free = (
-            f"{count / 2**20:,.0f} MiB"
-            for count in (capacity * self.bytes_per_token * len(self.storage), self.budget)
-        )
+        need = capacity * self.bytes_per_token * len(self.storage)
         return UserError(
-            f"{capacity} tokens need {need} of memory for keys and values, and {free} are free for "
-            "them: ask for fewer new tokens, or shorten the prompt"
+            f"{capacity} tokens need {need / 2**20:,.0f} MiB of memory for keys and values, and "
+            f"{self.budget / 2**20:,.0f} MiB are free for them: ask for fewer new tokens, or "
+            "shorten the prompt"
         )
 
     def reserve(self, num_rows: int, capacity: int) -> bool:
@@ -94,7 +78,7 @@ class KVCache:
         Keeps the tokens stored in these rows; without any, the old memory is freed first. Raises
         UserError if the budget is too small.
         """
-        size, old = self._size(num_rows, capacity), self.storage
+        size, old = self.size_for(num_rows, capacity), self.storage
         if size == (self.num_rows, self.capacity):
             return False
         if size is None:
@@ -110,21 +94,20 @@ class KVCache:
         self.lengths = self.lengths[:rows] + [0] * (size[0] - rows)
         return True
 
-    def _size(self, num_rows: int, capacity: int) -> tuple[int, int] | None:
-        """(rows, capacity) to have: as now, grown by a class, or tightly; None if none fits."""
+    def size_for(self, num_rows: int, capacity: int) -> tuple[int, int] | None:
+        """(rows, capacity) to have: as now, grown by a class, or tightly; None beyond the budget."""
         now = self.num_rows, self.capacity
         if num_rows <= now[0] and capacity <= now[1]:
             return now
-        rows, length = row_class(num_rows), min(_rounded(capacity, POSITIONS), self.max_capacity)
-        for size in (
-            (max(rows, now[0]), max(length, now[1])),
-            (rows, max(length, _rounded(capacity))),
-            (num_rows, _rounded(capacity)),
-        ):
-            kept = math.prod(now) if any(self.lengths) else 0
-            if (math.prod(size) + kept) * self.bytes_per_token * len(self.storage) <= self.budget:
-                return size
-        return None
+        tight = _rounded(capacity)
+        rows, length = (
+            row_class(num_rows),
+            max(tight, min(_rounded(capacity, POSITIONS), self.longest)),
+        )
+        kept = math.prod(now) if any(self.lengths) else 0
+        most = self.budget / (self.bytes_per_token * len(self.storage)) - kept
+        sizes = ((max(rows, now[0]), max(length, now[1])), (rows, length), (num_rows, tight))
+        return next((size for size in sizes if math.prod(size) <= most), None)
 
     def copy_rows(self, sources: Mapping[int, int]) -> None:
         """Copy into each row (key) the contents of another one (value), all at once."""
@@ -233,7 +216,11 @@ class CacheRows:
                 f"no room for {tuple(new.shape)} after {self.longest} tokens in {B} rows"
             )
         where = self.positions[:, None] + torch.arange(T, device=device)  # (B, T)
-        self._where = (self._row_numbers(device)[:, None] * cache.capacity + where).flatten()
+        if isinstance(self.rows, range):  # made on the device, as a CUDA graph requires
+            numbers = torch.arange(first, first + B, device=device)
+        else:
+            numbers = to_device(self.rows, torch.int64, device)
+        self._where = (numbers[:, None] * cache.capacity + where).flatten()
         if self.longest == 0:
             return
         groups, done = [], 0
@@ -249,11 +236,6 @@ class CacheRows:
             k, v = (part.unbind(0) for part in stored.chunk(2, dim=2))
             groups.append(zip(k, v, repeat(mask), strict=False))
         self._stored = list(zip(*groups, strict=True))
-
-    def _row_numbers(self, device: torch.device) -> Tensor:
-        if isinstance(self.rows, range):  # made on the device, as a CUDA graph requires
-            return torch.arange(self.rows.start, self.rows.stop, device=device)
-        return to_device(self.rows, torch.int64, device)
 
     def advance(self, num_tokens: int) -> None:
         if self.counts:

@@ -18,7 +18,7 @@ from zangchat.runtime.seeds import derive_seed
 
 # Prompts are padded to a multiple of this if each length costs something. In bf16 on a CPU torch
 # keeps the product that it generates for each shape, some 2 MB per prompt length (d6); on CUDA
-# cuDNN plans each shape anew, 23 to 37 ms on an H100.
+# cuDNN plans each new shape, 23 to 37 ms on an H100.
 PROMPT_MULTIPLE, PROMPT_MULTIPLE_CUDA = 16, 64
 CACHE_SHARE = 0.8  # of the free memory, for keys and values; the rest is for forward passes
 

@@ -6,7 +6,6 @@ prompts being read.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,9 +36,7 @@ class Prompt:
 
 @dataclass
 class Chunk:
-    """The next `size` tokens of some prompts, for one forward pass; of each at most what is
-    left.
-    """
+    """The next tokens of some prompts, for one forward pass: of each at most `size`."""
 
     prompts: list[Prompt]
     size: int
@@ -111,18 +108,19 @@ class Scheduler:
             return []
         events: list[Event] = []
         prompts: dict[tuple[int, ...], list[Sequence]] = {}
-        held = Counter(id(sequence.owner) for sequence in self.in_rows)
+        held = Counter(sequence.owner for sequence in self.in_rows)
         rows, longest = self.first_free_row, self.most_tokens
         while self.waiting and rows < self.max_rows:
-            sequence = _first_least(self.waiting, lambda waiting: held[id(waiting.owner)])
-            wanted, own = max(longest, sequence.most_tokens), held[id(sequence.owner)] + 1
+            newcomer = next((s for s in self.waiting if not held[s.owner]), None)
+            sequence = newcomer or min(self.waiting, key=lambda s: held[s.owner])
+            wanted, own = max(longest, sequence.most_tokens), held[sequence.owner] + 1
             if sequence.limit == 0 and not sequence.request.prompt_logprobs:
                 events.append(sequence.end("length"))
             elif own > 1 and not (2 * own <= self.max_rows and self._fits(2 * own, wanted)):
                 break
             elif self._fits(rows + 1, wanted):
                 prompts.setdefault(tuple(sequence.request.tokens), []).append(sequence)
-                held[id(sequence.owner)] = own
+                held[sequence.owner] = own
                 rows, longest = rows + 1, wanted
             elif rows:
                 break  # until rows are free
@@ -136,7 +134,7 @@ class Scheduler:
         return events
 
     def _fits(self, num_rows: int, capacity: int) -> bool:
-        return self.cache is None or self.cache.fits(num_rows, capacity)
+        return self.cache is None or self.cache.size_for(num_rows, capacity) is not None
 
     def next_chunk(self, budget: int) -> Chunk | None:
         """The prompts to read next with a rest of the step's budget.
@@ -202,13 +200,3 @@ class Scheduler:
             sources += [place if place in members else moving.pop() for place in places]
         self.running = [self.running[source] for source in sources]
         return sources
-
-
-def _first_least(waiting: Iterable[Sequence], held: Callable[[Sequence], int]) -> Sequence:
-    """The first one with the least rows `held`; does not look beyond one with none."""
-    seen: list[Sequence] = []
-    for sequence in waiting:
-        if not held(sequence):
-            return sequence
-        seen.append(sequence)
-    return min(seen, key=held)

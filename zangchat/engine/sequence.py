@@ -18,12 +18,10 @@ class Sequence:
     request: Request
     limit: int  # new tokens at most
     markup: Markup
-    owner: Any = None  # sequences of one owner share its part of the rows; by default alone
+    owner: Any = None  # sequences of one owner share its part of the rows
     text: bool = False  # events bring text
     tokens: list[int] = field(default_factory=list)
-    mask: list[int] = field(
-        default_factory=list
-    )  # 1 for a token that the model chose, 0 for a tool
+    mask: list[int] = field(default_factory=list)  # 1: the model chose it, 0: tool output
     # "stop" (end of turn or stop string), "length" (max_tokens or the context), "error", or the
     # reason with which it was cancelled; None while waiting or running
     stop_reason: str | None = None
@@ -39,7 +37,7 @@ class Sequence:
     reply: ReplyDecoder | None = None  # the text, and its stop strings
 
     def __post_init__(self) -> None:
-        self.owner = self.owner or self
+        self.owner = self.owner or object()
         if self.text or self.request.stop:
             self.reply = ReplyDecoder(self.markup.tokenizer, self.request.stop)
 
@@ -69,8 +67,7 @@ class Sequence:
             return self.end("stop", logprob)
         self.tokens.append(token)
         self.mask.append(0 if forced else 1)
-        if not forced:
-            self._follow_call(token)
+        self._follow_call(token)
         pieces = self.reply.feed(token) if self.reply else []
         if self.reply and self.reply.stopped:
             self.stop_reason = "stop"
