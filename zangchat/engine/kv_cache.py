@@ -95,7 +95,7 @@ class KVCache:
         return True
 
     def size_for(self, num_rows: int, capacity: int) -> tuple[int, int] | None:
-        """(rows, capacity) to have: as now, grown by a class, or tightly; None beyond the budget."""
+        """(rows, capacity) to have: as now, grown by a class or tightly; None beyond the budget."""
         now = self.num_rows, self.capacity
         if num_rows <= now[0] and capacity <= now[1]:
             return now
