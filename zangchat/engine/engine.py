@@ -39,7 +39,10 @@ class Engine:
     @contextlib.contextmanager
     def running_batch(self, max_rows: int = MAX_ROWS) -> Iterator[RunningBatch]:
         """A running batch on the memory of one that has ended, if there is any."""
-        runner = self._idle.pop() if self._idle else Runner(self.model)
+        try:
+            runner = self._idle.pop()
+        except IndexError:  # all are in use
+            runner = Runner(self.model)
         try:
             yield RunningBatch(runner, self.tokenizer, max_rows)
         finally:

@@ -38,9 +38,7 @@ class Product:
 
     def added(self, to: Tensor, x: Tensor) -> Tensor:
         """to + x W^T"""
-        return (
-            self(x).add_(to) if type(self) is not Product else torch.addmm(to, x, self.weight.t())
-        )
+        return torch.addmm(to, x, self.weight.t())
 
     def refresh(self, weight: Tensor) -> None:
         """Take over another weight, in the same memory if `in_place`."""
@@ -51,7 +49,14 @@ class Product:
                 setattr(self, name, new)
 
 
-class PackedProduct(Product):
+class OwnKernel(Product):
+    """By a kernel that cannot add."""
+
+    def added(self, to: Tensor, x: Tensor) -> Tensor:
+        return self(x).add_(to)
+
+
+class PackedProduct(OwnKernel):
     """The same in fp32 on x86 CPUs, with W laid out once for MKL.
 
     With 8 rows twice as fast as a plain product, close to the time of reading the weights.
@@ -68,7 +73,7 @@ class PackedProduct(Product):
         return self.product(x, self.packed, self.shape, None, x.size(0))
 
 
-class HalfProduct(Product):
+class HalfProduct(OwnKernel):
     """x W^T in fp32 with W stored as fp16 (11 bits of precision, bf16 has 8), by FBGEMM.
 
     Half the bytes to read, for CPUs that do not multiply bf16.
@@ -88,7 +93,7 @@ class HalfProduct(Product):
         return torch.ops.quantized.linear_dynamic_fp16(x, self.weight)
 
 
-class Int8Product(Product):
+class Int8Product(OwnKernel):
     """x W^T with W as int8 times one scale per output, rounded to nearest: a quarter of fp32."""
 
     def __init__(self, weight: Tensor) -> None:
