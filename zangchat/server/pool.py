@@ -135,11 +135,10 @@ class Worker(threading.Thread):
                 self._wake.wait_for(lambda: self._inbox or self._stopping or self.batch.busy)
                 if self._stopping:
                     return
-                posted = list(self._inbox)
-                self._inbox.clear()
-            for action, stream in posted:
-                self._join(stream) if action == "join" else self._leave(stream)
             try:
+                while self._inbox:
+                    action, stream = self._inbox.popleft()
+                    self._join(stream) if action == "join" else self._leave(stream)
                 self._end_overdue()
                 self._collect(self.batch.step())
             except Exception:  # must not end the thread that serves all requests
