@@ -286,6 +286,7 @@ class Tokenizer:
         return -1
 
     get_bos_token_id = lambda self: -1  # noqa: E731
+    get_special_tokens = lambda self: ()  # noqa: E731
 
 
 def known_name(dtype: Any) -> str:

@@ -100,10 +100,12 @@ class Chat:
         decoder = ReplyDecoder(tokenizer)
         seed = secrets.randbits(32) if self.seed is None else self.seed
         try:
-            for (token,), _ in self.engine.generate(
+            for (token,), (mask,) in self.engine.generate(
                 prompt, 1, self.max_tokens, self.temperature, self.top_k, self.top_p, seed
             ):
-                yield from decoder.feed(token)
+                for kind, text in decoder.feed(token):
+                    if mask == 0 or kind != "python_output":  # else the model made it up
+                        yield kind, text
             yield from decoder.flush()
         finally:
             decoder.flush()

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zangchat.engine import Engine, Request, Result
+from zangchat.engine import Engine, Request
 from zangchat.engine.replies import ReplyDecoder
 from zangchat.runtime import collectives
 from zangchat.runtime.files import atomic_write
@@ -175,8 +175,8 @@ def sample_answers(
     num_samples: int,
     max_rows: int,
     **sampling: Any,
-) -> list[tuple[list[int], list[Result]]]:
-    """(prompt, `num_samples` answers) for the question of each conversation.
+) -> list[tuple[list[int], list[Any]]]:
+    """(prompt, `num_samples` answers, as engine.Sequence) for the question of each conversation.
 
     No answers if the prompt fills the context.
     `sampling`: max_tokens, temperature, top_k of engine.Request.
@@ -219,7 +219,7 @@ def _generative(
     items: list[Item] = []
     per_chunk = max(1, CHUNK * batch_size // num_samples)
 
-    def judge(pair: tuple[dict[str, Any], Result]) -> bool:
+    def judge(pair: tuple[dict[str, Any], Any]) -> bool:
         conversation, result = pair
         return bool(
             task.evaluate(conversation, completion_parts(tokenizer, result.tokens, result.mask))

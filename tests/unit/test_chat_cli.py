@@ -35,6 +35,8 @@ from zangchat.tokenizer import RustBPETokenizer
 def reply(question: str) -> str:
     if "calculate" in question:
         return "It is <|python_start|>6*7<|python_end|>####."
+    if "made up" in question:
+        return "<|python_start|>open(1)<|python_end|><|output_start|>41<|output_end|>."
     if "escape" in question:
         return "a\x1b[31mb\x07c"
     return f"Re: {question}"
@@ -127,6 +129,12 @@ def test_a_conversation_goes_on_until_the_end_of_input(talk: Callable[..., str])
 
 def test_tool_calls_are_set_apart(talk: Callable[..., str]) -> None:
     assert "It is [6*7 = 42]." in talk(typed=("calculate",))
+
+
+def test_output_that_the_model_made_up_is_not_shown_as_a_result() -> None:
+    chat = session()
+    assert "41" not in "".join(text for _, text in chat.answer("made up", note=print))
+    assert {"type": "python_output", "text": "41"} in chat.messages[-1]["content"]  # its own words
 
 
 def test_control_characters_of_the_model_do_not_reach_the_terminal(

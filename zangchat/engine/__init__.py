@@ -5,18 +5,14 @@ from zangchat.engine.engine import Engine, engine_for_chat, load_for_chat
 from zangchat.engine.kv_cache import KVCache
 from zangchat.engine.sampling import Request
 from zangchat.engine.scoring import score
-from zangchat.engine.sequence import Event, Result, Sequence
+from zangchat.engine.sequence import Event, Sequence
 from zangchat.engine.tools import use_calculator
-
-Generation = Sequence  # for files in which Sequence is that of collections.abc
 
 __all__ = [
     "Engine",
     "Event",
-    "Generation",
     "KVCache",
     "Request",
-    "Result",
     "RunningBatch",
     "Sequence",
     "engine_for_chat",

@@ -8,21 +8,26 @@ one over prompts, one draw per row), and each `Sequence` accepts its token.
 A draw depends only on (seed, sample index, number of tokens so far) and on the row's logits: the
 same request gives the same text by itself or in a crowd, up to rounding in the logits.
 
+A request that fails, because it does not fit into the memory or because the model raises an
+exception for it, ends with the error; the others continue.
+
 On CUDA the host runs one step ahead: tokens go from the draw to the next forward pass on the
 device, and the host reads them while that pass runs. Before rows join or must end, it waits.
 """
 
-from collections import deque
+import logging
 from typing import Any
 
 import torch
 
+from zangchat.engine.cuda import on_device
 from zangchat.engine.replies import Markup
 from zangchat.engine.runner import Draw, Runner
 from zangchat.engine.sampling import Request
 from zangchat.engine.scheduler import Scheduler
 from zangchat.engine.sequence import Event, Sequence
 
+logger = logging.getLogger(__name__)
 MAX_ROWS = 64  # of a running batch, by default
 PREFILL_TOKENS = {"cuda": 4096}  # prompt positions that a step reads, next to the running rows
 PREFILL_TOKENS_ELSEWHERE = 512
@@ -32,8 +37,9 @@ LOGIT_ELEMENTS = 2**27  # of the logits of a pass that reports a prompt's log-pr
 class RunningBatch:
     """Continuous batching: submit requests at any time, call step() until `busy` is False.
 
-    For one thread; holds no lock. `ahead`: launch a step before the host knows the tokens of the
-    previous one; by default on CUDA, where that is faster.
+    For one thread; holds no lock. `model`: a model, or a Runner that no other batch uses now.
+    `ahead`: launch a step before the host knows the tokens of the previous one, which is faster on
+    CUDA, where it is the default.
     """
 
     def __init__(
@@ -46,14 +52,18 @@ class RunningBatch:
     ) -> None:
         if max_rows < 1:
             raise ValueError(f"a batch needs at least one row, not {max_rows}")
-        self.config, self.markup, self.runner = model.config, Markup(tokenizer), Runner(model)
+        self.runner = model if isinstance(model, Runner) else Runner(model)
+        self.runner.clear()
+        self.config, self.markup = self.runner.model.config, Markup(tokenizer)
         kind = self.runner.device.type
         self.ahead = kind == "cuda" if ahead is None else ahead
         self.scheduler = Scheduler(
             max_rows,
             prefill_tokens or PREFILL_TOKENS.get(kind, PREFILL_TOKENS_ELSEWHERE),
             LOGIT_ELEMENTS // self.config.vocab_size,
+            self.runner.cache,
         )
+        self.waiting, self.live = self.scheduler.waiting, self.scheduler.live
         self._under_way: Draw | None = None
 
     @property
@@ -65,16 +75,11 @@ class RunningBatch:
         """Rows in use."""
         return self.scheduler.num_rows
 
-    @property
-    def waiting(self) -> deque[Sequence]:
-        return self.scheduler.waiting
+    def submit(self, request: Request, owner: Any = None, text: bool = False) -> Sequence:
+        """Queue a request. Raises ValueError for a prompt that the model cannot read.
 
-    def live(self) -> list[Sequence]:
-        """All sequences that have not ended."""
-        return self.scheduler.live()
-
-    def submit(self, request: Request) -> Sequence:
-        """Queue a request. Raises ValueError for a prompt that the model cannot read."""
+        Requests of one `owner` share its part of the rows. With `text`, events have pieces of it.
+        """
         context, vocab_size = self.config.sequence_len, self.config.vocab_size
         room = context - len(request.tokens)
         if room < 0:
@@ -84,45 +89,64 @@ class RunningBatch:
         if not 0 <= min(request.tokens) <= max(request.tokens) < vocab_size:
             raise ValueError(f"the prompt has a token outside of 0..{vocab_size - 1}")
         limit = room if request.max_tokens is None else min(room, request.max_tokens)
-        sequence = Sequence(request, limit, self.markup)
+        sequence = Sequence(request, limit, self.markup, owner, text)
         self.scheduler.waiting.append(sequence)
         return sequence
 
     @torch.inference_mode()
-    def cancel(self, sequence: Sequence) -> None:
+    def cancel(self, sequence: Sequence, reason: str = "cancelled") -> list[Event]:
         """End a sequence now and free its row. Does nothing to one that has ended."""
         if sequence.stop_reason is not None:
-            return
-        sequence.end("cancelled")
+            return []
+        event = sequence.end(reason)
         if sequence in self.scheduler.running:
-            self._arrange()
+            with on_device(self.runner.device):
+                self._arrange()
         else:
             self.scheduler.remove(sequence)
+        return [event]
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """Schedule, run, accept: the next token of each running sequence, the first one of those
         whose prompt was read.
         """
-        self._arrange()
         scheduler, runner = self.scheduler, self.runner
-        events = scheduler.admit()
-        if scheduler.reading or any(map(self._needs_all_tokens, scheduler.running)):
-            events += self._accept()
-        before, self._under_way = self._under_way, None
-        logits = [runner.decode(scheduler.running, scheduler.groups)] if scheduler.running else []
-        logits += self._read(events)
-        if logits:
-            whole = logits[0] if len(logits) == 1 else torch.cat(logits)
-            self._under_way = runner.draw(scheduler.running, whole)
-        if before is not None:
-            events += self._accepted(before)
-        return events if self.ahead else events + self._accept()
+        with on_device(runner.device):
+            self._arrange()
+            events = scheduler.admit()
+            if scheduler.reading or any(map(self._needs_all_tokens, scheduler.running)):
+                events += self._accept()
+            before, self._under_way = self._under_way, None
+            logits = self._decode(events) + self._read(events)
+            if logits:
+                whole = logits[0] if len(logits) == 1 else torch.cat(logits)
+                self._under_way = runner.draw(scheduler.running, whole)
+            if before is not None:
+                events += self._accepted(before)
+            return events if self.ahead else events + self._accept()
 
     def _needs_all_tokens(self, sequence: Sequence) -> bool:
         """Whether the host must know the tokens of the last draw before the next one."""
         penalty = sequence.request.repetition_penalty != 1
         return sequence.drawn >= sequence.limit or (penalty and self.runner.rows_changed)
+
+    def _decode(self, events: list[Event]) -> list[torch.Tensor]:
+        """The logits (B, V) of the running sequences; if they fail together, each by itself."""
+        running, groups = self.scheduler.running, self.scheduler.groups
+        if not running:
+            return []
+        try:
+            return [self.runner.decode(running, groups)]
+        except Exception as error:
+            logger.warning("a step of %d rows failed (%s): now row by row", len(running), error)
+        logits = [torch.zeros(1, self.config.vocab_size, device=self.runner.device)] * len(running)
+        for row, sequence in enumerate(running):
+            try:
+                logits[row] = self.runner.decode(running, groups, only=row)
+            except Exception as error:
+                events.append(sequence.fail(error))
+        return logits
 
     def _read(self, events: list[Event]) -> list[torch.Tensor]:
         """Read prompts within the budget; the logits (B, V) of the sequences that join."""
@@ -130,7 +154,14 @@ class RunningBatch:
         logits, budget = [], scheduler.prefill_tokens
         while (chunk := scheduler.next_chunk(budget)) is not None:
             budget -= len(chunk.prompts) * chunk.size
-            after = runner.read(chunk, scheduler.first_free_row)
+            try:
+                after = runner.read(chunk, scheduler.first_free_row, scheduler.most_tokens)
+            except Exception as error:
+                if len(chunk.prompts) > 1:
+                    number = len(chunk.prompts)
+                    logger.warning("%d prompts failed (%s): now one by one", number, error)
+                events += scheduler.failed(chunk, error)
+                continue
             for prompt, row in zip(chunk.prompts, after, strict=True):
                 if prompt.left == 0:
                     joined, ended = scheduler.join()
@@ -151,7 +182,9 @@ class RunningBatch:
         return events
 
     def _arrange(self) -> None:
-        runner = self.runner
-        sources = self.scheduler.arrange(runner.cache.lengths, runner.bytes_per_token)
+        scheduler, runner = self.scheduler, self.runner
+        sources = scheduler.arrange(runner.cache.lengths, runner.bytes_per_token)
         if sources is not None:
             runner.move_rows(sources)
+        reading = {prompt.row for prompt in scheduler.reading}
+        runner.keep_rows(reading | set(range(len(scheduler.running))))

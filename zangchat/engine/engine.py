@@ -1,6 +1,8 @@
 """A model and its tokenizer, ready to generate and to score; loading them for a command."""
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections import abc
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,28 +11,46 @@ from zangchat import checkpoint_manager
 from zangchat.config import CheckpointConfig
 from zangchat.engine.batch import MAX_ROWS, RunningBatch
 from zangchat.engine.model import InferenceGPT
+from zangchat.engine.runner import Runner
 from zangchat.engine.sampling import Request
 from zangchat.engine.scoring import score
-from zangchat.engine.sequence import Result
+from zangchat.engine.sequence import Sequence
 from zangchat.errors import UserError
 from zangchat.gpt import GPT
 from zangchat.runtime.devices import compute_init
 
 
 class Engine:
-    """A model and its tokenizer, ready to continue prompts. Each call has a running batch of its
-    own.
+    """A model and its tokenizer, ready to continue prompts.
 
-    The model is a snapshot (see model.InferenceGPT): make a new engine after training it.
+    The model is a snapshot (see model.InferenceGPT): call `refresh` after training it. The cache
+    and the CUDA graphs of a call are kept for the next one; calls that overlap have their own.
     """
 
     def __init__(self, model: GPT, tokenizer: Any, quantize: str = "") -> None:
         self.model: Any = InferenceGPT(model, quantize) if isinstance(model, GPT) else model
         self.tokenizer = tokenizer
+        self._idle: list[Runner] = []
+
+    def refresh(self, model: GPT) -> None:
+        """Take over the weights of the model as they are now."""
+        self.model.refresh(model)
+
+    @contextlib.contextmanager
+    def running_batch(self, max_rows: int = MAX_ROWS) -> Iterator[RunningBatch]:
+        """A running batch on the memory of one that has ended, if there is any."""
+        try:
+            runner = self._idle.pop()
+        except IndexError:  # all are in use
+            runner = Runner(self.model)
+        try:
+            yield RunningBatch(runner, self.tokenizer, max_rows)
+        finally:
+            self._idle.append(runner)
 
     def generate(
         self,
-        tokens: Sequence[int],
+        tokens: abc.Sequence[int],
         num_samples: int = 1,
         max_tokens: int | None = None,
         temperature: float = 1.0,
@@ -44,30 +64,33 @@ class Engine:
         Yields (token column, mask column) per step, with one entry per sample. The mask is 1 for a
         token that the model chose and 0 for tool output. A sample that has ended shows -1 (mask 0)
         until all have ended; the token that ended it is never shown. `more` are further fields of a
-        Request.
+        Request. Raises UserError if the memory is too small for one sample.
         """
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, not {num_samples}")
-        batch = RunningBatch(self.model, self.tokenizer, max_rows=num_samples)
         settings = (max_tokens, temperature, top_k, top_p, seed)
-        for i in range(num_samples):
-            batch.submit(Request(tokens, *settings, sample_index=i, **more))
-        return self._columns(batch, num_samples)
+        requests = [Request(tokens, *settings, sample_index=i, **more) for i in range(num_samples)]
+        columns = self._columns(requests)
+        next(columns)  # submits them, which may raise ValueError
+        return columns
 
-    def _columns(
-        self, batch: RunningBatch, num_samples: int
-    ) -> Iterator[tuple[list[int], list[int]]]:
-        while batch.busy:
-            column, masks = [-1] * num_samples, [0] * num_samples
-            for sequence, token, mask, _ in batch.step():
-                if token is not None:
-                    i = sequence.request.sample_index
-                    column[i], masks[i] = token, mask
-            if any(token >= 0 for token in column):
-                yield column, masks
+    def _columns(self, requests: abc.Sequence[Request]) -> Iterator[tuple[list[int], list[int]]]:
+        with self.running_batch(max_rows=len(requests)) as batch:
+            sequences = [batch.submit(request) for request in requests]
+            yield [], []
+            while batch.busy:
+                column, masks = [-1] * len(requests), [0] * len(requests)
+                for sequence, token, mask, *_ in batch.step():
+                    if token is not None:
+                        i = sequence.request.sample_index
+                        column[i], masks[i] = token, mask
+                if any(token >= 0 for token in column):
+                    yield column, masks
+            for sequence in sequences:
+                sequence.result()  # raises its error
 
     def generate_batch(
-        self, tokens: Sequence[int], num_samples: int = 1, **settings: Any
+        self, tokens: abc.Sequence[int], num_samples: int = 1, **settings: Any
     ) -> tuple[list[list[int]], list[list[int]]]:
         """`num_samples` whole sequences with the prompt, and masks (0 for prompt and tool
         output).
@@ -81,22 +104,24 @@ class Engine:
                     masks[i].append(mask)
         return sequences, masks
 
-    def generate_many(self, requests: Sequence[Request], max_rows: int = MAX_ROWS) -> list[Result]:
+    def generate_many(
+        self, requests: abc.Sequence[Request], max_rows: int = MAX_ROWS
+    ) -> list[Sequence]:
         """Continue different prompts, at most `max_rows` at a time; results in order of the
         requests.
 
         Equal prompts next to each other are read once.
         """
-        batch = RunningBatch(self.model, self.tokenizer, max_rows)
-        sequences = [batch.submit(request) for request in requests]
-        while batch.busy:
-            batch.step()
+        with self.running_batch(max_rows) as batch:
+            sequences = [batch.submit(request) for request in requests]
+            while batch.busy:
+                batch.step()
         return [sequence.result() for sequence in sequences]
 
     def score(
         self,
-        prompts: Sequence[Sequence[int]],
-        continuations: Sequence[Sequence[int]],
+        prompts: abc.Sequence[abc.Sequence[int]],
+        continuations: abc.Sequence[abc.Sequence[int]],
         greedy: bool = False,
     ) -> list[float]:
         """Log-probabilities of continuations, see scoring.score."""

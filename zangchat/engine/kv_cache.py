@@ -1,9 +1,10 @@
-"""Keys and values of many rows, each at its own position; the decoding step as CUDA graphs.
+"""Keys and values of many rows, each at its own position.
 
 Shapes: B rows, T new tokens, N = B x T, S stored tokens, L layers, G key/value heads, D head
 dimension.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from zangchat.config import GPTConfig
-from zangchat.engine.sampling import to_device
+from zangchat.engine.cuda import POSITIONS, row_class, to_device
+from zangchat.errors import UserError
 
 CACHE_BLOCK = 64  # the length of a cache is a multiple of this
 # Split rows into another attention call only if that saves reading at least this many bytes of a
@@ -30,10 +32,10 @@ def storage_dtype(compute_dtype: torch.dtype, device: torch.device) -> torch.dty
 
 
 class KVCache:
-    """Keys and values of many rows, preallocated, grown by doubling; every row has its own length.
+    """Keys and values of many rows, preallocated, grown on demand; every row has its own length.
 
     `storage` (L, 2 x G, rows, S, D): first the heads of the keys, then those of the values, so that
-    a head reads one piece of memory per row.
+    a head reads one piece of memory per row. `budget`: bytes that it may take, while it grows too.
     """
 
     def __init__(
@@ -44,51 +46,68 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        self.max_capacity = _rounded(config.sequence_len)
-        self.lengths = [0] * num_rows  # tokens stored, per row
-        shape = (
-            config.n_layer,
-            2 * config.n_kv_head,
-            num_rows,
-            _rounded(capacity),
-            config.head_dim,
-        )
+        self.budget = math.inf
+        self.longest = _rounded(config.sequence_len)
+        self.lengths = [0] * num_rows  # tokens stored, per row; 0 for a row that is not in use
+        size = (num_rows, _rounded(capacity), config.head_dim)
         # zeros, not empty: a masked position enters the sum as 0 x value, NaN if the memory held
         # one
-        self._keep(torch.zeros(shape, dtype=dtype, device=device))
+        self._keep(
+            torch.zeros(config.n_layer, 2 * config.n_kv_head, *size, dtype=dtype, device=device)
+        )
 
     def _keep(self, storage: Tensor) -> None:
+        _, heads, self.num_rows, self.capacity, head_dim = storage.shape
         self.storage = storage
         self.layers = storage.flatten(2, 3).unbind(0)  # (2 x G, rows x S, D) each
+        # that a layer reads per row and stored token
+        self.bytes_per_token = heads * head_dim * storage.element_size()
 
-    @property
-    def num_rows(self) -> int:
-        return self.storage.size(2)
+    def too_small(self, capacity: int) -> UserError:
+        """The error for a row of this many tokens."""
+        need = capacity * self.bytes_per_token * len(self.storage)
+        return UserError(
+            f"{capacity} tokens need {need / 2**20:,.0f} MiB of memory for keys and values, and "
+            f"{self.budget / 2**20:,.0f} MiB are free for them: ask for fewer new tokens, or "
+            "shorten the prompt"
+        )
 
-    @property
-    def capacity(self) -> int:
-        return self.storage.size(3)
+    def reserve(self, num_rows: int, capacity: int) -> bool:
+        """Make room for rows of `capacity` tokens. Whether the storage has moved.
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes that a layer reads per row and stored token."""
-        return self.storage.size(1) * self.storage.size(4) * self.storage.element_size()
-
-    def reserve(self, num_rows: int, capacity: int) -> None:
-        """Make room and keep the contents. Storage at least doubles: growing costs little over
-        time.
+        Keeps the tokens stored in these rows; without any, the old memory is freed first. Raises
+        UserError if the budget is too small.
         """
-        if num_rows > self.num_rows:
-            num_rows = max(num_rows, 2 * self.num_rows)
-            self.lengths += [0] * (num_rows - self.num_rows)
-        if capacity > self.capacity:
-            capacity = max(_rounded(capacity), min(2 * self.capacity, self.max_capacity))
-        rows, length, old = self.num_rows, self.capacity, self.storage
-        if num_rows > rows or capacity > length:
-            size = (max(num_rows, rows), max(capacity, length), old.size(4))
-            new = old.new_zeros(*old.shape[:2], *size)
-            new[:, :, :rows, :length] = old
-            self._keep(new)
+        size, old = self.size_for(num_rows, capacity), self.storage
+        if size == (self.num_rows, self.capacity):
+            return False
+        if size is None:
+            raise self.too_small(capacity)
+        rows, length = min(size[0], self.num_rows), max(self.lengths, default=0)
+        if not length:
+            self._keep(old[:, :, :0].clone())
+            old = self.storage
+        new = old.new_zeros(*old.shape[:2], *size, old.size(4))
+        if length:
+            new[:, :, :rows, :length] = old[:, :, :rows, :length]
+        self._keep(new)
+        self.lengths = self.lengths[:rows] + [0] * (size[0] - rows)
+        return True
+
+    def size_for(self, num_rows: int, capacity: int) -> tuple[int, int] | None:
+        """(rows, capacity) to have: as now, grown by a class or tightly; None beyond the budget."""
+        now = self.num_rows, self.capacity
+        if num_rows <= now[0] and capacity <= now[1]:
+            return now
+        tight = _rounded(capacity)
+        rows, length = (
+            row_class(num_rows),
+            max(tight, min(_rounded(capacity, POSITIONS), self.longest)),
+        )
+        kept = math.prod(now) if any(self.lengths) else 0
+        most = self.budget / (self.bytes_per_token * len(self.storage)) - kept
+        sizes = ((max(rows, now[0]), max(length, now[1])), (rows, length), (num_rows, tight))
+        return next((size for size in sizes if math.prod(size) <= most), None)
 
     def copy_rows(self, sources: Mapping[int, int]) -> None:
         """Copy into each row (key) the contents of another one (value), all at once."""
@@ -197,7 +216,11 @@ class CacheRows:
                 f"no room for {tuple(new.shape)} after {self.longest} tokens in {B} rows"
             )
         where = self.positions[:, None] + torch.arange(T, device=device)  # (B, T)
-        self._where = (self._row_numbers(device)[:, None] * cache.capacity + where).flatten()
+        if isinstance(self.rows, range):  # made on the device, as a CUDA graph requires
+            numbers = torch.arange(first, first + B, device=device)
+        else:
+            numbers = to_device(self.rows, torch.int64, device)
+        self._where = (numbers[:, None] * cache.capacity + where).flatten()
         if self.longest == 0:
             return
         groups, done = [], 0
@@ -213,11 +236,6 @@ class CacheRows:
             k, v = (part.unbind(0) for part in stored.chunk(2, dim=2))
             groups.append(zip(k, v, repeat(mask), strict=False))
         self._stored = list(zip(*groups, strict=True))
-
-    def _row_numbers(self, device: torch.device) -> Tensor:
-        if isinstance(self.rows, range):  # made on the device, as a CUDA graph requires
-            return torch.arange(self.rows.start, self.rows.stop, device=device)
-        return to_device(self.rows, torch.int64, device)
 
     def advance(self, num_tokens: int) -> None:
         if self.counts:
@@ -238,65 +256,5 @@ def groups_by_length(lengths: Sequence[int], bytes_per_token: int) -> list[int]:
     return [size for part in parts for size in groups_by_length(part, bytes_per_token)]
 
 
-def _rounded(length: int) -> int:
-    return -(-length // CACHE_BLOCK) * CACHE_BLOCK
-
-
-class _Captured(NamedTuple):
-    """A graph, its inputs (tokens and positions) and its output (logits)."""
-
-    graph: torch.cuda.CUDAGraph
-    idx: Tensor
-    positions: Tensor
-    logits: Tensor
-
-
-class DecodeGraphs:
-    """CUDA graphs of a decoding step: one launch instead of hundreds.
-
-    One graph per (rows, positions) size class. Not yet measured on a GPU.
-    """
-
-    ROW_CLASSES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-    POSITIONS = 256  # the attended length is rounded up to a multiple of this
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.storage = 0  # address of the cache that the graphs were captured for
-        self.graphs: dict[tuple[int, int], _Captured] = {}
-
-    def __call__(self, cache: KVCache, idx: Tensor) -> Tensor:
-        """Next tokens idx (B, 1) of rows 0..B-1 -> logits (B, V), valid until the next call."""
-        B = idx.size(0)
-        rows = next((n for n in self.ROW_CLASSES if n >= B), B)
-        end = -(-(max(cache.lengths[:B]) + 1) // self.POSITIONS) * self.POSITIONS
-        cache.reserve(rows, end)
-        end = min(end, cache.capacity)
-        if cache.storage.data_ptr() != self.storage:
-            self.storage, self.graphs = cache.storage.data_ptr(), {}
-        if (rows, end) not in self.graphs:
-            self.graphs[rows, end] = self._capture(cache, rows, end)
-        graph, static_idx, positions, logits = self.graphs[rows, end]
-        static_idx[:B].copy_(idx)
-        # Rows from B on store their token in the place of their next one: no step ever reads it.
-        places = [min(length, end - 1) for length in cache.lengths[:rows]]
-        positions.copy_(to_device(places, torch.int64, positions.device))
-        graph.replay()
-        for row in range(B):
-            cache.lengths[row] += 1
-        return logits[:B]
-
-    def _capture(self, cache: KVCache, rows: int, end: int) -> "_Captured":
-        device = cache.storage.device
-        idx = torch.zeros(rows, 1, dtype=torch.int64, device=device)
-        positions = torch.zeros(rows, dtype=torch.int64, device=device)
-        positions.copy_(torch.tensor([min(length, end - 1) for length in cache.lengths[:rows]]))
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # once outside of a graph: libraries allocate at first
-            self.model(idx, kv_cache=cache.fixed_rows(positions, end))
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self.model(idx, kv_cache=cache.fixed_rows(positions, end))[:, 0]
-        return _Captured(graph, idx, positions, logits)
+def _rounded(length: int, multiple: int = CACHE_BLOCK) -> int:
+    return -(-length // multiple) * multiple

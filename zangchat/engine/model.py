@@ -9,9 +9,9 @@ Shapes: B rows, T tokens, N = B x T, C width, H query heads, G key/value heads, 
 vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, cast
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,23 +25,13 @@ PACKED_ROWS = 64  # MKL's layout for this many rows is the fastest for fewer, no
 FEW_INT8_ROWS = 8  # up to here the int8 kernel for CPUs beats a product with dequantised weights
 
 
-class InferenceContext(Protocol):
-    """A gpt.AttentionContext that takes the keys and values of all heads at once."""
-
-    positions: Tensor
-    longest: int
-
-    def store(self, layer_idx: int, new: Tensor) -> Sequence[tuple[Tensor, Tensor, Tensor | None]]:
-        """Store keys and values (N, 2 x G, D); the results of update(), per group of rows."""
-
-    def advance(self, num_tokens: int) -> None: ...
-
-
 class Product:
     """x W^T for x (N, in) and a weight W (out, in), in the dtype of W."""
 
+    in_place = True  # the weights are plain tensors, which a CUDA graph may read
+
     def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
+        self.weight: Any = weight
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
@@ -50,12 +40,29 @@ class Product:
         """to + x W^T"""
         return torch.addmm(to, x, self.weight.t())
 
+    def refresh(self, weight: Tensor) -> None:
+        """Take over another weight, in the same memory if `in_place`."""
+        for name, new in vars(type(self)(weight)).items():
+            if self.in_place:
+                getattr(self, name).copy_(new)
+            else:
+                setattr(self, name, new)
 
-class PackedProduct:
+
+class OwnKernel(Product):
+    """By a kernel that cannot add."""
+
+    def added(self, to: Tensor, x: Tensor) -> Tensor:
+        return self(x).add_(to)
+
+
+class PackedProduct(OwnKernel):
     """The same in fp32 on x86 CPUs, with W laid out once for MKL.
 
     With 8 rows twice as fast as a plain product, close to the time of reading the weights.
     """
+
+    in_place = False
 
     def __init__(self, weight: Tensor) -> None:
         self.packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, PACKED_ROWS)
@@ -65,36 +72,28 @@ class PackedProduct:
     def __call__(self, x: Tensor) -> Tensor:
         return self.product(x, self.packed, self.shape, None, x.size(0))
 
-    def added(self, to: Tensor, x: Tensor) -> Tensor:
-        return self(x).add_(to)
 
-
-def product(weight: Tensor) -> Product | PackedProduct:
-    in_fp32_on_cpu = weight.is_cpu and weight.dtype == torch.float32
-    packs = in_fp32_on_cpu and torch.backends.mkl.is_available()
-    return PackedProduct(weight) if packs else Product(weight)
-
-
-class HalfProduct:
+class HalfProduct(OwnKernel):
     """x W^T in fp32 with W stored as fp16 (11 bits of precision, bf16 has 8), by FBGEMM.
 
     Half the bytes to read, for CPUs that do not multiply bf16.
     """
 
+    in_place = False
+
     def __init__(self, weight: Tensor) -> None:
-        in_fp32_on_cpu = weight.is_cpu and weight.dtype == torch.float32
-        if not in_fp32_on_cpu or "fbgemm" not in torch.backends.quantized.supported_engines:
+        if (
+            not _in_fp32_on_cpu(weight)
+            or "fbgemm" not in torch.backends.quantized.supported_engines
+        ):
             raise ValueError("fp16 weights are for fp32 on x86 CPUs: choose int8, or none")
         self.weight = torch.ops.quantized.linear_prepack_fp16(weight, None)
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.ops.quantized.linear_dynamic_fp16(x, self.weight)
 
-    def added(self, to: Tensor, x: Tensor) -> Tensor:
-        return self(x).add_(to)
 
-
-class Int8Product:
+class Int8Product(OwnKernel):
     """x W^T with W as int8 times one scale per output, rounded to nearest: a quarter of fp32."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -107,25 +106,34 @@ class Int8Product:
             return torch._weight_int8pack_mm(x.bfloat16(), self.weight, scales).to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype)) * self.scales.to(x.dtype)
 
-    def added(self, to: Tensor, x: Tensor) -> Tensor:
-        return self(x).add_(to)
+
+def _in_fp32_on_cpu(weight: Tensor) -> bool:
+    return weight.is_cpu and weight.dtype == torch.float32
 
 
-PRODUCTS: dict[str, Any] = {"": product, "fp16": HalfProduct, "int8": Int8Product}
+def product(weight: Tensor) -> Product:
+    packs = _in_fp32_on_cpu(weight) and torch.backends.mkl.is_available()
+    return PackedProduct(weight) if packs else Product(weight)
 
 
-@dataclass
-class Layer:
+PRODUCTS: dict[str, Callable[[Tensor], Product]] = {
+    "": product,
+    "fp16": HalfProduct,
+    "int8": Int8Product,
+}
+
+
+class Layer(NamedTuple):
     """The products of a block."""
 
-    qkv: Any  # each one of PRODUCTS
-    out: Any
-    up: Any
-    down: Any
+    qkv: Product
+    out: Product
+    up: Product
+    down: Product
 
 
 class InferenceGPT:
-    """A snapshot of a GPT for decoding. It shares unchanged weights; make a new one after training.
+    """A snapshot of a GPT for decoding, until `refresh`. It shares unchanged weights.
 
     `quantize` ("", "fp16", "int8") is the storage of the weights of the products; activations stay
     as they are. Raises ValueError for an unknown one, and for one without a kernel here.
@@ -137,13 +145,10 @@ class InferenceGPT:
             raise ValueError(f"unknown quantization {quantize!r}: {known}, or none")
         self.config, self.compute_dtype = model.config, model.compute_dtype
         self.attention_backend = model.options.attention
-        self.device, dtype, make = model.get_device(), model.compute_dtype, PRODUCTS[quantize]
+        self.device, dtype = model.get_device(), model.compute_dtype
         self.embedding = model.wte.weight.data.to(dtype)
-        self.layers = [
-            Layer(*(make(weight.to(dtype)) for weight in self._weights(block)))
-            for block in cast(Any, model.transformer["h"])
-        ]
-        self.head = make(model.lm_head.weight.data.to(dtype))
+        *blocks, self.head = map(PRODUCTS[quantize], self._weights(model))
+        self.layers = [Layer(*blocks[i : i + 4]) for i in range(0, len(blocks), 4)]
         # a cache may be longer than the context, by less than its block
         cos, sin = rotary_tables(self.config, self.config.sequence_len + 64, self.device)
         self._rotary = torch.complex(cos, -sin).unsqueeze(1)  # (positions, 1, D/2)
@@ -156,11 +161,21 @@ class InferenceGPT:
             for width in (self.config.n_embd, self.config.head_dim)
         }
 
-    def _weights(self, block: Any) -> Iterator[Tensor]:
-        """Of a Layer's products."""
-        q, k, v = (c.weight.data for c in (block.attn.c_q, block.attn.c_k, block.attn.c_v))
-        yield torch.cat([self._paired(q), self._paired(k), v])
-        yield from (c.weight.data for c in (block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj))
+    def refresh(self, model: GPT) -> None:
+        """Take over the weights of the model as they are now. Captured CUDA graphs stay valid."""
+        self.embedding.copy_(model.wte.weight.data)
+        products = [*itertools.chain.from_iterable(self.layers), self.head]
+        for mine, weight in zip(products, self._weights(model), strict=True):
+            mine.refresh(weight)
+
+    def _weights(self, model: GPT) -> Iterator[Tensor]:
+        """Of the products: of the layers in turn, and the head."""
+        for block in cast(Any, model.transformer["h"]):
+            q, k, v = (c.weight.data for c in (block.attn.c_q, block.attn.c_k, block.attn.c_v))
+            yield torch.cat([self._paired(q), self._paired(k), v]).to(self.compute_dtype)
+            for c in (block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
+                yield c.weight.data.to(self.compute_dtype)
+        yield model.lm_head.weight.data.to(self.compute_dtype)
 
     def _paired(self, weight: Tensor) -> Tensor:
         """Queries or keys with channel i of a head next to channel i + D/2.
@@ -177,13 +192,13 @@ class InferenceGPT:
         self,
         idx: Tensor,
         targets: Tensor | None = None,
-        kv_cache: InferenceContext | None = None,
+        kv_cache: Any = None,
         loss_reduction: str = "none",
         logits_at: Tensor | None = None,
     ) -> Tensor:
-        """As GPT.forward: logits (B, T, V), fp32, capped; with logits_at (B,) of one position per
-        row, (B, 1, V).
+        """As GPT.forward, with a cache that has the method `store` of kv_cache.CacheRows.
 
+        Logits (B, T, V), fp32, capped; with logits_at (B,) of one position per row, (B, 1, V).
         Given targets, the loss of each token (B, T); no other reduction.
         """
         if loss_reduction != "none":
@@ -239,7 +254,7 @@ class InferenceGPT:
         normed = F.rms_norm(x, (width,), eps=self.config.rms_norm_eps)
         return normed if out is None else out.copy_(normed)
 
-    def _angles(self, B: int, T: int, kv_cache: InferenceContext | None) -> Tensor:
+    def _angles(self, B: int, T: int, kv_cache: Any) -> Tensor:
         """Numbers (N, 1, D/2) on the unit circle, by the tokens' positions."""
         if kv_cache is not None and T == 1:
             return self._rotary.index_select(0, kv_cache.positions)

@@ -3,7 +3,7 @@ context.
 """
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 REPLY_SHARE = 4  # a trimmed chat leaves 1/4 of the context, or max_tokens if less, to the reply
@@ -83,54 +83,28 @@ class Markup:
             self.output_start: "python_output",
             self.output_end: "text",
         }
+        self.silent = {*map(special, tokenizer.get_special_tokens())} - {*self.kinds}
 
 
-class ReplyDecoder:
-    """Tokens of a reply -> the parts of its message, growing.
+class Reply:
+    """The message of a reply, growing by (type, text) pieces.
 
-    A part is {"type": "text" | "python" | "python_output", "text": str}. The reply ends before the
-    first of the `stop` strings, which count within a part of type "text".
+    A part is {"type": "text" | "python" | "python_output", "text": str}.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    def __init__(self) -> None:
         self.parts: list[dict[str, str]] = []
-        self.kind = "text"  # of the part that grows
-        self._decoder = StreamDecoder(tokenizer)
-        self._finder = StopFinder(stop)
-        self.kinds = Markup(tokenizer).kinds  # of the parts that these tokens begin
-        specials = map(tokenizer.encode_special, tokenizer.get_special_tokens())
-        self._silent = {token for token in specials if token not in self.kinds}
 
-    def feed(self, token: int) -> list[tuple[str, str]]:
-        """The (type, text) pieces that this token adds: none, or one."""
-        if self.stopped:
-            return []
-        if token in self.kinds:
-            pieces = self.flush()
-            self.kind = self.kinds[token]
-            if self.kind != "text" and not self.stopped:
-                self.parts.append({"type": self.kind, "text": ""})
-            return pieces
-        if token in self._silent:
-            return []
-        text = self._decoder.feed(token)
-        return self._add(self._finder.feed(text) if self.kind == "text" else text)
-
-    def flush(self) -> list[tuple[str, str]]:
-        """The pieces that were held back, at the end."""
-        text = self._decoder.flush()
-        if self.kind == "text":
-            text = self._finder.feed(text) + self._finder.flush()
-        return self._add(text)
-
-    def says(self, token: int) -> bool:
-        """Whether this token, just fed, belongs to the text, not to a tool call or its markup."""
-        return self.kind == "text" and token not in self._silent and token not in self.kinds
-
-    @property
-    def stopped(self) -> bool:
-        """A stop string was found."""
-        return self._finder.found
+    def add(self, pieces: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Append pieces; returns those with text. One without text begins a part."""
+        shown = []
+        for kind, text in pieces:
+            if not text or not self.parts or self.parts[-1]["type"] != kind:
+                self.parts.append({"type": kind, "text": ""})
+            if text:
+                self.parts[-1]["text"] += text
+                shown.append((kind, text))
+        return shown
 
     def text(self) -> str:
         """The text, without tool calls."""
@@ -140,13 +114,53 @@ class ReplyDecoder:
         """The reply as a message's content: its parts if it calls a tool, else a string."""
         return self.parts if any(part["type"] != "text" for part in self.parts) else self.text()
 
-    def _add(self, text: str) -> list[tuple[str, str]]:
-        if not text:
+
+class ReplyDecoder(Reply):
+    """Tokens of a reply -> its message, which ends before the first of the `stop` strings.
+
+    They count within a part of type "text".
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.kind = "text"  # of the part that grows
+        self._decoder = StreamDecoder(tokenizer)
+        self._finder = StopFinder(stop)
+        markup = Markup(tokenizer)
+        self.kinds, self._silent = markup.kinds, markup.silent
+
+    def feed(self, token: int) -> list[tuple[str, str]]:
+        """The (type, text) pieces that this token adds, for Reply.add."""
+        if self.stopped or token in self._silent:
             return []
-        if not self.parts or self.parts[-1]["type"] != self.kind:
-            self.parts.append({"type": self.kind, "text": ""})
-        self.parts[-1]["text"] += text
-        return [(self.kind, text)]
+        if token in self.kinds:
+            pieces = self.flush()
+            self.kind = self.kinds[token]
+            if self.kind == "text" or self.stopped:
+                return pieces
+            self.add([(self.kind, "")])
+            return [*pieces, (self.kind, "")]
+        text = self._decoder.feed(token)
+        return self._grow(self._finder.feed(text) if self.kind == "text" else text)
+
+    def flush(self) -> list[tuple[str, str]]:
+        """The pieces that were held back, at the end."""
+        text = self._decoder.flush()
+        if self.kind == "text":
+            text = self._finder.feed(text) + self._finder.flush()
+        return self._grow(text)
+
+    def _grow(self, text: str) -> list[tuple[str, str]]:
+        return self.add([(self.kind, text)] if text else [])
+
+    def says(self, token: int) -> bool:
+        """Whether this token, just fed, belongs to the text, not to a tool call or its markup."""
+        return self.kind == "text" and token not in self._silent and token not in self.kinds
+
+    @property
+    def stopped(self) -> bool:
+        """A stop string was found."""
+        return self._finder.found
 
 
 def fit_conversation(

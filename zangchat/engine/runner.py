@@ -8,15 +8,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from zangchat.engine.kv_cache import CACHE_BLOCK, DecodeGraphs, KVCache, storage_dtype
-from zangchat.engine.sampling import Logprob, LogprobTensors, Sampler, to_device
+from zangchat.engine.cuda import DecodeGraphs, to_device, to_host
+from zangchat.engine.kv_cache import CACHE_BLOCK, KVCache, storage_dtype
+from zangchat.engine.sampling import LogprobTensors, Sampler
 from zangchat.engine.scheduler import Chunk, Prompt
 from zangchat.engine.sequence import Event, Sequence
+from zangchat.runtime.memory import free_memory
 from zangchat.runtime.seeds import derive_seed
 
-# bf16 on a CPU: torch keeps the product that it generates for each shape, some 2 MB per prompt
-# length (d6), so prompts are padded to a multiple of this.
-PROMPT_MULTIPLE = 16
+# Prompts are padded to a multiple of this if each length costs something. In bf16 on a CPU torch
+# keeps the product that it generates for each shape, some 2 MB per prompt length (d6); on CUDA
+# cuDNN plans each new shape, 23 to 37 ms on an H100.
+PROMPT_MULTIPLE, PROMPT_MULTIPLE_CUDA = 16, 64
+CACHE_SHARE = 0.8  # of the free memory, for keys and values; the rest is for forward passes
 
 
 class Draw(NamedTuple):
@@ -32,30 +36,44 @@ class Draw(NamedTuple):
         """Wait for the tokens and give them to their sequences."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        logprobs: dict[int, Logprob] = {}
-        if self.logprobs is not None:
-            most = max(self.sequences[row].request.logprobs or 0 for row in self.rows)
-            logprobs = dict(zip(self.rows, self.logprobs.on_host(most), strict=True))
-        drawn = zip(self.sequences, self.tokens.tolist(), strict=True)
-        return [
-            sequence.accept(token, logprobs.get(row))
-            for row, (sequence, token) in enumerate(drawn)
-            if sequence.stop_reason is None  # else it ended while the draw was under way
-        ]
+        values = self.logprobs.on_host() if self.logprobs is not None else []
+        logprobs = dict(zip(self.rows, values, strict=True))
+        events = []
+        for row, (sequence, token) in enumerate(
+            zip(self.sequences, self.tokens.tolist(), strict=True)
+        ):
+            if sequence.stop_reason is not None:
+                continue  # it ended while the draw was under way
+            try:
+                events.append(sequence.accept(token, logprobs.get(row)))
+            except Exception as error:  # only this sequence: the others have their tokens
+                events.append(sequence.fail(error))
+        return events
 
 
 class Runner:
-    """The model and its cache, row i for the i-th running sequence."""
+    """The model, its cache and its graphs; row i of the cache for the i-th running sequence.
+
+    Serves one running batch at a time, and another one after it: the memory and the graphs stay.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model, self.device = model, model.get_device()
-        dtype, on_cpu = model.compute_dtype, self.device.type == "cpu"
-        self.prompt_multiple = PROMPT_MULTIPLE if on_cpu and dtype == torch.bfloat16 else 1
+        dtype, kind = model.compute_dtype, self.device.type
+        on_cpu = PROMPT_MULTIPLE if dtype == torch.bfloat16 else 1
+        self.prompt_multiple = {"cuda": PROMPT_MULTIPLE_CUDA, "cpu": on_cpu}.get(kind, 1)
         stored = storage_dtype(dtype, self.device)
         self.cache = KVCache(model.config, 1, CACHE_BLOCK, stored, self.device)
-        self.graphs = DecodeGraphs(model) if self.device.type == "cuda" else None
+        self.graphs = DecodeGraphs(model, self.cache) if kind == "cuda" else None
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        self.keep_rows(set())
         self._sampler: Sampler | None = None  # of the running rows; None after they changed
         self._newest: Tensor | None = None  # (B,) the last draw, in the order of the running rows
+        held = self.cache.storage.nbytes
+        self.cache.budget = held + CACHE_SHARE * free_memory(self.device)
 
     @property
     def rows_changed(self) -> bool:
@@ -74,25 +92,33 @@ class Runner:
             self._newest = self._newest[to_device(sources, torch.int64, self.device)]
         self._sampler = None
 
+    def keep_rows(self, rows: set[int]) -> None:
+        """All other rows are empty."""
+        lengths = enumerate(self.cache.lengths)
+        self.cache.lengths[:] = [length if row in rows else 0 for row, length in lengths]
+
     def fork(self, source: int, rows: range) -> None:
         """Continue the prompt in row `source` in each of `rows`."""
-        for row in rows:
-            if row != source:
-                self.cache.reserve(row + 1, 0)
-                self.cache.copy_rows({row: source})
+        self.cache.copy_rows({row: source for row in rows if row != source})
         if rows:
             self._sampler = None
 
-    def decode(self, running: list[Sequence], groups: list[int]) -> Tensor:
-        """Feed each running row its newest token -> logits (B, V)."""
+    def decode(self, running: list[Sequence], groups: list[int], only: int | None = None) -> Tensor:
+        """Feed each running row its newest token -> logits (B, V); or `only` one row -> (1, V)."""
         idx = self._newest_tokens(running)[:, None]
         if self._sampler is not None:
             self._sampler.mark_seen(idx)
-        if self.graphs is not None:
-            return self.graphs(self.cache, idx)
-        rows = len(running)
-        self.cache.reserve(rows, max(self.cache.lengths[:rows]) + 1)
-        return self.model(idx, kv_cache=self.cache.rows(0, rows, groups))[:, 0]
+        lengths = list(self.cache.lengths)
+        try:
+            if only is not None:
+                context = self.cache.rows(only, only + 1)
+                return self.model(idx[only : only + 1], kv_cache=context)[:, 0]
+            if self.graphs is not None:
+                return self.graphs(idx)
+            return self.model(idx, kv_cache=self.cache.rows(0, len(running), groups))[:, 0]
+        except Exception:
+            self.cache.lengths[:] = lengths
+            raise
 
     def _newest_tokens(self, running: list[Sequence]) -> Tensor:
         known = [sequence.last_token for sequence in running]
@@ -106,18 +132,19 @@ class Runner:
         replacing = to_device(forced, torch.int64, self.device)
         return torch.where(replacing < 0, self._newest, replacing)
 
-    def read(self, chunk: Chunk, num_rows: int) -> Tensor:
+    def read(self, chunk: Chunk, num_rows: int, most_tokens: int) -> Tensor:
         """One forward pass over a chunk -> logits (P, V) after the last token of each prompt.
 
         Prompts are padded on the right: causal attention never looks there, and the tokens to come
-        overwrite the padding. `num_rows`: of the cache, for all prompts that are being read.
+        overwrite the padding. The cache gets `num_rows` rows, each with room for `most_tokens`.
         """
         prompts, cache = chunk.prompts, self.cache
+        if cache.reserve(num_rows, most_tokens) and self.graphs is not None:
+            self.graphs.clear()
         parts = [prompt.tokens[prompt.read : prompt.read + chunk.size] for prompt in prompts]
         rows, start = [prompt.row for prompt in prompts], prompts[0].read
         padded = -(-chunk.size // self.prompt_multiple) * self.prompt_multiple
-        size = min(padded, self.model.config.sequence_len - start)
-        cache.reserve(num_rows, start + size)  # at once, since growing copies
+        size = min(padded, self.model.config.sequence_len - start, cache.capacity - start)
         for prompt in prompts:
             cache.lengths[prompt.row] = prompt.read
         flat = [token for part in parts for token in [*part, *[0] * (size - len(part))]]
@@ -142,10 +169,11 @@ class Runner:
         if not following:
             return
         tokens = to_device(following, torch.int64, self.device)
-        tensors = LogprobTensors.of(logits[: len(following)], tokens, prompt.logprobs or 0)
+        found = LogprobTensors.of(logits[: len(following)], tokens, prompt.logprobs or 0).on_host()
         for sequence in prompt.sequences:
             if sequence.request.prompt_logprobs:
-                sequence.prompt_logprobs += tensors.on_host(sequence.request.logprobs or 0)
+                n = sequence.request.logprobs or 0
+                sequence.prompt_logprobs[prompt.read :] = [lp.cut(n) for lp in found]
 
     def draw(self, running: list[Sequence], logits: Tensor) -> Draw:
         """Logits (B, V) -> the next token of each running row, on its way to the host."""
@@ -162,14 +190,10 @@ class Runner:
             sequence.drawn += 1
         tokens = self._newest = self._sampler(logits, uniforms)
         rows = [i for i, request in enumerate(requests) if request.logprobs is not None]
-        logprobs, arrived = None, None
+        logprobs = None
         if rows:
             at = to_device(rows, torch.int64, self.device)
             most = max(requests[i].logprobs or 0 for i in rows)
             logprobs = LogprobTensors.of(logits[at], tokens[at], most)
-        if self.device.type == "cuda":
-            host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            tokens = host.copy_(tokens, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
+        tokens, arrived = to_host(tokens)
         return Draw(list(running), tokens, rows, logprobs, arrived)

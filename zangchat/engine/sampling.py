@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from zangchat.config import SAMPLING_LIMITS
+from zangchat.engine.cuda import to_device
 
 MIN_TEMPERATURE = 1e-5  # lower ones count as 0, before logits / temperature overflows
 
@@ -94,23 +95,22 @@ class Sampler:
             return
         greedy = [request.greedy for request in requests]
         self.is_greedy = self._column(greedy, torch.bool) if any(greedy) else None
-        self.temperature = self._column([1.0 if r.greedy else r.temperature for r in requests])
-        top_k = [
-            vocab_size if r.greedy else min(r.top_k or vocab_size, vocab_size) for r in requests
-        ]
-        top_p = [1.0 if r.greedy else r.top_p or 1.0 for r in requests]
+        plain = Request([0])  # in the place of a greedy one, whose draw is not used
+        rows = [plain if request.greedy else request for request in requests]
+        top_k = [min(row.top_k or vocab_size, vocab_size) for row in rows]
+        top_p = [row.top_p or 1.0 for row in rows]
         limited = [k < vocab_size for k in top_k]
         self.limited = self._column(limited, torch.bool) if any(limited) else None
         self.candidates = max((k for k in top_k if k < vocab_size), default=0)
         # some row draws from its whole vocabulary, or from the part that top_p leaves of it
         self.unlimited = not all(a or b for a, b in zip(limited, greedy, strict=True))
         self.nucleus = any(p < 1 and k == vocab_size for k, p in zip(top_k, top_p, strict=True))
+        self.has_top_p, self.has_min_p = min(top_p) < 1, any(row.min_p for row in rows)
+        self.temperature = self._column([row.temperature for row in rows])
+        self.min_p = self._column([row.min_p or 0.0 for row in rows])
         self.top_k = self._column(top_k, torch.int64)
         # 2: never reached
         self.top_p = self._column([p if p < 1 else 2.0 for p in top_p], self.precise)
-        self.has_top_p = min(top_p) < 1
-        self.has_min_p = any(request.min_p for request in requests if not request.greedy)
-        self.min_p = self._column([request.min_p or 0.0 for request in requests])
 
     def _column(self, values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
         return to_device(values, dtype, self.device)[:, None]
@@ -134,9 +134,8 @@ class Sampler:
             likely = scores
             if self.nucleus:  # with all tokens as likely as the last one that top_p takes
                 best = _descending(scores)
-                likely = scores.masked_fill(
-                    scores < best.gather(1, self._last_likely(best)), -math.inf
-                )
+                last = best.gather(1, self._last_likely(best))
+                likely = scores.masked_fill(scores < last, -math.inf)
             drawn = self._drawn(likely, targets)
         if self.limited is not None:
             best, ids = scores.topk(self.candidates, dim=-1)  # descending
@@ -158,9 +157,8 @@ class Sampler:
         if self.has_min_p:
             p = p.masked_fill(p < self.min_p * p.amax(dim=-1, keepdim=True), 0.0)
         cdf = self._summed(p)
-        return torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True).clamp_(
-            max=cdf.size(-1) - 1
-        )
+        drawn = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True)
+        return drawn.clamp_(max=cdf.size(-1) - 1)
 
     def _summed(self, probabilities: Tensor) -> Tensor:
         """Cumulative sums (B, K). On a CPU a quarter of the time of cumsum(dtype=...)."""
@@ -186,13 +184,6 @@ def _best(logits: Tensor) -> Tensor:
     return logits.argmax(dim=-1)
 
 
-def to_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A small tensor on the device, without waiting for the device."""
-    if device.type != "cuda":
-        return torch.tensor(values, dtype=dtype, device=device)
-    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
-
-
 class LogprobTensors(NamedTuple):
     """Log-probabilities at N positions: values (N,), top values and top ids (N, n)."""
 
@@ -207,7 +198,7 @@ class LogprobTensors(NamedTuple):
         values = logprobs.gather(-1, tokens[:, None]).squeeze(-1)
         return cls(values, *logprobs.topk(min(n, logits.size(-1)), dim=-1))
 
-    def on_host(self, n: int) -> list[Logprob]:
-        columns = (self.values, self.top_ids[:, :n], self.top_values[:, :n])
+    def on_host(self) -> list[Logprob]:
+        columns = (self.values, self.top_ids, self.top_values)
         rows = zip(*(column.tolist() for column in columns), strict=True)
         return [Logprob(value, list(zip(ids, top, strict=True))) for value, ids, top in rows]

@@ -5,8 +5,9 @@ Rows 0..len(running)-1 of the cache belong to the running sequences, the rows af
 prompts being read.
 """
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
+from typing import Any
 
 from zangchat.engine.kv_cache import groups_by_length
 from zangchat.engine.sequence import Event, Sequence
@@ -20,6 +21,7 @@ class Prompt:
     sequences: list[Sequence]
     row: int  # in the cache; the rows after it are kept free for all but one of the sequences
     read: int = 0  # tokens stored
+    alone: bool = False  # it does not share a pass with others
 
     @property
     def left(self) -> int:
@@ -34,24 +36,25 @@ class Prompt:
 
 @dataclass
 class Chunk:
-    """The next `size` tokens of some prompts, for one forward pass; of each at most what is
-    left.
-    """
+    """The next tokens of some prompts, for one forward pass: of each at most `size`."""
 
     prompts: list[Prompt]
     size: int
 
 
 class Scheduler:
-    """Admits requests in their order while rows are free, and reads prompts within a budget.
+    """Admits requests while rows and memory are free, and reads prompts within a budget.
 
     prefill_tokens: prompt positions to read in a step, padding included. logprob_tokens: the most
-    positions of a pass that keeps the logits of all of them.
+    positions of a pass that keeps the logits of all of them. cache: a KVCache, which tells how many
+    rows of how many tokens fit; without one, all do.
     """
 
-    def __init__(self, max_rows: int, prefill_tokens: int, logprob_tokens: int) -> None:
+    def __init__(
+        self, max_rows: int, prefill_tokens: int, logprob_tokens: int, cache: Any = None
+    ) -> None:
         self.max_rows, self.prefill_tokens = max_rows, prefill_tokens
-        self.logprob_tokens = max(1, logprob_tokens)
+        self.logprob_tokens, self.cache = max(1, logprob_tokens), cache
         self.waiting: deque[Sequence] = deque()
         self.reading: deque[Prompt] = deque()  # in the order of their rows
         self.running: list[Sequence] = []
@@ -62,9 +65,14 @@ class Scheduler:
         return bool(self.running or self.reading or self.waiting)
 
     @property
+    def in_rows(self) -> list[Sequence]:
+        """The sequences that have a row of the cache."""
+        return [*self.running, *(s for prompt in self.reading for s in prompt.sequences)]
+
+    @property
     def num_rows(self) -> int:
         """Rows in use."""
-        return len(self.running) + sum(len(prompt.sequences) for prompt in self.reading)
+        return len(self.in_rows)
 
     @property
     def first_free_row(self) -> int:
@@ -72,10 +80,14 @@ class Scheduler:
             return len(self.running)
         return self.reading[-1].row + len(self.reading[-1].sequences)
 
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that the longest row may come to hold."""
+        return max((sequence.most_tokens for sequence in self.in_rows), default=0)
+
     def live(self) -> list[Sequence]:
         """All sequences that have not ended."""
-        reading = (sequence for prompt in self.reading for sequence in prompt.sequences)
-        return [*self.running, *reading, *self.waiting]
+        return [*self.in_rows, *self.waiting]
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence that has not begun to run."""
@@ -86,25 +98,43 @@ class Scheduler:
         self.reading = deque(prompt for prompt in self.reading if prompt.sequences)
 
     def admit(self) -> list[Event]:
-        """Move waiting requests to `reading` while rows are free. Equal prompts are read once.
+        """Move waiting requests to `reading`. Equal prompts are read once.
 
-        Returns the ends of those that have nothing to do.
+        The next one is of the owner with the fewest rows; no owner of several gets more than half
+        of them. Each has room for all that it may generate. Returns the ends of those that have
+        nothing to do, and of those for which even an empty cache is too small.
         """
+        if not self.waiting:
+            return []
         events: list[Event] = []
         prompts: dict[tuple[int, ...], list[Sequence]] = {}
-        row = self.first_free_row
-        free = self.max_rows - row
-        while self.waiting and free > 0:
-            sequence = self.waiting.popleft()
-            if sequence.limit > 0 or sequence.request.prompt_logprobs:
-                prompts.setdefault(tuple(sequence.request.tokens), []).append(sequence)
-                free -= 1
-            else:
+        held = Counter(sequence.owner for sequence in self.in_rows)
+        rows, longest = self.first_free_row, self.most_tokens
+        while self.waiting and rows < self.max_rows:
+            newcomer = next((s for s in self.waiting if not held[s.owner]), None)
+            sequence = newcomer or min(self.waiting, key=lambda s: held[s.owner])
+            wanted, own = max(longest, sequence.most_tokens), held[sequence.owner] + 1
+            if sequence.limit == 0 and not sequence.request.prompt_logprobs:
                 events.append(sequence.end("length"))
+            elif own > 1 and not (2 * own <= self.max_rows and self._fits(2 * own, wanted)):
+                break
+            elif self._fits(rows + 1, wanted):
+                prompts.setdefault(tuple(sequence.request.tokens), []).append(sequence)
+                held[sequence.owner] = own
+                rows, longest = rows + 1, wanted
+            elif rows:
+                break  # until rows are free
+            else:
+                events.append(sequence.fail(self.cache.too_small(wanted)))
+            self.waiting.remove(sequence)
+        row = self.first_free_row
         for tokens in sorted(prompts, key=len):  # similar lengths will share a pass
             self.reading.append(Prompt(tokens, prompts[tokens], row))
             row += len(prompts[tokens])
         return events
+
+    def _fits(self, num_rows: int, capacity: int) -> bool:
+        return self.cache is None or self.cache.size_for(num_rows, capacity) is not None
 
     def next_chunk(self, budget: int) -> Chunk | None:
         """The prompts to read next with a rest of the step's budget.
@@ -119,7 +149,7 @@ class Scheduler:
             return None  # a whole chunk in the next step rather than a part in this one
         most = budget if first.logprobs is None else min(budget, self.logprob_tokens)
         together, size = [first], min(first.left, most)
-        if first.read == 0 and size == first.left:
+        if first.read == 0 and size == first.left and not first.alone:
             for prompt in list(self.reading)[1:]:
                 widest = max(size, prompt.left)
                 alike = (prompt.logprobs is None) == (first.logprobs is None)
@@ -128,6 +158,17 @@ class Scheduler:
                 together.append(prompt)
                 size = widest
         return Chunk(together, size)
+
+    def failed(self, chunk: Chunk, error: Exception) -> list[Event]:
+        """A pass over the chunk raised an exception: read its prompts one by one from now on, and
+        end the sequences of a single one.
+        """
+        if len(chunk.prompts) == 1:
+            self.reading.popleft()
+            return [sequence.fail(error) for sequence in chunk.prompts[0].sequences]
+        for prompt in chunk.prompts:
+            prompt.alone = True
+        return []
 
     def join(self) -> tuple[list[Sequence], list[Event]]:
         """Give each sequence of the first prompt a row after the running ones.

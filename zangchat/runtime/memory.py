@@ -60,6 +60,18 @@ def device_memory(device: torch.device | str) -> int:
     return available_memory() // ranks_here() + psutil.Process().memory_info().rss
 
 
+def free_memory(device: torch.device | str) -> int:
+    """Bytes that new tensors of this process can take: what is left of `device_memory`."""
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cuda":
+        return device_memory(device) - torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return device_memory(device) - torch.mps.current_allocated_memory()
+    return available_memory() // ranks_here()
+
+
 def available_memory(root: Path = Path("/")) -> int:
     """Bytes of main memory that can still be taken: of the machine or, if that is less, of the
     container or job (Linux's cgroups).

@@ -3,7 +3,7 @@
 import itertools
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 from starlette.types import Receive
 
 from zangchat.config import USER_LIMITS
-from zangchat.engine import Generation, Request
-from zangchat.engine.replies import ReplyDecoder, StreamDecoder
+from zangchat.engine import Request, Sequence
+from zangchat.engine.replies import Reply, StreamDecoder
 from zangchat.engine.sampling import Logprob
 from zangchat.server.http import EventStream, Incoming, from_pool, unless_disconnected
 from zangchat.server.pool import PoolError, Stream, Token
@@ -150,7 +150,7 @@ class Choice:
         skipped: int = 0,
     ) -> None:
         self.tokenizer, self.request, self.is_chat = tokenizer, request, is_chat
-        self.decoder = ReplyDecoder(tokenizer, request.stop)
+        self.reply = Reply()
         self.echo = echo  # the prompt's text, to be returned before the continuation's
         self.skipped = skipped  # leading prompt tokens that the client did not send: <|bos|>
         self.reason = ""
@@ -159,10 +159,9 @@ class Choice:
 
     def feed(self, item: Token) -> list[tuple[str, str]]:
         """The (kind, text) pieces that a step adds."""
-        pieces = [] if item.token is None else self.decoder.feed(item.token)
+        pieces = self.reply.add(item.pieces)
         offset = self._length
         if item.stop_reason is not None:
-            pieces = pieces + self.decoder.flush()
             self.reason = "stop" if item.stop_reason == "stop" else "length"
         self._length += sum(len(text) for kind, text in pieces if kind == "text")
         token = item.token
@@ -170,11 +169,11 @@ class Choice:
             token = item.stop_token
         if item.logprob is None or token is None:
             return pieces
-        if not self.is_chat or self.decoder.says(token):
+        if not self.is_chat or item.says:
             self._pending.append((token, offset, item.logprob))
         return pieces
 
-    def add_prompt(self, logprobs: Sequence[Logprob]) -> None:
+    def add_prompt(self, logprobs: Iterable[Logprob]) -> None:
         """Put the prompt's log-probabilities first; its very first token has none."""
         decoder, offset, prompt = StreamDecoder(self.tokenizer), 0, []
         scored = list(zip(self.request.tokens, [None, *logprobs], strict=True))
@@ -279,13 +278,13 @@ class Answer:
         return self.envelope(choices, usage=self.usage())
 
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        logprobs, text = choice.take_logprobs(), choice.decoder.text()
+        logprobs, text = choice.take_logprobs(), choice.reply.text()
         shown = {"index": index, "finish_reason": choice.reason, "logprobs": logprobs}
         if not self.is_chat:
             return {**shown, "text": (choice.echo or "") + text}
         message: dict[str, Any] = {"role": "assistant", "content": text}
-        if any(part["type"] != "text" for part in choice.decoder.parts):
-            message["parts"] = choice.decoder.parts  # tool calls, which OpenAI's format lacks
+        if any(part["type"] != "text" for part in choice.reply.parts):
+            message["parts"] = choice.reply.parts  # tool calls, which OpenAI's format lacks
         return {**shown, "message": message}
 
     async def chunks(self, stream: Stream, include_usage: bool) -> AsyncIterator[bytes]:
@@ -309,7 +308,7 @@ class Answer:
             yield event({"error": {"message": str(error), "type": "server_error", "code": code}})
         yield b"data: [DONE]\n\n"
 
-    def _opening(self, index: int, generation: Generation) -> Iterable[bytes]:
+    def _opening(self, index: int, generation: Sequence) -> Iterable[bytes]:
         choice = self.choices[index]
         if self.is_chat:
             yield self._chunk(index, delta={"role": "assistant", "content": ""})

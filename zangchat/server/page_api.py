@@ -16,7 +16,7 @@ from fastapi.responses import HTMLResponse
 from markdown_it import MarkdownIt
 from pydantic import Field, StrictBool
 
-from zangchat.engine.replies import ReplyDecoder
+from zangchat.engine.replies import Reply
 from zangchat.server.http import EventStream
 from zangchat.server.pool import PoolError, Stream
 from zangchat.server.protocol import (
@@ -76,8 +76,7 @@ async def page_chat(body: PageChat, service: CurrentService) -> Response:
         service.prompter.chat, body.messages, body.max_tokens, body.truncate
     )
     stream = service.pool.open(body.requests(prompt, 1, service.settings))
-    decoder = ReplyDecoder(service.tokenizer, stream.requests[0].stop)
-    return EventStream(stream, page_events(stream, decoder, body.render, left_out))
+    return EventStream(stream, page_events(stream, body.render, left_out))
 
 
 def load_page(settings: Settings, context: int) -> tuple[str, str]:
@@ -109,16 +108,14 @@ def load_page(settings: Settings, context: int) -> tuple[str, str]:
 # -- events ----------------------------------------------------------------------------------------
 
 
-async def page_events(
-    stream: Stream, decoder: ReplyDecoder, render: bool, left_out: int
-) -> AsyncIterator[bytes]:
+async def page_events(stream: Stream, render: bool, left_out: int) -> AsyncIterator[bytes]:
     """nanochat's events {"token", "gpu"} ... {"done": true}.
 
     Pieces of tool calls are {"tool", "text"}; {"queued"} counts the continuations ahead. With
     `render`, the reply so far comes as {"parts"} instead, at most ten times a second and less often
     if rendering is slow.
     """
-    gpu = stream.worker.number
+    gpu, reply = stream.worker.number, Reply()
     next_render, stop_reason = 0.0, ""
     if left_out:
         yield event({"left_out": left_out})
@@ -126,23 +123,20 @@ async def page_events(
         yield event({"queued": stream.before})
     try:
         async for items in stream:
-            tokens = [item.token for item in items if item.token is not None]
-            pieces = join_pieces(piece for token in tokens for piece in decoder.feed(token))
-            if items[-1].stop_reason is not None:
-                stop_reason = items[-1].stop_reason
-                pieces += decoder.flush()
+            pieces = join_pieces(piece for item in items for piece in reply.add(item.pieces))
+            stop_reason = items[-1].stop_reason or ""
             if not render:
                 for kind, text in pieces:
                     shown = {"token": text} if kind == "text" else {"tool": kind, "text": text}
                     yield event({**shown, "gpu": gpu})
             elif time.monotonic() >= next_render:
                 start = time.monotonic()
-                parts = render_parts(decoder.parts)
+                parts = render_parts(reply.parts)
                 now = time.monotonic()
                 next_render = now + max(RENDER_SECONDS, 20 * (now - start))
                 yield event({"parts": parts, "gpu": gpu})
         if render:
-            yield event({"parts": render_parts(decoder.parts), "gpu": gpu})
+            yield event({"parts": render_parts(reply.parts), "gpu": gpu})
         yield event({"done": True, "finish_reason": stop_reason})
     except PoolError as error:
         yield event({"error": str(error), "done": True})

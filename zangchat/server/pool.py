@@ -6,21 +6,27 @@ of HTTP.
 """
 
 import asyncio
+import collections.abc
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from zangchat.engine import Engine, Event, Generation, Request, RunningBatch
+import torch
+
+from zangchat.engine import Engine, Event, Request, RunningBatch, Sequence
 from zangchat.engine.sampling import Logprob
+from zangchat.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 # A worker hands at most this many pieces to the event loop; above, a piece holds several tokens.
 PIECES_PER_SECOND = 1000
+ENGINE_FAILED = "the engine failed on this request; the server's log has the reason"
+Pieces = collections.abc.Sequence[tuple[str, str]]
 
 
 class PoolError(Exception):
@@ -36,21 +42,27 @@ class EngineFailed(PoolError):
 
 
 class Token(NamedTuple):
-    """One step of a choice. A stop_reason ends the choice; "error" means that the engine failed."""
+    """One step of a choice. A stop_reason ends the choice: "stop", "length", "timeout" (the
+    request's time is up, queueing included), or "error" (the engine failed).
+    """
 
     choice: int
     token: int | None  # None if the choice ended without a further token
     stop_reason: str | None
     stop_token: int | None = None
     logprob: Logprob | None = None
+    mask: int = 1  # 0 for tool output: a "python_output" piece of mask 1 was made up by the model
+    pieces: Pieces = ()  # (type of part, text) that became certain
+    says: bool = False  # the token belongs to the text, not to a tool call or its markup
+    message: str = ENGINE_FAILED  # for the client, of an "error"
 
 
 class Stream:
     """The tokens of one API request (one or more choices), on the event loop. Must be closed."""
 
-    def __init__(self, pool: "Pool", worker: "Worker", requests: Sequence[Request]) -> None:
+    def __init__(self, pool: "Pool", worker: "Worker", requests: list[Request]) -> None:
         self.pool, self.worker, self.requests = pool, worker, requests
-        self.generations: list[Generation] = []  # filled by the worker
+        self.generations: list[Sequence] = []  # filled by the worker
         self.before = max(0, worker.load - worker.max_rows + 1)  # continuations ahead in the queue
         self.deadline = time.monotonic() + pool.request_seconds
         self.loop = asyncio.get_running_loop()
@@ -68,10 +80,9 @@ class Stream:
             await self._has_arrived.wait()
             self._has_arrived.clear()
             tokens, self._arrived = self._arrived, []
-            if any(token.stop_reason == "error" for token in tokens):
-                raise EngineFailed(
-                    "the engine failed on this request; the server's log has the reason"
-                )
+            for token in tokens:
+                if token.stop_reason == "error":
+                    raise EngineFailed(token.message)
             self._open -= sum(token.stop_reason is not None for token in tokens)
             yield tokens
 
@@ -116,23 +127,25 @@ class Worker(threading.Thread):
             self._wake.notify()
 
     def run(self) -> None:
+        device = self.engine.model.get_device()
+        if device.type == "cuda":  # a new thread starts on GPU 0
+            torch.cuda.set_device(device)
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._inbox or self._stopping or self.batch.busy)
                 if self._stopping:
                     return
-                posted = list(self._inbox)
-                self._inbox.clear()
             try:
-                for action, stream in posted:
+                while self._inbox:
+                    action, stream = self._inbox.popleft()
                     self._join(stream) if action == "join" else self._leave(stream)
                 self._end_overdue()
                 self._collect(self.batch.step())
-                self.rows, self.waiting = self.batch.num_rows, len(self.batch.waiting)
             except Exception:  # must not end the thread that serves all requests
                 logger.exception("the engine failed; the requests in its batch are given up")
                 self._give_up()
                 self.batch = self._new_batch()
+            self.rows, self.waiting = self.batch.num_rows, len(self.batch.waiting)
             self._deliver()
 
     def _new_batch(self) -> RunningBatch:
@@ -140,7 +153,11 @@ class Worker(threading.Thread):
 
     def _join(self, stream: Stream) -> None:
         for choice, request in enumerate(stream.requests):
-            generation = self.batch.submit(request)
+            try:
+                generation = self.batch.submit(request, owner=stream, text=True)
+            except ValueError as error:
+                self._send(stream, Token(choice, None, "error", message=str(error)))
+                return  # the stream ends, and leaves
             stream.generations.append(generation)
             self._streams[id(generation)] = (stream, choice)
 
@@ -152,19 +169,21 @@ class Worker(threading.Thread):
     def _end_overdue(self) -> None:
         now = time.monotonic()
         for generation in self.batch.live():
-            stream, choice = self._streams[id(generation)]
-            if now > stream.deadline:
-                self.batch.cancel(generation)
-                del self._streams[id(generation)]
-                self._send(stream, Token(choice, None, "timeout"))
+            if now > self._streams[id(generation)][0].deadline:
+                self._collect(self.batch.cancel(generation, "timeout"))
 
     def _collect(self, events: list[Event]) -> None:
-        for generation, token, _, logprob in events:
+        for generation, token, mask, logprob, pieces, says in events:
             stream, choice = self._streams[id(generation)]
-            if generation.stop_reason is not None:
+            reason, message = generation.stop_reason, ENGINE_FAILED
+            if reason is not None:
                 del self._streams[id(generation)]
-            stop_reason, stop_token = generation.stop_reason, generation.stop_token
-            self._send(stream, Token(choice, token, stop_reason, stop_token, logprob))
+            if isinstance(generation.error, UserError):
+                message = str(generation.error)
+            elif generation.error is not None:
+                logger.error("the engine failed on one request", exc_info=generation.error)
+            step = Token(choice, token, reason, generation.stop_token, logprob, mask, pieces, says)
+            self._send(stream, step._replace(message=message))
             self.tokens += token is not None
 
     def _give_up(self) -> None:
@@ -199,7 +218,7 @@ def _hand_out(outgoing: list[tuple[Stream, list[Token]]]) -> None:
 class Pool:
     """All workers, and the bound on the continuations in them. Used from the event loop only."""
 
-    engines: Sequence[Engine]
+    engines: collections.abc.Sequence[Engine]
     max_batch: int  # rows of each running batch
     queue: int  # continuations that may wait, all devices together
     request_seconds: float  # wall-clock limit of one request, waiting included
@@ -225,7 +244,7 @@ class Pool:
     def healthy(self) -> bool:
         return bool(self.workers) and all(worker.is_alive() for worker in self.workers)
 
-    def open(self, requests: Sequence[Request]) -> Stream:
+    def open(self, requests: list[Request]) -> Stream:
         """Give requests to the least loaded worker. Raises QueueFull if too many are waiting."""
         capacity = self.max_batch * len(self.workers) + self.queue
         if self.load + len(requests) > capacity:

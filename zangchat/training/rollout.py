@@ -63,13 +63,14 @@ def rollout(
     examples: Sequence[int],
     prompt_seeds: Sequence[int],
     sampling: Sampling,
+    engine: Engine | None = None,
 ) -> list[list[Sample]]:
     """The samples of each example of `task`, with rewards and advantages; none for a prompt that
-    fills the context."""
+    fills the context. `engine`: an up-to-date one of the model, else a new one."""
     conversations = [task[i] for i in examples]
     model.eval()
     answers = sample_answers(
-        Engine(model, tokenizer),
+        engine or Engine(model, tokenizer),
         conversations,
         prompt_seeds,
         sampling.num_samples,
@@ -149,11 +150,16 @@ def rollout_batches(
         )
     share = examples_per_step // world_size
     step = cursor["step"] if cursor else 0
+    engine: Engine | None = None
     while True:
+        if engine is None:
+            engine = Engine(model, tokenizer)
+        else:
+            engine.refresh(model)  # its cache and CUDA graphs serve all steps
         places = range(rank * share, (rank + 1) * share)
         examples = prompt_order(len(task), seed, step * examples_per_step + places.start, share)
         seeds = [derive_seed(seed, "rollout", step, place) for place in places]
-        groups = rollout(model, tokenizer, task, examples, seeds, sampling)
+        groups = rollout(model, tokenizer, task, examples, seeds, sampling, engine)
         samples = [sample for group in groups for sample in group]
         count, reward, tokens, solved, prompts = collectives.sum_over_ranks(
             [
