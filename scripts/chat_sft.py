@@ -113,10 +113,8 @@ def make_hooks(run: "Run") -> list["Every"]:
     """The loss of held-out conversations of the same mixture."""
     from zangchat.training import data, hooks
 
-    config, tokenizer = run.config, run.tokenizer
-    if config.eval_every <= 0:
-        return []
-    held_out = held_out_conversations(config.mixture, tokenizer=tokenizer, seed=config.seed)
+    config = run.config
+    held_out = held_out_conversations(config, run.tokenizer)
     if held_out is None:
         return []
 
