@@ -14,6 +14,7 @@ from typing import Any
 
 from zangchat import configurator
 from zangchat.config import CheckpointConfig, SourceFlag
+from zangchat.report import checkpoint_name, get_report
 from zangchat.runtime.files import atomic_write
 from zangchat.runtime.logs import print0
 from zangchat.runtime.processes import compute_cleanup, get_dist_info
@@ -65,8 +66,6 @@ def write(config: Config, meta: dict[str, Any], result: dict[str, Any], minutes:
     """The CSV file and the report card, by rank 0."""
     if get_dist_info()[1] != 0:
         return
-    from zangchat.report import checkpoint_name, get_report
-
     report = get_report()
     path = report.base_dir / "base_eval" / f"{checkpoint_name(meta)}.csv"
     rows = [

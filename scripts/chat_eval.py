@@ -21,6 +21,8 @@ from tasks.common import MissingData
 from tasks.registry import REGISTRY, load_task, scored_tasks
 from zangchat import configurator
 from zangchat.config import CheckpointConfig
+from zangchat.execution import SandboxLevel, SandboxRefused, find_sandbox, require_sandbox
+from zangchat.report import checkpoint_name, get_report
 from zangchat.runtime.logs import print0
 from zangchat.runtime.processes import compute_cleanup
 
@@ -58,8 +60,6 @@ def evaluate(config: Config) -> int:
     names = scored_tasks(config.task_name, every=config.all_tasks)
     try:
         from zangchat.engine import Engine, load_for_chat
-        from zangchat.execution import SandboxRefused
-        from zangchat.report import checkpoint_name
 
         model, tokenizer, meta = load_for_chat(config)
         engine = Engine(model, tokenizer)
@@ -106,7 +106,6 @@ def ready(config: Config, name: str) -> "Task":
 
     Raises MissingData or SandboxRefused on all ranks if on one: the others would wait for it.
     """
-    from zangchat.execution import SandboxLevel, SandboxRefused, require_sandbox
     from zangchat.runtime import collectives
 
     options, problem = {}, None
@@ -126,7 +125,6 @@ def ready(config: Config, name: str) -> "Task":
 
 
 def score(config: Config, name: str, engine: Any, model_name: str) -> "TaskResult":
-    from zangchat.report import get_report
     from zangchat.task_eval import evaluate_task
 
     result = evaluate_task(
@@ -193,9 +191,6 @@ def report(
     summary: dict[str, float],
     missing: dict[str, str],
 ) -> None:
-    from zangchat.execution import find_sandbox
-    from zangchat.report import get_report
-
     settings = {
         key: value for key, value in configurator.to_dict(config).items() if value is not None
     }

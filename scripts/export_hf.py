@@ -17,6 +17,7 @@ from typing import Annotated
 import tyro
 
 from zangchat import configurator
+from zangchat.hf.libraries import require_libraries
 from zangchat.runtime.files import expand_home
 from zangchat.runtime.logs import print0
 
@@ -36,12 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def export(config: Config) -> int:
+    require_libraries("transformers", "safetensors", "tokenizers")
     from zangchat import checkpoint_manager
     from zangchat.hf.exporting import export
-    from zangchat.hf.format import require_libraries
 
     output = expand_home(config.output)
-    require_libraries()
     model, tokenizer, meta = checkpoint_manager.load_model(
         config.source, "cpu", "eval", config.model_tag, config.step, dtype="float32"
     )

@@ -28,6 +28,7 @@ from tasks.common import (
     tool_parts,
     visible_text,
 )
+from zangchat import dataset
 from zangchat.runtime.files import atomic_write, get_base_dir
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -139,8 +140,6 @@ def _words_of_files(files: Sequence[Path]) -> list[str]:
 
 
 def _words_of_corpus(cache: Path) -> list[str]:
-    from zangchat import dataset
-
     corpora = map(dataset.find_dataset, dataset.present_datasets())
     # else it holds token ids
     corpus = next((corpus for corpus in corpora if corpus.tokenizer_fingerprint is None), None)

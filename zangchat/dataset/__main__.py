@@ -19,6 +19,7 @@ from typing import Annotated
 import tyro
 
 from zangchat import configurator
+from zangchat.dataset import pydocs, tokens
 from zangchat.dataset.find import find_dataset
 from zangchat.dataset.manifest import (
     BUILD_PYDOCS,
@@ -30,12 +31,10 @@ from zangchat.dataset.manifest import (
 )
 from zangchat.errors import UserError
 from zangchat.runtime.logs import print0
+from zangchat.tokenizer import get_tokenizer
 
 
 def tokenize(config: "TokenizeConfig") -> int:
-    from zangchat.dataset.tokens import tokenize
-    from zangchat.tokenizer import get_tokenizer
-
     dataset = find_dataset(config.dataset, config.data_path)
     if dataset.tokenizer_fingerprint is not None:
         raise UserError(
@@ -49,9 +48,10 @@ def tokenize(config: "TokenizeConfig") -> int:
                 f"{folder} is there already: train with {train}, or give --overwrite to make it "
                 "again"
             )
-        made = tokenize(dataset, get_tokenizer(), folder, config.num_threads or os.cpu_count() or 1)
-    tokens = sum(entry.get("tokens", 0) for entry in made.manifest["shards"])
-    print0(f"{folder}: {tokens:,} tokens; train on them with {train}")
+        num_threads = config.num_threads or os.cpu_count() or 1
+        made = tokens.tokenize(dataset, get_tokenizer(), folder, num_threads)
+    count = sum(entry.get("tokens", 0) for entry in made.manifest["shards"])
+    print0(f"{folder}: {count:,} tokens; train on them with {train}")
     return 0
 
 
@@ -117,8 +117,6 @@ def build(config: Config) -> int:
         )
     source = config.source or hub.DEFAULT
     if source == "pydocs":
-        from zangchat.dataset import pydocs
-
         return pydocs.build(datasets_dir() / "pydocs", overwrite=config.overwrite)
     if source not in hub.HUB_REPOS:
         raise UserError(

@@ -22,6 +22,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import filelock
+
 from zangchat.dataset.shards import (
     GROUP_DOCUMENTS,
     REPLACE,
@@ -330,8 +332,6 @@ def folder_lock(folder: Path) -> Any:
 
 
 def download_is_running(folder: Path) -> bool:
-    import filelock
-
     try:
         with folder_lock(folder).acquire(timeout=0):
             return False

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 
 from zangchat.errors import UserError
 from zangchat.hf.format import ARCHITECTURE
@@ -26,12 +27,9 @@ def check_export(folder: Path, model: "GPT", tokenizer: "RustBPETokenizer") -> d
 
     Returns the measurements. Raises UserError naming the first difference.
     """
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()  # the sample texts are longer than a short context
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
     theirs, loading = loaded
@@ -41,7 +39,7 @@ def check_export(folder: Path, model: "GPT", tokenizer: "RustBPETokenizer") -> d
     if unplaced or made != ARCHITECTURE:
         names = ", ".join(unplaced)
         raise UserError(f"{FAILED}: transformers made a {made}, and did not place {names}")
-    their_tokenizer = AutoTokenizer.from_pretrained(folder)
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     texts = check_tokens(their_tokenizer, tokenizer)
     check_chat(their_tokenizer, tokenizer)
     difference, greedy = check_predictions(theirs.eval(), model, tokenizer)

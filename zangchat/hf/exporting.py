@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 
 from zangchat.config import GPTConfig
 from zangchat.errors import UserError, explain
@@ -29,11 +31,11 @@ from zangchat.hf.format import (
     MANIFEST,
     VOCAB_ROWS,
     hf_config,
-    require_libraries,
     special_ids,
     weight_names,
 )
 from zangchat.hf.tokenizer import tokenizer_config, tokenizer_json
+from zangchat.report import checkpoint_name, get_report, software, summary_table
 from zangchat.runtime.files import atomic_write, file_sha256
 
 if TYPE_CHECKING:
@@ -62,7 +64,6 @@ def export(
     `dtype` on the way. Raises UserError for anything that the format cannot hold, and if the
     directory, loaded back, differs from the model; then there is no directory.
     """
-    require_libraries()
     if dtype not in DTYPES:
         raise UserError(f"--dtype={dtype} is not possible: choose one of {', '.join(DTYPES)}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -129,9 +130,6 @@ def check_exportable(model: "GPT", tokenizer: "RustBPETokenizer") -> None:
 
 def write_weights(model: "GPT", folder: Path, dtype: torch.dtype) -> None:
     """model.safetensors; if that exceeds SHARD_BYTES, numbered shards and an index."""
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
-
     rows, weights = model.config.vocab_size, model.state_dict()
     tensors = {}
     for ours, theirs in weight_names(model.config).items():
@@ -157,8 +155,6 @@ def make_manifest(
     dtype: str,
     checks: Mapping[str, Any],
 ) -> dict[str, Any]:
-    from zangchat.report import software
-
     files = {
         path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)}
         for path in sorted(folder.iterdir())
@@ -214,8 +210,6 @@ def measured(meta: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of this checkpoint: its validation loss, and scores on report cards that name
     it.
     """
-    from zangchat.report import checkpoint_name, get_report, summary_table
-
     name = checkpoint_name(meta)
     cards = [card for card in get_report().cards() if _is_about(card, name)]
     metrics = summary_table(cards, ()).items()

@@ -5,10 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
 from zangchat.config import GPTConfig
 from zangchat.errors import UserError, explain
 from zangchat.hf.format import read_json
 from zangchat.hf.samples import sample_texts
+from zangchat.tokenizer import RustBPETokenizer
 
 if TYPE_CHECKING:
     from zangchat.tokenizer import RustBPETokenizer
@@ -57,16 +60,6 @@ def tokenizer_json(tokenizer: "RustBPETokenizer") -> dict[str, Any]:
     """The file of the library `tokenizers`: the same tokens for the same text. Raises UserError if
     the ranks are not those of merges.
     """
-    from tokenizers import (
-        AddedToken,
-        Regex,
-        Tokenizer,
-        decoders,
-        models,
-        pre_tokenizers,
-        processors,
-    )
-
     tokens = tokenizer.mergeable_tokens
     problem, remedy = "this tokenizer cannot be exported", "its ranks must be those of merges"
     with explain(problem, remedy, ValueError):
@@ -119,10 +112,6 @@ def read_tokenizer_json(path: Path) -> "RustBPETokenizer":
     """Our tokenizer from a byte-level BPE of the library `tokenizers`. Raises UserError if it would
     give other tokens.
     """
-    from tokenizers import Tokenizer
-
-    from zangchat.tokenizer import RustBPETokenizer
-
     data = read_json(path)
     problem = f"{path} is not a byte-level BPE with the special tokens of a chat"
     remedy = "it cannot be imported"

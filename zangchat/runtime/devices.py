@@ -1,8 +1,4 @@
-"""The device, its number format and the process group.
-
-torch is imported inside the functions that use it, so that importing this module costs nothing and
-changes nothing.
-"""
+"""The device, its number format and the process group."""
 
 from __future__ import annotations
 
@@ -14,6 +10,8 @@ import subprocess
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from zangchat.errors import UserError
 from zangchat.runtime.processes import check_meeting_place, get_dist_info, is_ddp, ranks_here
@@ -34,8 +32,6 @@ def autodetect_device_type() -> str:
 
     Raises UserError if nvidia-smi finds a GPU that torch cannot use.
     """
-    import torch
-
     if torch.cuda.is_available():
         return "cuda"
     if torch.backends.mps.is_available() and not is_ddp():
@@ -53,8 +49,6 @@ def _check_driver() -> None:
 
     Otherwise a model for GPUs would train on the CPU, for months.
     """
-    import torch
-
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     hidden = visible is not None and (not visible.strip() or visible.strip().startswith("-"))
     if hidden or not (program := shutil.which("nvidia-smi")):
@@ -106,8 +100,6 @@ def compute_init(
     present; raises UserError for one that is absent. `deterministic` matters on CUDA, where sums
     otherwise take whichever order is fastest.
     """
-    import torch
-
     device_type = device_type or autodetect_device_type()
     ddp, rank, local_rank, world_size = get_dist_info()
     _check_device(device_type, local_rank, ddp)
@@ -145,8 +137,6 @@ def compute_init(
 
 
 def _check_device(device_type: str, local_rank: int, ddp: bool) -> None:
-    import torch
-
     if device_type not in ("cuda", "mps", "cpu"):
         raise UserError(
             f"--device_type={device_type} is not known: choose cuda, mps or cpu, or leave the flag "
@@ -185,8 +175,6 @@ def resolve_dtype(flag: str, device: torch.device | str) -> torch.dtype:
     bfloat16 on CUDA from compute capability 8.0 and on CPUs with AVX512-BF16 or AMX, float16 on
     older CUDA, else float32. Raises UserError.
     """
-    import torch
-
     choices = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     if flag:
         if flag not in choices:
@@ -209,8 +197,6 @@ def _cpu_has_bf16() -> bool:
     """Whether the CPU multiplies bf16 in hardware; without that bf16 is emulated, and slower than
     fp32.
     """
-    import torch
-
     flags = {"avx512_bf16", "amx_bf16"}
     if hasattr(torch.cpu, "get_capabilities"):
         capabilities = torch.cpu.get_capabilities()
@@ -223,8 +209,6 @@ def _cpu_has_bf16() -> bool:
 
 def device_synchronize(device: torch.device | str) -> None:
     """Wait until the device has finished its queue; a CPU always has."""
-    import torch
-
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
