@@ -31,22 +31,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(config: Config) -> int:
-    from zangchat.core_eval import evaluate_core, find_bundle
-    from zangchat.engine import load_for_chat
+    from zangchat import core_eval, engine
 
     if config.max_per_task < 1 and config.max_per_task != -1:
         raise configurator.UserError(
             f"--max_per_task={config.max_per_task} is not possible: give at least 1, or -1 for all"
         )
     try:
-        model, tokenizer, meta = load_for_chat(config)
-        bundle = find_bundle()
+        model, tokenizer, meta = engine.load_for_chat(config)
+        bundle = core_eval.find_bundle()
         start = time.monotonic()
 
         def print_task(label: str, accuracy: float, centred: float) -> None:
             print0(f"{label:<34} accuracy {accuracy:.4f}   centred {centred:+.4f}")
 
-        result = evaluate_core(
+        result = core_eval.evaluate_core(
             model,
             tokenizer,
             bundle,

@@ -92,8 +92,7 @@ def check(config: Config) -> None:
 
 
 def make_stage(run: "Run", steps: int, task: "Task") -> "Stage":
-    from zangchat.training import data
-    from zangchat.training.trainer import Stage
+    from zangchat.training import data, trainer
 
     config = run.config
     size, seed, init_lr_frac = config.target_examples_per_step, config.seed, config.init_lr_frac
@@ -106,7 +105,7 @@ def make_stage(run: "Run", steps: int, task: "Task") -> "Stage":
         num_iterations=steps,
         init_lr_frac=init_lr_frac,
     )
-    return Stage("sft", batches, multipliers, make_hooks(run))
+    return trainer.Stage("sft", batches, multipliers, make_hooks(run))
 
 
 def make_hooks(run: "Run") -> list["Every"]:

@@ -104,8 +104,7 @@ def tokens_in(task: "Task", tokenizer: Any, max_tokens: int) -> float:
 
 
 def make_stage(run: "Run", plan: TrainPlan, task: "Task") -> "Stage":
-    from zangchat.training import data
-    from zangchat.training.trainer import Stage
+    from zangchat.training import data, trainer
 
     config = run.config
     multipliers = partial(
@@ -117,7 +116,7 @@ def make_stage(run: "Run", plan: TrainPlan, task: "Task") -> "Stage":
     )
     dataset = data.pretraining_text(run) if config.mixture_ratio < 1 else None
     batches = data.packed(run, task, config.mixture_ratio, dataset)
-    return Stage("mid", batches, multipliers, make_hooks(run))
+    return trainer.Stage("mid", batches, multipliers, make_hooks(run))
 
 
 def make_hooks(run: "Run") -> list["Every"]:

@@ -1,7 +1,7 @@
 """Documents for training in an endless order that depends on (data, seed) only: pretraining text,
 conversations, and mixtures of them.
 
-A stream is a function of a cursor, a little JSON that says where the next document comes from: it
+A stream is a function of a cursor, a little JSON that names the source of the next document: it
 gives documents in runs of a few, each with the cursor after it. So a run can be resumed at any
 document, and nothing has to be remembered between two calls.
 """

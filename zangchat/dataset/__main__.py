@@ -23,6 +23,8 @@ from zangchat.dataset import pydocs, tokens
 from zangchat.dataset.find import find_dataset
 from zangchat.dataset.manifest import (
     BUILD_PYDOCS,
+    DEFAULT,
+    HUB_REPOS,
     MANIFEST,
     TOKENS_SUFFIX,
     check_shard,
@@ -108,25 +110,25 @@ class TokenizeConfig:
 
 
 def build(config: Config) -> int:
-    from zangchat.dataset import hub
-
     if not config.source and config.num_shards < 0:
         raise UserError(
             f"--source is missing: `{BUILD_PYDOCS}` needs no download, `python -m zangchat.dataset "
             "-n 8` fetches text from the hub"
         )
-    source = config.source or hub.DEFAULT
+    source = config.source or DEFAULT
     if source == "pydocs":
         return pydocs.build(datasets_dir() / "pydocs", overwrite=config.overwrite)
-    if source not in hub.HUB_REPOS:
+    if source not in HUB_REPOS:
         raise UserError(
-            f"--source={source} is unknown: choose one of pydocs, {', '.join(hub.HUB_REPOS)}"
+            f"--source={source} is unknown: choose one of pydocs, {', '.join(HUB_REPOS)}"
         )
     if config.num_shards == 0 or config.num_shards < -1 or config.num_workers < 1:
         raise UserError(
             f"-n {config.num_shards} -w {config.num_workers}: both must be at least 1 (-n -1 "
             "fetches all shards)"
         )
+    from zangchat.dataset import hub
+
     hub.download(source, config.num_shards, num_workers=config.num_workers)
     return 0
 

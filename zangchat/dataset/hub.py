@@ -33,6 +33,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 from zangchat.dataset.manifest import (
     FORMAT,
+    HUB_REPOS,
     MANIFEST,
     Dataset,
     check_shard,
@@ -53,12 +54,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-HUB_REPOS = {
-    "climbmix": "karpathy/climbmix-400b-shuffle",
-    "fineweb-edu": "karpathy/fineweb-edu-100b-shuffle",
-}
-
-DEFAULT = "climbmix"
 MB = 1_000_000
 SHARD_NAME = re.compile(r"shard_\d{5}\.parquet")
 INCOMING = ".incoming"

@@ -48,6 +48,11 @@ SHARD_DOCUMENTS = 8 * GROUP_DOCUMENTS
 LONE_FILE_HOLDOUT = 20  # one document in so many of a lone file's only group is for validation
 TOKENS_SUFFIX = "-tokens"  # ends the name of a dataset of them
 BUILD_PYDOCS = "python -m zangchat.dataset --source=pydocs"
+HUB_REPOS = {  # the corpora of the hub, see hub.py
+    "climbmix": "karpathy/climbmix-400b-shuffle",
+    "fineweb-edu": "karpathy/fineweb-edu-100b-shuffle",
+}
+DEFAULT = "climbmix"
 
 
 class Dataset:
