@@ -12,7 +12,7 @@ from dev import code_size
 
 CORE_LINES = 5480  # on the way to 4,500
 FILE_LINES, CLASS_LINES, FUNCTION_LINES = 450, 250, 50
-LATE_IMPORTS = 64
+LATE_IMPORTS = 63
 
 
 @pytest.fixture(scope="module")
