@@ -14,6 +14,7 @@ from typing import Any
 
 from zangchat import configurator
 from zangchat.config import CheckpointConfig, SourceFlag
+from zangchat.report import checkpoint_name, get_report
 from zangchat.runtime.files import atomic_write
 from zangchat.runtime.logs import print0
 from zangchat.runtime.processes import get_dist_info
@@ -30,21 +31,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(config: Config) -> int:
-    from zangchat.core_eval import evaluate_core, find_bundle
-    from zangchat.engine import load_for_chat
+    from zangchat import core_eval, engine
 
     if config.max_per_task < 1 and config.max_per_task != -1:
         raise configurator.UserError(
             f"--max_per_task={config.max_per_task} is not possible: give at least 1, or -1 for all"
         )
-    model, tokenizer, meta = load_for_chat(config)
-    bundle = find_bundle()
+    model, tokenizer, meta = engine.load_for_chat(config)
+    bundle = core_eval.find_bundle()
     start = time.monotonic()
 
     def print_task(label: str, accuracy: float, centred: float) -> None:
         print0(f"{label:<34} accuracy {accuracy:.4f}   centred {centred:+.4f}")
 
-    result = evaluate_core(
+    result = core_eval.evaluate_core(
         model,
         tokenizer,
         bundle,
@@ -62,8 +62,6 @@ def write(config: Config, meta: dict[str, Any], result: dict[str, Any], minutes:
     """The CSV file and the report card, by rank 0."""
     if get_dist_info()[1] != 0:
         return
-    from zangchat.report import checkpoint_name, get_report
-
     report = get_report()
     path = report.base_dir / "base_eval" / f"{checkpoint_name(meta)}.csv"
     rows = [

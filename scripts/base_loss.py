@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from zangchat import configurator
 from zangchat.config import CheckpointConfig, SourceFlag
-from zangchat.runtime.devices import compute_init
+from zangchat.dataset import find_dataset
+from zangchat.report import get_report
 from zangchat.runtime.logs import print0
+from zangchat.streams import TextStream
 
 if TYPE_CHECKING:
     from zangchat.dataset import Dataset
@@ -39,8 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluate(config: Config) -> None:
     from zangchat import checkpoint_manager
-    from zangchat.dataset import find_dataset
-    from zangchat.report import get_report
+    from zangchat.runtime.devices import compute_init
 
     configurator.check_range(1, config, "split_tokens", "device_batch_size")
     _, rank, _, world_size, device = compute_init(config.device_type)
@@ -68,40 +69,39 @@ def bits_per_byte(
     world_size: int,
 ) -> dict[str, float]:
     """{"train bpb", "validation bpb"} over the first `split_tokens` of each; prints them."""
-    import torch
+    from zangchat import dataloader, loss_eval
+    from zangchat.training import hooks
 
-    from zangchat.dataloader import packed_batches, validation_batches
-    from zangchat.loss_eval import evaluate_bpb
-    from zangchat.streams import TextStream
-    from zangchat.training.hooks import first_tokens
-
-    token_bytes = torch.from_numpy(tokenizer.token_bytes())
     T, rows, bos = model.config.sequence_len, config.device_batch_size, tokenizer.get_bos_token_id()
     ranks: dict[str, Any] = {"rank": rank, "world_size": world_size}
     text = TextStream(dataset, tokenizer, seed=0)
-    packed = packed_batches(text, rows_per_step=rows * world_size, sequence_len=T, bos=bos, **ranks)
-    validation = validation_batches(
+    packed = dataloader.packed_batches(
+        text, rows_per_step=rows * world_size, sequence_len=T, bos=bos, **ranks
+    )
+    validation = dataloader.validation_batches(
         dataset, tokenizer, T, eval_tokens=config.split_tokens, rows_per_batch=rows, **ranks
     )
     bpb = {}
     for name, batches in (
-        ("train", first_tokens(packed, config.split_tokens, world_size)),
+        ("train", hooks.first_tokens(packed, config.split_tokens, world_size)),
         ("validation", validation),
     ):
-        bpb[f"{name} bpb"] = evaluate_bpb(model, batches, token_bytes)
+        bpb[f"{name} bpb"] = loss_eval.evaluate_bpb(model, batches, tokenizer.token_bytes())
         print0(f"{name} bits per byte: {bpb[f'{name} bpb']:.4f}")
     return bpb
 
 
 def sample(model: "GPT", tokenizer: "RustBPETokenizer") -> list[dict[str, str]]:
     """Greedy continuations of a few prompts, and texts drawn from no prompt; prints them."""
-    from zangchat.training.hooks import PROMPTS, complete, one_line
+    from zangchat.training import hooks
 
-    pairs = complete(model, tokenizer, PROMPTS)
+    pairs = hooks.complete(model, tokenizer, hooks.PROMPTS)
     for seed in range(UNPROMPTED):
-        pairs += complete(model, tokenizer, [""], max_tokens=96, temperature=1.0, seed=seed)[:1]
+        pairs += hooks.complete(model, tokenizer, [""], max_tokens=96, temperature=1.0, seed=seed)[
+            :1
+        ]
     for prompt, completion in pairs:
-        print0(one_line(prompt, completion))
+        print0(hooks.one_line(prompt, completion))
     return [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
 
 

@@ -21,6 +21,8 @@ from tasks.common import MissingData
 from tasks.registry import REGISTRY, load_task, scored_tasks
 from zangchat import configurator
 from zangchat.config import CheckpointConfig
+from zangchat.execution import SandboxLevel, SandboxRefused, find_sandbox, require_sandbox
+from zangchat.report import checkpoint_name, get_report
 from zangchat.runtime.logs import print0
 
 if TYPE_CHECKING:
@@ -56,8 +58,6 @@ def evaluate(config: Config) -> int:
     check(config)
     names = scored_tasks(config.task_name, every=config.all_tasks)
     from zangchat.engine import Engine, load_for_chat
-    from zangchat.execution import SandboxRefused
-    from zangchat.report import checkpoint_name
 
     model, tokenizer, meta = load_for_chat(config)
     engine = Engine(model, tokenizer)
@@ -102,7 +102,6 @@ def ready(config: Config, name: str) -> "Task":
 
     Raises MissingData or SandboxRefused on all ranks if on one: the others would wait for it.
     """
-    from zangchat.execution import SandboxLevel, SandboxRefused, require_sandbox
     from zangchat.runtime import collectives
 
     options, problem = {}, None
@@ -122,7 +121,6 @@ def ready(config: Config, name: str) -> "Task":
 
 
 def score(config: Config, name: str, engine: Any, model_name: str) -> "TaskResult":
-    from zangchat.report import get_report
     from zangchat.task_eval import evaluate_task
 
     result = evaluate_task(
@@ -189,9 +187,6 @@ def report(
     summary: dict[str, float],
     missing: dict[str, str],
 ) -> None:
-    from zangchat.execution import find_sandbox
-    from zangchat.report import get_report
-
     settings = {
         key: value for key, value in configurator.to_dict(config).items() if value is not None
     }

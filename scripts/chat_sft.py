@@ -97,8 +97,7 @@ def check(config: Config) -> None:
 
 
 def make_stage(run: "Run", steps: int, task: "Task") -> "Stage":
-    from zangchat.training import data
-    from zangchat.training.trainer import Stage
+    from zangchat.training import data, trainer
 
     config = run.config
     size, seed, init_lr_frac = config.target_examples_per_step, config.seed, config.init_lr_frac
@@ -112,17 +111,15 @@ def make_stage(run: "Run", steps: int, task: "Task") -> "Stage":
         num_iterations=steps,
         init_lr_frac=init_lr_frac,
     )
-    return Stage("sft", batches, multipliers, make_hooks(run))
+    return trainer.Stage("sft", batches, multipliers, make_hooks(run))
 
 
 def make_hooks(run: "Run") -> list["Every"]:
     """The loss of held-out conversations of the same mixture."""
     from zangchat.training import data, hooks
 
-    config, tokenizer = run.config, run.tokenizer
-    if config.eval_every <= 0:
-        return []
-    held_out = held_out_conversations(config.mixture, tokenizer=tokenizer, seed=config.seed)
+    config = run.config
+    held_out = held_out_conversations(config, run.tokenizer)
     if held_out is None:
         return []
 

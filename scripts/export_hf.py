@@ -1,22 +1,26 @@
-"""Write a model as a directory that Hugging Face transformers (5.0 and later) loads without custom
-code.
+"""Write a model for other programs: Hugging Face transformers, llama.cpp and Ollama, vLLM, MLX-LM,
+CTranslate2.
 
-    python -m scripts.export_hf -i sft -g d20 -o d20-sft
+    python -m scripts.export_hf -i sft -g d20 -o d20-sft                      for transformers 5
+    python -m scripts.export_hf -i sft -g d20 -o d20-gguf --format=gguf --dtype=q8_0
     python -m scripts.export_hf -i base -g d20 -o d20-base --dtype=bfloat16
 
-The directory appears when transformers has loaded it and agrees with the model: logits, greedy
-text, token ids, chat prompts.
+Formats: nanochat (transformers 5.0 and later), apertus (transformers, vLLM, SGLang), mlx (MLX-LM),
+gguf (llama.cpp, Ollama, LM Studio), ctranslate2. None needs custom code. A directory for
+transformers appears when it was loaded back and agrees with the model: logits, greedy text, token
+ids, chat prompts.
 """
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from zangchat import configurator
+from zangchat.hf.libraries import FORMATS, require_libraries
 from zangchat.runtime.files import expand_home
 from zangchat.runtime.logs import print0
 
@@ -28,7 +32,10 @@ class Config:
     model_tag: Annotated[str | None, tyro.conf.arg(aliases=["-g"])] = None
     """default: the largest model"""
     step: Annotated[int | None, tyro.conf.arg(aliases=["-s"])] = None  # default: the last one
-    dtype: str = "float32"  # float32 | bfloat16: of the numbers in the file
+    format: Literal["nanochat", "apertus", "mlx", "gguf", "ctranslate2"] = "nanochat"
+    """the program to write for; see above"""
+    dtype: str = "float32"
+    """of the numbers in the file: float32 | bfloat16; gguf also float16 | q8_0, ctranslate2 int8"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,16 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def export(config: Config) -> int:
+    require_libraries(*FORMATS[config.format].libraries)
     from zangchat import checkpoint_manager
     from zangchat.hf.exporting import export
-    from zangchat.hf.format import require_libraries
 
     output = expand_home(config.output)
-    require_libraries()
     model, tokenizer, meta = checkpoint_manager.load_model(
         config.source, "cpu", "eval", config.model_tag, config.step, dtype="float32"
     )
-    manifest = export(model, tokenizer, meta, output, config.dtype)
+    manifest = export(model, tokenizer, meta, output, config.dtype, config.format)
     for what, value in manifest["checks"].items():
         print0(f"{what}: {value:.2g}" if isinstance(value, float) else f"{what}: {value}")
     size = sum(file["size"] for file in manifest["files"].values())

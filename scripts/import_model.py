@@ -41,8 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def import_model(config: Config) -> int:
     from zangchat import checkpoint_manager
-    from zangchat.hf import nanochat
-    from zangchat.hf.importing import read_hf, save
+    from zangchat.hf import importing, nanochat
 
     # a mistake in these shows before anything large is read
     checkpoint_manager.tag_folder(config.source, config.model_tag)
@@ -53,11 +52,11 @@ def import_model(config: Config) -> int:
         )
     is_hf = (path / "config.json").is_file()
     imported = (
-        read_hf(path)
+        importing.read_hf(path)
         if is_hf
         else nanochat.read_checkpoint(path, config.source, config.from_tag, config.step)
     )
-    folder = save(imported, config.source, config.model_tag, config.overwrite)
+    folder = importing.save(imported, config.source, config.model_tag, config.overwrite)
     print0(f"{imported.origin}, step {imported.step}, is now {folder}")
     if config.source != "base":
         print0(f"talk to it: python -m scripts.chat_cli -i {config.source} -g {config.model_tag}")

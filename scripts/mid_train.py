@@ -112,8 +112,7 @@ def tokens_in(task: "Task", tokenizer: Any, max_tokens: int) -> float:
 
 
 def make_stage(run: "Run", plan: TrainPlan, task: "Task") -> "Stage":
-    from zangchat.training import data
-    from zangchat.training.trainer import Stage
+    from zangchat.training import data, trainer
 
     config = run.config
     multipliers = partial(
@@ -126,17 +125,15 @@ def make_stage(run: "Run", plan: TrainPlan, task: "Task") -> "Stage":
     dataset = data.pretraining_text(run) if config.mixture_ratio < 1 else None
     task = data.conversations(run, task)
     batches = data.packed(run, task, config.mixture_ratio, dataset)
-    return Stage("mid", batches, multipliers, make_hooks(run))
+    return trainer.Stage("mid", batches, multipliers, make_hooks(run))
 
 
 def make_hooks(run: "Run") -> list["Every"]:
     """Bits per byte of the answers in held-out conversations of the same mixture."""
     from zangchat.training import data, hooks
 
-    config, tokenizer = run.config, run.tokenizer
-    if config.eval_every <= 0:
-        return []
-    held_out = held_out_conversations(config.mixture, tokenizer=tokenizer, seed=config.seed)
+    config = run.config
+    held_out = held_out_conversations(config, run.tokenizer)
     if held_out is None:
         return []
 

@@ -11,8 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import tiktoken
+from rich.console import Console
+from rich.table import Table
+
 from zangchat import configurator
+from zangchat.dataset import find_dataset, present_datasets
+from zangchat.report import get_report
 from zangchat.runtime.processes import get_dist_info
+from zangchat.tokenizer import get_tokenizer
 
 if TYPE_CHECKING:
     import tiktoken
@@ -102,9 +109,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate(config: Config) -> None:
-    from zangchat.report import get_report
-    from zangchat.tokenizer import get_tokenizer
-
     configurator.check_range(1, config, "max_chars")
     if get_dist_info()[1] != 0:
         return
@@ -128,8 +132,6 @@ def evaluate(config: Config) -> None:
 
 def load_baseline(name: str, key: str) -> "tiktoken.Encoding | None":
     """tiktoken's encoding; None, with a warning, if it is not cached and cannot be fetched."""
-    import tiktoken
-
     loaded: list[Any] = []
 
     def load() -> None:
@@ -154,8 +156,6 @@ def load_baseline(name: str, key: str) -> "tiktoken.Encoding | None":
 
 def corpus(config: Config, tokenizer: "RustBPETokenizer") -> dict[str, str]:
     """The beginning of both splits; nothing, with a message, without a corpus."""
-    from zangchat.dataset import find_dataset, present_datasets
-
     name = config.dataset
     if not name and not config.data_path:
         present, trained_on = present_datasets(), tokenizer.facts.get("dataset")
@@ -205,9 +205,6 @@ def compare(
 
 
 def show(rows: list[dict[str, Any]], vocabularies: dict[str, int]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     caption = ", ".join(f"{name} {size:,}" for name, size in vocabularies.items())
     table = Table(title="bytes per token", caption=f"vocabularies: {caption}")
     for column in rows[0]:

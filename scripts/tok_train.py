@@ -16,10 +16,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow
+import pyarrow.compute as pc
+
 from zangchat import configurator
+from zangchat.bpe import repair_surrogates
+from zangchat.dataset import find_dataset
 from zangchat.errors import UserError
+from zangchat.report import get_report
 from zangchat.runtime.logs import print0
 from zangchat.runtime.processes import get_dist_info
+from zangchat.runtime.progress import Progress
+from zangchat.tokenizer import SPECIAL_TOKENS, TOKENIZER_FILE, RustBPETokenizer, tokenizer_dir
 
 if TYPE_CHECKING:
     import pyarrow
@@ -46,10 +55,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(config: Config) -> None:
-    from zangchat.dataset import find_dataset
-    from zangchat.runtime.progress import Progress
-    from zangchat.tokenizer import RustBPETokenizer, tokenizer_dir
-
     check(config)
     if get_dist_info()[1] != 0:
         return  # under torchrun one process is enough: training uses all cores
@@ -86,8 +91,6 @@ def train(config: Config) -> None:
 
 
 def check(config: Config) -> None:
-    from zangchat.tokenizer import SPECIAL_TOKENS
-
     smallest = 256 + len(SPECIAL_TOKENS)
     if config.vocab_size < smallest:
         raise UserError(
@@ -112,8 +115,6 @@ def settings(config: Config, dataset: "Dataset") -> dict[str, Any]:
 
 def already_trained(facts: dict[str, Any]) -> bool:
     """Whether the tokenizer there is the requested one. Raises UserError if it is another."""
-    from zangchat.tokenizer import TOKENIZER_FILE, RustBPETokenizer, tokenizer_dir
-
     folder = tokenizer_dir()
     if not (folder / TOKENIZER_FILE).exists():
         return False
@@ -149,8 +150,6 @@ class Text:
         documents at a time, as Arrow memory, so that text from parquet never becomes Python
         strings.
         """
-        from zangchat.runtime.progress import Progress
-
         with Progress("tokenizer: characters", self.expected_characters()) as reading:
             for group in self.dataset.iter_arrow("train"):
                 texts = self.capped(group)
@@ -167,12 +166,6 @@ class Text:
         """The documents of a group that are still wanted, cut to doc_cap characters and the last of
         them to max_chars in all.
         """
-        import numpy as np
-        import pyarrow
-        import pyarrow.compute as pc
-
-        from zangchat.bpe import repair_surrogates
-
         if isinstance(group, list):
             group = pyarrow.chunked_array(
                 [[repair_surrogates(text) for text in group]], pyarrow.string()
@@ -214,9 +207,6 @@ class Text:
 
 
 def report(config: Config, tokenizer: "RustBPETokenizer", text: Text) -> None:
-    from zangchat.report import get_report
-    from zangchat.tokenizer import tokenizer_dir
-
     seconds = time.monotonic() - text.start
     found, lengths = tokenizer.get_vocab_size(), tokenizer.token_bytes()
     lengths = lengths[lengths > 0]

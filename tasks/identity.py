@@ -12,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
+
 from tasks.common import Content, Conversation, Task, chat, check_split, split_of, visible_text
 from zangchat.runtime.seeds import derive_seed
 
@@ -66,8 +68,6 @@ class Example(NamedTuple):
 
 def examples() -> Iterator[Example]:
     """Every example of every split."""
-    import yaml
-
     phrasings = yaml.safe_load(PHRASINGS.read_text(encoding="utf-8"))
     for intent, languages in phrasings["intents"].items():
         for written in languages.values():

@@ -203,9 +203,14 @@ def training_conversations(
     )
 
 
-def held_out_conversations(spec: str, *, tokenizer: Any, seed: int) -> TaskMixture | None:
-    """The held-out split of the same mixture. Files of one's own have none; None if nothing else is
-    in it.
+def held_out_conversations(config: Any, tokenizer: Any) -> TaskMixture | None:
+    """The held-out split of the mixture that a run is trained on.
+
+    None if --eval_every switches validation off, or if the mixture holds only files of your own,
+    which have no such split.
     """
-    rest = [(name, amount) for name, amount in parse_mixture(spec) if not is_file_name(name)]
-    return build_mixture(rest, "val", tokenizer=tokenizer, seed=seed) if rest else None
+    parts = parse_mixture(config.mixture) if config.eval_every > 0 else []
+    parts = [(name, amount) for name, amount in parts if not is_file_name(name)]
+    if not parts:
+        return None
+    return build_mixture(parts, "val", tokenizer=tokenizer, seed=config.seed)

@@ -29,6 +29,7 @@ from tasks.common import (
     tool_parts,
     visible_text,
 )
+from zangchat import dataset
 from zangchat.runtime.files import atomic_write, get_base_dir
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -140,8 +141,6 @@ def _words_of_files(files: Sequence[Path]) -> list[str]:
 
 
 def _words_of_corpus(cache: Path) -> list[str]:
-    from zangchat import dataset
-
     present = map(dataset.find_dataset, dataset.present_datasets())
     corpora = [corpus for corpus in present if corpus.tokenizer_fingerprint is None]  # else ids
     if not corpora:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+import tiktoken
 
 import rustbpe
 from zangchat.errors import UserError
@@ -81,8 +82,6 @@ def make_encoder(tokens: Sequence[bytes], pattern: str, special_ids: dict[str, i
 def tiktoken_encoding(
     tokens: Sequence[bytes], pattern: str, special_ids: dict[str, int]
 ) -> "tiktoken.Encoding":
-    import tiktoken
-
     ranks = {token: i for i, token in enumerate(tokens)}
     return tiktoken.Encoding(
         "zangchat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_ids

@@ -2,7 +2,8 @@
 zangchat/runtime.
 """
 
-from zangchat.runtime.devices import autodetect_device_type, compute_init
+from typing import Any
+
 from zangchat.runtime.downloads import download_file_with_lock
 from zangchat.runtime.files import get_base_dir
 from zangchat.runtime.logs import (
@@ -14,12 +15,11 @@ from zangchat.runtime.logs import (
 )
 from zangchat.runtime.processes import compute_cleanup, get_dist_info, is_ddp
 
+NEED_TORCH = ("autodetect_device_type", "compute_init")  # imported when they are asked for
 __all__ = [
     "ColoredFormatter",
     "DummyWandb",
-    "autodetect_device_type",
     "compute_cleanup",
-    "compute_init",
     "download_file_with_lock",
     "get_base_dir",
     "get_dist_info",
@@ -28,3 +28,11 @@ __all__ = [
     "print_banner",
     "setup_default_logging",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in NEED_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from zangchat.runtime import devices
+
+    return getattr(devices, name)

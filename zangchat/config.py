@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import tyro
 
+from zangchat.errors import UserError
+
 Optimizer = Literal["muon", "adamw", "sgd"]  # for the matrices, see optim.build_optimizer
 OPTIMIZERS = get_args(Optimizer)
 SourceFlag = Annotated[str, tyro.conf.arg(aliases=["-i"])]
@@ -26,6 +28,8 @@ COMMANDS = {
     "sft": "scripts.chat_sft",
     "rl": "scripts.chat_rl",
 }
+DEVICE_TYPES = ("cuda", "mps", "cpu")
+DTYPES = ("bfloat16", "float16", "float32")  # of the products
 VOCAB_MULTIPLE = 64  # rows of embedding and head are padded to this: tensor cores, even shards
 
 
@@ -221,3 +225,21 @@ class CheckpointConfig:
     device_type: str = ""  # cuda | mps | cpu; empty = the best one present
     dtype: str = ""
     """bfloat16 | float16 | float32; empty = the one that is really fast on the device"""
+
+
+def check_device_type(flag: str) -> None:
+    """Raises UserError for a device that is not known; empty is the best one."""
+    if flag not in ("", *DEVICE_TYPES):
+        raise UserError(
+            f"--device_type={flag} is not known: choose {', '.join(DEVICE_TYPES)}, or leave the "
+            "flag out for the best one"
+        )
+
+
+def check_dtype(flag: str) -> None:
+    """Raises UserError for a number format that is not known; empty is the device's best."""
+    if flag not in ("", *DTYPES):
+        raise UserError(
+            f"--dtype={flag} is not known: choose {', '.join(DTYPES)}, or leave the flag out for "
+            "the one that suits the device"
+        )

@@ -25,7 +25,14 @@ import numpy as np
 import torch
 
 from zangchat.dataset import Dataset
-from zangchat.streams import ConversationStream, Document, DocumentReader, DocumentStream
+from zangchat.streams import (
+    ConversationStream,
+    Document,
+    DocumentStream,
+    Read,
+    first_cursor,
+    read_documents,
+)
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -53,9 +60,13 @@ class Batch:
 @dataclass(eq=False)
 class _Unfinished:
     number: int  # of the document in the order of reading
-    cursor: dict[str, Any]  # of the reader, to read it again
-    document: Document
+    read: Read
     offset: int = 0  # tokens already placed
+
+    def fits(self, room: int) -> bool:
+        if self.read.document.splittable:
+            return self.offset == 0 or room >= 2
+        return len(self.read.document.ids) <= room
 
 
 class Packer:
@@ -81,7 +92,8 @@ class Packer:
         self.width, self.bos = width, bos
         self.truncated = 0
         self._unfinished: list[_Unfinished] = []  # in the order of reading
-        self._reader = DocumentReader(stream, cursor["position"] if cursor else None)
+        self._position = cursor["position"] if cursor else first_cursor(stream)  # of the next
+        self._documents = read_documents(stream, self._position)
         self._read = 0
         if cursor:
             offsets = {int(number): offset for number, offset in cursor["unfinished"]}
@@ -97,12 +109,12 @@ class Packer:
         """JSON: where to read again, how many documents to read there, and [number, tokens placed]
         of the unfinished ones."""
         if not self._unfinished:
-            return {"position": self._reader.cursor, "read": 0, "unfinished": []}
-        oldest, read = self._unfinished[0], self._read
+            return {"position": self._position, "read": 0, "unfinished": []}
+        oldest = self._unfinished[0]
         unfinished = [[entry.number - oldest.number, entry.offset] for entry in self._unfinished]
         return {
-            "position": oldest.cursor,
-            "read": read - oldest.number,
+            "position": oldest.read.cursor,
+            "read": self._read - oldest.number,
             "unfinished": unfinished,
         }
 
@@ -113,7 +125,7 @@ class Packer:
         learn[:] = False
         used = 0
         while used < self.width and (entry := self._choose(self.width - used)) is not None:
-            document, offset = entry.document, entry.offset
+            document, offset = entry.read.document, entry.offset
             used += offset > 0  # a continuation's <|bos|>, in place already
             taken = min(self.width - used, len(document.ids) - offset)
             ids[used : used + taken] = document.ids[offset : offset + taken]
@@ -128,32 +140,28 @@ class Packer:
     def _choose(self, room: int) -> _Unfinished | None:
         """The oldest document that fits `room` tokens; reads more if no unfinished one does."""
         for entry in self._unfinished:
-            if self._fits(entry, room):
+            if entry.fits(room):
                 return entry
         while len(self._unfinished) < LOOK_AHEAD and (new := self._next_document()) is not None:
             self._unfinished.append(new)
-            if self._fits(new, room):
+            if new.fits(room):
                 return new
         return None
 
-    def _fits(self, entry: _Unfinished, room: int) -> bool:
-        if entry.document.splittable:
-            return entry.offset == 0 or room >= 2
-        return len(entry.document.ids) <= room
-
     def _next_document(self) -> _Unfinished | None:
-        cursor = self._reader.cursor
-        document = self._reader.next()
-        if document is None:
+        read = next(self._documents, None)
+        if read is None:
             return None
+        self._position = read.next_cursor
         self._read += 1
-        if not document.splittable and len(document.ids) > self.width:
+        ids, mask, splittable = read.document
+        if not splittable and len(ids) > self.width:
             self.truncated += 1
-            cut = f"a document of {len(document.ids)} tokens was cut to a row's {self.width}"
+            cut = f"a document of {len(ids)} tokens was cut to a row's {self.width}"
             logger.warning(f"{cut} ({self.truncated} so far)")
-            mask = None if document.mask is None else document.mask[: self.width]
-            document = Document(document.ids[: self.width], mask, False)
-        return _Unfinished(self._read - 1, cursor, document)
+            mask = None if mask is None else mask[: self.width]
+            read = read._replace(document=Document(ids[: self.width], mask, False))
+        return _Unfinished(self._read - 1, read)
 
 
 def first_fit(lengths: Sequence[int], width: int) -> list[int]:
@@ -226,12 +234,9 @@ def example_batches(
 
     def produce() -> Iterator[Batch]:
         stream = ConversationStream(task, tokenizer, seed, width, num_epochs)
-        reader = DocumentReader(stream, cursor or None)
-        while True:
-            read = (reader.next() for _ in range(examples_per_step))
-            documents = [document for document in read if document is not None]
-            if not documents:
-                return
+        reader = read_documents(stream, cursor or first_cursor(stream))
+        while step := list(itertools.islice(reader, examples_per_step)):
+            documents = [read.document for read in step]
             rows = first_fit([len(document.ids) for document in documents], width)
             height = -(-(max(rows) + 1) // world_size) * world_size
             ids = np.full((height, width), bos, dtype=np.int32)
@@ -241,7 +246,7 @@ def example_batches(
                 place = slice(used[row], used[row] + len(document.ids))
                 ids[row, place], learn[row, place] = document.ids, document.mask
                 used[row] = place.stop
-            yield _batch(ids, learn, reader.cursor, rank, world_size)
+            yield _batch(ids, learn, step[-1].next_cursor, rank, world_size)
 
     return prefetched(produce)
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from zangchat.runtime import collectives
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
 
 
 @torch.inference_mode()
-def evaluate_bpb(model: "GPT", batches: Iterable["Batch"], token_bytes: torch.Tensor) -> float:
+def evaluate_bpb(
+    model: "GPT", batches: Iterable["Batch"], token_bytes: torch.Tensor | np.ndarray
+) -> float:
     """The loss of the supervised targets, in bits, per byte of the text that they stand for.
 
     `token_bytes` (V,) has the length in bytes of each token; targets of length 0 (special tokens)
@@ -22,7 +25,7 @@ def evaluate_bpb(model: "GPT", batches: Iterable["Batch"], token_bytes: torch.Te
     nor the number of ranks matters. Without a single byte: inf.
     """
     device = model.get_device()
-    token_bytes = token_bytes.cpu()
+    token_bytes = torch.as_tensor(token_bytes).cpu()
     nats, num_bytes = 0.0, 0
     with model.cast_once():
         for batch in batches:

@@ -1,12 +1,13 @@
 """Documents for training in an endless order that depends on (data, seed) only: pretraining text,
 conversations, and mixtures of them.
 
-A stream hands out documents in runs of a few; its cursor is a little JSON and says where the next
-document comes from, so that a run can be resumed at any document.
+A stream is a function of a cursor, a little JSON that names the source of the next document: it
+gives documents in runs of a few, each with the cursor after it. So a run can be resumed at any
+document, and nothing has to be remembered between two calls.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -32,14 +33,43 @@ class Document(NamedTuple):
     splittable: bool  # may continue in the next row
 
 
-class DocumentStream(Protocol):
-    # JSON: where the next document comes from; set it to go there. A call replaces the dict as a
-    # whole
-    cursor: dict[str, Any]
+Run = tuple[list[Document], dict[str, Any]]  # a few documents, and the state after them
 
-    def next_documents(self) -> list[Document]:
-        """The next few documents; none at the end of a finite stream."""
+
+class DocumentStream(Protocol):
+    start: dict[str, Any]  # JSON: where the first document comes from
+
+    def runs(self, state: dict[str, Any]) -> Iterator[Run]:
+        """The runs from `state` on."""
         ...
+
+
+class Read(NamedTuple):
+    """A document, and the cursors to read it again and to read the one after it."""
+
+    document: Document
+    cursor: dict[str, Any]
+    next_cursor: dict[str, Any]
+
+
+def first_cursor(stream: DocumentStream) -> dict[str, Any]:
+    return {"state": stream.start, "taken": 0}
+
+
+def read_documents(stream: DocumentStream, cursor: dict[str, Any]) -> Iterator[Read]:
+    """The documents from `cursor` on, one at a time. A cursor is the state before a run, and how
+    many of the run's documents are taken already. Raises UserError if the data is shorter now.
+    """
+    state, taken = cursor["state"], cursor["taken"]
+    for run, after in stream.runs(state):
+        if taken > len(run):
+            raise UserError(SHORTER)
+        for i in range(taken, len(run)):
+            following = {"state": state, "taken": i + 1}
+            if i + 1 == len(run):
+                following = {"state": after, "taken": 0}
+            yield Read(run[i], {"state": state, "taken": i}, following)
+        state, taken = after, 0
 
 
 class TextStream:
@@ -64,14 +94,32 @@ class TextStream:
             raise UserError(f"{problem}: {dataset.repair_hint()}")
         self.dataset, self.tokenizer, self.seed = dataset, tokenizer, seed
         self.max_tokens = max_tokens
-        self.cursor: dict[str, Any] = {"epoch": 0, "shard": 0, "group": 0, "row": 0}
-        # the current group: (epoch, shard, group), and its documents in this epoch's order
-        self._group: tuple[tuple[int, int, int], list[Any]] | None = None
+        self.start = {"epoch": 0, "shard": 0, "group": 0, "row": 0}
 
-    def next_documents(self) -> list[Document]:
+    def runs(self, state: dict[str, Any]) -> Iterator[Run]:
+        """Up to TEXT_RUN texts at a time, all of one group."""
+        epoch, first_shard, first_group, first_row = (state[key] for key in self.start)
+        epochs_without_text = 0
+        while epochs_without_text < 2:
+            shards = self._shards(epoch)
+            for shard in range(first_shard, len(shards)):
+                for group in range(first_group, self.dataset.num_groups(shards[shard], "train")):
+                    texts = self._texts(epoch, shards[shard], group)
+                    for row in range(first_row, len(texts), TEXT_RUN):
+                        run, epochs_without_text = texts[row : row + TEXT_RUN], 0
+                        after = (epoch, shard, group, row + len(run))
+                        yield self._documents(run), dict(zip(self.start, after, strict=True))
+                    first_row = 0
+                first_group = 0
+            first_shard, epoch, epochs_without_text = 0, epoch + 1, epochs_without_text + 1
+        problem = f"no text to train on ({self.dataset.folder})"
+        raise UserError(f"dataset {self.dataset.name}: {problem}")
+
+    def _documents(self, run: list[Any]) -> list[Document]:
+        """Texts, or arrays of ids, as documents."""
         bos = np.array([self.tokenizer.get_bos_token_id()], dtype=np.int32)
         documents = []
-        for ids in self._encoded(self._next_run()):
+        for ids in self._encoded(run):
             step = self.max_tokens - 1 if self.max_tokens else max(1, len(ids))
             for start in range(0, len(ids), step):
                 piece = ids[start : start + step].astype(np.int32)
@@ -84,49 +132,20 @@ class TextStream:
         ids, offsets = self.tokenizer.encode_documents(run, num_threads=2)
         return np.split(ids, offsets[1:-1])
 
-    def _next_run(self) -> list[Any]:
-        """Up to TEXT_RUN texts (or arrays of ids), all of one group; moves the cursor past them."""
-        epoch, shard, group, row = (self.cursor[key] for key in ("epoch", "shard", "group", "row"))
-        empty_epochs = 0
-        while True:
-            shards = self._shards(epoch)
-            if shard >= len(shards):
-                epoch, shard, group, row = epoch + 1, 0, 0, 0
-                empty_epochs += 1
-                if empty_epochs > 1:
-                    problem = f"no text to train on ({self.dataset.folder})"
-                    raise UserError(f"dataset {self.dataset.name}: {problem}")
-            elif row == 0 and group >= self.dataset.num_groups(shards[shard], "train"):
-                shard, group = shard + 1, 0
-            else:
-                texts = self._texts(epoch, shard, group)
-                if row < len(texts):
-                    run = texts[row : row + TEXT_RUN]
-                    row += len(run)
-                    self.cursor = {"epoch": epoch, "shard": shard, "group": group, "row": row}
-                    return run
-                group, row = group + 1, 0
-
     def _shards(self, epoch: int) -> list[str]:
         shards = self.dataset.shards("train")
         if epoch == 0 and self.dataset.arrives_in_order:
             return shards
         return [shards[i] for i in permutation(len(shards), self.seed, "shards", epoch)]
 
-    def _texts(self, epoch: int, shard: int, group: int) -> list[Any]:
-        """The documents of the `group`-th group of the `shard`-th shard, all in this epoch's
-        order.
-        """
-        key = (epoch, shard, group)
-        if self._group is None or self._group[0] != key:
-            shard_name = self._shards(epoch)[shard]
-            name = shard_name.removesuffix(TOKENS)  # ids come in the order of their text
-            num_groups = self.dataset.num_groups(shard_name, "train")
-            number = int(permutation(num_groups, self.seed, "groups", epoch, name)[group])
-            texts = self.dataset.read_group(shard_name, number, "train")
-            shuffled = permutation(len(texts), self.seed, "rows", epoch, name, number)
-            self._group = (key, [texts[i] for i in shuffled if len(texts[i])])
-        return self._group[1]
+    def _texts(self, epoch: int, shard: str, group: int) -> list[Any]:
+        """The documents of the shard's `group`-th group, all in this epoch's order."""
+        name = shard.removesuffix(TOKENS)  # ids come in the order of their text
+        num_groups = self.dataset.num_groups(shard, "train")
+        number = int(permutation(num_groups, self.seed, "groups", epoch, name)[group])
+        texts = self.dataset.read_group(shard, number, "train")
+        shuffled = permutation(len(texts), self.seed, "rows", epoch, name, number)
+        return [texts[i] for i in shuffled if len(texts[i])]
 
 
 class ConversationStream:
@@ -150,37 +169,34 @@ class ConversationStream:
             raise ValueError("the task has no examples")
         self.task, self.tokenizer, self.seed = task, tokenizer, seed
         self.max_tokens, self.num_epochs = max_tokens, num_epochs
-        self.cursor: dict[str, Any] = {"epoch": 0, "index": 0}
-        self._order: tuple[int, np.ndarray] | None = None
+        self.start = {"epoch": 0, "index": 0}
         self._counts = {"cut": 0, "left out": 0}
 
-    def next_documents(self) -> list[Document]:
-        epoch, index = self.cursor["epoch"], self.cursor["index"]
+    def runs(self, state: dict[str, Any]) -> Iterator[Run]:
+        epoch, index = state["epoch"], state["index"]
         if index >= len(self.task):
             raise UserError(SHORTER)
-        empty_epochs = 0
+        epochs_without_document = 0
         while self.num_epochs is None or epoch < self.num_epochs:
-            stop = min(index + CONVERSATION_RUN, len(self.task))
-            rendered = [self._render(int(i)) for i in self._epoch_order(epoch)[index:stop]]
-            documents = [document for document in rendered if document is not None]
-            epoch, index = (epoch, stop) if stop < len(self.task) else (epoch + 1, 0)
-            self.cursor = {"epoch": epoch, "index": index}
-            if index == 0:
-                self._log_counts(epoch - 1)
-                empty_epochs += 1
-            if documents:
-                return documents
-            if empty_epochs > 1:
-                raise UserError(
-                    "no conversation has a token to learn from: is there an assistant message "
-                    "within the first max_seq_len tokens?",
-                )
-        return []
-
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, permutation(len(self.task), self.seed, "conversations", epoch))
-        return self._order[1]
+            order = permutation(len(self.task), self.seed, "conversations", epoch)
+            for start in range(index, len(self.task), CONVERSATION_RUN):
+                stop = min(start + CONVERSATION_RUN, len(self.task))
+                rendered = [self._render(int(i)) for i in order[start:stop]]
+                documents = [document for document in rendered if document is not None]
+                after = {"epoch": epoch, "index": stop}
+                if stop == len(self.task):
+                    after = {"epoch": epoch + 1, "index": 0}
+                    self._log_counts(epoch)
+                    epochs_without_document += 1
+                if documents:
+                    epochs_without_document = 0
+                    yield documents, after
+                elif epochs_without_document > 1:
+                    raise UserError(
+                        "no conversation has a token to learn from: is there an assistant message "
+                        "within the first max_seq_len tokens?",
+                    )
+            epoch, index = epoch + 1, 0
 
     def _render(self, index: int) -> Document | None:
         limit = self.max_tokens + 1  # one more than fits, to notice a cut
@@ -211,66 +227,23 @@ class MixedStream:
         total = sum(fraction for _, fraction in parts)
         self.fractions = [fraction / total for _, fraction in parts]
         self._streams = [stream for stream, _ in parts]
-        self._readers = [DocumentReader(stream) for stream in self._streams]
-        self._tokens = [0] * len(parts)
+        positions = [first_cursor(stream) for stream in self._streams]
+        self.start = {"tokens": [0] * len(parts), "positions": positions}
 
-    @property
-    def cursor(self) -> dict[str, Any]:
-        positions = [reader.cursor for reader in self._readers]
-        return {"tokens": list(self._tokens), "positions": positions}
-
-    @cursor.setter
-    def cursor(self, cursor: dict[str, Any]) -> None:
-        self._tokens = list(cursor["tokens"])
-        pairs = zip(self._streams, cursor["positions"], strict=True)
-        self._readers = [DocumentReader(stream, position) for stream, position in pairs]
-
-    def next_documents(self) -> list[Document]:
-        total = sum(self._tokens)
-        pairs = zip(self.fractions, self._tokens, strict=True)
-        deficits = [fraction * total - tokens for fraction, tokens in pairs]
-        for i in sorted(range(len(deficits)), key=lambda i: -deficits[i]):
-            document = self._readers[i].next()
-            if document is not None:
-                self._tokens[i] += len(document.ids)
-                return [document]
-        return []
-
-
-class DocumentReader:
-    """One document at a time from a stream, with an exact cursor although the stream moves by
-    runs.
-    """
-
-    def __init__(self, stream: DocumentStream, cursor: dict[str, Any] | None = None) -> None:
-        self._stream = stream
-        self._run: list[Document] = []
-        self._taken = 0
-        if cursor is not None:
-            stream.cursor = cursor["state"]
-        self._run_start = stream.cursor  # of the current run
-        if cursor is not None and cursor["taken"]:
-            self._run = stream.next_documents()
-            self._taken = cursor["taken"]
-            if self._taken > len(self._run):
-                raise UserError(SHORTER)
-
-    @property
-    def cursor(self) -> dict[str, Any]:
-        """JSON: where the next document comes from, as the start of its run and its place in it."""
-        if self._taken == len(self._run):
-            return {"state": self._stream.cursor, "taken": 0}
-        return {"state": self._run_start, "taken": self._taken}
-
-    def next(self) -> Document | None:
-        """None at the end of a finite stream."""
-        if self._taken == len(self._run):
-            self._run_start = self._stream.cursor
-            self._run, self._taken = self._stream.next_documents(), 0
-            if not self._run:
-                return None
-        self._taken += 1
-        return self._run[self._taken - 1]
+    def runs(self, state: dict[str, Any]) -> Iterator[Run]:
+        tokens, positions = list(state["tokens"]), list(state["positions"])
+        readers = [*map(read_documents, self._streams, positions)]
+        while True:
+            total = sum(tokens)
+            shortfalls = [f * total - n for f, n in zip(self.fractions, tokens, strict=True)]
+            for i in sorted(range(len(readers)), key=lambda i: -shortfalls[i]):
+                if (read := next(readers[i], None)) is not None:
+                    tokens[i] += len(read.document.ids)
+                    positions[i] = read.next_cursor
+                    yield [read.document], {"tokens": [*tokens], "positions": [*positions]}
+                    break
+            else:
+                return
 
 
 def permutation(n: int, *parts: Any) -> np.ndarray:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
+import tiktoken
 
 from zangchat import bpe
 from zangchat.conversation import Conversation, messages_of, turns
@@ -145,8 +146,6 @@ class RustBPETokenizer:
 
         For example "gpt2" or "cl100k_base"; tiktoken may download them.
         """
-        import tiktoken
-
         encoding = tiktoken.get_encoding(tiktoken_name)
         tokens = bpe.by_rank(encoding._mergeable_ranks)
         return cls(tokens, encoding._pat_str, facts={"tiktoken": tiktoken_name})

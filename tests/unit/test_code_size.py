@@ -2,6 +2,7 @@
 (dev/code_size.py).
 """
 
+import ast
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from dev import code_size
 
 CORE_LINES = 5480  # on the way to 4,500
 FILE_LINES, CLASS_LINES, FUNCTION_LINES = 450, 250, 50
+LATE_IMPORTS = 63
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +37,27 @@ def test_nothing_is_too_large(copy: Path, kind: str, bound: int, free: set[str])
     pieces = code_size.measured(copy)[kind]
     assert len(pieces) > 100
     assert [piece for piece in pieces if piece[0] > bound and piece[1] not in free] == []
+
+
+def test_few_imports_inside_functions() -> None:
+    """Only those that keep slow or optional libraries away until they are needed."""
+    late = [
+        f"{path.relative_to(code_size.ROOT)}:{node.lineno}"
+        for package in ("zangchat", "scripts", "tasks")
+        for path in sorted((code_size.ROOT / package).rglob("*.py"))
+        for node in imports_inside(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert len(late) <= LATE_IMPORTS, late
+
+
+def imports_inside(node: ast.AST, inside: bool = False) -> Iterator[ast.stmt]:
+    inside = inside or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.Import, ast.ImportFrom)):
+            if inside:
+                yield child
+        else:
+            yield from imports_inside(child, inside)
 
 
 def test_every_part_that_is_counted_exists(copy: Path) -> None:

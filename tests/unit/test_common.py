@@ -439,7 +439,7 @@ print(torch._C._accelerator_getAllocatorSettings())
 @pytest.mark.parametrize("device_type", ["gpu", "cuda:0", "tpu"])
 def test_unknown_device_names_the_choices(device_type):
     with pytest.raises(
-        UserError, match=f"--device_type={device_type} is not known: choose cuda, mps or cpu"
+        UserError, match=f"--device_type={device_type} is not known: choose cuda, mps, cpu"
     ):
         common.compute_init(device_type)
 

@@ -38,13 +38,12 @@ class ListStream:
 
     def __init__(self, documents):
         self.documents = documents
-        self.cursor = {"next": 0}
+        self.start = {"next": 0}
 
-    def next_documents(self):
-        start = self.cursor["next"]
-        run = self.documents[start : start + 3]
-        self.cursor = {"next": start + len(run)}
-        return run
+    def runs(self, state):
+        for start in range(state["next"], len(self.documents), 3):
+            run = self.documents[start : start + 3]
+            yield run, {"next": start + len(run)}
 
 
 @pytest.fixture(scope="module")
@@ -356,11 +355,16 @@ def test_rows_that_do_not_divide_by_the_ranks_are_refused(small):
 # ---- streams -------------------------------------------------------------------------------------
 
 
-def texts_of(stream, count):
+def runs_of(stream):
+    """The runs of documents from the stream's start on."""
+    return (documents for documents, _ in stream.runs(stream.start))
+
+
+def texts_of(runs, count):
     """The next `count` documents as texts."""
     texts = []
     while len(texts) < count:
-        documents = stream.next_documents()
+        documents = next(runs)
         assert all(document.ids[0] == BOS for document in documents)
         texts += [TOKENIZER.decode(document.ids[1:].tolist()) for document in documents]
     assert len(texts) == count, "runs end with the epoch"
@@ -369,31 +373,30 @@ def texts_of(stream, count):
 
 def test_each_epoch_reads_every_document_once_in_an_order_of_its_own(dataset):
     everything = Counter(dataset.iter_documents("train"))
-    stream = text_stream(dataset)
-    first, second = (texts_of(stream, everything.total()) for _ in range(2))
+    runs = runs_of(text_stream(dataset))
+    first, second = (texts_of(runs, everything.total()) for _ in range(2))
     assert Counter(first) == Counter(second) == everything
     assert first != second
-    assert first == texts_of(text_stream(dataset), everything.total()), (
-        "a function of data and seed"
-    )
-    assert first[:100] != texts_of(TextStream(dataset, TOKENIZER, seed=8), everything.total())[:100]
+    again = texts_of(runs_of(text_stream(dataset)), everything.total())
+    assert first == again, "a function of data and seed"
+    other = runs_of(TextStream(dataset, TOKENIZER, seed=8))
+    assert first[:100] != texts_of(other, everything.total())[:100]
 
 
 def test_while_shards_may_still_arrive_the_first_epoch_takes_them_in_order(dataset):
     arriving = type(dataset)(dataset.folder, {**dataset.manifest, "repo": "someone/something"})
     total = sum(1 for _ in dataset.iter_documents("train"))
-    stream = text_stream(arriving)
-    numbers = [int(text[1 : text.index(">")]) for text in texts_of(stream, total)]
+    runs = runs_of(text_stream(arriving))
+    numbers = [int(text[1 : text.index(">")]) for text in texts_of(runs, total)]
     assert [number // 8192 for number in numbers] == sorted(number // 8192 for number in numbers)
     assert numbers[:8192] != sorted(numbers[:8192]), "within a shard they are shuffled"
 
 
 def test_documents_in_pieces_add_up_to_the_documents(small):
     whole, pieces = text_stream(small), TextStream(small, TOKENIZER, seed=7, max_tokens=10)
-    texts = texts_of(whole, 50)
-    parts = [
-        TOKENIZER.decode(d.ids[1:].tolist()) for _ in range(2) for d in pieces.next_documents()
-    ]
+    texts = texts_of(runs_of(whole), 50)
+    runs = itertools.islice(runs_of(pieces), 2)
+    parts = [TOKENIZER.decode(d.ids[1:].tolist()) for run in runs for d in run]
     assert all(len(part) <= 9 for part in parts)
     assert "".join(parts) == "".join(texts)
 
@@ -401,14 +404,12 @@ def test_documents_in_pieces_add_up_to_the_documents(small):
 def test_a_dataset_without_training_text_is_a_clear_error(tmp_path):
     dataset = make_dataset(tmp_path / "empty", [""])
     with pytest.raises(UserError, match="no text to train on"):
-        text_stream(dataset).next_documents()
+        next(runs_of(text_stream(dataset)))
 
 
 def test_a_mixture_keeps_to_its_fractions_of_tokens(small):
-    stream = mixed_stream(small)
     tokens = Counter()
-    for _ in range(600):
-        (document,) = stream.next_documents()
+    for (document,) in itertools.islice(runs_of(mixed_stream(small)), 600):
         tokens[document.splittable] += len(document.ids)
     assert tokens[True] / tokens.total() == pytest.approx(0.7, abs=0.02)
 
@@ -429,16 +430,15 @@ def test_conversations_learn_only_what_the_assistant_writes():
 def test_what_is_cut_or_left_out_is_logged(caplog):
     task = [conversation("q", "a" * 100), conversation("q" * 100, "a"), conversation("q", "a")]
     stream = ConversationStream(task, TOKENIZER, seed=0, max_tokens=20, num_epochs=1)
-    documents = stream.next_documents()
+    (documents,) = runs_of(stream)
     assert sorted(len(document.ids) for document in documents) == [7, 20]
-    assert stream.next_documents() == []
     assert "of 3 conversations 2 cut, 1 left out (limit 20 tokens)" in caplog.text
 
 
 def test_conversations_without_anything_to_learn_are_a_clear_error():
     stream = ConversationStream([conversation("q" * 100, "a")], TOKENIZER, seed=0, max_tokens=20)
     with pytest.raises(UserError, match="no conversation has a token to learn from"):
-        stream.next_documents()
+        next(runs_of(stream))
 
 
 @pytest.mark.parametrize("left", [9, 5], ids=["within a run", "before it"])

@@ -28,9 +28,10 @@ from zangchat.config import GPTConfig, RunState
 from zangchat.engine import Engine
 from zangchat.errors import UserError
 from zangchat.gpt import GPT
-from zangchat.hf import exporting
+from zangchat.hf import directory, exporting
 from zangchat.hf.check import PROMPTS
-from zangchat.hf.exporting import CHAT_TEMPLATE, export, model_card
+from zangchat.hf.directory import CHAT_TEMPLATE
+from zangchat.hf.exporting import export, model_card
 from zangchat.hf.format import (
     CARRIED,
     DTYPES,
@@ -329,7 +330,7 @@ def test_a_wrong_export_is_found_and_does_not_appear(
     if name == "CHAT_TEMPLATE":
         (tmp_path / CHAT_TEMPLATE.name).write_text(wrong, encoding="utf-8")
         wrong = tmp_path / CHAT_TEMPLATE.name
-    monkeypatch.setattr(exporting, name, wrong)
+    monkeypatch.setattr(directory, name, wrong)
     with pytest.raises(UserError, match=complaint):
         export(model, tokenizer, META, tmp_path / "exports" / "out", "float32")
     assert list((tmp_path / "exports").iterdir()) == []
@@ -423,7 +424,7 @@ def test_export_and_import_give_the_same_bits(tokenizer, tmp_path, monkeypatch, 
 
 
 def test_large_models_are_written_in_shards(model, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(exporting, "SHARD_BYTES", 200_000)
+    monkeypatch.setattr(directory, "SHARD_BYTES", 200_000)
     export(model, tokenizer, META, tmp_path / "out", "float32")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1 and len(index["weight_map"]) == 14
@@ -636,12 +637,53 @@ def test_later_architectures_are_refused_by_name(nanochat):
     meta = json.loads((folder / "meta_000020.json").read_text())
     meta["model_config"]["window_pattern"] = "SSSL"
     (folder / "meta_000020.json").write_text(json.dumps(meta))
-    with pytest.raises(UserError, match="window_pattern"):
+    with pytest.raises(UserError, match="no place for its window_pattern=SSSL"):
         read_checkpoint(base, "base", "d2")
-    extras = {"resid_lambdas": torch.ones(2), "value_embeds.1.weight": torch.ones(2, 2)}
+    names = "resid_lambdas x0_lambdas smear_gate.weight smear_lambda backout_lambda"
+    names += " value_embeds.0.weight value_embeds.1.weight transformer.h.1.attn.ve_gate.weight"
+    extras = {name: torch.ones(2) for name in names.split()}
     torch.save({**model.state_dict(), **extras}, folder / "model_000020.pt")
-    with pytest.raises(UserError, match=r"resid_lambdas, value_embeds\.1\.weight, 2 tensors"):
+    with pytest.raises(UserError) as caught:
         read_checkpoint(base, "base", "d2")
+    for part in (
+        "scales of the residual stream (resid_lambdas);",
+        "the embedding added in each layer (x0_lambdas);",
+        "smear, the previous token's embedding (smear_gate.weight, smear_lambda);",
+        "backout, a layer that is subtracted at the end (backout_lambda);",
+        "value embeddings (value_embeds.{0,1}.weight);",
+        "their gates (transformer.h.{1}.attn.ve_gate.weight);",
+        "window_pattern=SSSL: import a model of 2025",
+    ):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+def test_models_as_they_are_published_are_imported(nanochat, tokenizer, tmp_path, dtype, prefix):
+    """As d20, d32 and d34 of 2025 lie on the hub: one folder, the embedding in bf16 or everything,
+    a meta with settings of the run, and a token_bytes.pt that nothing needs.
+    """
+    base, model = nanochat
+    folder = tmp_path / "nanochat-d32"
+    folder.mkdir()
+    shutil.copy(base / "tokenizer" / "tokenizer.pkl", folder)
+    torch.save(torch.from_numpy(tokenizer.token_bytes()), folder / "token_bytes.pt")
+    weights = {f"{prefix}{name}": tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    embedding = f"{prefix}transformer.wte.weight"
+    weights[embedding] = weights[embedding][: model.config.vocab_size].bfloat16()
+    head = f"{prefix}lm_head.weight"
+    weights[head] = weights[head][: model.config.vocab_size]
+    torch.save(weights, folder / "model_000650.pt")
+    run_settings = {"run": "d32", "depth": 32, "max_seq_len": 2048, "init_lr_frac": 0.02}
+    sizes = {name: getattr(model.config, name) for name in SIZES}
+    meta = {"step": 650, "val_loss": 1.0, "model_config": sizes, "user_config": run_settings}
+    meta |= {"device_batch_size": 4, "max_seq_len": 2048}
+    (folder / "meta_000650.json").write_text(json.dumps(meta))
+    imported = read_checkpoint(folder, "sft")
+    assert (imported.step, imported.val_bpb, imported.config) == (650, None, model.config)
+    for name, tensor in model.state_dict().items():
+        taken = imported.weights[name][: model.config.vocab_size].float()
+        assert torch.equal(taken, tensor[: model.config.vocab_size].to(dtype).float())
 
 
 @pytest.mark.parametrize(

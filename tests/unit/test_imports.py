@@ -43,7 +43,8 @@ TORCH_FREE = [
         )
     ),
 ]
-TORCH_FREE.remove("zangchat.runtime.collectives")
+for name in ("collectives", "devices", "memory"):
+    TORCH_FREE.remove(f"zangchat.runtime.{name}")
 
 # Imports the modules on its command line one by one; prints {module: problem}.
 PROBE = """

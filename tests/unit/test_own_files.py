@@ -1,5 +1,6 @@
 """`--data_path`: the splits of a folder, validation that is never empty, and odd files of text."""
 
+import itertools
 import json
 import logging
 from collections import Counter
@@ -137,8 +138,8 @@ def test_shards_of_folders_below_are_tokenized_in_the_same_order(tmp_path):
     ids = tokenize(text, ByteTokenizer(), tmp_path / "text-tokens", 1)
     assert list(ids.iter_documents("validation")) == ["held out a", "held out b"]
     streams = [TextStream(dataset, ByteTokenizer(), seed=1) for dataset in (text, ids)]
-    for _ in range(20):
-        ours, theirs = (stream.next_documents() for stream in streams)
+    pairs = zip(*(stream.runs(stream.start) for stream in streams), strict=True)
+    for (ours, _), (theirs, _) in itertools.islice(pairs, 20):
         assert [d.ids.tolist() for d in ours] == [d.ids.tolist() for d in theirs]
 
 

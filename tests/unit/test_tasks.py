@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow
 import pytest
 
+from scripts import mid_train
 from tasks import common, registry
 from tasks.arc import ARC
 from tasks.common import (
@@ -294,9 +295,13 @@ def test_a_file_of_ones_own_joins_the_mixture_and_is_never_held_out(base_dir):
     mixture = training_conversations("arithmetic:5", own, 2, tokenizer=None, seed=1)
     assert len(mixture) == 25 and Counter(questions(mixture))["q7"] == 2
     assert len(training_conversations("", own, tokenizer=None, seed=1)) == 10
-    assert held_out_conversations("nowhere.jsonl:3", tokenizer=None, seed=1) is None
-    held_out = held_out_conversations("nowhere.jsonl:3,arithmetic:5", tokenizer=None, seed=1)
+    config = mid_train.Config(mixture="nowhere.jsonl:3", seed=1)
+    assert held_out_conversations(config, None) is None
+    config.mixture = "nowhere.jsonl:3,arithmetic:5"
+    held_out = held_out_conversations(config, None)
     assert held_out is not None and len(held_out) == 5
+    config.eval_every = -1
+    assert held_out_conversations(config, None) is None
 
 
 def test_a_mixture_never_shrinks_because_data_is_missing(base_dir):

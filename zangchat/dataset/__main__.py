@@ -19,9 +19,12 @@ from typing import Annotated
 import tyro
 
 from zangchat import configurator
+from zangchat.dataset import pydocs, tokens
 from zangchat.dataset.find import find_dataset
 from zangchat.dataset.manifest import (
     BUILD_PYDOCS,
+    DEFAULT,
+    HUB_REPOS,
     MANIFEST,
     TOKENS_SUFFIX,
     check_shard,
@@ -30,12 +33,10 @@ from zangchat.dataset.manifest import (
 )
 from zangchat.errors import UserError
 from zangchat.runtime.logs import print0
+from zangchat.tokenizer import get_tokenizer
 
 
 def tokenize(config: "TokenizeConfig") -> int:
-    from zangchat.dataset.tokens import tokenize
-    from zangchat.tokenizer import get_tokenizer
-
     dataset = find_dataset(config.dataset, config.data_path, config.skip_bad_rows)
     dataset.count_left_out()
     if dataset.tokenizer_fingerprint is not None:
@@ -50,9 +51,10 @@ def tokenize(config: "TokenizeConfig") -> int:
                 f"{folder} is there already: train with {train}, or give --overwrite to make it "
                 "again"
             )
-        made = tokenize(dataset, get_tokenizer(), folder, config.num_threads or os.cpu_count() or 1)
-    tokens = sum(entry.get("tokens", 0) for entry in made.manifest["shards"])
-    print0(f"{folder}: {tokens:,} tokens; train on them with {train}")
+        num_threads = config.num_threads or os.cpu_count() or 1
+        made = tokens.tokenize(dataset, get_tokenizer(), folder, num_threads)
+    count = sum(entry.get("tokens", 0) for entry in made.manifest["shards"])
+    print0(f"{folder}: {count:,} tokens; train on them with {train}")
     return 0
 
 
@@ -110,27 +112,25 @@ class TokenizeConfig:
 
 
 def build(config: Config) -> int:
-    from zangchat.dataset import hub
-
     if not config.source and config.num_shards < 0:
         raise UserError(
             f"--source is missing: `{BUILD_PYDOCS}` needs no download, `python -m zangchat.dataset "
             "-n 8` fetches text from the hub"
         )
-    source = config.source or hub.DEFAULT
+    source = config.source or DEFAULT
     if source == "pydocs":
-        from zangchat.dataset import pydocs
-
         return pydocs.build(datasets_dir() / "pydocs", overwrite=config.overwrite)
-    if source not in hub.HUB_REPOS:
+    if source not in HUB_REPOS:
         raise UserError(
-            f"--source={source} is unknown: choose one of pydocs, {', '.join(hub.HUB_REPOS)}"
+            f"--source={source} is unknown: choose one of pydocs, {', '.join(HUB_REPOS)}"
         )
     if config.num_shards == 0 or config.num_shards < -1 or config.num_workers < 1:
         raise UserError(
             f"-n {config.num_shards} -w {config.num_workers}: both must be at least 1 (-n -1 "
             "fetches all shards)"
         )
+    from zangchat.dataset import hub
+
     hub.download(source, config.num_shards, num_workers=config.num_workers)
     return 0
 

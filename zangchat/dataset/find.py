@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from zangchat.dataset.hub import HUB_REPOS
 from zangchat.dataset.manifest import (
     BUILD_PYDOCS,
     FORMAT,
+    HUB_REPOS,
     LONE_FILE_HOLDOUT,
     MANIFEST,
     TOKENS_SUFFIX,

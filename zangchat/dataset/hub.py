@@ -21,8 +21,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import filelock
+from huggingface_hub import HfApi, HfFileSystem, constants, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import disable_progress_bars
+
 from zangchat.dataset.manifest import (
     FORMAT,
+    HUB_REPOS,
     MANIFEST,
     Dataset,
     check_shard,
@@ -43,12 +54,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-HUB_REPOS = {
-    "climbmix": "karpathy/climbmix-400b-shuffle",
-    "fineweb-edu": "karpathy/fineweb-edu-100b-shuffle",
-}
-
-DEFAULT = "climbmix"
 MB = 1_000_000
 SHARD_NAME = re.compile(r"shard_\d{5}\.parquet")
 INCOMING = ".incoming"
@@ -106,8 +111,6 @@ def _fetch_table_files(builder: "datasets.DatasetBuilder") -> None:
 
     Raises OSError for one whose hash is not the hub's, and deletes it.
     """
-    from huggingface_hub import HfApi, HfFileSystem
-
     api, files = HfApi(endpoint=endpoint()), HfFileSystem(endpoint=endpoint())
     for url in (url for urls in (builder.config.data_files or {}).values() for url in urls):
         place: Any = files.resolve_path(url)
@@ -128,8 +131,6 @@ def _fetch_table_files(builder: "datasets.DatasetBuilder") -> None:
 
 def endpoint() -> str:
     """The hub or its mirror, read when used and not when huggingface_hub was imported."""
-    from huggingface_hub import constants
-
     return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
 
 
@@ -160,12 +161,6 @@ def _judge(error: Exception) -> Failure:
     final.
     """
     from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
     response = _response(error)
     absent = (
@@ -192,8 +187,6 @@ def _response(error: BaseException | None) -> Any:
 
 
 def _exclusive(folder: Path) -> Any:
-    import filelock
-
     try:
         return folder_lock(folder).acquire(timeout=LOCK_WAIT)
     except filelock.Timeout:
@@ -238,8 +231,6 @@ def _plan(source: str, folder: Path, num_shards: int) -> Dataset:
 
 def _list_shards(repo: str, revision: str | None) -> tuple[str, list[dict[str, Any]]]:
     """(commit, its shards with size and sha256, in order of their names)."""
-    from huggingface_hub import HfApi
-
     api = HfApi(endpoint=endpoint())
 
     def attempt() -> tuple[str | None, list[Any]]:
@@ -342,15 +333,6 @@ def _follow(
 
 
 def _fetch_shard(dataset: Dataset, entry: dict[str, Any]) -> None:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-    from huggingface_hub.utils import disable_progress_bars
-
     disable_progress_bars()  # one bar for all shards is shown instead
     manifest, name = dataset.manifest, entry["name"]
 

@@ -22,6 +22,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import filelock
+
 from zangchat.dataset.shards import (
     GROUP_DOCUMENTS,
     REPLACE,
@@ -46,6 +48,11 @@ SHARD_DOCUMENTS = 8 * GROUP_DOCUMENTS
 LONE_FILE_HOLDOUT = 20  # one document in so many of a lone file's only group is for validation
 TOKENS_SUFFIX = "-tokens"  # ends the name of a dataset of them
 BUILD_PYDOCS = "python -m zangchat.dataset --source=pydocs"
+HUB_REPOS = {  # the corpora of the hub, see hub.py
+    "climbmix": "karpathy/climbmix-400b-shuffle",
+    "fineweb-edu": "karpathy/fineweb-edu-100b-shuffle",
+}
+DEFAULT = "climbmix"
 
 
 class Dataset:
@@ -346,8 +353,6 @@ def folder_lock(folder: Path) -> Any:
 
 
 def download_is_running(folder: Path) -> bool:
-    import filelock
-
     try:
         with folder_lock(folder).acquire(timeout=0):
             return False

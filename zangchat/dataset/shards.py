@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow
+import pyarrow.compute as pc
+import pyarrow.parquet
+from pyarrow import types
 
 from zangchat.conversation import all_text
 from zangchat.errors import UserError, explain
@@ -45,8 +49,6 @@ def has_documents(texts: "pyarrow.ChunkedArray | list[Any]") -> bool:
     """Whether one of the texts is neither null nor empty."""
     if isinstance(texts, list):
         return any(len(text) for text in texts)
-    import pyarrow.compute as pc
-
     return bool(pc.any(pc.greater(pc.binary_length(texts), 0)).as_py())
 
 
@@ -80,8 +82,6 @@ class ParquetFile(_File):
         return self._open().num_row_groups
 
     def read_group(self, group: int) -> "pyarrow.ChunkedArray | list[str]":
-        import pyarrow
-
         file = self._open()
         if "text" in file.schema_arrow.names:
             self._check_column(file.schema_arrow)
@@ -98,16 +98,11 @@ class ParquetFile(_File):
         return [text for _, text in converted(places, record_text, self.left_out) if text]
 
     def _open(self) -> Any:
-        import pyarrow
-        import pyarrow.parquet
-
         with self.explained(pyarrow.ArrowException, OSError):
             return pyarrow.parquet.ParquetFile(self.unpacked)
 
     def _check_column(self, schema: "pyarrow.Schema") -> None:
         """Raises UserError unless there is one column `text`, of strings."""
-        from pyarrow import types
-
         columns = schema.get_all_field_indices("text")
         if len(columns) > 1:
             raise UserError(f"{self.path} has {len(columns)} columns `text`: rename all but one")
@@ -246,9 +241,6 @@ def _gap(prompt: str, completion: str) -> str:
 
 def write_shard(path: Path, texts: Sequence[str]) -> None:
     """Documents -> one parquet shard in the hub's format."""
-    import pyarrow
-    import pyarrow.parquet
-
     table = pyarrow.table({"text": pyarrow.array(texts, type=pyarrow.string())})
     pyarrow.parquet.write_table(
         table, path, row_group_size=GROUP_DOCUMENTS, compression="zstd", use_dictionary=False

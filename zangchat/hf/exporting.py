@@ -1,13 +1,12 @@
-"""Checkpoint -> a Hugging Face directory that transformers loads without custom code.
+"""Checkpoint -> a directory of files in a format of other programs, see libraries.FORMATS.
 
-Versions 5.0 and later have the architecture as NanoChatForCausalLM. The directory has
-model.safetensors config.json generation_config.json tokenizer.json tokenizer_config.json
-chat_template.jinja README.md and manifest.json (sizes and hashes of the others, the source, the
-checks). The weights are 6 L + 2 tensors (L layers): the norms have no weights, and the rows that
-pad the vocabulary are cut. The directory gets its name only after it was loaded back and gave our
-logits, greedy tokens, token ids and chat prompts.
+Beside the files of the format it has README.md and manifest.json (sizes and hashes of the others,
+the source, the checks). The directory gets its name only after everything is written and, for the
+formats that transformers reads, was loaded back and gave our logits, greedy tokens, token ids and
+chat prompts.
 """
 
+import importlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -20,20 +19,9 @@ import torch
 from zangchat.config import GPTConfig
 from zangchat.errors import UserError, explain
 from zangchat.flops import count_params
-from zangchat.hf.check import check_export
-from zangchat.hf.format import (
-    ARCHITECTURE,
-    CARRIED,
-    DTYPES,
-    FORMAT,
-    MANIFEST,
-    VOCAB_ROWS,
-    hf_config,
-    require_libraries,
-    special_ids,
-    weight_names,
-)
-from zangchat.hf.tokenizer import tokenizer_config, tokenizer_json
+from zangchat.hf.format import CARRIED, DTYPES, FORMAT, MANIFEST, weight_names
+from zangchat.hf.libraries import FORMATS
+from zangchat.report import checkpoint_name, get_report, software, summary_table
 from zangchat.runtime.files import atomic_write, file_sha256
 
 if TYPE_CHECKING:
@@ -41,20 +29,16 @@ if TYPE_CHECKING:
     from zangchat.tokenizer import RustBPETokenizer
 
 
-CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 MODEL_CARD = Path(__file__).with_name("model_card.jinja")
-SHARD_BYTES = 5 * 10**9
-# as in the terminal chat
-SETTINGS = {
-    "do_sample": True,
-    "temperature": 0.6,
-    "top_k": 50,
-    "max_new_tokens": 512,
-}
 
 
 def export(
-    model: "GPT", tokenizer: "RustBPETokenizer", meta: Mapping[str, Any], folder: Path, dtype: str
+    model: "GPT",
+    tokenizer: "RustBPETokenizer",
+    meta: Mapping[str, Any],
+    folder: Path,
+    dtype: str,
+    format: str = "nanochat",
 ) -> dict[str, Any]:
     """Write `model` to a new directory; returns the manifest.
 
@@ -62,20 +46,23 @@ def export(
     `dtype` on the way. Raises UserError for anything that the format cannot hold, and if the
     directory, loaded back, differs from the model; then there is no directory.
     """
-    require_libraries()
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype={dtype} is not possible: choose one of {', '.join(DTYPES)}")
+    possible = FORMATS[format].dtypes
+    if dtype not in possible:
+        problem = f"--dtype={dtype} is not possible in --format={format}"
+        raise UserError(f"{problem}: choose one of {', '.join(possible)}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         remedy = "delete it, or choose another folder"
         raise UserError(f"--output={folder} is there already: {remedy}")
-    check_exportable(model, tokenizer)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(DTYPES[dtype]).float()
+    check_exportable(model, tokenizer, format)
+    if dtype in DTYPES:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(DTYPES[dtype]).float()
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with explain(f"--output={folder} cannot be written", "choose another folder", OSError):
-            manifest = _write(model, tokenizer, meta, partial, dtype)
+            partial.mkdir(parents=True)
+            manifest = _write(model, tokenizer, meta, partial, dtype, format)
             if folder.exists():
                 folder.rmdir()
             partial.rename(folder)
@@ -85,33 +72,28 @@ def export(
 
 
 def _write(
-    model: "GPT", tokenizer: "RustBPETokenizer", meta: Mapping[str, Any], folder: Path, dtype: str
+    model: "GPT",
+    tokenizer: "RustBPETokenizer",
+    meta: Mapping[str, Any],
+    folder: Path,
+    dtype: str,
+    format: str,
 ) -> dict[str, Any]:
-    folder.mkdir(parents=True)
-    write_weights(model, folder, DTYPES[dtype])
-    base = meta["stage"] == "base"
-    for name, data in {
-        "config.json": hf_config(model.config, tokenizer, base, dtype),
-        "generation_config.json": {**special_ids(tokenizer, base), **SETTINGS},
-        "tokenizer.json": tokenizer_json(tokenizer),
-        "tokenizer_config.json": tokenizer_config(model.config, tokenizer, base),
-    }.items():
-        atomic_write(folder / name, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
-    atomic_write(folder / CHAT_TEMPLATE.name, CHAT_TEMPLATE.read_bytes())
-    checks = check_export(folder, model, tokenizer)
-    atomic_write(folder / "README.md", model_card(model.config, meta, dtype, checks))
+    module = importlib.import_module(f"zangchat.hf.{FORMATS[format].module}")
+    checks = module.write(model, tokenizer, meta, folder, dtype)
+    atomic_write(folder / "README.md", model_card(model.config, meta, dtype, checks, format))
     manifest = make_manifest(folder, model.config, tokenizer, meta, dtype, checks)
-    atomic_write(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    atomic_write(folder / MANIFEST, json.dumps({**manifest, "to": format}, indent=1) + "\n")
     return manifest
 
 
-def check_exportable(model: "GPT", tokenizer: "RustBPETokenizer") -> None:
+def check_exportable(model: "GPT", tokenizer: "RustBPETokenizer", format: str) -> None:
     """Raises UserError naming anything that the format has no place for."""
     config = model.config
     names = weight_names(config)
     extra = sorted(set(config.to_dict()) - CARRIED) + sorted(set(model.state_dict()) - set(names))
     if extra:
-        problem = f"{ARCHITECTURE} does not know {', '.join(extra)}"
+        problem = f"--format={format} has no place for {', '.join(extra)}"
         remedy = "this model cannot be exported, other programs would run another"
         raise UserError(f"{problem}: {remedy}")
     sizes = config.vocab_size, tokenizer.get_vocab_size()
@@ -127,28 +109,6 @@ def check_exportable(model: "GPT", tokenizer: "RustBPETokenizer") -> None:
         raise UserError(f"{broken[0]} holds values that are not finite: choose an earlier --step")
 
 
-def write_weights(model: "GPT", folder: Path, dtype: torch.dtype) -> None:
-    """model.safetensors; if that exceeds SHARD_BYTES, numbered shards and an index."""
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
-
-    rows, weights = model.config.vocab_size, model.state_dict()
-    tensors = {}
-    for ours, theirs in weight_names(model.config).items():
-        tensor = weights[ours][:rows] if ours in VOCAB_ROWS else weights[ours]
-        tensors[theirs] = tensor.to("cpu", dtype).contiguous().clone()
-    split = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_BYTES)
-    for name, members in split.filename_to_tensors.items():
-        save_file(
-            {member: tensors[member] for member in members},
-            folder / name,
-            metadata={"format": "pt"},
-        )
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        atomic_write(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
-
-
 def make_manifest(
     folder: Path,
     config: GPTConfig,
@@ -157,8 +117,6 @@ def make_manifest(
     dtype: str,
     checks: Mapping[str, Any],
 ) -> dict[str, Any]:
-    from zangchat.report import software
-
     files = {
         path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)}
         for path in sorted(folder.iterdir())
@@ -182,7 +140,11 @@ def origin(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_card(
-    config: GPTConfig, meta: Mapping[str, Any], dtype: str, checks: Mapping[str, Any]
+    config: GPTConfig,
+    meta: Mapping[str, Any],
+    dtype: str,
+    checks: Mapping[str, Any],
+    format: str = "nanochat",
 ) -> str:
     """README.md of an export: how to use it, what was measured, what it cannot do."""
     source = origin(meta)
@@ -194,7 +156,9 @@ def model_card(
     )
     return template.render(
         name=f"{source['model_tag'] or 'zangchat'}-{source['stage']}",
-        architecture=ARCHITECTURE,
+        format=format,
+        capped=FORMATS[format].capped,
+        cap=f"{config.logit_cap:g}",
         chat=source["stage"] != "base",
         facts={
             "parameters": f"{count_params(config)['total'] / 1e6:,.1f}M, stored as {dtype}",
@@ -214,8 +178,6 @@ def measured(meta: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of this checkpoint: its validation loss, and scores on report cards that name
     it.
     """
-    from zangchat.report import checkpoint_name, get_report, summary_table
-
     name = checkpoint_name(meta)
     cards = [card for card in get_report().cards() if _is_about(card, name)]
     metrics = summary_table(cards, ()).items()

@@ -2,8 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,20 +34,6 @@ VOCAB_ROWS = ("transformer.wte.weight", "lm_head.weight")
 # The settings that config.json has. Another one cannot be exported: readers would not know of it.
 SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
 CARRIED = {*SIZES, "rms_norm_eps", "rope_theta", "logit_cap"}
-
-
-def require_libraries() -> None:
-    """Raises UserError if the libraries of the `hf` extra are not installed.
-
-    Of transformers, which is slow to import, only the version is read.
-    """
-    problem = "transformers 5 or newer and safetensors are needed to exchange models"
-    with explain(problem, 'run `pip install "transformers>=5" safetensors`', ImportError):
-        import safetensors.torch  # noqa: F401
-        import tokenizers  # noqa: F401
-
-        if find_spec("transformers") is None or int(version("transformers").partition(".")[0]) < 5:
-            raise ImportError("there is no transformers 5")
 
 
 def weight_names(config: GPTConfig) -> dict[str, str]:

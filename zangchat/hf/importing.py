@@ -15,16 +15,16 @@ from torch import Tensor
 from zangchat import checkpoint_manager
 from zangchat.config import GPTConfig, RunState
 from zangchat.errors import UserError, explain
+from zangchat.gpt import GPT
 from zangchat.hf.format import (
     ARCHITECTURE,
     MANIFEST,
     VOCAB_ROWS,
     config_from_hf,
     read_json,
-    require_libraries,
     weight_names,
 )
-from zangchat.hf.tokenizer import read_tokenizer_json
+from zangchat.hf.libraries import require_libraries
 from zangchat.runtime.files import file_sha256
 
 if TYPE_CHECKING:
@@ -47,9 +47,10 @@ def read_hf(folder: Path) -> Imported:
 
     Raises UserError.
     """
-    require_libraries()
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    require_libraries("safetensors", "tokenizers")
+    import safetensors.torch
+
+    from zangchat.hf.tokenizer import read_tokenizer_json
 
     source: dict[str, Any] = {}
     if (folder / MANIFEST).is_file():
@@ -66,8 +67,10 @@ def read_hf(folder: Path) -> Imported:
     tensors: dict[str, Tensor] = {}
     for name in names:
         path = folder / Path(name).name
-        with explain(f"{path} cannot be read", "copy the model again", OSError, SafetensorError):
-            tensors.update(load_file(path))
+        with explain(
+            f"{path} cannot be read", "copy the model again", OSError, safetensors.SafetensorError
+        ):
+            tensors.update(safetensors.torch.load_file(path))
     ours = {theirs: ours for ours, theirs in weight_names(config).items()}
     weights = fit(
         {ours.get(name, name): tensor for name, tensor in tensors.items()}, config, folder
@@ -101,8 +104,6 @@ def fit(tensors: Mapping[str, Tensor], config: GPTConfig, where: Path) -> dict[s
 
     Raises UserError naming tensors that are missing, unknown, or of another shape.
     """
-    from zangchat.gpt import GPT
-
     shapes = {name: tuple(tensor.shape) for name, tensor in GPT(config).state_dict().items()}
     foreign, missing = sorted(set(tensors) - set(shapes)), sorted(set(shapes) - set(tensors))
     if foreign:

@@ -6,6 +6,7 @@ import io
 import math
 import pickle
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,15 @@ from zangchat.tokenizer import RustBPETokenizer
 # takes float32's epsilon, although its documentation says finfo(x.dtype): the sum is in fp32,
 # compiled or not.
 NANOCHAT_EPS = 2.0**-23
+# Parts of nanochat's later architectures: a piece of their tensors' names -> a description
+LATER_PARTS = {
+    "value_embeds": "value embeddings",
+    "ve_gate": "their gates",
+    "resid_lambdas": "scales of the residual stream",
+    "x0_lambdas": "the embedding added in each layer",
+    "smear": "smear, the previous token's embedding",
+    "backout": "backout, a layer that is subtracted at the end",
+}
 
 
 def read_checkpoint(
@@ -44,15 +54,34 @@ def read_checkpoint(
         settings = dict(meta["model_config"])
         sizes = {name: settings.pop(name) for name in SIZES}
         config = GPTConfig(**sizes, rms_norm_eps=NANOCHAT_EPS)
-    tensors = checkpoint_manager.read_tensors(model_path, "cpu")
-    weights = fit(checkpoint_manager.strip_prefix(tensors), config, model_path)
-    if settings:
-        unknown = f"this program does not know its {', '.join(sorted(settings))}"
-        raise UserError(f"{meta_path} is of another architecture: {unknown}")
+    tensors = checkpoint_manager.strip_prefix(checkpoint_manager.read_tensors(model_path, "cpu"))
+    unplaced = later_parts(tensors) + [f"{name}={value}" for name, value in settings.items()]
+    if unplaced:
+        problem = f"{model_path} is of a later architecture of nanochat's"
+        unknown = f"this program has no place for its {'; '.join(unplaced)}"
+        raise UserError(f"{problem}, {unknown}: import a model of 2025, whose architecture is ours")
+    weights = fit(tensors, config, model_path)
     tokenizer = read_tokenizer(tokenizer_folder / "tokenizer.pkl")
     bpb = meta.get("val_bpb")
     bpb = bpb if isinstance(bpb, (int, float)) and math.isfinite(bpb) else None
     return Imported(weights, config, tokenizer, step, bpb, f"nanochat checkpoint {folder.name}")
+
+
+def later_parts(tensors: Iterable[str]) -> list[str]:
+    """The parts that our architecture lacks, each with all of its tensors; layers are listed in
+    braces, as in value_embeds.{1,3}.weight.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
+    for name in tensors:
+        part = next((part for key, part in LATER_PARTS.items() if key in name), None)
+        if part is not None:
+            layer = re.search(r"\.(\d+)\.", name)
+            stem = name.replace(layer[0], ".{}.") if layer else name
+            found.setdefault(part, {}).setdefault(stem, []).extend([layer[1]] if layer else [])
+    return [
+        f"{part} ({', '.join(s.replace('{}', '{' + ','.join(n) + '}') for s, n in stems.items())})"
+        for part, stems in found.items()
+    ]
 
 
 def _find_folders(base: Path, source: str, from_tag: str | None) -> tuple[Path, Path]:

@@ -1,19 +1,24 @@
 """tokenizer.json and tokenizer_config.json, in both directions."""
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
 from zangchat.config import GPTConfig
 from zangchat.errors import UserError, explain
 from zangchat.hf.format import read_json
 from zangchat.hf.samples import sample_texts
+from zangchat.tokenizer import RustBPETokenizer
 
 if TYPE_CHECKING:
     from zangchat.tokenizer import RustBPETokenizer
 
 
+@functools.cache
 def byte_characters() -> list[str]:
     """One visible character for each byte, as byte-level vocabularies write them.
 
@@ -53,33 +58,31 @@ def recover_merges(tokens: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
     return merges
 
 
+def token_strings(tokenizer: "RustBPETokenizer") -> list[str]:
+    """Every token as byte-level vocabularies write it; special tokens by name."""
+    written = [visible(token) for token in tokenizer.mergeable_tokens]
+    return [*written, *tokenizer.get_special_tokens()]
+
+
+def merge_strings(tokenizer: "RustBPETokenizer") -> list[tuple[str, str]]:
+    """The merges, written alike. Raises UserError if the ranks are not those of merges."""
+    problem, remedy = "this tokenizer cannot be exported", "its ranks must be those of merges"
+    with explain(problem, remedy, ValueError):
+        merges = recover_merges(tokenizer.mergeable_tokens)
+    return [(visible(left), visible(right)) for left, right in merges]
+
+
+def visible(token: bytes) -> str:
+    return "".join(map(byte_characters().__getitem__, token))
+
+
 def tokenizer_json(tokenizer: "RustBPETokenizer") -> dict[str, Any]:
     """The file of the library `tokenizers`: the same tokens for the same text. Raises UserError if
     the ranks are not those of merges.
     """
-    from tokenizers import (
-        AddedToken,
-        Regex,
-        Tokenizer,
-        decoders,
-        models,
-        pre_tokenizers,
-        processors,
-    )
-
-    tokens = tokenizer.mergeable_tokens
-    problem, remedy = "this tokenizer cannot be exported", "its ranks must be those of merges"
-    with explain(problem, remedy, ValueError):
-        merges = recover_merges(tokens)
-    characters = byte_characters()
-
-    def written(token: bytes) -> str:
-        return "".join(characters[byte] for byte in token)
-
-    vocab = {written(token): i for i, token in enumerate(tokens)}
-    theirs: Any = Tokenizer(
-        models.BPE(vocab=vocab, merges=[(written(left), written(right)) for left, right in merges])
-    )
+    ordinary = token_strings(tokenizer)[: len(tokenizer.mergeable_tokens)]
+    vocab = {token: i for i, token in enumerate(ordinary)}
+    theirs: Any = Tokenizer(models.BPE(vocab=vocab, merges=merge_strings(tokenizer)))
     theirs.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(tokenizer.pattern), "isolated"),
@@ -119,10 +122,6 @@ def read_tokenizer_json(path: Path) -> "RustBPETokenizer":
     """Our tokenizer from a byte-level BPE of the library `tokenizers`. Raises UserError if it would
     give other tokens.
     """
-    from tokenizers import Tokenizer
-
-    from zangchat.tokenizer import RustBPETokenizer
-
     data = read_json(path)
     problem = f"{path} is not a byte-level BPE with the special tokens of a chat"
     remedy = "it cannot be imported"

@@ -33,7 +33,7 @@ from zangchat.report.cards import (
     stage_of,
     summary_table,
 )
-from zangchat.report.curves import Curve, plot_bars, plot_curve, read_curve
+from zangchat.report.curves import Curve, read_curve
 from zangchat.report.document import render_html, render_markdown
 from zangchat.report.machine import cpu_name, software
 from zangchat.runtime.files import atomic_write, get_base_dir
@@ -102,6 +102,8 @@ class Report:
 
     def generate(self, dollars_per_hour: float = 0.0) -> Path:
         """Write report.md, its plots and the self-contained report.html; the path of report.md."""
+        from zangchat.report.plots import plot_bars, plot_curve
+
         cards = self.cards()
         found = (read_curve(self.base_dir, stage) for stage in STAGES)
         curves = [curve for curve in found if curve is not None]

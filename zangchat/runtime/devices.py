@@ -1,8 +1,4 @@
-"""The device, its number format and the process group.
-
-torch is imported inside the functions that use it, so that importing this module costs nothing and
-changes nothing.
-"""
+"""The device, its number format and the process group."""
 
 from __future__ import annotations
 
@@ -13,19 +9,16 @@ import shutil
 import subprocess
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+
+from zangchat.config import check_device_type, check_dtype
 from zangchat.errors import UserError
 from zangchat.runtime.processes import check_meeting_place, get_dist_info, is_ddp, ranks_here
-
-if TYPE_CHECKING:
-    import torch
-
 
 logger = logging.getLogger(__name__)
 # the longest wait of a rank for another: only rank 0 saves, samples and compiles
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-DTYPES = ("bfloat16", "float16", "float32")
 # The first driver for each CUDA: https://docs.nvidia.com/cuda/cuda-toolkit-release-notes
 FIRST_DRIVER = {"11": 450, "12": 525, "13": 580}
 
@@ -35,8 +28,6 @@ def autodetect_device_type() -> str:
 
     Raises UserError if nvidia-smi finds a GPU that torch cannot use.
     """
-    import torch
-
     if torch.cuda.is_available():
         return "cuda"
     if torch.backends.mps.is_available() and not is_ddp():
@@ -54,8 +45,6 @@ def _check_driver() -> None:
 
     Otherwise a model for GPUs would train on the CPU, for months.
     """
-    import torch
-
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     hidden = visible is not None and (not visible.strip() or visible.strip().startswith("-"))
     if hidden or not (program := shutil.which("nvidia-smi")):
@@ -107,8 +96,6 @@ def compute_init(
     present; raises UserError for one that is absent. `deterministic` matters on CUDA, where sums
     otherwise take whichever order is fastest.
     """
-    import torch
-
     device_type = device_type or autodetect_device_type()
     ddp, rank, local_rank, world_size = get_dist_info()
     _check_device(device_type, local_rank, ddp)
@@ -151,24 +138,6 @@ def expand_segments() -> None:
     user has set it up. It reads its settings when it is first used."""
     if not any(os.environ.get(f"PYTORCH_{name}ALLOC_CONF") for name in ("", "CUDA_")):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-
-
-def check_device_type(flag: str) -> None:
-    """Raises UserError for a device that is not known; empty is the best one."""
-    if flag not in ("", "cuda", "mps", "cpu"):
-        raise UserError(
-            f"--device_type={flag} is not known: choose cuda, mps or cpu, or leave the flag out "
-            "for the best one"
-        )
-
-
-def check_dtype(flag: str) -> None:
-    """Raises UserError for a number format that is not known; empty is the device's best."""
-    if flag not in ("", *DTYPES):
-        raise UserError(
-            f"--dtype={flag} is not known: choose {', '.join(DTYPES)}, or leave the flag out for "
-            "the one that suits the device"
-        )
 
 
 def _check_device(device_type: str, local_rank: int, ddp: bool) -> None:
@@ -227,8 +196,6 @@ def _cpu_has_bf16() -> bool:
     """Whether the CPU multiplies bf16 in hardware; without that bf16 is emulated, and slower than
     fp32.
     """
-    import torch
-
     flags = {"avx512_bf16", "amx_bf16"}
     if hasattr(torch.cpu, "get_capabilities"):
         capabilities = torch.cpu.get_capabilities()
@@ -241,8 +208,6 @@ def _cpu_has_bf16() -> bool:
 
 def device_synchronize(device: torch.device | str) -> None:
     """Wait until the device has finished its queue; a CPU always has."""
-    import torch
-
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)

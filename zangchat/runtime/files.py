@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import filelock
+
 from zangchat.errors import UserError, explain
 
 if TYPE_CHECKING:
@@ -109,8 +111,6 @@ def file_lock(path: str | Path) -> filelock.FileLock:
 
 @functools.cache
 def _lock_class() -> type[filelock.FileLock]:
-    import filelock
-
     class Lock(filelock.FileLock):  # type: ignore[misc, valid-type]
         def _acquire(self) -> None:
             try:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import psutil
+import torch
 
 from zangchat.runtime.processes import ranks_here
 
-if TYPE_CHECKING:
-    import torch
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 
 def keep_freed_memory() -> None:
@@ -19,8 +24,6 @@ def keep_freed_memory() -> None:
     By default each tensor of some megabytes is fetched from the system and given back, page by
     page: some hundredths of a training step.
     """
-    import ctypes
-
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: nothing apart from the heap
@@ -31,8 +34,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out: torch's CUDA error, Python's, or the
     RuntimeError of torch's CPU allocator.
     """
-    import torch
-
     message = str(error)
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError)
@@ -48,15 +49,11 @@ def device_memory(device: torch.device | str) -> int:
 
     On a CPU its share, among the ranks of this machine, of the free memory, plus its own.
     """
-    import torch
-
     device = torch.device(device)
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory())
-    import psutil
-
     return available_memory() // ranks_here() + psutil.Process().memory_info().rss
 
 
@@ -76,8 +73,6 @@ def available_memory(root: Path = Path("/")) -> int:
     """Bytes of main memory that can still be taken: of the machine or, if that is less, of the
     container or job (Linux's cgroups).
     """
-    import psutil
-
     available = float(psutil.virtual_memory().available)
     try:
         memberships = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
@@ -125,20 +120,13 @@ def peak_memory_bytes(device: torch.device | str) -> int:
     """The most memory used so far: of the device by tensors on CUDA, of the driver on MPS (now), of
     this process on a CPU.
     """
-    import torch
-
     device = torch.device(device)
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     if device.type == "mps":
         return int(torch.mps.driver_allocated_memory())
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
+    if resource is None:
         # only in the class of Windows
         return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))
-
     unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from zangchat import configurator
-from zangchat.config import COMMANDS
+from zangchat.config import COMMANDS, check_device_type, check_dtype
 from zangchat.errors import UserError
-from zangchat.runtime.devices import check_device_type, check_dtype
 from zangchat.runtime.processes import get_dist_info, ranks_here
 from zangchat.training.flags import BatchSize, RunConfig
 
