@@ -137,7 +137,7 @@ def make_hooks(run: "Run") -> list["Every"]:
     if held_out is None:
         return []
 
-    length = tokens_in(held_out, tokenizer, config.max_seq_len) / len(held_out)
+    length = tokens_in(held_out, run.tokenizer, config.max_seq_len) / len(held_out)
     steps = math.ceil(config.eval_tokens / length / HELD_OUT_STEP)
     batches = partial(data.held_out, run, held_out, HELD_OUT_STEP, steps)
     return [hooks.validation_bpb(config.eval_every, batches)]

@@ -13,6 +13,7 @@ Legend: R rows of a step, T targets in a row, W = T + 1 tokens in a row.
 """
 
 import contextlib
+import itertools
 import logging
 import math
 import queue
