@@ -26,7 +26,14 @@ from zangchat.dataloader import (
 from zangchat.dataset import find_dataset, load_dataset
 from zangchat.dataset.tokens import tokenize
 from zangchat.errors import UserError
-from zangchat.streams import ConversationStream, Document, DocumentReader, MixedStream, TextStream
+from zangchat.streams import (
+    ConversationStream,
+    Document,
+    MixedStream,
+    TextStream,
+    first_cursor,
+    read_documents,
+)
 
 TOKENIZER = ByteTokenizer()
 BOS = TOKENIZER.get_bos_token_id()
@@ -444,12 +451,11 @@ def test_conversations_without_anything_to_learn_are_a_clear_error():
 @pytest.mark.parametrize("left", [9, 5], ids=["within a run", "before it"])
 def test_a_cursor_beyond_shortened_conversations_is_a_clear_error(left):
     task = [conversation(f"q{index}", "a") for index in range(16)]
-    reader = DocumentReader(ConversationStream(task, TOKENIZER, seed=0, max_tokens=20))
-    for _ in range(12):
-        reader.next()
+    whole = ConversationStream(task, TOKENIZER, seed=0, max_tokens=20)
+    *_, last = itertools.islice(read_documents(whole, first_cursor(whole)), 12)
     stream = ConversationStream(task[:left], TOKENIZER, seed=0, max_tokens=20)
     with pytest.raises(UserError, match="cannot be resumed.*--overwrite"):
-        DocumentReader(stream, reader.cursor)
+        next(read_documents(stream, last.next_cursor))
 
 
 # ---- examples ------------------------------------------------------------------------------------
