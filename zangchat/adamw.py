@@ -57,7 +57,7 @@ class AdamW(ShardedOptimizer):
             state["master"] = rows.float()
         target = state.get("master", rows)
         beta1, beta2 = group["betas"]
-        moments = [state["exp_avg"]], [state["exp_avg_sq"]], []
+        moments: tuple[list[Tensor], ...] = [state["exp_avg"]], [state["exp_avg_sq"]], []
         fused_adamw(
             *([target], [grad.float()], *moments, [state["step"]]),
             fused=target.device.type in ("cpu", "cuda"),
