@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(config: Config) -> int:
     compute_init("cpu")
-    dist.destroy_process_group = leave_together
+    dist.destroy_process_group = leave_together  # type: ignore[assignment]
     trainer = make_trainer(config.directory / "run", device_batch_size=1)
     if collectives.world()[0] == FAILING and config.where:
         SABOTAGES[config.where](trainer)
@@ -72,7 +72,7 @@ def in_optimizer(trainer: Trainer) -> None:
 
 
 def in_save(_: Trainer) -> None:
-    checkpoint_files.write_tensors = fail
+    checkpoint_files.write_tensors = fail  # type: ignore[assignment]
 
 
 SABOTAGES = {

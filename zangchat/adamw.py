@@ -57,9 +57,10 @@ class AdamW(ShardedOptimizer):
             state["master"] = rows.float()
         target = state.get("master", rows)
         beta1, beta2 = group["betas"]
-        moments = [state["exp_avg"]], [state["exp_avg_sq"]], []
         fused_adamw(
-            *([target], [grad.float()], *moments, [state["step"]]),
+            *([target], [grad.float()], [state["exp_avg"]], [state["exp_avg_sq"]]),
+            max_exp_avg_sqs=[],
+            state_steps=[state["step"]],
             fused=target.device.type in ("cpu", "cuda"),
             amsgrad=False,
             maximize=False,

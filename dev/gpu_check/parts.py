@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +118,17 @@ def ceilings(sizes: Sizes, device: torch.device) -> Iterator[Row]:
             torch.randn(shape, device=device).to(BF16)
             for shape in ((M, inputs), (outputs, inputs), (M, outputs))
         )
-        products = {"x W^T": lambda x=x, w=w: x @ w.T, "g W": lambda g=g, w=w: g @ w}
-        products["g^T x"] = lambda x=x, g=g: g.T @ x
+        products = {
+            "x W^T": partial(torch.matmul, x, w.T),
+            "g W": partial(torch.matmul, g, w),
+            "g^T x": partial(torch.matmul, g.T, x),
+        }
         for name, product in products.items():
             rate = 2 * M * inputs * outputs / seconds(product, device, sizes.repeats)
             yield _rate(f"bf16 {name}, {M} x {inputs} -> {outputs}", rate, sheet and sheet.half)
         if fp8.unusable(device) is None:
             (x8, sx), (w8, sw) = (fp8.quantise(t, fp8.E4M3) for t in (x, w))
-            product = lambda x8=x8, w8=w8, sx=sx, sw=sw: fp8.scaled_product(x8, w8, sx, sw, BF16)  # noqa: E731
+            product = partial(fp8.scaled_product, x8, w8, sx, sw, BF16)
             rate = 2 * M * inputs * outputs / seconds(product, device, sizes.repeats)
             yield _rate(f"fp8 x W^T, {M} x {inputs} -> {outputs}", rate, sheet and sheet.fp8)
         del x, w, g
@@ -187,7 +191,7 @@ def _train(
 ) -> Iterator[Row]:
     """A step of one pass, complete: forward, backward, clipping, optimizer."""
     gpt, sheet, name = sizes.model(), data_sheet(device), ours.dtype_name(dtype)
-    planner = {"dtype": name, "device_type": device.type}
+    planner: dict[str, Any] = {"dtype": name, "device_type": device.type}
     rows = flops.fitting_batch(gpt, sizes.rows, device_memory(device), **planner)
     if not rows:
         yield {"name": "rows", "ok": False, "note": "not one row of this model fits the memory"}

@@ -183,6 +183,8 @@ def test_plan_reports_the_batch_for_each_card():
     assert "not one row" in lines[0] and "32 rows x 16 passes" in lines[-1]
     needed = memory_estimate(D20, 32)["total"]
     assert lines[-2].startswith(f" 80 GB: 32 rows x 16 passes ({needed / GIB:.1f} GiB)")
+    free = 81_559 - 600  # MiB of an H100, and of those that the driver and a context take
+    assert fitting_batch(D20, 512, free * 2**20) == 32
     assert (
         memory_estimate(D20, 32, grad_checkpoint=True)["activations"]
         < memory_estimate(D20, 32)["activations"] / 5
