@@ -168,7 +168,8 @@ def find_verified_step(checkpoint_dir: str | Path, step: int | None = None) -> i
     With `step`, only that one: raises CheckpointError if it does not verify. Raises FormatError for
     a later step of another format, which a run that continues from here would make again.
     """
-    found, refusal = step, None
+    found = step
+    refusal: CheckpointError | None = None
     if collectives.world()[0] == 0:
         try:
             if step is None:

@@ -587,8 +587,14 @@ def test_validation_of_conversations_does_not_depend_on_the_rows_of_a_pass(
     monkeypatch.setattr(hooks, name, watch)
     main, flags = STAGES[stage]
     found = {}
+    few = ["--eval_tokens=150"] if stage == "mid" else []
     for size in (1, 4):
-        options = [f"--device_batch_size={size}", "--num_iterations=1", f"--model_tag=b{size}"]
+        options = [
+            *few,
+            f"--device_batch_size={size}",
+            "--num_iterations=1",
+            f"--model_tag=b{size}",
+        ]
         assert main(flags(base, "--from_tag=d1", *options)) == 0
         lines = metrics(before, stage, f"b{rows}")
         found[rows] = [
