@@ -232,6 +232,8 @@ def test_ctranslate2_reads_smaller_files(write, tokenizer, dtype):
     whole, folder = write("ctranslate2"), write("ctranslate2", dtype)
     sizes = [(place / "model.bin").stat().st_size for place in (whole, folder)]
     assert sizes[1] < 0.6 * sizes[0]
+    # the gate and the up-projection, which are one matrix, are stored once
+    assert sizes[0] < 1.05 * (write("gguf") / "model.gguf").stat().st_size
     prompt = tokenizer.render_for_completion({"messages": [{"role": "user", "content": QUESTION}]})
     names = token_strings(tokenizer)
     (result,) = ctranslate2.Generator(str(folder)).generate_batch(
@@ -402,7 +404,10 @@ def test_the_modelfile(write, model):
     text = (write("gguf") / "Modelfile").read_text(encoding="utf-8")
     assert text == modelfile(model.config, base=False)
     assert text.startswith('FROM ./model.gguf\nTEMPLATE """')
-    assert 'PARAMETER stop "<|assistant_end|>"\n' in text and "PARAMETER num_ctx 256\n" in text
+    assert (
+        'PARAMETER stop "<|assistant_end|>"\n' in text
+        and "PARAMETER num_ctx 256\nPARAMETER num_predict 256\n" in text
+    )
     assert "TEMPLATE" not in modelfile(model.config, base=True)
 
 

@@ -1,7 +1,7 @@
 """The directory of CTranslate2, a fast inference engine for CPUs and GPUs.
 
 Its decoder holds everything that ours does, the cap included: a gated MLP with ReLU in which gate
-and up-projection are the same matrix is relu(x)^2. That makes the MLP half as large again.
+and up-projection are the same matrix is relu(x)^2. The file holds that matrix once.
 """
 
 from collections.abc import Mapping

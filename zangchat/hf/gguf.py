@@ -73,8 +73,8 @@ OLLAMA_TEMPLATE = """\
 def write(
     model: "GPT", tokenizer: "RustBPETokenizer", meta: Mapping[str, Any], folder: Path, dtype: str
 ) -> dict[str, Any]:
-    """model.gguf and Modelfile; returns notes on them. Raises UserError for a
-    tokenizer or a size that the format cannot hold.
+    """model.gguf and Modelfile; returns notes on them. Raises UserError for a tokenizer or a size
+    that the format cannot hold.
     """
     import gguf
 
@@ -203,7 +203,7 @@ def modelfile(config: GPTConfig, base: bool) -> str:
     lines += [
         'PARAMETER stop "<|bos|>"',
         f"PARAMETER num_ctx {config.sequence_len}",
-        f"PARAMETER num_predict {SETTINGS['max_new_tokens']}",
+        f"PARAMETER num_predict {min(SETTINGS['max_new_tokens'], config.sequence_len)}",
         f"PARAMETER temperature {SETTINGS['temperature']}",
         f"PARAMETER top_k {SETTINGS['top_k']}",
         "PARAMETER top_p 1.0",
