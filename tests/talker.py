@@ -12,7 +12,7 @@ from tests.util import ByteTokenizer
 from zangchat.config import GPTConfig
 from zangchat.engine import Engine
 from zangchat.server.app import create_app
-from zangchat.server.http import http_server
+from zangchat.server.connections import http_server
 from zangchat.server.protocol import Settings
 
 TOKENIZER = ByteTokenizer()
