@@ -48,7 +48,7 @@ class Config(CheckpointConfig):
     api_key_file: str = ""  # a file with the key
     allowed_hosts: str = ""  # more names of this server: chat.example.com,*.lan; * is any
     allowed_origins: str = ""  # sites whose pages may use the API: https://a.example,...; * is any
-    root_path: str = ""  # /path of this server behind a proxy that does not remove it
+    root_path: str = ""  # /path of this server, if the proxy in front does not remove it
     quantize: str = ""  # int8: a quarter of fp32's bytes; fp16: half of them, for x86 CPUs
 
 

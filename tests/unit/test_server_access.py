@@ -160,7 +160,7 @@ def test_the_scheme_of_a_key_has_no_case(header: str, status: int) -> None:
         assert ask(url, Authorization=header).status_code == status
 
 
-# ---- behind a proxy ------------------------------------------------------------------------------
+# ---- a reverse proxy -----------------------------------------------------------------------------
 
 
 @contextmanager
@@ -252,7 +252,7 @@ def test_headers_are_bounded_while_a_reply_runs() -> None:
         with suppress(ConnectionError, TimeoutError):
             for _ in range(400):  # 20 MB
                 sent += connection.send(b"GET / HTTP/1.1\r\nX: " + b"x" * 50_000)
-        assert sent < 10_000_000  # what the kernel's buffers hold, not the server
+        assert sent < 10_000_000  # held in the kernel's buffers, not by the server
         assert eventually(lambda: pool.load == 0)
 
 

@@ -1,4 +1,4 @@
-"""What other programs send to the server: OpenAI's fields one by one, and those of vLLM, llama.cpp,
+"""The requests of other programs: OpenAI's fields one by one, and those of vLLM, llama.cpp,
 LM Studio, SillyTavern and others. Each is served, or refused by a sentence that names it.
 """
 

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 MAX_HEAD = 64 * 1024  # bytes of a request's line and headers
 HEAD_SECONDS = 10.0  # for a request's headers, from the connection or from the previous response
-OWN_FILES = 64  # open files beside the connections: the model's, the log's, the engine's
+OWN_FILES = 64  # open files besides the connections: the model, logs, the engine
 WARNING_SECONDS = 60.0  # between two warnings that there are too many connections
 OFFERS = {b"upgrade", b"http2-settings"}  # headers of a client that offers another protocol
 

@@ -1,4 +1,4 @@
-"""What stands before the application: host, origin, API key, the size and the time of a body."""
+"""Checks before the application: host, origin, API key, size and time of a body."""
 
 import asyncio
 import ipaddress

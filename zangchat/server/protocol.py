@@ -46,7 +46,7 @@ class Settings:
     truncate: bool = False  # drop the oldest turns of a chat that does not fit, unasked
     hosts: frozenset[str] | None = frozenset(LOCAL_HOSTS)  # accepted Host headers; None: any
     origins: frozenset[str] = frozenset()  # pages of other sites that may send requests; *: any
-    root_path: str = ""  # the path of this server behind a proxy that does not remove it
+    root_path: str = ""  # the path of this server, if a proxy does not remove it
 
 
 # -- errors ----------------------------------------------------------------------------------------
