@@ -1,13 +1,11 @@
 """Who reaches the server, and how: host names, origins, keys, a reverse proxy, hostile connections."""
 
-import asyncio
 import json
 import os
 import re
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -17,6 +15,7 @@ import httpx
 import pytest
 
 from scripts.chat_web import Config, make_settings
+from tests.proxy import proxied
 from tests.talker import engine, eventually, serving
 from zangchat.errors import UserError
 from zangchat.server import connections, exposure
@@ -163,49 +162,6 @@ def test_the_scheme_of_a_key_has_no_case(header: str, status: int) -> None:
 # ---- a reverse proxy -----------------------------------------------------------------------------
 
 
-@contextmanager
-def proxied(url: str, prefix: str, strips: bool, host: str | None) -> Iterator[str]:
-    """A reverse proxy that serves `url` under a prefix, with a Host header of its own or not."""
-    port = int(url.rpartition(":")[2])
-    loop, ready, addresses = asyncio.new_event_loop(), threading.Event(), []
-
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(asyncio.IncompleteReadError, ConnectionError):
-            head = (await reader.readuntil(b"\r\n\r\n")).decode()
-            length = int((re.search(r"content-length: (\d+)", head, re.IGNORECASE) or [0, 0])[1])
-            method, target, rest = head.split(" ", 2)
-            if not target.startswith(prefix + "/"):
-                writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
-            else:
-                target = target.removeprefix(prefix) if strips else target
-                rest = re.sub("connection: .*\r\n", "", rest, flags=re.IGNORECASE)
-                if host is not None:
-                    rest = re.sub(r"host: [^\r]*", f"Host: {host}", rest, flags=re.IGNORECASE)
-                rest = rest.replace("\r\n\r\n", "\r\nConnection: close\r\n\r\n")
-                upstream, out = await asyncio.open_connection("127.0.0.1", port)
-                out.write(f"{method} {target} {rest}".encode() + await reader.readexactly(length))
-                while data := await upstream.read(65536):
-                    writer.write(data)
-                    await writer.drain()
-                out.close()
-            writer.close()
-
-    async def start() -> None:
-        server = await asyncio.start_server(handle, "127.0.0.1", 0)
-        addresses.append(server.sockets[0].getsockname()[1])
-        ready.set()
-
-    loop.create_task(start())
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    assert ready.wait(20)
-    try:
-        yield f"http://127.0.0.1:{addresses[0]}{prefix}"
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(20)
-
-
 @pytest.mark.parametrize("strips", [True, False])
 def test_the_page_and_the_api_work_behind_a_proxy_with_a_path(strips: bool) -> None:
     flags = {} if strips else {"root_path": "/apps/zangchat/"}
@@ -318,6 +274,7 @@ def test_idle_connections_make_room_for_others(
 
 SERVER = """
 import sys
+from tests.proxy import proxied
 from tests.talker import engine, serving
 with serving(engine(lambda question: "fine")) as (url, _):
     print(url, flush=True)

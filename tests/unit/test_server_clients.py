@@ -424,6 +424,17 @@ def test_a_timeout_does_not_look_like_an_answer() -> None:
         assert "not complete" in str(caught.value)
 
 
+def test_the_wait_for_a_row_counts_as_well() -> None:
+    slow = engine(lambda question: "x" * 400, pause=0.05)
+    with serving(slow, request_seconds=0.5, max_batch=1, queue=1) as (url, pool):
+        body = {"messages": HI, "max_tokens": 400}
+        with httpx.stream("POST", url + "/chat/completions", json=body) as first:
+            assert first.status_code == 200
+            waiting = post(url + "/v1/chat/completions", body)
+            assert (waiting.status_code, waiting.json()["error"]["code"]) == (504, "timeout")
+            assert "waiting for a free row included" in waiting.json()["error"]["message"]
+
+
 # ---- other clients, for real ---------------------------------------------------------------------
 
 JAVA = """

@@ -15,8 +15,10 @@ TEXT_FIELDS = {"input_text": "text", "output_text": "text", "refusal": "refusal"
 
 def check_surrogates(text: str) -> str:
     """Raises ValueError for lone surrogates, which JSON can express and UTF-8 cannot."""
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("half of a surrogate pair is not a character")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair is not a character") from None
     return text
 
 
