@@ -14,7 +14,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -75,6 +75,12 @@ def make_settings(config: Config) -> "Settings":
     configurator.check_range(0, config, "port", most=65535)
 
     configurator.check_range(1, config, "request_timeout")
+    access: dict[str, Any] = {
+        "api_key": exposure.api_key(config),
+        "hosts": exposure.hosts(config),
+        "origins": exposure.origins(config),
+        "root_path": exposure.root_path(config),
+    }
 
     from zangchat.server.protocol import Settings
 
@@ -88,10 +94,7 @@ def make_settings(config: Config) -> "Settings":
         queue=config.queue,
         request_seconds=config.request_timeout,
         truncate=config.truncate,
-        api_key=exposure.api_key(config),
-        hosts=exposure.hosts(config),
-        origins=exposure.origins(config),
-        root_path=exposure.root_path(config),
+        **access,
     )
 
 

@@ -82,7 +82,7 @@ def warnings(flags: Flags) -> Iterator[str]:
             "this server by a name of its own (DNS rebinding): name yours by --allowed_hosts"
         )
     if not api_key(flags) and (any_name or not is_local or flags.allowed_origins):
-        yield f"whoever reaches this server may use it: set a key by {KEY_VARIABLE}"
+        yield f"anyone who reaches this server may use it: set a key by {KEY_VARIABLE}"
 
 
 def host_name(host: str) -> str:
