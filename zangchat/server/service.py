@@ -59,9 +59,10 @@ class Prompter:
     def _check_length(self, prompt: list[int], remedy: str, param: str, reply: int = 1) -> None:
         over = len(prompt) - (self.context - reply)
         if over > 0:
-            # clients recognise OpenAI's words
-            limit = f"this model's maximum context length is {self.context} tokens"
-            message = f"{limit}, and the prompt has {len(prompt)}, {over} too many: {remedy}"
+            excess = f"{over} more than the context of {self.context} leaves room for"
+            message = f"the prompt has {len(prompt)} tokens, {excess}: {remedy}"
+            # OpenAI's words, by which clients recognise the case
+            message += f" (this model's maximum context length is {self.context} tokens)"
             raise ApiError(400, message, "context_length_exceeded", param=param)
 
 
