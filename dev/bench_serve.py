@@ -3,8 +3,10 @@
     python -m dev.bench_serve -i sft                      the model in the base directory, served by
                                                           scripts.chat_web
     python -m dev.bench_serve -i sft --requests=2000      long enough to see a leak
+    python -m dev.bench_serve -i sft --kinds=page         only requests of the chat page
 
-Requests of mixed lengths first come one at a time, then over `--streams` connections at once. Some
+Requests of mixed lengths and kinds (the chat page's, whose replies are rendered, nanochat's and
+OpenAI's) first come one at a time, then over `--streams` connections at once. Some
 clients leave in the middle of a reply, some send requests that are refused. /health is polled
 throughout. The clients use processor time of the same machine.
 """
@@ -43,6 +45,11 @@ QUESTIONS = (
     "What does json.dumps do?",
     "Tell me about words. " * 12,
 )
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # -> address, further fields
+    "page": ("/chat/completions", {"render": True, "truncate": True}),
+    "nanochat": ("/chat/completions", {}),
+    "openai": ("/v1/chat/completions", {"model": "zangchat", "stream": True}),
+}
 
 
 @dataclass
@@ -51,8 +58,9 @@ class Config(CheckpointConfig):
     requests: int = 512  # in all, by these clients
     alone: int = 24  # of the same mixture, one after the other
     leaving: float = 0.1  # share of clients that leave in the middle of a reply
-    refused: float = 0.05  # share of requests that are refused: roles out of order
+    refused: float = 0.05  # share of requests that are refused: an unknown role
     longest: int = 96  # tokens of the longest reply requested
+    kinds: str = "page,nanochat,openai"  # of the requests, in turn
     quantize: str = ""
     busy: bool = False  # measure even if the machine is busy; the output records it
 
@@ -77,6 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def bench(config: Config) -> int:
     configurator.check_range(1, config, "streams", "requests", "alone")
+    if unknown := set(config.kinds.split(",")) - set(KINDS):
+        possible = f"there are {','.join(KINDS)}"
+        raise configurator.UserError(f"--kinds={config.kinds} has {min(unknown)!r}: {possible}")
     where = machine(config.busy)
     flags = [
         f"--{name}={value}"
@@ -105,7 +116,13 @@ def bench(config: Config) -> int:
             server.wait(30)
     print(
         json.dumps(
-            {"machine": where, "streams": config.streams, "requests": config.requests, **result},
+            {
+                "machine": where,
+                "streams": config.streams,
+                "requests": config.requests,
+                "kinds": config.kinds,
+                **result,
+            },
             indent=1,
         )
     )
@@ -113,18 +130,19 @@ def bench(config: Config) -> int:
 
 
 def make_plan(config: Config) -> list[dict[str, Any]]:
-    """The requests, with the number of pieces after which the client disconnects."""
-    number = random.Random(1)
+    """The requests, with their kind and the number of pieces after which the client disconnects."""
+    number, kinds = random.Random(1), config.kinds.split(",")
     plan = []
     for i in range(config.requests):
-        role = "assistant" if number.random() < config.refused else "user"
+        role = "robot" if number.random() < config.refused else "user"
         question = {
             "messages": [{"role": role, "content": number.choice(QUESTIONS)}],
             "max_tokens": number.randint(config.longest // 8, config.longest),
             "seed": i,
         }
         leaves = number.random() < config.leaving
-        plan.append({**question, "leaves_after": number.randint(0, 12) if leaves else None})
+        leaves_after = number.randint(0, 12) if leaves else None
+        plan.append({**question, "kind": kinds[i % len(kinds)], "leaves_after": leaves_after})
     return plan
 
 
@@ -204,19 +222,19 @@ def examine(port: int, measured: Measurements, over: threading.Event) -> None:
 
 async def ask(port: int, question: dict[str, Any], measured: Measurements) -> None:
     """Send one request over its own connection, as nanochat's page does."""
-    body = json.dumps(
-        {key: value for key, value in question.items() if key != "leaves_after"}
-    ).encode()
+    address, more = KINDS[question["kind"]]
+    fields = {name: question[name] for name in ("messages", "max_tokens", "seed")}
+    body = json.dumps({**fields, **more}).encode()
     start = last = time.perf_counter()
     pieces = 0
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         try:
-            head = f"POST /chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
+            head = f"POST {address} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
             head += "Content-Type: application/json\r\nConnection: close\r\n"
             writer.write(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
             status = int((await reader.readline()).split()[1])
-            if status == 400 and question["messages"][0]["role"] == "assistant":
+            if status == 400 and question["messages"][0]["role"] == "robot":
                 measured.refused += 1
                 return
             if status != 200:
@@ -224,12 +242,13 @@ async def ask(port: int, question: dict[str, Any], measured: Measurements) -> No
             while line := await reader.readline():
                 if not line.startswith(b"data:"):
                     continue
-                event, now = json.loads(line[5:]), time.perf_counter()
-                if "error" in event:
-                    raise ValueError(event["error"])
-                if event.get("done"):
+                is_piece, is_end = read_event(line[5:].strip())
+                if is_end:
                     measured.replies += 1
                     return
+                if not is_piece:
+                    continue
+                now = time.perf_counter()
                 (measured.between if pieces else measured.first).append(now - last)
                 pieces, last = pieces + 1, now
                 if question["leaves_after"] is not None and pieces > question["leaves_after"]:
@@ -241,6 +260,18 @@ async def ask(port: int, question: dict[str, Any], measured: Measurements) -> No
     except (OSError, ValueError) as error:
         seconds = time.perf_counter() - start
         measured.errors.append(f"{type(error).__name__} after {seconds:.1f} s: {error}")
+
+
+def read_event(data: bytes) -> tuple[bool, bool]:
+    """(it has a piece of a reply, it is the end), of either API. Raises ValueError for an error."""
+    if data == b"[DONE]":
+        return False, True
+    event = json.loads(data)
+    if "error" in event:
+        raise ValueError(event["error"])
+    if "choices" in event:
+        return any(choice["delta"].get("content") for choice in event["choices"]), False
+    return "queued" not in event, bool(event.get("done"))
 
 
 async def generated(port: int) -> int:

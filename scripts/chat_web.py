@@ -4,25 +4,30 @@
     python -m scripts.chat_web -i base --port=8080
     OPENAI_BASE_URL=http://127.0.0.1:8000/v1        # for OpenAI's clients
 
-Only this machine can reach it by default; --host=0.0.0.0 admits others.
+Only this machine can reach it by default; --host=0.0.0.0 admits others. Other programs, proxies:
+dev/docs/en/clients.md
 """
 
 import gc
+import logging
 import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from zangchat import configurator
 from zangchat.config import CheckpointConfig
 from zangchat.errors import UserError
+from zangchat.server import exposure
 
 if TYPE_CHECKING:
     from zangchat.engine import Engine
     from zangchat.server.protocol import Settings
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -37,7 +42,13 @@ class Config(CheckpointConfig):
     num_gpus: int = 1  # one engine on each
     max_batch: int = 64  # replies written at the same time, per device
     queue: int = 64  # requests that may wait; more are answered 429
-    api_key: str | None = None  # required of every client, as a bearer token
+    request_timeout: float = 300.0  # seconds for one reply, waiting for a free row included
+    truncate: bool = False  # drop the oldest turns of a chat that does not fit, else refuse it
+    api_key: str | None = None  # required of every client; ZANGCHAT_API_KEY is hidden from `ps`
+    api_key_file: str = ""  # a file with the key
+    allowed_hosts: str = ""  # more names of this server: chat.example.com,*.lan; * is any
+    allowed_origins: str = ""  # sites whose pages may use the API: https://a.example,...; * is any
+    root_path: str = ""  # /path of this server, if the proxy in front does not remove it
     quantize: str = ""  # int8: a quarter of fp32's bytes; fp16: half of them, for x86 CPUs
 
 
@@ -47,13 +58,11 @@ def serve(config: Config) -> None:
         engines = load_engines(config)
 
         from zangchat.server.app import create_app
-        from zangchat.server.http import http_server
+        from zangchat.server.connections import http_server
 
-        host, port = listener.getsockname()[:2]
-        print(
-            f"chat at http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C stops it)",
-            flush=True,
-        )
+        print(f"chat at {address_of(listener)} (Ctrl-C stops it)", flush=True)
+        for warning in exposure.warnings(config):
+            logger.warning(warning)
         app = create_app(engines, settings)
         gc.freeze()  # else each collection walks through torch's objects, for a tenth of a second
         http_server(app).run(sockets=[listener])
@@ -65,10 +74,16 @@ def make_settings(config: Config) -> "Settings":
     configurator.check_range(1, config, "num_gpus", "max_batch")
     configurator.check_range(0, config, "port", most=65535)
 
-    from zangchat.server.protocol import LOCAL_HOSTS, Settings
+    configurator.check_range(1, config, "request_timeout")
+    access: dict[str, Any] = {
+        "api_key": exposure.api_key(config),
+        "hosts": exposure.hosts(config),
+        "origins": exposure.origins(config),
+        "root_path": exposure.root_path(config),
+    }
 
-    host = config.host.lower()
-    any_host = host in ("0.0.0.0", "::", "")
+    from zangchat.server.protocol import Settings
+
     return Settings(
         model_name=f"zangchat-{config.source}",
         temperature=config.temperature,
@@ -77,9 +92,17 @@ def make_settings(config: Config) -> "Settings":
         max_tokens=config.max_tokens,
         max_batch=config.max_batch,
         queue=config.queue,
-        api_key=config.api_key or None,
-        hosts=None if any_host else frozenset({*LOCAL_HOSTS, host, f"[{host}]"}),
+        request_seconds=config.request_timeout,
+        truncate=config.truncate,
+        **access,
     )
+
+
+def address_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    more = "" if local == host else " and this machine's other addresses"
+    return f"http://{f'[{local}]' if ':' in local else local}:{port}{more}"
 
 
 def listen(config: Config) -> socket.socket:

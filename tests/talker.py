@@ -12,7 +12,7 @@ from tests.util import ByteTokenizer
 from zangchat.config import GPTConfig
 from zangchat.engine import Engine
 from zangchat.server.app import create_app
-from zangchat.server.http import http_server
+from zangchat.server.connections import http_server
 from zangchat.server.protocol import Settings
 
 TOKENIZER = ByteTokenizer()
@@ -89,9 +89,11 @@ def engine(reply: Callable[[str], str], **kw: Any) -> Engine:
 
 
 @contextmanager
-def serving(*engines: Engine, **settings: Any) -> Iterator[tuple[str, Any]]:
+def serving(
+    *engines: Engine, settings: Settings | None = None, **fields: Any
+) -> Iterator[tuple[str, Any]]:
     """A real server on a loopback port: (its address, its pool of workers)."""
-    app = create_app(engines, Settings(**settings))
+    app = create_app(engines, settings or Settings(**fields))
     server = http_server(app, grace=1, host="127.0.0.1", port=0)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from tests.talker import VOCAB, engine, eventually, serving
+from zangchat.server import connections, guard
 from zangchat.server import http as server_module
 from zangchat.server.page_api import PageChat, load_page, render_markdown, render_parts
 from zangchat.server.protocol import Settings
@@ -395,9 +396,7 @@ def test_the_api_keeps_to_its_own_description(url: str) -> None:
 
 # ---- what is refused -----------------------------------------------------------------------------
 
-USER, ASSISTANT, SYSTEM = (
-    {"role": role, "content": "x"} for role in ("user", "assistant", "system")
-)
+USER = {"role": "user", "content": "x"}
 
 
 @pytest.mark.parametrize("path", ["/chat/completions", "/v1/chat/completions"])
@@ -413,21 +412,11 @@ USER, ASSISTANT, SYSTEM = (
         ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages.0.role"),
         ({"messages": [{"role": "user"}]}, 400, "messages.0.content"),
         ({"messages": [{"role": "user", "content": 7}]}, 400, "messages.0.content"),
-        ({"messages": [{"role": "user", "content": " \n"}]}, 400, "empty"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             400,
             "messages.0.content.0.type: Input should be 'text'",
         ),
-        ({"messages": [USER, ASSISTANT]}, 400, "last message must be of role 'user'"),
-        ({"messages": [SYSTEM]}, 400, "no message of a user"),
-        (
-            {"messages": [USER, USER]},
-            400,
-            "message 1 has the role 'user', but it is the turn of the assistant",
-        ),
-        ({"messages": [ASSISTANT, USER]}, 400, "message 0 has the role 'assistant'"),
-        ({"messages": [USER, SYSTEM, USER]}, 400, "message 1 has the role 'system'"),
         ({"messages": [USER] * 501}, 400, "messages"),
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "messages.0.content"),
         ({"messages": [USER], "temperature": -1}, 400, "temperature"),
@@ -449,8 +438,8 @@ USER, ASSISTANT, SYSTEM = (
             400,
             "temperature",
         ),
-        ({"messages": [USER], "top_k": -1}, 400, "top_k"),
-        ({"messages": [USER], "top_p": 0}, 400, "top_p"),
+        ({"messages": [USER], "top_k": -2}, 400, "top_k"),
+        ({"messages": [USER], "top_p": -0.1}, 400, "top_p"),
         ({"messages": [USER], "max_tokens": 0}, 400, "max_tokens"),
         (
             {"messages": [{"role": "user", "content": "x" * 600}]},
@@ -490,17 +479,11 @@ def test_bad_requests_are_told_what_is_wrong(
         ({"prompt": ["x"] * 40, "n": 2}, 400, "40 prompts x n=2"),
         ({"prompt": "x", "n": 0}, 400, "n: "),
         (
-            {"prompt": "x", "model": "gpt-9"},
-            404,
-            "there is no model 'gpt-9' here; this server has 'zangchat-test'",
-        ),
-        (
             {"prompt": "x", "logit_bias": {"1": 2}, "frequency_penalty": 0.5},
             400,
             "does not support logit_bias, frequency_penalty",
         ),
         ({"prompt": "x", "temprature": 0}, 400, "does not support temprature"),
-        ({"prompt": "x", "stop": [""]}, 400, "stop"),
         ({"prompt": "x", "stop": ["a"] * 17}, 400, "stop"),
         ({"prompt": "x", "logprobs": 21}, 400, "logprobs"),
         ({"prompt": "x", "min_p": 2}, 400, "min_p"),
@@ -533,8 +516,8 @@ def test_a_body_without_a_length_is_bounded_as_well(url: str) -> None:
 
 
 def test_unknown_paths_and_methods_have_the_same_error_format(url: str) -> None:
-    assert httpx.get(url + "/nowhere").json()["error"]["message"] == "Not Found"
-    assert httpx.get(url + "/chat/completions").status_code == 405
+    assert "there is no /nowhere here" in httpx.get(url + "/nowhere").json()["error"]["message"]
+    assert "takes POST, not GET" in httpx.get(url + "/chat/completions").text
 
 
 def test_whoever_asks_for_the_head_gets_it(url: str) -> None:
@@ -656,8 +639,8 @@ def test_half_open_connections_take_no_place(server: tuple[str, Any], sent: byte
 
 
 def test_what_never_comes_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "HEAD_SECONDS", 0.5)
-    monkeypatch.setattr(server_module, "BODY_SECONDS", 0.5)
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.5)
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.5)
     with serving(engine(reply)) as (url, pool):
         for sent in (
             b"",

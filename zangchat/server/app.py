@@ -12,7 +12,8 @@ from fastapi.concurrency import run_in_threadpool
 
 from zangchat.engine import Engine
 from zangchat.server import monitoring, openai_api, page_api
-from zangchat.server.http import ERROR_HANDLERS, Guard
+from zangchat.server.guard import add_guard
+from zangchat.server.http import ERROR_HANDLERS
 from zangchat.server.pool import Pool
 from zangchat.server.protocol import ErrorBody, Settings
 from zangchat.server.service import Prompter, Service
@@ -35,13 +36,16 @@ def create_app(engines: Sequence[Engine], settings: Settings | None = None) -> F
         lifespan=run_pool,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # the guard has removed them
         responses=ERROR_FORMAT,
         exception_handlers=ERROR_HANDLERS,
     )
     app.state.service = Service(settings, tokenizer, context, pool, prompter, page)
-    app.add_middleware(Guard, settings=settings, page_policy=page_policy)
-    for api in (page_api, monitoring, openai_api):
-        app.include_router(api.router)
+    add_guard(app, settings, page_policy)
+    app.include_router(page_api.router)  # its /chat/completions takes OpenAI's requests as well
+    app.include_router(monitoring.router)
+    app.include_router(openai_api.router, prefix="/v1")
+    app.include_router(openai_api.router, include_in_schema=False)
     return app
 
 

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+import anyio
 from fastapi import Depends
 from starlette.requests import HTTPConnection
 
-from zangchat.conversation import turns
 from zangchat.engine.replies import REPLY_SHARE, fit_conversation
+from zangchat.server.messages import ChatMessage, conversation_of
 from zangchat.server.pool import Pool
-from zangchat.server.protocol import ApiError, ChatMessage, Settings
+from zangchat.server.protocol import ApiError, Settings
 
 
 class Prompter:
@@ -21,22 +22,28 @@ class Prompter:
         self.tokenizer, self.context, self.settings = tokenizer, context, settings
 
     def chat(
-        self, messages: list[ChatMessage], max_tokens: int | None, truncate: bool
+        self, messages: Sequence[ChatMessage], max_tokens: int | None, truncate: bool | None
     ) -> tuple[list[int], int]:
-        """(prompt, number of messages left out).
-
-        Raises ApiError for an impossible order of roles and for a chat that is too long.
-        """
-        conversation = [message.for_tokenizer() for message in messages]
-        check_roles(conversation)
+        """(prompt, number of messages left out). Raises ApiError for a chat that is too long."""
+        truncate = self.settings.truncate if truncate is None else truncate
+        conversation, parts = conversation_of(messages)
+        opening = self._opening(parts) if parts else []
         reply = min(max_tokens or self.settings.max_tokens, self.context // REPLY_SHARE)
-        room = self.context - max(1, reply) if truncate else 1 << 62
+        room = self.context - max(1, reply) - len(opening) if truncate else 1 << 62
         prompt, left_out = fit_conversation(self.tokenizer, conversation, room)
         remedy = "shorten it or start a new chat"
         if not truncate:
             remedy = "shorten it, or set truncate to drop the oldest turns"
-        self._check_length(prompt, remedy)
-        return prompt, left_out
+        self._check_length([*prompt, *opening], remedy, "messages")
+        return [*prompt, *opening], left_out
+
+    def _opening(self, parts: list[dict[str, str]]) -> list[int]:
+        """The tokens of a reply that begins with these parts."""
+        question = {"role": "user", "content": ""}
+        reply = {"role": "assistant", "content": parts}
+        before = self.tokenizer.render_for_completion({"messages": [question]})
+        whole, _ = self.tokenizer.render_conversation({"messages": [question, reply]})
+        return whole[len(before) : -1]
 
     def completion(self, prompt: str | list[int], limit: int | None) -> list[int]:
         """A text after <|bos|>, or tokens as they are. With limit 0 it may fill the context."""
@@ -44,34 +51,19 @@ class Prompter:
         tokens = [bos, *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else list(prompt)
         if not tokens or not all(0 <= token < vocab_size for token in tokens):
             bounds = f"each between 0 and {vocab_size - 1}"
-            raise ApiError(400, f"a prompt of tokens needs at least one, {bounds}")
-        self._check_length(tokens, "shorten it", 0 if limit == 0 else 1)
+            message = f"a prompt of tokens needs at least one, {bounds}"
+            raise ApiError(400, message, "invalid_request", param="prompt")
+        self._check_length(tokens, "shorten it", "prompt", 0 if limit == 0 else 1)
         return tokens
 
-    def _check_length(self, prompt: list[int], remedy: str, reply: int = 1) -> None:
+    def _check_length(self, prompt: list[int], remedy: str, param: str, reply: int = 1) -> None:
         over = len(prompt) - (self.context - reply)
         if over > 0:
             excess = f"{over} more than the context of {self.context} leaves room for"
             message = f"the prompt has {len(prompt)} tokens, {excess}: {remedy}"
-            raise ApiError(400, message, "context_length_exceeded")
-
-
-def check_roles(messages: Sequence[dict[str, Any]]) -> None:
-    """An optional system message, then user and assistant in turn, the user last.
-
-    Raises ApiError that names the wrong message.
-    """
-    for index, message in enumerate(messages):
-        if message["role"] == "user" and not message["content"].strip():
-            raise ApiError(400, f"message {index}, of the user, is empty", "empty_message")
-    try:
-        *_, (role, _, _) = turns({"messages": messages})
-    except ValueError as error:
-        rule = "after an optional system message, user and assistant take turns"
-        raise ApiError(400, f"{error}: {rule}", "role_order") from None
-    if role != "user":
-        rule = "the last message must be of role 'user': it is what the model answers"
-        raise ApiError(400, rule, "role_order")
+            # OpenAI's words, by which clients recognise the case
+            message += f" (this model's maximum context length is {self.context} tokens)"
+            raise ApiError(400, message, "context_length_exceeded", param=param)
 
 
 @dataclass(frozen=True)
@@ -85,6 +77,8 @@ class Service:
     prompter: Prompter
     page: str  # HTML of the chat page
     started: float = field(default_factory=time.time)  # seconds since the epoch
+    # threads that render the page's replies: one, since they all need the interpreter's lock
+    rendering: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
 
 
 def current_service(connection: HTTPConnection) -> Service:
