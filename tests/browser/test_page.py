@@ -3,107 +3,16 @@
 import json
 import os
 import re
-import shutil
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
+from tests.browser.support import MARKS, ask, last, reply, send
 from tests.talker import engine, eventually, serving
 
-CHROMIUM = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
-
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(
-        CHROMIUM is None, reason="no Chromium here: on Debian, `apt-get install chromium`"
-    ),
-]
-
-MARKDOWN = "**bold** and `code`\n\n```python\nprint(1)\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n"
-HOSTILE = "<img src=x onerror=\"document.title='owned'\"> <script>document.title='owned'</script> [x](javascript:alert(1)) ![x](http://elsewhere.example/x)"
-
-
-def reply(question: str) -> str:
-    if question.startswith("markdown"):
-        return MARKDOWN
-    if question.startswith("calculate"):
-        return "Let me see. <|python_start|>12 * 34<|python_end|>#####So it is **408**."
-    if question.startswith("hostile"):
-        return HOSTILE
-    if question.startswith("long"):
-        return "word " * 150
-    if question.startswith("slow"):
-        time.sleep(0.5)
-    return f"You said: {question.strip()}"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[tuple[str, Any]]:
-    with serving(
-        engine(reply, sequence_len=1024, pause=0.003),
-        max_tokens=800,
-        model_name="zangchat-test",
-        temperature=0.0,
-        top_p=0.9,
-    ) as served:
-        yield served
-
-
-@pytest.fixture
-def page(browser: Browser, server: tuple[str, Any]) -> Iterator[Page]:
-    """A new visitor. A message in the console or a request to another host fails the test."""
-    context = browser.new_context(viewport={"width": 1100, "height": 760}, color_scheme="light")
-    page = context.new_page()
-    page.set_default_timeout(20_000)
-    complaints: list[str] = []
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on(
-        "console",
-        lambda message: (
-            complaints.append(message.text) if message.type in ("error", "warning") else None
-        ),
-    )
-    page.on(
-        "request",
-        lambda request: (
-            complaints.append(request.url) if not request.url.startswith(server[0] + "/") else None
-        ),
-    )
-    page.goto(server[0])
-    yield page
-    context.close()
-    # some tests provoke refusals
-    assert [complaint for complaint in complaints if "status of 4" not in complaint] == []
-
-
-def send(page: Page, text: str) -> None:
-    page.get_by_label("Message", exact=True).fill(text)
-    page.keyboard.press("Enter")
-
-
-def last(page: Page) -> Any:
-    return page.locator("article").last
-
-
-def ask(page: Page, text: str) -> None:
-    """Send a message and wait for the end of its answer."""
-    send(page, text)
-    expect(last(page).get_by_role("button", name="Regenerate")).to_be_visible()
+pytestmark = MARKS
 
 
 def test_answer_is_rendered_as_markdown(page: Page) -> None:
@@ -113,7 +22,7 @@ def test_answer_is_rendered_as_markdown(page: Page) -> None:
     expect(answer.locator("strong")).to_have_text("bold")
     expect(answer.locator("pre code")).to_have_text("print(1)\n")
     expect(answer.locator("td").first).to_have_text("1")
-    expect(answer.locator("pre").get_by_role("button", name="Copy")).to_be_visible()
+    expect(answer.locator(".code").get_by_role("button", name="Copy")).to_be_visible()
     expect(page.locator("header h1")).to_have_text("markdown please")
     # announced to screen readers once, at the end
     expect(page.get_by_role("status")).to_contain_text("bold")
@@ -257,7 +166,7 @@ def test_settings_are_sent_and_kept(page: Page) -> None:
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("Longest reply, tokens").fill("9")
     page.get_by_label("Top-k (0 = off)").fill("3")
-    page.get_by_label("System prompt").fill("be brief")
+    page.get_by_label("System prompt of new chats").fill("be brief")
     page.get_by_label("Appearance").select_option("dark")
     page.get_by_role("button", name="Done").click()
     with page.expect_request("**/chat/completions") as sent:
@@ -284,7 +193,7 @@ def test_commands_change_settings_without_asking_the_model(page: Page) -> None:
         ("/temperature 0.3", "Temperature 0.3."),
         ("/temperature 7", "between 0 and 2"),
         ("/topk 5", "Top-k 5."),
-        ("/system be brief", "The system prompt is set."),
+        ("/system be brief", "The system prompt of this chat is set."),
         ("/nonsense", "There is no command /nonsense"),
         ("/help", "/regenerate"),
     ):
@@ -305,7 +214,7 @@ def test_commands_change_settings_without_asking_the_model(page: Page) -> None:
     send(page, "/new")
     expect(page.locator("article")).to_have_count(0)
     send(page, "/settings")
-    expect(page.get_by_label("System prompt")).to_have_value("be brief")
+    expect(page.get_by_label("System prompt of new chats")).to_have_value("")
 
 
 def test_full_server_shows_the_queue(browser: Browser, tmp_path: Path) -> None:
@@ -338,18 +247,6 @@ def test_refusal_is_shown_and_can_be_retried(page: Page) -> None:
     alert.get_by_role("button", name="Try again").click()
     expect(alert).to_contain_text("more than the context of 1024")
     expect(page.locator("article")).to_have_count(2)
-
-
-def test_stopped_server_is_an_error_and_the_chat_survives(browser: Browser) -> None:
-    context = browser.new_context()
-    page = context.new_page()
-    with serving(engine(reply)) as (url, _):
-        page.goto(url)
-        ask(page, "hello")
-    send(page, "anyone?")
-    expect(page.get_by_role("alert")).to_contain_text("The server cannot be reached.")
-    expect(page.locator("article")).to_have_count(4)
-    context.close()
 
 
 def test_api_key_is_entered_in_the_settings(browser: Browser) -> None:

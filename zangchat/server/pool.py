@@ -43,6 +43,7 @@ class Token(NamedTuple):
     stop_reason: str | None
     stop_token: int | None = None
     logprob: Logprob | None = None
+    mask: int = 0  # 1 for a token that the model chose, 0 for tool output
 
 
 class Stream:
@@ -159,12 +160,12 @@ class Worker(threading.Thread):
                 self._send(stream, Token(choice, None, "timeout"))
 
     def _collect(self, events: list[Event]) -> None:
-        for generation, token, _, logprob in events:
+        for generation, token, mask, logprob in events:
             stream, choice = self._streams[id(generation)]
             if generation.stop_reason is not None:
                 del self._streams[id(generation)]
             stop_reason, stop_token = generation.stop_reason, generation.stop_token
-            self._send(stream, Token(choice, token, stop_reason, stop_token, logprob))
+            self._send(stream, Token(choice, token, stop_reason, stop_token, logprob, mask))
             self.tokens += token is not None
 
     def _give_up(self) -> None:

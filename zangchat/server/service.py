@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+import anyio
 from fastapi import Depends
 from starlette.requests import HTTPConnection
 
@@ -85,6 +86,8 @@ class Service:
     prompter: Prompter
     page: str  # HTML of the chat page
     started: float = field(default_factory=time.time)  # seconds since the epoch
+    # threads that render the page's replies: one, since they all need the interpreter's lock
+    rendering: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
 
 
 def current_service(connection: HTTPConnection) -> Service:
