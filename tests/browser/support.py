@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page, expect
 
+from tests.talker import eventually
+
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
@@ -71,3 +73,8 @@ def ask(page: Page, text: str) -> None:
 
 def storage(page: Page, key: str) -> Any:
     return json.loads(page.evaluate("(key) => localStorage.getItem(key)", key) or "null")
+
+
+def awaited(page: Page, script: str) -> bool:
+    """Wait until an expression holds; the page's policy forbids Playwright's own way."""
+    return eventually(lambda: bool(page.evaluate(script)))

@@ -7,7 +7,7 @@ from typing import Any
 
 from playwright.sync_api import Browser, Page, expect
 
-from tests.browser.support import MARKS, ask, last, reply, send, storage
+from tests.browser.support import MARKS, ask, awaited, last, reply, send, storage
 from tests.talker import engine, eventually, serving
 
 pytestmark = MARKS
@@ -112,7 +112,7 @@ def test_a_killed_tab_loses_a_second_at_most(page: Page, server: tuple[str, Any]
     page.evaluate("addEventListener('pagehide', (event) => event.stopImmediatePropagation(), true)")
     send(page, "long story")
     saved = "Object.keys(localStorage).some((key) => localStorage[key].includes('word word'))"
-    page.wait_for_function(saved)
+    assert awaited(page, saved)
     fresh = page.context.new_page()
     fresh.goto(server[0])
     fresh.get_by_role("button", name="long story", exact=True).click()
@@ -129,15 +129,17 @@ def test_a_killed_tab_loses_a_second_at_most(page: Page, server: tuple[str, Any]
 
 
 def test_a_question_without_an_answer_leaves_no_empty_turn(page: Page) -> None:
-    send(page, "slow question")
+    page.route("**/chat/completions", lambda route: None)
+    send(page, "question")
     expect(last(page).locator(".waiting")).to_be_visible()
     page.reload()
-    page.get_by_role("button", name="slow question", exact=True).click()
+    page.unroute("**/chat/completions")
+    page.get_by_role("button", name="question", exact=True).click()
     expect(last(page).locator(".note")).to_contain_text("The page was closed")
     with page.expect_request("**/chat/completions") as sent:
         ask(page, "and this?")
     assert json.loads(sent.value.post_data or "")["messages"] == [
-        {"role": "user", "content": "slow question\n\nand this?"}
+        {"role": "user", "content": "question\n\nand this?"}
     ]
     # a refused question is not sent again with the next one
     send(page, "x" * 1100)
@@ -274,8 +276,8 @@ def test_old_chats_move_and_corrupt_ones_do_no_harm(page: Page) -> None:
 def test_chats_are_exported_and_imported(
     page: Page, browser: Browser, server: tuple[str, Any], tmp_path: Path
 ) -> None:
-    send(page, "/system be brief")
     ask(page, "calculate 12 * 34")
+    send(page, "/system be brief")
     ask(page, "count please")
     last(page).get_by_role("button", name="Regenerate").click()
     expect(last(page).locator(".versions")).to_contain_text("2 of 2")
@@ -404,6 +406,7 @@ def test_stopped_server_is_an_error_and_the_chat_survives(browser: Browser) -> N
 def test_a_deleted_chat_stops_its_reply(page: Page, server: tuple[str, Any]) -> None:
     send(page, "long story")
     expect(last(page)).to_contain_text("word")
+    rows(page).first.hover()
     page.get_by_role("button", name="Delete long story").click()
     assert eventually(lambda: server[1].load == 0)
     expect(page.locator("article")).to_have_count(0)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from tests.browser.support import LAN, MARKS, ask, last, reply, send
+from tests.browser.support import LAN, MARKS, ask, awaited, last, reply, send
 from tests.talker import engine, serving
 
 pytestmark = MARKS
@@ -239,7 +239,7 @@ def test_page_works_below_a_path(browser: Browser, server: tuple[str, Any], addr
     page.get_by_role("button", name="markdown please", exact=True).click()
     expect(last(page).locator("strong")).to_have_text("bold")
     logo = "document.querySelector('img.logo')"
-    page.wait_for_function(f"{logo}.complete && {logo}.naturalWidth > 0")
+    assert awaited(page, f"{logo}.complete && {logo}.naturalWidth > 0")
     assert {"/", "/logo.svg", "/chat/completions", "/render"} <= set(asked)
     context.close()
 

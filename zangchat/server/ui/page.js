@@ -124,6 +124,7 @@ for (const name of FIELDS) {
     if (!field.checkValidity() || (field.type === "number" && field.value === "")) return;
     saveSettings({ [name]: typeof DEFAULTS[name] === "number" ? Number(field.value) : field.value });
     if (name === "language") applyLanguage();
+    if (name === "system" && !current.messages.length) current.system = settings.system;
     if (field.type !== "number") showSettings();
     applyTheme();
   });

@@ -114,7 +114,8 @@ function forget(chat) {
 function migrate() {                       // the chats of earlier versions of this page, all under one key
   const old = parsed(stored(OLD_CHATS));
   if (!Array.isArray(old)) return;
-  const found = old.map((value, i) => [value, tidyChat({ time: Date.now() - i, ...value })]).filter(([, chat]) => chat);
+  const now = Date.now();
+  const found = old.map((value, i) => [value, tidyChat({ time: now - i, ...value })]).filter(([, chat]) => chat);
   const strange = old.filter((value) => !found.some(([other]) => other === value));
   const write = () => found.every(([, chat]) => stored(CHAT + chat.id) !== null || put(CHAT + chat.id, JSON.stringify(chat)));
   let written = write();

@@ -62,7 +62,7 @@ const STRINGS = {
     copy: "复制", copied: "已复制", notCopied: "无法复制", regenerate: "重新生成", retry: "重试",
     earlier: "上一个版本", later: "下一个版本", version: "{shown} / {all}",
     calculator: "计算器", madeUp: "未经计算：这是模型编造的结果",
-    tokens: ({ tokens }) => `${tokens} 个 token`, pace: "每秒 {rate} 个",
+    tokens: ({ tokens }) => `${tokens} 个词元`, pace: "每秒 {rate} 个",
     waiting: "正在等待模型", writing: "正在生成回复",
     queued: ({ n }) => `排队中，前面还有 ${n} 个回复`,
     elsewhere: "另一个标签页正在生成回复。",
@@ -79,7 +79,7 @@ const STRINGS = {
     wrongKey: "服务器不接受这个 API key。",
     title: "标题", system: "系统提示词", systemNone: "无", systemNew: "新对话的系统提示词",
     exportMarkdown: "导出为 Markdown", exportJson: "导出为 JSON", removeChat: "删除本对话", done: "完成",
-    temperature: "温度", topK: "Top-k（0 = 关闭）", topP: "Top-p", off: "关闭", maxTokens: "回复的最大长度（token）",
+    temperature: "温度", topK: "Top-k（0 = 关闭）", topP: "Top-p", off: "关闭", maxTokens: "回复的最大长度（词元）",
     language: "语言 · Language", asBrowser: "跟随浏览器", theme: "外观", asSystem: "跟随系统", light: "浅色", dark: "深色",
     defaults: "恢复默认",
     imported: ({ n, known, bad }) => `导入了 ${n} 个对话` + (known ? `，${known} 个已存在` : "") + (bad ? `，${bad} 个无法识别` : "") + "。",
@@ -92,7 +92,7 @@ const STRINGS = {
     commands: {
       "/new": "  开始新对话", "/regenerate": "  重新回答上一条消息",
       "/system": " 文字  放在本对话最前面的指示（留空则取消）",
-      "/temperature": " 数字  0 表示总是取最可能的 token", "/topk": " 数字  只在最可能的若干个 token 中抽取（0：全部）",
+      "/temperature": " 数字  0 表示总是取最可能的词元", "/topk": " 数字  只在最可能的若干个词元中抽取（0：全部）",
       "/settings": "  全部设置", "/help": "  显示这个列表",
     },
     errors: {
@@ -117,7 +117,7 @@ function t(key, values = {}) {
   if (typeof text === "function") return text(values);
   return typeof text === "string" ? text.replace(/\{(\w+)\}/g, (all, name) => values[name] ?? all) : text;
 }
-function translatePage() {                 // <... data-text="KEY" data-label="KEY" data-hint="KEY">
+function translatePage() {                 // by their keys: data-text, data-label, data-hint
   document.documentElement.lang = words().tag;
   for (const node of document.querySelectorAll("[data-text]")) node.textContent = t(node.dataset.text);
   for (const node of document.querySelectorAll("[data-label]")) node.setAttribute("aria-label", t(node.dataset.label));
