@@ -21,6 +21,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+from prompt_toolkit import PromptSession
+from prompt_toolkit.key_binding import KeyBindings
+from rich.console import Console
+from rich.segment import Segment, Segments
+from rich.style import Style
 
 from zangchat import configurator
 from zangchat.config import USER_LIMITS, CheckpointConfig
@@ -163,8 +168,6 @@ class Screen:
     BEFORE = {"text": "", "python": "[", "python_output": " = ", "made_up": "[made up: "}
 
     def __init__(self) -> None:
-        from rich.console import Console
-
         self.console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         self.kind = "text"
 
@@ -173,7 +176,8 @@ class Screen:
             self._close(kind)
             self.console.print(self.BEFORE[kind], style=self.STYLES[kind], end="")
             self.kind = kind
-        self.console.print(printable(text), style=self.STYLES[kind], end="")
+        piece = Segment(printable(text), Style.parse(self.STYLES[kind]))
+        self.console.print(Segments([piece]), end="")  # as it is: a string's tabs are expanded
 
     def end(self) -> None:
         self._close("text")
@@ -217,9 +221,6 @@ def question_reader() -> Callable[[], str]:
     prompt = "\n> "
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return lambda: input(prompt)
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.key_binding import KeyBindings
-
     keys = KeyBindings()
     keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
     session: PromptSession[str] = PromptSession(prompt, key_bindings=keys)

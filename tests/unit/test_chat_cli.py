@@ -193,7 +193,7 @@ sys.exit(chat_cli.main([]))
         (
             0,
             [
-                ("> ", "typed\x03"),
+                ("?2004h", "typed\x03"),  # pastes are marked from here
                 ("leaves)", "one\n"),
                 ("one word", "\x03"),
                 ("(stopped)", "two\n"),
@@ -205,7 +205,7 @@ sys.exit(chat_cli.main([]))
         (
             0,
             [
-                ("> ", "\x1b[200~a pasted\nparagraph of\r\nthree lines\x1b[201~"),
+                ("?2004h", "\x1b[200~a pasted\nparagraph of\r\nthree lines\x1b[201~"),
                 ("three lines", "\r"),  # Enter, once
                 ("a pasted\r\nparagraph of\r\nthree lines word", "\x03"),
                 ("(stopped)", "broken\x1b\rby hand\r"),
