@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.talker import engine, serving
+from tests.talker import TOKENIZER, encode, engine, serving
 from zangchat.engine.replies import ReplyDecoder
 from zangchat.server import page_api
 from zangchat.server.rendering import LEXERS, MAX_CODE, MAX_FORMULA, render_markdown
@@ -51,15 +51,17 @@ def test_text_beside_a_formula_stays() -> None:
     assert plain(r"\[x\] for all" + "\n\n" + r"\[y\] (3)").split("\n") == ["x for all", "y (3)"]
 
 
-@pytest.mark.parametrize("formula", [r"\frac{1", r"\left(", "{" * 900, r"a^b^c", r"\begin{matrix}"])
+@pytest.mark.parametrize("formula", [r"\frac", r"\left(", "{" * 900, r"a^b^c", r"\begin{matrix}"])
 def test_half_a_formula_stays_as_it_was_written(formula: str) -> None:
     assert plain(f"so ${formula}$ is") == f"so {formula} is"
 
 
 def test_formulas_cannot_explode() -> None:
-    doubled = "".join(rf"\newcommand{{\{b}}}{{{rf'\{a}' * 9}}}" for a, b in zip("abcde", "bcdef"))
-    bomb = rf"\newcommand{{\a}}{{x}}{doubled}\f"
-    assert len(bomb) < MAX_FORMULA and formulas(f"${bomb}$") == []
+    define = r"\newcommand{\%s}{%s}"
+    bomb = define % ("a", "x")
+    for before, name in zip("abcde", "bcdef", strict=True):
+        bomb += define % (name, rf"\{before}" * 9)
+    assert len(bomb) < MAX_FORMULA and formulas(rf"${bomb}\f$") == []
     assert formulas(f"${'x' * (MAX_FORMULA + 1)}$") == []
 
 
@@ -166,8 +168,6 @@ def test_the_last_event_counts_tokens_and_their_pace() -> None:
 
 
 def test_a_decoder_without_masks_trusts_the_stream() -> None:
-    from tests.talker import TOKENIZER, encode
-
     decoder = ReplyDecoder(TOKENIZER)
     for token in encode("<|output_start|>41<|output_end|>"):
         decoder.feed(token)
