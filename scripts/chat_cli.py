@@ -222,7 +222,8 @@ def question_reader() -> Callable[[], str]:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return lambda: input(prompt)
     keys = KeyBindings()
-    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+    for enter in ("enter", "c-j"):  # a key pressed before the prompt is up arrives as Ctrl-J
+        keys.add("escape", enter)(lambda event: event.current_buffer.insert_text("\n"))
     session: PromptSession[str] = PromptSession(prompt, key_bindings=keys)
     return session.prompt
 

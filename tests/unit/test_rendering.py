@@ -160,7 +160,7 @@ def test_the_last_event_counts_tokens_and_their_pace() -> None:
         done = events(url, "hi", render=True)[-1]
         seconds = time.monotonic() - start
         assert done["tokens"] == 30 and done["tokens_per_second"] >= 20 / seconds
-        assert events(url, "hi", max_tokens=1)[-1] == {
+        assert events(url, "hi", max_tokens=1, render=True)[-1] == {
             "done": True,
             "finish_reason": "length",
             "tokens": 1,

@@ -152,8 +152,7 @@ async def page_events(
 
     Pieces of tool calls are {"tool", "text"}; {"queued"} counts the continuations ahead. With
     `rendering`, the reply so far comes as {"parts"} instead, at most ten times a second and less
-    often if rendering is slow or many replies are rendered. "tokens_per_second" counts from the
-    first token.
+    often if rendering is slow or many replies are rendered, with {"tokens", "tokens_per_second"}.
     """
     gpu = stream.worker.number
     next_render, stop_reason = 0.0, ""
@@ -181,7 +180,8 @@ async def page_events(
                 pause = max(RENDER_SECONDS, seconds * stream.pool.load / RENDER_SHARE)
                 next_render = time.monotonic() + pause
                 yield event({"parts": parts, "gpu": gpu, **pace.figures()})
-        yield event({"done": True, "finish_reason": stop_reason, **pace.figures()})
+        figures = {} if rendering is None else pace.figures()
+        yield event({"done": True, "finish_reason": stop_reason, **figures})
     except PoolError as error:
         yield event({"error": str(error), "done": True})
 
