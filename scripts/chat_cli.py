@@ -113,8 +113,8 @@ class Chat:
             for (token,), (mask,) in self.engine.generate(
                 prompt, 1, self.max_tokens, self.temperature, self.top_k, self.top_p, seed
             ):
-                for kind, text in decoder.feed(token, mask):
-                    yield "made_up" if "by" in decoder.parts[-1] and kind != "text" else kind, text
+                for kind, text in decoder.feed(token):
+                    yield "made_up" if mask and kind == "python_output" else kind, text
             yield from decoder.flush()
         finally:
             decoder.flush()

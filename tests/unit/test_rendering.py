@@ -9,8 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.talker import TOKENIZER, encode, engine, serving
-from zangchat.engine.replies import ReplyDecoder
+from tests.talker import engine, serving
 from zangchat.server import page_api
 from zangchat.server.rendering import LEXERS, MAX_CODE, MAX_FORMULA, render_markdown
 
@@ -165,10 +164,3 @@ def test_the_last_event_counts_tokens_and_their_pace() -> None:
             "finish_reason": "length",
             "tokens": 1,
         }
-
-
-def test_a_decoder_without_masks_trusts_the_stream() -> None:
-    decoder = ReplyDecoder(TOKENIZER)
-    for token in encode("<|output_start|>41<|output_end|>"):
-        decoder.feed(token)
-    assert decoder.parts == [{"type": "python_output", "text": "41"}]

@@ -88,9 +88,8 @@ class Markup:
 class ReplyDecoder:
     """Tokens of a reply -> the parts of its message, growing.
 
-    A part is {"type": "text" | "python" | "python_output", "text": str}, with "by": "model" if the
-    model wrote an output that no tool gave. The reply ends before the first of the `stop` strings,
-    which count within a part of type "text".
+    A part is {"type": "text" | "python" | "python_output", "text": str}. The reply ends before the
+    first of the `stop` strings, which count within a part of type "text".
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
@@ -102,19 +101,15 @@ class ReplyDecoder:
         specials = map(tokenizer.encode_special, tokenizer.get_special_tokens())
         self._silent = {token for token in specials if token not in self.kinds}
 
-    def feed(self, token: int, mask: int = 0) -> list[tuple[str, str]]:
-        """The (type, text) pieces that this token adds: none, or one.
-
-        `mask` is 1 if the model chose the token.
-        """
+    def feed(self, token: int) -> list[tuple[str, str]]:
+        """The (type, text) pieces that this token adds: none, or one."""
         if self.stopped:
             return []
         if token in self.kinds:
             pieces = self.flush()
             self.kind = self.kinds[token]
             if self.kind != "text" and not self.stopped:
-                by = {"by": "model"} if mask and self.kind == "python_output" else {}
-                self.parts.append({"type": self.kind, "text": "", **by})
+                self.parts.append({"type": self.kind, "text": ""})
             return pieces
         if token in self._silent:
             return []

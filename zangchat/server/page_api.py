@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, StrictBool
 
 from zangchat.engine.replies import ReplyDecoder
 from zangchat.server.http import EventStream
-from zangchat.server.pool import PoolError, Stream
+from zangchat.server.pool import PoolError, Stream, Token
 from zangchat.server.protocol import (
     MAX_MESSAGES,
     ChatMessage,
@@ -163,9 +163,8 @@ async def page_events(
         yield event({"queued": stream.before})
     try:
         async for items in stream:
-            tokens = [(item.token, item.mask) for item in items if item.token is not None]
-            pace.add(len(tokens))
-            pieces = join_pieces(piece for token in tokens for piece in decoder.feed(*token))
+            pace.add(sum(item.token is not None for item in items))
+            pieces = join_pieces(piece for item in items for piece in feed(decoder, item))
             if items[-1].stop_reason is not None:
                 stop_reason = items[-1].stop_reason
                 pieces += decoder.flush()
@@ -184,6 +183,14 @@ async def page_events(
         yield event({"done": True, "finish_reason": stop_reason, **figures})
     except PoolError as error:
         yield event({"error": str(error), "done": True})
+
+
+def feed(decoder: ReplyDecoder, item: Token) -> list[tuple[str, str]]:
+    """The pieces of a token. A tool's output that the model made up gets {"by": "model"}."""
+    pieces = [] if item.token is None else decoder.feed(item.token)
+    if item.mask and any(kind == "python_output" for kind, _ in pieces):
+        decoder.parts[-1]["by"] = "model"
+    return pieces
 
 
 def timed_render(parts: Sequence[dict[str, str]]) -> tuple[list[dict[str, str]], float]:

@@ -43,7 +43,7 @@ class Token(NamedTuple):
     stop_reason: str | None
     stop_token: int | None = None
     logprob: Logprob | None = None
-    mask: int = 0  # 1 for a token that the model chose, 0 for tool output
+    mask: int = 1  # 0 for tool output: a "python_output" piece of mask 1 was made up by the model
 
 
 class Stream:

@@ -142,7 +142,7 @@ function openChat(chat) {
 }
 $("chat-title").addEventListener("input", () => {
   opened.title = $("chat-title").value.trim() || titleOf(opened.messages);
-  save(opened);
+  if (chats.includes(opened)) save(opened);
   drawChats();
   if (opened === current) $("title").textContent = opened.title;
 });
@@ -211,18 +211,18 @@ addEventListener("languagechange", applyLanguage);
 // ---- other tabs, and the end of this one
 
 function refresh() {
+  const before = known.get(current.id);
   loadChats();
   if (current.messages.length && !chats.includes(current)) { newChat(); return; }
   editing = current.messages[editing]?.role === "user" ? editing : -1;
-  if (!running.has(current)) { draw(); renderMissing(current); } else drawChats();
+  if ((endLost(current) || known.get(current.id) !== before) && !running.has(current)) { draw(); renderMissing(current); } else drawChats();
 }
 addEventListener("storage", ({ key }) => {
   if (key === SETTINGS || key === null) { loadSettings(); applySettings(); }
   if (key === null || key === OLD_CHATS || key.startsWith(CHAT)) refresh();
 });
 setInterval(() => {                        // another tab may have ended while it wrote
-  const message = last(current);
-  if (message?.role === "assistant" && replyOf(message).writing && !running.has(current) && !isElsewhere(current)) refresh();
+  if (endLost(current)) { draw(); renderMissing(current); }
 }, 2000);
 addEventListener("pagehide", () => {
   leaving = true;

@@ -147,11 +147,14 @@ function isElsewhere(chat) {               // another tab writes a reply into th
   const message = last(chat);
   return !running.has(chat) && message?.role === "assistant" && Date.now() - (replyOf(message).writing ?? 0) < FRESH;
 }
-function endLost(chat) {                   // a reply whose tab is gone
+function endLost(chat) {                   // a reply whose tab is gone; whether there was one
   const message = last(chat);
-  if (message?.role !== "assistant" || running.has(chat) || isElsewhere(chat)) return;
+  if (message?.role !== "assistant" || running.has(chat) || isElsewhere(chat)) return false;
   const reply = replyOf(message);
-  if (reply.writing) { delete reply.writing; reply.note ??= { key: "closed" }; }
+  if (!reply.writing) return false;
+  delete reply.writing;
+  reply.note ??= { key: "closed" };
+  return true;
 }
 
 // ---- export and import

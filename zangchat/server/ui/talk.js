@@ -63,7 +63,10 @@ async function ask(chat) {                 // the last message is the assistant'
   if (!chats.includes(chat)) chats.push(chat);
   byTime();
   const keep = () => { reply.writing = Date.now(); save(chat); };
-  const alive = () => { if (Date.now() - reply.writing > 1000) keep(); };
+  const alive = () => {
+    if (known.has(chat.id) && stored(CHAT + chat.id) === null) forget(chat);   // deleted in another tab
+    else if (Date.now() - reply.writing > 1000) keep();
+  };
   const pulse = setInterval(alive, 5000);
   keep();
   draw();
