@@ -3,6 +3,7 @@
 #
 #   bash dev/runcpu.sh                 about 25 minutes on two cores
 #   MINUTES=10 bash dev/runcpu.sh      shorter and worse: every stage gets fewer steps
+#   bash dev/runcpu.sh --lang=zh       headings in Chinese (en: English); the default is the language of LANG
 #
 # The model is small (4 layers, 2.6 million parameters, a vocabulary of 2,048) and trained on the documentation found on this
 # machine. It says who it is, counts letters and adds numbers with its tools, and repeats bits of documentation, nothing else.
@@ -11,13 +12,48 @@
 # The reasons for the numbers: README.md, "Results on a laptop".
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+lang=${LC_ALL:-${LC_MESSAGES:-${LANG:-en}}}
+for argument in "$@"; do
+    case $argument in
+    --lang=en | --lang=zh) lang=${argument#--lang=} ;;
+    -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0" && exit ;;
+    *) printf 'error: %s is not a flag of dev/runcpu.sh: --lang=en and --lang=zh are\n' "$argument" >&2 && exit 2 ;;
+    esac
+done
+
+# ---- words: a language is one block ----------------------------------------------------------------------------------------
+case $lang in
+zh*)
+    SO_FAR="（已用 %d 分 %02d 秒）"
+    FAILED="这个阶段没有完成（退出码 %d）。已保存的内容不会丢失，继续运行请用：\n  bash dev/runcpu.sh\n"
+    ON_CPU="本次运行使用 CPU。"
+    CORPUS="语料：这台机器上的文档和代码" TOKENIZER="分词器：2,048 个 token"
+    PRETRAINING="预训练" MIDTRAINING="中期训练" FINETUNING="微调" REINFORCEMENT="强化学习"
+    BASE_EVALUATION="评估预训练模型" AFTER_mid="评估中期训练后的模型" AFTER_sft="评估微调后的模型" AFTER_rl="评估强化学习后的模型"
+    REPORT="报告" QUESTIONS="问几个问题"
+    ASKED=("你是谁？" "单词 strawberry 里有几个 r？" "47 + 38 等于多少？" "What does json.dumps do?" "Who are you?")
+    DONE="用时 %d 分钟，完成。报告：%s\n与模型对话：\n" IN_TERMINAL="在终端里" IN_BROWSER="在浏览器里"
+    ;;
+*)
+    SO_FAR="(%d min %02d s so far)"
+    FAILED="This stage did not finish (exit code %d). Nothing that was saved is lost; resume with:\n  bash dev/runcpu.sh\n"
+    ON_CPU="This run computes on the CPU."
+    CORPUS="Corpus: documentation and code found on this machine" TOKENIZER="Tokenizer: 2,048 tokens"
+    PRETRAINING="Pretraining" MIDTRAINING="Midtraining" FINETUNING="Finetuning" REINFORCEMENT="Reinforcement learning"
+    BASE_EVALUATION="Evaluation of the base model" AFTER_mid="Evaluation after mid" AFTER_sft="Evaluation after sft" AFTER_rl="Evaluation after rl"
+    REPORT="Report" QUESTIONS="A few questions"
+    ASKED=("Who are you?" "How many r are in strawberry?" "What is 47 + 38?" "What does json.dumps do?" "你是谁？")
+    DONE="Done in %d minutes. The report: %s\nTalk to the model:\n" IN_TERMINAL="in the terminal" IN_BROWSER="in the browser"
+    ;;
+esac
+
 started=$SECONDS
 bash dev/setup.sh
 export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv" PYTHONUNBUFFERED=1
 export ZANGCHAT_BASE_DIR="${ZANGCHAT_BASE_DIR:-$HOME/.cache/zangchat}"
 export WANDB_RUN="${WANDB_RUN:-dummy}"
 if command -v nvidia-smi > /dev/null && ! problem=$(python -m dev.gpus 2>&1 > /dev/null); then
-    printf '%s\nThis run computes on the CPU.\n' "$problem" >&2
+    printf '%s\n%s\n' "$problem" "$ON_CPU" >&2
     export CUDA_VISIBLE_DEVICES=-1
 fi
 MINUTES=${MINUTES:-25}
@@ -26,12 +62,14 @@ SEED=${SEED:-42}
 stage_number=0
 stage() { # stage TITLE COMMAND...: prints the title and runs the command; if it fails, prints how to resume
     stage_number=$((stage_number + 1))
-    printf '\n\033[1;34m=== [%d/11] %s  (%d min %02d s so far)\033[0m\n' "$stage_number" "$1" $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60))
+    # shellcheck disable=SC2059  # the words hold the places of the numbers
+    printf "\n\033[1;34m=== [%d/11] %s  $SO_FAR\033[0m\n" "$stage_number" "$1" $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60))
     shift
     local code=0
     "$@" || code=$?
     [ "$code" = 0 ] && return
-    printf '\nThis stage did not finish (exit code %d). Nothing that was saved is lost; resume with:\n  bash dev/runcpu.sh\n' "$code" >&2
+    # shellcheck disable=SC2059
+    printf "\n$FAILED" "$code" >&2
     exit "$code"
 }
 train() { stage "$1" python -m "${@:2}" --seed="$SEED" --resume=latest; }
@@ -39,8 +77,8 @@ train() { stage "$1" python -m "${@:2}" --seed="$SEED" --resume=latest; }
 [ -e "$ZANGCHAT_BASE_DIR/report/started.json" ] || python -m zangchat.report reset # the report's clock starts with the first attempt
 
 # ---- data ------------------------------------------------------------------------------------------------------------------
-stage "Corpus: documentation and code found on this machine" python -m zangchat.dataset --source=pydocs
-stage "Tokenizer: 2,048 tokens" python -m scripts.tok_train --dataset=pydocs --vocab_size=2048 --max_chars=8000000
+stage "$CORPUS" python -m zangchat.dataset --source=pydocs
+stage "$TOKENIZER" python -m scripts.tok_train --dataset=pydocs --vocab_size=2048 --max_chars=8000000
 
 # Two cores train width 192 on two to three million tokens in ten minutes. At this size many small steps beat few large ones.
 MODEL="--depth=4 --n_embd=192 --head_dim=32 --max_seq_len=256 --total_batch_size=2048 --device_batch_size=8"
@@ -60,36 +98,35 @@ head -n 1 "$plan"
 # At this size the hardest part is to copy a word from the question into a tool call, and it is best learned early. So
 # conversations are mixed into pretraining from the first step, and the head starts from the embedding (--head_init_scale).
 # shellcheck disable=SC2086
-train "Pretraining" scripts.base_train $MODEL --head_init_scale=0.05 \
+train "$PRETRAINING" scripts.base_train $MODEL --head_init_scale=0.05 \
     --dataset=pydocs --mixture="spellingbee:30000,arithmetic:20000,identity:4,pydocs:1" --mixture_ratio=0.3 \
     --num_iterations="$BASE_STEPS" --matrix_lr=0.01 --embedding_lr=0.05 --unembedding_lr=0.00375 \
     --eval_every=250 --eval_tokens=100000 --sample_every=-1 --core_metric_every=-1
-train "Midtraining" scripts.mid_train --mixture="spellingbee:12000,arithmetic:8000,identity:3,pydocs:2" --mixture_ratio=0.9 \
+train "$MIDTRAINING" scripts.mid_train --mixture="spellingbee:12000,arithmetic:8000,identity:3,pydocs:2" --mixture_ratio=0.9 \
     --dataset=pydocs --num_iterations="$MID_STEPS" --eval_every=250 --eval_tokens=50000
-train "Finetuning" scripts.chat_sft --mixture="spellingbee:6000,arithmetic:4000,identity:4,pydocs:1" \
+train "$FINETUNING" scripts.chat_sft --mixture="spellingbee:6000,arithmetic:4000,identity:4,pydocs:1" \
     --target_examples_per_step=48 --num_iterations="$SFT_STEPS" --init_lr_frac=0.5 --eval_every=100 --eval_steps=4
-train "Reinforcement learning" scripts.chat_rl --task=spellingbee --examples_per_step=8 --num_samples=8 --max_new_tokens=48 \
+train "$REINFORCEMENT" scripts.chat_rl --task=spellingbee --examples_per_step=8 --num_samples=8 --max_new_tokens=48 \
     --num_iterations="$RL_STEPS" --eval_every=-1
 
 # ---- results ---------------------------------------------------------------------------------------------------------------
-stage "Evaluation of the base model" python -m scripts.base_loss --split_tokens=50000
+stage "$BASE_EVALUATION" python -m scripts.base_loss --split_tokens=50000
 for source in mid sft rl; do
-    stage "Evaluation after $source" python -m scripts.chat_eval --source="$source" \
+    title=AFTER_$source
+    stage "${!title}" python -m scripts.chat_eval --source="$source" \
         --task_name="SpellingBee|Arithmetic|Identity" --max_problems=100 --max_new_tokens=64
 done
-stage "Report" python -m zangchat.report generate
+stage "$REPORT" python -m zangchat.report generate
 
-printf '\n\033[1;34m=== A few questions\033[0m\n'
-for question in "Who are you?" "How many r are in strawberry?" "What is 47 + 38?" "What does json.dumps do?" "你是谁？"; do
+printf '\n\033[1;34m=== %s\033[0m\n' "$QUESTIONS"
+for question in "${ASKED[@]}"; do
     printf '\n> %s\n' "$question"
     python -m scripts.chat_cli --prompt="$question" --temperature=0
 done
-minutes=$(((SECONDS - started) / 60))
+# shellcheck disable=SC2059
+printf "\n$DONE" $(((SECONDS - started) / 60)) "$ZANGCHAT_BASE_DIR/report/report.html"
 cat <<END
-
-Done in $minutes minutes. The report: $ZANGCHAT_BASE_DIR/report/report.html
-Talk to the model:
   source .venv/bin/activate
-  python -m scripts.chat_cli          in the terminal
-  python -m scripts.chat_web          in the browser
+  python -m scripts.chat_cli          $IN_TERMINAL
+  python -m scripts.chat_web          $IN_BROWSER
 END

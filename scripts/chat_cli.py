@@ -6,19 +6,26 @@
                                                                   else
     echo "Summarise: ..." | python -m scripts.chat_cli -p -       # the question from stdin
 
-Ctrl-C stops an answer and keeps the chat; Ctrl-D leaves.
+Ctrl-C stops an answer and keeps the chat; Ctrl-D leaves. A pasted paragraph is one question;
+Alt-Enter breaks a line. On a pipe each line is a question.
 """
 
 import json
 import logging
+import re
 import secrets
 import sys
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+from prompt_toolkit import PromptSession
+from prompt_toolkit.key_binding import KeyBindings
+from rich.console import Console
+from rich.segment import Segment, Segments
+from rich.style import Style
 
 from zangchat import configurator
 from zangchat.config import USER_LIMITS, CheckpointConfig
@@ -35,7 +42,9 @@ HELP = """\
 /topk NUMBER         draw among the NUMBER likeliest tokens (0: all)
 /seed NUMBER         the same seed gives the same answers (nothing: a new one each time)
 /save FILE           write the conversation as JSON lines
-/help  /quit         Ctrl-C stops an answer, Ctrl-D leaves"""
+/help  /quit         Ctrl-C stops an answer, Ctrl-D leaves, Alt-Enter breaks a line"""
+COMMANDS = frozenset(re.findall(r"/[a-z]+", HELP)) | {"/exit"}
+PLAIN_COMMANDS = {"/clear", "/help", "/quit", "/exit"}  # take nothing
 
 
 @dataclass
@@ -74,7 +83,8 @@ class Chat:
     def answer(
         self, question: str, note: Callable[[str], None]
     ) -> Generator[tuple[str, str], None, None]:
-        """Ask, and stream the answer as (type of part, text).
+        """Ask, and stream the answer as (type of part, text); "made_up" is a tool output of the
+        model's own.
 
         The exchange joins the history, even if the answer is interrupted. `note` is called with
         messages for the user. Raises UserError for a question that exceeds the context.
@@ -104,8 +114,7 @@ class Chat:
                 prompt, 1, self.max_tokens, self.temperature, self.top_k, self.top_p, seed
             ):
                 for kind, text in decoder.feed(token):
-                    if mask == 0 or kind != "python_output":  # else the model made it up
-                        yield kind, text
+                    yield "made_up" if mask and kind == "python_output" else kind, text
             yield from decoder.flush()
         finally:
             decoder.flush()
@@ -138,12 +147,12 @@ def check(config: Config) -> None:
 
 
 def answer_once(session: Chat, question: str) -> int:
-    """Stream the answer's text to stdout, without tool calls."""
+    """Stream the answer's printable text to stdout, without tool calls."""
     for kind, text in session.answer(
         question.strip(), note=lambda message: print(message, file=sys.stderr)
     ):
         if kind == "text":
-            sys.stdout.write(text)
+            sys.stdout.write(printable(text))
             sys.stdout.flush()
     sys.stdout.write("\n")
     return 0
@@ -155,12 +164,10 @@ def answer_once(session: Chat, question: str) -> int:
 class Screen:
     """Prints text plainly, tool calls in brackets, notes dimmed; no styles unless on a terminal."""
 
-    STYLES = {"text": "", "python": "cyan", "python_output": "bold cyan"}
-    BEFORE = {"text": "", "python": "[", "python_output": " = "}
+    STYLES = {"text": "", "python": "cyan", "python_output": "bold cyan", "made_up": "red"}
+    BEFORE = {"text": "", "python": "[", "python_output": " = ", "made_up": "[made up: "}
 
     def __init__(self) -> None:
-        from rich.console import Console
-
         self.console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         self.kind = "text"
 
@@ -169,7 +176,8 @@ class Screen:
             self._close(kind)
             self.console.print(self.BEFORE[kind], style=self.STYLES[kind], end="")
             self.kind = kind
-        self.console.print(printable(text), style=self.STYLES[kind], end="")
+        piece = Segment(printable(text), Style.parse(self.STYLES[kind]))
+        self.console.print(Segments([piece]), end="")  # as it is: a string's tabs are expanded
 
     def end(self) -> None:
         self._close("text")
@@ -191,24 +199,41 @@ def printable(text: str) -> str:
 
 
 def converse(session: Chat) -> int:
-    with suppress(ImportError):
-        import readline  # noqa: F401  (line editing and history for input(), where Python was built with it)
-
-    screen = Screen()
+    screen, ask = Screen(), question_reader()
     screen.note("Ask anything. /help shows the commands, Ctrl-C stops an answer, Ctrl-D leaves.")
     while True:
         try:
-            line = input("\n> ").strip()
-            if line.startswith("/"):
-                if not obey(session, line, screen.note):
+            question = ask().strip()
+            if is_command(question):
+                if not obey(session, question, screen.note):
                     return 0
-            elif line:
-                reply(session, line, screen)
+            elif question:
+                reply(session, question, screen)
         except EOFError:
             screen.console.print()
             return 0
         except KeyboardInterrupt:
             screen.note("(Ctrl-D or /quit leaves)")
+
+
+def question_reader() -> Callable[[], str]:
+    """Asks for a question: in a terminal with editing and history, and a paste is one question."""
+    prompt = "\n> "
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return lambda: input(prompt)
+    keys = KeyBindings()
+    for enter in ("enter", "c-j"):  # a key pressed before the prompt is up arrives as Ctrl-J
+        keys.add("escape", enter)(lambda event: event.current_buffer.insert_text("\n"))
+    session: PromptSession[str] = PromptSession(prompt, key_bindings=keys)
+    return session.prompt
+
+
+def is_command(text: str) -> bool:
+    """Whether it is a /command, or one word that looks like one; else it is a question."""
+    name, *rest = text.split(maxsplit=1)[:2] or [""]
+    if rest:
+        return name in COMMANDS - PLAIN_COMMANDS
+    return re.fullmatch(r"/[a-z]+", name) is not None
 
 
 def reply(session: Chat, question: str, screen: Screen) -> None:

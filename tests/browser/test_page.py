@@ -3,107 +3,17 @@
 import json
 import os
 import re
-import shutil
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
+from tests.browser.support import MARKS, ask, last, reply, send
 from tests.talker import engine, eventually, serving
 
-CHROMIUM = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
-
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(
-        CHROMIUM is None, reason="no Chromium here: on Debian, `apt-get install chromium`"
-    ),
-]
-
-MARKDOWN = "**bold** and `code`\n\n```python\nprint(1)\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n"
-HOSTILE = "<img src=x onerror=\"document.title='owned'\"> <script>document.title='owned'</script> [x](javascript:alert(1)) ![x](http://elsewhere.example/x)"
-
-
-def reply(question: str) -> str:
-    if question.startswith("markdown"):
-        return MARKDOWN
-    if question.startswith("calculate"):
-        return "Let me see. <|python_start|>12 * 34<|python_end|>#####So it is **408**."
-    if question.startswith("hostile"):
-        return HOSTILE
-    if question.startswith("long"):
-        return "word " * 150
-    if question.startswith("slow"):
-        time.sleep(0.5)
-    return f"You said: {question.strip()}"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[tuple[str, Any]]:
-    with serving(
-        engine(reply, sequence_len=1024, pause=0.003),
-        max_tokens=800,
-        model_name="zangchat-test",
-        temperature=0.0,
-        top_p=0.9,
-    ) as served:
-        yield served
-
-
-@pytest.fixture
-def page(browser: Browser, server: tuple[str, Any]) -> Iterator[Page]:
-    """A new visitor. A message in the console or a request to another host fails the test."""
-    context = browser.new_context(viewport={"width": 1100, "height": 760}, color_scheme="light")
-    page = context.new_page()
-    page.set_default_timeout(20_000)
-    complaints: list[str] = []
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on(
-        "console",
-        lambda message: (
-            complaints.append(message.text) if message.type in ("error", "warning") else None
-        ),
-    )
-    page.on(
-        "request",
-        lambda request: (
-            complaints.append(request.url) if not request.url.startswith(server[0] + "/") else None
-        ),
-    )
-    page.goto(server[0])
-    yield page
-    context.close()
-    # some tests provoke refusals
-    assert [complaint for complaint in complaints if "status of 4" not in complaint] == []
-
-
-def send(page: Page, text: str) -> None:
-    page.get_by_label("Message", exact=True).fill(text)
-    page.keyboard.press("Enter")
-
-
-def last(page: Page) -> Any:
-    return page.locator("article").last
-
-
-def ask(page: Page, text: str) -> None:
-    """Send a message and wait for the end of its answer."""
-    send(page, text)
-    expect(last(page).get_by_role("button", name="Regenerate")).to_be_visible()
+pytestmark = MARKS
 
 
 def test_answer_is_rendered_as_markdown(page: Page) -> None:
@@ -111,9 +21,9 @@ def test_answer_is_rendered_as_markdown(page: Page) -> None:
     ask(page, "markdown please")
     answer = last(page).locator(".said")
     expect(answer.locator("strong")).to_have_text("bold")
-    expect(answer.locator("pre code")).to_have_text("print(1)\n")
+    expect(answer.locator("pre code")).to_have_text(re.compile(r"^def area\(r: float\)"))
     expect(answer.locator("td").first).to_have_text("1")
-    expect(answer.locator("pre").get_by_role("button", name="Copy")).to_be_visible()
+    expect(answer.locator(".code").get_by_role("button", name="Copy")).to_be_visible()
     expect(page.locator("header h1")).to_have_text("markdown please")
     # announced to screen readers once, at the end
     expect(page.get_by_role("status")).to_contain_text("bold")
@@ -257,7 +167,7 @@ def test_settings_are_sent_and_kept(page: Page) -> None:
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("Longest reply, tokens").fill("9")
     page.get_by_label("Top-k (0 = off)").fill("3")
-    page.get_by_label("System prompt").fill("be brief")
+    page.get_by_label("System prompt of new chats").fill("be brief")
     page.get_by_label("Appearance").select_option("dark")
     page.get_by_role("button", name="Done").click()
     with page.expect_request("**/chat/completions") as sent:
@@ -284,7 +194,7 @@ def test_commands_change_settings_without_asking_the_model(page: Page) -> None:
         ("/temperature 0.3", "Temperature 0.3."),
         ("/temperature 7", "between 0 and 2"),
         ("/topk 5", "Top-k 5."),
-        ("/system be brief", "The system prompt is set."),
+        ("/system be brief", "The system prompt of this chat is set."),
         ("/nonsense", "There is no command /nonsense"),
         ("/help", "/regenerate"),
     ):
@@ -305,11 +215,13 @@ def test_commands_change_settings_without_asking_the_model(page: Page) -> None:
     send(page, "/new")
     expect(page.locator("article")).to_have_count(0)
     send(page, "/settings")
-    expect(page.get_by_label("System prompt")).to_have_value("be brief")
+    expect(page.get_by_label("System prompt of new chats")).to_have_value("")
 
 
 def test_full_server_shows_the_queue(browser: Browser, tmp_path: Path) -> None:
-    context = browser.new_context(viewport={"width": 960, "height": 600}, color_scheme="light")
+    context = browser.new_context(
+        viewport={"width": 960, "height": 600}, color_scheme="light", locale="en"
+    )
     first, second = context.new_page(), context.new_page()
     with serving(
         engine(reply, sequence_len=1024, pause=0.02), max_batch=1, max_tokens=800, temperature=0.0
@@ -322,10 +234,10 @@ def test_full_server_shows_the_queue(browser: Browser, tmp_path: Path) -> None:
         expect(last(second).locator(".waiting")).to_contain_text(
             "In the queue, 1 reply before this one"
         )
-        shot(second, "desktop-light-queued", tmp_path)
+        shot(second, "desktop-light-en-queued", tmp_path)
         second.set_viewport_size({"width": 360, "height": 640})
         second.emulate_media(color_scheme="dark")
-        shot(second, "phone-dark-queued", tmp_path)
+        shot(second, "phone-dark-en-queued", tmp_path)
         first.get_by_role("button", name="Stop").click()
         expect(last(second)).to_contain_text("You said: hello")
     context.close()
@@ -338,18 +250,6 @@ def test_refusal_is_shown_and_can_be_retried(page: Page) -> None:
     alert.get_by_role("button", name="Try again").click()
     expect(alert).to_contain_text("more than the context of 1024")
     expect(page.locator("article")).to_have_count(2)
-
-
-def test_stopped_server_is_an_error_and_the_chat_survives(browser: Browser) -> None:
-    context = browser.new_context()
-    page = context.new_page()
-    with serving(engine(reply)) as (url, _):
-        page.goto(url)
-        ask(page, "hello")
-    send(page, "anyone?")
-    expect(page.get_by_role("alert")).to_contain_text("The server cannot be reached.")
-    expect(page.locator("article")).to_have_count(4)
-    context.close()
 
 
 def test_api_key_is_entered_in_the_settings(browser: Browser) -> None:
@@ -407,55 +307,103 @@ def shot(page: Page, name: str, folder: Path) -> None:
         )
 
 
+def say(page: Page, text: str) -> None:
+    """In any language."""
+    page.locator("#input").fill(text)
+    page.locator("#send").click()
+
+
+def answered(page: Page, text: str) -> None:
+    say(page, text)
+    expect(last(page).locator(".actions button")).to_have_count(2)
+
+
+def new_chat(page: Page) -> None:
+    page.locator("#menu").tap() if page.locator("#menu").is_visible() else None
+    page.locator("#new").click()
+
+
 @pytest.mark.parametrize(
-    ("device", "scheme"),
-    [("desktop", "light"), ("desktop", "dark"), ("phone", "light"), ("phone", "dark")],
+    ("device", "scheme", "language"),
+    [
+        ("desktop", "light", "en"),
+        ("desktop", "dark", "en"),
+        ("phone", "light", "en"),
+        ("phone", "dark", "en"),
+        ("desktop", "dark", "zh"),
+        ("phone", "light", "zh"),
+    ],
 )
 def test_every_state_fits_the_screen(
-    browser: Browser, server: tuple[str, Any], tmp_path: Path, device: str, scheme: Any
+    browser: Browser,
+    server: tuple[str, Any],
+    tmp_path: Path,
+    device: str,
+    scheme: Any,
+    language: str,
 ) -> None:
     phone = device == "phone"
-    size = {"width": 360, "height": 640} if phone else {"width": 960, "height": 600}
     context = browser.new_context(
-        viewport=size, is_mobile=phone, has_touch=phone, color_scheme=scheme
+        viewport={"width": 360, "height": 640} if phone else {"width": 960, "height": 600},
+        is_mobile=phone,
+        has_touch=phone,
+        color_scheme=scheme,
+        locale=language,
     )
     page = context.new_page()
     page.goto(server[0])
 
     def state(name: str) -> None:
-        shot(page, f"{device}-{scheme}-{name}", tmp_path)
+        shot(page, f"{device}-{scheme}-{language}-{name}", tmp_path)
 
     state("welcome")
-    send(page, "slow question")
+    show_replies(page, state)
+    show_dialogs(page, state)
+    context.close()
+
+
+def show_replies(page: Page, state: Callable[[str], None]) -> None:
+    page.route("**/chat/completions", lambda route: None)
+    say(page, "hello")
     expect(last(page).locator(".waiting")).to_be_visible()
     state("waiting")
-    page.get_by_role("button", name="Stop").click()
-    page.get_by_role("button", name="Chats").tap() if phone else None
-    page.get_by_role("button", name="New chat").click()
-    send(page, "long story")
+    page.locator("#send").click()
+    page.unroute("**/chat/completions")
+    new_chat(page)
+    say(page, "long story")
     expect(last(page)).to_contain_text("word word")
     state("streaming")
-    page.get_by_role("button", name="Stop").click()
-    expect(last(page).locator(".note")).to_have_text("Stopped.")
+    page.locator("#send").click()
+    expect(last(page).locator(".note")).to_be_visible()
     state("stopped")
-    ask(page, "markdown, please")
+    new_chat(page)
+    answered(page, "markdown, please")
+    last(page).locator(".actions button").last.click()
+    expect(last(page).locator(".versions")).to_be_visible()
     state("markdown")
-    ask(page, "calculate 12 * 34")
-    state("tool-call")
-    page.get_by_role("button", name="Edit").last.click()
+    answered(page, "calculate 12 * 34")
+    answered(page, "pretend")
+    state("tool-calls")
+
+
+def show_dialogs(page: Page, state: Callable[[str], None]) -> None:
+    page.locator("article.user").last.hover()
+    page.locator("article.user").last.locator(".actions button").first.click()
     state("editing")
-    page.get_by_role("button", name="Cancel").click()
-    send(page, "/help")
+    page.locator("#unedit").click()
+    say(page, "/help")
     state("help")
-    page.get_by_label("Message", exact=True).fill("")
-    send(page, "Tell me everything. " * 60)
+    page.locator("#input").fill("")
+    say(page, "Tell me everything. " * 60)
     expect(page.get_by_role("alert")).to_be_visible()
     state("error")
-    page.get_by_role("button", name="Settings").click()
-    state("settings")
-    page.get_by_role("button", name="Done").click()
-    if phone:
-        page.get_by_role("button", name="Chats").tap()
+    for name, opener in (("settings", "#configure"), ("chat", "#options")):
+        page.locator(opener).click()
+        state(name)
+        page.locator(f"#{name} .primary").click()
+    if page.locator("#menu").is_visible():
+        page.locator("#menu").tap()
         page.wait_for_timeout(400)  # the drawer slides in
-        state("chats")
-    context.close()
+    page.locator("#search").fill("story")
+    expect(page.locator("#chats li")).to_have_count(1)
+    state("chats")

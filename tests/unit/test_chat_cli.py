@@ -38,7 +38,9 @@ def reply(question: str) -> str:
     if "made up" in question:
         return "<|python_start|>open(1)<|python_end|><|output_start|>41<|output_end|>."
     if "escape" in question:
-        return "a\x1b[31mb\x07c"
+        return "a\x1b[31mb\x07c\n\td\x9b2J"
+    if "pretend" in question:
+        return "<|python_start|>open(1)<|python_end|><|output_start|>41<|output_end|>So 41."
     return f"Re: {question}"
 
 
@@ -140,8 +142,20 @@ def test_output_that_the_model_made_up_is_not_shown_as_a_result() -> None:
 def test_control_characters_of_the_model_do_not_reach_the_terminal(
     talk: Callable[..., str],
 ) -> None:
-    out = talk(typed=("escape",))
-    assert "a[31mbc" in out and "\x1b" not in out and "\x07" not in out
+    for out in (talk(typed=("escape",)), talk("-p", "escape")):
+        assert "a[31mbc\n\td2J" in out
+        assert not any(character in out for character in "\x1b\x07\x9b")
+
+
+def test_a_result_that_the_model_made_up_is_marked(talk: Callable[..., str]) -> None:
+    assert "[open(1)][made up: 41]So 41." in talk(typed=("pretend",))
+    assert talk("-p", "pretend") == "So 41.\n"
+
+
+@pytest.mark.parametrize("question", ["/usr is what?", "/clear the table", "/etc/hosts", "/ 2"])
+def test_a_question_may_begin_with_a_slash(talk: Callable[..., str], question: str) -> None:
+    assert f"Re: {question}\n" in talk(typed=(question,))
+    assert "there is no command /usr" in talk(typed=("/usr",))
 
 
 def test_ctrl_c_at_the_prompt_does_not_leave_but_quit_does(talk: Callable[..., str]) -> None:
@@ -187,12 +201,24 @@ sys.exit(chat_cli.main([]))
         (
             0,
             [
-                ("> ", "typed\x03"),
+                ("?2004h", "typed\x03"),  # pastes are marked from here
                 ("leaves)", "one\n"),
                 ("one word", "\x03"),
                 ("(stopped)", "two\n"),
                 ("two word", "\x03"),
                 ("(stopped)", "/quit\n"),
+            ],
+            0,
+        ),
+        (
+            0,
+            [
+                ("?2004h", "\x1b[200~a pasted\nparagraph of\r\nthree lines\x1b[201~"),
+                ("three lines", "\r"),  # Enter, once
+                ("a pasted\r\nparagraph of\r\nthree lines word", "\x03"),
+                ("(stopped)", "broken\x1b\rby hand\r"),
+                ("broken\r\nby hand word", "\x03"),
+                ("(stopped)", "\x04"),
             ],
             0,
         ),

@@ -25,8 +25,9 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from tests.talker import VOCAB, engine, eventually, serving
 from zangchat.server import connections, guard
 from zangchat.server import http as server_module
-from zangchat.server.page_api import PageChat, load_page, render_markdown, render_parts
+from zangchat.server.page_api import PageChat, load_page
 from zangchat.server.protocol import Settings
+from zangchat.server.rendering import render_markdown, render_parts
 
 
 def reply(question: str) -> str:

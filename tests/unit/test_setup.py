@@ -540,6 +540,59 @@ def test_runcpu_uses_the_cpu_if_torch_cannot_use_the_gpu(mac):
     assert {call.rpartition("cuda=")[2] for call in calls[1:]} == {"-1"}
 
 
+TALK = ["source .venv/bin/activate", "python -m scripts.chat_cli", "python -m scripts.chat_web"]
+
+
+@pytest.mark.parametrize(
+    "arguments, variables, first, closing, question",
+    [
+        ([], {}, "Corpus: documentation", "Talk to the model:", "Who are you?"),
+        ([], {"LANG": "de_DE.UTF-8"}, "Corpus: documentation", "Talk to the", "Who are you?"),
+        ([], {"LANG": "zh_CN.UTF-8"}, "语料：", "与模型对话：", "你是谁？"),
+        ([], {"LANG": "C", "LC_ALL": "zh_TW.UTF-8"}, "语料：", "与模型对话：", "你是谁？"),
+        (["--lang=zh"], {"LANG": "C"}, "语料：", "与模型对话：", "你是谁？"),
+        (["--lang=en"], {"LANG": "zh_CN.UTF-8"}, "Corpus:", "Talk to the model:", "Who are you?"),
+    ],
+)
+def test_runcpu_speaks_the_readers_language(mac, arguments, variables, first, closing, question):
+    mac.base.mkdir()
+    (mac.base / "runcpu.plan").write_text(
+        "# a plan\nBASE_STEPS=1\nMID_STEPS=1\nSFT_STEPS=1\nRL_STEPS=1\n"
+    )
+    done, calls = mac("dev/runcpu.sh", *arguments, **variables)
+    assert done.returncode == 0, done.stderr
+    headings = re.findall(r"=== \[(\d+)/11\] (.*)\x1b", done.stdout)
+    assert [int(number) for number, _ in headings] == list(range(1, 12))
+    assert headings[0][1].startswith(first) and "%" not in done.stdout
+    is_chinese = first.startswith("语")
+    for _, title in headings:  # each in the one language or in the other
+        assert bool(re.search("[一-鿿]", title)) is is_chinese, title
+    end = done.stdout.partition(closing)[2]
+    assert end and [line in end for line in TALK] == [True] * 3
+    assert f"\n> {question}\n" in done.stdout
+    assert sum("scripts.chat_cli" in call for call in calls) == 5
+
+
+def test_runcpu_names_an_unknown_flag_and_its_help_is_english(mac):
+    done, calls = mac("dev/runcpu.sh", "--lang=fr", LANG="zh_CN.UTF-8")
+    assert (done.returncode, calls) == (2, [])
+    assert done.stderr.startswith("error: --lang=fr is not") and done.stderr.count("\n") == 1
+    done, calls = mac("dev/runcpu.sh", "--help", LANG="zh_CN.UTF-8")
+    assert (done.returncode, calls) == (0, []) and "MINUTES=10 bash dev/runcpu.sh" in done.stdout
+    assert done.stdout.isascii() and "set -" not in done.stdout
+
+
+def test_runcpu_says_in_chinese_that_a_stage_failed(mac):
+    mac.base.mkdir()
+    (mac.folder / ".venv/bin/python").write_text("#!/bin/bash\nexit 3\n")
+    done, _ = mac("dev/runcpu.sh", "--lang=zh")
+    assert done.returncode == 3 and "退出码 3" not in done.stdout
+    (mac.base / "report").mkdir()
+    (mac.base / "report/started.json").write_text("{}")
+    done, _ = mac("dev/runcpu.sh", "--lang=zh")
+    assert done.returncode == 3 and "没有完成（退出码 3）" in done.stderr
+
+
 # -- bash 3.2 --------------------------------------------------------------------------------------
 
 LATER = {  # features missing in macOS's bash 3.2 and in its tools

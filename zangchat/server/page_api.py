@@ -1,42 +1,36 @@
-"""The chat page and its API: nanochat's event stream, with markdown rendered and cleaned here."""
+"""The chat page and its API: nanochat's event stream, and the page's markdown as HTML."""
 
 import base64
 import hashlib
 import html
 import json
-import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from importlib import resources
 from typing import Annotated, Any
 
 import anyio
-import nh3
 from fastapi import APIRouter, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse
-from markdown_it import MarkdownIt
-from pydantic import Discriminator, Field, StrictBool, Tag
+from pydantic import BaseModel, Discriminator, Field, StrictBool, Tag
 
 from zangchat.engine.replies import Reply
 from zangchat.server.http import EventStream, Incoming
-from zangchat.server.messages import Messages
+from zangchat.server.messages import Messages, Text
 from zangchat.server.openai_api import JSON_OR_EVENTS, open_stream, openai_chat
 from zangchat.server.openai_requests import OpenAIChat
-from zangchat.server.pool import PoolError, Stream
+from zangchat.server.pool import PoolError, Stream, Token
 from zangchat.server.protocol import Sampling, Settings, event, join_pieces
+from zangchat.server.rendering import render_markdown, render_parts
 from zangchat.server.service import CurrentService
 
 RENDER_SECONDS = 0.1  # at least, between two renderings of a reply
 RENDER_SHARE = 0.2  # of a core, at most, for the renderings of all replies together
+MAX_TEXT, MAX_TEXTS = 16_384, 64  # characters of a saved reply, replies of one request
+TEXTS_SECONDS = 0.5  # for the replies of one request; the page requests the others again
 FILES = resources.files("zangchat.server")
-TAGS = {
-    *("p", "br", "hr", "em", "strong", "s", "del", "a", "code", "pre", "blockquote"),
-    *("ul", "ol", "li", "h1", "h2", "h3", "h4", "h5", "h6"),
-    *("table", "thead", "tbody", "tr", "th", "td"),
-}
-_markdown = MarkdownIt("commonmark", {"html": False})
-_markdown.enable(["table", "strikethrough"]).disable("image")
+SCRIPTS = ("strings", "store", "draw", "talk", "page")  # of ui/, in the order of their definitions
 
 router = APIRouter()
 
@@ -69,6 +63,18 @@ AnyChat = Annotated[
 ]
 
 
+class PageTexts(BaseModel):
+    """Markdown of saved replies."""
+
+    texts: list[Annotated[Text, Field(max_length=MAX_TEXT)]] = Field(max_length=MAX_TEXTS)
+
+
+class PageHtml(BaseModel):
+    """HTML of the first texts: of those that were rendered in time."""
+
+    html: list[str]
+
+
 # -- routes ----------------------------------------------------------------------------------------
 
 
@@ -95,20 +101,32 @@ async def page_chat(body: AnyChat, service: CurrentService, receive: Incoming) -
     return EventStream(stream, page_events(stream, rendering, left_out))
 
 
-def load_page(settings: Settings, context: int) -> tuple[str, str]:
-    """(HTML of the chat page, content security policy that admits only its script and style)."""
-    page = FILES.joinpath("ui.html").read_text(encoding="utf-8")
-
-    def digests(tag: str) -> str:
-        found = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        hashes = [hashlib.sha256(body.encode()).digest() for body in found]
-        return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in hashes)
-
-    policy = (
-        f"default-src 'none'; script-src {digests('script')}; style-src {digests('style')}; "
-        "img-src 'self'; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+@router.post("/render")
+async def render(body: PageTexts, service: CurrentService) -> PageHtml:
+    limiter = service.rendering
+    return PageHtml(
+        html=await anyio.to_thread.run_sync(render_in_time, body.texts, limiter=limiter)
     )
+
+
+def render_in_time(texts: list[str]) -> list[str]:
+    """HTML of the first text and of as many others as TEXTS_SECONDS allow."""
+    rendered: list[str] = []
+    end = time.monotonic() + TEXTS_SECONDS
+    while len(rendered) < len(texts) and (not rendered or time.monotonic() < end):
+        rendered.append(render_markdown(texts[len(rendered)]))
+    return rendered
+
+
+def load_page(settings: Settings, context: int) -> tuple[str, str]:
+    """(HTML of the chat page, content security policy that admits only its script and style).
+
+    The page is one document: it needs no paths of its own, so a proxy may serve it under any.
+    """
+    ui = FILES.joinpath("ui")
+    style = ui.joinpath("style.css").read_text(encoding="utf-8")
+    scripts = [ui.joinpath(f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS]
+    script = "\n".join(['"use strict";', *scripts])
     facts = {
         "model": settings.model_name,
         "temperature": settings.temperature,
@@ -118,7 +136,20 @@ def load_page(settings: Settings, context: int) -> tuple[str, str]:
         "context": context,
         "needs_key": settings.api_key is not None,
     }
-    return page.replace("{{facts}}", html.escape(json.dumps(facts), quote=True)), policy
+    page = ui.joinpath("index.html").read_text(encoding="utf-8")
+    page = page.replace("{{facts}}", html.escape(json.dumps(facts), quote=True))
+    page = page.replace("{{style}}", style).replace("{{script}}", script)
+    policy = (
+        f"default-src 'none'; script-src {digest(script)}; style-src {digest(style)}; "
+        "img-src 'self'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return page, policy
+
+
+def digest(content: str) -> str:
+    """The source expression that admits an inline script or style."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 
 
 # -- events ----------------------------------------------------------------------------------------
@@ -131,17 +162,19 @@ async def page_events(
 
     Pieces of tool calls are {"tool", "text"}; {"queued"} counts the continuations ahead. With
     `rendering`, the reply so far comes as {"parts"} instead, at most ten times a second and less
-    often if rendering is slow or many replies are rendered.
+    often if rendering is slow or many replies are rendered, with {"tokens", "tokens_per_second"}.
     """
     gpu, reply = stream.worker.number, Reply()
     next_render, stop_reason = 0.0, ""
+    pace = Pace()
     if left_out:
         yield event({"left_out": left_out})
     if stream.before:
         yield event({"queued": stream.before})
     try:
         async for items in stream:
-            pieces = join_pieces(piece for item in items for piece in reply.add(item.pieces))
+            pace.add(sum(item.token is not None for item in items))
+            pieces = join_pieces(piece for item in items for piece in grow(reply, item))
             stop_reason = items[-1].stop_reason or ""
             if rendering is None:
                 for kind, text in pieces:
@@ -153,10 +186,19 @@ async def page_events(
                 )
                 pause = max(RENDER_SECONDS, seconds * stream.pool.load / RENDER_SHARE)
                 next_render = time.monotonic() + pause
-                yield event({"parts": parts, "gpu": gpu})
-        yield event({"done": True, "finish_reason": stop_reason})
+                yield event({"parts": parts, "gpu": gpu, **pace.figures()})
+        figures = {} if rendering is None else pace.figures()
+        yield event({"done": True, "finish_reason": stop_reason, **figures})
     except PoolError as error:
         yield event({"error": str(error), "done": True})
+
+
+def grow(reply: Reply, item: Token) -> list[tuple[str, str]]:
+    """The pieces of a token. A tool's output that the model made up gets {"by": "model"}."""
+    pieces = reply.add(item.pieces)
+    if item.mask and any(kind == "python_output" for kind, _ in pieces):
+        reply.parts[-1]["by"] = "model"
+    return pieces
 
 
 def timed_render(parts: Sequence[dict[str, str]]) -> tuple[list[dict[str, str]], float]:
@@ -165,23 +207,20 @@ def timed_render(parts: Sequence[dict[str, str]]) -> tuple[list[dict[str, str]],
     return render_parts(parts), time.thread_time() - start
 
 
-def render_parts(parts: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    return [
-        {**part, "html": render_markdown(part["text"])} if part["type"] == "text" else dict(part)
-        for part in parts
-    ]
+class Pace:
+    """How many tokens of a reply have come, and how fast since the first of them."""
 
+    def __init__(self) -> None:
+        self.tokens = self._first = 0
+        self._start = self._last = 0.0
 
-def render_markdown(text: str) -> str:
-    """Markdown -> HTML that is safe to insert.
+    def add(self, tokens: int) -> None:
+        self._last = time.monotonic()
+        if not self.tokens:
+            self._start, self._first = self._last, tokens
+        self.tokens += tokens
 
-    No raw HTML, no images, no schemes other than http(s) and mailto.
-    """
-    return nh3.clean(
-        _markdown.render(text),
-        tags=TAGS,
-        attributes={"a": {"href", "title"}, "code": {"class"}, "ol": {"start"}},
-        url_schemes={"http", "https", "mailto"},
-        link_rel="noopener noreferrer nofollow",
-        set_tag_attribute_values={"a": {"target": "_blank"}},  # the chat stays open
-    )
+    def figures(self) -> dict[str, Any]:
+        seconds, later = self._last - self._start, self.tokens - self._first
+        rate = {"tokens_per_second": round(later / seconds, 1)} if later and seconds else {}
+        return {"tokens": self.tokens, **rate}
