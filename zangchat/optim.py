@@ -258,17 +258,14 @@ def build_optimizer(
 
 @torch.no_grad()
 def global_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """The 2-norm of all of them together, a scalar on their device; not finite if any gradient is
-    not.
-
-    On a CPU one fp32 sum over millions of squares is up to 0.4 % off, and less if ranks share it.
-    So only a row is summed in fp32 there, and rows in fp64: the same for any number of ranks.
-    """
+    """The 2-norm of all of them together, an fp32 scalar on their device; not finite if any
+    gradient is not."""
     norms = [_norm(gradient) for gradient in gradients]
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    return torch.linalg.vector_norm(torch.stack(norms)).float() if norms else torch.zeros(())
 
 
 def _norm(gradient: Tensor) -> Tensor:
+    # a CPU's fp32 sum over millions of squares is a percent off, less if ranks cut the matrix
     if gradient.device.type != "cpu":
         return torch.linalg.vector_norm(gradient, dtype=torch.float32)
     rows = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32)

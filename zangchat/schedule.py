@@ -15,7 +15,6 @@ WIDTH_PER_LAYER = 64
 REFERENCE_DEPTH = 12
 REFERENCE_WIDTH = 768
 REFERENCE_BATCH = 2**19  # tokens per step
-MAX_TOKENS = 1e18  # far more text than there is
 REFERENCE_RATIO = 12.0  # tokens per (matrix + lm_head) parameter
 # Short runs of small batches want more than the root of the batch would give them (dev/LOG.md).
 SMALLEST_LR_SCALE, SMALLEST_ADAMW_LR_SCALE = 1.0, 0.5
@@ -91,10 +90,6 @@ def plan_run(
     tokens = ratio * scaling_params(config)
     if target_flops > 0:
         tokens = target_flops / flops_per_token(config)
-    if tokens > MAX_TOKENS:
-        name = "target_flops" if target_flops > 0 else "target_param_data_ratio"
-        value = target_flops if target_flops > 0 else target_param_data_ratio
-        raise ValueError(f"{name}={value:g} is not possible: {tokens:.0e} tokens are too many")
     reference_tokens = ratio * scaling_params(_reference(config))
     if total_batch_size == -1:
         total_batch_size = _best_batch(tokens / reference_tokens, config.sequence_len)

@@ -17,6 +17,8 @@ from zangchat.training.settings import check_batch, check_flags, memory_settings
 def check(config: Any) -> None:
     """Refuse flags that are wrong in themselves, before anything is loaded. Raises UserError."""
     check_flags(config)
+    configurator.check_range(-1, config, "target_param_data_ratio", most=1e9)
+    configurator.check_range(-1, config, "target_flops", most=1e33)
     model_config(config, vocab_size=2**16)
     if config.total_batch_size != -1:
         size, world_size = config.total_batch_size, get_dist_info()[3]
