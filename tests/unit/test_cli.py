@@ -51,7 +51,7 @@ PROMISED = {
     "-x -t",
     "scripts.chat_cli": "-i --source -g --model_tag -s --step -p --prompt -t --temperature -k "
     "--top_k --top_p --seed",
-    "scripts.export_hf": "-i --source -g --model_tag -o --dtype",
+    "scripts.export_hf": "-i --source -g --model_tag -o --format --dtype",
     "scripts.import_model": "--path --source --model_tag --from_tag --step",
     "scripts.chat_web": "-i --source -g --model_tag -s --step --host -p --port -t --temperature -k "
     "--top_k --top_p -m --num_gpus",

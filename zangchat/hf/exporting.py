@@ -83,7 +83,8 @@ def _write(
     checks = module.write(model, tokenizer, meta, folder, dtype)
     atomic_write(folder / "README.md", model_card(model.config, meta, dtype, checks, format))
     manifest = make_manifest(folder, model.config, tokenizer, meta, dtype, checks)
-    atomic_write(folder / MANIFEST, json.dumps({**manifest, "to": format}, indent=1) + "\n")
+    manifest["written_for"] = format
+    atomic_write(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return manifest
 
 
