@@ -76,7 +76,7 @@ def train(config: Config) -> int:
             return 0
         config = run.config
         task = training_conversations(
-            config.mixture,
+            run.config.mixture,
             config.identity_data,
             tokenizer=run.tokenizer,
             seed=config.seed,

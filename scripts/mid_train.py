@@ -82,7 +82,7 @@ def train(config: Config) -> int:
             return 0
         config = run.config
         task = training_conversations(
-            config.mixture,
+            run.config.mixture,
             config.identity_data,
             2,
             tokenizer=run.tokenizer,

@@ -20,7 +20,6 @@ import contextlib
 import dataclasses
 import difflib
 import errno
-import io
 import math
 import os
 import re
@@ -35,15 +34,20 @@ import tyro
 from zangchat.config import USER_LIMITS
 from zangchat.errors import UserError
 from zangchat.runtime.logs import setup_default_logging
-from zangchat.runtime.processes import compute_cleanup, note_failure, report_failure
+from zangchat.runtime.processes import (
+    compute_cleanup,
+    is_stdout_closed,
+    note_failure,
+    prepare_streams,
+    prepare_threads,
+    report_failure,
+)
 
 C = TypeVar("C")
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
 FAILED = 1  # exit codes
 USER_ERROR = 2
-SPIN_COUNT = "1000"  # of threads at a barrier, some 20 microseconds; measured in dev/LOG.md
-USER_ERROR = 2  # exit codes
 INTERRUPTED = 130
 BROKEN_PIPE = 141  # as a shell reports a writer whose reader has closed the pipe
 BOOLEANS = {
@@ -81,8 +85,8 @@ def run(
     one line on stderr and code 2, Ctrl-C code 130; every other exception keeps its traceback, on
     the first rank that fails. A command that succeeded leaves the process group.
     """
-    _prepare_streams()
-    _prepare_threads()
+    prepare_streams()
+    prepare_threads()
     try:
         try:
             config = parse(config_cls, argv)
@@ -97,7 +101,7 @@ def run(
         _print_error(f"error: {error}")
         return USER_ERROR
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and _is_stdout_closed():
+        if isinstance(error, BrokenPipeError) and is_stdout_closed():
             return BROKEN_PIPE
         if error.errno not in DISK_ERRORS:
             if report_failure(error):
@@ -114,50 +118,6 @@ def run(
         if report_failure(error):
             raise
         return FAILED
-
-
-def _is_stdout_closed() -> bool:
-    """Whether stdout's reader has closed the pipe, as `| head` does; then buffered text is
-    dropped.
-    """
-    try:
-        print(flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
-
-
-def _prepare_streams() -> None:
-    """Let no character stop a command.
-
-    Windows gives files and pipes an encoding that lacks most of them (a terminal keeps its own),
-    and half of a character may be typed or piped. Closed streams, as by `<&-`, are opened on
-    os.devnull.
-    """
-    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
-    sys.stdout, sys.stderr = (
-        stream or open(os.devnull, "w")  # noqa: SIM115
-        for stream in (sys.stdout, sys.stderr)
-    )
-    chosen = "PYTHONIOENCODING" in os.environ
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            encoding = None if chosen or stream.isatty() else "utf-8"
-            stream.reconfigure(encoding=encoding, errors="backslashreplace")
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        with contextlib.suppress(io.UnsupportedOperation):  # a caller has read from it already
-            sys.stdin.reconfigure(errors="replace")
-
-
-def _prepare_threads() -> None:
-    """Let threads that wait for each other on a CPU soon sleep, before torch is loaded.
-
-    By default they spin for milliseconds, and if another program has one of the cores, the others
-    spin through its turns. Values of the user's own stay.
-    """
-    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 
 
 def _print_error(message: str) -> None:

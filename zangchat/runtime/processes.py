@@ -1,5 +1,7 @@
 """The processes of one run, as torchrun starts them and tells them by the environment."""
 
+import contextlib
+import io
 import os
 import sys
 import time
@@ -9,6 +11,53 @@ from zangchat.errors import UserError
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 # The time that a rank, which fails because another did, leaves torchrun to see the other one first
 GRACE_SECONDS = 5.0
+
+
+SPIN_COUNT = "1000"  # of threads at a barrier, some 20 microseconds; measured in dev/LOG.md
+
+
+def is_stdout_closed() -> bool:
+    """Whether stdout's reader has closed the pipe, as `| head` does; then buffered text is
+    dropped.
+    """
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def prepare_streams() -> None:
+    """Let no character stop a command.
+
+    Windows gives files and pipes an encoding that lacks most of them (a terminal keeps its own),
+    and half of a character may be typed or piped. Closed streams, as by `<&-`, are opened on
+    os.devnull.
+    """
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
+    sys.stdout, sys.stderr = (
+        stream or open(os.devnull, "w")  # noqa: SIM115
+        for stream in (sys.stdout, sys.stderr)
+    )
+    chosen = "PYTHONIOENCODING" in os.environ
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            encoding = None if chosen or stream.isatty() else "utf-8"
+            stream.reconfigure(encoding=encoding, errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        with contextlib.suppress(io.UnsupportedOperation):  # a caller has read from it already
+            sys.stdin.reconfigure(errors="replace")
+
+
+def prepare_threads() -> None:
+    """Let threads that wait for each other on a CPU soon sleep, before torch is loaded.
+
+    By default they spin for milliseconds, and if another program has one of the cores, the others
+    spin through its turns. Values of the user's own stay.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 
 
 def is_ddp() -> bool:

@@ -2,7 +2,6 @@
 not.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Response
@@ -113,7 +112,7 @@ async def respond(
     return Response(status_code=499) if content is None else JSONResponse(content)
 
 
-def open_stream(service: Service, requests: Sequence[Request]) -> Stream:
+def open_stream(service: Service, requests: list[Request]) -> Stream:
     """Give requests to the pool. Raises ApiError if there are more than it can ever hold."""
     settings = service.settings
     most = settings.max_batch * len(service.pool.workers) + settings.queue

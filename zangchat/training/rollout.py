@@ -150,12 +150,9 @@ def rollout_batches(
         )
     share = examples_per_step // world_size
     step = cursor["step"] if cursor else 0
-    engine: Engine | None = None
+    engine = Engine(model, tokenizer)  # its cache and CUDA graphs serve all steps
     while True:
-        if engine is None:
-            engine = Engine(model, tokenizer)
-        else:
-            engine.refresh(model)  # its cache and CUDA graphs serve all steps
+        engine.refresh(model)
         places = range(rank * share, (rank + 1) * share)
         examples = prompt_order(len(task), seed, step * examples_per_step + places.start, share)
         seeds = [derive_seed(seed, "rollout", step, place) for place in places]
