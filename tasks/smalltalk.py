@@ -13,6 +13,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
 from tasks.common import (
     Content,
     Conversation,
@@ -30,8 +32,6 @@ PHRASINGS = Path(__file__).with_name("smalltalk.yaml")
 
 @cache
 def phrasings() -> dict[str, Any]:
-    import yaml
-
     return yaml.safe_load(PHRASINGS.read_text(encoding="utf-8"))
 
 

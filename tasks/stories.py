@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
 from tasks.common import Content, Conversation, GeneratedTask, chat, split_of, visible_text
 
 WORLD = Path(__file__).with_name("stories.yaml")
@@ -26,8 +28,6 @@ OPTIONAL = "?"  # among the variants of a beat: it may be left out
 
 @cache
 def world() -> dict[str, Any]:
-    import yaml
-
     found = yaml.safe_load(WORLD.read_text(encoding="utf-8"))
     lists = ("animals", "girls", "boys", "things", "foods", "colors", "traits")
     return found | {name: found[name].split() for name in lists}

@@ -17,6 +17,7 @@ from scripts import base_train, chat_eval, chat_web
 from zangchat import configurator
 from zangchat.configurator import as_flags, list_flags, parse, to_dict
 from zangchat.errors import UserError
+from zangchat.runtime import processes
 from zangchat.training.flags import RunConfig
 
 
@@ -487,7 +488,7 @@ def test_a_configuration_as_flags_gives_it_again(config):
 @pytest.mark.parametrize(
     ("own", "expected"),
     [
-        ({}, {"GOMP_SPINCOUNT": configurator.SPIN_COUNT}),
+        ({}, {"GOMP_SPINCOUNT": processes.SPIN_COUNT}),
         ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
         ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
     ],

@@ -43,7 +43,7 @@ TORCH_FREE = [
         )
     ),
 ]
-for name in ("collectives", "devices", "memory"):
+for name in ("collectives", "compiler", "devices", "memory"):
     TORCH_FREE.remove(f"zangchat.runtime.{name}")
 
 # Imports the modules on its command line one by one; prints {module: problem}.

@@ -609,7 +609,7 @@ def test_dry_run_prints_the_plan(chain):
     assert (
         code == 0
         and "the preset for 24 GB" in output
-        and "18.9 GiB on each GPU with 16 rows in a pass" in output
+        and "18.1 GiB on each GPU with 16 rows in a pass" in output
     )
     code, output, _ = chain("speedrun.sh", DRY_RUN="1", BASE_FLAGS="--num_iterations=7")
     assert code == 0 and "\nsteps          7 of" in output

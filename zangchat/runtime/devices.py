@@ -141,8 +141,6 @@ def expand_segments() -> None:
 
 
 def _check_device(device_type: str, local_rank: int, ddp: bool) -> None:
-    import torch
-
     check_device_type(device_type)
     if device_type == "cuda" and not torch.cuda.is_available():
         raise UserError(
@@ -177,8 +175,6 @@ def resolve_dtype(flag: str, device: torch.device | str) -> torch.dtype:
     bfloat16 on CUDA from compute capability 8.0 and on CPUs with AVX512-BF16 or AMX, float16 on
     older CUDA, else float32. Raises UserError.
     """
-    import torch
-
     check_dtype(flag)
     if flag:
         return getattr(torch, flag)

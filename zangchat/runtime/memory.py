@@ -59,8 +59,6 @@ def device_memory(device: torch.device | str) -> int:
 
 def free_memory(device: torch.device | str) -> int:
     """Bytes that new tensors of this process can take: what is left of `device_memory`."""
-    import torch
-
     device = torch.device(device)
     if device.type == "cuda":
         return device_memory(device) - torch.cuda.memory_allocated(device)
