@@ -10,9 +10,10 @@ import pytest
 
 from dev import code_size
 
-CORE_LINES = 5480  # on the way to 4,500
+# on the way to 4,500; 160 came with decode graphs, bounded memory and failures that stay alone
+CORE_LINES = 5640
 FILE_LINES, CLASS_LINES, FUNCTION_LINES = 450, 250, 50
-LATE_IMPORTS = 63
+LATE_IMPORTS = 64
 
 
 @pytest.fixture(scope="module")
