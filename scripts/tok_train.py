@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from zangchat import configurator
 from zangchat.errors import UserError
@@ -35,6 +35,8 @@ class Config:
     max_chars: int = 2_000_000_000  # characters to train on, at most
     doc_cap: int = 10_000  # characters taken of one document, at most
     vocab_size: int = 65_536  # tokens, the special ones included
+    pattern: Literal["gpt4", "digits3", "digits1"] = "gpt4"
+    """digits of a number that go together: up to 2 (gpt4), 3 as in Llama 3, or 1 as in Qwen"""
     dataset: str | None = None  # a folder of <base>/base_data; default: the only one there
     data_path: str | None = None  # a .parquet, .jsonl or .txt file, or a folder of them, instead
     overwrite: bool = False  # replace a tokenizer that was made otherwise
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: Config) -> None:
     from zangchat.dataset import find_dataset
     from zangchat.runtime.progress import Progress
-    from zangchat.tokenizer import RustBPETokenizer, tokenizer_dir
+    from zangchat.tokenizer import PATTERNS, RustBPETokenizer, tokenizer_dir
 
     check(config)
     if get_dist_info()[1] != 0:
@@ -70,7 +72,7 @@ def train(config: Config) -> None:
     try:
         with contextlib.ExitStack() as line:
             tokenizer = RustBPETokenizer.train_from_iterator(
-                text.documents(), config.vocab_size, facts=facts, progress=merged
+                text.documents(), config.vocab_size, PATTERNS[config.pattern], facts, merged
             )
     except ValueError:
         if text.characters:
@@ -102,6 +104,7 @@ def settings(config: Config, dataset: "Dataset") -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "max_chars": config.max_chars,
         "doc_cap": config.doc_cap,
+        "pattern": config.pattern,
         "dataset": dataset.name,
         # Shards of the hub may still be downloading: their names at a pinned revision suffice.
         "text": dataset.name if dataset.arrives_in_order else dataset.fingerprint,
@@ -116,12 +119,13 @@ def already_trained(facts: dict[str, Any]) -> bool:
     if not (folder / TOKENIZER_FILE).exists():
         return False
     found = RustBPETokenizer.from_directory(folder)
-    differences = [name for name, value in facts.items() if found.facts.get(name) != value]
+    were = {"pattern": "gpt4", **found.facts}  # older files do not name it
+    differences = [name for name, value in facts.items() if were.get(name) != value]
     if differences:
         said = ", ".join(
             "of other text"
             if name == "text"
-            else f"{name} {found.facts.get(name)} instead of {facts[name]}"
+            else f"{name} {were.get(name)} instead of {facts[name]}"
             for name in differences
         )
         raise UserError(
