@@ -295,6 +295,15 @@ def nanochat_pickle(tok: RustBPETokenizer, protocol: int | None = None, **change
     return pickle.dumps(encoding, protocol)
 
 
+def test_spawned_workers_can_have_one(tok: RustBPETokenizer) -> None:
+    """And its tiktoken.Encoding, which is what nanochat's own file holds."""
+    text = "it's 12345 naïve words, 的"
+    assert pickle.loads(pickle.dumps(tok)).encode(text) == tok.encode(text)
+    encoding = pickle.loads(pickle.dumps(tok.enc))
+    assert type(encoding) is tiktoken.Encoding
+    assert encoding.encode_ordinary(text) == tok.encode(text)
+
+
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 def test_nanochats_pickle_is_read(tok: RustBPETokenizer, tmp_path: Path, protocol: int) -> None:
     path = tmp_path / "tokenizer.pkl"
