@@ -13,6 +13,7 @@ percent that the crate has over the build without it.
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -33,7 +34,7 @@ class Config:
     vocab_size: int = 32_768
     ideas: str = ""  # default: all that the sources name
     repeats: int = 3
-    target: str = "rustbpe/target/ablation"  # for the builds, a folder in it for each
+    target: str = "rustbpe/target/ablation"  # a folder for the builds
     plain: bool = True  # also the functions of plain, which take minutes
 
 
@@ -69,12 +70,11 @@ def ideas_in_sources() -> list[str]:
 
 
 def build(idea: str, target: Path) -> Path:
-    folder = target / (idea.replace(" ", "_") or "all")
-    environment = {**os.environ, "CARGO_TARGET_DIR": str(folder)}
+    environment = {**os.environ, "CARGO_TARGET_DIR": str(target)}
     environment |= {"WITHOUT": idea} if idea else {}
     command = ["cargo", "build", "--release", "--quiet", "--locked", "--example", "speed"]
     subprocess.run(command, cwd=CRATE, env=environment, check=True)
-    return folder / "release" / "examples" / "speed"
+    return Path(shutil.copy(target / "release/examples/speed", target / f"speed without {idea}"))
 
 
 def run(program: Path, config: Config, *options: str) -> dict[str, float]:

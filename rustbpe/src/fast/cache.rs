@@ -105,24 +105,24 @@ impl Cache {
     }
 
     /// Moves a hit up within its set.
-    pub fn find(&mut self, key: Key, piece: &[u8]) -> Option<&[u32]> {
-        let set = self.set_mut(set_of(key));
+    pub fn find(&mut self, place: u32, key: Key, piece: &[u8]) -> Option<&[u32]> {
+        let set = self.set_mut(place);
         // All entries after a free one are free.
-        let place = set.iter().position(|entry| entry.key == key || entry.key == Key::default())?;
-        if set[place].key != key {
+        let found = set.iter().position(|entry| entry.key == key || entry.key == Key::default())?;
+        if set[found].key != key {
             return None;
         }
-        let better = place.min(2).saturating_sub(1);
-        set.swap(place, better);
+        let better = found.min(2).saturating_sub(1);
+        set.swap(found, better);
         let [start, count, bytes, number] = set[better].value;
         if number as usize <= INLINE_IDS {
-            return Some(&self.sets().get(set_of(key)).0[better].value[..number as usize]);
+            return Some(&self.sets().get(place).0[better].value[..number as usize]);
         }
         let same = |bytes: &[u8]| piece.len() <= Key::SHORT || bytes[..piece.len()] == *piece;
         (number == self.round && same(&self.bytes[bytes as usize..])).then(|| &self.ids[start as usize..][..count as usize])
     }
 
-    pub fn insert(&mut self, key: Key, piece: &[u8], ids: &[u32]) {
+    pub fn insert(&mut self, place: u32, key: Key, piece: &[u8], ids: &[u32]) {
         if key == Key::NONE {
             return;
         }
@@ -141,12 +141,12 @@ impl Cache {
             self.ids.extend_from_slice(ids);
             self.bytes.extend_from_slice(if long { piece } else { &[] });
         }
-        let set = self.set_mut(set_of(key));
+        let set = self.set_mut(place);
         let free = |set: &[Entry]| set.iter().position(|entry| entry.key == Key::default());
-        let place = set.iter().position(|entry| entry.key == key).or_else(|| free(&set[..2])).unwrap_or_else(|| {
+        let entry = set.iter().position(|entry| entry.key == key).or_else(|| free(&set[..2])).unwrap_or_else(|| {
             set[3] = set[2];
             2
         });
-        set[place] = Entry { key, value };
+        set[entry] = Entry { key, value };
     }
 }

@@ -5,9 +5,9 @@
 use std::sync::Mutex;
 
 use super::cache::{key_of, set_of, Cache, INLINE_IDS};
+pub use super::joins::MAX_TOKENS;
 use super::key::Key;
-use super::merges::Merges;
-pub use super::merges::MAX_TOKENS;
+use super::lookback::LookBack;
 use super::split::{Splitter, WINDOW};
 use super::tokens::Tokens;
 use super::without;
@@ -21,7 +21,7 @@ pub struct Encoder {
     pub(super) splitter: Splitter,
     pub(super) tokens: Tokens,
     /// None for ranks that only `plain` can encode.
-    merges: Option<Merges>,
+    look_back: Option<LookBack>,
     /// All tokens, or only those that no piece contains unless it is that token.
     whole: plain::Ranks,
     pub(super) scratches: Mutex<Vec<Scratch>>,
@@ -64,18 +64,17 @@ impl Encoder {
         if let Some(byte) = (0..=255).find(|&byte| !ranks.contains_key(&[byte][..])) {
             return Err(Error::Ranks(format!("the single byte {byte} is no token")));
         }
-        let merges = Merges::new(tokens, &ranks);
-        if let Some(merges) = &merges {
-            ranks.retain(|_, id| !merges.arises(*id));
+        let look_back = LookBack::new(tokens, &ranks);
+        if let Some(look_back) = &look_back {
+            ranks.retain(|_, id| !look_back.arises(*id));
         }
         let (splitter, tokens) = (Splitter::new(pattern)?, Tokens::new(tokens)?);
-        Ok(Encoder { splitter, tokens, merges, whole: ranks, scratches: Mutex::default() })
+        Ok(Encoder { splitter, tokens, look_back, whole: ranks, scratches: Mutex::default() })
     }
 
-    /// Whether pieces are encoded by looking back, and not by `plain`.
     #[cfg(test)]
-    pub fn looks_back(&self) -> bool {
-        self.merges.is_some()
+    pub fn look_back(&self) -> Option<&LookBack> {
+        self.look_back.as_ref()
     }
 
     pub fn split<'t>(&self, text: &'t str) -> Result<Vec<&'t str>, Error> {
@@ -142,30 +141,32 @@ impl Encoder {
             // SAFETY: this many have been written.
             unsafe { out.set_len(out.len() + len) };
             let Some(piece) = other else { break };
-            self.encode_piece(&bytes[piece.start as usize..][..piece.len as usize], piece.key, out, cache, dead);
+            self.encode_piece(bytes, piece, out, cache, dead);
         }
     }
 
     /// Encodes any piece, from the cache or by merging. A piece with a key is in the cache afterwards.
     #[inline(never)]
-    fn encode_piece(&self, piece: &[u8], key: Key, out: &mut Vec<u32>, cache: &mut Cache, dead: &mut Vec<u64>) {
+    fn encode_piece(&self, bytes: &[u8], piece: &Waiting, out: &mut Vec<u32>, cache: &mut Cache, dead: &mut Vec<u64>) {
+        let Waiting { key, set, start, len } = *piece;
+        let piece = &bytes[start as usize..][..len as usize];
         if without("cache") {
             return self.encode_new(piece, out, dead);
         }
-        if let Some(ids) = cache.find(key, piece) {
+        if let Some(ids) = cache.find(set, key, piece) {
             return out.extend_from_slice(ids);
         }
-        let start = out.len();
+        let first = out.len();
         self.encode_new(piece, out, dead);
-        cache.insert(key, piece, &out[start..]);
+        cache.insert(set, key, piece, &out[first..]);
     }
 
     fn encode_new(&self, piece: &[u8], out: &mut Vec<u32>, dead: &mut Vec<u64>) {
-        match &self.merges {
+        match &self.look_back {
             None => out.extend(plain::encode_piece(&self.whole, piece)),
-            Some(merges) => match self.whole.get(piece) {
+            Some(look_back) => match self.whole.get(piece) {
                 Some(&id) => out.push(id),
-                None => merges.encode(piece, out, dead),
+                None => look_back.encode(piece, out, dead),
             },
         }
     }

@@ -37,6 +37,14 @@ fn random_tokens(draw: &mut impl FnMut(usize) -> usize, case: usize) -> Vec<Toke
     tokens
 }
 
+/// Looking back, which is for long pieces, at short ones, too.
+fn look_back_at(encoder: &Encoder, ranks: &plain::Ranks, piece: &[u8]) {
+    let Some(look_back) = encoder.look_back() else { return };
+    let mut ids = Vec::new();
+    look_back.encode_long(piece, &mut ids, &mut Vec::new());
+    assert_eq!(ids, plain::join(ranks, piece), "{piece:?}");
+}
+
 #[test]
 fn random_pieces_with_random_vocabularies_as_plain_does() {
     let (mut draw, engine) = (draws(7), Regex::new(DEFAULT_PATTERN).unwrap());
@@ -44,8 +52,8 @@ fn random_pieces_with_random_vocabularies_as_plain_does() {
     for case in 0..cases(20_000) / 20 {
         let tokens = random_tokens(&mut draw, case);
         let (ranks, encoder) = (ranks_of(&tokens), Encoder::new(&tokens, DEFAULT_PATTERN).unwrap());
-        assert!(case % 3 > 0 || encoder.looks_back(), "{tokens:?}");
-        by_plain += !encoder.looks_back() as usize;
+        assert!(case % 3 > 0 || encoder.look_back().is_some(), "{tokens:?}");
+        by_plain += encoder.look_back().is_none() as usize;
         let mut scratch = Scratch::default();
         for _ in 0..20 {
             let longest = [4, 14, 20, 100, 400][draw(5)];
@@ -56,6 +64,9 @@ fn random_pieces_with_random_vocabularies_as_plain_does() {
             assert_eq!(out, expected, "{text:?} with {:?}", &tokens[256..]);
             encoder.encode_into(&text, &mut out, &mut scratch).unwrap();
             assert_eq!(out[expected.len()..], expected, "remembered {text:?} with {:?}", &tokens[256..]);
+            for piece in plain::split(&engine, &text).unwrap() {
+                look_back_at(&encoder, &ranks, piece.as_bytes());
+            }
             assert_eq!(encoder.decode(&out[..expected.len()]).unwrap(), text.as_bytes());
             assert_eq!(plain::decode(&tokens, &expected).unwrap(), text.as_bytes());
         }
@@ -78,10 +89,13 @@ fn odd_vocabularies_as_plain_does() {
     ];
     for (tokens, looks_back) in vocabularies {
         let (ranks, encoder) = (ranks_of(&tokens), Encoder::new(&tokens, DEFAULT_PATTERN).unwrap());
-        assert_eq!(encoder.looks_back(), looks_back, "{:?}", &tokens[250..]);
+        assert_eq!(encoder.look_back().is_some(), looks_back, "{:?}", &tokens[250..]);
         for number in 0..3usize.pow(if cfg!(miri) { 4 } else { 8 }) {
             let text: String = std::iter::successors(Some(number), |n| (*n > 0).then_some(n / 3)).map(|n| ['a', 'b', 'c'][n % 3]).collect();
             assert_eq!(encoder.encode(&text).unwrap(), plain::encode(&ranks, &engine, &text).unwrap(), "{text:?}");
+            if !text.is_empty() {
+                look_back_at(&encoder, &ranks, text.as_bytes());
+            }
         }
     }
 }

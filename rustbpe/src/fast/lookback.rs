@@ -1,15 +1,14 @@
-//! Pieces to ids by looking back. Replaces `plain::encode_piece`.
+//! Long pieces to ids. Replaces `plain::encode_piece`.
 //! Faster: takes the longest token that fits the one before it, a few steps for each token instead of a search for each join. Two
 //! tokens fit if BPE would not join across their border; a piece whose neighbours all fit is what BPE yields, and only that one is.
 //! Gain: see NOTES.md.
 
 use rustc_hash::FxHashMap;
 
+use super::joins::{Joins, NONE, SHORT};
 use super::trie::Trie;
 use super::without;
 use crate::plain;
-
-const NONE: u32 = u32::MAX;
 
 /// Which tokens join to which.
 ///
@@ -20,10 +19,10 @@ const NONE: u32 = u32::MAX;
 /// tokens at a time finds it. For a text there is one such sequence, so a position at which it cannot continue is met once.
 ///
 /// All this needs halves that are older than the whole, which training ensures; other ranks go through `plain`.
-pub struct Merges {
+pub struct LookBack {
     trie: Trie,
     info: Vec<Info>,
-    pairs: PairTable,
+    joins: Joins,
 }
 
 /// Of a token.
@@ -34,46 +33,48 @@ struct Info {
     length: u32,
 }
 
-impl Merges {
+impl LookBack {
     /// None for ranks whose halves may be younger than the whole. The rare tokens that do not arise by joining are left out.
-    pub fn new(tokens: &[plain::Token], ranks: &plain::Ranks) -> Option<Merges> {
-        if without("merges") || tokens.len() < 256 || tokens[..256].iter().any(|token| token.len() != 1) {
+    pub fn new(tokens: &[plain::Token], ranks: &plain::Ranks) -> Option<LookBack> {
+        if without("look back") || tokens.len() < 256 || tokens[..256].iter().any(|token| token.len() != 1) {
             return None;
         }
         let ids: FxHashMap<&[u8], u32> = ranks.iter().map(|(token, &id)| (&**token, id)).collect();
+        let mut bytes = [0; 256];
+        (0..256).for_each(|id| bytes[tokens[id][0] as usize] = id as u32);
         let unknown = Info { halves: [NONE; 2], shorter: NONE, length: 0 };
-        let (info, pairs) = (vec![unknown; tokens.len()], PairTable::new(tokens.len()));
-        let mut merges = Merges { trie: Trie::new(&[]), info, pairs };
+        let (info, joins) = (vec![unknown; tokens.len()], Joins::new(bytes, tokens.len()));
+        let mut all = LookBack { trie: Trie::new(&[]), info, joins };
         for (id, token) in tokens.iter().enumerate() {
             let mut known = (id < 256).then_some([NONE; 2]);
             for cut in 1..token.len() {
                 let [Some(&left), Some(&right)] = [&token[..cut], &token[cut..]].map(|half| ids.get(half)) else { continue };
-                let older = |half: u32| (half as usize) < id && merges.info[half as usize].length > 0;
-                if older(left) && older(right) && merges.fit(left, right) {
+                let older = |half: u32| (half as usize) < id && all.info[half as usize].length > 0;
+                if older(left) && older(right) && all.fit(left, right) {
                     known = Some([left, right]);
-                    merges.pairs.insert(left, right, id as u32);
+                    all.joins.insert(left, right, id as u32);
                     break;
                 }
             }
             match known {
-                Some(halves) => merges.info[id] = Info { halves, shorter: NONE, length: token.len() as u32 },
+                Some(halves) => all.info[id] = Info { halves, shorter: NONE, length: token.len() as u32 },
                 None if token.is_empty() || plain::join(ranks, token).len() > 1 => {}
                 None => return None, // it arises, but from younger tokens
             }
         }
         let mut sorted: Vec<(&[u8], u32)> = tokens.iter().map(|token| &**token).zip(0..).collect();
-        sorted.retain(|&(_, id)| merges.info[id as usize].length > 0);
+        sorted.retain(|&(_, id)| all.info[id as usize].length > 0);
         sorted.sort_unstable();
         let mut beginnings: Vec<(&[u8], u32)> = Vec::new();
         for &(token, id) in &sorted {
             while beginnings.last().is_some_and(|(beginning, _)| !token.starts_with(beginning)) {
                 beginnings.pop();
             }
-            merges.info[id as usize].shorter = beginnings.last().map_or(NONE, |last| last.1);
+            all.info[id as usize].shorter = beginnings.last().map_or(NONE, |last| last.1);
             beginnings.push((token, id));
         }
-        merges.trie = Trie::new(&sorted);
-        Some(merges)
+        all.trie = Trie::new(&sorted);
+        Some(all)
     }
 
     /// Whether a token arises by joining.
@@ -88,7 +89,7 @@ impl Merges {
         // When each part ceases to exist. Equal joins happen from left to right.
         let (mut left_until, mut right_until) = (NONE, NONE);
         loop {
-            let joined = self.pairs.get(left, right);
+            let joined = self.joins.get(left, right);
             if joined < left_until && joined <= right_until && joined != NONE {
                 return false;
             }
@@ -107,6 +108,13 @@ impl Merges {
 
     /// Appends the ids of a piece to `out`. `dead` is memory to work in.
     pub fn encode(&self, piece: &[u8], out: &mut Vec<u32>, dead: &mut Vec<u64>) {
+        match piece.len() {
+            ..=SHORT if !without("short") => self.joins.join_short(piece, out),
+            _ => self.encode_long(piece, out, dead),
+        }
+    }
+
+    pub fn encode_long(&self, piece: &[u8], out: &mut Vec<u32>, dead: &mut Vec<u64>) {
         dead.clear();
         dead.resize(piece.len() / 64 + 1, 0); // the positions at which no token fits
         let (first, mut at) = (out.len(), 0);
@@ -129,63 +137,6 @@ impl Merges {
                 let last = self.info[out.pop().expect("every piece has its ids") as usize];
                 (at, next) = (at - last.length as usize, last.shorter);
             }
-        }
-    }
-}
-
-/// The token that two tokens join to. Most requested pairs do not join, and a bit set with 16 or more bits per pair, small enough to
-/// stay in the processor's cache, rejects most of them. The other pairs are in a table with open addressing, at most half full.
-struct PairTable {
-    bits: Vec<u64>,
-    slots: Vec<u64>, // left, right and the joined token, ID_BITS each
-    shift: u32,
-}
-
-/// Three ids fit in 64 bits, and no ids set all bits.
-pub const MAX_TOKENS: usize = (1 << ID_BITS) - 1;
-const ID_BITS: u32 = 21;
-
-impl PairTable {
-    const EMPTY: u64 = u64::MAX;
-
-    fn new(pairs: usize) -> Self {
-        let size = (2 * pairs).next_power_of_two();
-        PairTable { bits: vec![0; size / 8], slots: vec![Self::EMPTY; size], shift: 64 - size.trailing_zeros() }
-    }
-
-    fn insert(&mut self, left: u32, right: u32, joined: u32) {
-        let (key, hash) = Self::key(left, right);
-        let (place, bit) = (self.place(key, hash), hash >> (self.shift - 3));
-        self.bits[bit as usize / 64] |= 1 << (bit % 64);
-        self.slots[place] = key << ID_BITS | joined as u64;
-    }
-
-    #[inline]
-    fn key(left: u32, right: u32) -> (u64, u64) {
-        let key = (left as u64) << ID_BITS | right as u64;
-        (key, key.wrapping_mul(0x9e37_79b9_7f4a_7c15))
-    }
-
-    /// The slot of a pair, or the free slot for it.
-    fn place(&self, key: u64, hash: u64) -> usize {
-        let mut place = (hash >> self.shift) as usize;
-        while self.slots[place] >> ID_BITS != key && self.slots[place] != Self::EMPTY {
-            place = (place + 1) & (self.slots.len() - 1);
-        }
-        place
-    }
-
-    /// NONE if the pair does not join.
-    #[inline]
-    fn get(&self, left: u32, right: u32) -> u32 {
-        let (key, hash) = Self::key(left, right);
-        let bit = hash >> (self.shift - 3);
-        if !without("filter") && self.bits[bit as usize / 64] >> (bit % 64) & 1 == 0 {
-            return NONE;
-        }
-        match self.slots[self.place(key, hash)] {
-            Self::EMPTY => NONE,
-            slot => (slot & ((1 << ID_BITS) - 1)) as u32,
         }
     }
 }
