@@ -1,19 +1,18 @@
-"""What each idea of the crate brings: the crate as it is beside builds that leave one idea out.
+"""What each idea of the crate brings: the crate as it is, and without one idea after the other.
 
     python -m dev.bench_ablation --file=TEXT                          all ideas
-    python -m dev.bench_ablation --file=TEXT --ideas=cache,window     only these
+    python -m dev.bench_ablation --file=TEXT --ideas=Cache,Window     only these
 
 TEXT holds documents separated by NUL, 120 MB or more for figures that mean something: the first
 --megabytes are counted, trained on and encoded, the rest is the other text that is encoded before
 "fresh" is measured (rustbpe/examples/speed.rs). One thread, processor time, medians of --repeats,
-the builds in turns. Prints JSON: MB/s of the crate, of `plain`, and for each idea the gain in
-percent that the crate has over the build without it.
+in turns. Prints JSON: MB/s of the crate, of `plain`, and for each idea the gain in percent that the
+crate has over itself without it. Every loop has a branch more than in the crate that users have.
 """
 
 import json
 import os
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -34,7 +33,6 @@ class Config:
     vocab_size: int = 32_768
     ideas: str = ""  # default: all that the sources name
     repeats: int = 3
-    target: str = "rustbpe/target/ablation"  # a folder for the builds
     plain: bool = True  # also the functions of plain, which take minutes
 
 
@@ -45,36 +43,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 def bench(config: Config) -> int:
     if not Path(config.file).is_file():
         raise configurator.UserError("--file: name a file of documents separated by NUL")
+    program = build()
     ideas = config.ideas.split(",") if config.ideas else ideas_in_sources()
-    programs = {idea: build(idea, ROOT / config.target) for idea in ["", *ideas]}
-    runs: dict[str, list[dict[str, float]]] = {idea: [] for idea in programs}
+    runs: dict[str, list[dict[str, float]]] = {idea: [] for idea in ["", *ideas]}
     for _ in range(config.repeats):
-        for idea, program in programs.items():
-            runs[idea].append(run(program, config))
+        for idea, done in runs.items():
+            done.append(run(program, config, *([idea] if idea else [])))
     medians = {idea: medians_of(done) for idea, done in runs.items()}
     ours = medians.pop("")
     gains = {
         idea: {key: round(100 * (ours[key] / speed - 1), 1) for key, speed in speeds.items()}
         for idea, speeds in medians.items()
     }
-    plain = run(programs[""], config, "plain") if config.plain else None
+    plain = run(program, config, "plain") if config.plain else None
     print(json.dumps({"MB/s": ours, "plain MB/s": plain, "gain in %": gains}, indent=1))
     return 0
 
 
 def ideas_in_sources() -> list[str]:
-    sources = "".join(
-        path.read_text(encoding="utf-8") for path in sorted(CRATE.rglob("src/**/*.rs"))
-    )
-    return list(dict.fromkeys(re.findall(r'without\("([\w ]+)"\)', sources)))
+    source = (CRATE / "src/fast/mod.rs").read_text(encoding="utf-8")
+    return re.findall(r"^    (\w+),$", source.split("pub enum Idea {")[1].split("}")[0], re.M)
 
 
-def build(idea: str, target: Path) -> Path:
-    environment = {**os.environ, "CARGO_TARGET_DIR": str(target)}
-    environment |= {"WITHOUT": idea} if idea else {}
+def build() -> Path:
     command = ["cargo", "build", "--release", "--quiet", "--locked", "--example", "speed"]
-    subprocess.run(command, cwd=CRATE, env=environment, check=True)
-    return Path(shutil.copy(target / "release/examples/speed", target / f"speed without {idea}"))
+    subprocess.run([*command, "--features", "ablation"], cwd=CRATE, check=True)
+    target = Path(os.environ.get("CARGO_TARGET_DIR", CRATE / "target"))
+    return target / "release/examples/speed"
 
 
 def run(program: Path, config: Config, *options: str) -> dict[str, float]:

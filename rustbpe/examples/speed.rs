@@ -1,9 +1,9 @@
 //! Times the crate on a file of documents that are separated by NUL, one thread, processor time. Prints JSON. For dev/bench_ablation.py.
 //!
-//!     cargo run --release --example speed -- FILE MEGABYTES VOCAB_SIZE [plain]
+//!     cargo run --release --features ablation --example speed -- FILE MEGABYTES VOCAB_SIZE [plain | IDEA]
 //!
 //! Trains on the first MEGABYTES, then encodes them: `cold` is the first time, `warm` the second, and `fresh` follows the rest of the
-//! file. With `plain`, the functions of `plain` instead, which have no memory.
+//! file. With `plain`, the functions of `plain` instead, which have no memory. With an idea, the crate without it.
 
 use std::time::{Duration, Instant};
 
@@ -11,6 +11,7 @@ use rustbpe::fast::count::{Counter, LocalCounter};
 use rustbpe::fast::encode::{Encoder, Scratch};
 use rustbpe::fast::split::{Splitter, DEFAULT_PATTERN};
 use rustbpe::fast::train::train;
+use rustbpe::fast::Idea;
 use rustbpe::plain::{self, Token};
 
 /// Processor time of this thread where the system tells it, else time.
@@ -22,7 +23,12 @@ fn now(start: Instant) -> Duration {
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
-    let [_, file, megabytes, vocab_size, rest @ ..] = &arguments[..] else { panic!("FILE MEGABYTES VOCAB_SIZE [plain]") };
+    let [_, file, megabytes, vocab_size, rest @ ..] = &arguments[..] else { panic!("FILE MEGABYTES VOCAB_SIZE [plain | IDEA]") };
+    let in_plain = rest.first().is_some_and(|option| option == "plain");
+    if let Some(idea) = rest.first().filter(|_| !in_plain) {
+        let known = Idea::ALL.into_iter().find(|known| format!("{known:?}") == **idea);
+        known.unwrap_or_else(|| panic!("the ideas are {:?}", Idea::ALL)).leave_out();
+    }
     let text = std::fs::read_to_string(file).expect("a file of UTF-8");
     let (bytes, vocab_size) = (1_000_000 * megabytes.parse::<usize>().expect("a number"), vocab_size.parse().expect("a number"));
     let (mut ours, mut others, mut size) = (Vec::new(), Vec::new(), 0);
@@ -37,7 +43,7 @@ fn main() {
     };
 
     let before = now(start);
-    let tokens: Vec<Token> = if rest.is_empty() {
+    let tokens: Vec<Token> = if !in_plain {
         let counter = Counter::new(Splitter::new(DEFAULT_PATTERN).expect("a pattern"));
         let mut local = LocalCounter::new(&counter);
         ours.iter().for_each(|text| local.add(text.as_bytes()).expect("a text"));
@@ -64,7 +70,7 @@ fn main() {
         tokens
     };
     tell("train", before);
-    if rest.is_empty() {
+    if !in_plain {
         let encoder = Encoder::new(&tokens, DEFAULT_PATTERN).expect("a vocabulary");
         let (mut scratch, mut out) = (Scratch::default(), Vec::with_capacity(size));
         let mut encode = |texts: &[&str], scratch: &mut Scratch| {

@@ -6,7 +6,7 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 use super::pairs::{Key, Pair};
-use super::without;
+use super::{without, Idea};
 
 /// The most frequent first, then the smallest pair; and its number.
 type Candidate = (u64, Reverse<Key>, u32);
@@ -22,7 +22,7 @@ pub struct Candidates {
 impl Default for Candidates {
     fn default() -> Self {
         let buckets = Self::bucket_of(u64::MAX) + 1;
-        let top = if without("buckets") { 0 } else { buckets };
+        let top = if without(Idea::Buckets) { 0 } else { buckets };
         Candidates { buckets: vec![Vec::new(); buckets], top, heap: BinaryHeap::new() }
     }
 }

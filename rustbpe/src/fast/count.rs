@@ -10,8 +10,8 @@ use rustc_hash::FxHashMap;
 use super::key::Key;
 use super::split::{Splitter, WINDOW};
 use super::table::Table;
-use super::without;
 use super::words::Words;
+use super::{without, Idea};
 use crate::{plain::Token, Error};
 
 /// The first SHARD_BITS bits of the hash choose the shared table. Each has its own lock.
@@ -19,7 +19,7 @@ const SHARD_BITS: u32 = 6;
 /// A thread's own table has 2^LOCAL_BITS slots (3 MB).
 pub const LOCAL_BITS: u32 = 17;
 /// Slots that are prefetched before the first of them is read; at most a window's worth more.
-const WAITING: usize = if without("waiting") { 1 } else { 64 };
+const WAITING: usize = 64;
 
 /// The distinct pieces of a corpus and how often each occurred.
 pub struct Counter {
@@ -86,7 +86,7 @@ impl<'c> LocalCounter<'c> {
 
     pub fn add(&mut self, text: &[u8]) -> Result<(), Error> {
         let text = std::str::from_utf8(text).map_err(|e| Error::Text(e.to_string()))?;
-        if without("table") {
+        if without(Idea::Table) {
             return self.add_plain(text);
         }
         let LocalCounter { counter, splitter, table, .. } = self;
@@ -108,7 +108,7 @@ impl<'c> LocalCounter<'c> {
                 waiting[number] = (hash, key);
                 number += 1;
             }
-            if number >= WAITING {
+            if number >= WAITING || without(Idea::Waiting) {
                 waiting[..number].iter().for_each(|&(hash, key)| table.add_short(hash, key, 1));
                 number = 0;
             }

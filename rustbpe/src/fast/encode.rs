@@ -10,11 +10,11 @@ use super::key::Key;
 use super::lookback::LookBack;
 use super::split::{Splitter, WINDOW};
 use super::tokens::Tokens;
-use super::without;
+use super::{without, Idea};
 use crate::{plain, Error};
 
 /// Pieces to split off before the first of them is looked up; at most a window's worth more.
-const WAITING: usize = if without("waiting") { 1 } else { 64 };
+const WAITING: usize = 64;
 
 /// A vocabulary and its pattern, ready to encode. Immutable except for its caches, so any number of threads may share it.
 pub struct Encoder {
@@ -109,7 +109,7 @@ impl Encoder {
                 start = end;
             }
             count += borders.len() - 1;
-            if count >= WAITING {
+            if count >= WAITING || without(Idea::Waiting) {
                 self.encode_pieces(bytes, &waiting[..count], out, cache, dead);
                 count = 0;
             }
@@ -130,7 +130,7 @@ impl Encoder {
                 let Some(piece) = pieces.next() else { break None };
                 let [first, second, ..] = &sets.get(piece.set).0;
                 let entry = [first, second][(second.key == piece.key) as usize];
-                if entry.key != piece.key || entry.count() > INLINE_IDS || without("cache") {
+                if entry.key != piece.key || entry.count() > INLINE_IDS || without(Idea::Cache) {
                     break Some(piece);
                 }
                 // SAFETY: `free` begins with room for this many of every piece (at most WAITING + WINDOW pieces follow a reserve,
@@ -150,7 +150,7 @@ impl Encoder {
     fn encode_piece(&self, bytes: &[u8], piece: &Waiting, out: &mut Vec<u32>, cache: &mut Cache, dead: &mut Vec<u64>) {
         let Waiting { key, set, start, len } = *piece;
         let piece = &bytes[start as usize..][..len as usize];
-        if without("cache") {
+        if without(Idea::Cache) {
             return self.encode_new(piece, out, dead);
         }
         if let Some(ids) = cache.find(set, key, piece) {

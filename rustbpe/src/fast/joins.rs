@@ -2,7 +2,7 @@
 //! Faster: the parts are ids in an array on the stack, so the token that two parts join to is read from a table of pairs of ids, and no
 //! bytes are hashed; looking for the lowest rank among a few numbers takes less time than keeping a queue. Gain: see NOTES.md.
 
-use super::without;
+use super::{without, Idea};
 
 pub const NONE: u32 = u32::MAX;
 /// Longer pieces are for lookback.rs.
@@ -62,7 +62,7 @@ impl Joins {
     pub fn get(&self, left: u32, right: u32) -> u32 {
         let (key, hash) = Self::key(left, right);
         let bit = hash >> (self.shift - 3);
-        if !without("filter") && self.bits[bit as usize / 64] >> (bit % 64) & 1 == 0 {
+        if !without(Idea::Filter) && self.bits[bit as usize / 64] >> (bit % 64) & 1 == 0 {
             return NONE;
         }
         match self.slots[self.place(key, hash)] {

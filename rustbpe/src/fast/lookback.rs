@@ -7,7 +7,7 @@ use rustc_hash::FxHashMap;
 
 use super::joins::{Joins, NONE, SHORT};
 use super::trie::Trie;
-use super::without;
+use super::{without, Idea};
 use crate::plain;
 
 /// Which tokens join to which.
@@ -36,7 +36,7 @@ struct Info {
 impl LookBack {
     /// None for ranks whose halves may be younger than the whole. The rare tokens that do not arise by joining are left out.
     pub fn new(tokens: &[plain::Token], ranks: &plain::Ranks) -> Option<LookBack> {
-        if without("look back") || tokens.len() < 256 || tokens[..256].iter().any(|token| token.len() != 1) {
+        if without(Idea::LookBack) || tokens.len() < 256 || tokens[..256].iter().any(|token| token.len() != 1) {
             return None;
         }
         let ids: FxHashMap<&[u8], u32> = ranks.iter().map(|(token, &id)| (&**token, id)).collect();
@@ -109,7 +109,7 @@ impl LookBack {
     /// Appends the ids of a piece to `out`. `dead` is memory to work in.
     pub fn encode(&self, piece: &[u8], out: &mut Vec<u32>, dead: &mut Vec<u64>) {
         match piece.len() {
-            ..=SHORT if !without("short") => self.joins.join_short(piece, out),
+            ..=SHORT if !without(Idea::Short) => self.joins.join_short(piece, out),
             _ => self.encode_long(piece, out, dead),
         }
     }

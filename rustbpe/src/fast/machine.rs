@@ -2,12 +2,12 @@
 //! Faster: a table beyond the processor's caches answers after 100 ns; a prefetch lets other work go on meanwhile, and pages of
 //! 2 MiB spare the walk through the page table. Gain: see NOTES.md.
 
-use super::without;
+use super::{without, Idea};
 
 /// Prefetches memory that will be read soon.
 #[inline(always)]
 pub fn prefetch<T>(place: &T) {
-    if without("prefetch") {
+    if without(Idea::Prefetch) {
         return;
     }
     #[cfg(all(target_arch = "x86_64", not(miri)))]
@@ -30,7 +30,7 @@ pub const HUGE_PAGE: usize = 2 << 20;
 /// Asks for huge pages. A system without them ignores the advice.
 pub fn ask_for_huge_pages<T>(memory: &mut [T]) {
     #[cfg(all(target_os = "linux", not(miri)))]
-    if !without("huge pages") {
+    if !without(Idea::HugePages) {
         use std::ffi::{c_int, c_void};
         extern "C" {
             fn madvise(address: *mut c_void, length: usize, advice: c_int) -> c_int;

@@ -2,6 +2,8 @@
 //! faster, and by how much: the gain is that of the whole crate over a build without the idea (`python -m dev.bench_ablation`,
 //! NOTES.md has the conditions).
 
+use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
+
 mod cache;
 mod candidates;
 mod classes;
@@ -27,13 +29,46 @@ mod trie;
 pub mod window;
 pub mod words;
 
-/// Whether this build leaves out the idea of that name, for the ablation bench: `WITHOUT=cache cargo build --release`.
-pub(crate) const fn without(idea: &str) -> bool {
-    let Some(left_out) = option_env!("WITHOUT") else { return false };
-    let (a, b) = (left_out.as_bytes(), idea.as_bytes());
-    let mut at = 0;
-    while at < a.len() && at < b.len() && a[at] == b[at] {
-        at += 1;
+/// What a build with the feature `ablation` can leave out (examples/speed.rs, `python -m dev.bench_ablation`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Idea {
+    Patterns,
+    Window,
+    Prefetch,
+    HugePages,
+    Waiting,
+    Cache,
+    Short,
+    LookBack,
+    Filter,
+    Table,
+    Order,
+    Floor,
+    Buckets,
+    BytePairs,
+    AtOnce,
+    TwoBytes,
+}
+
+impl Idea {
+    pub const ALL: [Idea; 16] = {
+        use Idea::*;
+        [
+            Patterns, Window, Prefetch, HugePages, Waiting, Cache, Short, LookBack, Filter, Table, Order, Floor, Buckets, BytePairs,
+            AtOnce, TwoBytes,
+        ]
+    };
+
+    /// From now on. Without the feature it has no effect.
+    pub fn leave_out(self) {
+        LEFT_OUT.store(self as u8, Relaxed);
     }
-    at == a.len() && at == b.len()
+}
+
+static LEFT_OUT: AtomicU8 = AtomicU8::new(u8::MAX);
+
+/// Whether that idea is left out: never, and at no cost, without the feature.
+#[inline(always)]
+pub(crate) fn without(idea: Idea) -> bool {
+    cfg!(feature = "ablation") && LEFT_OUT.load(Relaxed) == idea as u8
 }

@@ -8,7 +8,7 @@ use super::candidates::Candidates;
 use super::machine::ask_for_huge_pages;
 use super::neighbours::Neighbours;
 use super::slots::{Slot, Slots};
-use super::without;
+use super::{without, Idea};
 
 /// (left id, right id), in the order of pairs.
 pub type Key = u64;
@@ -139,7 +139,7 @@ impl Index {
     #[inline]
     fn of_bytes(key: Key) -> Option<usize> {
         let (left, right) = tokens_of(key);
-        (left | right < 256 && !without("byte pairs")).then_some((left << 8 | right) as usize)
+        (left | right < 256 && !without(Idea::BytePairs)).then_some((left << 8 | right) as usize)
     }
 
     #[inline]

@@ -13,13 +13,13 @@
 use super::machine::ask_for_huge_pages;
 use super::neighbours::Neighbours;
 use super::pairs::{key, Key, Place};
-use super::without;
 use super::words::Words;
+use super::{without, Idea};
 
 /// Words to count between calls of `keep_going`.
 const CHECK_EVERY: usize = 256;
 /// Places that are read together, without a branch, to have many loads in flight.
-const AT_ONCE: usize = if without("at once") { 1 } else { 256 };
+const AT_ONCE: usize = 256;
 
 /// A token's id; BORDER inside tokens and between words, so that no pair spans two. Two bytes are enough up to 65,536 tokens.
 pub trait Slot: Copy + PartialEq {
@@ -98,7 +98,7 @@ impl<S: Slot> Slots<S> {
         right.add_token();
         let (a, b, new) = (S::of(a), S::of(b), S::of(new));
         let mut live = [Place::default(); AT_ONCE];
-        for places in places.chunks(AT_ONCE) {
+        for places in places.chunks(if without(Idea::AtOnce) { 1 } else { AT_ONCE }) {
             let mut count = 0;
             for &place in places {
                 let at = place.at as usize;

@@ -15,7 +15,7 @@ use super::patterns::Pattern;
 use super::scan::Text;
 use super::window::Window;
 pub use super::window::WINDOW;
-use super::without;
+use super::{without, Idea};
 use crate::Error;
 
 /// The pattern of the package `rustbpe` on PyPI: GPT-4's, with digits in groups of up to three.
@@ -41,7 +41,7 @@ impl Splitter {
         fn classes<P: Pattern>(_: &P) -> Arc<Classes> {
             Arc::new(Classes::new(P::CLASSES))
         }
-        if without("patterns") {
+        if without(Idea::Patterns) {
             return Self::with_regex(pattern);
         }
         Ok(Splitter(match Gpt4::known(pattern) {
@@ -165,7 +165,7 @@ const AHEAD: usize = 512;
 fn piece_ends<P: Pattern>(pattern: &P, text: &[u8], start: usize) -> u64 {
     let rest = &text[start..];
     prefetch(rest.get(AHEAD).unwrap_or(&0));
-    if without("window") || !rest.first_chunk::<8>().is_some_and(|bytes| bytes.is_ascii()) {
+    if without(Idea::Window) || !rest.first_chunk::<8>().is_some_and(|bytes| bytes.is_ascii()) {
         return 0;
     }
     let mut padded = [0; WINDOW];

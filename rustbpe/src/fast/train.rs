@@ -6,8 +6,8 @@ use super::candidates::Candidates;
 use super::neighbours::Neighbours;
 use super::pairs::{tokens_of, Pairs};
 use super::slots::{Slot, Slots};
-use super::without;
 use super::words::Words;
+use super::{without, Idea};
 use crate::plain::Token;
 use crate::Error;
 
@@ -34,11 +34,11 @@ pub fn train(words: Words, vocab_size: usize, keep_going: impl Fn(usize) -> bool
     let text: u64 = words.words.iter().map(|word| word.length as u64 * word.weight as u64).sum();
     let floor = match words.bytes.len() {
         0..SMALL => 1,
-        _ if without("floor") => 1,
+        _ if without(Idea::Floor) => 1,
         _ => 1 + text / (FLOOR_DIVISOR * vocab_size as u64),
     };
     match vocab_size {
-        ..=0x10000 if !without("two bytes") => train_above::<u16>(floor, words, vocab_size, keep_going),
+        ..=0x10000 if !without(Idea::TwoBytes) => train_above::<u16>(floor, words, vocab_size, keep_going),
         _ => train_above::<u32>(floor, words, vocab_size, keep_going),
     }
 }

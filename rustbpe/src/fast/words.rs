@@ -4,7 +4,7 @@
 
 use super::key::Key;
 use super::table::Table;
-use super::without;
+use super::{without, Idea};
 
 /// Distinct words with their counts.
 #[derive(Default)]
@@ -32,7 +32,7 @@ impl Words {
                 pieces.push((low.swap_bytes(), high, count, number));
             }
         }
-        if !without("order") {
+        if !without(Idea::Order) {
             pieces.sort_unstable();
         }
         let mut words = Words::default();
