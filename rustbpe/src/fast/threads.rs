@@ -1,5 +1,5 @@
 //! Work on several threads. Replaces nothing in `plain`, which has one.
-//! Faster: by the number of cores, less what they wait for memory together. Gain: see NOTES.md (two threads beside one).
+//! Faster: by the number of cores, less what they wait for memory together. Gain: see NOTES.md, two threads beside one.
 
 use std::sync::Mutex;
 
