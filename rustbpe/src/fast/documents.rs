@@ -1,5 +1,5 @@
 //! Many texts at once. Replaces a loop over `plain::encode`, or `plain::decode`.
-//! Faster: threads take runs of documents of 256 KiB, and parts of long ones. Gain: 1.8 to 2 times on two threads.
+//! Faster: threads take runs of documents of 256 KiB, and parts of long ones. Gain: see NOTES.md, two threads beside one.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Mutex;

@@ -1,6 +1,6 @@
 //! The longest token at a position. Replaces the lookups of `plain::join`, which hash the bytes of every two neighbours.
 //! Faster: a step of this trie is one read of eight bytes, and finds tokens of all lengths at once.
-//! Gain: together with merges.rs, see there.
+//! Gain: together with lookback.rs, see there.
 
 use std::collections::VecDeque;
 use std::ops::Range;

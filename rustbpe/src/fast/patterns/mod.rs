@@ -1,4 +1,4 @@
-//! The patterns that are split by hand. Each is proved equal to its regex in `tests/`, on every code point in many neighbourhoods.
+//! The patterns that are split by hand. `tests/` compares each with its regex, on every code point in many neighbourhoods.
 
 pub mod gpt2;
 pub mod gpt4;
