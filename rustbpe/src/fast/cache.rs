@@ -71,8 +71,8 @@ pub struct Cache {
 #[inline]
 pub fn key_of(text: &[u8], len: usize) -> Key {
     match len {
-        ..=Key::SHORT => Key::short(text, len),
-        ..=LONGEST => Key::long(hash_long(&text[..len]), len as u64),
+        _ if len <= Key::SHORT => Key::short(text, len),
+        _ if len <= LONGEST => Key::long(hash_long(&text[..len]), len as u64),
         _ => Key::NONE,
     }
 }
