@@ -11,11 +11,12 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, HashSet};
 
 use fancy_regex::Regex;
+use rustc_hash::FxHashMap;
 
 use crate::Error;
 
 pub type Token = Box<[u8]>;
-pub type Ranks = HashMap<Token, u32>;
+pub type Ranks = FxHashMap<Token, u32>; // a map with a faster hash
 type Pair = (u32, u32);
 
 /// The non-empty matches of the pattern. Text that it does not match is dropped, as in tiktoken.

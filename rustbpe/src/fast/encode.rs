@@ -55,7 +55,7 @@ impl Encoder {
         if tokens.len() > MAX_TOKENS {
             return Err(Error::Ranks(format!("ids up to {} are too large, {} is the largest possible", tokens.len() - 1, MAX_TOKENS - 1)));
         }
-        let mut ranks = plain::Ranks::with_capacity(tokens.len());
+        let mut ranks = plain::Ranks::with_capacity_and_hasher(tokens.len(), Default::default());
         for (token, id) in tokens.iter().zip(0..).filter(|(token, _)| !token.is_empty()) {
             if let Some(first) = ranks.insert(token.clone(), id) {
                 return Err(Error::Ranks(format!("tokens {first} and {id} are the same bytes")));

@@ -3,8 +3,6 @@
 //! tokens fit if BPE would not join across their border; a piece whose neighbours all fit is what BPE yields, and only that one is.
 //! Gain: none measured yet, see NOTES.md.
 
-use rustc_hash::FxHashMap;
-
 use super::joins::{Joins, NONE, SHORT};
 use super::trie::Trie;
 use super::{without, Idea};
@@ -39,7 +37,6 @@ impl LookBack {
         if without(Idea::LookBack) || tokens.len() < 256 || tokens[..256].iter().any(|token| token.len() != 1) {
             return None;
         }
-        let ids: FxHashMap<&[u8], u32> = ranks.iter().map(|(token, &id)| (&**token, id)).collect();
         let mut bytes = [0; 256];
         (0..256).for_each(|id| bytes[tokens[id][0] as usize] = id as u32);
         let unknown = Info { halves: [NONE; 2], shorter: NONE, length: 0 };
@@ -48,7 +45,7 @@ impl LookBack {
         for (id, token) in tokens.iter().enumerate() {
             let mut known = (id < 256).then_some([NONE; 2]);
             for cut in 1..token.len() {
-                let [Some(&left), Some(&right)] = [&token[..cut], &token[cut..]].map(|half| ids.get(half)) else { continue };
+                let [Some(&left), Some(&right)] = [&token[..cut], &token[cut..]].map(|half| ranks.get(half)) else { continue };
                 let older = |half: u32| (half as usize) < id && all.info[half as usize].length > 0;
                 if older(left) && older(right) && all.fit(left, right) {
                     known = Some([left, right]);

@@ -5,9 +5,7 @@ mod encode;
 mod split;
 mod train;
 
-use std::collections::HashMap;
-
-use crate::plain::Token;
+use crate::plain::{Ranks, Token};
 
 /// Random numbers below the argument.
 pub fn draws(seed: u64) -> impl FnMut(usize) -> usize {
@@ -28,6 +26,6 @@ pub fn bytes_and(merged: impl IntoIterator<Item = Vec<u8>>) -> Vec<Token> {
     (0..=255u8).map(|byte| vec![byte]).chain(merged).map(Token::from).collect()
 }
 
-pub fn ranks_of(tokens: &[Token]) -> HashMap<Token, u32> {
+pub fn ranks_of(tokens: &[Token]) -> Ranks {
     tokens.iter().cloned().zip(0..).filter(|(token, _)| !token.is_empty()).collect()
 }
