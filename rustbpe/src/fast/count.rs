@@ -1,6 +1,6 @@
 //! Texts to counts. Replaces `plain::count`.
 //! Faster: each thread counts into a table of its own, small enough to stay near its core, and moves it into shared tables when it is half
-//! full; 64 slots are prefetched before the first of them is used. Gain: see NOTES.md. Memory grows only with the distinct pieces.
+//! full; 64 slots are prefetched before the first of them is used. Gain: see table.rs. Memory grows only with the distinct pieces.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard};

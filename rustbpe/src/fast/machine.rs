@@ -1,6 +1,6 @@
 //! Hints to the machine about memory. Replaces nothing in `plain`.
 //! Faster: a table beyond the processor's caches answers after 100 ns; a prefetch lets other work go on meanwhile, and pages of
-//! 2 MiB spare the walk through the page table. Gain: see NOTES.md.
+//! 2 MiB spare the walk through the page table. Gain: fresh +31 % by prefetching; of huge pages, within the noise.
 
 use super::{without, Idea};
 

@@ -1,6 +1,6 @@
 //! The pieces in order. Replaces the order of `words` of `plain::train`, which is any.
 //! Faster: pieces with the same beginning are neighbours and have pairs in common, so the places of a pair are near each other.
-//! Gain: see NOTES.md.
+//! Gain: within the noise so far, NOTES.md.
 
 use super::key::Key;
 use super::table::Table;
