@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow
@@ -28,7 +28,13 @@ from zangchat.report import get_report
 from zangchat.runtime.logs import print0
 from zangchat.runtime.processes import get_dist_info
 from zangchat.runtime.progress import Progress
-from zangchat.tokenizer import SPECIAL_TOKENS, TOKENIZER_FILE, RustBPETokenizer, tokenizer_dir
+from zangchat.tokenizer import (
+    PATTERNS,
+    SPECIAL_TOKENS,
+    TOKENIZER_FILE,
+    RustBPETokenizer,
+    tokenizer_dir,
+)
 
 if TYPE_CHECKING:
     import pyarrow
@@ -44,6 +50,8 @@ class Config:
     max_chars: int = 2_000_000_000  # characters to train on, at most
     doc_cap: int = 10_000  # characters taken of one document, at most
     vocab_size: int = 65_536  # tokens, the special ones included
+    pattern: Literal["gpt4", "digits3", "digits1"] = "gpt4"
+    """digits of a number that go together: up to 2 (gpt4), 3 as in Llama 3, or 1 as in Qwen"""
     dataset: str | None = None  # a folder of <base>/base_data; default: the only one there
     data_path: str | None = None  # a .parquet, .jsonl or .txt file, or a folder of them, instead
     skip_bad_rows: bool = False  # leave out rows of own files that cannot be read, and count them
@@ -77,7 +85,7 @@ def train(config: Config) -> None:
     try:
         with contextlib.ExitStack() as line:
             tokenizer = RustBPETokenizer.train_from_iterator(
-                text.documents(), config.vocab_size, facts=facts, progress=merged
+                text.documents(), config.vocab_size, PATTERNS[config.pattern], facts, merged
             )
     except ValueError:
         if text.characters:
@@ -107,6 +115,7 @@ def settings(config: Config, dataset: "Dataset") -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "max_chars": config.max_chars,
         "doc_cap": config.doc_cap,
+        "pattern": config.pattern,
         "dataset": dataset.name,
         # Shards of the hub may still be downloading: their names at a pinned revision suffice.
         "text": dataset.name if dataset.arrives_in_order else dataset.fingerprint,
@@ -119,12 +128,13 @@ def already_trained(facts: dict[str, Any]) -> bool:
     if not (folder / TOKENIZER_FILE).exists():
         return False
     found = RustBPETokenizer.from_directory(folder)
-    differences = [name for name, value in facts.items() if found.facts.get(name) != value]
+    were = {"pattern": "gpt4", **found.facts}  # older files do not name it
+    differences = [name for name, value in facts.items() if were.get(name) != value]
     if differences:
         said = ", ".join(
             "of other text"
             if name == "text"
-            else f"{name} {found.facts.get(name)} instead of {facts[name]}"
+            else f"{name} {were.get(name)} instead of {facts[name]}"
             for name in differences
         )
         raise UserError(

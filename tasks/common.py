@@ -17,9 +17,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import pyarrow
-import pyarrow.parquet
-
 from zangchat.conversation import Content, Conversation, OrderError, tool_used, turns, visible_text
 from zangchat.errors import UserError, explain
 from zangchat.runtime.files import PACKED, get_base_dir, read_jsonl, unpacked, unpacked_name
@@ -268,6 +265,9 @@ class TableRows(Sequence[dict[str, Any]]):
     """Rows of a parquet file as dicts, made one at a time."""
 
     def __init__(self, path: Path) -> None:
+        import pyarrow
+        import pyarrow.parquet
+
         problem, remedy = f"{path} cannot be read as parquet", "delete it or copy it again"
         with explain(problem, remedy, pyarrow.ArrowException, OSError):
             self._table = pyarrow.parquet.read_table(path)

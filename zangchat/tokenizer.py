@@ -58,6 +58,11 @@ SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
+PATTERNS = {
+    "gpt4": SPLIT_PATTERN,
+    "digits3": SPLIT_PATTERN.replace("{1,2}", "{1,3}"),  # GPT-4's own, and Llama 3's
+    "digits1": SPLIT_PATTERN.replace("{1,2}", ""),  # Qwen's
+}
 FORMAT = "zangchat-tokenizer"
 VERSION = 1
 TOKENIZER_FILE = "tokenizer.json"

@@ -101,7 +101,8 @@ pub struct Strings {
     pub rows: Vec<Range<usize>>,
     data: *const u8,
     data_len: usize,
-    _owner: Owned<ArrowArray>,
+    copied: Vec<u8>, // the strings of an array of views, which lie here and there
+    owner: Owned<ArrowArray>,
 }
 
 // SAFETY: the memory of an Arrow array does not change, and any thread may read and release it.
@@ -113,7 +114,7 @@ impl Strings {
     pub fn import(object: &Bound<'_, PyAny>) -> PyResult<Option<Vec<Strings>>> {
         if object.hasattr("__arrow_c_array__")? {
             let (schema, array): (Bound<'_, PyAny>, Bound<'_, PyAny>) = object.call_method0("__arrow_c_array__")?.extract()?;
-            return Ok(Some(vec![Strings::of(Owned::take(&array)?, offset_bytes(&Owned::take(&schema)?)?)?]));
+            return Ok(Some(vec![Strings::of(Owned::take(&array)?, layout_of(&Owned::take(&schema)?)?)?]));
         }
         if !object.hasattr("__arrow_c_stream__")? {
             return Ok(None);
@@ -121,77 +122,138 @@ impl Strings {
         let mut stream = Owned::<ArrowArrayStream>::take(&object.call_method0("__arrow_c_stream__")?)?;
         let mut schema = Owned::empty();
         stream.ask(|stream| stream.get_schema, &mut schema)?;
-        let (wide, mut arrays) = (offset_bytes(&schema)?, Vec::new());
+        let (layout, mut arrays) = (layout_of(&schema)?, Vec::new());
         loop {
             let mut array = Owned::empty();
             stream.ask(|stream| stream.get_next, &mut array)?;
             if array.0.release.is_none() {
                 return Ok(Some(arrays)); // the end of the stream
             }
-            arrays.push(Strings::of(array, wide)?);
+            arrays.push(Strings::of(array, layout)?);
         }
     }
 
-    /// Checks the offsets; lengths of buffers cannot be checked, since the interface does not give them.
-    fn of(owner: Owned<ArrowArray>, offset_bytes: usize) -> PyResult<Self> {
-        let damaged = || PyValueError::new_err("the Arrow array is damaged: its offsets do not ascend, or its buffers are missing");
-        let array = &owner.0;
-        let (Ok(first), Ok(length)) = (usize::try_from(array.offset), usize::try_from(array.length)) else { return Err(damaged()) };
-        let mut strings = Strings { rows: Vec::with_capacity(length), data: std::ptr::null(), data_len: 0, _owner: owner };
+    fn of(owner: Owned<ArrowArray>, layout: Layout) -> PyResult<Self> {
+        let (Ok(first), Ok(length)) = (usize::try_from(owner.0.offset), usize::try_from(owner.0.length)) else { return Err(damaged()) };
+        let rows = Vec::with_capacity(length);
+        let mut strings = Strings { rows, data: std::ptr::null(), data_len: 0, copied: Vec::new(), owner };
         if length == 0 {
             return Ok(strings);
         }
-        let array = &strings._owner.0;
-        if array.n_buffers != 3 || array.buffers.is_null() {
-            return Err(damaged());
-        }
-        // SAFETY: an array of strings has three buffers: a bit per row or nothing, offsets, bytes up to the last offset.
-        let (valid, offsets, data) = unsafe {
-            let buffer = |i: usize| (*array.buffers.add(i)).cast::<u8>();
-            (buffer(0), buffer(1), buffer(2))
+        let array = &strings.owner.0;
+        let buffers = match usize::try_from(array.n_buffers) {
+            Ok(number @ 3..) if !array.buffers.is_null() => {
+                // SAFETY: there are so many pointers to buffers.
+                unsafe { std::slice::from_raw_parts(array.buffers.cast::<*const u8>(), number) }
+            }
+            _ => return Err(damaged()),
         };
-        if offsets.is_null() {
+        let rows = first..first.checked_add(length).ok_or_else(damaged)?;
+        if buffers[1].is_null() {
             return Err(damaged());
         }
+        // SAFETY: the buffers are those of an array of this layout, which has these rows; the interface gives no lengths to check.
+        unsafe {
+            match layout {
+                Layout::Views => strings.copy_views(buffers, rows),
+                Layout::Offsets(_) if buffers.len() != 3 => Err(damaged()),
+                Layout::Offsets(width) => strings.set_offsets(buffers[0], buffers[1], buffers[2], rows, width),
+            }?;
+        }
+        Ok(strings)
+    }
+
+    /// Checks the offsets, and leaves the bytes in place.
+    ///
+    /// # Safety
+    /// `valid` is null or has a bit for each row, `offsets` has one offset of `width` bytes for each row and one more, `data` has bytes up
+    /// to the last offset, and all of it lives as long as the owner.
+    unsafe fn set_offsets(
+        &mut self,
+        valid: *const u8,
+        offsets: *const u8,
+        data: *const u8,
+        rows: Range<usize>,
+        width: usize,
+    ) -> PyResult<()> {
         let offset = |row: usize| {
-            // SAFETY: rows are from the array's first to one after its last, which is the number of offsets.
+            // SAFETY: by the contract above; the offsets need not be aligned.
             let signed = unsafe {
-                match offset_bytes {
+                match width {
                     4 => offsets.cast::<i32>().add(row).read_unaligned() as i64,
                     _ => offsets.cast::<i64>().add(row).read_unaligned(),
                 }
             };
             usize::try_from(signed).map_err(|_| damaged())
         };
-        let mut start = offset(first)?;
-        for row in first..first + length {
+        let mut start = offset(rows.start)?;
+        for row in rows {
             let end = offset(row + 1)?;
             if end < start {
                 return Err(damaged());
             }
-            // SAFETY: there is a bit for every row.
-            if valid.is_null() || unsafe { *valid.add(row / 8) } >> (row % 8) & 1 == 1 {
-                strings.rows.push(start..end);
+            // SAFETY: by the contract above.
+            if unsafe { is_valid(valid, row) } {
+                self.rows.push(start..end);
             }
             start = end;
         }
         if start > 0 && data.is_null() {
             return Err(damaged());
         }
-        (strings.data, strings.data_len) = (data, start);
-        Ok(strings)
+        (self.data, self.data_len) = (data, start);
+        Ok(())
+    }
+
+    /// Copies the strings of views. A view has 16 bytes: the length (i32), then the string if it has at most 12 bytes, else its first
+    /// four bytes, the number of its buffer and its start there (i32).
+    ///
+    /// # Safety
+    /// `buffers` are the bits of rows (or null), views for all rows, the buffers of long strings, and the lengths of these (i64).
+    unsafe fn copy_views(&mut self, buffers: &[*const u8], rows: Range<usize>) -> PyResult<()> {
+        let [valid, views, data @ .., lengths] = buffers else { return Err(damaged()) };
+        if lengths.is_null() && !data.is_empty() {
+            return Err(damaged());
+        }
+        for row in rows {
+            // SAFETY: by the contract above, for this row.
+            if !unsafe { is_valid(*valid, row) } {
+                continue;
+            }
+            // SAFETY: as above; views need not be aligned.
+            let view = unsafe { views.add(16 * row).cast::<[u8; 16]>().read_unaligned() };
+            let number = |at: usize| i32::from_le_bytes(*view[at..].first_chunk().expect("4 bytes"));
+            let length = usize::try_from(number(0)).map_err(|_| damaged())?;
+            let before = self.copied.len();
+            if length <= 12 {
+                self.copied.extend_from_slice(&view[4..4 + length]);
+            } else {
+                let (Ok(buffer), Ok(start)) = (usize::try_from(number(8)), usize::try_from(number(12))) else { return Err(damaged()) };
+                let &from = data.get(buffer).filter(|from| !from.is_null()).ok_or_else(damaged)?;
+                // SAFETY: one length for each buffer.
+                let room = unsafe { lengths.cast::<i64>().add(buffer).read_unaligned() };
+                if start + length > usize::try_from(room).map_err(|_| damaged())? {
+                    return Err(damaged());
+                }
+                // SAFETY: within the length of this buffer.
+                self.copied.extend_from_slice(unsafe { std::slice::from_raw_parts(from.add(start), length) });
+            }
+            self.rows.push(before..self.copied.len());
+        }
+        (self.data, self.data_len) = (self.copied.as_ptr(), self.copied.len());
+        Ok(())
     }
 
     /// The number of nulls.
     pub fn nulls(&self) -> usize {
-        self._owner.0.length as usize - self.rows.len()
+        self.owner.0.length as usize - self.rows.len()
     }
 
     /// The bytes of all strings: UTF-8, if the producer has checked them.
     pub fn data(&self) -> &[u8] {
         match self.data_len {
             0 => &[],
-            // SAFETY: the array, kept alive here, has bytes up to its last offset.
+            // SAFETY: the array, kept alive here, has bytes up to its last offset; or these are `copied`, which no longer changes.
             length => unsafe { std::slice::from_raw_parts(self.data, length) },
         }
     }
@@ -215,17 +277,35 @@ impl Owned<ArrowArrayStream> {
     }
 }
 
-/// 4 for Arrow's string, 8 for its large_string.
-fn offset_bytes(schema: &Owned<ArrowSchema>) -> PyResult<usize> {
+fn damaged() -> PyErr {
+    PyValueError::new_err("the Arrow array is damaged: its offsets do not ascend, or its buffers are missing")
+}
+
+/// # Safety
+/// `bits` is null, or has a bit for the row.
+unsafe fn is_valid(bits: *const u8, row: usize) -> bool {
+    // SAFETY: by the contract above.
+    bits.is_null() || unsafe { *bits.add(row / 8) } >> (row % 8) & 1 == 1
+}
+
+#[derive(Clone, Copy)]
+enum Layout {
+    /// Of Arrow's string, 4 bytes, and of its large_string, 8.
+    Offsets(usize),
+    /// Of its string_view, which polars uses.
+    Views,
+}
+
+fn layout_of(schema: &Owned<ArrowSchema>) -> PyResult<Layout> {
     let format = match schema.0.format.is_null() {
         true => c"",
         // SAFETY: a format is a C string that lives as long as the schema.
         false => unsafe { CStr::from_ptr(schema.0.format) },
     };
     match format.to_bytes() {
-        b"u" if schema.0.dictionary.is_null() => Ok(4),
-        b"U" if schema.0.dictionary.is_null() => Ok(8),
-        b"vu" => Err(PyTypeError::new_err("Arrow's string_view is not read: cast the column to large_string")),
+        b"u" if schema.0.dictionary.is_null() => Ok(Layout::Offsets(4)),
+        b"U" if schema.0.dictionary.is_null() => Ok(Layout::Offsets(8)),
+        b"vu" if schema.0.dictionary.is_null() => Ok(Layout::Views),
         _ => Err(PyTypeError::new_err(format!("an Arrow array of strings is needed, not of the format {format:?}"))),
     }
 }

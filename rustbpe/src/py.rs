@@ -14,12 +14,15 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBytes, PyList, PyString};
 
 use crate::arrow::Strings;
-use crate::count::Counter;
-use crate::encode::{Documents, Encoder};
+use crate::fast::count::Counter;
+use crate::fast::documents::Documents;
+use crate::fast::encode::{Encoder, MAX_TOKENS};
+use crate::fast::split::{Splitter, DEFAULT_PATTERN};
+use crate::fast::threads::{in_parallel, worker_threads, RUN_BYTES};
+use crate::fast::train::{check_vocab_size, train};
+use crate::plain::Token;
 use crate::reader::{count_all, Utf8, CALL_EVERY};
-use crate::split::{Splitter, DEFAULT_PATTERN};
-use crate::train::{check_vocab_size, train};
-use crate::{worker_threads, Error, RUN_BYTES};
+use crate::Error;
 
 impl From<Error> for PyErr {
     fn from(error: Error) -> PyErr {
@@ -30,7 +33,7 @@ impl From<Error> for PyErr {
 /// A byte-pair encoding tokenizer. A new one has only the 256 bytes; train it, or load ranks with `from_ranks`.
 #[pyclass(module = "rustbpe")]
 struct Tokenizer {
-    tokens: Vec<Box<[u8]>>, // by id
+    tokens: Vec<Token>, // by id; empty for an id without a token
     pattern: String,
     /// Made on first use, since training may need only the tokens; with the GIL held, so that no forked child finds it half made.
     encoder: PyOnceLock<Encoder>,
@@ -45,19 +48,24 @@ impl Tokenizer {
         Tokenizer::of((0..=255u8).map(|byte| Box::from([byte])).collect(), DEFAULT_PATTERN.to_owned())
     }
 
-    /// A tokenizer from (token bytes, rank) pairs and a split pattern. Ranks are 0, 1, 2, ... without gaps, and every
-    /// single byte is a token; ValueError otherwise.
+    /// A tokenizer from (token bytes, rank) pairs and a split pattern. A rank is a token's id. Every single byte must be a token;
+    /// ranks may have gaps (p50k has one for a special token). ValueError for tokens or ranks that are there twice.
     #[staticmethod]
     #[pyo3(signature = (ranks, pattern=None))]
     fn from_ranks(py: Python<'_>, ranks: Vec<(PyBackedBytes, u32)>, pattern: Option<String>) -> PyResult<Self> {
         let pattern = pattern.unwrap_or_else(|| DEFAULT_PATTERN.to_owned());
         let (tokens, encoder) = py.detach(|| {
-            let mut tokens: Vec<Box<[u8]>> = vec![Box::default(); ranks.len()];
+            let size = ranks.iter().map(|(_, rank)| *rank as usize + 1).max().unwrap_or(0);
+            if size > MAX_TOKENS {
+                return Err(Error::Ranks(format!("{} is too large, {} is the largest possible", size - 1, MAX_TOKENS - 1)));
+            }
+            let mut tokens: Vec<Token> = vec![Token::default(); size];
             for (token, rank) in &ranks {
-                let slot = tokens.get_mut(*rank as usize);
-                let Some(slot) = slot.filter(|slot| slot.is_empty()) else {
-                    return Err(Error::Ranks(format!("{rank} is twice there, or not below {}, the number of tokens", ranks.len())));
-                };
+                let slot = &mut tokens[*rank as usize];
+                if token.is_empty() || !slot.is_empty() {
+                    let why = if token.is_empty() { "a token that is empty" } else { "two tokens" };
+                    return Err(Error::Ranks(format!("{rank} has {why}")));
+                }
                 *slot = token[..].into();
             }
             let encoder = Encoder::new(&tokens, &pattern)?;
@@ -105,7 +113,7 @@ impl Tokenizer {
                 merges.store(number, Relaxed);
                 !stopped.load(Relaxed)
             };
-            let _ = send.send(counter.into_words(threads).and_then(|words| train(words, vocab_size, keep_going)));
+            let _ = send.send(train(counter.into_words(), vocab_size, keep_going));
             // the receiver may have gone
         };
         let merge = Arc::new(Mutex::new(Some(merge)));
@@ -174,7 +182,7 @@ impl Tokenizer {
         num_threads: Option<usize>,
         offsets: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Arrays<'py>> {
-        let Some(offsets) = offsets else { return arrays_of(py, self.encode_all(py, texts, num_threads)?, "uint32") };
+        let Some(offsets) = offsets else { return arrays_of(py, self.encode_all(py, texts, num_threads)?, "uint32", num_threads) };
         let bytes = match texts.hasattr("__array_interface__")? {
             true => converted(texts, "uint8")?,
             false => py.import("numpy")?.call_method1("frombuffer", (texts, "uint8"))?,
@@ -184,7 +192,7 @@ impl Tokenizer {
         let (bytes, offsets) = unsafe { (&*memory_of::<u8>(&bytes)?, &*memory_of::<i64>(&offsets)?) };
         let encoder = self.encoder(py)?;
         let runs = Watch::over(py, |watch| encode_utf8(encoder, cut(bytes, offsets)?, num_threads, watch))?;
-        arrays_of(py, runs, "uint32")
+        arrays_of(py, runs, "uint32", num_threads)
     }
 
     /// The reverse of encode_documents: the concatenated bytes of all documents (uint8), and the start of each plus the end of
@@ -203,7 +211,7 @@ impl Tokenizer {
         let encoder = self.encoder(py)?;
         let threads = worker_threads(num_threads);
         let runs = Watch::over(py, |watch| encoder.decode_documents(&cut(ids, offsets)?, threads, || watch.keep_going()))?;
-        arrays_of(py, runs, "uint8")
+        arrays_of(py, runs, "uint8", num_threads)
     }
 
     /// The text of some ids. Raises UnicodeDecodeError (a ValueError) if they end inside a character; see decode_bytes.
@@ -242,6 +250,7 @@ impl Tokenizer {
         *self = Tokenizer::of(tokens.iter().map(|token| Box::from(&token[..])).collect(), pattern);
     }
 
+    /// One more than the largest id.
     #[getter]
     fn vocab_size(&self) -> usize {
         self.tokens.len()
@@ -253,12 +262,13 @@ impl Tokenizer {
 
     /// (token bytes, id) of every token, in the order of the ids.
     fn get_mergeable_ranks<'py>(&self, py: Python<'py>) -> Vec<(Bound<'py, PyBytes>, u32)> {
-        self.tokens.iter().zip(0..).map(|(token, id)| (PyBytes::new(py, token), id)).collect()
+        let tokens = self.tokens.iter().zip(0..).filter(|(token, _)| !token.is_empty());
+        tokens.map(|(token, id)| (PyBytes::new(py, token), id)).collect()
     }
 }
 
 impl Tokenizer {
-    fn of(tokens: Vec<Box<[u8]>>, pattern: String) -> Self {
+    fn of(tokens: Vec<Token>, pattern: String) -> Self {
         Tokenizer { tokens, pattern, encoder: PyOnceLock::new(), ints: PyOnceLock::new() }
     }
 
@@ -310,8 +320,13 @@ fn cut<'a, T>(items: &'a [T], offsets: &[i64]) -> Result<Vec<&'a [T]>, Error> {
 }
 
 /// Two numpy arrays, the concatenated items and the offsets, filled without the GIL.
-fn arrays_of<'py, T: Copy + Send + Sync>(py: Python<'py>, documents: Documents<T>, dtype: &str) -> PyResult<Arrays<'py>> {
-    let Documents { runs, lengths } = documents;
+fn arrays_of<'py, T: Copy + Send + Sync>(
+    py: Python<'py>,
+    documents: Documents<T>,
+    dtype: &str,
+    num_threads: Option<usize>,
+) -> PyResult<Arrays<'py>> {
+    let (Documents { runs, lengths }, threads) = (documents, worker_threads(num_threads));
     let empty = |len: usize, dtype: &str| py.import("numpy")?.call_method1("empty", (len, dtype));
     let items = empty(runs.iter().map(Vec::len).sum(), dtype)?;
     let offsets = empty(lengths.len() + 1, "int64")?;
@@ -322,12 +337,18 @@ fn arrays_of<'py, T: Copy + Send + Sync>(py: Python<'py>, documents: Documents<T
         for (index, length) in lengths.iter().enumerate() {
             ends[index + 1] = ends[index] + *length as i64;
         }
-        for run in runs {
-            let (here, rest) = std::mem::take(&mut places).split_at_mut(run.len());
-            here.copy_from_slice(&run);
-            places = rest;
-        }
-    });
+        let places = runs.iter().map(|run| {
+            let here;
+            (here, places) = std::mem::take(&mut places).split_at_mut(run.len());
+            here
+        });
+        let mut copies: Vec<_> = places.zip(&runs).collect();
+        let share = copies.len().div_ceil(threads).max(1);
+        in_parallel(copies.chunks_mut(share), |copies| {
+            copies.iter_mut().for_each(|(place, run)| place.copy_from_slice(run));
+            Ok(())
+        })
+    })?;
     Ok((items, offsets))
 }
 

@@ -10,7 +10,8 @@ use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
 use pyo3::types::{PyIterator, PyString};
 
 use crate::arrow::Strings;
-use crate::count::{Counter, Pool};
+use crate::fast::count::Counter;
+use crate::fast::pool::Pool;
 
 /// A batch is counted once it has this many bytes, even with fewer than buffer_size documents. Longer texts are split into parts.
 const BATCH_BYTES: usize = 1 << 20;

@@ -30,7 +30,7 @@ TRAINING = (
     "--run --model_tag --device_type --dtype --seed --save_every --keep_last --resume --overwrite"
 )
 PROMISED = {
-    "scripts.tok_train": "--max_chars --doc_cap --vocab_size --data_path --dataset",
+    "scripts.tok_train": "--max_chars --doc_cap --pattern --vocab_size --data_path --dataset",
     "scripts.tok_eval": "",
     "scripts.base_train": TRAINING
     + " --depth --head_dim --n_kv_head --max_seq_len --device_batch_size --total_batch_size "

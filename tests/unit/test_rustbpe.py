@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import gc
 import inspect
 import itertools
@@ -27,6 +28,7 @@ import regex
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiktoken_ext import openai_public
 
 import rustbpe
 from tests.reference import bpe
@@ -38,6 +40,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 BYTES = [(bytes([i]), i) for i in range(256)]
+# Every two ASCII characters are a token, so that the ids show where pieces end.
+PAIRS = BYTES + [(bytes([i >> 7, i & 127]), 256 + i) for i in range(1 << 14)]
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 ODD_CHARACTERS = "aZſé中한1٣²½ \t\n\r\u00a0\u3000\u0085'lLvVeErRsStTdDmMkK!?.-_\"\u0301😀\u200d"
 odd_texts = st.text(alphabet=ODD_CHARACTERS, max_size=40) | st.text(max_size=40).filter(
@@ -173,9 +177,8 @@ def test_result_depends_only_on_the_documents(data: st.DataObject) -> None:
     items: list[Any] = []  # the same documents, as str or in Arrow arrays of any kind
     while shuffled:
         group = [shuffled.pop() for _ in range(min(len(shuffled), data.draw(st.integers(1, 5))))]
-        array = pa.array(
-            [None, *group, None], data.draw(st.sampled_from([pa.string(), pa.large_string()]))
-        )
+        kinds = [pa.string(), pa.large_string(), pa.string_view()]
+        array = pa.array([None, *group, None], data.draw(st.sampled_from(kinds)))
         forms = (
             [*group],
             [array],
@@ -468,7 +471,7 @@ def test_buffer_with_offsets_is_encoded_like_its_texts() -> None:
         trained.encode_documents(["abc"], offsets=[0, 3])
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()])
 def test_arrow_strings_are_encoded_like_str(kind: pa.DataType) -> None:
     trained = train(["some words and more words"], 280)
     texts = ["left out", "some words", "", "é 的\0", "and more words" * 20]
@@ -551,6 +554,38 @@ def test_ranks_round_trip() -> None:
     again = rustbpe.Tokenizer.from_ranks(trained.get_mergeable_ranks(), trained.get_pattern())
     assert again.get_mergeable_ranks() == trained.get_mergeable_ranks()
     assert again.encode("more words") == trained.encode("more words")
+
+
+def test_ranks_may_have_gaps() -> None:
+    """p50k_base leaves out 50256, the id of <|endoftext|>."""
+    ranks = [*BYTES, (b"ab", 256), (b"abc", 258), (b"ca", 300)]
+    tokenizer = rustbpe.Tokenizer.from_ranks(ranks, GPT2_PATTERN)
+    for text in ("abc abcabc cab", "ca" * 30):
+        ids = tokenizer.encode(text)
+        assert ids == as_tiktoken(tokenizer).encode_ordinary(text)
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.get_mergeable_ranks() == ranks
+    assert tokenizer.vocab_size == 301
+    for gap in (257, 299, 301):
+        with pytest.raises(ValueError, match=f"unknown token id: {gap}"):
+            tokenizer.decode([gap])
+
+
+@functools.cache
+def peers_encoders() -> list[tuple[rustbpe.Tokenizer, tiktoken.Encoding]]:
+    """With the patterns as tiktoken spells them, which the crate splits by hand."""
+    with mock.patch.object(openai_public, "load_tiktoken_bpe", return_value={}):
+        encodings = (openai_public.cl100k_base(), openai_public.o200k_base())
+    patterns = [openai_public.r50k_pat_str, *(encoding["pat_str"] for encoding in encodings)]
+    tokenizers = [rustbpe.Tokenizer.from_ranks(PAIRS, pattern) for pattern in patterns]
+    return [(tokenizer, as_tiktoken(tokenizer)) for tokenizer in tokenizers]
+
+
+@settings(max_examples=300, deadline=None)
+@given(odd_texts)
+def test_peers_patterns_split_like_tiktoken(text: str) -> None:
+    for tokenizer, encoding in peers_encoders():
+        assert tokenizer.encode(text) == encoding.encode_ordinary(text)
 
 
 # ---- bad input: an exception that names the problem, never a panic
@@ -725,9 +760,19 @@ def test_consumed_capsule_is_refused(method: str, use: str) -> None:
                 tokenizer.encode_documents(exporter)
 
 
-def test_string_views_are_refused_with_a_remedy() -> None:
-    with pytest.raises(TypeError, match="cast the column to large_string"):
-        train([pa.array(["a"]).cast(pa.string_view())], 300)
+def test_damaged_string_views_are_refused() -> None:
+    def views(*fields: int, data: bytes = b"a text of 23 characters") -> Any:
+        view = np.array(fields, np.int32).tobytes()
+        return pa.Array.from_buffers(
+            pa.string_view(), 1, [None, pa.py_buffer(view), pa.py_buffer(data)]
+        )
+
+    assert tokens_of(train([views(23, 0, 0, 0)], 300)) == tokens_of(
+        train(["a text of 23 characters"], 300)
+    )
+    for fields in ((-1, 0, 0, 0), (23, 0, 1, 0), (23, 0, -1, 0), (23, 0, 0, -1), (23, 0, 0, 1)):
+        with pytest.raises(ValueError, match="damaged"):
+            train([views(*fields)], 300)
 
 
 def test_bad_arguments_of_encoding() -> None:
@@ -762,9 +807,9 @@ def test_bad_ids() -> None:
 @pytest.mark.parametrize(
     ("ranks", "reason"),
     [
-        (BYTES[1:], "255 is twice there, or not below 255"),
-        ([*BYTES, (b"ab", 300)], "300"),
-        ([*BYTES, (b"ab", 255)], "255"),
+        (BYTES[1:], "byte 0 is no token"),
+        ([*BYTES, (b"ab", 255)], "255 has two tokens"),
+        ([*BYTES, (b"ab", 2**21)], "2097152 is too large"),
         ([*BYTES, (b"a", 256)], "same bytes"),
         ([*BYTES, (b"", 256)], "empty"),
         ([*BYTES[:255], (b"ab", 255)], "byte 255"),

@@ -27,6 +27,7 @@ from zangchat.tokenizer import (
     RustBPETokenizer,
     get_token_bytes,
     get_tokenizer,
+    tokenizer_dir,
 )
 
 TEXTS = [
@@ -292,6 +293,15 @@ def nanochat_pickle(tok: RustBPETokenizer, protocol: int | None = None, **change
     for name, value in changes.items():
         setattr(encoding, name, value)
     return pickle.dumps(encoding, protocol)
+
+
+def test_spawned_workers_can_have_one(tok: RustBPETokenizer) -> None:
+    """And its tiktoken.Encoding, which is what nanochat's own file holds."""
+    text = "it's 12345 naïve words, 的"
+    assert pickle.loads(pickle.dumps(tok)).encode(text) == tok.encode(text)
+    encoding = pickle.loads(pickle.dumps(tok.enc))
+    assert type(encoding) is tiktoken.Encoding
+    assert encoding.encode_ordinary(text) == tok.encode(text)
 
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
@@ -579,6 +589,34 @@ def test_tok_train_writes_a_tokenizer_and_a_card(
     card = json.loads((corpus / "report" / "tokenizer-training.card.json").read_text())
     assert card["data"][1]["characters"] == 20_000
     assert "320 tokens from 20,000 characters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "digits", "pieces"),
+    [("gpt4", "{1,2}", "12 34 5"), ("digits3", "{1,3}", "123 45"), ("digits1", "", "1 2 3 4 5")],
+)
+def test_tok_train_splits_numbers_by_the_pattern_of_that_name(
+    corpus: Path, capsys: pytest.CaptureFixture[str], name: str, digits: str, pieces: str
+) -> None:
+    assert tok_train("--vocab_size=300", f"--pattern={name}", "--max_chars=20000") == 0
+    tokenizer = get_tokenizer()
+    assert tokenizer.pattern == SPLIT_PATTERN.replace("{1,2}", digits)
+    assert bpe.split("12345", tokenizer.pattern) == pieces.encode().split()
+    text = "in 12345 + 2025 = 14370, it's 1"
+    assert tokenizer.encode(text) == tokenizer.enc.encode_ordinary(text)
+    if name == "gpt4":
+        return
+    assert tok_train("--vocab_size=300", "--max_chars=20000") == 2
+    assert f"pattern {name} instead of gpt4" in capsys.readouterr().err
+
+
+def test_tok_train_knows_tokenizers_from_before_patterns_had_names(corpus: Path) -> None:
+    assert tok_train("--vocab_size=300") == 0
+    found = get_tokenizer()
+    del found.facts["pattern"]
+    found.save(tokenizer_dir())
+    assert tok_train("--vocab_size=300") == 0
+    assert tok_train("--vocab_size=300", "--pattern=digits1") == 2
 
 
 def test_tok_train_reads_the_same_from_lines_and_from_parquet(

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from markdown_it import MarkdownIt
 
 from zangchat.report.cards import STAGES, Card, stage_of, summary_table
 from zangchat.report.curves import Curve
@@ -179,6 +178,8 @@ def render_html(markdown: str, plots: Mapping[str, str]) -> str:
 
     Plots are inline, raw HTML in the text is shown as text, no other image is loaded.
     """
+    from markdown_it import MarkdownIt
+
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
 
     def image(_renderer: Any, tokens: Any, index: int, _options: Any, _env: Any) -> str:

@@ -7,13 +7,12 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import psutil
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def hardware() -> dict[str, str]:
     """Name and size of processors and memory."""
+    import psutil
     import torch
 
     cores = f"{psutil.cpu_count(logical=False) or '?'} cores, {psutil.cpu_count()} threads"

@@ -1,0 +1,152 @@
+//! The ids of recent pieces. Replaces `plain::encode_piece` for pieces that were met before, which most are.
+//! Faster: one read of a line of memory that was prefetched, instead of joining; it never takes more than 25 MB.
+//! Gain: 7 times on fresh text.
+//!
+//! ```text
+//! a set (two lines of 64 bytes)    | entry | entry |   | entry | entry |
+//!                                  needed again        new: the next new one goes here, the last one falls out
+//! an entry (32 bytes)              | key 16 | id 4 | id 4 | id 4 | number of ids 4 |
+//! ```
+
+use super::key::{hash_long, Key};
+use super::machine::{ask_for_huge_pages, prefetch, HUGE_PAGE};
+
+/// Longer pieces are not cached.
+const LONGEST: usize = 255;
+/// 16 MB when full.
+const SET_BITS: u32 = 17;
+const SETS: usize = 1 << SET_BITS;
+/// Room for ids (and the bytes of pieces) that do not fit in an entry; used from the start again when it is full.
+const ELSEWHERE: usize = 1 << 20;
+/// The number of ids that fit in an entry.
+pub const INLINE_IDS: usize = 3;
+
+/// For a short piece with at most INLINE_IDS ids: the ids, and their number. Otherwise: the start of its ids in `Cache::ids`, their
+/// number, the start of a longer piece's bytes in `Cache::bytes`, and the round in which these were written.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+pub struct Entry {
+    pub key: Key,
+    pub value: [u32; INLINE_IDS + 1],
+}
+
+impl Entry {
+    #[inline]
+    pub fn count(&self) -> usize {
+        self.value[INLINE_IDS] as usize
+    }
+}
+
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub struct Set(pub [Entry; 4]);
+
+/// Aligned to pages of 2 MiB.
+#[repr(C, align(2097152))]
+pub struct Sets([Set; SETS]);
+
+impl Sets {
+    #[inline]
+    pub fn get(&self, set: u32) -> &Set {
+        &self.0[set as usize]
+    }
+
+    #[inline]
+    pub fn prefetch(&self, set: u32) {
+        let set = &self.0[set as usize];
+        prefetch(&set.0[0]);
+        prefetch(&set.0[2]);
+    }
+}
+
+#[derive(Default)]
+pub struct Cache {
+    memory: Vec<u64>, // holds the sets; as plain numbers, zeros cost nothing before they are used
+    ids: Vec<u32>,
+    bytes: Vec<u8>,
+    round: u32,
+}
+
+/// The key of a piece that starts at the start of `text`; NONE if it is too long to be cached.
+#[inline]
+pub fn key_of(text: &[u8], len: usize) -> Key {
+    match len {
+        _ if len <= Key::SHORT => Key::short(text, len),
+        _ if len <= LONGEST => Key::long(hash_long(&text[..len]), len as u64),
+        _ => Key::NONE,
+    }
+}
+
+#[inline]
+pub fn set_of(key: Key) -> u32 {
+    (key.hash() >> (64 - SET_BITS)) as u32
+}
+
+impl Cache {
+    pub fn prepare(&mut self) {
+        if self.memory.is_empty() {
+            self.memory = vec![0; (size_of::<Sets>() + HUGE_PAGE) / size_of::<u64>()];
+            ask_for_huge_pages(&mut self.memory);
+            self.round = INLINE_IDS as u32 + 1;
+        }
+    }
+
+    #[inline]
+    pub fn sets(&self) -> &Sets {
+        // SAFETY: sets consist of integers without padding, so any memory is valid. With HUGE_PAGE more than their size, one fits.
+        unsafe { self.memory.align_to::<Sets>() }.1.first().expect("prepared")
+    }
+
+    #[inline]
+    fn set_mut(&mut self, set: u32) -> &mut [Entry; 4] {
+        // SAFETY: as above, and sets have no uninitialised bytes that the numbers could be.
+        let sets = unsafe { self.memory.align_to_mut::<Sets>() }.1.first_mut().expect("prepared");
+        &mut sets.0[set as usize].0
+    }
+
+    /// Moves a hit up within its set.
+    pub fn find(&mut self, place: u32, key: Key, piece: &[u8]) -> Option<&[u32]> {
+        let set = self.set_mut(place);
+        // All entries after a free one are free.
+        let found = set.iter().position(|entry| entry.key == key || entry.key == Key::default())?;
+        if set[found].key != key {
+            return None;
+        }
+        let better = found.min(2).saturating_sub(1);
+        set.swap(found, better);
+        let [start, count, bytes, number] = set[better].value;
+        if number as usize <= INLINE_IDS {
+            return Some(&self.sets().get(place).0[better].value[..number as usize]);
+        }
+        let same = |bytes: &[u8]| piece.len() <= Key::SHORT || bytes[..piece.len()] == *piece;
+        (number == self.round && same(&self.bytes[bytes as usize..])).then(|| &self.ids[start as usize..][..count as usize])
+    }
+
+    pub fn insert(&mut self, place: u32, key: Key, piece: &[u8], ids: &[u32]) {
+        if key == Key::NONE {
+            return;
+        }
+        let long = piece.len() > Key::SHORT;
+        let mut value = [0; INLINE_IDS + 1];
+        if !long && ids.len() <= INLINE_IDS {
+            value[..ids.len()].copy_from_slice(ids);
+            value[INLINE_IDS] = ids.len() as u32;
+        } else {
+            if self.ids.len() + ids.len() > ELSEWHERE || self.bytes.len() + piece.len() > ELSEWHERE {
+                self.ids.clear();
+                self.bytes.clear();
+                self.round += 1; // entries of earlier rounds are no longer found
+            }
+            value = [self.ids.len() as u32, ids.len() as u32, self.bytes.len() as u32, self.round];
+            self.ids.extend_from_slice(ids);
+            self.bytes.extend_from_slice(if long { piece } else { &[] });
+        }
+        let set = self.set_mut(place);
+        let free = |set: &[Entry]| set.iter().position(|entry| entry.key == Key::default());
+        let entry = set.iter().position(|entry| entry.key == key).or_else(|| free(&set[..2])).unwrap_or_else(|| {
+            set[3] = set[2];
+            2
+        });
+        set[entry] = Entry { key, value };
+    }
+}

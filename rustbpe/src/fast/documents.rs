@@ -1,0 +1,117 @@
+//! Many texts at once. Replaces a loop over `plain::encode`, or `plain::decode`.
+//! Faster: threads take runs of documents of 256 KiB, and parts of long ones. Gain: see NOTES.md, two threads beside one.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Mutex;
+
+use super::encode::{Encoder, Scratch};
+use super::threads::{in_parallel, runs_of, worker_threads, RUN_BYTES};
+use crate::Error;
+
+/// The concatenated ids (or bytes) of the documents of all runs, and the number for each document.
+pub struct Documents<T> {
+    pub runs: Vec<Vec<T>>,
+    pub lengths: Vec<usize>,
+}
+
+impl Encoder {
+    /// Encodes the documents on up to `threads` threads; several share a long one if the pattern allows it.
+    ///
+    /// Each thread calls `keep_going` after every 256 KiB or so; if it returns false, the call ends with `Error::Interrupted`.
+    pub fn encode_documents(&self, texts: &[&str], threads: usize, keep_going: impl Fn() -> bool + Sync) -> Result<Documents<u32>, Error> {
+        let (mut parts, mut ends) = (Vec::with_capacity(texts.len()), Vec::with_capacity(texts.len()));
+        for &text in texts {
+            let mut rest = text;
+            while rest.len() > 2 * RUN_BYTES {
+                let (part, others) = rest.split_at(self.splitter.border(rest.as_bytes(), RUN_BYTES));
+                parts.push(part);
+                rest = others;
+            }
+            parts.push(rest);
+            ends.push(parts.len());
+        }
+        let Documents { runs, lengths } =
+            self.in_runs(&parts, |text| text.len() / 4, threads, &keep_going, |text, out, scratch| self.encode_into(text, out, scratch))?;
+        let starts = std::iter::once(&0).chain(&ends);
+        let lengths = starts.zip(&ends).map(|(&start, &end)| lengths[start..end].iter().sum()).collect();
+        Ok(Documents { runs, lengths })
+    }
+
+    /// The bytes of `ids`, which need not be whole UTF-8 characters.
+    pub fn decode(&self, ids: &[u32]) -> Result<Vec<u8>, Error> {
+        let mut out = Vec::new();
+        self.tokens.decode_into(ids, &mut out)?;
+        Ok(out)
+    }
+
+    /// Decodes the documents on up to `threads` threads.
+    pub fn decode_documents(
+        &self,
+        documents: &[&[u32]],
+        threads: usize,
+        keep_going: impl Fn() -> bool + Sync,
+    ) -> Result<Documents<u8>, Error> {
+        self.in_runs(documents, |ids| 4 * ids.len(), threads, keep_going, |ids, out, _| self.tokens.decode_into(ids, out))
+    }
+    /// Calls `work` with every document, in runs on the next free thread. A document yields about the given number of items.
+    fn in_runs<D: Copy + Sync, T: Send>(
+        &self,
+        documents: &[D],
+        expected: impl Fn(D) -> usize + Sync,
+        threads: usize,
+        keep_going: impl Fn() -> bool + Sync,
+        work: impl Fn(D, &mut Vec<T>, &mut Scratch) -> Result<(), Error> + Sync,
+    ) -> Result<Documents<T>, Error> {
+        let runs = runs_of(documents.iter().map(|&document| expected(document) * size_of::<T>()));
+        let threads = threads.min(runs.len());
+        let scratches = Mutex::new(self.take_scratches(threads));
+        let next = AtomicUsize::new(0);
+        let done = in_parallel(0..threads, |_| {
+            let mut scratch = scratches.lock().expect("held for a moment only").pop().unwrap_or_default();
+            let mut done = Vec::new();
+            loop {
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                let Some(&(start, end)) = runs.get(index) else { break };
+                let documents = &documents[start..end];
+                let mut items = Vec::with_capacity(documents.iter().map(|&document| expected(document)).sum());
+                let mut lengths = Vec::with_capacity(documents.len());
+                for &document in documents {
+                    let before = items.len();
+                    work(document, &mut items, &mut scratch)?;
+                    lengths.push(items.len() - before);
+                }
+                done.push((index, items, lengths));
+                if !keep_going() {
+                    return Err(Error::Interrupted);
+                }
+            }
+            scratches.lock().expect("held for a moment only").push(scratch);
+            Ok(done)
+        });
+        self.keep_scratches(scratches.into_inner().expect("held for a moment only"));
+        let mut done: Vec<_> = done?.into_iter().flatten().collect();
+        done.sort_unstable_by_key(|(index, ..)| *index);
+        let lengths = done.iter().flat_map(|(_, _, lengths)| lengths).copied().collect();
+        Ok(Documents { runs: done.into_iter().map(|(_, items, _)| items).collect(), lengths })
+    }
+
+    /// The requested number of workspaces, used ones first. Nothing waits for the lock: a forked child could find it held forever.
+    pub(super) fn take_scratches(&self, wanted: usize) -> Vec<Scratch> {
+        let mut taken = match self.scratches.try_lock() {
+            Ok(mut kept) => {
+                let rest = kept.len().saturating_sub(wanted);
+                kept.split_off(rest)
+            }
+            Err(_) => Vec::new(),
+        };
+        taken.resize_with(wanted, Scratch::default);
+        taken
+    }
+
+    pub(super) fn keep_scratches(&self, scratches: Vec<Scratch>) {
+        if let Ok(mut kept) = self.scratches.try_lock() {
+            kept.extend(scratches);
+            kept.truncate(worker_threads(None)); // up to 25 MB each
+        }
+    }
+}

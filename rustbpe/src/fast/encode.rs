@@ -1,0 +1,173 @@
+//! Text to ids. Replaces `plain::encode`.
+//! Faster: pieces are split off 64 at a time, and the cache's memory for all of them is on its way before the first is looked up.
+//! Gain: fresh +36 %, warm +42 %.
+
+use std::sync::Mutex;
+
+use super::cache::{key_of, set_of, Cache, INLINE_IDS};
+pub use super::joins::MAX_TOKENS;
+use super::key::Key;
+use super::lookback::LookBack;
+use super::split::{Splitter, WINDOW};
+use super::tokens::Tokens;
+use super::{without, Idea};
+use crate::{plain, Error};
+
+/// Pieces to split off before the first of them is looked up; at most a window's worth more.
+const WAITING: usize = 64;
+
+/// A vocabulary and its pattern, ready to encode. Immutable except for its caches, so any number of threads may share it.
+pub struct Encoder {
+    pub(super) splitter: Splitter,
+    pub(super) tokens: Tokens,
+    /// None for ranks that only `plain` can encode.
+    look_back: Option<LookBack>,
+    /// All tokens, or only those that no piece contains unless it is that token.
+    whole: plain::Ranks,
+    pub(super) scratches: Mutex<Vec<Scratch>>,
+}
+
+/// One thread's working memory.
+pub struct Scratch {
+    waiting: [Waiting; WAITING + WINDOW],
+    cache: Cache,
+    dead: Vec<u64>,
+}
+
+/// A piece whose cache set is being prefetched.
+#[derive(Clone, Copy, Default)]
+struct Waiting {
+    key: Key,
+    set: u32,
+    start: u32,
+    len: u32,
+}
+
+impl Default for Scratch {
+    fn default() -> Self {
+        Scratch { waiting: [Waiting::default(); WAITING + WINDOW], cache: Cache::default(), dead: Vec::new() }
+    }
+}
+
+impl Encoder {
+    /// `tokens[id]` are the bytes of a token, and its id is its rank; no bytes: no token has this id. All single bytes must be there.
+    pub fn new(tokens: &[plain::Token], pattern: &str) -> Result<Self, Error> {
+        if tokens.len() > MAX_TOKENS {
+            return Err(Error::Ranks(format!("ids up to {} are too large, {} is the largest possible", tokens.len() - 1, MAX_TOKENS - 1)));
+        }
+        let mut ranks = plain::Ranks::with_capacity_and_hasher(tokens.len(), Default::default());
+        for (token, id) in tokens.iter().zip(0..).filter(|(token, _)| !token.is_empty()) {
+            if let Some(first) = ranks.insert(token.clone(), id) {
+                return Err(Error::Ranks(format!("tokens {first} and {id} are the same bytes")));
+            }
+        }
+        if let Some(byte) = (0..=255).find(|&byte| !ranks.contains_key(&[byte][..])) {
+            return Err(Error::Ranks(format!("the single byte {byte} is no token")));
+        }
+        let look_back = LookBack::new(tokens, &ranks);
+        if let Some(look_back) = &look_back {
+            ranks.retain(|_, id| !look_back.arises(*id));
+        }
+        let (splitter, tokens) = (Splitter::new(pattern)?, Tokens::new(tokens)?);
+        Ok(Encoder { splitter, tokens, look_back, whole: ranks, scratches: Mutex::default() })
+    }
+
+    #[cfg(test)]
+    pub fn look_back(&self) -> Option<&LookBack> {
+        self.look_back.as_ref()
+    }
+
+    pub fn split<'t>(&self, text: &'t str) -> Result<Vec<&'t str>, Error> {
+        let mut pieces = Vec::new();
+        self.splitter.for_each(text, |piece| pieces.push(piece))?;
+        Ok(pieces)
+    }
+
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>, Error> {
+        let (mut out, mut scratch) = (Vec::new(), self.take_scratches(1));
+        let encoded = self.encode_into(text, &mut out, &mut scratch[0]);
+        self.keep_scratches(scratch);
+        encoded.and(Ok(out))
+    }
+
+    /// Appends the ids of `text` to `out`.
+    pub fn encode_into(&self, text: &str, out: &mut Vec<u32>, scratch: &mut Scratch) -> Result<(), Error> {
+        let bytes = text.as_bytes();
+        if bytes.len() > u32::MAX as usize {
+            return Err(Error::Split(format!("a text of {} bytes is too long: cut it into texts below 4 GiB", bytes.len())));
+        }
+        let Scratch { waiting, cache, dead } = scratch;
+        cache.prepare();
+        let mut count = 0;
+        let split = self.splitter.for_each_batch(text, |borders| {
+            let (sets, mut start) = (cache.sets(), borders[0]);
+            for (slot, &end) in waiting[count..].iter_mut().zip(&borders[1..]) {
+                let key = key_of(&bytes[start..], end - start);
+                let set = set_of(key);
+                sets.prefetch(set);
+                *slot = Waiting { key, set, start: start as u32, len: (end - start) as u32 };
+                start = end;
+            }
+            count += borders.len() - 1;
+            if count >= WAITING || without(Idea::Waiting) {
+                self.encode_pieces(bytes, &waiting[..count], out, cache, dead);
+                count = 0;
+            }
+            Ok(())
+        });
+        self.encode_pieces(bytes, &waiting[..count], out, cache, dead);
+        split
+    }
+
+    /// Their cache sets are prefetched while the next pieces are split off.
+    #[inline(never)]
+    fn encode_pieces(&self, bytes: &[u8], pieces: &[Waiting], out: &mut Vec<u32>, cache: &mut Cache, dead: &mut Vec<u64>) {
+        let mut pieces = pieces.iter();
+        loop {
+            out.reserve((INLINE_IDS + 1) * (WAITING + WINDOW));
+            let (sets, free, mut len) = (cache.sets(), out.spare_capacity_mut(), 0);
+            let other = loop {
+                let Some(piece) = pieces.next() else { break None };
+                let [first, second, ..] = &sets.get(piece.set).0;
+                let entry = [first, second][(second.key == piece.key) as usize];
+                if entry.key != piece.key || entry.count() > INLINE_IDS || without(Idea::Cache) {
+                    break Some(piece);
+                }
+                // SAFETY: `free` begins with room for this many of every piece (at most WAITING + WINDOW pieces follow a reserve,
+                // and each adds at most as many as it writes). Only the ids are kept.
+                unsafe { free.as_mut_ptr().add(len).cast::<[u32; INLINE_IDS + 1]>().write_unaligned(entry.value) };
+                len += entry.count();
+            };
+            // SAFETY: this many have been written.
+            unsafe { out.set_len(out.len() + len) };
+            let Some(piece) = other else { break };
+            self.encode_piece(bytes, piece, out, cache, dead);
+        }
+    }
+
+    /// Encodes any piece, from the cache or by merging. A piece with a key is in the cache afterwards.
+    #[inline(never)]
+    fn encode_piece(&self, bytes: &[u8], piece: &Waiting, out: &mut Vec<u32>, cache: &mut Cache, dead: &mut Vec<u64>) {
+        let Waiting { key, set, start, len } = *piece;
+        let piece = &bytes[start as usize..][..len as usize];
+        if without(Idea::Cache) {
+            return self.encode_new(piece, out, dead);
+        }
+        if let Some(ids) = cache.find(set, key, piece) {
+            return out.extend_from_slice(ids);
+        }
+        let first = out.len();
+        self.encode_new(piece, out, dead);
+        cache.insert(set, key, piece, &out[first..]);
+    }
+
+    fn encode_new(&self, piece: &[u8], out: &mut Vec<u32>, dead: &mut Vec<u64>) {
+        match &self.look_back {
+            None => out.extend(plain::encode_piece(&self.whole, piece)),
+            Some(look_back) => match self.whole.get(piece) {
+                Some(&id) => out.push(id),
+                None => look_back.encode(piece, out, dead),
+            },
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! `fast::split` and the patterns against `plain::split`.
+
+use fancy_regex::Regex;
+
+use super::{cases, draws};
+use crate::fast::patterns::{gpt2, gpt4, o200k};
+use crate::fast::split::{Splitter, DEFAULT_PATTERN};
+use crate::fast::threads::in_parallel;
+use crate::fast::window::Window;
+use crate::{plain, Error};
+
+fn pieces<'t>(splitter: &Splitter, text: &'t str) -> Vec<&'t str> {
+    let mut found = Vec::new();
+    splitter.for_each(text, |piece| found.push(piece)).unwrap();
+    found
+}
+
+/// Every spelling of every pattern that is split by hand.
+fn patterns() -> Vec<String> {
+    let gpt4 = gpt4::BEFORE.iter().flat_map(|before| {
+        gpt4::AFTER.iter().flat_map(move |(after, _)| gpt4::NUMBERS.iter().map(move |(numbers, _)| format!("{before}{numbers}{after}")))
+    });
+    gpt4.chain(gpt2::SPELLINGS.map(String::from)).chain([o200k::PATTERN.to_owned()]).collect()
+}
+
+/// One spelling of each behaviour.
+fn distinct() -> Vec<String> {
+    let gpt4 = |numbers: &str, after: usize| format!("{}{numbers}{}", gpt4::BEFORE[0], gpt4::AFTER[after].0);
+    let ours = [r"\p{N}", r"\p{N}{1,2}", r"\p{N}{1,3}"].map(|numbers| gpt4(numbers, 0));
+    ours.into_iter().chain([gpt4(r"\p{N}{1,3}", 2), gpt2::SPELLINGS[0].to_owned(), o200k::PATTERN.to_owned()]).collect()
+}
+
+#[test]
+fn known_patterns_are_split_by_hand() {
+    assert_eq!(patterns().len(), 67);
+    assert!(patterns().iter().all(|pattern| Splitter::new(pattern).unwrap().is_by_hand()));
+    assert!(patterns().contains(&DEFAULT_PATTERN.to_owned()));
+    assert!(!Splitter::new(r"\w+").unwrap().is_by_hand());
+}
+
+/// Many neighbourhoods: those of white space, words, contractions, numbers and symbols, and the ends of the text.
+const AROUND: [(&str, &str); 12] = [
+    ("", ""),
+    ("a", "b"),
+    ("A", "Bc"),
+    (" ", "a"),
+    ("'", "1"),
+    ("1 ", " \n"),
+    ("!", "\r\n/"),
+    ("x'", "S"),
+    ("\u{301}", "A"),
+    ("中", "\u{301}"),
+    ("\n \t", "  "),
+    (" !'", "'lL"),
+];
+
+#[test]
+#[cfg_attr(miri, ignore = "too many")]
+fn every_code_point_in_every_neighbourhood_as_the_regex_engine_does() {
+    // Texts hold many code points, far enough apart not to interact: a call for each would take minutes.
+    let planes_in_use = |block: u32| matches!(block >> 8, 0 | 1 | 14) || matches!(block >> 8, 2 | 3) && block % 16 == 0;
+    let check = |pattern: String| {
+        let (hand, engine) = (Splitter::new(&pattern).unwrap(), Regex::new(&pattern).unwrap());
+        for (before, after) in AROUND {
+            for block in (0..0x1100u32).filter(|&block| before.is_empty() || planes_in_use(block)) {
+                let characters = (block << 8..(block + 1) << 8).filter_map(char::from_u32);
+                let text: String = characters.map(|c| format!("{before}{c}{after}\n-a")).collect();
+                assert_eq!(pieces(&hand, &text), plain::split(&engine, &text).unwrap(), "{before:?} {after:?} block {block:#x}, {pattern}");
+            }
+        }
+        Ok(())
+    };
+    in_parallel(distinct(), check).unwrap();
+}
+
+fn random_text(draw: &mut impl FnMut(usize) -> usize, case: usize) -> String {
+    // Short texts of odd characters, and long, mostly ASCII ones that windows cut at every position.
+    let odd: Vec<char> =
+        "aAZſéÉǅʰ中한1٣²½ \t\n\r\u{a0}\u{3000}\u{85}'lLvVeErRsStTdDmMkK!?.-_/\"\u{301}\u{903}😀\u{200d}\0".chars().collect();
+    let plain: Vec<char> = "abcdefghlvestmABCS  \n\n\t\r'''..!/(1234".chars().collect();
+    let mut text = String::new();
+    let (length, one_odd_in) = if case % 4 > 0 { (draw(14), 1) } else { (draw(170), 1 + draw(100)) };
+    while text.len() < length {
+        let alphabet = if draw(one_odd_in) == 0 { &odd } else { &plain };
+        let times = [1, 1, 1, 1, 1, 1, 2, 3, 5, draw(80)][draw(10)]; // runs, some as long as a window
+        text.extend(std::iter::repeat_n(alphabet[draw(alphabet.len())], times));
+    }
+    text
+}
+
+#[test]
+fn random_texts_as_the_regex_engine_does() {
+    let mut draw = draws(1);
+    let patterns = patterns();
+    for pattern in &patterns {
+        let (hand, engine) = (Splitter::new(pattern).unwrap(), Regex::new(pattern).unwrap());
+        let usual = if distinct().contains(pattern) { 10_000 } else { 1_000 };
+        for case in 0..cases(usual) / if usual == 1_000 { 10 } else { 1 } {
+            let text = random_text(&mut draw, case);
+            assert_eq!(pieces(&hand, &text), plain::split(&engine, &text).unwrap(), "{text:?}, {pattern}");
+        }
+    }
+}
+
+#[test]
+fn a_character_at_a_time_as_in_windows() {
+    let mut draw = draws(4);
+    for pattern in distinct() {
+        let hand = Splitter::new(&pattern).unwrap();
+        for case in 0..cases(5_000) {
+            let text = random_text(&mut draw, case);
+            assert_eq!(pieces(&hand, &text), hand.slowly(&text), "{text:?}, {pattern}");
+        }
+    }
+}
+
+#[test]
+fn a_text_cut_at_a_border_has_the_same_pieces() {
+    let alphabet: Vec<char> = "aBabab'sab     '\n\n\n\r\t!/1é中\u{85}\u{a0}\u{1680}\u{2003}\u{3000}\u{301}😀".chars().collect();
+    let mut draw = draws(2);
+    for pattern in distinct() {
+        let hand = Splitter::new(&pattern).unwrap();
+        let mut cuts = 0;
+        for _ in 0..cases(20_000) {
+            let text: String = (0..draw(20)).map(|_| alphabet[draw(alphabet.len())]).collect();
+            let cut = hand.border(text.as_bytes(), draw(8));
+            cuts += (cut < text.len()) as usize;
+            assert_eq!([pieces(&hand, &text[..cut]), pieces(&hand, &text[cut..])].concat(), pieces(&hand, &text), "{text:?} at {cut}");
+        }
+        assert!(cuts > cases(20_000) / 10, "{cuts} {pattern}");
+    }
+    assert_eq!(Splitter::with_regex(DEFAULT_PATTERN).unwrap().border(b"a b", 0), 3);
+}
+
+#[test]
+fn windows_are_read_alike_on_all_machines() {
+    for byte in (0..=255u8).step_by(if cfg!(miri) { 37 } else { 1 }) {
+        for place in 0..64 {
+            let mut bytes = [b'a'.wrapping_add(byte); 64];
+            bytes[place] = byte;
+            assert_eq!(Window::read(&bytes), Window::read_words(&bytes), "{byte} at {place}");
+        }
+    }
+}
+
+#[test]
+fn a_bad_pattern_is_an_error() {
+    assert!(matches!(Splitter::new("("), Err(Error::Pattern(_))));
+}
