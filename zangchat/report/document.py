@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-
 from zangchat.report.cards import STAGES, Card, stage_of, summary_table
 from zangchat.report.curves import Curve
 from zangchat.report.machine import hardware, software
