@@ -19,9 +19,9 @@ import tyro
 
 from tasks.common import MissingData
 from tasks.registry import REGISTRY, load_task, scored_tasks
-from zangchat import configurator
+from zangchat import configurator, execution
 from zangchat.config import CheckpointConfig
-from zangchat.execution import SandboxLevel, SandboxRefused, find_sandbox, require_sandbox
+from zangchat.execution import SandboxLevel, SandboxRefused
 from zangchat.report import checkpoint_name, get_report
 from zangchat.runtime.logs import print0
 
@@ -110,7 +110,7 @@ def ready(config: Config, name: str) -> "Task":
             options["minimum_level"] = (
                 SandboxLevel.NONE if config.allow_unsafe_code else SandboxLevel.FILTERED
             )
-            require_sandbox(options["minimum_level"])
+            execution.require_sandbox(options["minimum_level"])
         task = load_task(name, "test", **options)
         len(task)  # which fetches its data
     except (MissingData, SandboxRefused) as error:
@@ -150,7 +150,7 @@ def nothing_scored(config: Config, missing: list[str]) -> str:
     """
     able = []
     for name, entry in REGISTRY.items():
-        if entry.test and name not in missing:
+        if entry.test and not entry.small and name not in missing:
             with contextlib.suppress(configurator.UserError):
                 ready(config, name)
                 able.append(name)
@@ -194,7 +194,7 @@ def report(
         f"{name} problems": len(result.items) for name, result in results.items()
     }
     if "HumanEval" in results:
-        sizes["sandbox"] = str(find_sandbox())
+        sizes["sandbox"] = str(execution.find_sandbox())
     samples = [
         {
             "messages": [

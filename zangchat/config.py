@@ -30,6 +30,7 @@ COMMANDS = {
 }
 DEVICE_TYPES = ("cuda", "mps", "cpu")
 DTYPES = ("bfloat16", "float16", "float32")  # of the products
+TOKENS = ".tokens"  # ends the name of a shard of token ids
 VOCAB_MULTIPLE = 64  # rows of embedding and head are padded to this: tensor cores, even shards
 
 

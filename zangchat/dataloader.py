@@ -20,12 +20,11 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
-from zangchat.dataset import Dataset
 from zangchat.streams import (
     ConversationStream,
     Document,
@@ -34,6 +33,9 @@ from zangchat.streams import (
     first_cursor,
     read_documents,
 )
+
+if TYPE_CHECKING:
+    from zangchat.dataset import Dataset
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -253,7 +255,7 @@ def example_batches(
 
 
 def validation_batches(
-    dataset: Dataset,
+    dataset: "Dataset",
     tokenizer: Any,
     sequence_len: int,
     *,
@@ -299,7 +301,7 @@ def validation_batches(
 
 
 def _validation_rows(
-    dataset: Dataset, tokenizer: Any, width: int, eval_tokens: int | None
+    dataset: "Dataset", tokenizer: Any, width: int, eval_tokens: int | None
 ) -> Iterator[np.ndarray]:
     """<|bos|> and the first T tokens of each document."""
     bos = tokenizer.get_bos_token_id()

@@ -8,14 +8,16 @@ document, and nothing has to be remembered between two calls.
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from zangchat.dataset import Dataset
-from zangchat.dataset.shards import TOKENS
+from zangchat.config import TOKENS
 from zangchat.errors import UserError
 from zangchat.runtime.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from zangchat.dataset import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +84,7 @@ class TextStream:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: "Dataset",
         tokenizer: Any,
         seed: int,
         max_tokens: int | None = None,

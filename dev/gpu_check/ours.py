@@ -131,6 +131,9 @@ class NoText:
     def get_bos_token_id(self) -> int:
         return -1
 
+    def get_special_tokens(self) -> list[str]:
+        return []
+
 
 def kv_size(dtype: torch.dtype, device: torch.device) -> int:
     """Bytes of a stored number."""

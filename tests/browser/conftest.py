@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
-from tests.browser.support import CHROMIUM, LAN, reply
+from tests.browser.support import CHROMIUM, LAN, OUTSIDE, reply
 from tests.talker import engine, serving
 
 
@@ -13,7 +13,7 @@ def browser() -> Iterator[Browser]:
     expect.set_options(timeout=20_000)  # a busy machine streams slowly
     with sync_playwright() as playwright:
         options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        options.append(f"--host-resolver-rules=MAP {LAN} 127.0.0.1")
+        options.append(f"--host-resolver-rules=MAP {LAN} 127.0.0.1, MAP {OUTSIDE} 127.0.0.1")
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
         yield browser
         browser.close()

@@ -19,7 +19,8 @@ MARKS = [
         CHROMIUM is None, reason="no Chromium here: on Debian, `apt-get install chromium`"
     ),
 ]
-LAN = "laptop.lan"  # a name that the browser resolves to this machine, without counting it as local
+# names that the browser resolves to this machine, without counting them as local
+LAN, OUTSIDE = "laptop.lan", "chat.example.com"
 
 MARKDOWN = """**bold** and `code`
 

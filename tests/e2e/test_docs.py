@@ -167,6 +167,7 @@ PYTHON = [
     for name in DOCUMENTS[1:]
     for block in blocks(text_of(name))
     if block.language == "python"
+    and block.info != "llama-server"  # tests/unit/test_hf_programs.py runs it
 ]
 
 

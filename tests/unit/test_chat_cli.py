@@ -135,8 +135,9 @@ def test_tool_calls_are_set_apart(talk: Callable[..., str]) -> None:
 
 def test_output_that_the_model_made_up_is_not_a_result() -> None:
     chat = session()
-    kinds = {kind for kind, text in chat.answer("made up", note=print) if "41" in text}
-    assert kinds == {"made_up"}
+    pieces = list(chat.answer("made up", note=print))
+    assert "".join(text for kind, text in pieces if kind == "made_up") == "41"
+    assert "41" not in "".join(text for kind, text in pieces if kind != "made_up")
     assert {"type": "python_output", "text": "41"} in chat.messages[-1]["content"]  # its own words
 
 

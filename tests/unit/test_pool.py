@@ -4,6 +4,7 @@ limits, text.
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -197,7 +198,8 @@ def serve(made: Engine, *streams: list[Request], **settings: Any) -> list[list[T
         finally:
             pool.stop()
 
-    return asyncio.run(main())
+    with ThreadPoolExecutor(1) as thread:  # this one may have the event loop of a browser
+        return thread.submit(asyncio.run, main()).result()
 
 
 def said(tokens: list[Token] | Exception) -> str:

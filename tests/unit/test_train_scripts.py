@@ -323,7 +323,7 @@ def test_what_a_later_stage_takes_over_is_written_down(base, before):
     """A flag of the later stages that is left open (None) is taken over, or belongs to the stage: a
     new one has to be put on a side.
     """
-    own = {"model_tag", "from_tag", "model_step", "mixture", "identity_data"}
+    own = {"model_tag", "from_tag", "model_step", "mixture", "identity_data", "compile"}
     for script in (mid_train, chat_sft, chat_rl):
         left_open = {
             name for name, value in configurator.to_dict(script.Config()).items() if value is None
@@ -596,11 +596,11 @@ def test_validation_of_conversations_does_not_depend_on_the_rows_of_a_pass(
             f"--model_tag=b{size}",
         ]
         assert main(flags(base, "--from_tag=d1", *options)) == 0
-        lines = metrics(before, stage, f"b{rows}")
-        found[rows] = [
+        lines = metrics(before, stage, f"b{size}")
+        found[size] = [
             line[key] for line in lines for key in ("val_bpb", "val_loss") if key in line
         ]
-        assert max(heights) <= rows
+        assert max(heights) <= size
     assert len(found[1]) == 2 and found[1] == pytest.approx(found[4], rel=1e-5)
 
 
@@ -1107,7 +1107,7 @@ def test_a_dry_run_prints_the_plan_without_torch_and_without_a_trace(tmp_path):
         "560,988,160",
         "1,048,576 tokens",
         "vocabulary 65,536",
-        "GB with --device_batch_size=32",
+        "GiB with --device_batch_size=32",
         "141 GB: 32 rows x 16 passes",
     ):
         assert expected in out, out

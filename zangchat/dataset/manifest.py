@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 
+from zangchat.config import TOKENS
 from zangchat.dataset.shards import (
     GROUP_DOCUMENTS,
     REPLACE,
-    TOKENS,
     TokenFile,
     as_list,
     has_documents,

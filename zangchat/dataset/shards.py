@@ -36,7 +36,6 @@ GROUP_DOCUMENTS = 1024  # documents in a parquet row group
 TEXT_GROUP_BYTES = 4 << 20  # .jsonl and .txt files are read in ranges of about this size
 SCAN_BYTES = 1 << 16  # read at a time in search of the beginning of a file's last line
 TXT_DOCUMENT_CHARS = 8192  # longest document cut from a .txt file without <|endoftext|> marks
-TOKENS = ".tokens"  # ends the name of a shard of token ids
 RECORD_FIELDS = ("text", "prompt", "completion", "messages")
 REPLACE = "put an intact copy in its place"
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from zangchat.config import TOKENS
 from zangchat.dataset.manifest import (
     FORMAT,
     MANIFEST,
@@ -31,7 +32,7 @@ from zangchat.dataset.manifest import (
     shard_entry,
     write_manifest,
 )
-from zangchat.dataset.shards import OFFSET_BYTES, TOKENS, write_shard
+from zangchat.dataset.shards import OFFSET_BYTES, write_shard
 from zangchat.runtime.files import atomic_file
 from zangchat.runtime.logs import print0
 

@@ -88,7 +88,7 @@ async def logo() -> Response:
     return Response(FILES.joinpath("logo.svg").read_bytes(), media_type="image/svg+xml")
 
 
-@router.post("/chat/completions", responses=JSON_OR_EVENTS, response_class=Response)
+@router.post("/chat/completions", responses=JSON_OR_EVENTS)
 async def page_chat(body: AnyChat, service: CurrentService, receive: Incoming) -> Response:
     """nanochat's events, or OpenAI's answer to a request with one of OpenAI's fields."""
     if isinstance(body, OpenAIChat):
