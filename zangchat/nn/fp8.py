@@ -76,7 +76,10 @@ class Fp8Linear(Linear):
     product.
     """
 
-    quantised: tuple[Tensor, Tensor, Tensor] | None = None  # between hold and release
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        # between hold and release
+        self.quantised: tuple[Tensor, Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.size(-1))

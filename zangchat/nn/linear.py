@@ -9,11 +9,12 @@ from torch import Tensor
 class Linear(nn.Module):
     """x W^T in the dtype of x. The weight keeps its own dtype (fp32 master in training)."""
 
-    cast: Tensor | None = None  # the weight in the compute dtype, between hold and release
-
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        # In the compute dtype, between hold and release. Always of the instance: a compiled block
+        # is compiled again if an attribute appears.
+        self.cast: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, (self.weight if self.cast is None else self.cast).to(x.dtype))
