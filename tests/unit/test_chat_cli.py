@@ -218,9 +218,11 @@ sys.exit(chat_cli.main([]))
                 ("?2004h", "\x1b[200~a pasted\nparagraph of\r\nthree lines\x1b[201~"),
                 ("three lines", "\r"),  # Enter, once
                 ("a pasted\r\nparagraph of\r\nthree lines word", "\x03"),
-                ("(stopped)", "broken\x1b\rby hand\r"),
+                ("(stopped)", ""),
+                ("?2004h", "broken\x1b\rby hand\r"),
                 ("broken\r\nby hand word", "\x03"),
-                ("(stopped)", "\x04"),
+                ("(stopped)", ""),
+                ("?2004h", "\x04"),  # before the next prompt is up it would end an empty line
             ],
             0,
         ),
