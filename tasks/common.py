@@ -252,6 +252,11 @@ def split_of(*key: object) -> str:
     return ("val", "test", *("train",) * 8)[derive_seed("split", *key) % 10]
 
 
+def plain(question: str) -> str:
+    """Only letters and digits, in lower case: `What's that?` and `whats that` are one question."""
+    return "".join(char for char in question.lower() if char.isalnum())
+
+
 def check_split(split: str) -> str:
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: one of {', '.join(SPLITS)}")

@@ -14,7 +14,16 @@ from typing import NamedTuple
 
 import yaml
 
-from tasks.common import Content, Conversation, Task, chat, check_split, split_of, visible_text
+from tasks.common import (
+    Content,
+    Conversation,
+    Task,
+    chat,
+    check_split,
+    plain,
+    split_of,
+    visible_text,
+)
 from zangchat.runtime.seeds import derive_seed
 
 NAME = "zangchat"
@@ -113,14 +122,14 @@ class Identity(Task):
                 Example("heldout", question, question, f"I am {NAME}.")
                 for question in heldout_questions()
             ]
-        reserved = {_plain(question) for question in heldout_questions()}
+        reserved = {plain(question) for question in heldout_questions()}
         # the other two splits share what would be a third one's
         wanted = ("train", "test") if self.split == "train" else ("val",)
         unique = {
             example.question: example
             for example in examples()
-            if split_of("identity", _plain(example.base)) in wanted
-            and not {_plain(example.base), _plain(example.question)} & reserved
+            if split_of("identity", plain(example.base)) in wanted
+            and not {plain(example.base), plain(example.question)} & reserved
         }
         chosen = list(unique.values())
         random.Random(derive_seed("identity", self.split)).shuffle(chosen)
@@ -136,8 +145,3 @@ class Identity(Task):
     def evaluate(self, conversation: Conversation, completion: Content) -> bool:
         """A question about itself: the answer says its name. Another question: it does not."""
         return (NAME in visible_text(completion).lower()) == (conversation["intent"] != "ordinary")
-
-
-def _plain(question: str) -> str:
-    """Only letters and digits, in lower case: `What's that?` and `whats that` are one question."""
-    return "".join(char for char in question.lower() if char.isalnum())

@@ -22,6 +22,7 @@ from tasks.common import (
     Task,
     chat,
     check_split,
+    plain,
     split_of,
     visible_text,
 )
@@ -41,11 +42,6 @@ class Example(NamedTuple):
     answers: tuple[str, ...]
     needed: tuple[str, ...]  # a right answer has one of them
     forbidden: tuple[str, ...] = ()
-
-
-def plain(text: str) -> str:
-    """Letters and digits only, in lower case: "Hello!" and "hello" are one phrasing."""
-    return "".join(char for char in text.lower() if char.isalnum())
 
 
 def has_word(text: str, word: str) -> bool:

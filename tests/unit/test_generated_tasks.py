@@ -9,7 +9,7 @@ import pytest
 
 from tasks import arithmetic, identity, pydocs, spellingbee
 from tasks.arithmetic import Arithmetic
-from tasks.common import SPLITS, MissingData, split_of, tool_parts
+from tasks.common import SPLITS, MissingData, plain, split_of, tool_parts
 from tasks.identity import Identity
 from tasks.pydocs import PyDocs
 from tasks.registry import build_mixture, load_task
@@ -352,7 +352,7 @@ def test_answers_about_itself_begin_with_its_name_and_are_short(tokenizer):
 
 
 def test_question_and_its_variants_belong_to_one_split():
-    seen = {split: {identity._plain(e.base) for e in Identity(split).examples} for split in SPLITS}
+    seen = {split: {plain(e.base) for e in Identity(split).examples} for split in SPLITS}
     questions = {split: {e.question for e in Identity(split).examples} for split in SPLITS}
     for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
         assert not seen[a] & seen[b] and not questions[a] & questions[b]
@@ -364,7 +364,7 @@ def test_question_and_its_variants_belong_to_one_split():
 def test_no_question_has_two_different_answers():
     answers: dict[str, set[str]] = {}
     for example in identity.examples():
-        answers.setdefault(identity._plain(example.question), set()).add(example.answer)
+        answers.setdefault(plain(example.question), set()).add(example.answer)
     assert {question: found for question, found in answers.items() if len(found) > 1} == {}
 
 
@@ -384,12 +384,12 @@ def test_frozen_phrasings_are_only_in_the_test_split():
         frozen
     ) == 40
     learned = {
-        identity._plain(text)
+        plain(text)
         for split in ("train", "val")
         for e in Identity(split).examples
         for text in (e.question, e.base)
     }
-    assert not learned & {identity._plain(question) for question in frozen}
+    assert not learned & {plain(question) for question in frozen}
 
 
 # ---- pydocs --------------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from tasks.common import SPLITS, split_of
+from tasks.common import SPLITS, plain, split_of
 from tasks.registry import load_task
-from tasks.smalltalk import SmallTalk, examples, plain
+from tasks.smalltalk import SmallTalk, examples
 from tasks.stories import (
     Stories,
     StoriesAgain,
