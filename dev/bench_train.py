@@ -16,6 +16,7 @@ machine that is busy with other work gives no result.
 
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from scripts import base_train
 from zangchat import configurator, flops
 from zangchat.runtime.devices import compute_init, device_synchronize, resolve_dtype
 from zangchat.runtime.memory import keep_freed_memory, peak_memory_bytes
+from zangchat.runtime.processes import prepare_threads
 from zangchat.training import planning
 
 
@@ -92,8 +94,12 @@ class Side:
         flags = configurator.as_flags(
             dataclasses.replace(config, worker=name, launched=time.time())
         )
+        env = dict(os.environ)
+        if name == "zangchat":
+            prepare_threads(env)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "dev.bench_train", *flags],
+            env=env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,

@@ -18,6 +18,7 @@ from zangchat import configurator, schedule
 from zangchat.config import GPTConfig, Optimizer, TrainPlan
 from zangchat.errors import UserError
 from zangchat.runtime.logs import print_banner
+from zangchat.runtime.processes import prepare_threads
 from zangchat.training import planning
 from zangchat.training.flags import BatchSize, RunConfig
 
@@ -77,6 +78,7 @@ class Config(RunConfig):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    prepare_threads()
     return configurator.run(Config, train, argv)
 
 

@@ -21,8 +21,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from prompt_toolkit import PromptSession
-from prompt_toolkit.key_binding import KeyBindings
 from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.style import Style
@@ -221,6 +219,9 @@ def question_reader() -> Callable[[], str]:
     prompt = "\n> "
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return lambda: input(prompt)
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.key_binding import KeyBindings
+
     keys = KeyBindings()
     for enter in ("enter", "c-j"):  # a key pressed before the prompt is up arrives as Ctrl-J
         keys.add("escape", enter)(lambda event: event.current_buffer.insert_text("\n"))

@@ -16,25 +16,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import pyarrow
-import pyarrow.compute as pc
-
 from zangchat import configurator
-from zangchat.bpe import repair_surrogates
-from zangchat.dataset import find_dataset
 from zangchat.errors import UserError
 from zangchat.report import get_report
 from zangchat.runtime.logs import print0
 from zangchat.runtime.processes import get_dist_info
 from zangchat.runtime.progress import Progress
-from zangchat.tokenizer import (
-    PATTERNS,
-    SPECIAL_TOKENS,
-    TOKENIZER_FILE,
-    RustBPETokenizer,
-    tokenizer_dir,
-)
 
 if TYPE_CHECKING:
     import pyarrow
@@ -66,6 +53,9 @@ def train(config: Config) -> None:
     check(config)
     if get_dist_info()[1] != 0:
         return  # under torchrun one process is enough: training uses all cores
+    from zangchat.dataset import find_dataset
+    from zangchat.tokenizer import PATTERNS, RustBPETokenizer, tokenizer_dir
+
     dataset = find_dataset(config.dataset, config.data_path, config.skip_bad_rows)
     dataset.count_left_out()
     facts = settings(config, dataset)
@@ -99,6 +89,8 @@ def train(config: Config) -> None:
 
 
 def check(config: Config) -> None:
+    from zangchat.tokenizer import SPECIAL_TOKENS
+
     smallest = 256 + len(SPECIAL_TOKENS)
     if config.vocab_size < smallest:
         raise UserError(
@@ -124,6 +116,8 @@ def settings(config: Config, dataset: "Dataset") -> dict[str, Any]:
 
 def already_trained(facts: dict[str, Any]) -> bool:
     """Whether the tokenizer there is the requested one. Raises UserError if it is another."""
+    from zangchat.tokenizer import TOKENIZER_FILE, RustBPETokenizer, tokenizer_dir
+
     folder = tokenizer_dir()
     if not (folder / TOKENIZER_FILE).exists():
         return False
@@ -176,6 +170,12 @@ class Text:
         """The documents of a group that are still wanted, cut to doc_cap characters and the last of
         them to max_chars in all.
         """
+        import numpy as np
+        import pyarrow
+        import pyarrow.compute as pc
+
+        from zangchat.bpe import repair_surrogates
+
         if isinstance(group, list):
             group = pyarrow.chunked_array(
                 [[repair_surrogates(text) for text in group]], pyarrow.string()
@@ -217,6 +217,8 @@ class Text:
 
 
 def report(config: Config, tokenizer: "RustBPETokenizer", text: Text) -> None:
+    from zangchat.tokenizer import tokenizer_dir
+
     seconds = time.monotonic() - text.start
     found, lengths = tokenizer.get_vocab_size(), tokenizer.token_bytes()
     lengths = lengths[lengths > 0]

@@ -39,7 +39,6 @@ from zangchat.runtime.processes import (
     is_stdout_closed,
     note_failure,
     prepare_streams,
-    prepare_threads,
     report_failure,
 )
 
@@ -86,7 +85,6 @@ def run(
     the first rank that fails. A command that succeeded leaves the process group.
     """
     prepare_streams()
-    prepare_threads()
     try:
         try:
             config = parse(config_cls, argv)

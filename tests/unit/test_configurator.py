@@ -486,28 +486,29 @@ def test_a_configuration_as_flags_gives_it_again(config):
 
 
 @pytest.mark.parametrize(
-    ("own", "expected"),
+    ("command", "own", "expected"),
     [
-        ({}, {"GOMP_SPINCOUNT": processes.SPIN_COUNT}),
-        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
-        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+        ("base_train", {}, {"GOMP_SPINCOUNT": processes.SPIN_COUNT}),
+        ("mid_train", {}, {"GOMP_SPINCOUNT": processes.SPIN_COUNT}),
+        ("chat_sft", {}, {"GOMP_SPINCOUNT": processes.SPIN_COUNT}),
+        ("chat_rl", {}, {}),  # decodes most of the time
+        ("chat_web", {}, {}),
+        ("base_train", {"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        ("base_train", {"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
     ],
-    ids=["ours", "a count of one's own", "a policy of one's own"],
 )
-def test_threads_get_a_short_spin_before_torch_is_loaded(own, expected):
-    program = """
-import dataclasses, os, sys
+def test_training_sets_a_short_spin_before_torch_is_loaded(command, own, expected):
+    program = f"""
+import os, sys
+from scripts import {command}
 from zangchat import configurator
 
-@dataclasses.dataclass
-class Config:
-    pass
-
-def show(config):
+def run(*_):
     assert "torch" not in sys.modules
-    print({name: value for name, value in os.environ.items() if name.partition("_")[0] in ("OMP", "GOMP")})
+    print({{name: value for name, value in os.environ.items() if name.startswith(("OMP_", "GOMP_"))}})
 
-configurator.run(Config, show, [])
+configurator.run = run
+{command}.main([])
 """
     env = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
     out = subprocess.check_output([sys.executable, "-c", program], env={**env, **own})

@@ -4,10 +4,12 @@ seconds.
 
 import time
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-from rich.progress import Progress as Bar
+
+if TYPE_CHECKING:
+    import rich.progress
 
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_FRAMES = 0.1
@@ -30,9 +32,12 @@ class Progress:
         self.label, self.total, self.shown = label, total, shown
         self.start: tuple[float, int] | None = None  # (clock, done) when the pace began to count
         self.last_line = -float("inf")
-        self.bar: Bar | None = None
+        self.bar: rich.progress.Progress | None = None
         console = Console()
         if shown and console.is_terminal:
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+            from rich.progress import Progress as Bar
+
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=20),
