@@ -12,7 +12,6 @@ pub mod documents;
 pub mod encode;
 mod joins;
 pub mod key;
-mod lookback;
 mod machine;
 mod neighbours;
 mod pairs;
@@ -25,7 +24,6 @@ mod table;
 pub mod threads;
 mod tokens;
 pub mod train;
-mod trie;
 pub mod window;
 pub mod words;
 
@@ -38,9 +36,6 @@ pub enum Idea {
     HugePages,
     Waiting,
     Cache,
-    Short,
-    LookBack,
-    Filter,
     Table,
     Order,
     Floor,
@@ -51,12 +46,9 @@ pub enum Idea {
 }
 
 impl Idea {
-    pub const ALL: [Idea; 16] = {
+    pub const ALL: [Idea; 13] = {
         use Idea::*;
-        [
-            Patterns, Window, Prefetch, HugePages, Waiting, Cache, Short, LookBack, Filter, Table, Order, Floor, Buckets, BytePairs,
-            AtOnce, TwoBytes,
-        ]
+        [Patterns, Window, Prefetch, HugePages, Waiting, Cache, Table, Order, Floor, Buckets, BytePairs, AtOnce, TwoBytes]
     };
 
     /// From now on. Without the feature it has no effect.
