@@ -17,10 +17,10 @@ use crate::Error;
 /// A token that arises from older ones thus does so from the same two in every piece, and the table has only those two.
 pub struct Joins {
     bytes: [u32; 256],
-    /// By code point: the token that a character is before a part of it joins with a neighbour, or NONE.
-    characters: Box<[u32]>,
-    slots: Vec<u64>, // left, right and the joined token, ID_BITS each; open addressing, at most half full
-    bits: Vec<u64>,  // eight for each slot: most requested pairs do not join, and this set, which fits in the cache, rejects them
+    characters: Box<[u32]>, // the token of each code point, or NONE
+    borders: Box<[u32]>,    // the oldest token with these two bytes around the end of a part of a character
+    slots: Vec<u64>,        // left, right and the joined token, ID_BITS each; open addressing, at most half full
+    bits: Vec<u64>,         // eight for each slot: most requested pairs do not join, and this set, which fits in the cache, rejects them
     used: usize,
     /// The tokens that joining does not find, and those that are longer than a key, since their joining takes long.
     whole: Ranks,
@@ -33,7 +33,8 @@ const ID_BITS: u32 = 21;
 const EMPTY: u64 = u64::MAX;
 const NONE: u32 = u32::MAX;
 /// Pieces of more parts than this go through a queue.
-const FEW: usize = 32;
+const FEW: usize = 1 << PLACE_BITS;
+const PLACE_BITS: u32 = 5;
 
 impl Joins {
     pub fn new(tokens: &[Token]) -> Result<Self, Error> {
@@ -50,8 +51,9 @@ impl Joins {
         for byte in 0..=255u8 {
             bytes[byte as usize] = *ranks.get(&[byte][..]).ok_or_else(|| Error::Ranks(format!("the single byte {byte} is no token")))?;
         }
-        let (characters, slots, bits) = (vec![NONE; 1 << 16].into(), vec![EMPTY; 16], vec![0; 2]);
-        let mut joins = Joins { bytes, characters, slots, bits, used: 0, whole: Ranks::default(), shortest: usize::MAX };
+        let (characters, borders) = (vec![NONE; 1 << 16].into(), vec![NONE; 1 << 16].into());
+        let (slots, bits) = (vec![EMPTY; 16], vec![0; 2]);
+        let mut joins = Joins { bytes, characters, borders, slots, bits, used: 0, whole: Ranks::default(), shortest: usize::MAX };
         let (mut parts, mut ordered) = (Vec::new(), true);
         for (token, id) in tokens.iter().zip(0..).filter(|(token, _)| token.len() > 1) {
             parts.clear();
@@ -81,21 +83,18 @@ impl Joins {
     /// A character is whole before a part of it joins with a neighbour if all tokens that begin or end with such a part, and go beyond the
     /// character, are younger. Those that begin or end with the whole character are younger anyway: all tokens are `ordered`.
     fn find_characters(&mut self, tokens: &[Token]) {
-        let (mut beginnings, mut ends) = (FxHashMap::default(), FxHashMap::default());
-        let is_first = |byte: &u8| byte & 0xc0 != 0x80;
         for (token, id) in tokens.iter().zip(0..) {
-            if let Some(first @ 1..) = token.iter().position(is_first) {
-                beginnings.entry(&token[..first]).or_insert(id);
+            let mut firsts = (0..token.len()).filter(|&at| token[at] & 0xc0 != 0x80);
+            let (first, last) = (firsts.next().unwrap_or(0), firsts.next_back());
+            let ends_within = |&last: &usize| std::str::from_utf8(&token[last..]).is_err();
+            for border in [first, last.filter(ends_within).unwrap_or(0)] {
+                if border > 0 {
+                    let oldest = &mut self.borders[(token[border - 1] as usize) << 8 | token[border] as usize];
+                    *oldest = id.min(*oldest);
+                }
             }
-            if let Some(last @ 1..) = token.iter().rposition(is_first) {
-                ends.entry(&token[last..]).or_insert(id);
-            }
-        }
-        for (token, id) in tokens.iter().zip(0..).filter(|(token, _)| matches!(token.len(), 2 | 3) && !self.whole.contains_key(*token)) {
-            let mut parts = (1..token.len()).flat_map(|cut| [ends.get(&token[..cut]), beginnings.get(&token[cut..])]).flatten();
-            let mut characters = std::str::from_utf8(token).unwrap_or_default().chars();
-            if let (Some(character), None) = (characters.next(), characters.next()) {
-                self.characters[character as usize] = if parts.all(|&part| part > id) { id } else { NONE };
+            if let (2 | 3, Ok(text), None) = (token.len(), std::str::from_utf8(token), last) {
+                self.characters[text.chars().next().expect("not empty") as usize] = if self.whole.contains_key(token) { NONE } else { id };
             }
         }
     }
@@ -156,18 +155,20 @@ impl Joins {
         }
     }
 
-    /// The first part of a text to join, and its length in bytes.
+    /// The first part to join from `at` on, and its length in bytes: a character, or else a byte.
     #[inline]
-    fn first(&self, text: &[u8]) -> (u32, usize) {
-        let byte = text[0] as usize;
-        let (character, width) = match *text {
+    fn first(&self, piece: &[u8], at: usize) -> (u32, usize) {
+        let byte = piece[at] as usize;
+        let (character, width) = match piece[at..] {
             [0xc2..=0xdf, second, ..] => ((byte & 0x1f) << 6 | second as usize & 0x3f, 2),
             [0xe0..=0xef, second, third, ..] => ((byte & 0xf) << 12 | (second as usize & 0x3f) << 6 | third as usize & 0x3f, 3),
             _ => return (self.bytes[byte], 1),
         };
-        match self.characters[character] {
-            NONE => (self.bytes[byte], 1),
-            id => (id, width),
+        let id = self.characters[character];
+        let is_free = |at: usize| at == 0 || at == piece.len() || self.borders[(piece[at - 1] as usize) << 8 | piece[at] as usize] > id;
+        match id != NONE && is_free(at) && is_free(at + width) {
+            true => (id, width),
+            false => (self.bytes[byte], 1),
         }
     }
 
@@ -178,7 +179,7 @@ impl Joins {
             if length == FEW {
                 return self.join_many(piece, out);
             }
-            let (id, width) = self.first(&piece[at..]);
+            let (id, width) = self.first(piece, at);
             ids[length] = id;
             (length, at) = (length + 1, at + width);
         }
@@ -187,10 +188,11 @@ impl Joins {
         }
         while length > 1 {
             // The leftmost of equal ranks: rank and position are compared as one number.
-            let ranked = ranks[..length - 1].iter().zip(0..).map(|(&rank, at)| (rank as u64) << 32 | at);
-            let best = ranked.fold(u64::MAX, u64::min);
-            let (rank, at) = ((best >> 32) as u32, best as u32 as usize);
-            if rank == NONE {
+            let lowest =
+                |eight: &[u32], at: u32| eight.iter().zip(at..).map(|(&rank, at)| rank << PLACE_BITS | at).fold(u32::MAX, u32::min);
+            let best = ranks.chunks_exact(8).zip((0..).step_by(8)).take(length.div_ceil(8)).map(|(eight, at)| lowest(eight, at)).min();
+            let (rank, at) = best.map_or((NONE, 0), |best| (best >> PLACE_BITS, best as usize % FEW));
+            if rank == NONE >> PLACE_BITS {
                 break;
             }
             ids.copy_within(at + 2..length, at + 1);
@@ -210,7 +212,7 @@ impl Joins {
     fn join_many(&self, piece: &[u8], out: &mut Vec<u32>) {
         let (mut ids, mut at) = (Vec::new(), 0);
         while at < piece.len() {
-            let (id, width) = self.first(&piece[at..]);
+            let (id, width) = self.first(piece, at);
             ids.push(id);
             at += width;
         }
