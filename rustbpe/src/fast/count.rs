@@ -25,13 +25,14 @@ const WAITING: usize = 64;
 pub struct Counter {
     splitter: Splitter,
     shards: Vec<Mutex<Table>>,
+    long: Mutex<FxHashMap<Token, u64>>, // the pieces without a key
     stop: AtomicBool,
 }
 
 impl Counter {
     pub fn new(splitter: Splitter) -> Self {
         let shards = (0..1 << SHARD_BITS).map(|_| Mutex::new(Table::new(6, SHARD_BITS))).collect();
-        Counter { splitter, shards, stop: AtomicBool::new(false) }
+        Counter { splitter, shards, long: Mutex::default(), stop: AtomicBool::new(false) }
     }
 
     pub fn splitter(&self) -> &Splitter {
@@ -43,31 +44,47 @@ impl Counter {
         self.stop.store(true, Ordering::Relaxed);
     }
 
-    pub fn into_tables(self) -> Vec<Table> {
-        let tables = self.shards.into_iter().map(|shard| shard.into_inner().expect("no thread panics while it holds a shard"));
-        tables.collect()
+    /// Calls `f` with every piece and its count.
+    pub fn for_each(self, mut f: impl FnMut(&[u8], u64)) {
+        for shard in self.shards {
+            for (key, count) in held(shard.into_inner()).pieces() {
+                let (bytes, length) = key.bytes();
+                f(&bytes[..length], count);
+            }
+        }
+        held(self.long.into_inner()).iter().for_each(|(piece, &count)| f(piece, count));
     }
 
     /// The counts for training.
     pub fn into_words(self) -> Words {
-        Words::of(&self.into_tables())
+        let mut words = Words::default();
+        self.for_each(|piece, count| words.push(piece, count));
+        words
     }
 
-    /// Moves a thread's table into the shared tables.
-    fn take(&self, local: &mut Table) {
+    /// Moves a thread's counts into the shared tables.
+    fn take(&self, local: &mut Table, long: &mut FxHashMap<Token, u64>) {
         let mut open: Option<(usize, MutexGuard<Table>)> = None;
         for (key, count) in local.pieces() {
-            let shard = (key.hash() >> (64 - SHARD_BITS)) as usize;
+            let hash = key.hash();
+            let shard = (hash >> (64 - SHARD_BITS)) as usize;
             if open.as_ref().is_none_or(|(number, _)| *number != shard) {
                 drop(open.take()); // release the lock before taking the next one
-                open = Some((shard, self.shards[shard].lock().expect("no thread panics while it holds a shard")));
+                open = Some((shard, held(self.shards[shard].lock())));
             }
             let (_, table) = open.as_mut().expect("just locked");
-            table.take(local, key, count);
+            table.add(hash, key, count);
+            table.grow();
         }
         drop(open);
         local.clear();
+        let mut shared = held(self.long.lock());
+        long.drain().for_each(|(piece, count)| *shared.entry(piece).or_default() += count);
     }
+}
+
+fn held<T>(lock: std::sync::LockResult<T>) -> T {
+    lock.expect("no thread panics while it holds a table")
 }
 
 /// One thread's counts. `finish` moves them into the counter.
@@ -75,21 +92,17 @@ pub struct LocalCounter<'c> {
     counter: &'c Counter,
     splitter: Splitter,
     table: Table,
-    plain: FxHashMap<Token, u64>,
+    long: FxHashMap<Token, u64>,
 }
 
 impl<'c> LocalCounter<'c> {
     pub fn new(counter: &'c Counter) -> Self {
-        let (splitter, table) = (counter.splitter.clone(), Table::new(LOCAL_BITS, 0));
-        LocalCounter { counter, splitter, table, plain: FxHashMap::default() }
+        LocalCounter { counter, splitter: counter.splitter.clone(), table: Table::new(LOCAL_BITS, 0), long: FxHashMap::default() }
     }
 
     pub fn add(&mut self, text: &[u8]) -> Result<(), Error> {
         let text = std::str::from_utf8(text).map_err(|e| Error::Text(e.to_string()))?;
-        if without(Idea::Table) {
-            return self.add_plain(text);
-        }
-        let LocalCounter { counter, splitter, table, .. } = self;
+        let LocalCounter { counter, splitter, table, long } = self;
         let bytes = text.as_bytes();
         let mut waiting = [(0, Key::default()); WAITING + WINDOW];
         let mut number = 0;
@@ -98,57 +111,36 @@ impl<'c> LocalCounter<'c> {
             for &end in &borders[1..] {
                 let (from, len) = (&bytes[start..], end - start);
                 start = end;
-                if len > Key::SHORT {
-                    table.add_long(&from[..len], 1);
+                if len > Key::LONGEST || without(Idea::Table) {
+                    match long.get_mut(&from[..len]) {
+                        Some(count) => *count += 1,
+                        None => drop(long.insert(from[..len].into(), 1)),
+                    }
                     continue;
                 }
-                let key = Key::short(from, len);
+                let key = Key::of(from, len);
                 let hash = key.hash();
                 table.prefetch(hash);
                 waiting[number] = (hash, key);
                 number += 1;
             }
             if number >= WAITING || without(Idea::Waiting) {
-                waiting[..number].iter().for_each(|&(hash, key)| table.add_short(hash, key, 1));
+                waiting[..number].iter().for_each(|&(hash, key)| table.add(hash, key, 1));
                 number = 0;
             }
-            counter.make_room(table)
+            if table.is_half_full() {
+                counter.take(table, long);
+            }
+            match counter.stop.load(Ordering::Relaxed) {
+                true => Err(Error::Interrupted),
+                false => Ok(()),
+            }
         })?;
-        waiting[..number].iter().for_each(|&(hash, key)| table.add_short(hash, key, 1));
-        counter.make_room(table)
-    }
-
-    /// As `plain::count` does, for the ablation bench.
-    #[cold]
-    fn add_plain(&mut self, text: &str) -> Result<(), Error> {
-        let LocalCounter { counter, splitter, table, plain } = self;
-        splitter.for_each(text, |piece| *plain.entry(piece.as_bytes().into()).or_default() += 1)?;
-        counter.make_room(table)
+        waiting[..number].iter().for_each(|&(hash, key)| table.add(hash, key, 1));
+        Ok(())
     }
 
     pub fn finish(&mut self) {
-        for (piece, count) in self.plain.drain() {
-            let key = Key::short(&piece, piece.len().min(Key::SHORT));
-            match piece.len() {
-                ..=Key::SHORT => self.table.add_short(key.hash(), key, count),
-                _ => self.table.add_long(&piece, count),
-            }
-            if self.table.is_half_full() {
-                self.counter.take(&mut self.table);
-            }
-        }
-        self.counter.take(&mut self.table);
-    }
-}
-
-impl Counter {
-    fn make_room(&self, local: &mut Table) -> Result<(), Error> {
-        if local.is_half_full() {
-            self.take(local);
-        }
-        match self.stop.load(Ordering::Relaxed) {
-            true => Err(Error::Interrupted),
-            false => Ok(()),
-        }
+        self.counter.take(&mut self.table, &mut self.long);
     }
 }

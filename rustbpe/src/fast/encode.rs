@@ -4,7 +4,7 @@
 
 use std::sync::Mutex;
 
-use super::cache::{key_of, set_of, Cache, INLINE_IDS};
+use super::cache::{set_of, Cache, INLINE_IDS};
 use super::joins::Joins;
 pub use super::joins::MAX_TOKENS;
 use super::key::Key;
@@ -77,7 +77,7 @@ impl Encoder {
         let split = self.splitter.for_each_batch(text, |borders| {
             let (sets, mut start) = (cache.sets(), borders[0]);
             for (slot, &end) in waiting[count..].iter_mut().zip(&borders[1..]) {
-                let key = key_of(&bytes[start..], end - start);
+                let key = if end - start > Key::LONGEST { Key::NONE } else { Key::of(&bytes[start..], end - start) };
                 let set = set_of(key);
                 sets.prefetch(set);
                 *slot = Waiting { key, set, start: start as u32, len: (end - start) as u32 };
@@ -125,14 +125,14 @@ impl Encoder {
     fn encode_piece(&self, bytes: &[u8], piece: &Waiting, out: &mut Vec<u32>, cache: &mut Cache) {
         let Waiting { key, set, start, len } = *piece;
         let piece = &bytes[start as usize..][..len as usize];
-        if without(Idea::Cache) {
+        if key == Key::NONE || without(Idea::Cache) {
             return self.joins.encode(piece, out);
         }
-        if let Some(ids) = cache.find(set, key, piece) {
+        if let Some(ids) = cache.find(set, key) {
             return out.extend_from_slice(ids);
         }
         let first = out.len();
         self.joins.encode(piece, out);
-        cache.insert(set, key, piece, &out[first..]);
+        cache.insert(set, key, &out[first..]);
     }
 }

@@ -69,7 +69,7 @@ impl Joins {
                     }
                 }
             }
-            if parts.len() != 2 || token.len() > Key::SHORT {
+            if parts.len() != 2 || token.len() > Key::LONGEST {
                 joins.whole.insert(token.clone(), id);
                 joins.shortest = joins.shortest.min(token.len());
             }

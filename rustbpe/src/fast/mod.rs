@@ -37,7 +37,6 @@ pub enum Idea {
     Waiting,
     Cache,
     Table,
-    Order,
     Floor,
     Buckets,
     BytePairs,
@@ -46,9 +45,9 @@ pub enum Idea {
 }
 
 impl Idea {
-    pub const ALL: [Idea; 13] = {
+    pub const ALL: [Idea; 12] = {
         use Idea::*;
-        [Patterns, Window, Prefetch, HugePages, Waiting, Cache, Table, Order, Floor, Buckets, BytePairs, AtOnce, TwoBytes]
+        [Patterns, Window, Prefetch, HugePages, Waiting, Cache, Table, Floor, Buckets, BytePairs, AtOnce, TwoBytes]
     };
 
     /// From now on. Without the feature it has no effect.

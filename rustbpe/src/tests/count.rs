@@ -29,13 +29,8 @@ fn count<T: AsRef<[u8]> + Send + Clone>(texts: &[T], threads: usize, batch: usiz
 }
 
 fn counts_of(counter: Counter) -> HashMap<Token, u64> {
-    let mut counts = HashMap::new();
-    for table in counter.into_tables() {
-        for (key, count) in table.pieces() {
-            let piece: Token = table.piece(key, &mut [0; 16]).into();
-            assert_eq!(counts.insert(piece.clone(), count), None, "{piece:?} is there twice");
-        }
-    }
+    let mut counts: HashMap<Token, u64> = HashMap::new();
+    counter.for_each(|piece, count| assert_eq!(counts.insert(piece.into(), count), None, "{piece:?} is there twice"));
     counts
 }
 
