@@ -113,7 +113,7 @@ impl Tokenizer {
                 merges.store(number, Relaxed);
                 !stopped.load(Relaxed)
             };
-            let _ = send.send(train(counter.into_words(), vocab_size, keep_going));
+            let _ = send.send(train(counter.into_slots(), vocab_size, keep_going));
             // the receiver may have gone
         };
         let merge = Arc::new(Mutex::new(Some(merge)));

@@ -8,9 +8,9 @@ use std::sync::{Mutex, MutexGuard};
 use rustc_hash::FxHashMap;
 
 use super::key::Key;
+use super::slots::Slots;
 use super::split::{Splitter, WINDOW};
 use super::table::Table;
-use super::words::Words;
 use super::{without, Idea};
 use crate::{plain::Token, Error};
 
@@ -56,10 +56,10 @@ impl Counter {
     }
 
     /// The counts for training.
-    pub fn into_words(self) -> Words {
-        let mut words = Words::default();
-        self.for_each(|piece, count| words.push(piece, count));
-        words
+    pub fn into_slots(self) -> Slots {
+        let mut slots = Slots::default();
+        self.for_each(|piece, count| slots.push(piece, count));
+        slots
     }
 
     /// Moves a thread's counts into the shared tables.

@@ -1,6 +1,6 @@
 //! Hints to the machine about memory. Replaces nothing in `plain`.
-//! Faster: a table beyond the processor's caches answers after 100 ns; a prefetch lets other work go on meanwhile, and pages of
-//! 2 MiB spare the walk through the page table. Gain: fresh +31 % by prefetching; of huge pages, within the noise.
+//! Faster: a table beyond the processor's caches answers after 100 ns; a prefetch lets other work go on meanwhile.
+//! Gain: fresh +31 %.
 
 use super::{without, Idea};
 
@@ -22,26 +22,4 @@ pub fn prefetch<T>(place: &T) {
         std::arch::asm!("prfm pldl1keep, [{0}]", in(reg) place as *const T, options(nostack, readonly, preserves_flags));
     }
     let _ = place;
-}
-
-/// Pages of this size need fewer entries in the processor's table of pages.
-pub const HUGE_PAGE: usize = 2 << 20;
-
-/// Asks for huge pages. A system without them ignores the advice.
-pub fn ask_for_huge_pages<T>(memory: &mut [T]) {
-    #[cfg(all(target_os = "linux", not(miri)))]
-    if !without(Idea::HugePages) {
-        use std::ffi::{c_int, c_void};
-        extern "C" {
-            fn madvise(address: *mut c_void, length: usize, advice: c_int) -> c_int;
-        }
-        const MADV_HUGEPAGE: c_int = 14;
-        let range = memory.as_mut_ptr_range();
-        let first = (range.start as usize).next_multiple_of(HUGE_PAGE);
-        if let Some(length) = (range.end as usize).checked_sub(first) {
-            // SAFETY: whole pages of this slice, which is borrowed; the advice does not change their contents.
-            unsafe { madvise(first as *mut c_void, length / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE) };
-        }
-    }
-    let _ = memory;
 }

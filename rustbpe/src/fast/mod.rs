@@ -18,14 +18,13 @@ mod pairs;
 pub mod patterns;
 pub mod pool;
 pub mod scan;
-mod slots;
+pub mod slots;
 pub mod split;
 mod table;
 pub mod threads;
 mod tokens;
 pub mod train;
 pub mod window;
-pub mod words;
 
 /// What a build with the feature `ablation` can leave out (examples/speed.rs, `python -m dev.bench_ablation`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,21 +32,17 @@ pub enum Idea {
     Patterns,
     Window,
     Prefetch,
-    HugePages,
     Waiting,
     Cache,
     Table,
     Floor,
     Buckets,
-    BytePairs,
-    AtOnce,
-    TwoBytes,
 }
 
 impl Idea {
-    pub const ALL: [Idea; 12] = {
+    pub const ALL: [Idea; 8] = {
         use Idea::*;
-        [Patterns, Window, Prefetch, HugePages, Waiting, Cache, Table, Floor, Buckets, BytePairs, AtOnce, TwoBytes]
+        [Patterns, Window, Prefetch, Waiting, Cache, Table, Floor, Buckets]
     };
 
     /// From now on. Without the feature it has no effect.
