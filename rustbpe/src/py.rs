@@ -14,10 +14,10 @@ use pyo3::types::{PyBytes, PyList, PyString};
 
 use crate::arrow::Strings;
 use crate::fast::count::Counter;
-use crate::fast::documents::Documents;
+use crate::fast::documents::{Documents, RUN_BYTES};
 use crate::fast::encode::{Encoder, MAX_TOKENS};
 use crate::fast::split::{Splitter, DEFAULT_PATTERN};
-use crate::fast::threads::{in_parallel, worker_threads, RUN_BYTES};
+use crate::fast::threads::{in_parallel, worker_threads};
 use crate::fast::train::{check_vocab_size, train};
 use crate::plain::Token;
 use crate::reader::{count_all, Utf8, CALL_EVERY};
