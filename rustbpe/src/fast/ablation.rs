@@ -8,6 +8,7 @@ pub enum Idea {
     Patterns,
     Window,
     Prefetch,
+    HugePages,
     Waiting,
     Cache,
     Table,
@@ -16,9 +17,9 @@ pub enum Idea {
 }
 
 impl Idea {
-    pub const ALL: [Idea; 8] = {
+    pub const ALL: [Idea; 9] = {
         use Idea::*;
-        [Patterns, Window, Prefetch, Waiting, Cache, Table, Floor, Buckets]
+        [Patterns, Window, Prefetch, HugePages, Waiting, Cache, Table, Floor, Buckets]
     };
 
     /// From now on. Without the feature it has no effect.

@@ -9,7 +9,7 @@
 //! ```
 
 use super::key::Key;
-use super::machine::prefetch;
+use super::machine::{ask_for_huge_pages, prefetch};
 
 /// 16 MB when full.
 const SET_BITS: u32 = 17;
@@ -38,11 +38,21 @@ impl Entry {
 #[repr(C, align(64))]
 pub struct Set(pub [Entry; 4]);
 
-impl Set {
+/// Aligned to pages of 2 MiB.
+#[repr(C, align(2097152))]
+pub struct Sets([Set; 1 << SET_BITS]);
+
+impl Sets {
     #[inline]
-    pub fn prefetch(&self) {
-        prefetch(&self.0[0]);
-        prefetch(&self.0[2]);
+    pub fn get(&self, set: u32) -> &Set {
+        &self.0[set as usize]
+    }
+
+    #[inline]
+    pub fn prefetch(&self, set: u32) {
+        let set = &self.0[set as usize];
+        prefetch(&set.0[0]);
+        prefetch(&set.0[2]);
     }
 }
 
@@ -61,33 +71,34 @@ pub fn set_of(key: Key) -> u32 {
 impl Cache {
     pub fn prepare(&mut self) {
         if self.memory.is_empty() {
-            self.memory = vec![0; (size_of::<Set>() << SET_BITS).div_ceil(size_of::<u64>()) + align_of::<Set>()];
+            self.memory = vec![0; (size_of::<Sets>() + align_of::<Sets>()) / size_of::<u64>()];
+            ask_for_huge_pages(&mut self.memory);
             self.round = INLINE_IDS as u32 + 1;
         }
     }
 
-    /// All sets, by number.
     #[inline]
-    pub fn sets(&self) -> &[Set] {
-        // SAFETY: sets consist of integers without padding, so any memory is valid.
-        unsafe { self.memory.align_to() }.1
+    pub fn sets(&self) -> &Sets {
+        // SAFETY: sets consist of integers without padding, so any memory is valid. One fits in memory larger by its alignment.
+        unsafe { self.memory.align_to::<Sets>() }.1.first().expect("prepared")
     }
 
     #[inline]
-    fn sets_mut(&mut self) -> &mut [Set] {
+    fn set_mut(&mut self, set: u32) -> &mut [Entry; 4] {
         // SAFETY: as above, and sets have no uninitialised bytes that the numbers could be.
-        unsafe { self.memory.align_to_mut() }.1
+        let sets = unsafe { self.memory.align_to_mut::<Sets>() }.1.first_mut().expect("prepared");
+        &mut sets.0[set as usize].0
     }
 
     /// Moves a hit up within its set.
     pub fn find(&mut self, place: u32, key: Key) -> Option<&[u32]> {
-        let set = &mut self.sets_mut()[place as usize].0;
+        let set = self.set_mut(place);
         let found = set.iter().position(|entry| entry.key == key)?;
         let better = found.min(2).saturating_sub(1);
         set.swap(found, better);
         let [start, count, _, number] = set[better].value;
         if number as usize <= INLINE_IDS {
-            return Some(&self.sets()[place as usize].0[better].value[..number as usize]);
+            return Some(&self.sets().get(place).0[better].value[..number as usize]);
         }
         (number == self.round).then(|| &self.ids[start as usize..][..count as usize])
     }
@@ -105,7 +116,7 @@ impl Cache {
             value = [self.ids.len() as u32, ids.len() as u32, 0, self.round];
             self.ids.extend_from_slice(ids);
         }
-        let set = &mut self.sets_mut()[place as usize].0;
+        let set = self.set_mut(place);
         let same = set.iter().position(|entry| entry.key == key);
         let entry = same.or_else(|| set[..2].iter().position(|entry| entry.key == Key::default())).unwrap_or_else(|| {
             set[3] = set[2];

@@ -79,7 +79,7 @@ impl Encoder {
             for (slot, &end) in waiting[count..].iter_mut().zip(&borders[1..]) {
                 let key = if end - start > Key::LONGEST { Key::NONE } else { Key::of(&bytes[start..], end - start) };
                 let set = set_of(key);
-                sets[set as usize].prefetch();
+                sets.prefetch(set);
                 *slot = Waiting { key, set, start: start as u32, len: (end - start) as u32 };
                 start = end;
             }
@@ -103,7 +103,7 @@ impl Encoder {
             let (sets, free, mut len) = (cache.sets(), out.spare_capacity_mut(), 0);
             let other = loop {
                 let Some(piece) = pieces.next() else { break None };
-                let [first, second, ..] = &sets[piece.set as usize].0;
+                let [first, second, ..] = &sets.get(piece.set).0;
                 let entry = [first, second][(second.key == piece.key) as usize];
                 if entry.key != piece.key || entry.count() > INLINE_IDS || without(Idea::Cache) {
                     break Some(piece);

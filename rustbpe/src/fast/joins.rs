@@ -21,6 +21,7 @@ pub struct Joins {
     borders: Box<[u32]>,    // the oldest token with these two bytes around the end of a part of a character
     slots: Vec<u64>,        // left, right and the joined token, ID_BITS each; open addressing, at most half full
     bits: Vec<u64>,         // eight for each slot: most requested pairs do not join, and this set, which fits in the cache, rejects them
+    byte_pairs: Box<[u32]>, // the token of each two bytes, or NONE
     used: usize,
     /// The tokens that joining does not find, and those that are longer than a key, since their joining takes long.
     whole: Ranks,
@@ -53,10 +54,23 @@ impl Joins {
         }
         let (characters, borders) = (vec![NONE; 1 << 16].into(), vec![NONE; 1 << 16].into());
         let (slots, bits) = (vec![EMPTY; 16], vec![0; 2]);
-        let mut joins = Joins { bytes, characters, borders, slots, bits, used: 0, whole: Ranks::default(), shortest: usize::MAX };
+        let mut joins = Joins {
+            bytes,
+            characters,
+            borders,
+            byte_pairs: vec![NONE; 1 << 16].into(),
+            slots,
+            bits,
+            used: 0,
+            whole: Ranks::default(),
+            shortest: usize::MAX,
+        };
         let (mut parts, mut ordered) = (Vec::new(), true);
         for (token, id) in tokens.iter().zip(0..).filter(|(token, _)| token.len() > 1) {
             parts.clear();
+            if let [a, b] = **token {
+                joins.byte_pairs[(a as usize) << 8 | b as usize] = id;
+            }
             joins.join(token, &mut parts);
             if let [left, right] = parts[..] {
                 joins.insert(left, right, id);
@@ -147,6 +161,7 @@ impl Joins {
     }
 
     /// Appends the ids of a piece to `out`.
+    #[inline(never)]
     pub fn encode(&self, piece: &[u8], out: &mut Vec<u32>) {
         let whole = if piece.len() < self.shortest { None } else { self.whole.get(piece) };
         match whole {
@@ -174,17 +189,22 @@ impl Joins {
 
     #[inline]
     fn join(&self, piece: &[u8], out: &mut Vec<u32>) {
-        let (mut ids, mut ranks, mut length, mut at) = ([0; FEW], [NONE; FEW], 0, 0);
+        let (mut ids, mut ranks, mut length, mut at, mut one) = ([0; FEW], [NONE; FEW], 0, 0, false);
         while at < piece.len() {
             if length == FEW {
                 return self.join_many(piece, out);
             }
             let (id, width) = self.first(piece, at);
             ids[length] = id;
+            if length > 0 {
+                ranks[length - 1] = if width == 1 && one {
+                    self.byte_pairs[(piece[at - 1] as usize) << 8 | piece[at] as usize]
+                } else {
+                    self.get(ids[length - 1], id)
+                };
+            }
+            one = width == 1;
             (length, at) = (length + 1, at + width);
-        }
-        for (rank, pair) in ranks.iter_mut().zip(ids[..length].windows(2)) {
-            *rank = self.get(pair[0], pair[1]);
         }
         while length > 1 {
             // The leftmost of equal ranks: rank and position are compared as one number.

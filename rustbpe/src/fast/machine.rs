@@ -23,3 +23,22 @@ pub fn prefetch<T>(place: &T) {
     }
     let _ = place;
 }
+
+/// Asks for pages of 2 MiB. A system without them ignores the advice.
+pub fn ask_for_huge_pages<T>(memory: &mut [T]) {
+    #[cfg(all(target_os = "linux", not(miri)))]
+    if !without(Idea::HugePages) {
+        use std::ffi::{c_int, c_void};
+        extern "C" {
+            fn madvise(address: *mut c_void, length: usize, advice: c_int) -> c_int;
+        }
+        const MADV_HUGEPAGE: c_int = 14;
+        let range = memory.as_mut_ptr_range();
+        let first = (range.start as usize).next_multiple_of(4096);
+        if let Some(length) = (range.end as usize).checked_sub(first) {
+            // SAFETY: whole pages of this slice, which is borrowed; the advice does not change their contents.
+            unsafe { madvise(first as *mut c_void, length / 4096 * 4096, MADV_HUGEPAGE) };
+        }
+    }
+    let _ = memory;
+}

@@ -5,6 +5,7 @@
 use rustc_hash::FxHashMap;
 
 use super::candidates::Candidates;
+use super::machine::ask_for_huge_pages;
 use super::neighbours::Neighbours;
 use super::slots::Slots;
 
@@ -63,7 +64,9 @@ impl Pairs {
             (pair.start, end) = (end, end + pair.places as usize);
         }
         let mut next: Vec<usize> = pairs.list.iter().map(|pair| pair.start).collect();
-        pairs.places = vec![Place::default(); end];
+        pairs.places = Vec::with_capacity(2 * end);
+        ask_for_huge_pages(pairs.places.spare_capacity_mut());
+        pairs.places.resize(end, Place::default());
         slots.for_each_pair(keep_going, |key, place| {
             if let Some(&number) = pairs.index.get(&key) {
                 let next = &mut next[number as usize];
