@@ -12,14 +12,16 @@ pub enum Idea {
     Waiting,
     Cache,
     Table,
+    Order,
+    AtOnce,
     Floor,
     Buckets,
 }
 
 impl Idea {
-    pub const ALL: [Idea; 9] = {
+    pub const ALL: [Idea; 11] = {
         use Idea::*;
-        [Patterns, Window, Prefetch, HugePages, Waiting, Cache, Table, Floor, Buckets]
+        [Patterns, Window, Prefetch, HugePages, Waiting, Cache, Table, Order, AtOnce, Floor, Buckets]
     };
 
     /// From now on. Without the feature it has no effect.

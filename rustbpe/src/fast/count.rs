@@ -44,13 +44,16 @@ impl Counter {
         self.stop.store(true, Ordering::Relaxed);
     }
 
-    /// Calls `f` with every piece and its count.
+    /// Calls `f` with every piece and its count. Those with the same beginning follow each other, and have pairs in common.
     pub fn for_each(self, mut f: impl FnMut(&[u8], u64)) {
-        for shard in self.shards {
-            for (key, count) in held(shard.into_inner()).pieces() {
-                let (bytes, length) = key.bytes();
-                f(&bytes[..length], count);
-            }
+        let tables: Vec<Table> = self.shards.into_iter().map(|shard| held(shard.into_inner())).collect();
+        let mut pieces: Vec<(Key, u64)> = tables.iter().flat_map(Table::pieces).collect();
+        if !without(Idea::Order) {
+            pieces.sort_unstable_by_key(|(key, _)| key.beginning());
+        }
+        for (key, count) in pieces {
+            let (bytes, length) = key.bytes();
+            f(&bytes[..length], count);
         }
         held(self.long.into_inner()).iter().for_each(|(piece, &count)| f(piece, count));
     }

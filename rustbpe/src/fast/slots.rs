@@ -12,9 +12,12 @@
 
 use super::neighbours::Neighbours;
 use super::pairs::{key, Key, Place};
+use super::{without, Idea};
 
 /// Words to count between calls of `keep_going`.
 const CHECK_EVERY: usize = 256;
+/// Places that are read together, without a branch, to have many loads in flight.
+const AT_ONCE: usize = 256;
 /// Between words and inside tokens, so that no pair spans two words.
 const BORDER: u32 = u32::MAX;
 
@@ -86,26 +89,35 @@ impl Slots {
         lengths.push((len_a + len_b) as u32);
         left.add_token();
         right.add_token();
-        for &place in places {
-            let at = place.at as usize;
-            if slots[at] != a || slots[at + len_a] != b {
-                continue; // a part of another token since
+        let mut live = [Place::default(); AT_ONCE];
+        for places in places.chunks(if without(Idea::AtOnce) { 1 } else { AT_ONCE }) {
+            let mut count = 0;
+            for &place in places {
+                let at = place.at as usize;
+                live[count] = place;
+                count += ((slots[at] == a) & (slots[at + len_a] == b)) as usize;
             }
-            let end = at + len_a + len_b;
-            slots[at + len_a - 1] = BORDER;
-            slots[at + len_a] = BORDER;
-            slots[at] = new;
-            slots[end - 1] = new;
-            let before = slots[at - 1];
-            if before == new {
-                // `(a b) a b`: the pair (new, a) that was just added no longer exists.
-                right.lose_gain(a, place.weight);
-            }
-            if before != BORDER {
-                left.add(before, Place { at: place.at - lengths[before as usize], ..place });
-            }
-            if slots[end] != BORDER {
-                right.add(slots[end], place);
+            for &place in &live[..count] {
+                let at = place.at as usize;
+                if slots[at] != a || slots[at + len_a] != b {
+                    continue; // `a a a`: the middle one belongs to the previous token
+                }
+                let end = at + len_a + len_b;
+                slots[at + len_a - 1] = BORDER;
+                slots[at + len_a] = BORDER;
+                slots[at] = new;
+                slots[end - 1] = new;
+                let before = slots[at - 1];
+                if before == new {
+                    // `(a b) a b`: the pair (new, a) that was just added no longer exists.
+                    right.lose_gain(a, place.weight);
+                }
+                if before != BORDER {
+                    left.add(before, Place { at: place.at - lengths[before as usize], ..place });
+                }
+                if slots[end] != BORDER {
+                    right.add(slots[end], place);
+                }
             }
         }
     }
