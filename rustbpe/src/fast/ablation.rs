@@ -12,16 +12,15 @@ pub enum Idea {
     Waiting,
     Cache,
     Table,
-    Order,
     AtOnce,
     Floor,
     Buckets,
 }
 
 impl Idea {
-    pub const ALL: [Idea; 11] = {
+    pub const ALL: [Idea; 10] = {
         use Idea::*;
-        [Patterns, Window, Prefetch, HugePages, Waiting, Cache, Table, Order, AtOnce, Floor, Buckets]
+        [Patterns, Window, Prefetch, HugePages, Waiting, Cache, Table, AtOnce, Floor, Buckets]
     };
 
     /// From now on. Without the feature it has no effect.

@@ -1,9 +1,9 @@
 //! Texts to counts. Replaces `plain::count`.
-//! Faster: each thread counts into a table of its own, small enough to stay near its core, and moves it into shared tables when it is half
+//! Faster: each thread counts into a table of its own, small enough to stay near its core, and moves it into a shared one when it is half
 //! full; 64 slots are prefetched before the first of them is used. Gain: see table.rs. Memory grows only with the distinct pieces.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::Mutex;
 
 use rustc_hash::FxHashMap;
 
@@ -14,8 +14,6 @@ use super::table::Table;
 use super::{without, Idea};
 use crate::{plain::Token, Error};
 
-/// The first SHARD_BITS bits of the hash choose the shared table. Each has its own lock.
-const SHARD_BITS: u32 = 6;
 /// A thread's own table has 2^LOCAL_BITS slots (3 MB).
 pub const LOCAL_BITS: u32 = 17;
 /// Slots that are prefetched before the first of them is read; at most a window's worth more.
@@ -24,15 +22,13 @@ const WAITING: usize = 64;
 /// The distinct pieces of a corpus and how often each occurred.
 pub struct Counter {
     splitter: Splitter,
-    shards: Vec<Mutex<Table>>,
-    long: Mutex<FxHashMap<Token, u64>>, // the pieces without a key
+    counts: Mutex<(Table, Long)>,
     stop: AtomicBool,
 }
 
 impl Counter {
     pub fn new(splitter: Splitter) -> Self {
-        let shards = (0..1 << SHARD_BITS).map(|_| Mutex::new(Table::new(6, SHARD_BITS))).collect();
-        Counter { splitter, shards, long: Mutex::default(), stop: AtomicBool::new(false) }
+        Counter { splitter, counts: Mutex::new((Table::new(LOCAL_BITS), Long::default())), stop: AtomicBool::new(false) }
     }
 
     pub fn splitter(&self) -> &Splitter {
@@ -44,18 +40,14 @@ impl Counter {
         self.stop.store(true, Ordering::Relaxed);
     }
 
-    /// Calls `f` with every piece and its count. Those with the same beginning follow each other, and have pairs in common.
+    /// Calls `f` with every piece and its count.
     pub fn for_each(self, mut f: impl FnMut(&[u8], u64)) {
-        let tables: Vec<Table> = self.shards.into_iter().map(|shard| held(shard.into_inner())).collect();
-        let mut pieces: Vec<(Key, u64)> = tables.iter().flat_map(Table::pieces).collect();
-        if !without(Idea::Order) {
-            pieces.sort_unstable_by_key(|(key, _)| key.beginning());
-        }
-        for (key, count) in pieces {
+        let (table, long) = self.counts.into_inner().expect("no thread panics while it holds the counts");
+        for (key, count) in table.pieces() {
             let (bytes, length) = key.bytes();
             f(&bytes[..length], count);
         }
-        held(self.long.into_inner()).iter().for_each(|(piece, &count)| f(piece, count));
+        long.iter().for_each(|(piece, &count)| f(piece, count));
     }
 
     /// The counts for training.
@@ -65,42 +57,32 @@ impl Counter {
         slots
     }
 
-    /// Moves a thread's counts into the shared tables.
-    fn take(&self, local: &mut Table, long: &mut FxHashMap<Token, u64>) {
-        let mut open: Option<(usize, MutexGuard<Table>)> = None;
-        for (key, count) in local.pieces() {
-            let hash = key.hash();
-            let shard = (hash >> (64 - SHARD_BITS)) as usize;
-            if open.as_ref().is_none_or(|(number, _)| *number != shard) {
-                drop(open.take()); // release the lock before taking the next one
-                open = Some((shard, held(self.shards[shard].lock())));
-            }
-            let (_, table) = open.as_mut().expect("just locked");
-            table.add(hash, key, count);
-            table.grow();
+    /// Moves a thread's counts into the shared ones.
+    fn take(&self, table: &mut Table, long: &mut Long) {
+        let mut shared = self.counts.lock().expect("no thread panics while it holds the counts");
+        for (key, count) in table.pieces() {
+            shared.0.add(key.hash(), key, count);
+            shared.0.grow();
         }
-        drop(open);
-        local.clear();
-        let mut shared = held(self.long.lock());
-        long.drain().for_each(|(piece, count)| *shared.entry(piece).or_default() += count);
+        table.clear();
+        long.drain().for_each(|(piece, count)| *shared.1.entry(piece).or_default() += count);
     }
 }
 
-fn held<T>(lock: std::sync::LockResult<T>) -> T {
-    lock.expect("no thread panics while it holds a table")
-}
+/// The pieces without a key.
+type Long = FxHashMap<Token, u64>;
 
 /// One thread's counts. `finish` moves them into the counter.
 pub struct LocalCounter<'c> {
     counter: &'c Counter,
     splitter: Splitter,
     table: Table,
-    long: FxHashMap<Token, u64>,
+    long: Long,
 }
 
 impl<'c> LocalCounter<'c> {
     pub fn new(counter: &'c Counter) -> Self {
-        LocalCounter { counter, splitter: counter.splitter.clone(), table: Table::new(LOCAL_BITS, 0), long: FxHashMap::default() }
+        LocalCounter { counter, splitter: counter.splitter.clone(), table: Table::new(LOCAL_BITS), long: Long::default() }
     }
 
     pub fn add(&mut self, text: &[u8]) -> Result<(), Error> {

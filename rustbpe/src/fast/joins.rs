@@ -2,13 +2,9 @@
 //! Faster: parts are ids, and the token that two of them join to is read from a table; no bytes are hashed. Characters join before anything
 //! else, so they are read from a table, too. The lowest rank among a few is found without a queue. Gain: fresh +44 %, cold +26 %.
 
-use std::cmp::Reverse;
-use std::collections::BinaryHeap;
-
-use rustc_hash::FxHashMap;
-
+use super::characters::Characters;
 use super::key::Key;
-use crate::plain::{Ranks, Token};
+use crate::plain::{self, Ranks, Token};
 use crate::Error;
 
 /// Which two tokens join to which.
@@ -16,16 +12,13 @@ use crate::Error;
 /// Up to the moment at which a token arises in a piece, no join crosses its borders, so the joins within it are those of its own bytes.
 /// A token that arises from older ones thus does so from the same two in every piece, and the table has only those two.
 pub struct Joins {
-    bytes: [u32; 256],
-    characters: Box<[u32]>, // the token of each code point, or NONE
-    borders: Box<[u32]>,    // the oldest token with these two bytes around the end of a part of a character
-    slots: Vec<u64>,        // left, right and the joined token, ID_BITS each; open addressing, at most half full
-    bits: Vec<u64>,         // eight for each slot: most requested pairs do not join, and this set, which fits in the cache, rejects them
-    byte_pairs: Box<[u32]>, // the token of each two bytes, or NONE
+    characters: Characters,
+    slots: Vec<u64>, // left, right and the joined token, ID_BITS each; open addressing, at most half full
+    bits: Vec<u64>,  // eight for each slot: most requested pairs do not join, and this set, which fits in the cache, rejects them
     used: usize,
-    /// The tokens that joining does not find, and those that are longer than a key, since their joining takes long.
-    whole: Ranks,
-    shortest: usize, // of those
+    ranks: Ranks,
+    /// The length of the shortest token that is not found by joining, or is longer than a key: joining many bytes takes long.
+    shortest: usize,
 }
 
 /// Three ids fit in 64 bits, and no ids set all bits.
@@ -33,84 +26,47 @@ pub const MAX_TOKENS: usize = (1 << ID_BITS) - 1;
 const ID_BITS: u32 = 21;
 const EMPTY: u64 = u64::MAX;
 const NONE: u32 = u32::MAX;
-/// Pieces of more parts than this go through a queue.
-const FEW: usize = 1 << PLACE_BITS;
-const PLACE_BITS: u32 = 5;
+/// Ids and 256 places fit in 32 bits.
+const PLACE_BITS: u32 = 8;
 
 impl Joins {
     pub fn new(tokens: &[Token]) -> Result<Self, Error> {
         if tokens.len() > MAX_TOKENS {
             return Err(Error::Ranks(format!("ids up to {} are too large, {} is the largest possible", tokens.len() - 1, MAX_TOKENS - 1)));
         }
-        let mut ranks: FxHashMap<&[u8], u32> = FxHashMap::with_capacity_and_hasher(tokens.len(), Default::default());
+        let mut ranks = Ranks::with_capacity_and_hasher(tokens.len(), Default::default());
         for (token, id) in tokens.iter().zip(0..).filter(|(token, _)| !token.is_empty()) {
-            if let Some(first) = ranks.insert(token, id) {
+            if let Some(first) = ranks.insert(token.clone(), id) {
                 return Err(Error::Ranks(format!("tokens {first} and {id} are the same bytes")));
             }
         }
-        let mut bytes = [0; 256];
-        for byte in 0..=255u8 {
-            bytes[byte as usize] = *ranks.get(&[byte][..]).ok_or_else(|| Error::Ranks(format!("the single byte {byte} is no token")))?;
+        if let Some(byte) = (0..=255).find(|&byte| !ranks.contains_key(&[byte][..])) {
+            return Err(Error::Ranks(format!("the single byte {byte} is no token")));
         }
-        let (characters, borders) = (vec![NONE; 1 << 16].into(), vec![NONE; 1 << 16].into());
-        let (slots, bits) = (vec![EMPTY; 16], vec![0; 2]);
-        let mut joins = Joins {
-            bytes,
-            characters,
-            borders,
-            byte_pairs: vec![NONE; 1 << 16].into(),
-            slots,
-            bits,
-            used: 0,
-            whole: Ranks::default(),
-            shortest: usize::MAX,
-        };
+        let (characters, slots, bits) = (Characters::new(|byte| ranks[&[byte][..]]), vec![EMPTY; 16], vec![0; 2]);
+        let mut joins = Joins { characters, slots, bits, used: 0, ranks, shortest: Key::LONGEST + 1 };
         let (mut parts, mut ordered) = (Vec::new(), true);
         for (token, id) in tokens.iter().zip(0..).filter(|(token, _)| token.len() > 1) {
             parts.clear();
-            if let [a, b] = **token {
-                joins.byte_pairs[(a as usize) << 8 | b as usize] = id;
-            }
-            joins.join(token, &mut parts);
+            let _ = joins.join::<32>(token, &mut parts) || joins.join::<256>(token, &mut parts);
             if let [left, right] = parts[..] {
                 joins.insert(left, right, id);
             } else {
-                // It arises from younger tokens, or never: it may be joined from any two that have its bytes.
+                // It is long, or arises from younger tokens, or never: it may be joined from any two that have its bytes.
                 for cut in 1..token.len() {
-                    if let [Some(&left), Some(&right)] = [&token[..cut], &token[cut..]].map(|half| ranks.get(half)) {
-                        ordered &= left.max(right) < id;
+                    if let [Some(&left), Some(&right)] = [&token[..cut], &token[cut..]].map(|half| joins.ranks.get(half)) {
+                        if ordered && left.max(right) > id {
+                            ordered = false;
+                            joins.characters.forget();
+                        }
                         joins.insert(left, right, id);
                     }
                 }
-            }
-            if parts.len() != 2 || token.len() > Key::LONGEST {
-                joins.whole.insert(token.clone(), id);
                 joins.shortest = joins.shortest.min(token.len());
             }
-        }
-        if ordered {
-            joins.find_characters(tokens);
+            joins.characters.add(token, id, ordered && parts.len() == 2);
         }
         Ok(joins)
-    }
-
-    /// A character is whole before a part of it joins with a neighbour if all tokens that begin or end with such a part, and go beyond the
-    /// character, are younger. Those that begin or end with the whole character are younger anyway: all tokens are `ordered`.
-    fn find_characters(&mut self, tokens: &[Token]) {
-        for (token, id) in tokens.iter().zip(0..) {
-            let mut firsts = (0..token.len()).filter(|&at| token[at] & 0xc0 != 0x80);
-            let (first, last) = (firsts.next().unwrap_or(0), firsts.next_back());
-            let ends_within = |&last: &usize| std::str::from_utf8(&token[last..]).is_err();
-            for border in [first, last.filter(ends_within).unwrap_or(0)] {
-                if border > 0 {
-                    let oldest = &mut self.borders[(token[border - 1] as usize) << 8 | token[border] as usize];
-                    *oldest = id.min(*oldest);
-                }
-            }
-            if let (2 | 3, Ok(text), None) = (token.len(), std::str::from_utf8(token), last) {
-                self.characters[text.chars().next().expect("not empty") as usize] = if self.whole.contains_key(token) { NONE } else { id };
-            }
-        }
     }
 
     #[inline]
@@ -163,55 +119,36 @@ impl Joins {
     /// Appends the ids of a piece to `out`.
     #[inline(never)]
     pub fn encode(&self, piece: &[u8], out: &mut Vec<u32>) {
-        let whole = if piece.len() < self.shortest { None } else { self.whole.get(piece) };
+        let whole = if piece.len() < self.shortest { None } else { self.ranks.get(piece) };
         match whole {
             Some(&id) => out.push(id),
-            None => self.join(piece, out),
+            None if self.join::<32>(piece, out) || self.join::<256>(piece, out) => {}
+            None => out.extend(plain::join(&self.ranks, piece)),
         }
     }
 
-    /// The first part to join from `at` on, and its length in bytes: a character, or else a byte.
+    /// Joins a piece of at most MOST parts; false if it has more.
     #[inline]
-    fn first(&self, piece: &[u8], at: usize) -> (u32, usize) {
-        let byte = piece[at] as usize;
-        let (character, width) = match piece[at..] {
-            [0xc2..=0xdf, second, ..] => ((byte & 0x1f) << 6 | second as usize & 0x3f, 2),
-            [0xe0..=0xef, second, third, ..] => ((byte & 0xf) << 12 | (second as usize & 0x3f) << 6 | third as usize & 0x3f, 3),
-            _ => return (self.bytes[byte], 1),
-        };
-        let id = self.characters[character];
-        let is_free = |at: usize| at == 0 || at == piece.len() || self.borders[(piece[at - 1] as usize) << 8 | piece[at] as usize] > id;
-        match id != NONE && is_free(at) && is_free(at + width) {
-            true => (id, width),
-            false => (self.bytes[byte], 1),
-        }
-    }
-
-    #[inline]
-    fn join(&self, piece: &[u8], out: &mut Vec<u32>) {
-        let (mut ids, mut ranks, mut length, mut at, mut one) = ([0; FEW], [NONE; FEW], 0, 0, false);
+    fn join<const MOST: usize>(&self, piece: &[u8], out: &mut Vec<u32>) -> bool {
+        let (mut ids, mut ranks, mut length, mut at) = ([0; MOST], [NONE; MOST], 0, 0);
         while at < piece.len() {
-            if length == FEW {
-                return self.join_many(piece, out);
+            if length == MOST {
+                return false;
             }
-            let (id, width) = self.first(piece, at);
+            let (id, width) = self.characters.first(piece, at);
             ids[length] = id;
             if length > 0 {
-                ranks[length - 1] = if width == 1 && one {
-                    self.byte_pairs[(piece[at - 1] as usize) << 8 | piece[at] as usize]
-                } else {
-                    self.get(ids[length - 1], id)
-                };
+                ranks[length - 1] = self.get(ids[length - 1], id);
             }
-            one = width == 1;
             (length, at) = (length + 1, at + width);
         }
         while length > 1 {
-            // The leftmost of equal ranks: rank and position are compared as one number.
+            // The leftmost of equal ranks: rank and place are compared as one number. The last rank of all is NONE.
             let lowest =
                 |eight: &[u32], at: u32| eight.iter().zip(at..).map(|(&rank, at)| rank << PLACE_BITS | at).fold(u32::MAX, u32::min);
-            let best = ranks.chunks_exact(8).zip((0..).step_by(8)).take(length.div_ceil(8)).map(|(eight, at)| lowest(eight, at)).min();
-            let (rank, at) = best.map_or((NONE, 0), |best| (best >> PLACE_BITS, best as usize % FEW));
+            let eights = ranks.chunks_exact(8).zip((0..).step_by(8)).take(length.div_ceil(8));
+            let best = eights.map(|(eight, at)| lowest(eight, at)).fold(u32::MAX, u32::min);
+            let (rank, at) = (best >> PLACE_BITS, best as usize & ((1 << PLACE_BITS) - 1));
             if rank == NONE >> PLACE_BITS {
                 break;
             }
@@ -225,40 +162,6 @@ impl Joins {
             }
         }
         out.extend_from_slice(&ids[..length]);
-    }
-
-    /// The same with a queue, in which a rank that is no longer that of its position is skipped.
-    #[cold]
-    fn join_many(&self, piece: &[u8], out: &mut Vec<u32>) {
-        let (mut ids, mut at) = (Vec::new(), 0);
-        while at < piece.len() {
-            let (id, width) = self.first(piece, at);
-            ids.push(id);
-            at += width;
-        }
-        let mut ranks: Vec<u32> = ids.windows(2).map(|pair| self.get(pair[0], pair[1])).chain([NONE]).collect();
-        let (mut before, mut after): (Vec<_>, Vec<_>) = (0..ids.len()).map(|at| (at.wrapping_sub(1), at + 1)).unzip();
-        let mut queue: BinaryHeap<_> =
-            ranks.iter().zip(0..).filter(|(&rank, _)| rank != NONE).map(|(&rank, at)| Reverse((rank, at))).collect();
-        while let Some(Reverse((rank, at))) = queue.pop() {
-            if ranks[at as usize] != rank {
-                continue;
-            }
-            let (at, gone) = (at as usize, after[at as usize]);
-            (ids[at], ranks[gone], after[at]) = (rank, NONE, after[gone]);
-            if let Some(place) = before.get_mut(after[at]) {
-                *place = at;
-            }
-            for left in [before[at], at] {
-                let (Some(&id), Some(&next)) = (ids.get(left), after.get(left).and_then(|&right| ids.get(right))) else { continue };
-                ranks[left] = self.get(id, next);
-                queue.extend((ranks[left] != NONE).then_some(Reverse((ranks[left], left as u32))));
-            }
-        }
-        at = 0;
-        while at < ids.len() {
-            out.push(ids[at]);
-            at = after[at];
-        }
+        true
     }
 }

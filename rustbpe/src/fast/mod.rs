@@ -5,6 +5,7 @@
 mod ablation;
 mod cache;
 mod candidates;
+mod characters;
 pub mod classes;
 pub mod count;
 pub mod documents;
@@ -21,7 +22,6 @@ pub mod slots;
 pub mod split;
 mod table;
 pub mod threads;
-mod tokens;
 pub mod train;
 pub mod window;
 

@@ -3,7 +3,6 @@
 //! Gain: see NOTES.md.
 
 use super::classes::{Class, Classes};
-use super::window::{Window, WINDOW};
 
 pub struct Text<'t> {
     pub bytes: &'t [u8], // valid UTF-8, and positions are always on a character boundary
@@ -44,15 +43,6 @@ impl Text<'_> {
             }
             at += width;
         }
-    }
-
-    /// Skips whole windows of ASCII letters, for words longer than any real word.
-    #[inline]
-    pub fn letters_end(&self, mut at: usize) -> usize {
-        while self.bytes[at..].first_chunk().is_some_and(|bytes| Window::read(bytes).letters == u64::MAX) {
-            at += WINDOW;
-        }
-        self.run_end(at, |class| class == Class::Letter)
     }
 
     /// `\p{N}{1,n}` from the second on.

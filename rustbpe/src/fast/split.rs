@@ -8,10 +8,10 @@ use fancy_regex::Regex;
 
 use super::classes::Classes;
 use super::machine::prefetch;
-use super::patterns::gpt2::{self, Gpt2};
+use super::patterns::gpt2::Gpt2;
 use super::patterns::gpt4::Gpt4;
-use super::patterns::o200k::{self, O200k};
-use super::patterns::Pattern;
+use super::patterns::o200k::O200k;
+use super::patterns::{spellings, Pattern};
 use super::scan::Text;
 use super::window::Window;
 pub use super::window::WINDOW;
@@ -46,8 +46,8 @@ impl Splitter {
         }
         Ok(Splitter(match Gpt4::known(pattern) {
             Some(gpt4) => Kind::Gpt4(gpt4, classes(&gpt4)),
-            None if gpt2::SPELLINGS.contains(&pattern) => Kind::Gpt2(Gpt2, classes(&Gpt2)),
-            None if pattern == o200k::PATTERN => Kind::O200k(O200k, classes(&O200k)),
+            None if spellings::GPT2.contains(&pattern) => Kind::Gpt2(Gpt2, classes(&Gpt2)),
+            None if pattern == spellings::O200K => Kind::O200k(O200k, classes(&O200k)),
             None => return Self::with_regex(pattern),
         }))
     }

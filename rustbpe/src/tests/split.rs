@@ -4,7 +4,7 @@ use fancy_regex::Regex;
 
 use super::{cases, draws};
 use crate::fast::classes::Classes;
-use crate::fast::patterns::{gpt2, gpt4, o200k, Pattern};
+use crate::fast::patterns::{spellings, Pattern};
 use crate::fast::scan::Text;
 use crate::fast::split::{Kind, Splitter, DEFAULT_PATTERN};
 use crate::fast::threads::in_parallel;
@@ -38,17 +38,19 @@ fn slowly<'t>(splitter: &Splitter, text: &'t str) -> Vec<&'t str> {
 
 /// Every spelling of every pattern that is split by hand.
 fn patterns() -> Vec<String> {
-    let gpt4 = gpt4::BEFORE.iter().flat_map(|before| {
-        gpt4::AFTER.iter().flat_map(move |(after, _)| gpt4::NUMBERS.iter().map(move |(numbers, _)| format!("{before}{numbers}{after}")))
+    let gpt4 = spellings::BEFORE.iter().flat_map(|before| {
+        spellings::AFTER
+            .iter()
+            .flat_map(move |(after, _)| spellings::NUMBERS.iter().map(move |(numbers, _)| format!("{before}{numbers}{after}")))
     });
-    gpt4.chain(gpt2::SPELLINGS.map(String::from)).chain([o200k::PATTERN.to_owned()]).collect()
+    gpt4.chain(spellings::GPT2.map(String::from)).chain([spellings::O200K.to_owned()]).collect()
 }
 
 /// One spelling of each behaviour.
 fn distinct() -> Vec<String> {
-    let gpt4 = |numbers: &str, after: usize| format!("{}{numbers}{}", gpt4::BEFORE[0], gpt4::AFTER[after].0);
+    let gpt4 = |numbers: &str, after: usize| format!("{}{numbers}{}", spellings::BEFORE[0], spellings::AFTER[after].0);
     let ours = [r"\p{N}", r"\p{N}{1,2}", r"\p{N}{1,3}"].map(|numbers| gpt4(numbers, 0));
-    ours.into_iter().chain([gpt4(r"\p{N}{1,3}", 2), gpt2::SPELLINGS[0].to_owned(), o200k::PATTERN.to_owned()]).collect()
+    ours.into_iter().chain([gpt4(r"\p{N}{1,3}", 2), spellings::GPT2[0].to_owned(), spellings::O200K.to_owned()]).collect()
 }
 
 #[test]
