@@ -42,15 +42,7 @@ impl Encoder {
     /// The bytes of `ids`, which need not be whole UTF-8 characters.
     pub fn decode(&self, ids: &[u32]) -> Result<Vec<u8>, Error> {
         let mut out = Vec::new();
-        self.decode_into(ids, &mut out).and(Ok(out))
-    }
-
-    fn decode_into(&self, ids: &[u32], out: &mut Vec<u8>) -> Result<(), Error> {
-        for &id in ids {
-            let token = self.tokens.get(id as usize).filter(|token| !token.is_empty());
-            out.extend_from_slice(token.ok_or(Error::UnknownId(id))?);
-        }
-        Ok(())
+        self.tokens.decode_into(ids, &mut out).and(Ok(out))
     }
 
     /// Decodes the documents on up to `threads` threads.
@@ -60,7 +52,7 @@ impl Encoder {
         threads: usize,
         keep_going: impl Fn() -> bool + Sync,
     ) -> Result<Documents<u8>, Error> {
-        self.in_runs(documents, |ids| 4 * ids.len(), threads, keep_going, |ids, out, _| self.decode_into(ids, out))
+        self.in_runs(documents, |ids| 4 * ids.len(), threads, keep_going, |ids, out, _| self.tokens.decode_into(ids, out))
     }
     /// Calls `work` with every document, in runs on the next free thread. A document yields about the given number of items.
     fn in_runs<D: Copy + Sync, T: Send>(

@@ -9,6 +9,7 @@ use super::joins::Joins;
 pub use super::joins::MAX_TOKENS;
 use super::key::Key;
 use super::split::{Splitter, WINDOW};
+use super::tokens::Tokens;
 use super::{without, Idea};
 use crate::{plain, Error};
 
@@ -18,7 +19,7 @@ const WAITING: usize = 64;
 /// A vocabulary and its pattern, ready to encode. Immutable except for its caches, so any number of threads may share it.
 pub struct Encoder {
     pub(super) splitter: Splitter,
-    pub(super) tokens: Vec<plain::Token>,
+    pub(super) tokens: Tokens,
     joins: Joins,
     pub(super) scratches: Mutex<Vec<Scratch>>,
 }
@@ -48,7 +49,7 @@ impl Encoder {
     /// `tokens[id]` are the bytes of a token, and its id is its rank; no bytes: no token has this id. All single bytes must be there.
     pub fn new(tokens: &[plain::Token], pattern: &str) -> Result<Self, Error> {
         let (joins, splitter) = (Joins::new(tokens)?, Splitter::new(pattern)?);
-        Ok(Encoder { splitter, tokens: tokens.to_vec(), joins, scratches: Mutex::default() })
+        Ok(Encoder { splitter, tokens: Tokens::new(tokens)?, joins, scratches: Mutex::default() })
     }
 
     pub fn split<'t>(&self, text: &'t str) -> Result<Vec<&'t str>, Error> {

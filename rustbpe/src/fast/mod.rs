@@ -22,6 +22,7 @@ pub mod slots;
 pub mod split;
 mod table;
 pub mod threads;
+mod tokens;
 pub mod train;
 pub mod window;
 

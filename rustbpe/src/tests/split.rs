@@ -4,6 +4,7 @@ use fancy_regex::Regex;
 
 use super::{cases, draws};
 use crate::fast::classes::Classes;
+use crate::fast::patterns::o200k::O200k;
 use crate::fast::patterns::{spellings, Pattern};
 use crate::fast::scan::Text;
 use crate::fast::split::{Kind, Splitter, DEFAULT_PATTERN};
@@ -77,23 +78,61 @@ const AROUND: [(&str, &str); 12] = [
     (" !'", "'lL"),
 ];
 
+fn splits_alike(pattern: &str, around: &[(&str, &str)], characters: &[char]) {
+    let (hand, engine) = (Splitter::new(pattern).unwrap(), Regex::new(pattern).unwrap());
+    for &(before, after) in around {
+        // Texts hold many characters, far enough apart not to interact: a call for each would take minutes.
+        for characters in characters.chunks(256) {
+            let text: String = characters.iter().map(|c| format!("{before}{c}{after}\n-a")).collect();
+            assert_eq!(pieces(&hand, &text), plain::split(&engine, &text).unwrap(), "{before:?} {after:?}, {pattern}");
+        }
+    }
+}
+
+/// The lengths of its pieces tell the class of a character.
+fn in_revealing_places(character: char) -> String {
+    format!("a{character}b\n!!{character}!\n{character}Aa\n{character}\n-a")
+}
+
+#[test]
+fn revealing_places_tell_all_classes_apart() {
+    let hand = Splitter::new(spellings::O200K).unwrap();
+    let of_each = ['Ა', 'ა', 'ꙮ', '\u{20dd}', '⑴', '\u{2003}', '→'];
+    let lengths =
+        of_each.map(|character| pieces(&hand, &in_revealing_places(character)).iter().map(|piece| piece.len()).collect::<Vec<_>>());
+    assert!((0..7).all(|i| !lengths[..i].contains(&lengths[i])), "{lengths:?}");
+}
+
+/// Both sides know a character above U+017F only by the sets that contain it. So every code point is put once, for each table of sets,
+/// where the pieces tell its set; then all characters up to U+017F, and one of each class from every 256 code points, in all
+/// neighbourhoods and patterns.
 #[test]
 #[cfg_attr(miri, ignore = "too many")]
 fn every_code_point_in_every_neighbourhood_as_the_regex_engine_does() {
-    // Texts hold many code points, far enough apart not to interact: a call for each would take minutes.
-    let planes_in_use = |block: u32| matches!(block >> 8, 0 | 1 | 14) || matches!(block >> 8, 2 | 3) && block % 16 == 0;
-    let check = |pattern: String| {
-        let (hand, engine) = (Splitter::new(&pattern).unwrap(), Regex::new(&pattern).unwrap());
-        for (before, after) in AROUND {
-            for block in (0..0x1100u32).filter(|&block| before.is_empty() || planes_in_use(block)) {
-                let characters = (block << 8..(block + 1) << 8).filter_map(char::from_u32);
-                let text: String = characters.map(|c| format!("{before}{c}{after}\n-a")).collect();
-                assert_eq!(pieces(&hand, &text), plain::split(&engine, &text).unwrap(), "{before:?} {after:?} block {block:#x}, {pattern}");
+    let all: Vec<char> = (0..=char::MAX as u32).filter_map(char::from_u32).collect();
+    let classes = Classes::new(O200k::CLASSES);
+    let mut some: Vec<char> = all[..0x180].to_vec();
+    for block in all[0x180..].chunks(256) {
+        let mut seen = Vec::new();
+        for &character in block {
+            let class = classes.of(character as u32);
+            if !seen.contains(&class) {
+                seen.push(class);
+                some.push(character);
             }
         }
+    }
+    let (patterns, tables) = (distinct(), [DEFAULT_PATTERN, spellings::O200K]);
+    in_parallel(0..2, |half| {
+        let (hand, engine) = (Splitter::new(tables[half]).unwrap(), Regex::new(tables[half]).unwrap());
+        for characters in all.chunks(256) {
+            let text: String = characters.iter().map(|&character| in_revealing_places(character)).collect();
+            assert_eq!(pieces(&hand, &text), plain::split(&engine, &text).unwrap(), "{:?} {}", characters[0], tables[half]);
+        }
+        patterns.iter().skip(half).step_by(2).for_each(|pattern| splits_alike(pattern, &AROUND, &some));
         Ok(())
-    };
-    in_parallel(distinct(), check).unwrap();
+    })
+    .unwrap();
 }
 
 fn random_text(draw: &mut impl FnMut(usize) -> usize, case: usize) -> String {
