@@ -11,6 +11,8 @@ pub enum Idea {
     HugePages,
     Waiting,
     Cache,
+    Joins,
+    Characters,
     Table,
     AtOnce,
     Floor,
@@ -18,9 +20,9 @@ pub enum Idea {
 }
 
 impl Idea {
-    pub const ALL: [Idea; 10] = {
+    pub const ALL: [Idea; 12] = {
         use Idea::*;
-        [Patterns, Window, Prefetch, HugePages, Waiting, Cache, Table, AtOnce, Floor, Buckets]
+        [Patterns, Window, Prefetch, HugePages, Waiting, Cache, Joins, Characters, Table, AtOnce, Floor, Buckets]
     };
 
     /// From now on. Without the feature it has no effect.

@@ -2,6 +2,8 @@
 //! Faster: a character that is a token before a part of it joins with a neighbour is read from a table, instead of joined from its bytes.
 //! Gain: see NOTES.md, Chinese.
 
+use super::{without, Idea};
+
 const NONE: u32 = u32::MAX;
 
 /// A character is whole before a part of it joins with a neighbour if all tokens that begin or end with such a part, and go beyond the
@@ -56,7 +58,7 @@ impl Characters {
         };
         let token = self.tokens[character];
         let is_free = |at: usize| at == 0 || at == piece.len() || self.borders[Self::border(piece, at)] > token;
-        match token != NONE && is_free(at) && is_free(at + width) {
+        match token != NONE && !without(Idea::Characters) && is_free(at) && is_free(at + width) {
             true => (token, width),
             false => (self.bytes[byte], 1),
         }

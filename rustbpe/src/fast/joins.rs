@@ -1,9 +1,10 @@
 //! Pieces to ids. Replaces `plain::encode_piece`.
-//! Faster: parts are ids, and the token that two of them join to is read from a table; no bytes are hashed. Characters join before anything
-//! else, so they are read from a table, too. The lowest rank among a few is found without a queue. Gain: fresh +44 %, cold +26 %.
+//! Faster: parts are ids, and the token that two of them join to is read from a table; no bytes are hashed. The lowest rank among at most
+//! 256 is found without a queue. GAIN
 
 use super::characters::Characters;
 use super::key::Key;
+use super::{without, Idea};
 use crate::plain::{self, Ranks, Token};
 use crate::Error;
 
@@ -122,6 +123,7 @@ impl Joins {
         let whole = if piece.len() < self.shortest { None } else { self.ranks.get(piece) };
         match whole {
             Some(&id) => out.push(id),
+            None if without(Idea::Joins) => out.extend(plain::join(&self.ranks, piece)),
             None if self.join::<32>(piece, out) || self.join::<256>(piece, out) => {}
             None => out.extend(plain::join(&self.ranks, piece)),
         }

@@ -1,6 +1,6 @@
 //! Hints to the machine about memory. Replaces nothing in `plain`.
-//! Faster: a table beyond the processor's caches answers after 100 ns; a prefetch lets other work go on meanwhile.
-//! Gain: fresh +31 %.
+//! Faster: a table beyond the processor's caches answers after 100 ns; a prefetch lets other work go on meanwhile, and pages of 2 MiB
+//! spare the walk through the page table. GAIN
 
 use super::{without, Idea};
 
