@@ -14,15 +14,16 @@ pub enum Idea {
     Joins,
     Characters,
     Table,
+    Order,
     AtOnce,
     Floor,
     Buckets,
 }
 
 impl Idea {
-    pub const ALL: [Idea; 12] = {
+    pub const ALL: [Idea; 13] = {
         use Idea::*;
-        [Patterns, Window, Prefetch, HugePages, Waiting, Cache, Joins, Characters, Table, AtOnce, Floor, Buckets]
+        [Patterns, Window, Prefetch, HugePages, Waiting, Cache, Joins, Characters, Table, Order, AtOnce, Floor, Buckets]
     };
 
     /// From now on. Without the feature it has no effect.
