@@ -50,7 +50,7 @@ impl Slots {
         }
     }
 
-    pub fn len(&self) -> usize {
+    pub fn size(&self) -> usize {
         self.slots.len()
     }
 

@@ -27,10 +27,10 @@ pub fn check_vocab_size(vocab_size: usize) -> Result<(), Error> {
 /// `keep_going(merges done)` is called regularly; if it returns false, the result is `Error::Interrupted`.
 pub fn train(slots: Slots, vocab_size: usize, keep_going: impl Fn(usize) -> bool) -> Result<Vec<Token>, Error> {
     check_vocab_size(vocab_size)?;
-    if slots.len() >= u32::MAX as usize {
+    if slots.size() >= u32::MAX as usize {
         return Err(Error::Setting("the distinct pieces exceed 4 GiB: train on less text".into()));
     }
-    let floor = match slots.len() {
+    let floor = match slots.size() {
         0..SMALL => 1,
         _ if without(Idea::Floor) => 1,
         _ => 1 + slots.text_bytes() / (FLOOR_DIVISOR * vocab_size as u64),
