@@ -113,7 +113,7 @@ impl Encoder {
     pub(super) fn keep_scratches(&self, scratches: Vec<Scratch>) {
         if let Ok(mut kept) = self.scratches.try_lock() {
             kept.extend(scratches);
-            kept.truncate(worker_threads(None)); // up to 20 MB each
+            kept.truncate(worker_threads(None)); // up to 25 MB each
         }
     }
 }

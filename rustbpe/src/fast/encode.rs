@@ -125,14 +125,19 @@ impl Encoder {
     fn encode_piece(&self, bytes: &[u8], piece: &Waiting, out: &mut Vec<u32>, cache: &mut Cache) {
         let Waiting { key, set, start, len } = *piece;
         let piece = &bytes[start as usize..][..len as usize];
-        if key == Key::NONE || without(Idea::Cache) {
+        if without(Idea::Cache) || key == Key::NONE && !Cache::may_recur(piece) {
             return self.joins.encode(piece, out);
         }
-        if let Some(ids) = cache.find(set, key) {
+        let known = if key == Key::NONE { cache.find_long(piece) } else { cache.find(set, key) };
+        if let Some(ids) = known {
             return out.extend_from_slice(ids);
         }
         let first = out.len();
         self.joins.encode(piece, out);
-        cache.insert(set, key, &out[first..]);
+        if key == Key::NONE {
+            cache.insert_long(piece, &out[first..]);
+        } else {
+            cache.insert(set, key, &out[first..]);
+        }
     }
 }

@@ -49,7 +49,7 @@ impl Joins {
         let (mut parts, mut ordered) = (Vec::new(), true);
         for (token, id) in tokens.iter().zip(0..).filter(|(token, _)| token.len() > 1) {
             parts.clear();
-            let _ = joins.join::<32>(token, &mut parts) || joins.join::<256>(token, &mut parts);
+            joins.join_few(token, &mut parts);
             if let [left, right] = parts[..] {
                 joins.insert(left, right, id);
             } else {
@@ -124,8 +124,16 @@ impl Joins {
         match whole {
             Some(&id) => out.push(id),
             None if without(Idea::Joins) => out.extend(plain::join(&self.ranks, piece)),
-            None if self.join::<32>(piece, out) || self.join::<256>(piece, out) => {}
+            None if self.join_few(piece, out) => {}
             None => out.extend(plain::join(&self.ranks, piece)),
+        }
+    }
+
+    /// Joins a piece of at most 256 parts; false if it has more.
+    fn join_few(&self, piece: &[u8], out: &mut Vec<u32>) -> bool {
+        match piece.len() {
+            ..=32 => self.join::<32>(piece, out),
+            _ => self.join::<256>(piece, out),
         }
     }
 
