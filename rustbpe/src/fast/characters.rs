@@ -1,6 +1,6 @@
 //! The first parts of a piece. Replaces the single bytes with which `plain::join` starts.
 //! Faster: a character that is a token before a part of it joins with a neighbour is read from a table, instead of joined from its bytes.
-//! Gain: see NOTES.md, Chinese.
+//! Gain: 3 times with a Chinese vocabulary; none in English.
 
 use super::{without, Idea};
 

@@ -1,6 +1,6 @@
 //! The same as [`crate::plain`], fast. Each file is one idea, and its head says which function of `plain` it replaces, why it is
 //! faster, and by how much: the gain is that of the whole crate over a run without the idea (`python -m dev.bench_ablation`,
-//! NOTES.md has the conditions, and which gains are not measured yet).
+//! NOTES.md has the conditions, and the gains that are within the noise).
 
 mod ablation;
 mod cache;
