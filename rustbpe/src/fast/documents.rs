@@ -52,7 +52,7 @@ impl Encoder {
         threads: usize,
         keep_going: impl Fn() -> bool + Sync,
     ) -> Result<Documents<u8>, Error> {
-        self.in_runs(documents, |ids| 4 * ids.len(), threads, keep_going, |ids, out, _| self.tokens.decode_into(ids, out))
+        self.in_runs(documents, |ids| 5 * ids.len(), threads, keep_going, |ids, out, _| self.tokens.decode_into(ids, out))
     }
     /// Calls `work` with every document, in runs on the next free thread. A document yields about the given number of items.
     fn in_runs<D: Copy + Sync, T: Send>(
