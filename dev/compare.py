@@ -89,7 +89,7 @@ def read_run(path: Path, config: Config) -> Run:
 
 
 def print_settings(groups: dict[str, list[Run]]) -> None:
-    """The settings that differ, which should be the change alone."""
+    """The settings that differ, which should be the change and nothing else."""
     first = next(iter(groups.values()))[0].settings
     for runs in groups.values():
         for run in runs:
