@@ -110,24 +110,26 @@ def print_table(groups: dict[str, list[Run]], axis: str, metric: str) -> None:
     reference: list[float] = []
     for tags, runs in groups.items():
         values = [run.at(axis, place) for run in runs]
-        spread = f"median {statistics.median(values):.4f}, range {max(values) - min(values):.4f}"
-        each = " ".join(f"{value:.4f}" for value in values)
-        print(f"{tags:{width}}  {each}  {spread}{verdict(values, reference)}")
+        parts = [" ".join(f"{value:.4f}" for value in values)]
+        if len(values) > 1:
+            spread = max(values) - min(values)
+            parts.append(f"median {statistics.median(values):.4f}, range {spread:.4f}")
+        if reference:
+            parts.append(verdict(values, reference))
+        print(f"{tags:{width}}  {'; '.join(parts)}")
         reference = reference or values
 
 
 def verdict(values: Sequence[float], reference: Sequence[float]) -> str:
-    """How a group of seeds lies to the reference; nothing for the reference itself."""
-    if not reference:
-        return ""
+    """The difference from the reference, and whether it exceeds the spread of the seeds."""
     difference = statistics.median(values) - statistics.median(reference)
     if min(len(values), len(reference)) < 2:
-        return f", {difference:+.4f} (one seed: nothing is known of the spread)"
+        return f"{difference:+.4f} (one seed: the spread is unknown)"
     if max(values) < min(reference):
-        return f", {difference:+.4f}: every seed is lower"
+        return f"{difference:+.4f}, every seed lower"
     if min(values) > max(reference):
-        return f", {difference:+.4f}: every seed is higher"
-    return f", {difference:+.4f}: the seeds overlap"
+        return f"{difference:+.4f}, every seed higher"
+    return f"{difference:+.4f}, the seeds overlap"
 
 
 def draw(groups: dict[str, list[Run]], config: Config) -> None:
@@ -136,6 +138,11 @@ def draw(groups: dict[str, list[Run]], config: Config) -> None:
     from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(11.0, 4.0), layout="constrained")
+    # not the first steep fall, in which all curves look alike
+    ends = np.concatenate(
+        [run.value[len(run.value) // 4 :] for runs in groups.values() for run in runs]
+    )
+    margin = 0.05 * float(np.ptp(ends)) or 0.01
     for number, (axis, label) in enumerate(AXES.items(), 1):
         axes = figure.add_subplot(1, len(AXES), number)
         for i, (tags, runs) in enumerate(groups.items()):
@@ -154,6 +161,7 @@ def draw(groups: dict[str, list[Run]], config: Config) -> None:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlabel(label)
         axes.set_ylabel(config.metric)
+        axes.set_ylim(ends.min() - margin, ends.max() + margin)
         axes.grid(alpha=0.25)
         axes.legend()
     config.output.parent.mkdir(parents=True, exist_ok=True)
