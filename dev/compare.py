@@ -7,7 +7,6 @@ The table gives the metric at the same tokens and at the same seconds of trainin
 run of all. The first group is the one that the others are compared with.
 """
 
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from zangchat import configurator
+from zangchat.checkpoint_files import read_meta, steps
 from zangchat.config import SOURCES, SourceFlag
 from zangchat.errors import UserError
 from zangchat.report.curves import curve_of, is_number
@@ -83,8 +83,8 @@ def read_run(path: Path, config: Config) -> Run:
             points.append((row["tokens"], seconds, row[config.metric]))
     if not points:
         raise UserError(f"{path} has no {config.metric}: name another field with --metric")
-    metas = sorted(path.parent.glob("meta_*.json"))
-    settings = json.loads(metas[-1].read_text(encoding="utf-8"))["user_config"] if metas else {}
+    newest = next(steps(path.parent, check=""), None)
+    settings = {} if newest is None else read_meta(path.parent, newest)["user_config"]
     return Run(path.parent.name, *np.array(points, dtype=float).T, settings)
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tasks.common import TaskMixture
 from tasks.registry import build_mixture
 from zangchat import configurator
+from zangchat.conversation import turns
 from zangchat.errors import UserError
 from zangchat.report import get_report
 from zangchat.runtime.logs import print0
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from zangchat.tokenizer import RustBPETokenizer
 
 OF_OTHER = {"text": "of other text", "mixture": "of other conversations"}
-GROUP_TEXTS = 1024  # of conversations, counted together
+GROUP_CONVERSATIONS = 256  # counted together
 MAX_VOCAB_SIZE = 1 << 24  # far more than a model can use; the counts of merges are 32 bits wide
 
 
@@ -158,7 +159,7 @@ class Text:
     def __init__(
         self, config: Config, dataset: "Dataset", conversations: TaskMixture | None = None
     ) -> None:
-        self.config, self.dataset, self.conversations = config, dataset, conversations
+        self.config, self.dataset, self.conversations = config, dataset, conversations or ()
         self.num_documents = self.characters = 0
         self.start = time.monotonic()
 
@@ -180,18 +181,11 @@ class Text:
                     break
 
     def said(self) -> Iterator[list[str]]:
-        """The texts of the conversations, some hundred at a time."""
-        texts: list[str] = []
+        """The texts of the conversations, a group of conversations at a time."""
         mixture = self.conversations
-        for conversation in () if mixture is None else (mixture[i] for i in range(len(mixture))):
-            for message in conversation["messages"]:
-                content = message["content"]
-                parts = [{"text": content}] if isinstance(content, str) else content
-                texts += [part["text"] for part in parts]
-            if len(texts) >= GROUP_TEXTS:
-                yield texts
-                texts = []
-        yield texts
+        for start in range(0, len(mixture), GROUP_CONVERSATIONS):
+            group = range(start, min(start + GROUP_CONVERSATIONS, len(mixture)))
+            yield [text for i in group for turn in turns(mixture[i]) for _, text in turn.parts]
 
     def capped(self, group: "pyarrow.ChunkedArray | list[str]") -> "pyarrow.ChunkedArray":
         """The documents of a group that are still wanted, cut to doc_cap characters and the last of

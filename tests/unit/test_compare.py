@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from dev.compare import main, verdict
+from zangchat.checkpoint_files import FORMAT_VERSION
 
 
 @pytest.fixture
@@ -24,7 +25,8 @@ def write_run(base: Path, tag: str, *scores: float, pace: float = 1.0, **setting
         rows.append({"step": step, "tokens": 100 * step, "loss": 5.0, "seconds": pace})
         rows.append({"step": step, "tokens": 100 * step, "val_bpb": score})
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    meta = {"user_config": {"seed": tag, "head_dim": 128, **settings}}
+    user_config = {"seed": tag, "head_dim": 128, **settings}
+    meta = {"format_version": FORMAT_VERSION, "step": 2, "files": {}, "user_config": user_config}
     (folder / "meta_000002.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
@@ -61,6 +63,13 @@ def test_another_field_and_a_run_without_a_checkpoint(base, capsys):
     (base / "base_checkpoints" / "d4" / "meta_000002.json").unlink()
     assert main(["--tags=d4", "--metric=loss"]) == 0
     assert "loss after 200 tokens" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_is_named(base, capsys):
+    write_run(base, "d4", 4.0, 3.0, 2.0)
+    (base / "base_checkpoints" / "d4" / "meta_000002.json").write_text("{")
+    assert main(["--tags=d4"]) == 2
+    assert "meta_000002.json is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
