@@ -3,10 +3,12 @@ speed.
 
     python -m dev.laptop_plan --minutes=25 --depth=4 --n_embd=192 --head_dim=32 --max_seq_len=256 \
         --total_batch_size=2048
+    python -m dev.laptop_plan --minutes=25 --pretrained      the later stages, at pretraining's pace
 
 The plan is printed as shell variables. A schedule needs its length beforehand, and a resumed run
 needs the same length again. So the speed is measured once, before the first stage, and runcpu.sh
-keeps the plan in <base>/runcpu.plan.
+keeps the plan in <base>/runcpu.plan. A machine may be slower over minutes than for a moment, or
+have other work: the later stages are planned again after pretraining, in the time that it left.
 """
 
 import statistics
@@ -16,6 +18,8 @@ from dataclasses import dataclass
 
 from dev import bench_train
 from zangchat import configurator
+from zangchat.checkpoint_files import read_meta
+from zangchat.checkpoint_manager import checkpoints_dir, find_largest_model, find_last_step
 from zangchat.runtime.devices import compute_init
 from zangchat.tokenizer import get_tokenizer
 
@@ -30,6 +34,7 @@ MOST = {"MID_STEPS": 1500, "SFT_STEPS": 400, "RL_STEPS": 80}  # more helps only 
 @dataclass
 class Config(bench_train.Config):
     minutes: float = 25.0  # for all of runcpu.sh; the other flags configure its pretraining
+    pretrained: bool = False  # plan what follows, by the time that pretraining has taken
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,26 +42,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def plan(config: Config) -> int:
-    config.vocab_size = get_tokenizer().get_vocab_size()
-    pace = seconds_per_step(config)
-    tokens = config.total_batch_size
-    print(
-        f"# {pace:.3f} s per step of {tokens} tokens ({tokens / pace:,.0f} tok/s), planned for "
-        f"{config.minutes:g} minutes"
-    )
-    for name, steps in steps_that_fit(config.minutes, pace).items():
+    if config.pretrained:
+        pace, spent = pretraining()
+        said = f"pretraining took {spent / 60:.1f} min, {pace:.3f} s per step"
+    else:
+        config.vocab_size = get_tokenizer().get_vocab_size()
+        pace, spent = seconds_per_step(config), 0.0
+        tokens = config.total_batch_size
+        said = f"{pace:.3f} s per step of {tokens} tokens ({tokens / pace:,.0f} tok/s)"
+    print(f"# {said}, planned for {config.minutes:g} minutes")
+    for name, steps in steps_that_fit(config.minutes, pace, spent).items():
         print(f"{name}={steps}")
     return 0
 
 
-def steps_that_fit(minutes: float, pace: float) -> dict[str, int]:
-    """Steps per stage for a pace in seconds per training step; pretraining gets the remaining
-    time.
+def steps_that_fit(minutes: float, pace: float, spent: float = 0.0) -> dict[str, int]:
+    """Steps per stage for a pace in seconds per training step. Pretraining gets what the later
+    stages leave; after it, in which `spent` seconds went, they share what is left.
     """
-    left = 60 * max(minutes - OVERHEAD_MINUTES, 0) / pace  # in units of a training step
-    later = {name: min(MOST[name], int(left * SHARES[name] / COST[name])) for name in SHARES}
+    left = max(60 * (minutes - OVERHEAD_MINUTES) - spent, 0) / pace  # in steps of pretraining
+    whole = sum(SHARES.values()) if spent else 1.0
+    later = {
+        name: min(MOST[name], int(left * share / whole / COST[name]))
+        for name, share in SHARES.items()
+    }
     base = int(left - sum(steps * COST[name] for name, steps in later.items()))
-    return {name: max(LEAST[name], steps) for name, steps in {"BASE_STEPS": base, **later}.items()}
+    steps = later if spent else {"BASE_STEPS": base, **later}
+    return {name: max(LEAST[name], number) for name, number in steps.items()}
+
+
+def pretraining() -> tuple[float, float]:
+    """(seconds per step, seconds) of the base model's training, over all attempts."""
+    folder = checkpoints_dir("base")
+    folder = folder / find_largest_model(folder)
+    state = read_meta(folder, find_last_step(folder))["run_state"]
+    return state["training_seconds"] / state["step"], state["training_seconds"]
 
 
 def seconds_per_step(config: Config, steps: int = 12) -> float:

@@ -84,15 +84,18 @@ stage "$TOKENIZER" python -m scripts.tok_train --dataset=pydocs --vocab_size=204
 MODEL="--depth=4 --n_embd=192 --head_dim=32 --max_seq_len=256 --total_batch_size=2048 --device_batch_size=8"
 
 # The steps that fit are measured once on this machine and then kept, so that an interrupted run resumes with the same plan.
-plan="$ZANGCHAT_BASE_DIR/runcpu.plan"
-if [ ! -s "$plan" ]; then
-    # shellcheck disable=SC2086  # split the flags at spaces
-    python -m dev.laptop_plan --minutes="$MINUTES" $MODEL > "$plan.new"
-    mv "$plan.new" "$plan"
-fi
-# shellcheck disable=SC1090
-source "$plan"
-head -n 1 "$plan"
+plan() { # plan NAME FLAGS...: sets BASE_STEPS, MID_STEPS ...
+    local file="$ZANGCHAT_BASE_DIR/runcpu.$1"
+    if [ ! -s "$file" ]; then
+        # shellcheck disable=SC2086  # split the flags at spaces
+        python -m dev.laptop_plan --minutes="$MINUTES" $MODEL "${@:2}" > "$file.new"
+        mv "$file.new" "$file"
+    fi
+    # shellcheck disable=SC1090
+    source "$file"
+    head -n 1 "$file"
+}
+plan plan
 
 # ---- training --------------------------------------------------------------------------------------------------------------
 # At this size the hardest part is to copy a word from the question into a tool call, and it is best learned early. So
@@ -102,6 +105,7 @@ train "$PRETRAINING" scripts.base_train $MODEL --head_init_scale=0.05 \
     --dataset=pydocs --mixture="spellingbee:30000,arithmetic:20000,identity:4,pydocs:1" --mixture_ratio=0.3 \
     --num_iterations="$BASE_STEPS" --matrix_lr=0.01 --embedding_lr=0.05 --unembedding_lr=0.00375 \
     --eval_every=250 --eval_tokens=100000 --sample_every=-1 --core_metric_every=-1
+plan later --pretrained # at the pace that pretraining met, in the time that it left
 train "$MIDTRAINING" scripts.mid_train --mixture="spellingbee:12000,arithmetic:8000,identity:3,pydocs:2" --mixture_ratio=0.9 \
     --dataset=pydocs --num_iterations="$MID_STEPS" --eval_every=250 --eval_tokens=50000
 train "$FINETUNING" scripts.chat_sft --mixture="spellingbee:6000,arithmetic:4000,identity:4,pydocs:1" \

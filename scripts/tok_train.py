@@ -10,13 +10,17 @@ of theirs next to their checkpoints.
 
 import contextlib
 import functools
+import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from tasks.common import TaskMixture
+from tasks.registry import build_mixture
 from zangchat import configurator
+from zangchat.conversation import turns
 from zangchat.errors import UserError
 from zangchat.report import get_report
 from zangchat.runtime.logs import print0
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
     from zangchat.dataset import Dataset
     from zangchat.tokenizer import RustBPETokenizer
 
+OF_OTHER = {"text": "of other text", "mixture": "of other conversations"}
+GROUP_CONVERSATIONS = 256  # counted together
 MAX_VOCAB_SIZE = 1 << 24  # far more than a model can use; the counts of merges are 32 bits wide
 
 
@@ -42,6 +48,8 @@ class Config:
     dataset: str | None = None  # a folder of <base>/base_data; default: the only one there
     data_path: str | None = None  # a .parquet, .jsonl or .txt file, or a folder of them, instead
     skip_bad_rows: bool = False  # leave out rows of own files that cannot be read, and count them
+    mixture: str = ""
+    """conversations to read first, as base_train mixes them in, e.g. stories:8000,identity:1"""
     overwrite: bool = False  # replace a tokenizer that was made otherwise
 
 
@@ -58,11 +66,12 @@ def train(config: Config) -> None:
 
     dataset = find_dataset(config.dataset, config.data_path, config.skip_bad_rows)
     dataset.count_left_out()
-    facts = settings(config, dataset)
+    conversations = build_mixture(config.mixture) if config.mixture else None
+    facts = settings(config, dataset, conversations)
     if not config.overwrite and already_trained(facts):
         return
 
-    text = Text(config, dataset)
+    text = Text(config, dataset, conversations)
 
     @functools.cache
     def merging() -> Progress:
@@ -101,9 +110,13 @@ def check(config: Config) -> None:
     configurator.check_range(1, config, "max_chars", "doc_cap")
 
 
-def settings(config: Config, dataset: "Dataset") -> dict[str, Any]:
+def settings(
+    config: Config, dataset: "Dataset", conversations: TaskMixture | None
+) -> dict[str, Any]:
     """The settings that determine the result; kept in tokenizer.json."""
+    mixed = {"mixture": conversations.fingerprints()} if conversations else {}
     return {
+        **mixed,
         "vocab_size": config.vocab_size,
         "max_chars": config.max_chars,
         "doc_cap": config.doc_cap,
@@ -123,12 +136,11 @@ def already_trained(facts: dict[str, Any]) -> bool:
         return False
     found = RustBPETokenizer.from_directory(folder)
     were = {"pattern": "gpt4", **found.facts}  # older files do not name it
-    differences = [name for name, value in facts.items() if were.get(name) != value]
+    names = dict.fromkeys((*facts, "mixture"))
+    differences = [name for name in names if were.get(name) != facts.get(name)]
     if differences:
         said = ", ".join(
-            "of other text"
-            if name == "text"
-            else f"{name} {were.get(name)} instead of {facts[name]}"
+            OF_OTHER.get(name) or f"{name} {were.get(name)} instead of {facts[name]}"
             for name in differences
         )
         raise UserError(
@@ -144,8 +156,10 @@ def already_trained(facts: dict[str, Any]) -> bool:
 class Text:
     """The documents to train on, and counts of those read."""
 
-    def __init__(self, config: Config, dataset: "Dataset") -> None:
-        self.config, self.dataset = config, dataset
+    def __init__(
+        self, config: Config, dataset: "Dataset", conversations: TaskMixture | None = None
+    ) -> None:
+        self.config, self.dataset, self.conversations = config, dataset, conversations or ()
         self.num_documents = self.characters = 0
         self.start = time.monotonic()
 
@@ -155,7 +169,7 @@ class Text:
         strings.
         """
         with Progress("tokenizer: characters", self.expected_characters()) as reading:
-            for group in self.dataset.iter_arrow("train"):
+            for group in itertools.chain(self.said(), self.dataset.iter_arrow("train")):
                 texts = self.capped(group)
                 self.num_documents += len(texts)
                 yield texts
@@ -165,6 +179,13 @@ class Text:
                 )
                 if self.characters >= self.config.max_chars:
                     break
+
+    def said(self) -> Iterator[list[str]]:
+        """The texts of the conversations, a group of conversations at a time."""
+        mixture = self.conversations
+        for start in range(0, len(mixture), GROUP_CONVERSATIONS):
+            group = range(start, min(start + GROUP_CONVERSATIONS, len(mixture)))
+            yield [text for i in group for turn in turns(mixture[i]) for _, text in turn.parts]
 
     def capped(self, group: "pyarrow.ChunkedArray | list[str]") -> "pyarrow.ChunkedArray":
         """The documents of a group that are still wanted, cut to doc_cap characters and the last of

@@ -235,6 +235,7 @@ CARDS = (8, 16, 24, 40, 80, 141)  # GiB of the GPUs that people have
 # share of the memory, with expandable segments (devices.py); the libraries' workspaces, NCCL's
 # buffers and some fragmentation take the rest
 USABLE = 0.92
+USABLE_CPU = 0.4  # glibc's heap grew to 1.1 to 2.3 times the estimate (fp32, 4 and 6 layers)
 CONTEXT = {"cuda": 6e8}  # bytes that a process takes on the device before its first tensor
 # longer passes gain nothing: the products run at full speed
 PASS_TOKENS = {
@@ -254,7 +255,8 @@ def fitting_batch(
     """
     device_type = settings.get("device_type", "cuda")
     most = min(rows, max(1, PASS_TOKENS[device_type] // config.sequence_len))
-    room = USABLE * (memory - CONTEXT.get(device_type, 0))
+    share = USABLE_CPU if device_type == "cpu" else USABLE
+    room = share * (memory - CONTEXT.get(device_type, 0))
     for size in range(most, 0, -1):
         if (not even or rows % size == 0) and memory_estimate(config, size, **settings)[
             "total"

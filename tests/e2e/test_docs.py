@@ -49,14 +49,14 @@ SLOW = ("scripts.chat_web", "scripts.export_hf", "scripts.import_model")
 
 
 def small(line: str, number: int) -> list[str]:
-    """[module, flag...] of `python -m module flag...`, made small. Each pretraining run gets a tag
-    of its own.
+    """[module, flag...] of `python -m module flag...`, made small. Each pretraining run without a
+    tag gets one of its own.
     """
     module, *flags = shlex.split(line, comments=True)[2:]
     more = [] if "--dry_run" in flags else SMALL.get(module, "").split()
     if any(flag.startswith("--model_tag=") for flag in flags):  # it names its own model
         more = [word for word in more if word not in ("--model_tag=d4", "-g", "d4")]
-    if module == "scripts.base_train" and "--dry_run" not in flags:
+    elif module == "scripts.base_train" and "--dry_run" not in flags:
         more.append(f"--model_tag=doc{number}")
     return [module, *flags, *more]
 

@@ -191,9 +191,10 @@ def hellaswag() -> Repo:
 
 @pytest.mark.parametrize("line", dict.fromkeys(line for line in TEXT if " -n " in line))
 def test_text_is_downloaded(line: str, machine: Machine) -> None:
-    name = re.search(r"--source=(\S+)", line)
-    assert name and f"{name[1]}: 8 training shards" in machine.type(line)
-    assert len(load_dataset(machine.base / "base_data" / name[1]).shards("train")) == 8
+    source = re.search(r"--source=(\S+) -n (\d)", line)
+    assert source and f"{source[1]}: {source[2]} training shard" in machine.type(line)
+    train = load_dataset(machine.base / "base_data" / source[1]).shards("train")
+    assert len(train) == int(source[2])
 
 
 @pytest.mark.parametrize("line", dict.fromkeys(line for line in TEXT if " -n " not in line))
@@ -223,7 +224,7 @@ def test_pydocs_corpus_is_built(machine: Machine) -> None:
 @pytest.fixture(scope="module")
 def trained(machine: Machine) -> Machine:
     """After the README's commands of each stage, with climbmix as the only text."""
-    for name in ("fineweb-edu", "climbmix"):
+    for name in ("fineweb-edu", "climbmix", "tinystories"):
         shutil.rmtree(machine.base / "base_data" / name, ignore_errors=True)
     for line in HOME:
         machine.type(small(line))

@@ -25,7 +25,8 @@ UNDER_WAY = {3: r"^base \d+/", 4: r"^mid \d+/", 5: r"^sft \d+/", 6: r"^rl \d+/"}
 
 def start(base: Path, log: Path) -> "subprocess.Popen[bytes]":
     base.mkdir(exist_ok=True)
-    (base / "runcpu.plan").write_text(PLAN, encoding="utf-8")
+    for name in ("plan", "later"):
+        (base / f"runcpu.{name}").write_text(PLAN, encoding="utf-8")
     with log.open("wb") as output:
         return subprocess.Popen(
             ["bash", "dev/runcpu.sh"],

@@ -37,7 +37,10 @@ def stand_in(port: int = 0, count: int = SHARDS) -> Hub:
 
 
 def repositories(count: int = SHARDS) -> list[Repo]:
-    corpora = [Repo(name, shards(seed, count)) for seed, name in enumerate(HUB_REPOS.values())]
+    corpora = [
+        Repo(name, shards(seed, 1 if source == "tinystories" else count))
+        for seed, (source, name) in enumerate(HUB_REPOS.items())
+    ]
     return corpora + [
         Repo(name, tables(name)) for name in dict.fromkeys(table.hub for table in TABLES)
     ]
@@ -66,7 +69,7 @@ def shards(seed: int, count: int = SHARDS) -> dict[str, bytes]:
     files = {"README.md": b"---\nlicense: mit\n---\nText in shards, shuffled.\n"}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(count):
-            path = Path(folder) / f"shard_{number:05d}.parquet"
+            path = Path(folder) / (f"shard_{number:05d}.parquet" if count > 1 else "lone.parquet")
             write_shard(path, texts[number::count])
             files[path.name] = path.read_bytes()
     return files

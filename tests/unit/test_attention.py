@@ -239,17 +239,20 @@ def test_training_takes_the_kernel_that_was_chosen_and_none_else(allowed: list[A
     assert allowed == [SDPBackend.CUDNN_ATTENTION, flash, flash, attention.WITHOUT_PLANS]
 
 
+@pytest.mark.parametrize("fullgraph", [False, True])
 @pytest.mark.parametrize("backend", ["sdpa", "flash", "FA3", "FA4", "blocks"])
-def test_every_backend_stays_within_one_graph(backend: str) -> None:
-    """fullgraph=True makes a break an error. cuDNN's, for which torch asks the GPU, is chosen in
-    the same way as flash."""
+def test_every_backend_stays_within_one_graph(backend: str, fullgraph: bool) -> None:
+    """With fullgraph=True a break is an error, else torch counts it. cuDNN's, for which torch asks
+    the GPU, is chosen in the same way as flash."""
     torch._dynamo.reset()
-    compiled = torch.compile(attend, backend="eager", fullgraph=True)
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(attend, backend="eager", fullgraph=fullgraph)
     inputs = [part.requires_grad_() for part in qkv(8, 8)]
     torch.testing.assert_close(compiled(*inputs, backend=backend), attend(*inputs, backend=backend))
     if backend == "sdpa":
         with FakeTensorMode():
-            assert compiled(*on_gpu(8, 8, 8)).shape == (2, 4, 8, 16)
+            assert compiled(*on_gpu(8, 8, 8)).shape == (2, 4, 8, 16)  # numbers of heads are symbols
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_unknown_backends_are_named() -> None:

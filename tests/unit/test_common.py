@@ -21,11 +21,17 @@ from tests.machines import gpus, nvidia_smi
 from zangchat import checkpoint_manager, common, configurator
 from zangchat.configurator import to_dict
 from zangchat.errors import UserError
+from zangchat.runtime import memory
 from zangchat.runtime.devices import device_synchronize, resolve_dtype
 from zangchat.runtime.downloads import DOWNLOAD_TRIES
 from zangchat.runtime.files import atomic_file, atomic_write, expand_home
 from zangchat.runtime.logs import get_wandb, log0
-from zangchat.runtime.memory import available_memory, device_memory, peak_memory_bytes
+from zangchat.runtime.memory import (
+    available_memory,
+    device_memory,
+    free_memory,
+    peak_memory_bytes,
+)
 from zangchat.runtime.seeds import derive_seed
 from zangchat.training.flags import RunConfig
 
@@ -531,6 +537,21 @@ def test_metal_uses_fp32():
 def test_memory_and_synchronisation_of_a_cpu():
     device_synchronize("cpu")
     assert 2**24 < peak_memory_bytes(torch.device("cpu")) < 2**40
+
+
+def test_free_memory_of_a_gpu_is_what_tensors_do_not_hold(monkeypatch):
+    """The driver's free memory, and what torch keeps of freed tensors."""
+    counts = {"mem_get_info": (5, 80), "memory_reserved": 60, "memory_allocated": 20}
+    for name, count in counts.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, count=count: count)
+    assert free_memory("cuda") == 5 + 60 - 20 and device_memory("cuda") == 5 + 60
+
+
+def test_free_memory_of_a_cpu_is_this_ranks_share(monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
+    for name, value in (("RANK", 1), ("LOCAL_RANK", 1), ("WORLD_SIZE", 8), ("LOCAL_WORLD_SIZE", 4)):
+        monkeypatch.setenv(name, str(value))
+    assert free_memory("cpu") == 250
 
 
 # -- wandb -----------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """torch.compile: without a working compiler a run says so and goes without; shapes are few."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -62,10 +63,21 @@ def trial(requested: bool | None, cache: Path, **environment: str) -> tuple[str,
     return done.stdout.split()[0], done.stderr
 
 
-def test_a_compiler_that_works_is_used_when_asked_for_also_the_second_time(tmp_path: Path) -> None:
-    assert trial(True, tmp_path) == ("inductor", "")
-    backend, log = trial(True, tmp_path, CXX="/nonexistent-c++")  # a cached result proves nothing
-    assert backend == "None" and "InvalidCxxCompiler" in log
+def test_a_compiler_is_tried_anew_although_the_cache_has_its_results(tmp_path: Path) -> None:
+    """It still tells its version and reads headers, as torch has it do each time; it cannot link."""
+    real, cxx, gone = (
+        shutil.which(os.environ.get("CXX", "g++")),
+        tmp_path / "c++",
+        tmp_path / "gone",
+    )
+    script = f'case "$*" in *-shared*) test ! -e {gone} || exit 1 ;; esac'
+    cxx.write_text(f'#!/bin/sh\n{script}\nexec {real} "$@"\n')
+    cxx.chmod(0o755)
+    assert trial(True, tmp_path / "cache", CXX=str(cxx)) == ("inductor", "")
+    gone.touch()
+    backend, log = trial(True, tmp_path / "cache", CXX=str(cxx))
+    assert backend == "None"
+    assert "not compiling, which is slower: CppCompileError" in log
 
 
 def test_on_a_cpu_and_where_it_is_refused_nothing_is_compiled_or_tried(tmp_path: Path) -> None:

@@ -405,7 +405,7 @@ def test_a_missing_shard_is_waited_for_only_while_it_is_on_its_way(base_data):
         ([], "--source is missing: `python -m zangchat.dataset --source=pydocs` needs no download"),
         (
             ["--source=pile"],
-            "--source=pile is unknown: choose one of pydocs, climbmix, fineweb-edu",
+            "--source=pile is unknown: choose one of pydocs, climbmix, fineweb-edu, tinystories",
         ),
         (["-n", "0"], "must be at least 1"),
         (["verify", "--dataset=none"], "--dataset=none is not in"),

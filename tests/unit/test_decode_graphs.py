@@ -149,9 +149,16 @@ def test_graphs_serve_all_calls_of_an_engine(model: GPT, captures: Captures) -> 
 
 
 def test_a_cache_that_moves_gets_new_graphs(model: GPT, captures: Captures) -> None:
-    engine = Engine(model, TOKENIZER)
-    for rows, length in ((1, 10), (6, 150), (1, 10)):
-        requests = [Request(prompt(i, length), 20, temperature=0, logprobs=0) for i in range(rows)]
+    engine, numbers = Engine(model, TOKENIZER), itertools.count()
+    for rows, length in (
+        (1, 10),
+        (6, 150),
+        (1, 10),
+    ):  # never a prompt of before, which old memory has
+        requests = [
+            Request(prompt(next(numbers), length), 20, temperature=0, logprobs=0)
+            for _ in range(rows)
+        ]
         with engine.running_batch() as batch:
             assert_plain(model, run(batch, requests))
 

@@ -241,6 +241,33 @@ def test_predicted_memory_equals_cpu_usage():
         assert 0.85 < estimate["total"] / measured < 1.25, (dtype, checkpoint, estimate, measured)
 
 
+GROWTH = """
+import sys, psutil, torch
+from zangchat.flops import fitting_batch
+from zangchat.gpt import GPT, GPTConfig
+from zangchat.runtime.memory import keep_freed_memory
+keep_freed_memory()
+config = GPTConfig(512, 400, 6, 4, 4, 256)
+rows = fitting_batch(config, 16, float(sys.argv[1]), dtype="float32", device_type="cpu")
+model, before = GPT(config), psutil.Process().memory_info()
+model.init_weights()
+idx = torch.zeros(rows, 512, dtype=torch.int64)
+for _ in range(3):
+    model(idx, idx).backward()
+after = psutil.Process().memory_info()
+print(rows, (after.rss - after.shared) - (before.rss - before.shared))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the waste is that of glibc's heap")
+def test_rows_on_a_cpu_leave_room_for_what_the_heap_wastes():
+    """Under a container's limit of 1 GB, 16 rows were chosen and took twice that."""
+    command = [sys.executable, "-c", GROWTH, str(1e9)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows, grown = map(int, done.stdout.split())
+    assert rows > 1 and grown < 1e9
+
+
 def test_memory_depends_on_the_dtype():
     single, half = (
         memory_estimate(SMALL, 4, dtype=dtype, device_type="cpu")

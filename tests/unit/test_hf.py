@@ -267,6 +267,17 @@ def test_padding_is_left_and_masked(their_tokenizer, exported, model, tokenizer)
     assert padded.tolist() == alone.tolist()
 
 
+def test_a_developers_message_is_a_system_message_in_the_template(their_tokenizer):
+    user = {"role": "user", "content": "hi"}
+    one, other = (
+        their_tokenizer.apply_chat_template(
+            [{"role": role, "content": "be kind"}, user], tokenize=False
+        )
+        for role in ("developer", "system")
+    )
+    assert one == other
+
+
 @pytest.mark.parametrize(
     ("messages", "complaint"),
     [

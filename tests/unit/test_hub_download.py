@@ -168,6 +168,24 @@ def test_leftovers_of_a_killed_process_are_removed(server):
     assert same_files(dataset, server) and not leftovers(folder)
 
 
+def test_the_end_of_a_corpus_of_one_file_is_for_validation(server, files):
+    lone = {"README.md": b"# readme", "stories.parquet": files["shard_00000.parquet"]}
+    name = hub.HUB_REPOS["tinystories"]
+    server.repos[name] = Repo(name, lone)
+    dataset = download(-1, source="tinystories")
+    assert dataset.shards("train") == dataset.shards("validation") == ["stories.parquet"]
+    train, validation = map(list, map(dataset.iter_documents, ("train", "validation")))
+    assert (len(train), len(validation)) == (1024, 476) and not {*train} & {*validation}
+    assert download(1, source="tinystories").fingerprint == dataset.fingerprint
+    with pytest.raises(UserError, match=r"-n 2: .* has 1 training shard, whose end is for valid"):
+        download(2, source="tinystories")
+    del server.repos[REPO].files["shard_00001.parquet"]
+    for number in (2, 3, 4):
+        del server.repos[REPO].files[f"shard_0000{number}.parquet"]
+    with pytest.raises(UserError, match="is the mirror complete"):
+        download(1)
+
+
 def test_too_many_shards_are_refused(server):
     with pytest.raises(UserError, match=r"-n 9: .* has 4 training shards"):
         download(9)
@@ -212,7 +230,7 @@ def test_command_downloads_and_fails_with_an_exit_code(server, base_dir):
 
     done = run("-n", "1")
     assert done.returncode == 0, done.stderr
-    assert "climbmix: 1 training shards and the validation shard are in" in done.stdout
+    assert "climbmix: 1 training shard and the validation shard in" in done.stdout
     assert (base_dir / "base_data" / "climbmix" / "shard_00004.parquet").exists()
     failed = run("--source=fineweb-edu", "-n", "1")
     assert (

@@ -26,3 +26,20 @@ def test_a_slow_machine_keeps_the_proportions_of_the_stages_and_a_fast_one_pretr
 
 def test_no_stage_is_left_out_however_few_the_minutes() -> None:
     assert steps_that_fit(1, 0.35) == LEAST
+
+
+@pytest.mark.parametrize("slower", [1.0, 1.5])
+def test_after_a_slow_pretraining_the_later_stages_fill_the_minutes_that_are_left(
+    slower: float,
+) -> None:
+    planned = steps_that_fit(25, 0.35)
+    pace, spent = 0.35 * slower, planned["BASE_STEPS"] * 0.35 * slower
+    later = steps_that_fit(25, pace, spent)
+    assert list(later) == ["MID_STEPS", "SFT_STEPS", "RL_STEPS"]
+    used = spent + sum(number * pace * COST[name] for name, number in later.items())
+    assert used == pytest.approx(60 * (25 - OVERHEAD_MINUTES), abs=4 * pace)
+
+
+def test_after_a_pretraining_that_took_all_the_minutes_each_stage_is_short() -> None:
+    later = steps_that_fit(25, 2.0, 60 * 25)
+    assert later == {name: LEAST[name] for name in later}

@@ -486,6 +486,13 @@ def mac(tmp_path):
     return run
 
 
+def plan_laptop(base: Path) -> None:
+    base.mkdir()
+    steps = "# a plan\nBASE_STEPS=1\nMID_STEPS=1\nSFT_STEPS=1\nRL_STEPS=1\n"
+    for name in ("plan", "later"):
+        (base / f"runcpu.{name}").write_text(steps)
+
+
 @pytest.mark.parametrize(
     "script, variables, last",
     [
@@ -499,10 +506,7 @@ def mac(tmp_path):
     ],
 )
 def test_every_script_runs_with_macos_tools(mac, script, variables, last):
-    mac.base.mkdir()
-    (mac.base / "runcpu.plan").write_text(
-        "# a plan\nBASE_STEPS=1\nMID_STEPS=1\nSFT_STEPS=1\nRL_STEPS=1\n"
-    )
+    plan_laptop(mac.base)
     if "PATH" in variables:
         variables = {"PATH": f"{mac.folder}/.venv/bin:{mac.machine.bin}"}
     done, calls = mac(*script.split(), **variables)
@@ -527,10 +531,7 @@ def test_macos_without_a_gpu_is_pointed_to_runcpu(mac):
 
 
 def test_runcpu_uses_the_cpu_if_torch_cannot_use_the_gpu(mac):
-    mac.base.mkdir()
-    (mac.base / "runcpu.plan").write_text(
-        "# a plan\nBASE_STEPS=1\nMID_STEPS=1\nSFT_STEPS=1\nRL_STEPS=1\n"
-    )
+    plan_laptop(mac.base)
     mac.machine.install("nvidia-smi", nvidia_smi(gpus(0), driver="470.82.01"))
     done, calls = mac("dev/runcpu.sh")
     assert (
@@ -555,10 +556,7 @@ TALK = ["source .venv/bin/activate", "python -m scripts.chat_cli", "python -m sc
     ],
 )
 def test_runcpu_speaks_the_readers_language(mac, arguments, variables, first, closing, question):
-    mac.base.mkdir()
-    (mac.base / "runcpu.plan").write_text(
-        "# a plan\nBASE_STEPS=1\nMID_STEPS=1\nSFT_STEPS=1\nRL_STEPS=1\n"
-    )
+    plan_laptop(mac.base)
     done, calls = mac("dev/runcpu.sh", *arguments, **variables)
     assert done.returncode == 0, done.stderr
     headings = re.findall(r"=== \[(\d+)/11\] (.*)\x1b", done.stdout)

@@ -557,11 +557,24 @@ def test_visualize_tokenization(tok: RustBPETokenizer) -> None:
 # ---- commands
 
 
+DOCUMENTS = [f"{text} Number {i}. {'long ' * (i % 50)}" for i in range(300) for text in TEXTS]
+
+
 @pytest.fixture
 def corpus(base_dir: Path) -> Path:
-    documents = [f"{text} Number {i}. {'long ' * (i % 50)}" for i in range(300) for text in TEXTS]
-    write_dataset(base_dir / "base_data" / "tiny", "tiny", documents[10:], documents[:10])
+    write_dataset(base_dir / "base_data" / "tiny", "tiny", DOCUMENTS[10:], DOCUMENTS[:10])
     return base_dir
+
+
+def beginnings(characters: int) -> list[str]:
+    """60 characters of each training document of the corpus, so many in all."""
+    texts: list[str] = []
+    for document in DOCUMENTS[10:]:
+        texts.append(document[: min(60, characters)])
+        characters -= len(texts[-1])
+        if not characters:
+            break
+    return texts
 
 
 def tok_train(*flags: str) -> int:
@@ -575,15 +588,7 @@ def test_tok_train_writes_a_tokenizer_and_a_card(
 ) -> None:
     assert tok_train("--vocab_size=320", "--doc_cap=60", "--max_chars=20000") == 0
     tokenizer = get_tokenizer()
-    documents = [f"{text} Number {i}. {'long ' * (i % 50)}" for i in range(300) for text in TEXTS][
-        10:
-    ]
-    texts, left = [], 20_000
-    for document in documents:
-        texts.append(document[: min(60, left)])
-        left -= len(texts[-1])
-        if not left:
-            break
+    texts = beginnings(20_000)
     assert [tokenizer.decode_bytes([i]) for i in range(311)] == bpe.train(texts, 311, SPLIT_PATTERN)
     assert tokenizer.facts["dataset"] == "tiny"
     card = json.loads((corpus / "report" / "tokenizer-training.card.json").read_text())
@@ -608,6 +613,29 @@ def test_tok_train_splits_numbers_by_the_pattern_of_that_name(
         return
     assert tok_train("--vocab_size=300", "--max_chars=20000") == 2
     assert f"pattern {name} instead of gpt4" in capsys.readouterr().err
+
+
+def test_tok_train_reads_conversations_before_the_text(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = [{"type": "text", "text": "It is "}, {"type": "python", "text": "6*7"}]
+    said = ["zebra giraffe", call, "quokka", "fine"]
+    roles = ["user", "assistant"] * 2
+    turns = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"messages": turns}) + "\n")
+    flags = ("--vocab_size=320", "--max_chars=2000", "--doc_cap=60")
+    assert tok_train(*flags, f"--mixture={path}:40") == 0
+    texts = ["zebra giraffe", "It is ", "6*7", "quokka", "fine"] * 40
+    texts += beginnings(2000 - len("".join(texts)))
+    tokenizer = get_tokenizer()
+    assert [tokenizer.decode_bytes([i]) for i in range(311)] == bpe.train(texts, 311, SPLIT_PATTERN)
+    assert tok_train(*flags, f"--mixture={path}:40") == 0
+    assert "has this tokenizer already" in capsys.readouterr().out
+    assert tok_train(*flags) == 2
+    assert "made otherwise (of other conversations)" in capsys.readouterr().err
+    assert tok_train(*flags, "--mixture=nonsense:3") == 2
+    assert "unknown task 'nonsense'" in capsys.readouterr().err
 
 
 def test_tok_train_knows_tokenizers_from_before_patterns_had_names(corpus: Path) -> None:

@@ -717,10 +717,10 @@ def test_the_rows_of_a_pass_are_chosen_by_the_memory_there_is(base, before, caps
     )
     needed = {
         rows: flops.memory_estimate(config, rows, dtype="float32", device_type="cpu")["total"]
-        / flops.USABLE
+        / flops.USABLE_CPU
         for rows in (1, 3)
     }
-    monkeypatch.setattr(batch_size, "device_memory", lambda device: int(needed[3]) + 1)
+    monkeypatch.setattr(batch_size, "free_memory", lambda device: int(needed[3]) + 1)
     flags = base_flags(base, "--device_batch_size=auto", "--overwrite")
     assert (
         base_train.main(flags) == 0
@@ -745,7 +745,7 @@ def test_the_rows_of_a_pass_are_chosen_by_the_memory_there_is(base, before, caps
             == 0
         )
         assert "--device_batch_size=" in capsys.readouterr().out
-    monkeypatch.setattr(batch_size, "device_memory", lambda device: int(needed[1]) - 10)
+    monkeypatch.setattr(batch_size, "free_memory", lambda device: int(needed[1]) - 10)
     message = refused(base_train.main, flags, capsys)
     assert all(
         told in message

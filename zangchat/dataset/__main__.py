@@ -87,7 +87,7 @@ def verify(config: "VerifyConfig") -> int:
 
 @dataclass
 class Config:
-    source: str = ""  # pydocs | climbmix | fineweb-edu; default with -n: climbmix
+    source: str = ""  # pydocs | climbmix | fineweb-edu | tinystories; default with -n: climbmix
     num_shards: Annotated[
         int, tyro.conf.arg(aliases=["-n"])
     ] = -1  # training shards to fetch from the hub; -1 = all of them

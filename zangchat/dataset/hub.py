@@ -65,7 +65,7 @@ RETRY_WAIT = 2.0  # seconds before the second try, doubled for each further one
 
 def download(source: str, num_shards: int, *, num_workers: int = 4) -> Dataset:
     """Fetch `num_shards` training shards (-1 = all) and the validation shard, the repository's
-    last.
+    last. The end of a corpus that is one file is for validation.
 
     Present shards stay. Raises UserError, naming a shard that cannot be fetched intact.
     """
@@ -207,15 +207,16 @@ def _plan(source: str, folder: Path, num_shards: int) -> Dataset:
             return planned
     repo = HUB_REPOS[source]
     revision, files = _list_shards(repo, planned.manifest["revision"] if planned else None)
-    available = len(files) - 1
+    *texts, last = files
+    available = max(1, len(texts))
     if num_shards > available:
         raise UserError(
-            f"-n {num_shards}: {repo} has {available} training shards (and one for validation)"
+            f"-n {num_shards}: {repo} has {_count(available)}"
+            + (" (and one for validation)" if texts else ", whose end is for validation")
         )
-    chosen = files[: available if num_shards == -1 else num_shards]
-    shards = [{**file, "split": "train"} for file in chosen] + [
-        {**files[-1], "split": "validation"}
-    ]
+    chosen = texts[: available if num_shards == -1 else num_shards]
+    shards = [{**file, "split": "train"} for file in chosen]
+    shards.append({**last, "split": "validation" if texts else "both"})
     manifest = {
         "format": FORMAT,
         "name": source,
@@ -247,13 +248,18 @@ def _list_shards(repo: str, revision: str | None) -> tuple[str, list[dict[str, A
             "HF_ENDPOINT to a mirror, "
             "or use `python -m zangchat.dataset --source=pydocs`, which needs neither"
         ) from error
+    tables = [file for file in tree if file.path.endswith(".parquet")]
     found: list[Any] = sorted(
-        (file for file in tree if SHARD_NAME.fullmatch(file.path)), key=lambda file: file.path
+        (file for file in tables if SHARD_NAME.fullmatch(file.path)), key=lambda file: file.path
     )
-    if commit is None or len(found) < 2:
+    if not found and len(tables) == 1:
+        found = tables
+    elif len(found) < 2:
+        found = []
+    if commit is None or not found:
         raise UserError(
-            f"{repo} at {endpoint()} holds {len(found)} shards named shard_NNNNN.parquet: at least "
-            "2 are needed; is the mirror complete?"
+            f"{repo} at {endpoint()} holds neither several files shard_NNNNN.parquet nor a single "
+            ".parquet file: is the mirror complete?"
         )
     for file in found:
         if getattr(file, "lfs", None) is None:
@@ -277,10 +283,13 @@ def _fetch(dataset: Dataset, num_workers: int) -> None:
     missing = [entry for entry in entries if not _is_there(dataset.folder / entry["name"], entry)]
     for entry in missing:
         todo.put(entry)
-    counts = f"{len(dataset.shards('train'))} training shards and the validation shard"
+    trains = dataset.shards("train")
+    counts = _count(len(trains)) + (
+        "" if trains == dataset.shards("validation") else " and the validation shard"
+    )
     if not missing:
         print0(
-            f"{dataset.name}: {counts} are in {dataset.folder} already (fingerprint "
+            f"{dataset.name}: {counts} in {dataset.folder} already (fingerprint "
             f"{dataset.fingerprint}); "
             f"`python -m zangchat.dataset verify {dataset.flag}` checks them"
         )
@@ -305,7 +314,7 @@ def _fetch(dataset: Dataset, num_workers: int) -> None:
     finally:
         stop.set()
     shutil.rmtree(dataset.folder / INCOMING, ignore_errors=True)
-    print0(f"{dataset.name}: {counts} are in {dataset.folder} (fingerprint {dataset.fingerprint})")
+    print0(f"{dataset.name}: {counts} in {dataset.folder} (fingerprint {dataset.fingerprint})")
 
 
 def _follow(
@@ -368,6 +377,10 @@ def _fetch_shard(dataset: Dataset, entry: dict[str, Any]) -> None:
             f"({_short(error)}): run the same command again later, "
             "or with HF_ENDPOINT set to another mirror; shards that are there stay"
         ) from error
+
+
+def _count(number: int) -> str:
+    return f"{number} training shard{'' if number == 1 else 's'}"
 
 
 def _is_there(path: Path, entry: dict[str, Any]) -> bool:

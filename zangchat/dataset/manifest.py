@@ -51,6 +51,7 @@ BUILD_PYDOCS = "python -m zangchat.dataset --source=pydocs"
 HUB_REPOS = {  # the corpora of the hub, see hub.py
     "climbmix": "karpathy/climbmix-400b-shuffle",
     "fineweb-edu": "karpathy/fineweb-edu-100b-shuffle",
+    "tinystories": "karpathy/tinystories-gpt4-clean",  # one file
 }
 DEFAULT = "climbmix"
 

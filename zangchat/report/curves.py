@@ -17,17 +17,20 @@ class Curve(NamedTuple):
 
 
 def read_curve(base_dir: Path, stage: str) -> Curve | None:
-    """The metrics.jsonl of the stage's most recent model tag; None if the stage has not run.
+    """The metrics.jsonl of the stage's most recent model tag; None if the stage has not run."""
+    folder = base_dir / SOURCES[stage.lower()]
+    files = sorted(folder.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
+    return curve_of(files[-1], stage) if files else None
+
+
+def curve_of(path: Path, stage: str) -> Curve:
+    """The curve in a metrics.jsonl.
 
     A resumed run repeats the steps since its last save; the later line of a step counts.
     """
-    folder = base_dir / SOURCES[stage.lower()]
-    files = sorted(folder.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
-    if not files:
-        return None
     rows: dict[int, dict[str, Any]] = {}
     unreadable = 0
-    with files[-1].open(encoding="utf-8", errors="replace") as lines:
+    with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
                 row = json.loads(line)
@@ -36,7 +39,7 @@ def read_curve(base_dir: Path, stage: str) -> Curve | None:
                 unreadable += 1
                 continue
             rows[step] = {**rows.get(step, {}), **row}
-    return Curve(stage, files[-1].parent.name, [rows[step] for step in sorted(rows)], unreadable)
+    return Curve(stage, path.parent.name, [rows[step] for step in sorted(rows)], unreadable)
 
 
 def is_number(value: Any) -> bool:

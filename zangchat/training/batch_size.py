@@ -13,7 +13,7 @@ from zangchat.config import GPTConfig
 from zangchat.errors import UserError
 from zangchat.runtime import collectives
 from zangchat.runtime.logs import print0
-from zangchat.runtime.memory import device_memory, is_out_of_memory
+from zangchat.runtime.memory import free_memory, is_out_of_memory
 from zangchat.training.flags import RunConfig
 from zangchat.training.settings import memory_settings
 
@@ -37,7 +37,7 @@ def choose_batch(
     if options.device_batch_size != "auto":
         configurator.check_range(1, config, "device_batch_size")
         return config
-    memory = -collectives.max_over_ranks([-device_memory(device)])[0]
+    memory = -collectives.max_over_ranks([-free_memory(device)])[0]
     world_size = collectives.world()[1]
     settings = memory_settings(options, world_size, device.type, options.dtype)
     settings["grad_checkpoint"] = getattr(options, "grad_checkpoint", False)
@@ -48,12 +48,12 @@ def choose_batch(
         needed = flops.memory_estimate(gpt, 1, **settings)["total"]
         raise UserError(
             f"--device_batch_size=auto: one row takes about {needed / flops.GIB:.1f} GiB, {device} "
-            f"has {memory / flops.GIB:.1f}: {', or '.join(_savings(stage, config))}",
+            f"has {memory / flops.GIB:.1f} free: {', or '.join(_savings(stage, config))}",
         )
     needed = flops.memory_estimate(gpt, size, **settings)["total"]
     print0(
         f"{stage}: --device_batch_size={size}, so {-(-per_rank // size)} passes a step: about "
-        f"{needed / flops.GIB:.1f} GiB of the {memory / flops.GIB:.1f} that {device} has",
+        f"{needed / flops.GIB:.1f} GiB of the {memory / flops.GIB:.1f} that {device} has free",
     )
     return dataclasses.replace(config, device_batch_size=size)  # type: ignore[call-arg]
 
