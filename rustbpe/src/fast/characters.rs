@@ -48,9 +48,12 @@ impl Characters {
     }
 
     /// The first part to join from `at` on, and its length in bytes.
-    #[inline]
+    #[inline(always)]
     pub fn first(&self, piece: &[u8], at: usize) -> (u32, usize) {
         let byte = piece[at] as usize;
+        if byte < 0x80 {
+            return (self.bytes[byte], 1);
+        }
         let (character, width) = match piece[at..] {
             [0xc2..=0xdf, second, ..] => ((byte & 0x1f) << 6 | second as usize & 0x3f, 2),
             [0xe0..=0xef, second, third, ..] => ((byte & 0xf) << 12 | (second as usize & 0x3f) << 6 | third as usize & 0x3f, 3),
