@@ -50,7 +50,7 @@ fn main() {
         local.finish();
         tell("count", before);
         let before = now(start);
-        let tokens = train(counter.into_slots(), vocab_size, |_| true).expect("a size");
+        let tokens = train(counter, vocab_size, |_| true).expect("a size");
         tell("merge", before);
         tokens
     } else {

@@ -109,7 +109,7 @@ impl Tokenizer {
             py.check_signals()
         };
         let tokens = Watch::calling(py, &look, |watch| {
-            train(counter.into_slots(), vocab_size, |number| {
+            train(counter, vocab_size, |number| {
                 merges.store(number, Relaxed);
                 watch.keep_going()
             })

@@ -16,14 +16,15 @@ pub enum Idea {
     Table,
     Order,
     AtOnce,
+    TwoBytes,
     Floor,
     Buckets,
 }
 
 impl Idea {
-    pub const ALL: [Idea; 13] = {
+    pub const ALL: [Idea; 14] = {
         use Idea::*;
-        [Patterns, Window, Prefetch, HugePages, Waiting, Cache, Joins, Characters, Table, Order, AtOnce, Floor, Buckets]
+        [Patterns, Window, Prefetch, HugePages, Waiting, Cache, Joins, Characters, Table, Order, AtOnce, TwoBytes, Floor, Buckets]
     };
 
     /// From now on. Without the feature it has no effect.

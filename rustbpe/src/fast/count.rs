@@ -8,7 +8,7 @@ use std::sync::Mutex;
 use rustc_hash::FxHashMap;
 
 use super::key::Key;
-use super::slots::Slots;
+use super::slots::{Slot, Slots};
 use super::split::{Splitter, WINDOW};
 use super::table::Table;
 use super::{without, Idea};
@@ -55,7 +55,7 @@ impl Counter {
     }
 
     /// The counts for training.
-    pub fn into_slots(self) -> Slots {
+    pub fn into_slots<S: Slot>(self) -> Slots<S> {
         let mut slots = Slots::default();
         self.for_each(|piece, count| slots.push(piece, count));
         slots

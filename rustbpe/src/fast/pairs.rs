@@ -7,7 +7,7 @@ use rustc_hash::FxHashMap;
 use super::candidates::Candidates;
 use super::machine::ask_for_huge_pages;
 use super::neighbours::Neighbours;
-use super::slots::Slots;
+use super::slots::{Slot, Slots};
 
 /// (left id, right id), in the order of pairs.
 pub type Key = u64;
@@ -46,7 +46,7 @@ pub struct Pairs {
 
 impl Pairs {
     /// All pairs that occur at least `floor` times. None if `keep_going` ended it.
-    pub fn of(slots: &Slots, floor: u64, keep_going: impl Fn() -> bool) -> Option<Pairs> {
+    pub fn of<S: Slot>(slots: &Slots<S>, floor: u64, keep_going: impl Fn() -> bool) -> Option<Pairs> {
         let mut pairs = Pairs::default();
         slots.for_each_pair(&keep_going, |key, place| {
             let number = *pairs.index.entry(key).or_insert(pairs.list.len() as u32) as usize;

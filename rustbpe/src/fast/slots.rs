@@ -10,6 +10,8 @@
 //!
 //! So the token before a place is read from the slot before it, and the one after it from the slot at its end.
 
+use std::ops::Not;
+
 use super::neighbours::Neighbours;
 use super::pairs::{key, Key, Place};
 use super::{without, Idea};
@@ -18,11 +20,19 @@ use super::{without, Idea};
 const CHECK_EVERY: usize = 256;
 /// Places that are read together, without a branch, to have many loads in flight.
 const AT_ONCE: usize = 256;
-/// Between words and inside tokens, so that no pair spans two words.
-const BORDER: u32 = u32::MAX;
 
-pub struct Slots {
-    slots: Vec<u32>,
+/// A token's id; BORDER between words and inside tokens, so that no pair spans two. Half the memory, two bytes, do for 65,536 tokens.
+pub trait Slot: Copy + Eq + From<u8> + Into<u32> + TryFrom<u32> + Not<Output = Self> {
+    fn border() -> Self {
+        !Self::from(0)
+    }
+}
+
+impl Slot for u16 {}
+impl Slot for u32 {}
+
+pub struct Slots<S> {
+    slots: Vec<S>,
     words: Vec<Word>,
     lengths: Vec<u32>, // of each token, in slots
 }
@@ -32,19 +42,19 @@ struct Word {
     weight: u32, // how often it occurs
 }
 
-impl Default for Slots {
+impl<S: Slot> Default for Slots<S> {
     fn default() -> Self {
-        Slots { slots: vec![BORDER], words: Vec::new(), lengths: vec![1; 256] }
+        Slots { slots: vec![S::border()], words: Vec::new(), lengths: vec![1; 256] }
     }
 }
 
-impl Slots {
+impl<S: Slot> Slots<S> {
     /// Adds a word that occurs `count` times. A count above 32 bits becomes several copies of the word, with the same sum.
     pub fn push(&mut self, word: &[u8], mut count: u64) {
         while word.len() > 1 && count > 0 {
             let weight = count.min(u32::MAX as u64) as u32;
-            self.slots.extend(word.iter().map(|&byte| byte as u32));
-            self.slots.push(BORDER);
+            self.slots.extend(word.iter().map(|&byte| S::from(byte)));
+            self.slots.push(S::border());
             self.words.push(Word { length: word.len() as u32, weight });
             count -= weight as u64;
         }
@@ -66,13 +76,13 @@ impl Slots {
             if number % CHECK_EVERY == 0 && !keep_going() {
                 return None;
             }
-            let (mut at, mut token) = (start, self.slots[start]);
+            let (mut at, mut token): (usize, u32) = (start, self.slots[start].into());
             loop {
                 let next = at + self.lengths[token as usize] as usize;
-                if self.slots[next] == BORDER {
+                if self.slots[next] == S::border() {
                     break;
                 }
-                let right = self.slots[next];
+                let right = self.slots[next].into();
                 f(key(token, right), Place { at: at as u32, weight: word.weight });
                 (at, token) = (next, right);
             }
@@ -89,22 +99,23 @@ impl Slots {
         lengths.push((len_a + len_b) as u32);
         left.add_token();
         right.add_token();
+        let [Ok(first), Ok(second), Ok(new)] = [a, b, new].map(S::try_from) else { unreachable!("the ids fit in a slot") };
         let mut live = [Place::default(); AT_ONCE];
         for places in places.chunks(if without(Idea::AtOnce) { 1 } else { AT_ONCE }) {
             let mut count = 0;
             for &place in places {
                 let at = place.at as usize;
                 live[count] = place;
-                count += ((slots[at] == a) & (slots[at + len_a] == b)) as usize;
+                count += ((slots[at] == first) & (slots[at + len_a] == second)) as usize;
             }
             for &place in &live[..count] {
                 let at = place.at as usize;
-                if slots[at] != a || slots[at + len_a] != b {
+                if slots[at] != first || slots[at + len_a] != second {
                     continue; // `a a a`: the middle one belongs to the previous token
                 }
                 let end = at + len_a + len_b;
-                slots[at + len_a - 1] = BORDER;
-                slots[at + len_a] = BORDER;
+                slots[at + len_a - 1] = S::border();
+                slots[at + len_a] = S::border();
                 slots[at] = new;
                 slots[end - 1] = new;
                 let before = slots[at - 1];
@@ -112,11 +123,12 @@ impl Slots {
                     // `(a b) a b`: the pair (new, a) that was just added no longer exists.
                     right.lose_gain(a, place.weight);
                 }
-                if before != BORDER {
+                if before != S::border() {
+                    let before = before.into();
                     left.add(before, Place { at: place.at - lengths[before as usize], ..place });
                 }
-                if slots[end] != BORDER {
-                    right.add(slots[end], place);
+                if slots[end] != S::border() {
+                    right.add(slots[end].into(), place);
                 }
             }
         }

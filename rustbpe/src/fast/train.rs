@@ -3,9 +3,10 @@
 //! Gain: see NOTES.md.
 
 use super::candidates::Candidates;
+use super::count::Counter;
 use super::neighbours::Neighbours;
 use super::pairs::{tokens_of, Pairs};
-use super::slots::Slots;
+use super::slots::{Slot, Slots};
 use super::{without, Idea};
 use crate::plain::Token;
 use crate::Error;
@@ -25,8 +26,15 @@ pub fn check_vocab_size(vocab_size: usize) -> Result<(), Error> {
 
 /// The tokens of a vocabulary of at most `vocab_size`: the bytes, then the merges in order; fewer if no pair is left.
 /// `keep_going(merges done)` is called regularly; if it returns false, the result is `Error::Interrupted`.
-pub fn train(slots: Slots, vocab_size: usize, keep_going: impl Fn(usize) -> bool) -> Result<Vec<Token>, Error> {
+pub fn train(counter: Counter, vocab_size: usize, keep_going: impl Fn(usize) -> bool) -> Result<Vec<Token>, Error> {
     check_vocab_size(vocab_size)?;
+    match vocab_size {
+        ..=0x10000 if !without(Idea::TwoBytes) => train_on::<u16>(counter.into_slots(), vocab_size, keep_going),
+        _ => train_on::<u32>(counter.into_slots(), vocab_size, keep_going),
+    }
+}
+
+fn train_on<S: Slot>(slots: Slots<S>, vocab_size: usize, keep_going: impl Fn(usize) -> bool) -> Result<Vec<Token>, Error> {
     if slots.size() >= u32::MAX as usize {
         return Err(Error::Setting("the distinct pieces exceed 4 GiB: train on less text".into()));
     }
@@ -39,7 +47,12 @@ pub fn train(slots: Slots, vocab_size: usize, keep_going: impl Fn(usize) -> bool
 }
 
 /// `floor` only decides which pairs are tracked at first: those that are at least as frequent when last counted or made.
-pub fn train_above(mut floor: u64, mut slots: Slots, vocab_size: usize, keep_going: impl Fn(usize) -> bool) -> Result<Vec<Token>, Error> {
+pub fn train_above<S: Slot>(
+    mut floor: u64,
+    mut slots: Slots<S>,
+    vocab_size: usize,
+    keep_going: impl Fn(usize) -> bool,
+) -> Result<Vec<Token>, Error> {
     let mut tokens: Vec<Token> = (0..=255u8).map(|byte| Box::from([byte])).collect();
     let (mut left, mut right) = (Neighbours::default(), Neighbours::default());
     let (mut pairs, mut candidates) = track(&slots, floor, || keep_going(0))?;
@@ -60,14 +73,17 @@ pub fn train_above(mut floor: u64, mut slots: Slots, vocab_size: usize, keep_goi
         let (a, b) = tokens_of(pairs.list[best].key);
         let new = tokens.len() as u32;
         tokens.push([&*tokens[a as usize], &*tokens[b as usize]].concat().into());
-        slots.replace(a, b, pairs.places(best), [&mut left, &mut right]);
-        pairs.apply(best, new, [&mut left, &mut right], floor, &mut candidates);
+        // The last id is written to no slot: of two bytes, it would be the border.
+        if tokens.len() < vocab_size {
+            slots.replace(a, b, pairs.places(best), [&mut left, &mut right]);
+            pairs.apply(best, new, [&mut left, &mut right], floor, &mut candidates);
+        }
     }
     Ok(tokens)
 }
 
 /// The pairs that reach the floor, and a queue of them.
-fn track(slots: &Slots, floor: u64, keep_going: impl Fn() -> bool) -> Result<(Pairs, Candidates), Error> {
+fn track<S: Slot>(slots: &Slots<S>, floor: u64, keep_going: impl Fn() -> bool) -> Result<(Pairs, Candidates), Error> {
     let (pairs, mut candidates) = (Pairs::of(slots, floor, keep_going).ok_or(Error::Interrupted)?, Candidates::default());
     pairs.list.iter().enumerate().for_each(|(number, pair)| candidates.push(pair, number));
     Ok((pairs, candidates))

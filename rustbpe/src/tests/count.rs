@@ -50,7 +50,7 @@ fn counting_does_not_depend_on_threads_or_batches() {
     for (threads, batch) in [(1, texts.len()), (2, 100), (5, 3)] {
         let counter = || count(&texts, threads, batch).unwrap();
         assert!(counts_of(counter()) == expected, "{threads} threads, batches of {batch}");
-        let tokens = train(counter().into_slots(), 400, |_| true).unwrap();
+        let tokens = train(counter(), 400, |_| true).unwrap();
         assert!(tokens == *trained.get_or_insert(tokens.clone()), "{threads} threads, batches of {batch}");
     }
 }
@@ -62,7 +62,7 @@ fn texts_to_merges_as_plain_does() {
         let texts: Vec<String> = (0..draw(20)).map(|_| (0..draw(60)).map(|_| parts[draw(parts.len())]).collect()).collect();
         let all: Vec<&str> = texts.iter().map(|text| &**text).collect();
         let expected = plain::train(&plain::count(&Regex::new(DEFAULT_PATTERN).unwrap(), &all).unwrap(), 300);
-        assert_eq!(train(count(&texts, 2, 3).unwrap().into_slots(), 300, |_| true).unwrap(), expected);
+        assert_eq!(train(count(&texts, 2, 3).unwrap(), 300, |_| true).unwrap(), expected);
     }
 }
 
