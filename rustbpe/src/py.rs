@@ -371,9 +371,8 @@ fn ids_of(ids: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
 struct Watch<'a> {
     look: &'a Look<'a>,
     caller: ThreadId,
-    looked: Mutex<Instant>,
+    looked: Mutex<(Instant, PyResult<()>)>, // the last time, and how that ended
     stop: AtomicBool,
-    raised: Mutex<Option<PyErr>>,
 }
 
 type Look<'a> = dyn Fn(Python<'_>) -> PyResult<()> + Sync + 'a;
@@ -387,24 +386,19 @@ impl Watch<'_> {
     /// Calls `look` at first and then a few times a second.
     fn calling<T: Send>(py: Python<'_>, look: &Look<'_>, compute: impl FnOnce(&Watch<'_>) -> Result<T, Error> + Send) -> PyResult<T> {
         look(py)?;
-        let (looked, raised) = (Mutex::new(Instant::now()), Mutex::new(None));
-        let watch = Watch { look, caller: current().id(), looked, stop: AtomicBool::new(false), raised };
+        let looked = Mutex::new((Instant::now(), Ok(())));
+        let watch = Watch { look, caller: current().id(), looked, stop: AtomicBool::new(false) };
         let result = py.detach(|| compute(&watch));
-        match watch.raised.into_inner().expect("held for a moment only") {
-            Some(error) => Err(error),
-            None => Ok(result?),
-        }
+        watch.looked.into_inner().expect("only the caller takes it").1?;
+        Ok(result?)
     }
 
     fn keep_going(&self) -> bool {
         if current().id() == self.caller {
-            let mut looked = self.looked.lock().expect("only the caller takes it");
-            if looked.elapsed() > CALL_EVERY {
-                *looked = Instant::now();
-                if let Err(error) = Python::attach(self.look) {
-                    *self.raised.lock().expect("held for a moment only") = Some(error);
-                    self.stop.store(true, Relaxed);
-                }
+            let (when, ended) = &mut *self.looked.lock().expect("only the caller takes it");
+            if ended.is_ok() && when.elapsed() > CALL_EVERY {
+                (*when, *ended) = (Instant::now(), Python::attach(self.look));
+                self.stop.store(ended.is_err(), Relaxed);
             }
         }
         !self.stop.load(Relaxed)

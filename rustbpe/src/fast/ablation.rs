@@ -14,7 +14,6 @@ pub enum Idea {
     Joins,
     Characters,
     Table,
-    Order,
     AtOnce,
     TwoBytes,
     Floor,
@@ -22,9 +21,9 @@ pub enum Idea {
 }
 
 impl Idea {
-    pub const ALL: [Idea; 14] = {
+    pub const ALL: [Idea; 13] = {
         use Idea::*;
-        [Patterns, Window, Prefetch, HugePages, Waiting, Cache, Joins, Characters, Table, Order, AtOnce, TwoBytes, Floor, Buckets]
+        [Patterns, Window, Prefetch, HugePages, Waiting, Cache, Joins, Characters, Table, AtOnce, TwoBytes, Floor, Buckets]
     };
 
     /// From now on. Without the feature it has no effect.

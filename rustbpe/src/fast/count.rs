@@ -40,14 +40,10 @@ impl Counter {
         self.stop.store(true, Ordering::Relaxed);
     }
 
-    /// Calls `f` with every piece and its count. Pieces with the same beginning have pairs in common, so they follow each other.
+    /// Calls `f` with every piece and its count.
     pub fn for_each(self, mut f: impl FnMut(&[u8], u64)) {
         let (table, long) = self.counts.into_inner().expect("no thread panics while it holds the counts");
-        let mut pieces: Vec<(Key, u64)> = table.pieces().collect();
-        if !without(Idea::Order) {
-            pieces.sort_unstable_by_key(|(key, _)| key.beginning());
-        }
-        for (key, count) in pieces {
+        for (key, count) in table.pieces() {
             let (bytes, length) = key.bytes();
             f(&bytes[..length], count);
         }

@@ -49,11 +49,6 @@ impl Key {
         (((self.high as u128) << 64 | self.low as u128).to_le_bytes(), (self.high >> 56) as usize)
     }
 
-    /// The first eight bytes, in their order.
-    pub fn beginning(self) -> u64 {
-        self.low.swap_bytes()
-    }
-
     #[inline]
     pub fn hash(self) -> u64 {
         let product = (self.low ^ 0x9e37_79b9_7f4a_7c15) as u128 * (self.high ^ 0xd1b5_4a32_d192_ed03) as u128;
