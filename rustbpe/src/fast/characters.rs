@@ -1,6 +1,6 @@
 //! The first parts of a piece. Replaces the single bytes with which `plain::join` starts.
 //! Faster: a character that is a token before a part of it joins with a neighbour is read from a table, instead of joined from its bytes.
-//! Gain: 3 times with a Chinese vocabulary; none in English.
+//! Gain: 2.4 times with a Chinese vocabulary; none in English.
 
 use super::{without, Idea};
 
@@ -11,7 +11,7 @@ const NONE: u32 = u32::MAX;
 pub struct Characters {
     bytes: [u32; 256],
     tokens: Box<[u32]>,  // of each code point below 65,536, or NONE
-    borders: Box<[u32]>, // the oldest token that goes from one of two bytes to the other, if these are in two characters, one of them a part
+    borders: Box<[u32]>, // the oldest token across two bytes that are in two characters, one of them only a part
 }
 
 impl Characters {

@@ -1,6 +1,6 @@
 //! Pieces and their counts. Replaces the map of `plain::count`.
 //! Faster: a short piece is its own key, so counting it writes 24 bytes that were prefetched, and allocates nothing.
-//! Gain: counting +380 %.
+//! Gain: counting +170 %.
 
 use super::key::Key;
 use super::machine::prefetch;
