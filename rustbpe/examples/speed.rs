@@ -50,7 +50,7 @@ fn main() {
         local.finish();
         tell("count", before);
         let before = now(start);
-        let tokens = train(counter.into_words(), vocab_size, |_| true).expect("a size");
+        let tokens = train(counter, vocab_size, |_| true).expect("a size");
         tell("merge", before);
         tokens
     } else {
@@ -83,7 +83,7 @@ fn main() {
             encode(&ours, &mut scratch);
             tell(what, before);
         }
-        scratch = Scratch::default();
+        let mut scratch = Scratch::default(); // the other one stays: its memory, used again, would not have huge pages
         others.iter().for_each(|text| drop(encode(&[text], &mut scratch)));
         let before = now(start);
         let ids = encode(&ours, &mut scratch);

@@ -1,9 +1,8 @@
 //! The Python module: converts arguments, releases the GIL, maps errors. It contains no other logic.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
-use std::sync::mpsc::{channel, RecvTimeoutError};
-use std::sync::{Arc, Mutex};
-use std::thread::{current, Builder, ThreadId};
+use std::sync::Mutex;
+use std::thread::{current, ThreadId};
 use std::time::Instant;
 
 use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
@@ -15,10 +14,10 @@ use pyo3::types::{PyBytes, PyList, PyString};
 
 use crate::arrow::Strings;
 use crate::fast::count::Counter;
-use crate::fast::documents::Documents;
+use crate::fast::documents::{Documents, RUN_BYTES};
 use crate::fast::encode::{Encoder, MAX_TOKENS};
 use crate::fast::split::{Splitter, DEFAULT_PATTERN};
-use crate::fast::threads::{in_parallel, worker_threads, RUN_BYTES};
+use crate::fast::threads::{in_parallel, worker_threads};
 use crate::fast::train::{check_vocab_size, train};
 use crate::plain::Token;
 use crate::reader::{count_all, Utf8, CALL_EVERY};
@@ -104,37 +103,17 @@ impl Tokenizer {
         let threads = worker_threads(num_threads);
         count_all(py, &counter, iterator.try_iter()?, buffer_size, threads)?;
 
-        // Merging has its own thread, so that Ctrl-C interrupts it at any point; an abandoned one ends soon and frees its own memory.
-        let (progressed, stop) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
-        let (send, mut done) = channel();
-        let (merges, stopped) = (progressed.clone(), stop.clone());
-        let merge = move || {
-            let keep_going = |number| {
+        let merges = AtomicUsize::new(0);
+        let look = |py: Python<'_>| {
+            progress.as_ref().map_or(Ok(()), |call| call.call1(py, (merges.load(Relaxed),)).map(drop))?;
+            py.check_signals()
+        };
+        let tokens = Watch::calling(py, &look, |watch| {
+            train(counter, vocab_size, |number| {
                 merges.store(number, Relaxed);
-                !stopped.load(Relaxed)
-            };
-            let _ = send.send(train(counter.into_words(), vocab_size, keep_going));
-            // the receiver may have gone
-        };
-        let merge = Arc::new(Mutex::new(Some(merge)));
-        let theirs = merge.clone();
-        let take = |merge: &Mutex<Option<_>>| merge.lock().expect("held for a moment only").take();
-        if Builder::new().spawn(move || take(&theirs).map(|merge| merge())).is_err() {
-            py.detach(|| take(&merge).map(|merge| merge())); // without a thread: here, ignoring Ctrl-C
-        }
-        let tokens = loop {
-            let told = progress.as_ref().map_or(Ok(()), |call| call.call1(py, (progressed.load(Relaxed),)).map(drop));
-            if let Err(error) = told.and_then(|()| py.check_signals()) {
-                stop.store(true, Relaxed);
-                return Err(error);
-            }
-            let done = &mut done;
-            match py.detach(move || done.recv_timeout(CALL_EVERY)) {
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => panic!("the merging thread has panicked"),
-                Ok(tokens) => break tokens?,
-            }
-        };
+                watch.keep_going()
+            })
+        })?;
         *self = Tokenizer::of(tokens, pattern);
         Ok(())
     }
@@ -301,7 +280,7 @@ impl Tokenizer {
     }
 }
 
-fn encode_utf8(encoder: &Encoder, texts: Vec<&[u8]>, num_threads: Option<usize>, watch: &Watch) -> Result<Documents<u32>, Error> {
+fn encode_utf8(encoder: &Encoder, texts: Vec<&[u8]>, num_threads: Option<usize>, watch: &Watch<'_>) -> Result<Documents<u32>, Error> {
     let checked = texts.into_iter().map(std::str::from_utf8).enumerate();
     let texts: Result<Vec<_>, _> = checked.map(|(i, text)| text.map_err(|e| Error::Text(format!("text {i}, {e}")))).collect();
     encoder.encode_documents(&texts?, worker_threads(num_threads), || watch.keep_going())
@@ -388,35 +367,38 @@ fn ids_of(ids: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
     })
 }
 
-/// Makes a computation without the GIL interruptible by Ctrl-C: the calling thread checks for it a few times a second.
-struct Watch {
+/// Makes a computation without the GIL interruptible: the calling thread looks for Ctrl-C a few times a second.
+struct Watch<'a> {
+    look: &'a Look<'a>,
     caller: ThreadId,
-    looked: Mutex<Instant>,
+    looked: Mutex<(Instant, PyResult<()>)>, // the last time, and how that ended
     stop: AtomicBool,
-    raised: Mutex<Option<PyErr>>,
 }
 
-impl Watch {
+type Look<'a> = dyn Fn(Python<'_>) -> PyResult<()> + Sync + 'a;
+
+impl Watch<'_> {
     /// The result of `compute`, which calls `keep_going` now and then and returns an error if that is false.
-    fn over<T: Send>(py: Python<'_>, compute: impl FnOnce(&Watch) -> Result<T, Error> + Send) -> PyResult<T> {
-        let (looked, raised) = (Mutex::new(Instant::now()), Mutex::new(None));
-        let watch = Watch { caller: current().id(), looked, stop: AtomicBool::new(false), raised };
+    fn over<T: Send>(py: Python<'_>, compute: impl FnOnce(&Watch<'_>) -> Result<T, Error> + Send) -> PyResult<T> {
+        Watch::calling(py, &|py| py.check_signals(), compute)
+    }
+
+    /// Calls `look` at first and then a few times a second.
+    fn calling<T: Send>(py: Python<'_>, look: &Look<'_>, compute: impl FnOnce(&Watch<'_>) -> Result<T, Error> + Send) -> PyResult<T> {
+        look(py)?;
+        let looked = Mutex::new((Instant::now(), Ok(())));
+        let watch = Watch { look, caller: current().id(), looked, stop: AtomicBool::new(false) };
         let result = py.detach(|| compute(&watch));
-        match watch.raised.into_inner().expect("held for a moment only") {
-            Some(error) => Err(error),
-            None => Ok(result?),
-        }
+        watch.looked.into_inner().expect("only the caller takes it").1?;
+        Ok(result?)
     }
 
     fn keep_going(&self) -> bool {
         if current().id() == self.caller {
-            let mut looked = self.looked.lock().expect("only the caller takes it");
-            if looked.elapsed() > CALL_EVERY {
-                *looked = Instant::now();
-                if let Err(error) = Python::attach(|py| py.check_signals()) {
-                    *self.raised.lock().expect("held for a moment only") = Some(error);
-                    self.stop.store(true, Relaxed);
-                }
+            let (when, ended) = &mut *self.looked.lock().expect("only the caller takes it");
+            if ended.is_ok() && when.elapsed() > CALL_EVERY {
+                (*when, *ended) = (Instant::now(), Python::attach(self.look));
+                self.stop.store(ended.is_err(), Relaxed);
             }
         }
         !self.stop.load(Relaxed)

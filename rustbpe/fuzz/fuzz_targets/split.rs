@@ -7,13 +7,13 @@ use std::sync::LazyLock;
 
 use fancy_regex::Regex;
 use libfuzzer_sys::fuzz_target;
-use rustbpe::fast::patterns::{gpt2, gpt4, o200k};
+use rustbpe::fast::patterns::spellings;
 use rustbpe::fast::split::Splitter;
 use rustbpe::plain;
 
 static PATTERNS: LazyLock<Vec<(Splitter, Regex)>> = LazyLock::new(|| {
-    let gpt4 = gpt4::AFTER.iter().map(|(after, _)| format!("{}{}{after}", gpt4::BEFORE[0], gpt4::NUMBERS[2].0));
-    let patterns = gpt4.chain(gpt2::SPELLINGS.map(String::from)).chain([o200k::PATTERN.to_owned()]);
+    let gpt4 = spellings::AFTER.iter().map(|(after, _)| format!("{}{}{after}", spellings::BEFORE[0], spellings::NUMBERS[2].0));
+    let patterns = gpt4.chain(spellings::GPT2.map(String::from)).chain([spellings::O200K.to_owned()]);
     patterns.map(|pattern| (Splitter::new(&pattern).expect("known"), Regex::new(&pattern).expect("known"))).collect()
 });
 

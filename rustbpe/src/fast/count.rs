@@ -1,21 +1,19 @@
 //! Texts to counts. Replaces `plain::count`.
-//! Faster: each thread counts into a table of its own, small enough to stay near its core, and moves it into shared tables when it is half
+//! Faster: each thread counts into a table of its own, small enough to stay near its core, and moves it into a shared one when it is half
 //! full; 64 slots are prefetched before the first of them is used. Gain: see table.rs. Memory grows only with the distinct pieces.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::Mutex;
 
 use rustc_hash::FxHashMap;
 
 use super::key::Key;
+use super::slots::{Slot, Slots};
 use super::split::{Splitter, WINDOW};
 use super::table::Table;
-use super::words::Words;
 use super::{without, Idea};
 use crate::{plain::Token, Error};
 
-/// The first SHARD_BITS bits of the hash choose the shared table. Each has its own lock.
-const SHARD_BITS: u32 = 6;
 /// A thread's own table has 2^LOCAL_BITS slots (3 MB).
 pub const LOCAL_BITS: u32 = 17;
 /// Slots that are prefetched before the first of them is read; at most a window's worth more.
@@ -24,14 +22,13 @@ const WAITING: usize = 64;
 /// The distinct pieces of a corpus and how often each occurred.
 pub struct Counter {
     splitter: Splitter,
-    shards: Vec<Mutex<Table>>,
+    counts: Mutex<(Table, Long)>,
     stop: AtomicBool,
 }
 
 impl Counter {
     pub fn new(splitter: Splitter) -> Self {
-        let shards = (0..1 << SHARD_BITS).map(|_| Mutex::new(Table::new(6, SHARD_BITS))).collect();
-        Counter { splitter, shards, stop: AtomicBool::new(false) }
+        Counter { splitter, counts: Mutex::new((Table::new(LOCAL_BITS), Long::default())), stop: AtomicBool::new(false) }
     }
 
     pub fn splitter(&self) -> &Splitter {
@@ -43,53 +40,54 @@ impl Counter {
         self.stop.store(true, Ordering::Relaxed);
     }
 
-    pub fn into_tables(self) -> Vec<Table> {
-        let tables = self.shards.into_iter().map(|shard| shard.into_inner().expect("no thread panics while it holds a shard"));
-        tables.collect()
+    /// Calls `f` with every piece and its count.
+    pub fn for_each(self, mut f: impl FnMut(&[u8], u64)) {
+        let (table, long) = self.counts.into_inner().expect("no thread panics while it holds the counts");
+        for (key, count) in table.pieces() {
+            let (bytes, length) = key.bytes();
+            f(&bytes[..length], count);
+        }
+        long.iter().for_each(|(piece, &count)| f(piece, count));
     }
 
     /// The counts for training.
-    pub fn into_words(self) -> Words {
-        Words::of(&self.into_tables())
+    pub fn into_slots<S: Slot>(self) -> Slots<S> {
+        let mut slots = Slots::default();
+        self.for_each(|piece, count| slots.push(piece, count));
+        slots
     }
 
-    /// Moves a thread's table into the shared tables.
-    fn take(&self, local: &mut Table) {
-        let mut open: Option<(usize, MutexGuard<Table>)> = None;
-        for (key, count) in local.pieces() {
-            let shard = (key.hash() >> (64 - SHARD_BITS)) as usize;
-            if open.as_ref().is_none_or(|(number, _)| *number != shard) {
-                drop(open.take()); // release the lock before taking the next one
-                open = Some((shard, self.shards[shard].lock().expect("no thread panics while it holds a shard")));
-            }
-            let (_, table) = open.as_mut().expect("just locked");
-            table.take(local, key, count);
+    /// Moves a thread's counts into the shared ones.
+    fn take(&self, table: &mut Table, long: &mut Long) {
+        let mut shared = self.counts.lock().expect("no thread panics while it holds the counts");
+        for (key, count) in table.pieces() {
+            shared.0.add(key.hash(), key, count);
+            shared.0.grow();
         }
-        drop(open);
-        local.clear();
+        table.clear();
+        long.drain().for_each(|(piece, count)| *shared.1.entry(piece).or_default() += count);
     }
 }
+
+/// The pieces without a key.
+type Long = FxHashMap<Token, u64>;
 
 /// One thread's counts. `finish` moves them into the counter.
 pub struct LocalCounter<'c> {
     counter: &'c Counter,
     splitter: Splitter,
     table: Table,
-    plain: FxHashMap<Token, u64>,
+    long: Long,
 }
 
 impl<'c> LocalCounter<'c> {
     pub fn new(counter: &'c Counter) -> Self {
-        let (splitter, table) = (counter.splitter.clone(), Table::new(LOCAL_BITS, 0));
-        LocalCounter { counter, splitter, table, plain: FxHashMap::default() }
+        LocalCounter { counter, splitter: counter.splitter.clone(), table: Table::new(LOCAL_BITS), long: Long::default() }
     }
 
     pub fn add(&mut self, text: &[u8]) -> Result<(), Error> {
         let text = std::str::from_utf8(text).map_err(|e| Error::Text(e.to_string()))?;
-        if without(Idea::Table) {
-            return self.add_plain(text);
-        }
-        let LocalCounter { counter, splitter, table, .. } = self;
+        let LocalCounter { counter, splitter, table, long } = self;
         let bytes = text.as_bytes();
         let mut waiting = [(0, Key::default()); WAITING + WINDOW];
         let mut number = 0;
@@ -98,57 +96,36 @@ impl<'c> LocalCounter<'c> {
             for &end in &borders[1..] {
                 let (from, len) = (&bytes[start..], end - start);
                 start = end;
-                if len > Key::SHORT {
-                    table.add_long(&from[..len], 1);
+                if len > Key::LONGEST || without(Idea::Table) {
+                    match long.get_mut(&from[..len]) {
+                        Some(count) => *count += 1,
+                        None => drop(long.insert(from[..len].into(), 1)),
+                    }
                     continue;
                 }
-                let key = Key::short(from, len);
+                let key = Key::of(from, len);
                 let hash = key.hash();
                 table.prefetch(hash);
                 waiting[number] = (hash, key);
                 number += 1;
             }
             if number >= WAITING || without(Idea::Waiting) {
-                waiting[..number].iter().for_each(|&(hash, key)| table.add_short(hash, key, 1));
+                waiting[..number].iter().for_each(|&(hash, key)| table.add(hash, key, 1));
                 number = 0;
             }
-            counter.make_room(table)
+            if table.is_half_full() {
+                counter.take(table, long);
+            }
+            match counter.stop.load(Ordering::Relaxed) {
+                true => Err(Error::Interrupted),
+                false => Ok(()),
+            }
         })?;
-        waiting[..number].iter().for_each(|&(hash, key)| table.add_short(hash, key, 1));
-        counter.make_room(table)
-    }
-
-    /// As `plain::count` does, for the ablation bench.
-    #[cold]
-    fn add_plain(&mut self, text: &str) -> Result<(), Error> {
-        let LocalCounter { counter, splitter, table, plain } = self;
-        splitter.for_each(text, |piece| *plain.entry(piece.as_bytes().into()).or_default() += 1)?;
-        counter.make_room(table)
+        waiting[..number].iter().for_each(|&(hash, key)| table.add(hash, key, 1));
+        Ok(())
     }
 
     pub fn finish(&mut self) {
-        for (piece, count) in self.plain.drain() {
-            let key = Key::short(&piece, piece.len().min(Key::SHORT));
-            match piece.len() {
-                ..=Key::SHORT => self.table.add_short(key.hash(), key, count),
-                _ => self.table.add_long(&piece, count),
-            }
-            if self.table.is_half_full() {
-                self.counter.take(&mut self.table);
-            }
-        }
-        self.counter.take(&mut self.table);
-    }
-}
-
-impl Counter {
-    fn make_room(&self, local: &mut Table) -> Result<(), Error> {
-        if local.is_half_full() {
-            self.take(local);
-        }
-        match self.stop.load(Ordering::Relaxed) {
-            true => Err(Error::Interrupted),
-            false => Ok(()),
-        }
+        self.counter.take(&mut self.table, &mut self.long);
     }
 }

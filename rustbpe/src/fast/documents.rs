@@ -2,11 +2,13 @@
 //! Faster: threads take runs of documents of 256 KiB, and parts of long ones. Gain: see NOTES.md, two threads beside one.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::Mutex;
 
 use super::encode::{Encoder, Scratch};
-use super::threads::{in_parallel, runs_of, worker_threads, RUN_BYTES};
+use super::threads::{in_parallel, worker_threads};
 use crate::Error;
+
+/// Documents are handed to threads in runs of about this many bytes.
+pub const RUN_BYTES: usize = 1 << 18;
 
 /// The concatenated ids (or bytes) of the documents of all runs, and the number for each document.
 pub struct Documents<T> {
@@ -40,8 +42,7 @@ impl Encoder {
     /// The bytes of `ids`, which need not be whole UTF-8 characters.
     pub fn decode(&self, ids: &[u32]) -> Result<Vec<u8>, Error> {
         let mut out = Vec::new();
-        self.tokens.decode_into(ids, &mut out)?;
-        Ok(out)
+        self.tokens.decode_into(ids, &mut out).and(Ok(out))
     }
 
     /// Decodes the documents on up to `threads` threads.
@@ -51,7 +52,7 @@ impl Encoder {
         threads: usize,
         keep_going: impl Fn() -> bool + Sync,
     ) -> Result<Documents<u8>, Error> {
-        self.in_runs(documents, |ids| 4 * ids.len(), threads, keep_going, |ids, out, _| self.tokens.decode_into(ids, out))
+        self.in_runs(documents, |ids| 5 * ids.len(), threads, keep_going, |ids, out, _| self.tokens.decode_into(ids, out))
     }
     /// Calls `work` with every document, in runs on the next free thread. A document yields about the given number of items.
     fn in_runs<D: Copy + Sync, T: Send>(
@@ -62,20 +63,22 @@ impl Encoder {
         keep_going: impl Fn() -> bool + Sync,
         work: impl Fn(D, &mut Vec<T>, &mut Scratch) -> Result<(), Error> + Sync,
     ) -> Result<Documents<T>, Error> {
-        let runs = runs_of(documents.iter().map(|&document| expected(document) * size_of::<T>()));
-        let threads = threads.min(runs.len());
-        let scratches = Mutex::new(self.take_scratches(threads));
-        let next = AtomicUsize::new(0);
-        let done = in_parallel(0..threads, |_| {
-            let mut scratch = scratches.lock().expect("held for a moment only").pop().unwrap_or_default();
+        let mut bytes = 0;
+        let runs = documents.chunk_by(|&document, _| {
+            bytes += expected(document) * size_of::<T>();
+            let is_within = bytes < RUN_BYTES;
+            bytes *= is_within as usize;
+            is_within
+        });
+        let (runs, next): (Vec<&[D]>, _) = (runs.collect(), AtomicUsize::new(0));
+        let done = in_parallel(self.take_scratches(threads.min(runs.len())), |mut scratch| {
             let mut done = Vec::new();
             loop {
                 let index = next.fetch_add(1, Ordering::Relaxed);
-                let Some(&(start, end)) = runs.get(index) else { break };
-                let documents = &documents[start..end];
-                let mut items = Vec::with_capacity(documents.iter().map(|&document| expected(document)).sum());
-                let mut lengths = Vec::with_capacity(documents.len());
-                for &document in documents {
+                let Some(&run) = runs.get(index) else { return Ok((done, scratch)) };
+                let mut items = Vec::with_capacity(run.iter().map(|&document| expected(document)).sum());
+                let mut lengths = Vec::with_capacity(run.len());
+                for &document in run {
                     let before = items.len();
                     work(document, &mut items, &mut scratch)?;
                     lengths.push(items.len() - before);
@@ -85,11 +88,10 @@ impl Encoder {
                     return Err(Error::Interrupted);
                 }
             }
-            scratches.lock().expect("held for a moment only").push(scratch);
-            Ok(done)
         });
-        self.keep_scratches(scratches.into_inner().expect("held for a moment only"));
-        let mut done: Vec<_> = done?.into_iter().flatten().collect();
+        let (done, scratches): (Vec<_>, _) = done?.into_iter().unzip();
+        self.keep_scratches(scratches);
+        let mut done: Vec<_> = done.into_iter().flatten().collect();
         done.sort_unstable_by_key(|(index, ..)| *index);
         let lengths = done.iter().flat_map(|(_, _, lengths)| lengths).copied().collect();
         Ok(Documents { runs: done.into_iter().map(|(_, items, _)| items).collect(), lengths })

@@ -11,27 +11,6 @@ pub fn worker_threads(wanted: Option<usize>) -> usize {
     wanted.unwrap_or(cores).clamp(1, cores)
 }
 
-/// Documents are handed to threads in runs of about this many bytes.
-pub const RUN_BYTES: usize = 1 << 18;
-
-/// Consecutive documents as (start, end) indices, each run at least one document and about RUN_BYTES long.
-pub fn runs_of(lengths: impl ExactSizeIterator<Item = usize>) -> Vec<(usize, usize)> {
-    let documents = lengths.len();
-    let mut runs = Vec::new();
-    let (mut start, mut bytes) = (0, 0);
-    for (index, length) in lengths.enumerate() {
-        bytes += length;
-        if bytes >= RUN_BYTES {
-            runs.push((start, index + 1));
-            (start, bytes) = (index + 1, 0);
-        }
-    }
-    if start < documents {
-        runs.push((start, documents));
-    }
-    runs
-}
-
 /// Processes the first item on this thread and each other item on its own thread, and returns the results in order. Items whose
 /// thread cannot be started are processed here, too. The threads end with the call: a lasting pool would deadlock in a forked child,
 /// and starting a thread costs only microseconds.

@@ -1,12 +1,12 @@
 //! Counts to merges. Replaces `plain::train`.
-//! Faster: by candidates.rs, neighbours.rs, pairs.rs, slots.rs and words.rs, which it puts together.
+//! Faster: by candidates.rs, neighbours.rs, pairs.rs and slots.rs, which it puts together.
 //! Gain: see NOTES.md.
 
 use super::candidates::Candidates;
+use super::count::Counter;
 use super::neighbours::Neighbours;
 use super::pairs::{tokens_of, Pairs};
 use super::slots::{Slot, Slots};
-use super::words::Words;
 use super::{without, Idea};
 use crate::plain::Token;
 use crate::Error;
@@ -26,32 +26,34 @@ pub fn check_vocab_size(vocab_size: usize) -> Result<(), Error> {
 
 /// The tokens of a vocabulary of at most `vocab_size`: the bytes, then the merges in order; fewer if no pair is left.
 /// `keep_going(merges done)` is called regularly; if it returns false, the result is `Error::Interrupted`.
-pub fn train(words: Words, vocab_size: usize, keep_going: impl Fn(usize) -> bool) -> Result<Vec<Token>, Error> {
+pub fn train(counter: Counter, vocab_size: usize, keep_going: impl Fn(usize) -> bool) -> Result<Vec<Token>, Error> {
     check_vocab_size(vocab_size)?;
-    if words.bytes.len() >= u32::MAX as usize {
+    match vocab_size {
+        ..=0x10000 if !without(Idea::TwoBytes) => train_on::<u16>(counter.into_slots(), vocab_size, keep_going),
+        _ => train_on::<u32>(counter.into_slots(), vocab_size, keep_going),
+    }
+}
+
+fn train_on<S: Slot>(slots: Slots<S>, vocab_size: usize, keep_going: impl Fn(usize) -> bool) -> Result<Vec<Token>, Error> {
+    if slots.size() >= u32::MAX as usize {
         return Err(Error::Setting("the distinct pieces exceed 4 GiB: train on less text".into()));
     }
-    let text: u64 = words.words.iter().map(|word| word.length as u64 * word.weight as u64).sum();
-    let floor = match words.bytes.len() {
+    let floor = match slots.size() {
         0..SMALL => 1,
         _ if without(Idea::Floor) => 1,
-        _ => 1 + text / (FLOOR_DIVISOR * vocab_size as u64),
+        _ => 1 + slots.text_bytes() / (FLOOR_DIVISOR * vocab_size as u64),
     };
-    match vocab_size {
-        ..=0x10000 if !without(Idea::TwoBytes) => train_above::<u16>(floor, words, vocab_size, keep_going),
-        _ => train_above::<u32>(floor, words, vocab_size, keep_going),
-    }
+    train_above(floor, slots, vocab_size, keep_going)
 }
 
 /// `floor` only decides which pairs are tracked at first: those that are at least as frequent when last counted or made.
 pub fn train_above<S: Slot>(
     mut floor: u64,
-    words: Words,
+    mut slots: Slots<S>,
     vocab_size: usize,
     keep_going: impl Fn(usize) -> bool,
 ) -> Result<Vec<Token>, Error> {
     let mut tokens: Vec<Token> = (0..=255u8).map(|byte| Box::from([byte])).collect();
-    let mut slots = Slots::<S>::new(words);
     let (mut left, mut right) = (Neighbours::default(), Neighbours::default());
     let (mut pairs, mut candidates) = track(&slots, floor, || keep_going(0))?;
     while tokens.len() < vocab_size {
@@ -71,7 +73,7 @@ pub fn train_above<S: Slot>(
         let (a, b) = tokens_of(pairs.list[best].key);
         let new = tokens.len() as u32;
         tokens.push([&*tokens[a as usize], &*tokens[b as usize]].concat().into());
-        // The last id is never written to a slot, since it equals the border there.
+        // The last id is written to no slot: of two bytes, it would be the border.
         if tokens.len() < vocab_size {
             slots.replace(a, b, pairs.places(best), [&mut left, &mut right]);
             pairs.apply(best, new, [&mut left, &mut right], floor, &mut candidates);

@@ -1,6 +1,8 @@
 //! ASCII text to masks, 64 bytes at a time. Replaces the regex engine under `plain::split` for ASCII text.
 //! Faster: the ends of 64 bytes' pieces are computed at once, with no branch for each word, whose end is hard to predict.
-//! Gain: fresh +191 %, counting +190 %.
+//! Gain: fresh +156 %, counting +162 %.
+
+use wide::{i8x16, CmpEq, CmpGt, CmpLt};
 
 /// The number of bytes examined, and of pieces passed on, at a time.
 pub const WINDOW: usize = 64;
@@ -9,7 +11,7 @@ pub const WINDOW: usize = 64;
 #[derive(Default, Debug, PartialEq, Eq)]
 pub struct Window {
     pub letters: u64,
-    pub uppers: u64, // among the letters; of other bytes, either
+    pub uppers: u64, // capital letters, which are letters, too
     pub digits: u64,
     pub spaces: u64, // all white space, including line breaks
     pub newlines: u64,
@@ -19,64 +21,21 @@ pub struct Window {
 }
 
 impl Window {
-    /// SSE2 belongs to every x86-64.
-    #[cfg(target_arch = "x86_64")]
     #[inline]
     pub fn read(bytes: &[u8; WINDOW]) -> Self {
-        use std::arch::x86_64::*;
         let mut masks = Window::default();
-        for part in 0..4 {
-            // SAFETY: the 16 bytes read are within the 64, at any alignment; the rest is arithmetic on registers.
-            unsafe {
-                let x = _mm_loadu_si128(bytes.as_ptr().add(16 * part).cast());
-                let equal = |to: u8| _mm_cmpeq_epi8(x, _mm_set1_epi8(to as i8));
-                // Unsigned y - first < count, by the signed comparison that SSE2 has.
-                let among = |y, first: u8, count: u8| {
-                    let shifted = _mm_add_epi8(y, _mm_set1_epi8(0x80u8.wrapping_sub(first) as i8));
-                    _mm_cmpgt_epi8(_mm_set1_epi8(0x80u8.wrapping_add(count) as i8), shifted)
-                };
-                let mask = |y| (_mm_movemask_epi8(y) as u32 as u64) << (16 * part);
-                let blank = equal(b' ');
-                masks.letters |= mask(among(_mm_or_si128(x, _mm_set1_epi8(0x20)), b'a', 26));
-                masks.uppers |= !mask(_mm_slli_epi16::<2>(x)) & 0xffff << (16 * part); // small letters have bit 5
-                masks.digits |= mask(among(x, b'0', 10));
-                masks.spaces |= mask(_mm_or_si128(blank, among(x, b'\t', 5)));
-                masks.newlines |= mask(_mm_or_si128(equal(b'\n'), equal(b'\r')));
-                masks.blanks |= mask(blank);
-                masks.quotes |= mask(equal(b'\''));
-                masks.beyond |= mask(x);
-            }
-        }
-        masks
-    }
-
-    #[cfg(not(target_arch = "x86_64"))]
-    #[inline]
-    pub fn read(bytes: &[u8; WINDOW]) -> Self {
-        Self::read_words(bytes)
-    }
-
-    /// For other machines: eight bytes at a time in a 64-bit register.
-    #[cfg(any(test, not(target_arch = "x86_64")))]
-    pub fn read_words(bytes: &[u8; WINDOW]) -> Self {
-        const ONES: u64 = u64::MAX / 255;
-        const HIGH: u64 = 0x80 * ONES;
-        let mut masks = Window::default();
-        for (part, word) in bytes.chunks_exact(8).enumerate() {
-            let x = u64::from_le_bytes(word.try_into().expect("8 bytes"));
-            let ascii = !x & HIGH;
-            // The high bit of each byte of y (at most 0x7f) that is at least `least`: the sums stay below 0x100.
-            let from = |y: u64, least: u8| y + (0x80 - least as u64) * ONES;
-            let among = |y: u64, first: u8, count: u8| from(y & !HIGH, first) & !from(y & !HIGH, first + count) & ascii;
-            // Gathers the high bits: each product has its own place in the top byte.
-            let mask = |y: u64| ((y & HIGH) >> 7).wrapping_mul(0x0102_0408_1020_4080) >> 56 << (8 * part);
-            masks.letters |= mask(among(x | (0x20 * ONES), b'a', 26));
-            masks.uppers |= mask(!(x << 2)); // small letters have bit 5
-            masks.digits |= mask(among(x, b'0', 10));
-            masks.spaces |= mask(among(x, b' ', 1) | among(x, b'\t', 5));
-            masks.newlines |= mask(among(x, b'\n', 1) | among(x, b'\r', 1));
-            masks.blanks |= mask(among(x, b' ', 1));
-            masks.quotes |= mask(among(x, b'\'', 1));
+        for start in (0..WINDOW).step_by(16) {
+            let x = i8x16::from(std::array::from_fn(|i| bytes[start + i] as i8)); // what is not ASCII is negative
+            let equal = |to: u8| x.cmp_eq(i8x16::splat(to as i8));
+            let among = |x: i8x16, first: u8, last: u8| x.cmp_gt(i8x16::splat(first as i8 - 1)) & x.cmp_lt(i8x16::splat(last as i8 + 1));
+            let mask = |found: i8x16| (found.move_mask() as u64) << start;
+            masks.letters |= mask(among(x | i8x16::splat(0x20), b'a', b'z'));
+            masks.uppers |= mask(among(x, b'A', b'Z'));
+            masks.digits |= mask(among(x, b'0', b'9'));
+            masks.spaces |= mask(equal(b' ') | among(x, b'\t', b'\r'));
+            masks.newlines |= mask(equal(b'\n') | equal(b'\r'));
+            masks.blanks |= mask(equal(b' '));
+            masks.quotes |= mask(equal(b'\''));
             masks.beyond |= mask(x);
         }
         masks

@@ -29,20 +29,15 @@ fn count<T: AsRef<[u8]> + Send + Clone>(texts: &[T], threads: usize, batch: usiz
 }
 
 fn counts_of(counter: Counter) -> HashMap<Token, u64> {
-    let mut counts = HashMap::new();
-    for table in counter.into_tables() {
-        for (key, count) in table.pieces() {
-            let piece: Token = table.piece(key, &mut [0; 16]).into();
-            assert_eq!(counts.insert(piece.clone(), count), None, "{piece:?} is there twice");
-        }
-    }
+    let mut counts: HashMap<Token, u64> = HashMap::new();
+    counter.for_each(|piece, count| assert_eq!(counts.insert(piece.into(), count), None, "{piece:?} is there twice"));
     counts
 }
 
 #[test]
 #[cfg_attr(miri, ignore = "too many")]
 fn counting_does_not_depend_on_threads_or_batches() {
-    // Words of all lengths around the key sizes, frequent and rare, more than a thread's table holds
+    // Slots of all lengths around the key sizes, frequent and rare, more than a thread's table holds
     let mut draw = draws(5);
     let letters = |n: usize| n.to_string().bytes().map(|digit| (digit - b'0' + b'q') as char).collect::<String>();
     let word = |n: usize| "abcdefghijklmnop".repeat(4)[..1 + n % 61].to_owned() + &letters(n);
@@ -55,7 +50,7 @@ fn counting_does_not_depend_on_threads_or_batches() {
     for (threads, batch) in [(1, texts.len()), (2, 100), (5, 3)] {
         let counter = || count(&texts, threads, batch).unwrap();
         assert!(counts_of(counter()) == expected, "{threads} threads, batches of {batch}");
-        let tokens = train(counter().into_words(), 400, |_| true).unwrap();
+        let tokens = train(counter(), 400, |_| true).unwrap();
         assert!(tokens == *trained.get_or_insert(tokens.clone()), "{threads} threads, batches of {batch}");
     }
 }
@@ -67,7 +62,7 @@ fn texts_to_merges_as_plain_does() {
         let texts: Vec<String> = (0..draw(20)).map(|_| (0..draw(60)).map(|_| parts[draw(parts.len())]).collect()).collect();
         let all: Vec<&str> = texts.iter().map(|text| &**text).collect();
         let expected = plain::train(&plain::count(&Regex::new(DEFAULT_PATTERN).unwrap(), &all).unwrap(), 300);
-        assert_eq!(train(count(&texts, 2, 3).unwrap().into_words(), 300, |_| true).unwrap(), expected);
+        assert_eq!(train(count(&texts, 2, 3).unwrap(), 300, |_| true).unwrap(), expected);
     }
 }
 

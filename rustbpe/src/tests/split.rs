@@ -3,8 +3,11 @@
 use fancy_regex::Regex;
 
 use super::{cases, draws};
-use crate::fast::patterns::{gpt2, gpt4, o200k};
-use crate::fast::split::{Splitter, DEFAULT_PATTERN};
+use crate::fast::classes::Classes;
+use crate::fast::patterns::o200k::O200k;
+use crate::fast::patterns::{spellings, Pattern};
+use crate::fast::scan::Text;
+use crate::fast::split::{Kind, Splitter, DEFAULT_PATTERN};
 use crate::fast::threads::in_parallel;
 use crate::fast::window::Window;
 use crate::{plain, Error};
@@ -15,19 +18,40 @@ fn pieces<'t>(splitter: &Splitter, text: &'t str) -> Vec<&'t str> {
     found
 }
 
+/// The pieces, without windows.
+fn slowly<'t>(splitter: &Splitter, text: &'t str) -> Vec<&'t str> {
+    fn pieces<'t>(pattern: &impl Pattern, classes: &Classes, text: &'t str) -> Vec<&'t str> {
+        let (all, mut start, mut found) = (Text { bytes: text.as_bytes(), classes }, 0, Vec::new());
+        while start < text.len() {
+            let end = pattern.piece_end(&all, start);
+            found.push(&text[start..end]);
+            start = end;
+        }
+        found
+    }
+    match &splitter.0 {
+        Kind::Gpt4(pattern, classes) => pieces(pattern, classes, text),
+        Kind::Gpt2(pattern, classes) => pieces(pattern, classes, text),
+        Kind::O200k(pattern, classes) => pieces(pattern, classes, text),
+        Kind::Other(_) => unreachable!("no pattern that is split by hand"),
+    }
+}
+
 /// Every spelling of every pattern that is split by hand.
 fn patterns() -> Vec<String> {
-    let gpt4 = gpt4::BEFORE.iter().flat_map(|before| {
-        gpt4::AFTER.iter().flat_map(move |(after, _)| gpt4::NUMBERS.iter().map(move |(numbers, _)| format!("{before}{numbers}{after}")))
+    let gpt4 = spellings::BEFORE.iter().flat_map(|before| {
+        spellings::AFTER
+            .iter()
+            .flat_map(move |(after, _)| spellings::NUMBERS.iter().map(move |(numbers, _)| format!("{before}{numbers}{after}")))
     });
-    gpt4.chain(gpt2::SPELLINGS.map(String::from)).chain([o200k::PATTERN.to_owned()]).collect()
+    gpt4.chain(spellings::GPT2.map(String::from)).chain([spellings::O200K.to_owned()]).collect()
 }
 
 /// One spelling of each behaviour.
 fn distinct() -> Vec<String> {
-    let gpt4 = |numbers: &str, after: usize| format!("{}{numbers}{}", gpt4::BEFORE[0], gpt4::AFTER[after].0);
+    let gpt4 = |numbers: &str, after: usize| format!("{}{numbers}{}", spellings::BEFORE[0], spellings::AFTER[after].0);
     let ours = [r"\p{N}", r"\p{N}{1,2}", r"\p{N}{1,3}"].map(|numbers| gpt4(numbers, 0));
-    ours.into_iter().chain([gpt4(r"\p{N}{1,3}", 2), gpt2::SPELLINGS[0].to_owned(), o200k::PATTERN.to_owned()]).collect()
+    ours.into_iter().chain([gpt4(r"\p{N}{1,3}", 2), spellings::GPT2[0].to_owned(), spellings::O200K.to_owned()]).collect()
 }
 
 #[test]
@@ -54,23 +78,61 @@ const AROUND: [(&str, &str); 12] = [
     (" !'", "'lL"),
 ];
 
+fn splits_alike(pattern: &str, around: &[(&str, &str)], characters: &[char]) {
+    let (hand, engine) = (Splitter::new(pattern).unwrap(), Regex::new(pattern).unwrap());
+    for &(before, after) in around {
+        // Texts hold many characters, far enough apart not to interact: a call for each would take minutes.
+        for characters in characters.chunks(256) {
+            let text: String = characters.iter().map(|c| format!("{before}{c}{after}\n-a")).collect();
+            assert_eq!(pieces(&hand, &text), plain::split(&engine, &text).unwrap(), "{before:?} {after:?}, {pattern}");
+        }
+    }
+}
+
+/// The lengths of its pieces tell the class of a character.
+fn in_revealing_places(character: char) -> String {
+    format!("a{character}b\n!!{character}!\n{character}Aa\n{character}\n-a")
+}
+
+#[test]
+fn revealing_places_tell_all_classes_apart() {
+    let hand = Splitter::new(spellings::O200K).unwrap();
+    let of_each = ['Ა', 'ა', 'ꙮ', '\u{20dd}', '⑴', '\u{2003}', '→'];
+    let lengths =
+        of_each.map(|character| pieces(&hand, &in_revealing_places(character)).iter().map(|piece| piece.len()).collect::<Vec<_>>());
+    assert!((0..7).all(|i| !lengths[..i].contains(&lengths[i])), "{lengths:?}");
+}
+
+/// Both sides know a character above U+017F only by the sets that contain it. So every code point is put once, for each table of sets,
+/// where the pieces tell its set; then all characters up to U+017F, and one of each class from every 256 code points, in all
+/// neighbourhoods and patterns.
 #[test]
 #[cfg_attr(miri, ignore = "too many")]
 fn every_code_point_in_every_neighbourhood_as_the_regex_engine_does() {
-    // Texts hold many code points, far enough apart not to interact: a call for each would take minutes.
-    let planes_in_use = |block: u32| matches!(block >> 8, 0 | 1 | 14) || matches!(block >> 8, 2 | 3) && block % 16 == 0;
-    let check = |pattern: String| {
-        let (hand, engine) = (Splitter::new(&pattern).unwrap(), Regex::new(&pattern).unwrap());
-        for (before, after) in AROUND {
-            for block in (0..0x1100u32).filter(|&block| before.is_empty() || planes_in_use(block)) {
-                let characters = (block << 8..(block + 1) << 8).filter_map(char::from_u32);
-                let text: String = characters.map(|c| format!("{before}{c}{after}\n-a")).collect();
-                assert_eq!(pieces(&hand, &text), plain::split(&engine, &text).unwrap(), "{before:?} {after:?} block {block:#x}, {pattern}");
+    let all: Vec<char> = (0..=char::MAX as u32).filter_map(char::from_u32).collect();
+    let classes = Classes::new(O200k::CLASSES);
+    let mut some: Vec<char> = all[..0x180].to_vec();
+    for block in all[0x180..].chunks(256) {
+        let mut seen = Vec::new();
+        for &character in block {
+            let class = classes.of(character as u32);
+            if !seen.contains(&class) {
+                seen.push(class);
+                some.push(character);
             }
         }
+    }
+    let (patterns, tables) = (distinct(), [DEFAULT_PATTERN, spellings::O200K]);
+    in_parallel(0..2, |half| {
+        let (hand, engine) = (Splitter::new(tables[half]).unwrap(), Regex::new(tables[half]).unwrap());
+        for characters in all.chunks(256) {
+            let text: String = characters.iter().map(|&character| in_revealing_places(character)).collect();
+            assert_eq!(pieces(&hand, &text), plain::split(&engine, &text).unwrap(), "{:?} {}", characters[0], tables[half]);
+        }
+        patterns.iter().skip(half).step_by(2).for_each(|pattern| splits_alike(pattern, &AROUND, &some));
         Ok(())
-    };
-    in_parallel(distinct(), check).unwrap();
+    })
+    .unwrap();
 }
 
 fn random_text(draw: &mut impl FnMut(usize) -> usize, case: usize) -> String {
@@ -109,7 +171,7 @@ fn a_character_at_a_time_as_in_windows() {
         let hand = Splitter::new(&pattern).unwrap();
         for case in 0..cases(5_000) {
             let text = random_text(&mut draw, case);
-            assert_eq!(pieces(&hand, &text), hand.slowly(&text), "{text:?}, {pattern}");
+            assert_eq!(pieces(&hand, &text), slowly(&hand, &text), "{text:?}, {pattern}");
         }
     }
 }
@@ -133,12 +195,23 @@ fn a_text_cut_at_a_border_has_the_same_pieces() {
 }
 
 #[test]
-fn windows_are_read_alike_on_all_machines() {
+fn windows_tell_the_classes_of_their_bytes() {
     for byte in (0..=255u8).step_by(if cfg!(miri) { 37 } else { 1 }) {
         for place in 0..64 {
             let mut bytes = [b'a'.wrapping_add(byte); 64];
             bytes[place] = byte;
-            assert_eq!(Window::read(&bytes), Window::read_words(&bytes), "{byte} at {place}");
+            let of = |is: fn(u8) -> bool| (0..64).filter(|&at| is(bytes[at])).fold(0, |mask, at| mask | 1 << at);
+            let expected = Window {
+                letters: of(|byte| byte.is_ascii_alphabetic()),
+                uppers: of(|byte| byte.is_ascii_uppercase()),
+                digits: of(|byte| byte.is_ascii_digit()),
+                spaces: of(|byte| byte.is_ascii() && char::from(byte).is_whitespace()),
+                newlines: of(|byte| matches!(byte, b'\r' | b'\n')),
+                blanks: of(|byte| byte == b' '),
+                quotes: of(|byte| byte == b'\''),
+                beyond: of(|byte| !byte.is_ascii()),
+            };
+            assert_eq!(Window::read(&bytes), expected, "{byte} at {place}");
         }
     }
 }

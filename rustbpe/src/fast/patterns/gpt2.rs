@@ -6,13 +6,6 @@ use crate::fast::classes::Class;
 use crate::fast::scan::Text;
 use crate::fast::window::{from, Window, WINDOW};
 
-/// Spellings that match the same.
-pub const SPELLINGS: [&str; 3] = [
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-];
-
 #[derive(Clone, Copy)]
 pub struct Gpt2;
 
@@ -60,7 +53,7 @@ impl Pattern for Gpt2 {
         }
         let run = if text.bytes[start] == b' ' { text.look(next).0 } else { class };
         match run {
-            Class::Letter => return text.letters_end(next),
+            Class::Letter => return text.run_end(next, |class| class == Class::Letter),
             Class::Number | Class::Other => return text.run_end(next, |class| class == run),
             _ => {}
         }

@@ -7,45 +7,10 @@ use crate::fast::classes::Class;
 use crate::fast::scan::{contraction_length, Text};
 use crate::fast::window::{Window, WINDOW};
 
-/// Spellings of the parts before and after the numbers, which match the same.
-pub const BEFORE: [&str; 3] = [
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|",
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|",
-];
-pub const NUMBERS: [(&str, usize); 7] = [
-    (r"\p{N}", 1),
-    (r"\p{N}{1,1}", 1),
-    (r"\p{N}{1,2}", 2),
-    (r"\p{N}{1,3}", 3),
-    (r"\p{N}{1,1}+", 1),
-    (r"\p{N}{1,2}+", 2),
-    (r"\p{N}{1,3}+", 3),
-];
-/// In the last, cl100k's, white space at the end of the text is one piece.
-pub const AFTER: [(&str, bool); 3] = [
-    (r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+", false),
-    (r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+", false),
-    (r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s", true),
-];
-
 #[derive(Clone, Copy)]
 pub struct Gpt4 {
     pub max_digits: usize,
     pub end_is_one: bool,
-}
-
-impl Gpt4 {
-    pub fn known(pattern: &str) -> Option<Gpt4> {
-        let middle = |before: &str, after: &str| pattern.strip_prefix(before).and_then(|rest| rest.strip_suffix(after));
-        BEFORE.iter().find_map(|before| {
-            AFTER.iter().find_map(|&(after, end_is_one)| {
-                let numbers = middle(before, after)?;
-                let &(_, max_digits) = NUMBERS.iter().find(|(spelling, _)| *spelling == numbers)?;
-                Some(Gpt4 { max_digits, end_is_one })
-            })
-        })
-    }
 }
 
 /// The starts without those of contractions, the runs of symbols that are pieces from their first symbol on, and the line breaks
@@ -113,7 +78,7 @@ impl Pattern for Gpt4 {
         let (class, width) = text.look(start);
         let next = start + width;
         match class {
-            Class::Letter => return text.letters_end(next),
+            Class::Letter => return text.run_end(next, |class| class == Class::Letter),
             Class::Number => return text.digits_end(next, self.max_digits),
             Class::Space if text.is_newline(start) => {}
             _ => {
@@ -123,7 +88,7 @@ impl Pattern for Gpt4 {
                 }
                 let after = text.look(next).0;
                 if after == Class::Letter {
-                    return text.letters_end(next);
+                    return text.run_end(next, |class| class == Class::Letter);
                 }
                 if class == Class::Other || after == Class::Other && text.bytes[start] == b' ' {
                     let mut at = text.run_end(next, |class| class == Class::Other);

@@ -3,6 +3,7 @@
 pub mod gpt2;
 pub mod gpt4;
 pub mod o200k;
+pub mod spellings;
 
 use super::classes::Class;
 use super::scan::Text;
