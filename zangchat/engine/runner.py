@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from zangchat.engine.cuda import DecodeGraphs, to_device, to_host
+from zangchat.engine.cuda import DecodeGraphs, padded, to_device, to_host
 from zangchat.engine.kv_cache import CACHE_BLOCK, KVCache, storage_dtype
 from zangchat.engine.sampling import LogprobTensors, Sampler
 from zangchat.engine.scheduler import Chunk, Prompt
@@ -38,14 +38,12 @@ class Draw(NamedTuple):
             self.arrived.synchronize()
         values = self.logprobs.on_host() if self.logprobs is not None else []
         logprobs = dict(zip(self.rows, values, strict=True))
-        events = []
-        for row, (sequence, token) in enumerate(
-            zip(self.sequences, self.tokens.tolist(), strict=True)
-        ):
+        tokens, events = self.tokens.tolist(), []
+        for row, sequence in enumerate(self.sequences):
             if sequence.stop_reason is not None:
                 continue  # it ended while the draw was under way
             try:
-                events.append(sequence.accept(token, logprobs.get(row)))
+                events.append(sequence.accept(tokens[row], logprobs.get(row)))
             except Exception as error:  # only this sequence: the others have their tokens
                 events.append(sequence.fail(error))
         return events
@@ -111,11 +109,11 @@ class Runner:
         lengths = list(self.cache.lengths)
         try:
             if only is not None:
-                context = self.cache.rows(only, only + 1)
-                return self.model(idx[only : only + 1], kv_cache=context)[:, 0]
+                return self.model(idx[only : only + 1], kv_cache=self.cache.rows([only]))[:, 0]
             if self.graphs is not None:
                 return self.graphs(idx)
-            return self.model(idx, kv_cache=self.cache.rows(0, len(running), groups))[:, 0]
+            rows = self.cache.rows(range(len(running)), groups)
+            return self.model(idx, kv_cache=rows)[:, 0]
         except Exception:
             self.cache.lengths[:] = lengths
             raise
@@ -143,14 +141,13 @@ class Runner:
             self.graphs.clear()
         parts = [prompt.tokens[prompt.read : prompt.read + chunk.size] for prompt in prompts]
         rows, start = [prompt.row for prompt in prompts], prompts[0].read
-        padded = -(-chunk.size // self.prompt_multiple) * self.prompt_multiple
-        size = min(padded, self.model.config.sequence_len - start, cache.capacity - start)
+        size = -(-chunk.size // self.prompt_multiple) * self.prompt_multiple
+        size = min(size, self.model.config.sequence_len - start, cache.capacity - start)
         for prompt in prompts:
             cache.lengths[prompt.row] = prompt.read
-        flat = [token for part in parts for token in [*part, *[0] * (size - len(part))]]
-        idx = to_device(flat, torch.int64, self.device).view(len(prompts), size)
+        idx = padded(parts, self.device, size)
         last = to_device([len(part) - 1 for part in parts], torch.int64, self.device)
-        context = cache.some_rows(rows)
+        context = cache.rows(rows)
         if prompts[0].logprobs is None:
             logits = self.model(idx, kv_cache=context, logits_at=last)[:, 0]
         else:
