@@ -73,10 +73,7 @@ class Packer:
     def __init__(
         self, stream: DocumentStream, *, width: int, bos: int, cursor: dict[str, Any] | None = None
     ) -> None:
-        if width < 2:
-            raise ValueError(f"a row needs at least 2 tokens, not {width}")
-        self.width, self.bos = width, bos
-        self.truncated = 0
+        self.width, self.bos, self.truncated = width, bos, 0
         self._unfinished: list[_Unfinished] = []  # in the order of reading
         self._position = cursor["position"] if cursor else first_cursor(stream)  # of the next
         self._documents = read_documents(stream, self._position)
@@ -236,7 +233,7 @@ def validation_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """Validation rows, the same for any number of ranks: of each document at most T targets.
+    """Validation rows, for any number of ranks: each document from <|bos|>, at most T targets.
 
     Documents are taken in order until they amount to `eval_tokens` targets; without that, all. Rows
     of about the same length share a batch, which is cut to that length and holds more of them:

@@ -59,7 +59,7 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
 
 def _neuron_dim(shape: torch.Size) -> int:
-    """That NorMuon sums over: the shorter one, along which orthogonalising makes norms equal."""
+    """NorMuon sums over the shorter dimension: norms along the shorter side are all equal."""
     return -1 if shape[-2] >= shape[-1] else -2
 
 

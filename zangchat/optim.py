@@ -206,7 +206,7 @@ def build_optimizer(
     rank: int = 0,
     world_size: int = 1,
 ) -> OptimizerGroup:
-    """Embedding and head to AdamW, the matrices of the blocks to `kind`: muon, adamw or sgd (all).
+    """Embedding and head to AdamW, the blocks' matrices to `kind`: muon, adamw, or sgd (for all).
 
     Learning rates are used as given (scaling by batch and width is the caller's task); weight_decay
     acts on the matrices only. `ortho_dtype` None: bf16 if the model computes in it, else Muon's.

@@ -83,8 +83,6 @@ class TextStream:
     def __init__(
         self, dataset: "Dataset", tokenizer: Any, seed: int, max_tokens: int | None = None
     ) -> None:
-        if max_tokens is not None and max_tokens < 2:
-            raise ValueError(f"max_tokens must be at least 2, not {max_tokens}")
         if dataset.tokenizer_fingerprint not in (None, tokenizer and tokenizer.fingerprint):
             problem = f"dataset {dataset.name} was made with another tokenizer than this model's"
             raise UserError(f"{problem}: {dataset.repair_hint()}")
@@ -211,12 +209,9 @@ class ConversationStream:
 
 
 class MixedStream:
-    """Several streams as one: each document comes from the stream that falls shortest of its
-    fraction of the tokens so far."""
+    """Streams as one: a document comes from that which falls shortest of its share of tokens."""
 
     def __init__(self, parts: Sequence[tuple[DocumentStream, float]]) -> None:
-        if not parts or min(fraction for _, fraction in parts) <= 0:
-            raise ValueError("a mixture needs streams with positive fractions")
         total = sum(fraction for _, fraction in parts)
         self.fractions = [fraction / total for _, fraction in parts]
         self._streams = [stream for stream, _ in parts]

@@ -210,7 +210,7 @@ class RustBPETokenizer:
     def encode(
         self, text: Any, prepend: Token = None, append: Token = None, num_threads: int = 8
     ) -> Any:
-        """Ordinary text, or a list, to ids; `prepend`, `append`: special names, or ids."""
+        """Ordinary text or texts to ids; `prepend` and `append`: special tokens by name, or ids."""
         before, after = (
             [] if token is None else [self._token_id(token)] for token in (prepend, append)
         )
@@ -340,7 +340,7 @@ def get_tokenizer(*flags: str) -> RustBPETokenizer:
 
 
 def get_token_bytes(device: str = "cpu") -> "torch.Tensor":
-    """RustBPETokenizer.token_bytes of `get_tokenizer()`; raises the same UserError."""
+    """int32 (V,): bytes of each token of `get_tokenizer()`, 0 for special ones; its errors."""
     import torch
 
     # From the ranks, so that two files cannot disagree; token_bytes.pt is for other programs.

@@ -120,7 +120,7 @@ class RunningBatch:
     def _needs_all_tokens(self, sequence: Sequence) -> bool:
         """Whether the host must know the tokens of the last draw before the next one."""
         penalty = sequence.request.repetition_penalty != 1
-        return sequence.drawn >= sequence.limit or (penalty and self.runner.rows_changed)
+        return sequence.drawn >= sequence.limit or (penalty and self.runner.sampler is None)
 
     def _decode(self, events: list[Event]) -> list[torch.Tensor]:
         """The logits (B, V) of the running sequences; if they fail together, each by itself."""
@@ -171,7 +171,9 @@ class RunningBatch:
 
     def _arrange(self) -> None:
         scheduler, runner = self.scheduler, self.runner
-        sources = scheduler.arrange(runner.cache.lengths, runner.bytes_per_token)
+        # in a CUDA graph all rows attend equally far anyway
+        price = runner.cache.bytes_per_token if runner.graphs is None else 0
+        sources = scheduler.arrange(runner.cache.lengths, price)
         if sources is not None:
             runner.move_rows(sources)
         reading = {prompt.row for prompt in scheduler.reading}

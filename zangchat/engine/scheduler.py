@@ -155,7 +155,7 @@ class Scheduler:
         return Chunk(together, size)
 
     def failed(self, chunk: Chunk, error: Exception) -> list[Event]:
-        """A pass over the chunk failed: now prompt by prompt, or the end of a single one's."""
+        """A pass over the chunk failed: now prompt by prompt; a single prompt's sequences end."""
         if len(chunk.prompts) == 1:
             self.reading.popleft()
             return [sequence.fail(error) for sequence in chunk.prompts[0].sequences]

@@ -129,7 +129,8 @@ class Trainer:
         tokens, supervised = map(round, counts)
         self.optimizer.zero_grad()
         self.model.train()
-        loss_sum = self._backward(batch, supervised)
+        factor = self.loss_scale.value / max(supervised, 1)
+        loss_sum = self.passes.backward(self.stage.loss, batch, factor)
         self.optimizer.sum_gradients()
         own_norm = float(global_norm(self.optimizer.gradients().values()))  # of this rank's rows
         total, squares = collectives.sum_over_ranks([loss_sum, own_norm**2])
@@ -166,11 +167,6 @@ class Trainer:
         """The moving average of the training loss, debiased; nan before the first counted step."""
         counted = self.state.step - self.state.skipped_steps
         return self.state.smooth_loss / (1 - SMOOTHING**counted) if counted > 0 else math.nan
-
-    def _backward(self, batch: "Batch", supervised: int) -> float:
-        """Gradients of this rank's part of the step's mean loss; returns the sum of its losses."""
-        factor = self.loss_scale.value / max(supervised, 1)
-        return self.passes.backward(self.stage.loss, batch, factor)
 
     def _update(self, multipliers: StepMultipliers, grad_norm: float) -> None:
         clip = min(self.grad_clip / (grad_norm + 1e-6), 1.0) if self.grad_clip > 0 else 1.0
@@ -285,8 +281,7 @@ class Trainer:
         }
 
     def _agree(self) -> None:
-        """All ranks stop (by a signal on any), save (by rank 0's clock) and finish a save (that all
-        have written) alike."""
+        """All ranks alike: stop (signal on any), save (rank 0's clock), end a save (all wrote)."""
         clock = self.rank == 0 and self.saves.clock_is_due
         flags = [self.signals.received, clock, self.saves.is_writing]
         received, save_now, still_writing = collectives.max_over_ranks(flags)
