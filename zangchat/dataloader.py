@@ -98,8 +98,7 @@ class Packer:
         return {"position": position, "read": self._read - first, "unfinished": unfinished}
 
     def fill(self, ids: np.ndarray, learn: np.ndarray) -> bool:
-        """Fill a row: ids (W,), learn (W,) bool, True if the token is a target. Returns False at
-        the end of the stream, when all is padding."""
+        """Fill a row: ids (W,), learn (W,), True for a target. False at the end: all is padding."""
         ids[:], learn[:], used = self.bos, False, 0
         while used < self.width and (entry := self._choose(self.width - used)) is not None:
             document, offset = entry.read.document, entry.offset

@@ -168,8 +168,7 @@ def is_shards(data: Any) -> bool:
 
 
 def merge_shards(shards: Iterable[Mapping[str, Mapping[str, Any]]]) -> Shards:
-    """The complete state from the shards of all ranks, in any order. Raises ValueError if rows are
-    missing."""
+    """The complete state from all ranks' shards, in any order; ValueError if rows are missing."""
     pieces: dict[str, list[Mapping[str, Any]]] = {}
     for shard in shards:
         for name, entry in shard.items():

@@ -151,9 +151,8 @@ def base_multipliers(
     rise = min(1.0, step / MOMENTUM_STEPS)
     momentum = MOMENTUM_START + (MOMENTUM_PEAK - MOMENTUM_START) * rise
     momentum = min(momentum, MOMENTUM_PEAK - (MOMENTUM_PEAK - MOMENTUM_END) * down)
-    return StepMultipliers(
-        lr=lr, momentum=momentum, weight_decay=max(0.0, 1 - step / num_iterations)
-    )
+    decay = max(0.0, 1 - step / num_iterations)
+    return StepMultipliers(lr=lr, momentum=momentum, weight_decay=decay)
 
 
 def finetune_multipliers(

@@ -106,8 +106,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
 
 class GradientSums:
-    """Adds up gradients over ranks, each piece on the rank that owns it, while the backward pass
-    still computes the others.
+    """Adds up gradients over ranks, each piece on its owner, while the backward pass continues.
 
     The sums run in `dtype`. All ranks must begin them in the order of `pieces`, even if later ones
     are ready; the order of the backward pass is best. A rank without a gradient adds zeros.

@@ -162,8 +162,7 @@ def _fastest(
 
 
 def _activate(backend: str) -> None:
-    """Make torch's flash operation, which is one for the process, that of the backend. Raises
-    ImportError if its package is missing."""
+    """Make torch's only flash operation the backend's. Raises ImportError if it is missing."""
     wanted = backend if backend in ("FA3", "FA4") else None
     if wanted == getattr(torch_attention, "current_flash_attention_impl", lambda: None)():
         return
