@@ -93,14 +93,10 @@ class Engine:
         self, tokens: abc.Sequence[int], num_samples: int = 1, **settings: Any
     ) -> tuple[list[list[int]], list[list[int]]]:
         """`num_samples` whole sequences, and masks (0 for the prompt and tool output)."""
-        sequences = [list(tokens) for _ in range(num_samples)]
-        masks = [[0] * len(tokens) for _ in range(num_samples)]
-        for column, mask_column in self.generate(tokens, num_samples, **settings):
-            for i, (token, mask) in enumerate(zip(column, mask_column, strict=True)):
-                if token >= 0:
-                    sequences[i].append(token)
-                    masks[i].append(mask)
-        return sequences, masks
+        requests = [Request(tokens, sample_index=i, **settings) for i in range(num_samples)]
+        done = self.generate_many(requests, max_rows=num_samples)
+        masks = [[0] * len(tokens) + sequence.mask for sequence in done]
+        return [[*tokens, *sequence.tokens] for sequence in done], masks
 
     def generate_many(
         self, requests: abc.Sequence[Request], max_rows: int = MAX_ROWS
