@@ -18,8 +18,7 @@ from zangchat.sharded import Params, ShardedOptimizer
 
 
 class AdamW(ShardedOptimizer):
-    """`step()` reads lr, betas, eps and weight_decay from its param groups, so schedules may change
-    them.
+    """`step()` reads lr, betas, eps and weight_decay from its param groups.
 
     State of an owned slice: exp_avg and exp_avg_sq of its shape (fp32), step (scalar), and master
     if the parameter is not fp32.
@@ -37,15 +36,7 @@ class AdamW(ShardedOptimizer):
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults, **ranks)
 
-    def update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        for p in params:
-            if p.grad is not None:
-                self._update(p, group)
-
-    def _update(self, p: Tensor, group: dict[str, Any]) -> None:
-        piece = self.own_piece(p)
-        assert piece is not None and p.grad is not None
-        rows, grad = piece.of(p), piece.of(p.grad)
+    def update_rows(self, p: Tensor, rows: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)

@@ -18,7 +18,6 @@ from zangchat.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow
-    import tiktoken
 
     Text: TypeAlias = str | pyarrow.Array | pyarrow.ChunkedArray
 
@@ -81,7 +80,7 @@ def make_encoder(tokens: Sequence[bytes], pattern: str, special_ids: dict[str, i
 
 def tiktoken_encoding(
     tokens: Sequence[bytes], pattern: str, special_ids: dict[str, int]
-) -> "tiktoken.Encoding":
+) -> tiktoken.Encoding:
     ranks = {token: i for i, token in enumerate(tokens)}
     return tiktoken.Encoding(
         "zangchat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_ids
@@ -91,7 +90,7 @@ def tiktoken_encoding(
 class TiktokenEncoder:
     """The methods of the crate's encoder, through tiktoken."""
 
-    def __init__(self, encoding: "tiktoken.Encoding") -> None:
+    def __init__(self, encoding: tiktoken.Encoding) -> None:
         self._encoding = encoding
 
     def encode(self, text: str) -> list[int]:
@@ -120,10 +119,7 @@ def encode_repaired(encode: Callable[..., Any], text: Any, *options: Any) -> Any
 
 
 def repair_surrogates(text: str) -> str:
-    """Join surrogate pairs, replace lone surrogates by U+FFFD.
-
-    Text that came through a careless \\u escape can be encoded then.
-    """
+    """Join surrogate pairs (of a careless \\u escape), replace lone surrogates by U+FFFD."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -12,7 +12,6 @@ are unfinished, so it stays small whatever is pending.
 Legend: R rows of a step, T targets in a row, W = T + 1 tokens in a row.
 """
 
-import contextlib
 import itertools
 import logging
 import math
@@ -25,14 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from zangchat.streams import (
-    ConversationStream,
-    Document,
-    DocumentStream,
-    Read,
-    first_cursor,
-    read_documents,
-)
+from zangchat.streams import ConversationStream, DocumentStream, Read, first_cursor, read_documents
 
 if TYPE_CHECKING:
     from zangchat.dataset import Dataset
@@ -57,9 +49,6 @@ class Batch:
     metrics: dict[str, float] = field(default_factory=dict)  # about its data (RL: rewards), to log
 
 
-# ---- packing -------------------------------------------------------------------------------------
-
-
 @dataclass(eq=False)
 class _Unfinished:
     number: int  # of the document in the order of reading
@@ -73,8 +62,7 @@ class _Unfinished:
 
 
 class Packer:
-    """Documents -> rows of `width` tokens, each beginning with <|bos|>, filled oldest document
-    first.
+    """Documents -> rows of `width` tokens, each beginning with <|bos|>, oldest documents first.
 
     A splittable document fills the row and continues, after a <|bos|>, in the next: none of its
     tokens is dropped. One that must not be split waits for a row with room; meanwhile up to
@@ -83,17 +71,9 @@ class Packer:
     """
 
     def __init__(
-        self,
-        stream: DocumentStream,
-        *,
-        width: int,
-        bos: int,
-        cursor: dict[str, Any] | None = None,
+        self, stream: DocumentStream, *, width: int, bos: int, cursor: dict[str, Any] | None = None
     ) -> None:
-        if width < 2:
-            raise ValueError(f"a row needs at least 2 tokens, not {width}")
-        self.width, self.bos = width, bos
-        self.truncated = 0
+        self.width, self.bos, self.truncated = width, bos, 0
         self._unfinished: list[_Unfinished] = []  # in the order of reading
         self._position = cursor["position"] if cursor else first_cursor(stream)  # of the next
         self._documents = read_documents(stream, self._position)
@@ -111,22 +91,15 @@ class Packer:
     def cursor(self) -> dict[str, Any]:
         """JSON: where to read again, how many documents to read there, and [number, tokens placed]
         of the unfinished ones."""
-        if not self._unfinished:
-            return {"position": self._position, "read": 0, "unfinished": []}
-        oldest = self._unfinished[0]
-        unfinished = [[entry.number - oldest.number, entry.offset] for entry in self._unfinished]
-        return {
-            "position": oldest.read.cursor,
-            "read": self._read - oldest.number,
-            "unfinished": unfinished,
-        }
+        position, first = self._position, self._read
+        if self._unfinished:
+            position, first = self._unfinished[0].read.cursor, self._unfinished[0].number
+        unfinished = [[entry.number - first, entry.offset] for entry in self._unfinished]
+        return {"position": position, "read": self._read - first, "unfinished": unfinished}
 
     def fill(self, ids: np.ndarray, learn: np.ndarray) -> bool:
-        """Fill a row: ids (W,), learn (W,) bool, True if the token is a target. Returns False at
-        the end of the stream, when all is padding."""
-        ids[:] = self.bos
-        learn[:] = False
-        used = 0
+        """Fill a row: ids (W,), learn (W,), True for a target. False at the end: all is padding."""
+        ids[:], learn[:], used = self.bos, False, 0
         while used < self.width and (entry := self._choose(self.width - used)) is not None:
             document, offset = entry.read.document, entry.offset
             used += offset > 0  # a continuation's <|bos|>, in place already
@@ -162,24 +135,21 @@ class Packer:
             self.truncated += 1
             cut = f"a document of {len(ids)} tokens was cut to a row's {self.width}"
             logger.warning(f"{cut} ({self.truncated} so far)")
-            mask = None if mask is None else mask[: self.width]
-            read = read._replace(document=Document(ids[: self.width], mask, False))
+            kept = None if mask is None else mask[: self.width]
+            read = read._replace(document=read.document._replace(ids=ids[: self.width], mask=kept))
         return _Unfinished(self._read - 1, read)
 
 
-def first_fit(lengths: Sequence[int], width: int) -> list[int]:
-    """The row of each item: the first with room for it, in the order given. Lengths are in
-    1..width.
-    """
-    rows: list[int] = []
-    room: list[int] = []
+def first_fit(lengths: Sequence[int], width: int) -> list[tuple[int, int]]:
+    """(row, first column) of each item, in the order given: the first row with room for it."""
+    places, used = list[tuple[int, int]](), list[int]()
     for length in lengths:
-        row = next((row for row, free in enumerate(room) if free >= length), len(room))
-        if row == len(room):
-            room.append(width)
-        room[row] -= length
-        rows.append(row)
-    return rows
+        row = next((row for row, end in enumerate(used) if end + length <= width), len(used))
+        if row == len(used):
+            used.append(0)
+        places.append((row, used[row]))
+        used[row] += length
+    return places
 
 
 # ---- batches -------------------------------------------------------------------------------------
@@ -240,15 +210,13 @@ def example_batches(
         reader = read_documents(stream, cursor or first_cursor(stream))
         while step := list(itertools.islice(reader, examples_per_step)):
             documents = [read.document for read in step]
-            rows = first_fit([len(document.ids) for document in documents], width)
-            height = -(-(max(rows) + 1) // world_size) * world_size
+            places = first_fit([len(document.ids) for document in documents], width)
+            height = -(-(max(places)[0] + 1) // world_size) * world_size
             ids = np.full((height, width), bos, dtype=np.int32)
             learn = np.zeros(ids.shape, dtype=bool)
-            used = [0] * height
-            for row, document in zip(rows, documents, strict=True):
-                place = slice(used[row], used[row] + len(document.ids))
+            for (row, start), document in zip(places, documents, strict=True):
+                place = slice(start, start + len(document.ids))
                 ids[row, place], learn[row, place] = document.ids, document.mask
-                used[row] = place.stop
             yield _batch(ids, learn, step[-1].next_cursor, rank, world_size)
 
     return prefetched(produce)
@@ -264,8 +232,7 @@ def validation_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """Validation rows, the same for any packer and number of ranks: each document from its <|bos|>,
-    at most T targets.
+    """Validation rows, for any number of ranks: each document from <|bos|>, at most T targets.
 
     Documents are taken in order until they amount to `eval_tokens` targets; without that, all. Rows
     of about the same length share a batch, which is cut to that length and holds more of them:
@@ -310,8 +277,7 @@ def _validation_rows(
         if tokens_left <= 0:
             return
         ids, _ = tokenizer.encode_documents([text], num_threads=1)
-        first = np.array([bos], dtype=np.int32)
-        row = np.concatenate([first, ids[: width - 1].astype(np.int32)])
+        row = np.concatenate([[bos], ids[: width - 1]], dtype=np.int32)
         tokens_left -= len(row) - 1
         if len(row) > 1:
             yield row
@@ -334,35 +300,32 @@ def _batch(
 def prefetched(
     produce: Callable[[], Iterator[Item]], depth: int = PREFETCHED_STEPS
 ) -> Iterator[Item]:
-    """The items of `produce()`, made by a thread up to `depth` ahead; its exception is raised here.
-    Closing it ends the thread."""
-    items: queue.Queue[tuple[Item] | BaseException | None] = queue.Queue(depth)  # None: the end
-    stop = threading.Event()
-
-    def put(value: tuple[Item] | BaseException | None) -> None:
-        while not stop.is_set():
-            with contextlib.suppress(queue.Full):
-                return items.put(value, timeout=0.1)
+    """The items of `produce()`, made by a thread up to `depth` ahead, and its exception. Closing it
+    ends the thread."""
+    items: queue.SimpleQueue[tuple[Item] | BaseException | None] = queue.SimpleQueue()
+    room, stop = threading.Semaphore(depth), threading.Event()
 
     def work() -> None:
-        end = None
         try:
             for item in produce():
-                put((item,))
+                items.put((item,))
+                room.acquire()
                 if stop.is_set():
                     return
+            items.put(None)  # the end
         except BaseException as error:  # for the consumer to raise
-            end = error
-        put(end)
+            items.put(error)
 
     thread = threading.Thread(target=work, name="zangchat-prefetch", daemon=True)
     thread.start()
     try:
         while isinstance(item := items.get(), tuple):
+            room.release()
             yield item[0]
         if item is not None:
             raise item
     finally:
         stop.set()
+        room.release()
         # a thread that waits for a shard ends when the shard arrives, or with the process
         thread.join(timeout=5)

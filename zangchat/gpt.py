@@ -66,9 +66,7 @@ class Attention(nn.Module):
         self, x: Tensor, rotary: Rotary, context: AttentionContext | None, backend: str
     ) -> Tensor:
         B, T, C = x.shape
-        q, k, v = (
-            project(x).view(B, T, -1, self.head_dim) for project in (self.c_q, self.c_k, self.c_v)
-        )
+        q, k, v = (c(x).view(B, T, -1, self.head_dim) for c in (self.c_q, self.c_k, self.c_v))
         q, k = (rms_norm(rotate(part, *rotary), self.eps) for part in (q, k))
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # views, as kernels expect them
         mask = None
@@ -120,10 +118,7 @@ def rotary_tables(config: GPTConfig, length: int, device: torch.device) -> tuple
 
 
 class GPT(nn.Module):
-    """A decoder-only language model.
-
-    Parameters are uninitialised until `init_weights` or a checkpoint fills them.
-    """
+    """A decoder-only language model; `init_weights` or a checkpoint fills its parameters."""
 
     cos: Tensor
     sin: Tensor
@@ -136,18 +131,13 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.options = config, options or ForwardOptions()
-        rows = config.padded_vocab_size
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(rows, config.n_embd, _weight=torch.empty(rows, config.n_embd)),
-                "h": nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
-            }
-        )
+        rows, width = config.padded_vocab_size, config.n_embd
+        embedding = nn.Embedding(rows, width, _weight=torch.empty(rows, width))
+        blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.transformer = nn.ModuleDict({"wte": embedding, "h": blocks})
         self.lm_head = Linear(config.n_embd, rows)
         self.init_rotary()
         self.set_compute_dtype(compute_dtype)
-
-    # -- state -------------------------------------------------------------------------------------
 
     @property
     def wte(self) -> nn.Embedding:
@@ -193,10 +183,8 @@ class GPT(nn.Module):
         relates the output row of a token to its input row: small models learn to copy far earlier.
         """
         bound = math.sqrt(3.0 / self.config.n_embd)
-        embedding = torch.empty(self.wte.weight.shape, device=self.get_device()).normal_(
-            generator=generator
-        )
-        self.wte.weight.copy_(embedding)
+        embedding = torch.empty(self.wte.weight.shape, device=self.get_device())
+        self.wte.weight.copy_(embedding.normal_(generator=generator))
         for name, parameter in self.transformer["h"].named_parameters():
             if name.endswith("c_proj.weight"):
                 parameter.zero_()
@@ -212,8 +200,7 @@ class GPT(nn.Module):
     def init_rotary(self, length: int | None = None) -> None:
         """(Re)compute the rotary tables for positions 0..length-1 (default: sequence_len).
 
-        A checkpoint does not hold them. Call this after loading one into a model built on the meta
-        device.
+        A checkpoint does not hold them: call this after loading one into a model made on "meta".
         """
         length = length or self.config.sequence_len
         # a table made under inference_mode (sampling) must remain usable by autograd (training)
@@ -237,8 +224,6 @@ class GPT(nn.Module):
 
         return build_optimizer(self, **settings)
 
-    # -- forward -----------------------------------------------------------------------------------
-
     def _rotary(self, T: int, context: AttentionContext | None) -> Rotary:
         """cos, sin in the compute dtype, (T, 1, D/2), or (B, T, 1, D/2) at the rows' positions."""
         needed = T if context is None else context.longest + T
@@ -260,8 +245,7 @@ class GPT(nn.Module):
         loss_weights: Tensor | None = None,
         logits_at: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, T, vocab_size), fp32, capped; or, given targets (B, T; -1 = ignored), the
-        loss, fp32.
+        """Logits (B, T, vocab_size), capped, or the loss, given targets (B, T; -1 = ignored); fp32.
 
         loss_reduction: "mean" over supervised tokens, "sum", or "none" -> (B, T) with 0 for ignored
         ones; loss_weights (B, T) are factors on each token's loss. logits_at (B,) selects one

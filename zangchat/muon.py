@@ -59,14 +59,12 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
 
 def _neuron_dim(shape: torch.Size) -> int:
-    """The dimension that NorMuon sums over: the shorter one. Along the shorter side all norms are
-    equal after orthogonalising."""
+    """NorMuon sums over the shorter dimension: norms along the shorter side are all equal."""
     return -1 if shape[-2] >= shape[-1] else -2
 
 
 class Muon(ShardedOptimizer):
-    """Muon over 2-D parameters. `step()` reads lr, momentum and weight_decay from its param groups,
-    so schedules may change them.
+    """Muon over 2-D parameters. `step()` reads lr, momentum and weight_decay from param groups.
 
     The update of a matrix has the root-mean-square size lr * sqrt(max(1, R/C) / max(R, C)).
     `ortho_dtype` None means `fast_dtype`. State of an own parameter: momentum (R, C) and
@@ -111,26 +109,22 @@ class Muon(ShardedOptimizer):
             return
         R, C = params[0].shape
         states = [self._state(p) for p in params]
-        grads = torch.stack(
-            [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-        ).float()
-        momentum, second = (
-            torch.stack([state[key] for state in states]) for key in ("momentum", "second_moment")
-        )
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        keys = ("momentum", "second_moment")
+        momentum, second = (torch.stack([state[key] for state in states]) for key in keys)
 
-        momentum.lerp_(grads, 1 - group["momentum"])
-        dtype = self.ortho_dtype or fast_dtype(grads.device)
-        update = orthogonalise(grads.lerp_(momentum, group["momentum"]), dtype).float()
-        del grads  # its memory is used again below
+        update = torch.stack(grads).float()
+        momentum.lerp_(update, 1 - group["momentum"])
+        dtype = self.ortho_dtype or fast_dtype(update.device)
+        update = orthogonalise(update.lerp_(momentum, group["momentum"]), dtype).float()
 
         # of shape (K, R, 1) or (K, 1, C)
         mean_square = update.square().mean(dim=_neuron_dim(params[0].shape), keepdim=True)
         second.lerp_(mean_square, 1 - group["beta2"])
         scale = second.clamp(min=1e-10).rsqrt()
         # rows have one length, so means of mean squares compare the norms of whole matrices
-        before, after = (
-            m.mean(dim=(-2, -1), keepdim=True) for m in (mean_square, mean_square * scale.square())
-        )
+        squares = (mean_square, mean_square * scale.square())
+        before, after = (m.mean(dim=(-2, -1), keepdim=True) for m in squares)
         update.mul_(scale * (before / after.clamp(min=1e-20)).sqrt())
 
         lr = group["lr"] * max(1.0, R / C) ** 0.5
@@ -138,8 +132,8 @@ class Muon(ShardedOptimizer):
         decay = ((update * weights >= 0) * weights).mul_(lr * group["weight_decay"])
         weights.sub_(update.mul_(lr).add_(decay).to(weights.dtype))
         torch._foreach_copy_(params, list(weights))
-        torch._foreach_copy_([state["momentum"] for state in states], list(momentum))
-        torch._foreach_copy_([state["second_moment"] for state in states], list(second))
+        for key, stack in zip(keys, (momentum, second), strict=True):
+            torch._foreach_copy_([state[key] for state in states], list(stack))
 
     def _state(self, p: Tensor) -> dict[str, Tensor]:
         state = self.state[p]

@@ -33,18 +33,13 @@ class SGD(ShardedOptimizer):
     def __init__(self, params: Params, lr: float, weight_decay: float = 0.0, **ranks: int) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, **ranks)
 
-    def update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+    def update_rows(self, p: Tensor, rows: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         lr = group["lr"]
-        for p in params:
-            piece = self.own_piece(p)
-            if piece is not None and p.grad is not None:
-                grad = piece.of(p.grad).to(p.dtype)
-                piece.of(p).mul_(1 - lr * group["weight_decay"]).sub_(grad, alpha=lr)
+        rows.mul_(1 - lr * group["weight_decay"]).sub_(grad.to(p.dtype), alpha=lr)
 
 
 class OptimizerGroup:
-    """Several optimizers stepped as one. Base learning rates and weight decays are fixed here; each
-    step multiplies them.
+    """Several optimizers stepped as one, with base rates and decays that each step multiplies.
 
     A loop over the group gives its optimizers, each a torch optimizer: [opt.state_dict() for opt in
     group] is the state of this rank, to be loaded on as many ranks as saved it; state_shards() can
@@ -95,16 +90,12 @@ class OptimizerGroup:
     lockstep = False  # whether ranks must run the same passes, even those with no supervised token
 
     def last_pass(self) -> None:
-        """The next backward pass is the last of this step: its gradients may be summed over
-        ranks.
-        """
+        """The next backward pass is the last of this step: its gradients may be summed."""
         if self._sums is not None:
             self._sums.last_pass = True
 
     def sum_gradients(self) -> None:
-        """Over ranks; a missing gradient counts as zero. Returns when `gradients` holds the
-        sums.
-        """
+        """Over ranks; a missing gradient counts as zero. Afterwards `gradients` holds the sums."""
         if self._sums is not None:
             self._sums.finish()
 
@@ -125,8 +116,7 @@ class OptimizerGroup:
             p.grad = None
 
     def state_shards(self) -> Shards:
-        """This rank's part of the state: plain containers and tensors (not copies), see the
-        module's docstring."""
+        """This rank's part of the state (no copies), in the form of the module's docstring."""
         shards: Shards = {}
         for optimizer in self.optimizers:
             for p, state in optimizer.state.items():
@@ -137,12 +127,10 @@ class OptimizerGroup:
         return shards
 
     def load_shards(self, merged: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take this rank's part out of a complete state (see merge_shards; on one rank
-        state_shards() is complete).
+        """Take this rank's part out of a complete state (of merge_shards, or of a single rank).
 
         A parameter without an entry starts without state, like one that has not been stepped yet.
-        Raises ValueError for an unknown name, another shape, an incomplete slice, or a state of
-        another form.
+        Raises ValueError for an unknown name, another shape or form, or an incomplete slice.
         """
         if not is_shards(merged):
             advice = "load state dicts with each optimizer's load_state_dict"
@@ -159,17 +147,16 @@ class OptimizerGroup:
                 shape, rows, tensors = (merged[name][key] for key in ("shape", "slice", "tensors"))
                 whole, problem = p.size(0) if p.dim() else 1, f"optimizer state of {name}"
                 if list(shape) != list(p.shape):
-                    raise ValueError(
-                        f"{problem} has shape {list(shape)}, the parameter {list(p.shape)}"
-                    )
+                    own = f"the parameter {list(p.shape)}"
+                    raise ValueError(f"{problem} has shape {list(shape)}, {own}")
                 if list(rows) != [0, whole]:
                     advice = "merge all shards first"
                     raise ValueError(f"{problem} covers rows {list(rows)} of {whole}: {advice}")
                 # a tensor that belongs to the whole parameter may have other rows than it
                 part = slice(None) if piece[:2] == (0, whole) else slice(*piece[:2])
                 for key, tensor in tensors.items():
-                    own = tensor[part] if tensor.dim() else tensor
-                    optimizer.state[p][key] = own.to(p.device, copy=True)
+                    rows_of = tensor[part] if tensor.dim() else tensor
+                    optimizer.state[p][key] = rows_of.to(p.device, copy=True)
 
 
 def is_shards(data: Any) -> bool:
@@ -181,8 +168,7 @@ def is_shards(data: Any) -> bool:
 
 
 def merge_shards(shards: Iterable[Mapping[str, Mapping[str, Any]]]) -> Shards:
-    """The complete state from the shards of all ranks, in any order. Raises ValueError if rows of a
-    parameter are missing."""
+    """The complete state from all ranks' shards, in any order; ValueError if rows are missing."""
     pieces: dict[str, list[Mapping[str, Any]]] = {}
     for shard in shards:
         for name, entry in shard.items():
@@ -219,12 +205,10 @@ def build_optimizer(
     rank: int = 0,
     world_size: int = 1,
 ) -> OptimizerGroup:
-    """Embedding and head to AdamW with their learning rates, the matrices of the blocks to `kind`:
-    muon, adamw or sgd (all by SGD).
+    """Embedding and head to AdamW, the blocks' matrices to `kind`: muon, adamw, or sgd (for all).
 
     Learning rates are used as given (scaling by batch and width is the caller's task); weight_decay
-    acts on the matrices only. `ortho_dtype` None means bf16 if the model computes in it, else
-    Muon's default.
+    acts on the matrices only. `ortho_dtype` None: bf16 if the model computes in it, else Muon's.
     """
     if kind not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer kind {kind!r}; there are {', '.join(OPTIMIZERS)}")
@@ -232,34 +216,29 @@ def build_optimizer(
     embedding, head = named["transformer.wte.weight"], named["lm_head.weight"]
     matrices = [p for p in named.values() if p is not embedding and p is not head]
     if wrong := [name for name, p in named.items() if p.dim() != 2]:
-        advice = (
-            "leave them out (bias=False), or give them to one in zangchat/optim.py:build_optimizer"
-        )
         problem = "no optimizer is planned for parameters that are not matrices"
-        raise ValueError(f"{problem}: {', '.join(wrong)}: {advice}")
+        advice = "leave them out (bias=False), or give them to one in zangchat/optim.py"
+        raise ValueError(f"{problem}: {', '.join(wrong)}: {advice}:build_optimizer")
     groups: list[dict[str, Any]] = [
         {"params": [embedding], "lr": embedding_lr},
         {"params": [head], "lr": unembedding_lr},
         {"params": matrices, "lr": matrix_lr, "weight_decay": weight_decay},
     ]
-    ranks = {"rank": rank, "world_size": world_size}
-    optimizers: list[ShardedOptimizer]
+    ranks, optimizers = {"rank": rank, "world_size": world_size}, list[ShardedOptimizer]()
+    if kind == "muon":
+        if ortho_dtype is None and getattr(model, "compute_dtype", None) == torch.bfloat16:
+            ortho_dtype = torch.bfloat16
+        optimizers = [Muon([groups.pop()], ortho_dtype=ortho_dtype, **ranks)]
     if kind == "sgd":
         optimizers = [SGD(groups, lr=matrix_lr, **ranks)]
     else:
-        blocks = [groups.pop()] if kind == "muon" else []
-        optimizers = [AdamW(groups, betas=betas, eps=1e-10, **ranks)]
-        if blocks:
-            if ortho_dtype is None and getattr(model, "compute_dtype", None) == torch.bfloat16:
-                ortho_dtype = torch.bfloat16
-            optimizers.append(Muon(blocks, ortho_dtype=ortho_dtype, **ranks))
+        optimizers.insert(0, AdamW(groups, betas=betas, eps=1e-10, **ranks))
     return OptimizerGroup(optimizers, {p: name for name, p in named.items()}, comm_dtype)
 
 
 @torch.no_grad()
 def global_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """The 2-norm of all of them together, an fp32 scalar on their device; not finite if any
-    gradient is not."""
+    """The 2-norm of all together, an fp32 scalar on their device; not finite if any is not."""
     norms = [_norm(gradient) for gradient in gradients]
     return torch.linalg.vector_norm(torch.stack(norms)).float() if norms else torch.zeros(())
 

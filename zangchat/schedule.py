@@ -66,8 +66,7 @@ def plan_run(
     num_iterations: int = -1,
     target_flops: float = -1,
 ) -> TrainPlan:
-    """The length and batch of a run, and the factors on the tuned rates; -1 = derive it. Raises
-    ValueError.
+    """Length and batch of a run, and factors on the tuned rates; -1 = derive. Raises ValueError.
 
     The length is num_iterations, else target_flops, else target_param_data_ratio x (matrix +
     lm_head parameters) tokens. The batch is the power of two (times one row) nearest to 2^19 (D /
@@ -82,15 +81,14 @@ def plan_run(
             advice = "give a positive number, or -1 to have it derived"
             raise ValueError(f"{name}={value:g} is not possible: {advice}")
     if target_param_data_ratio <= 0 and num_iterations == target_flops == -1:
-        advice = "give a positive one, or the number of steps"
-        raise ValueError(
-            f"target_param_data_ratio={target_param_data_ratio:g} is not possible: {advice}",
-        )
+        problem = f"target_param_data_ratio={target_param_data_ratio:g} is not possible"
+        raise ValueError(f"{problem}: give a positive one, or the number of steps")
     ratio = target_param_data_ratio if target_param_data_ratio > 0 else REFERENCE_RATIO
     tokens = ratio * scaling_params(config)
     if target_flops > 0:
         tokens = target_flops / flops_per_token(config)
-    reference_tokens = ratio * scaling_params(_reference(config))
+    sizes = {"vocab_size": config.vocab_size, "sequence_len": config.sequence_len}
+    reference_tokens = ratio * scaling_params(model_config_for_depth(REFERENCE_DEPTH, **sizes))
     if total_batch_size == -1:
         total_batch_size = _best_batch(tokens / reference_tokens, config.sequence_len)
     if num_iterations == -1:
@@ -99,21 +97,19 @@ def plan_run(
 
     lr_scale, adamw_lr_scale = rate_scales(config, total_batch_size)
     low, high = DECAY_FACTOR_RANGE
+    length_factor = min(max(reference_tokens / tokens, low), high)
     return TrainPlan(
         tokens=tokens,
         total_batch_size=total_batch_size,
         num_iterations=num_iterations,
         lr_scale=lr_scale,
         adamw_lr_scale=adamw_lr_scale,
-        weight_decay_scale=_batch_factor(total_batch_size)
-        * min(max(reference_tokens / tokens, low), high),
+        weight_decay_scale=_batch_factor(total_batch_size) * length_factor,
     )
 
 
 def rate_scales(config: GPTConfig, total_batch_size: int) -> tuple[float, float]:
-    """Factors on the tuned rates for a batch of so many tokens: (of the matrices, of embedding and
-    head).
-    """
+    """Factors on the tuned rates for a batch in tokens: (of matrices, of embedding and head)."""
     factor = _batch_factor(total_batch_size)
     width_factor = (config.n_embd / REFERENCE_WIDTH) ** -0.5
     return max(factor, SMALLEST_LR_SCALE), max(factor, SMALLEST_ADAMW_LR_SCALE) * width_factor
@@ -123,16 +119,8 @@ def _batch_factor(total_batch_size: int) -> float:
     return math.sqrt(total_batch_size / REFERENCE_BATCH)
 
 
-def _reference(config: GPTConfig) -> GPTConfig:
-    """The 12-layer model at the same vocabulary."""
-    sizes = {"vocab_size": config.vocab_size, "sequence_len": config.sequence_len}
-    return model_config_for_depth(REFERENCE_DEPTH, **sizes)
-
-
 def _best_batch(relative_tokens: float, sequence_len: int) -> int:
-    """Tokens per step: whole rows, their number a power of two, so that ranks and passes share
-    them.
-    """
+    """Tokens per step: whole rows, a power of two of them, so that ranks and passes share them."""
     best = REFERENCE_BATCH * relative_tokens**BATCH_EXPONENT
     return sequence_len * 2 ** max(0, round(math.log2(best / sequence_len)))
 
@@ -148,8 +136,7 @@ def base_multipliers(
     warmdown_ratio: float = 0.65,
     final_lr_frac: float = 0.05,
 ) -> StepMultipliers:
-    """Pretraining, for the update number `step` (from 0): warm-up, constant, linear warm-down that
-    ends at final_lr_frac.
+    """Pretraining, update `step` (from 0): warm-up, constant, linear warm-down to final_lr_frac.
 
     Warm-up takes WARMUP_STEPS or warmup_ratio of the run, whichever is less. Momentum rises to its
     peak and falls during the warm-down; weight decay falls linearly over the whole run. Past the
@@ -164,9 +151,8 @@ def base_multipliers(
     rise = min(1.0, step / MOMENTUM_STEPS)
     momentum = MOMENTUM_START + (MOMENTUM_PEAK - MOMENTUM_START) * rise
     momentum = min(momentum, MOMENTUM_PEAK - (MOMENTUM_PEAK - MOMENTUM_END) * down)
-    return StepMultipliers(
-        lr=lr, momentum=momentum, weight_decay=max(0.0, 1 - step / num_iterations)
-    )
+    decay = max(0.0, 1 - step / num_iterations)
+    return StepMultipliers(lr=lr, momentum=momentum, weight_decay=decay)
 
 
 def finetune_multipliers(

@@ -37,8 +37,7 @@ class Piece(NamedTuple):
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
-    """A torch optimizer that knows its rank. `state` has entries only for parameters of which
-    `own_piece` is not None."""
+    """A torch optimizer that knows its rank. `state` has only parameters with an `own_piece`."""
 
     # torch's own method has a wrapper whose only effect outside of torch.compile is to import the
     # compiler, which takes seconds
@@ -47,16 +46,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def __init__(
         self, params: Params, defaults: dict[str, Any], rank: int = 0, world_size: int = 1
     ) -> None:
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} does not exist among {world_size}")
         self.rank, self.world_size = rank, world_size
         super().__init__(params, defaults)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, on as many ranks as saved it; but state keeps its dtype.
-
-        torch would round the fp32 state of a bf16 parameter to bf16.
-        """
+        """As torch's, on as many ranks as saved it, but state keeps its dtype: fp32 for bf16."""
         super().load_state_dict(state_dict)
         numbers = (number for group in state_dict["param_groups"] for number in group["params"])
         params = (p for group in self.param_groups for p in group["params"])
@@ -66,8 +60,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @cached_property
     def pieces(self) -> dict[Tensor, list[Piece]]:
-        """How each parameter is dealt. Here: a large one with evenly divisible rows is cut, the
-        others go round robin."""
+        """How each is dealt. Here: a large one whose rows divide evenly is cut; else in turn."""
         dealt, ranks = {}, self.world_size
         for index, p in enumerate(p for group in self.param_groups for p in group["params"]):
             rows = p.size(0) if p.dim() else 1
@@ -87,8 +80,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
-        """Update every piece on its rank, from gradients that are summed there already, and send
-        the result to all ranks."""
+        """Update every piece on its rank from the gradients summed there, and send it to all."""
         broadcasts = []
         for group in self.param_groups:
             for params in self.update_groups(group):
@@ -104,12 +96,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Update this rank's piece of each of `params`, in place."""
+        for p in params:
+            if p.grad is not None and (piece := self.own_piece(p)) is not None:
+                self.update_rows(p, piece.of(p), piece.of(p.grad), group)
+
+    def update_rows(self, p: Tensor, rows: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        """Update rows of p, in place, from their gradient: for optimizers that work by element."""
         raise NotImplementedError
 
 
 class GradientSums:
-    """Adds up gradients over ranks, each piece on the rank that owns it, while the backward pass
-    still computes the others.
+    """Adds up gradients over ranks, each piece on its owner, while the backward pass continues.
 
     The sums run in `dtype`. All ranks must begin them in the order of `pieces`, even if later ones
     are ready; the order of the backward pass is best. A rank without a gradient adds zeros.
@@ -126,8 +123,7 @@ class GradientSums:
         self.last_pass = False
         self._ready: set[Tensor] = set()
         self._waiting = list(self.pieces)  # not begun, in order
-        # (work, sent tensor, target of the sum)
-        self._reductions: list[tuple[Any, Tensor, Tensor]] = []
+        self._reductions: list[tuple[Any, Tensor, Tensor]] = []  # work, sent, target of the sum
 
     def _on_gradient(self, p: Tensor) -> None:
         if self.last_pass:
@@ -146,8 +142,7 @@ class GradientSums:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """After the last backward pass: makes gradients hold the sums in the rows that this rank
-        owns; other rows are of no use."""
+        """After the last backward pass: gradients hold the sums in the rows that this rank owns."""
         while self._waiting:
             self._begin(self._waiting.pop(0))
         for work, sent, rows in self._reductions:

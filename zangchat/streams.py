@@ -66,11 +66,9 @@ def read_documents(stream: DocumentStream, cursor: dict[str, Any]) -> Iterator[R
     for run, after in stream.runs(state):
         if taken > len(run):
             raise UserError(SHORTER)
-        for i in range(taken, len(run)):
-            following = {"state": state, "taken": i + 1}
-            if i + 1 == len(run):
-                following = {"state": after, "taken": 0}
-            yield Read(run[i], {"state": state, "taken": i}, following)
+        cursors = [{"state": state, "taken": i} for i in range(len(run))]
+        following = [*cursors[1:], {"state": after, "taken": 0}]
+        yield from map(Read, run[taken:], cursors[taken:], following[taken:])
         state, taken = after, 0
 
 
@@ -83,14 +81,8 @@ class TextStream:
     """
 
     def __init__(
-        self,
-        dataset: "Dataset",
-        tokenizer: Any,
-        seed: int,
-        max_tokens: int | None = None,
+        self, dataset: "Dataset", tokenizer: Any, seed: int, max_tokens: int | None = None
     ) -> None:
-        if max_tokens is not None and max_tokens < 2:
-            raise ValueError(f"max_tokens must be at least 2, not {max_tokens}")
         if dataset.tokenizer_fingerprint not in (None, tokenizer and tokenizer.fingerprint):
             problem = f"dataset {dataset.name} was made with another tokenizer than this model's"
             raise UserError(f"{problem}: {dataset.repair_hint()}")
@@ -119,13 +111,12 @@ class TextStream:
 
     def _documents(self, run: list[Any]) -> list[Document]:
         """Texts, or arrays of ids, as documents."""
-        bos = np.array([self.tokenizer.get_bos_token_id()], dtype=np.int32)
-        documents = []
+        bos, documents = self.tokenizer.get_bos_token_id(), []
         for ids in self._encoded(run):
             step = self.max_tokens - 1 if self.max_tokens else max(1, len(ids))
             for start in range(0, len(ids), step):
-                piece = ids[start : start + step].astype(np.int32)
-                documents.append(Document(np.concatenate([bos, piece]), None, True))
+                piece = np.concatenate([[bos], ids[start : start + step]], dtype=np.int32)
+                documents.append(Document(piece, None, True))
         return documents
 
     def _encoded(self, run: list[Any]) -> list[np.ndarray]:
@@ -151,12 +142,10 @@ class TextStream:
 
 
 class ConversationStream:
-    """A task's conversations, each a document that is never split, each epoch in its own order;
-    endlessly, or for `num_epochs`.
+    """A task's conversations, never split, each epoch (endlessly, or num_epochs) in its own order.
 
     Only tokens that the rendering marks are learned. A conversation longer than `max_tokens` is cut
-    there, and one without a token to learn from is left out; the counts of both are logged at the
-    end of an epoch.
+    there, and one without a token to learn from is left out; an epoch's end logs both counts.
     """
 
     def __init__(
@@ -214,18 +203,15 @@ class ConversationStream:
     def _log_counts(self, epoch: int) -> None:
         if any(self._counts.values()):
             counts = ", ".join(f"{count} {outcome}" for outcome, count in self._counts.items())
-            conversations = f"of {len(self.task)} conversations {counts}"
-            logger.warning(f"epoch {epoch}: {conversations} (limit {self.max_tokens} tokens)")
+            of, limit = f"of {len(self.task)} conversations", f"limit {self.max_tokens} tokens"
+            logger.warning(f"epoch {epoch}: {of} {counts} ({limit})")
         self._counts = dict.fromkeys(self._counts, 0)
 
 
 class MixedStream:
-    """Several streams as one: each document comes from the stream that falls shortest of its
-    fraction of the tokens so far."""
+    """Streams as one: a document comes from that which falls shortest of its share of tokens."""
 
     def __init__(self, parts: Sequence[tuple[DocumentStream, float]]) -> None:
-        if not parts or min(fraction for _, fraction in parts) <= 0:
-            raise ValueError("a mixture needs streams with positive fractions")
         total = sum(fraction for _, fraction in parts)
         self.fractions = [fraction / total for _, fraction in parts]
         self._streams = [stream for stream, _ in parts]

@@ -36,7 +36,6 @@ from zangchat.errors import UserError, explain
 from zangchat.runtime.files import atomic_write, get_base_dir
 
 if TYPE_CHECKING:
-    import tiktoken
     import torch
 
     from zangchat.bpe import Text
@@ -73,9 +72,6 @@ TRAIN = ("python", "-m", "scripts.tok_train")
 logger = logging.getLogger(__name__)
 
 
-# ---- the tokenizer -------------------------------------------------------------------------------
-
-
 class RustBPETokenizer:
     """Mergeable ranks with their pattern, and special tokens after them.
 
@@ -94,31 +90,25 @@ class RustBPETokenizer:
         if missing or len(set(special_tokens)) != len(special_tokens):
             needed = ", ".join(missing or SPECIAL_TOKENS)
             raise ValueError(f"special tokens must be distinct and include {needed}")
-        distinct = set(token_bytes_of)
-        if len(distinct) != len(token_bytes_of) or not distinct >= {bytes([i]) for i in range(256)}:
+        tokens, distinct = list(token_bytes_of), set(token_bytes_of)
+        if len(distinct) != len(tokens) or not distinct >= {bytes([i]) for i in range(256)}:
             raise ValueError("the ranks must be distinct and include all 256 single bytes")
-        tokens = list(token_bytes_of)
-        self.pattern = pattern
-        self.facts = dict(facts or {})
-        self.mergeable_tokens = tokens
+        self.pattern, self.facts, self.mergeable_tokens = pattern, dict(facts or {}), tokens
         self._special_ids = {name: len(tokens) + i for i, name in enumerate(special_tokens)}
         self._all_tokens = [*tokens, *(name.encode() for name in special_tokens)]
         self._bos = self._special_ids["<|bos|>"]
         self._encoder = bpe.make_encoder(tokens, pattern, self._special_ids)
 
     @functools.cached_property
-    def enc(self) -> "tiktoken.Encoding":
+    def enc(self) -> tiktoken.Encoding:
         """The same tokenizer as a tiktoken.Encoding, for tools that need one."""
         return bpe.tiktoken_encoding(self.mergeable_tokens, self.pattern, self._special_ids)
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """16 hex digits of a hash of everything that determines the ids of a text."""
-        content = [
-            self.pattern,
-            list(self._special_ids),
-            [token.hex() for token in self.mergeable_tokens],
-        ]
+        tokens = [token.hex() for token in self.mergeable_tokens]
+        content = [self.pattern, list(self._special_ids), tokens]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     # -- making one
@@ -147,10 +137,7 @@ class RustBPETokenizer:
 
     @classmethod
     def from_pretrained(cls, tiktoken_name: str) -> "RustBPETokenizer":
-        """tiktoken's ranks and pattern of that name, with our own special tokens.
-
-        For example "gpt2" or "cl100k_base"; tiktoken may download them.
-        """
+        """tiktoken's ranks and pattern ("gpt2", ...; may download them), our own special tokens."""
         encoding = tiktoken.get_encoding(tiktoken_name)
         tokens = bpe.by_rank(encoding._mergeable_ranks)
         return cls(tokens, encoding._pat_str, facts={"tiktoken": tiktoken_name})
@@ -159,8 +146,7 @@ class RustBPETokenizer:
     def from_directory(cls, tokenizer_dir: str | Path, *flags: str) -> "RustBPETokenizer":
         """Load a tokenizer that `save` wrote.
 
-        Raises UserError naming the file that is missing or damaged, and the command that makes it:
-        scripts.tok_train with `flags`.
+        Raises UserError naming a missing or damaged file, and scripts.tok_train with `flags`.
         """
         path = Path(tokenizer_dir) / TOKENIZER_FILE
         if not path.is_file():
@@ -175,9 +161,8 @@ class RustBPETokenizer:
         """Write tokenizer.json and token_bytes.pt; each appears whole or not at all."""
         import torch
 
-        buffer = io.BytesIO()
+        buffer, folder = io.BytesIO(), Path(tokenizer_dir)
         torch.save(torch.from_numpy(self.token_bytes()), buffer)
-        folder = Path(tokenizer_dir)
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(folder / TOKEN_BYTES_FILE, buffer.getvalue())
         text = json.dumps(_to_dict(self), ensure_ascii=False, indent=0)
@@ -225,10 +210,7 @@ class RustBPETokenizer:
     def encode(
         self, text: Any, prepend: Token = None, append: Token = None, num_threads: int = 8
     ) -> Any:
-        """Ordinary text to ids, or a list of texts to lists of ids.
-
-        `prepend` and `append` are special tokens by name, or any token by id.
-        """
+        """Ordinary text or texts to ids; `prepend` and `append`: special tokens by name, or ids."""
         before, after = (
             [] if token is None else [self._token_id(token)] for token in (prepend, append)
         )
@@ -256,14 +238,11 @@ class RustBPETokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Special tokens become their names. Raises ValueError for an id outside the vocabulary."""
-        try:
-            ids = [int(i) for i in ids]
-            if min(ids, default=0) >= 0:
-                return b"".join([self._all_tokens[i] for i in ids])
-        except IndexError:
-            pass
-        wrong = next(i for i in ids if not 0 <= i < len(self._all_tokens))
-        raise ValueError(f"token id {wrong} is outside the vocabulary of {len(self._all_tokens)}")
+        ids, size = [int(i) for i in ids], len(self._all_tokens)
+        if ids and not 0 <= min(ids) <= max(ids) < size:
+            wrong = next(i for i in ids if not 0 <= i < size)
+            raise ValueError(f"token id {wrong} is outside the vocabulary of {size}")
+        return b"".join([self._all_tokens[i] for i in ids])
 
     def decode(self, ids: Iterable[int]) -> str:
         """Bytes that are not a whole character become U+FFFD."""
@@ -301,10 +280,7 @@ class RustBPETokenizer:
         return ids[:max_tokens], mask[:max_tokens]
 
     def render_for_completion(self, conversation: Conversation) -> list[int]:
-        """The prompt for the assistant's next answer, up to <|assistant_start|>.
-
-        The last message is left out if it is the assistant's.
-        """
+        """The prompt up to <|assistant_start|>, without a last message of the assistant's."""
         messages = messages_of(conversation)
         if messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
             messages = messages[:-1]
@@ -324,9 +300,6 @@ class RustBPETokenizer:
             number = f"{grey}({token}){reset}" if with_token_id else ""
             shown.append(f"{green if learn else red}{self.id_to_token(token)}{reset}{number}")
         return "|".join(shown)
-
-
-# ---- the file ------------------------------------------------------------------------------------
 
 
 def _to_dict(tokenizer: RustBPETokenizer) -> dict[str, Any]:
@@ -362,18 +335,12 @@ def tokenizer_dir() -> Path:
 
 
 def get_tokenizer(*flags: str) -> RustBPETokenizer:
-    """The tokenizer that new base models use.
-
-    Raises UserError if there is none, with the command that trains one with `flags`.
-    """
+    """The tokenizer that new base models use. Raises UserError, see from_directory."""
     return RustBPETokenizer.from_directory(tokenizer_dir(), *flags)
 
 
 def get_token_bytes(device: str = "cpu") -> "torch.Tensor":
-    """int32 (V,): the length in bytes of each token of `get_tokenizer()`, 0 for special tokens.
-
-    Raises UserError if there is no tokenizer.
-    """
+    """int32 (V,): bytes of each token of `get_tokenizer()`, 0 for special ones; its errors."""
     import torch
 
     # From the ranks, so that two files cannot disagree; token_bytes.pt is for other programs.

@@ -184,10 +184,12 @@ def test_an_oversize_conversation_is_cut_to_a_row_and_counted():
 @given(st.lists(st.integers(1, 20), max_size=30))
 def test_first_fit_is_that_of_the_reference(lengths):
     rows = reference.first_fit(lengths, 20)
-    expected = [
-        next(r for r, row in enumerate(rows) if item in row) for item in range(len(lengths))
-    ]
-    assert first_fit(lengths, 20) == expected
+    expected = {
+        item: (r, sum(lengths[before] for before in row[:i]))
+        for r, row in enumerate(rows)
+        for i, item in enumerate(row)
+    }
+    assert dict(enumerate(first_fit(lengths, 20))) == expected
 
 
 def test_targets_are_the_inputs_shifted_with_padding_ignored():

@@ -155,10 +155,10 @@ def test_cached_logits_equal_the_plain_forward_pass_at_every_position(model: GPT
     with torch.no_grad():
         expected = model(tokens)
         cache = KVCache(model.config, 2, 100, torch.float32, "cpu")
-        got = [model(tokens[:, :7], kv_cache=cache.rows(0, 2))]
+        got = [model(tokens[:, :7], kv_cache=cache.rows(range(2)))]
         # a chunk behind stored tokens
-        got.append(model(tokens[:, 7:30], kv_cache=cache.rows(0, 2)))
-        got += [model(tokens[:, i : i + 1], kv_cache=cache.rows(0, 2)) for i in range(30, 100)]
+        got.append(model(tokens[:, 7:30], kv_cache=cache.rows(range(2))))
+        got += [model(tokens[:, i : i + 1], kv_cache=cache.rows(range(2))) for i in range(30, 100)]
     torch.testing.assert_close(torch.cat(got, dim=1), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -196,7 +196,8 @@ def test_growing_the_cache_changes_no_logit(model: GPT) -> None:
             if i == 70:
                 small.reserve(2, i + 1)  # more rows, too
             outputs = [
-                model(tokens[:, i : i + 1], kv_cache=cache.rows(0, 1)) for cache in (small, large)
+                model(tokens[:, i : i + 1], kv_cache=cache.rows(range(1)))
+                for cache in (small, large)
             ]
             assert torch.equal(*outputs)
     assert small.capacity >= 150 and small.num_rows >= 2
@@ -207,9 +208,9 @@ def test_rows_of_different_lengths_are_extended_by_several_tokens_at_once(model:
     chunk = torch.tensor([prompt(2, 5), prompt(3, 5)])
     cache = KVCache(model.config, 2, 64, torch.float32, "cpu")
     with torch.no_grad():
-        model(first, kv_cache=cache.rows(0, 1))
-        model(second, kv_cache=cache.rows(1, 2))
-        got = model(chunk, kv_cache=cache.rows(0, 2))
+        model(first, kv_cache=cache.rows(range(1)))
+        model(second, kv_cache=cache.rows([1]))
+        got = model(chunk, kv_cache=cache.rows(range(2)))
         expected = [
             model(torch.cat([head, tail[None]], dim=1))[:, -5:]
             for head, tail in zip((first, second), chunk, strict=True)
@@ -254,9 +255,9 @@ def test_rows_change_places_all_at_once(model: GPT) -> None:
 def test_the_cache_refuses_rows_and_tokens_that_it_has_no_room_for(model: GPT) -> None:
     cache = KVCache(model.config, 1, 64, torch.float32, "cpu")
     with pytest.raises(ValueError, match="cache that has 1"):
-        cache.rows(0, 2)
+        cache.rows(range(2))
     with pytest.raises(ValueError, match="no room"), torch.no_grad():
-        model(torch.zeros(1, 65, dtype=torch.long), kv_cache=cache.rows(0, 1))
+        model(torch.zeros(1, 65, dtype=torch.long), kv_cache=cache.rows(range(1)))
 
 
 # ---- sampling ------------------------------------------------------------------------------------
@@ -660,12 +661,12 @@ def test_a_device_side_step_at_given_positions_equals_the_ordinary_one(model: GP
     model, cache = InferenceGPT(model), KVCache(model.config, 4, 128, torch.float32, "cpu")
     with torch.inference_mode():
         for row, length in enumerate((20, 7, 33)):
-            model(torch.tensor([prompt(row, length)]), kv_cache=cache.rows(row, row + 1))
+            model(torch.tensor([prompt(row, length)]), kv_cache=cache.rows([row]))
         before = list(cache.lengths)
         idx = torch.tensor([[1], [2], [3], [0]])
         got = model(idx, kv_cache=cache.fixed_rows(torch.tensor(before), 100))
         assert cache.lengths == before
-        expected = model(idx[:3], kv_cache=cache.rows(0, 3))
+        expected = model(idx[:3], kv_cache=cache.rows(range(3)))
     torch.testing.assert_close(got[:3], expected, atol=1e-5, rtol=1e-5)
 
 

@@ -116,11 +116,11 @@ def test_requests_wait_for_rows_and_empty_ones_end_at_once():
     made.waiting.appendleft(sequence(limit=0))
     (event,) = made.admit()
     assert (event.token, event.sequence.stop_reason) == (None, "length")
-    assert (made.num_rows, len(made.waiting), len(made.live())) == (2, 1, 3)
+    assert (len(made.in_rows), len(made.waiting), len(made.live())) == (2, 1, 3)
     waiting, reading = made.waiting[0], made.reading[0].sequences[0]
     for gone in (waiting, reading):
         made.remove(gone)
-    assert len(made.live()) == made.num_rows == 1
+    assert len(made.live()) == len(made.in_rows) == 1
 
 
 def test_prompts_with_log_probabilities_are_read_in_smaller_passes():

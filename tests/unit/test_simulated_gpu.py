@@ -200,7 +200,7 @@ def test_inference_never_waits_for_the_gpu() -> None:
         model = InferenceGPT(make_model(12))
         cache = KVCache(model.config, 8, 512, torch.bfloat16, DEVICE)
         prompts = torch.zeros(4, 300, dtype=torch.int64, device=DEVICE)
-        logits = model(prompts, kv_cache=cache.rows(0, 4), logits_at=prompts[:, 0])
+        logits = model(prompts, kv_cache=cache.rows(range(4)), logits_at=prompts[:, 0])
         assert logits.shape == (4, 1, 65536)
         sampler = Sampler(requests, model.config.vocab_size, DEVICE, [[1]] * 4)
         tokens = sampler(logits[:, 0], [0.5] * 4)
@@ -208,8 +208,8 @@ def test_inference_never_waits_for_the_gpu() -> None:
         sampler.mark_seen(tokens[:, None])
         for rows in (
             cache.fixed_rows(prompts[:, 0], 512),
-            cache.rows(0, 4),
-            cache.rows(0, 4, [2, 2]),
+            cache.rows(range(4)),
+            cache.rows(range(4), [2, 2]),
         ):
             logits = model(tokens[:, None], kv_cache=rows)
             assert logits.shape == (4, 1, 65536) and logits.device == DEVICE

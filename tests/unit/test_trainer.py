@@ -644,7 +644,7 @@ def gradients(
     """Of the first step, summed over ranks."""
     trainer = make_trainer(device_batch_size=device_batch_size)
     supervised = int((make_batch(0).targets >= 0).sum())
-    trainer._backward(make_batch(0, rank, world_size), supervised)
+    trainer.passes.backward(trainer.stage.loss, make_batch(0, rank, world_size), 1 / supervised)
     trainer.optimizer.sum_gradients()
     mine, whole = trainer.optimizer.gradients(), {}
     for p, name in trainer.optimizer.names.items():

@@ -16,6 +16,7 @@ device, and the host reads them while that pass runs. Before rows join or must e
 """
 
 import logging
+from collections import deque
 from typing import Any
 
 import torch
@@ -29,8 +30,8 @@ from zangchat.engine.sequence import Event, Sequence
 
 logger = logging.getLogger(__name__)
 MAX_ROWS = 64  # of a running batch, by default
-PREFILL_TOKENS = {"cuda": 4096}  # prompt positions that a step reads, next to the running rows
-PREFILL_TOKENS_ELSEWHERE = 512
+# prompt positions that a step reads next to the running rows
+PREFILL_TOKENS, PREFILL_TOKENS_CUDA = 512, 4096
 LOGIT_ELEMENTS = 2**27  # of the logits of a pass that reports a prompt's log-probabilities
 
 
@@ -38,8 +39,7 @@ class RunningBatch:
     """Continuous batching: submit requests at any time, call step() until `busy` is False.
 
     For one thread; holds no lock. `model`: a model, or a Runner that no other batch uses now.
-    `ahead`: launch a step before the host knows the tokens of the previous one, which is faster on
-    CUDA, where it is the default.
+    `ahead`: launch a step before the host knows the tokens of the last one; the default on CUDA.
     """
 
     def __init__(
@@ -55,16 +55,13 @@ class RunningBatch:
         self.runner = model if isinstance(model, Runner) else Runner(model)
         self.runner.clear()
         self.config, self.markup = self.runner.model.config, Markup(tokenizer)
-        kind = self.runner.device.type
-        self.ahead = kind == "cuda" if ahead is None else ahead
-        self.scheduler = Scheduler(
-            max_rows,
-            prefill_tokens or PREFILL_TOKENS.get(kind, PREFILL_TOKENS_ELSEWHERE),
-            LOGIT_ELEMENTS // self.config.vocab_size,
-            self.runner.cache,
-        )
+        on_cuda = self.runner.device.type == "cuda"
+        self.ahead = on_cuda if ahead is None else ahead
+        budget = prefill_tokens or (PREFILL_TOKENS_CUDA if on_cuda else PREFILL_TOKENS)
+        logprob_tokens = LOGIT_ELEMENTS // self.config.vocab_size
+        self.scheduler = Scheduler(max_rows, budget, logprob_tokens, self.runner.cache)
         self.waiting, self.live = self.scheduler.waiting, self.scheduler.live
-        self._under_way: Draw | None = None
+        self._draws: deque[Draw] = deque()  # under way
 
     @property
     def busy(self) -> bool:
@@ -73,7 +70,7 @@ class RunningBatch:
     @property
     def num_rows(self) -> int:
         """Rows in use."""
-        return self.scheduler.num_rows
+        return len(self.scheduler.in_rows)
 
     def submit(self, request: Request, owner: Any = None, text: bool = False) -> Sequence:
         """Queue a request. Raises ValueError for a prompt that the model cannot read.
@@ -83,9 +80,8 @@ class RunningBatch:
         context, vocab_size = self.config.sequence_len, self.config.vocab_size
         room = context - len(request.tokens)
         if room < 0:
-            raise ValueError(
-                f"the prompt has {len(request.tokens)} tokens, the model's context {context}"
-            )
+            tokens = f"the prompt has {len(request.tokens)} tokens"
+            raise ValueError(f"{tokens}, the model's context {context}")
         if not 0 <= min(request.tokens) <= max(request.tokens) < vocab_size:
             raise ValueError(f"the prompt has a token outside of 0..{vocab_size - 1}")
         limit = room if request.max_tokens is None else min(room, request.max_tokens)
@@ -108,28 +104,23 @@ class RunningBatch:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Schedule, run, accept: the next token of each running sequence, the first one of those
-        whose prompt was read.
-        """
+        """Schedule, run, accept: one token for each sequence that runs or whose prompt was read."""
         scheduler, runner = self.scheduler, self.runner
         with on_device(runner.device):
             self._arrange()
             events = scheduler.admit()
             if scheduler.reading or any(map(self._needs_all_tokens, scheduler.running)):
                 events += self._accept()
-            before, self._under_way = self._under_way, None
             logits = self._decode(events) + self._read(events)
             if logits:
                 whole = logits[0] if len(logits) == 1 else torch.cat(logits)
-                self._under_way = runner.draw(scheduler.running, whole)
-            if before is not None:
-                events += self._accepted(before)
-            return events if self.ahead else events + self._accept()
+                self._draws.append(runner.draw(scheduler.running, whole))
+            return events + self._accept(but=1 if logits and self.ahead else 0)
 
     def _needs_all_tokens(self, sequence: Sequence) -> bool:
         """Whether the host must know the tokens of the last draw before the next one."""
         penalty = sequence.request.repetition_penalty != 1
-        return sequence.drawn >= sequence.limit or (penalty and self.runner.rows_changed)
+        return sequence.drawn >= sequence.limit or (penalty and self.runner.sampler is None)
 
     def _decode(self, events: list[Event]) -> list[torch.Tensor]:
         """The logits (B, V) of the running sequences; if they fail together, each by itself."""
@@ -157,8 +148,7 @@ class RunningBatch:
             try:
                 after = runner.read(chunk, scheduler.first_free_row, scheduler.most_tokens)
             except Exception as error:
-                if len(chunk.prompts) > 1:
-                    number = len(chunk.prompts)
+                if (number := len(chunk.prompts)) > 1:
                     logger.warning("%d prompts failed (%s): now one by one", number, error)
                 events += scheduler.failed(chunk, error)
                 continue
@@ -171,19 +161,19 @@ class RunningBatch:
                     logits.append(row[None].expand(len(joined), -1))
         return logits
 
-    def _accept(self) -> list[Event]:
-        """Accept the draw that is under way, if any."""
-        draw, self._under_way = self._under_way, None
-        return [] if draw is None else self._accepted(draw)
-
-    def _accepted(self, draw: Draw) -> list[Event]:
-        events = draw.accept()
-        self._arrange()
+    def _accept(self, but: int = 0) -> list[Event]:
+        """Accept the draws that are under way, but for the last `but`."""
+        events = []
+        while len(self._draws) > but:
+            events += self._draws.popleft().accept()
+            self._arrange()
         return events
 
     def _arrange(self) -> None:
         scheduler, runner = self.scheduler, self.runner
-        sources = scheduler.arrange(runner.cache.lengths, runner.bytes_per_token)
+        # in a CUDA graph all rows attend equally far anyway
+        price = runner.cache.bytes_per_token if runner.graphs is None else 0
+        sources = scheduler.arrange(runner.cache.lengths, price)
         if sources is not None:
             runner.move_rows(sources)
         reading = {prompt.row for prompt in scheduler.reading}

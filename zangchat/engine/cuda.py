@@ -9,7 +9,7 @@ Shapes: B rows, V vocabulary.
 import contextlib
 import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +37,15 @@ def to_device(values: Sequence[float], dtype: torch.dtype, device: torch.device)
         return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
+def padded(
+    rows: Sequence[Sequence[int]], device: torch.device, size: int = 0, fill: int = 0
+) -> Tensor:
+    """Rows of tokens as (B, T) int64 on the device, padded on the right, to `size` at least."""
+    size = max(size, *map(len, rows))
+    flat = [token for row in rows for token in (*row, *[fill] * (size - len(row)))]
+    return to_device(flat, torch.int64, device).view(len(rows), size)
+
+
 def to_host(tensor: Tensor) -> tuple[Tensor, Any]:
     """(the tensor on the host, the event to wait for before reading it; None on a CPU)."""
     if tensor.device.type != "cuda":
@@ -49,21 +58,16 @@ def to_host(tensor: Tensor) -> tuple[Tensor, Any]:
     return host, arrived
 
 
-class Captured(NamedTuple):
-    """A graph, its inputs (tokens and positions) and its output (logits)."""
-
-    graph: torch.cuda.CUDAGraph
-    idx: Tensor
-    positions: Tensor
-    logits: Tensor
+# A graph, its inputs (tokens and positions) and its output (logits).
+Captured = tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]
 
 
 class DecodeGraphs:
     """CUDA graphs of a model's decoding step over a cache: one launch instead of hundreds.
 
     One graph per size class (rows, positions), kept until `clear`; changes of the weights and of
-    the cache in place leave them valid. They share one stream and one memory pool. Not yet measured
-    on a GPU.
+    the cache in place leave them valid. They share a stream and a memory pool. Not yet measured on
+    a GPU.
     """
 
     def __init__(self, model: Any, cache: Any) -> None:
@@ -81,18 +85,17 @@ class DecodeGraphs:
         """Next tokens idx (B, 1) of rows 0..B-1 -> logits (B, V), valid until the next call.
 
         A row from B on stores a token in the place of its next one, which is written again before
-        it is read. So the graph must reach beyond all its rows: one of them may hold a prompt that
-        is still being read.
+        it is read. So the graph must reach beyond all its rows: one may hold a prompt half read.
         """
         B, lengths = idx.size(0), self.cache.lengths
         rows = min(row_class(B), self.cache.num_rows)
         end = -(-(max(lengths[:rows]) + 1) // POSITIONS) * POSITIONS
-        key = (rows, min(end, self.cache.capacity))
+        end = min(end, self.cache.capacity)
         places = to_device(lengths[:rows], torch.int64, self.device)
         with on_device(self.device):
-            if key not in self.graphs:
-                self.graphs[key] = self._capture(places, key[1])
-            graph, static_idx, positions, logits = self.graphs[key]
+            if (rows, end) not in self.graphs:
+                self.graphs[rows, end] = self._capture(places, end)
+            graph, static_idx, positions, logits = self.graphs[rows, end]
             static_idx[:B].copy_(idx)
             positions.copy_(places)
             graph.replay()
@@ -117,4 +120,4 @@ class DecodeGraphs:
             # in the mode "global" a call of another thread to its own GPU would end the capture
             with torch.cuda.graph(graph, self.pool, self.stream, "thread_local"):
                 logits = step()
-        return Captured(graph, idx, positions, logits)
+        return graph, idx, positions, logits

@@ -92,26 +92,16 @@ class Engine:
     def generate_batch(
         self, tokens: abc.Sequence[int], num_samples: int = 1, **settings: Any
     ) -> tuple[list[list[int]], list[list[int]]]:
-        """`num_samples` whole sequences with the prompt, and masks (0 for prompt and tool
-        output).
-        """
-        sequences = [list(tokens) for _ in range(num_samples)]
-        masks = [[0] * len(tokens) for _ in range(num_samples)]
-        for column, mask_column in self.generate(tokens, num_samples, **settings):
-            for i, (token, mask) in enumerate(zip(column, mask_column, strict=True)):
-                if token >= 0:
-                    sequences[i].append(token)
-                    masks[i].append(mask)
-        return sequences, masks
+        """`num_samples` whole sequences, and masks (0 for the prompt and tool output)."""
+        requests = [Request(tokens, sample_index=i, **settings) for i in range(num_samples)]
+        done = self.generate_many(requests, max_rows=num_samples)
+        masks = [[0] * len(tokens) + sequence.mask for sequence in done]
+        return [[*tokens, *sequence.tokens] for sequence in done], masks
 
     def generate_many(
         self, requests: abc.Sequence[Request], max_rows: int = MAX_ROWS
     ) -> list[Sequence]:
-        """Continue different prompts, at most `max_rows` at a time; results in order of the
-        requests.
-
-        Equal prompts next to each other are read once.
-        """
+        """Continue different prompts, results in order. Equal ones side by side are read once."""
         with self.running_batch(max_rows) as batch:
             sequences = [batch.submit(request) for request in requests]
             while batch.busy:
@@ -128,9 +118,6 @@ class Engine:
         return score(self.model, prompts, continuations, greedy)
 
 
-# ---- loading -------------------------------------------------------------------------------------
-
-
 def load_for_chat(
     config: CheckpointConfig, device: torch.device | str | None = None
 ) -> tuple[GPT, Any, dict[str, Any]]:
@@ -138,12 +125,7 @@ def load_for_chat(
     if device is None:
         device = compute_init(config.device_type)[-1]
     model, tokenizer, meta = checkpoint_manager.load_model(
-        config.source,
-        device,
-        "eval",
-        model_tag=config.model_tag,
-        step=config.step,
-        dtype=config.dtype,
+        config.source, device, "eval", config.model_tag, config.step, config.dtype
     )
     model.set_compute_dtype(model.compute_dtype, keep_masters=False)
     return model, tokenizer, meta

@@ -6,6 +6,7 @@ dimension.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -23,11 +24,8 @@ MIN_SAVED_BYTES = 2**21
 
 
 def storage_dtype(compute_dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The fastest dtype for keys and values.
-
-    On a CPU fp32: torch's attention of one token takes up to seven times as long over bf16 (8 rows
-    of 288 tokens, 6 heads of 64: 0.8 ms, in fp32 0.11).
-    """
+    """The fastest dtype for keys and values. On a CPU fp32: attention of one token over bf16 takes
+    up to seven times as long (8 rows of 288 tokens, 6 heads of 64: 0.8 ms, in fp32 0.11)."""
     return torch.float32 if device.type == "cpu" else compute_dtype
 
 
@@ -50,27 +48,22 @@ class KVCache:
         self.longest = _rounded(config.sequence_len)
         self.lengths = [0] * num_rows  # tokens stored, per row; 0 for a row that is not in use
         size = (num_rows, _rounded(capacity), config.head_dim)
-        # zeros, not empty: a masked position enters the sum as 0 x value, NaN if the memory held
-        # one
-        self._keep(
-            torch.zeros(config.n_layer, 2 * config.n_kv_head, *size, dtype=dtype, device=device)
-        )
+        # zeros, not empty: a masked position adds 0 x value, NaN if the memory held one
+        heads = 2 * config.n_kv_head
+        self._keep(torch.zeros(config.n_layer, heads, *size, dtype=dtype, device=device))
 
     def _keep(self, storage: Tensor) -> None:
         _, heads, self.num_rows, self.capacity, head_dim = storage.shape
         self.storage = storage
         self.layers = storage.flatten(2, 3).unbind(0)  # (2 x G, rows x S, D) each
-        # that a layer reads per row and stored token
-        self.bytes_per_token = heads * head_dim * storage.element_size()
+        self.bytes_per_token = heads * head_dim * storage.element_size()  # for one layer to read
 
     def too_small(self, capacity: int) -> UserError:
         """The error for a row of this many tokens."""
-        need = capacity * self.bytes_per_token * len(self.storage)
-        return UserError(
-            f"{capacity} tokens need {need / 2**20:,.0f} MiB of memory for keys and values, and "
-            f"{self.budget / 2**20:,.0f} MiB are free for them: ask for fewer new tokens, or "
-            "shorten the prompt"
-        )
+        need = capacity * self.bytes_per_token * len(self.storage) / 2**20
+        problem = f"{capacity} tokens need {need:,.0f} MiB of memory for keys and values"
+        free = f"{self.budget / 2**20:,.0f} MiB are free for them"
+        return UserError(f"{problem}, and {free}: ask for fewer new tokens, or shorten the prompt")
 
     def reserve(self, num_rows: int, capacity: int) -> bool:
         """Make room for rows of `capacity` tokens. Whether the storage has moved.
@@ -99,11 +92,8 @@ class KVCache:
         now = self.num_rows, self.capacity
         if num_rows <= now[0] and capacity <= now[1]:
             return now
-        tight = _rounded(capacity)
-        rows, length = (
-            row_class(num_rows),
-            max(tight, min(_rounded(capacity, POSITIONS), self.longest)),
-        )
+        rows, tight = row_class(num_rows), _rounded(capacity)
+        length = max(tight, min(_rounded(capacity, POSITIONS), self.longest))
         kept = math.prod(now) if any(self.lengths) else 0
         most = self.budget / (self.bytes_per_token * len(self.storage)) - kept
         sizes = ((max(rows, now[0]), max(length, now[1])), (rows, length), (num_rows, tight))
@@ -111,26 +101,19 @@ class KVCache:
 
     def copy_rows(self, sources: Mapping[int, int]) -> None:
         """Copy into each row (key) the contents of another one (value), all at once."""
-        stored = {
-            row: self.storage[:, :, source, : self.lengths[source]]
-            for row, source in sorted(sources.items())
-        }
-        for row, source in sources.items():
+        stored = {}
+        for row, source in sorted(sources.items()):
+            stored[row] = self.storage[:, :, source, : self.lengths[source]]
             if source < row and source in sources:  # will be written before it is read
                 stored[row] = stored[row].clone()
         for row, part in stored.items():
             self.lengths[row] = part.size(2)
             self.storage[:, :, row, : part.size(2)] = part
 
-    def rows(self, start: int, stop: int, groups: Sequence[int] = ()) -> "CacheRows":
-        """The rows start..stop-1 as the context of one forward pass."""
-        return self.some_rows(range(start, stop), groups)
+    def rows(self, rows: Sequence[int], groups: Sequence[int] = ()) -> "CacheRows":
+        """Rows as the context of one forward pass; consecutive ones unless all are empty.
 
-    def some_rows(self, rows: Sequence[int], groups: Sequence[int] = ()) -> "CacheRows":
-        """Any rows for one forward pass; they must be consecutive unless all are empty.
-
-        `groups`: sizes of groups of rows that attend together, each as far as its longest row; by
-        default one group.
+        `groups`: sizes of groups of rows (default: one) that attend as far as their longest row.
         """
         if not (rows and all(0 <= row < self.num_rows for row in rows)):
             raise ValueError(f"rows {list(rows)} of a cache that has {self.num_rows}")
@@ -147,10 +130,8 @@ class KVCache:
         They attend to the first `end` positions. The values of `positions` (B,) may change on the
         device from call to call. The caller updates `lengths`.
         """
-        B = positions.numel()
-        return CacheRows(
-            self, range(B), positions, [_Span(B, end - 1, aligned=False)], counts=False
-        )
+        span = _Span(positions.numel(), end - 1, aligned=False)
+        return CacheRows(self, range(span.size), positions, [span], counts=False)
 
 
 class _Span(NamedTuple):
@@ -161,23 +142,18 @@ class _Span(NamedTuple):
     aligned: bool  # all rows have that length
 
 
+@dataclass(eq=False)
 class CacheRows:
-    """Some rows of a cache for one forward pass: a gpt.AttentionContext.
+    """Rows of a cache for a forward pass, with room reserved for it: a gpt.AttentionContext."""
 
-    Room for the new tokens must have been reserved.
-    """
+    cache: KVCache
+    rows: Sequence[int]
+    positions: Tensor
+    spans: Sequence[_Span]
+    counts: bool = True  # in the cache's `lengths`
 
-    def __init__(
-        self,
-        cache: KVCache,
-        rows: Sequence[int],
-        positions: Tensor,
-        spans: Sequence[_Span],
-        counts: bool = True,
-    ) -> None:
-        self.cache, self.rows, self.positions = cache, rows, positions
-        self.spans, self.counts = spans, counts
-        self.longest = max(span.longest for span in spans)
+    def __post_init__(self) -> None:
+        self.longest = max(span.longest for span in self.spans)
         self._where: Any = None  # (N,) positions of the new tokens, in (rows, S) as one dimension
         self._stored: list[Any] = []  # the results of store(), by layer
 
@@ -190,10 +166,7 @@ class CacheRows:
         if len(self.spans) > 1:
             self.spans = [_Span(len(self.rows), self.longest, aligned=False)]
         new = torch.stack((k, v)).permute(1, 3, 0, 2, 4)  # (B, T, 2, G, D)
-        (everything,) = self.store(
-            layer_idx, new.reshape(new.size(0) * new.size(1), -1, new.size(4))
-        )
-        return everything
+        return self.store(layer_idx, new.flatten(0, 1).flatten(1, 2))[0]
 
     def store(self, layer_idx: int, new: Tensor) -> Sequence[tuple[Tensor, Tensor, Tensor | None]]:
         """The same for keys and values side by side, (N, 2 x G, D), per group of rows."""
@@ -212,9 +185,8 @@ class CacheRows:
         T, first = new.size(0) // B, self.rows[0]
         fits = new.size(0) == T * B and new.size(1) == cache.storage.size(1)
         if not fits or self.longest + T > cache.capacity:
-            raise ValueError(
-                f"no room for {tuple(new.shape)} after {self.longest} tokens in {B} rows"
-            )
+            problem = f"no room for {tuple(new.shape)} after {self.longest} tokens"
+            raise ValueError(f"{problem} in {B} rows")
         where = self.positions[:, None] + torch.arange(T, device=device)  # (B, T)
         if isinstance(self.rows, range):  # made on the device, as a CUDA graph requires
             numbers = torch.arange(first, first + B, device=device)
@@ -244,10 +216,7 @@ class CacheRows:
 
 
 def groups_by_length(lengths: Sequence[int], bytes_per_token: int) -> list[int]:
-    """Sizes of groups of rows, given their lengths, longest first.
-
-    Cuts in two, and the parts again, if that saves MIN_SAVED_BYTES of reading.
-    """
+    """Sizes of groups of rows, longest first; cut in two while that saves MIN_SAVED_BYTES."""
     saved = [(len(lengths) - i) * (lengths[0] - length) for i, length in enumerate(lengths)]
     if max(saved, default=0) * bytes_per_token <= MIN_SAVED_BYTES:
         return [len(lengths)] if lengths else []

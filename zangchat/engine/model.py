@@ -82,10 +82,8 @@ class HalfProduct(OwnKernel):
     in_place = False
 
     def __init__(self, weight: Tensor) -> None:
-        if (
-            not _in_fp32_on_cpu(weight)
-            or "fbgemm" not in torch.backends.quantized.supported_engines
-        ):
+        has_kernel = "fbgemm" in torch.backends.quantized.supported_engines
+        if not (has_kernel and _in_fp32_on_cpu(weight)):
             raise ValueError("fp16 weights are for fp32 on x86 CPUs: choose int8, or none")
         self.weight = torch.ops.quantized.linear_prepack_fp16(weight, None)
 
@@ -116,11 +114,8 @@ def product(weight: Tensor) -> Product:
     return PackedProduct(weight) if packs else Product(weight)
 
 
-PRODUCTS: dict[str, Callable[[Tensor], Product]] = {
-    "": product,
-    "fp16": HalfProduct,
-    "int8": Int8Product,
-}
+Products = dict[str, Callable[[Tensor], Product]]
+PRODUCTS: Products = {"": product, "fp16": HalfProduct, "int8": Int8Product}
 
 
 class Layer(NamedTuple):
@@ -178,10 +173,7 @@ class InferenceGPT:
         yield model.lm_head.weight.data.to(self.compute_dtype)
 
     def _paired(self, weight: Tensor) -> Tensor:
-        """Queries or keys with channel i of a head next to channel i + D/2.
-
-        So a rotation is one complex product. Norm and scores do not depend on the order.
-        """
+        """Channel i of a head next to channel i + D/2: so a rotation is one complex product."""
         pairs = weight.unflatten(0, (-1, 2, self.config.head_dim // 2)).transpose(1, 2)
         return pairs.reshape(weight.shape)
 
@@ -231,9 +223,8 @@ class InferenceGPT:
         logits = self.head(self._norm(x))[:, : config.vocab_size].float()
         logits = logits.div_(self._cap).tanh_().mul_(self._cap)
         if targets is not None:
-            losses = F.cross_entropy(
-                logits, targets.reshape(-1), ignore_index=IGNORE, reduction="none"
-            )
+            targets = targets.reshape(-1)
+            losses = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
             return losses.view(B, T)
         return logits.view(B, -1, config.vocab_size)
 
@@ -263,9 +254,7 @@ class InferenceGPT:
         return self._rotary.index_select(0, (starts + steps).expand(B, T).reshape(-1))
 
     def _rotate(self, x: Tensor, angles: Tensor) -> None:
-        """functional.rotate on x (N, heads, D), in place, neighbouring channels as pairs; in
-        fp32.
-        """
+        """functional.rotate on x (N, heads, D), in place and fp32, neighbours as pairs."""
         precise = x.float()
         precise.view(torch.complex64).mul_(angles)
         if precise is not x:

@@ -2,6 +2,7 @@
 context.
 """
 
+import bisect
 import codecs
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,10 +11,7 @@ REPLY_SHARE = 4  # a trimmed chat leaves 1/4 of the context, or max_tokens if le
 
 
 class StreamDecoder:
-    """Tokens -> text, piece by piece, never half a character.
-
-    Incomplete UTF-8 is held back until it is whole, or flushed as U+FFFD.
-    """
+    """Tokens -> text; incomplete UTF-8 is held back until it is whole, or flushed as U+FFFD."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._decode_bytes = tokenizer.decode_bytes
@@ -25,9 +23,7 @@ class StreamDecoder:
 
     def flush(self) -> str:
         """The rest, at the end of the stream; the decoder can be used again."""
-        rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return rest
+        return self._decoder.decode(b"", final=True)
 
 
 class StopFinder:
@@ -62,8 +58,7 @@ class StopFinder:
 
 
 class Markup:
-    """The special tokens of a reply: those that end it, and those that change the kind of its
-    parts.
+    """The special tokens of a reply: those that end it, and those that begin another part.
 
     text <|python_start|> python <|python_end|> text
     text <|output_start|> python_output <|output_end|> text
@@ -73,10 +68,8 @@ class Markup:
         self.tokenizer = tokenizer
         special = tokenizer.encode_special
         self.stop_tokens = frozenset((special("<|assistant_end|>"), special("<|bos|>")))
-        self.python_start, self.python_end, self.output_start, self.output_end = (
-            special(f"<|{name}|>")
-            for name in ("python_start", "python_end", "output_start", "output_end")
-        )
+        self.python_start, self.python_end = special("<|python_start|>"), special("<|python_end|>")
+        self.output_start, self.output_end = special("<|output_start|>"), special("<|output_end|>")
         self.kinds = {
             self.python_start: "python",
             self.python_end: "text",
@@ -116,10 +109,7 @@ class Reply:
 
 
 class ReplyDecoder(Reply):
-    """Tokens of a reply -> its message, which ends before the first of the `stop` strings.
-
-    They count within a part of type "text".
-    """
+    """Tokens -> the message of a reply, up to the first of the `stop` strings in its text."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
         super().__init__()
@@ -178,11 +168,9 @@ def fit_conversation(
     def render(cut: int) -> list[int]:
         return tokenizer.render_for_completion({"messages": [*head, *turns[cut:]]})
 
-    low, high = 0, len(cuts) - 1
-    while low < high:  # the fewest turns to leave out: prompts only get shorter
-        middle = (low + high) // 2
-        if len(render(cuts[middle])) <= max_prompt:
-            high = middle
-        else:
-            low = middle + 1
-    return render(cuts[low]), cuts[low]
+    def fits(cut: int) -> bool:
+        return len(render(cut)) <= max_prompt
+
+    # the fewest turns to leave out: prompts only get shorter
+    cut = cuts[bisect.bisect_left(cuts, True, hi=len(cuts) - 1, key=fits)]
+    return render(cut), cut

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from zangchat.engine.cuda import DecodeGraphs, to_device, to_host
+from zangchat.engine.cuda import DecodeGraphs, padded, to_device, to_host
 from zangchat.engine.kv_cache import CACHE_BLOCK, KVCache, storage_dtype
 from zangchat.engine.sampling import LogprobTensors, Sampler
 from zangchat.engine.scheduler import Chunk, Prompt
@@ -38,14 +38,12 @@ class Draw(NamedTuple):
             self.arrived.synchronize()
         values = self.logprobs.on_host() if self.logprobs is not None else []
         logprobs = dict(zip(self.rows, values, strict=True))
-        events = []
-        for row, (sequence, token) in enumerate(
-            zip(self.sequences, self.tokens.tolist(), strict=True)
-        ):
+        tokens, events = self.tokens.tolist(), []
+        for row, sequence in enumerate(self.sequences):
             if sequence.stop_reason is not None:
                 continue  # it ended while the draw was under way
             try:
-                events.append(sequence.accept(token, logprobs.get(row)))
+                events.append(sequence.accept(tokens[row], logprobs.get(row)))
             except Exception as error:  # only this sequence: the others have their tokens
                 events.append(sequence.fail(error))
         return events
@@ -70,27 +68,18 @@ class Runner:
     def clear(self) -> None:
         """Forget all rows."""
         self.keep_rows(set())
-        self._sampler: Sampler | None = None  # of the running rows; None after they changed
+        # of the running rows; None after they changed: a new one needs to know all their tokens
+        self.sampler: Sampler | None = None
         self._newest: Tensor | None = None  # (B,) the last draw, in the order of the running rows
         held = self.cache.storage.nbytes
         self.cache.budget = held + CACHE_SHARE * free_memory(self.device)
-
-    @property
-    def rows_changed(self) -> bool:
-        """The next draw must know all tokens of the running rows."""
-        return self._sampler is None
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Price of attending too far; 0 if all rows attend equally far, as in a CUDA graph."""
-        return self.cache.bytes_per_token if self.graphs is None else 0
 
     def move_rows(self, sources: list[int]) -> None:
         """Put into each row what was in its source, and drop the rows after them."""
         self.cache.copy_rows({row: source for row, source in enumerate(sources) if row != source})
         if self._newest is not None:
             self._newest = self._newest[to_device(sources, torch.int64, self.device)]
-        self._sampler = None
+        self.sampler = None
 
     def keep_rows(self, rows: set[int]) -> None:
         """All other rows are empty."""
@@ -101,21 +90,21 @@ class Runner:
         """Continue the prompt in row `source` in each of `rows`."""
         self.cache.copy_rows({row: source for row in rows if row != source})
         if rows:
-            self._sampler = None
+            self.sampler = None
 
     def decode(self, running: list[Sequence], groups: list[int], only: int | None = None) -> Tensor:
         """Feed each running row its newest token -> logits (B, V); or `only` one row -> (1, V)."""
         idx = self._newest_tokens(running)[:, None]
-        if self._sampler is not None:
-            self._sampler.mark_seen(idx)
+        if self.sampler is not None:
+            self.sampler.mark_seen(idx)
         lengths = list(self.cache.lengths)
         try:
             if only is not None:
-                context = self.cache.rows(only, only + 1)
-                return self.model(idx[only : only + 1], kv_cache=context)[:, 0]
+                return self.model(idx[only : only + 1], kv_cache=self.cache.rows([only]))[:, 0]
             if self.graphs is not None:
                 return self.graphs(idx)
-            return self.model(idx, kv_cache=self.cache.rows(0, len(running), groups))[:, 0]
+            rows = self.cache.rows(range(len(running)), groups)
+            return self.model(idx, kv_cache=rows)[:, 0]
         except Exception:
             self.cache.lengths[:] = lengths
             raise
@@ -143,14 +132,13 @@ class Runner:
             self.graphs.clear()
         parts = [prompt.tokens[prompt.read : prompt.read + chunk.size] for prompt in prompts]
         rows, start = [prompt.row for prompt in prompts], prompts[0].read
-        padded = -(-chunk.size // self.prompt_multiple) * self.prompt_multiple
-        size = min(padded, self.model.config.sequence_len - start, cache.capacity - start)
+        size = -(-chunk.size // self.prompt_multiple) * self.prompt_multiple
+        size = min(size, self.model.config.sequence_len - start, cache.capacity - start)
         for prompt in prompts:
             cache.lengths[prompt.row] = prompt.read
-        flat = [token for part in parts for token in [*part, *[0] * (size - len(part))]]
-        idx = to_device(flat, torch.int64, self.device).view(len(prompts), size)
+        idx = padded(parts, self.device, size)
         last = to_device([len(part) - 1 for part in parts], torch.int64, self.device)
-        context = cache.some_rows(rows)
+        context = cache.rows(rows)
         if prompts[0].logprobs is None:
             logits = self.model(idx, kv_cache=context, logits_at=last)[:, 0]
         else:
@@ -178,17 +166,17 @@ class Runner:
     def draw(self, running: list[Sequence], logits: Tensor) -> Draw:
         """Logits (B, V) -> the next token of each running row, on its way to the host."""
         requests = [sequence.request for sequence in running]
-        if self._sampler is None:
+        if self.sampler is None:
             histories = [[*sequence.request.tokens, *sequence.tokens] for sequence in running]
             vocab_size = self.model.config.vocab_size
-            self._sampler = Sampler(requests, vocab_size, self.device, histories)
+            self.sampler = Sampler(requests, vocab_size, self.device, histories)
         uniforms = [0.0] * len(running)
         for i, (request, sequence) in enumerate(zip(requests, running, strict=True)):
             if not request.greedy:
                 seed = derive_seed(request.seed, "sample", request.sample_index, sequence.drawn)
                 uniforms[i] = (seed >> 10) / 2**53  # the 53 bits that a float holds: below 1
             sequence.drawn += 1
-        tokens = self._newest = self._sampler(logits, uniforms)
+        tokens = self._newest = self.sampler(logits, uniforms)
         rows = [i for i, request in enumerate(requests) if request.logprobs is not None]
         logprobs = None
         if rows:

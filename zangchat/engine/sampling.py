@@ -66,8 +66,7 @@ class Logprob(NamedTuple):
 
 
 class Sampler:
-    """Draws one token per row for a fixed list of requests; their settings are vectors on the
-    device.
+    """Draws one token per row for fixed requests; their settings are vectors on the device.
 
     Inverse-CDF sampling in the order of the vocabulary: other rows of the batch change a result
     only if the draw is within rounding of a boundary. `histories` are the rows' tokens so far, for
@@ -109,8 +108,7 @@ class Sampler:
         self.temperature = self._column([row.temperature for row in rows])
         self.min_p = self._column([row.min_p or 0.0 for row in rows])
         self.top_k = self._column(top_k, torch.int64)
-        # 2: never reached
-        self.top_p = self._column([p if p < 1 else 2.0 for p in top_p], self.precise)
+        self.top_p = self._column([p if p < 1 else 2.0 for p in top_p], self.precise)  # never: 2
 
     def _column(self, values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
         return to_device(values, dtype, self.device)[:, None]

@@ -70,11 +70,6 @@ class Scheduler:
         return [*self.running, *(s for prompt in self.reading for s in prompt.sequences)]
 
     @property
-    def num_rows(self) -> int:
-        """Rows in use."""
-        return len(self.in_rows)
-
-    @property
     def first_free_row(self) -> int:
         if not self.reading:
             return len(self.running)
@@ -160,9 +155,7 @@ class Scheduler:
         return Chunk(together, size)
 
     def failed(self, chunk: Chunk, error: Exception) -> list[Event]:
-        """A pass over the chunk raised an exception: read its prompts one by one from now on, and
-        end the sequences of a single one.
-        """
+        """A pass over the chunk failed: now prompt by prompt; a single prompt's sequences end."""
         if len(chunk.prompts) == 1:
             self.reading.popleft()
             return [sequence.fail(error) for sequence in chunk.prompts[0].sequences]

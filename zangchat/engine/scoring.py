@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
+from zangchat.engine.cuda import padded
+from zangchat.nn.attention import AttentionContext
 from zangchat.nn.loss import IGNORE
 
 TOKENS_PER_BATCH = {"cuda": 16_384, "cpu": 1_024}  # positions of a forward pass, with padding
@@ -45,14 +46,16 @@ def score(
         lengths = [len(shared[i][0]) for i in batch]
         longer = [(owner, row) for owner, row in owned if len(continuations[row]) > 1]
         context = SharedPrompts(lengths, device) if longer else None
-        idx = _padded([shared[i][0] for i in batch], 0, device)
+        idx = padded([shared[i][0] for i in batch], device)
         last = torch.tensor(lengths, device=device) - 1
         logits = model(idx, kv_cache=context, logits_at=last)[:, 0]
-        logprobs = _greedy_logprobs(logits) if greedy else logits.log_softmax(dim=-1)
-        first = torch.tensor(
-            [(owner, continuations[row][0]) for owner, row in owned], device=device
-        )
-        values = logprobs[first[:, 0], first[:, 1]].tolist()
+        if greedy:  # log p of a choice of the largest logit
+            likeliest = logits.argmax(dim=-1, keepdim=True)
+            logprobs = torch.full_like(logits, -math.inf).scatter_(1, likeliest, 0.0)
+        else:
+            logprobs = logits.log_softmax(dim=-1)
+        firsts = [(owner, continuations[row][0]) for owner, row in owned]
+        values = logprobs[tuple(torch.tensor(firsts, device=device).unbind(1))].tolist()
         for (_, row), value in zip(owned, values, strict=True):
             scores[row] = value
         if context is not None:
@@ -76,8 +79,8 @@ def _score_rest(
     copies_limit = 4 * limit * max(sizes) // (longest + max(sizes))  # a row copies its prompt
     for part in batches_of(sizes, min(limit, logits_limit, copies_limit)):
         rows = [owned[i][1] for i in part]
-        idx = _padded([continuations[row][:-1] for row in rows], 0, device)
-        targets = _padded([continuations[row][1:] for row in rows], IGNORE, device)
+        idx = padded([continuations[row][:-1] for row in rows], device)
+        targets = padded([continuations[row][1:] for row in rows], device, fill=IGNORE)
         context.serve([owned[i][0] for i in part])
         if greedy:
             right = model(idx, kv_cache=context).argmax(dim=-1) == targets
@@ -88,13 +91,7 @@ def _score_rest(
         yield from zip(rows, values.tolist(), strict=True)
 
 
-def _greedy_logprobs(logits: Tensor) -> Tensor:
-    """log p (P, V) of a choice of the largest logit: 0 or -inf."""
-    logprobs = torch.full_like(logits, -math.inf)
-    return logprobs.scatter_(1, logits.argmax(dim=-1, keepdim=True), 0.0)
-
-
-class SharedPrompts:
+class SharedPrompts(AttentionContext):
     """Keys and values of prompts, and the rows that continue them: a gpt.AttentionContext.
 
     The first pass, over the prompts, stores. After `serve`, each pass reads.
@@ -132,15 +129,9 @@ class SharedPrompts:
         k, v = rows.chunk(2, dim=1)
         return [self.update(layer_idx, k, v)]
 
-    def advance(self, num_tokens: int) -> None:
-        """Does nothing: the rows' own tokens are not kept."""
-
 
 def batches_of(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
-    """Indices in groups of similar length, each at most `limit` positions with its padding.
-
-    An index that exceeds the limit has its own group.
-    """
+    """Indices by length in groups of at most `limit` positions with padding, or of one index."""
     group: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if group and (len(group) + 1) * lengths[i] > limit:
@@ -149,9 +140,3 @@ def batches_of(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
         group.append(i)
     if group:
         yield group
-
-
-def _padded(sequences: Sequence[Sequence[int]], fill: int, device: torch.device) -> Tensor:
-    """(B, T) int64, padded on the right."""
-    rows = [torch.tensor(tokens, dtype=torch.int64) for tokens in sequences]
-    return pad_sequence(rows, batch_first=True, padding_value=fill).to(device)

@@ -114,9 +114,7 @@ class Sequence:
 
 
 class Event(NamedTuple):
-    """A sequence got a token, or (token None) ended without one; its stop_reason tells whether it
-    ended.
-    """
+    """A sequence got a token, or (token None) ended without one; see its stop_reason."""
 
     sequence: Sequence
     token: int | None

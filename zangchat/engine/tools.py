@@ -49,10 +49,9 @@ def _parse(expr: str) -> ast.expr:
     formulas, strings = pieces[::2], pieces[1::2]
     if sum(map(len, formulas)) > MAX_FORMULA or any(len(s) > MAX_STRING + 2 for s in strings):
         raise _RefusedError
-    pieces[::2] = [
-        _THOUSANDS.sub(lambda match: match[0].replace(",", ""), formula) for formula in formulas
-    ]
-    if not all(_ALPHABET.fullmatch(formula) for formula in pieces[::2]):
+    formulas = [_THOUSANDS.sub(lambda match: match[0].replace(",", ""), f) for f in formulas]
+    pieces[::2] = formulas
+    if not all(map(_ALPHABET.fullmatch, formulas)):
         raise _RefusedError
     tree = ast.parse("".join(pieces), mode="eval").body
     if sum(1 for _ in ast.walk(tree)) > MAX_NODES:
@@ -64,10 +63,8 @@ def _value(node: ast.expr) -> Number:
     match node:
         case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
             return _checked(value)
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -_value(operand)
-        case ast.UnaryOp(op=ast.UAdd(), operand=operand):
-            return _value(operand)
+        case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=operand):
+            return -_value(operand) if isinstance(sign, ast.USub) else _value(operand)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
             return _checked(_OPERATORS[type(op)](_value(left), _value(right)))
         case ast.Call(
@@ -84,13 +81,8 @@ def _quotient(a: Number, b: Number) -> Number:
 
 
 def _power(a: Number, b: Number) -> Number:
-    if (
-        isinstance(a, int)
-        and isinstance(b, int)
-        and b > 0
-        and abs(a) > 1
-        and a.bit_length() * b > MAX_BITS
-    ):
+    bits = a.bit_length() if isinstance(a, int) and abs(a) > 1 else 0
+    if isinstance(b, int) and bits * b > MAX_BITS:
         raise _RefusedError  # known before it is computed
     result = a**b
     if isinstance(result, complex):
@@ -110,10 +102,8 @@ _OPERATORS: dict[type[ast.operator], Callable[[Number, Number], Number]] = {
 
 
 def _checked(value: Number) -> Number:
-    if isinstance(value, int):
-        if value.bit_length() > MAX_BITS:
-            raise _RefusedError
-    elif not math.isfinite(value):
+    fits = value.bit_length() <= MAX_BITS if isinstance(value, int) else math.isfinite(value)
+    if not fits:
         raise _RefusedError
     return value
 

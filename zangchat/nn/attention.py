@@ -38,21 +38,18 @@ WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDP
 
 
 class AttentionContext(Protocol):
-    """The tokens that new ones attend to, other than those before them in the same pass.
-
-    A key/value cache, a shared prefix, or a mask; its maker decides which.
-    """
+    """The tokens that new ones attend to besides those of their pass: a cache, a prefix, a mask."""
 
     positions: Tensor  # (B,) int64: the position of each row's first new token
     longest: int  # at least the largest of `positions`, known without asking the device
 
     def update(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The new tokens' k, v (B, G, T, D) -> keys and values (B, G, S, D) to attend to, and a
-        mask (B, 1, T, S), None for plain causal attention.
-        """
+        mask (B, 1, T, S), None for plain causal attention."""
 
-    def advance(self, num_tokens: int) -> None:
+    def advance(self, num_tokens: int) -> None:  # noqa: ARG002
         """T more tokens were read in every row; called once, after the last layer."""
+        return  # nothing to do for a context that does not keep them
 
 
 class WithinDocuments(AttentionContext):
@@ -68,9 +65,6 @@ class WithinDocuments(AttentionContext):
 
     def update(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:  # noqa: ARG002
         return k, v, self.mask
-
-    def advance(self, num_tokens: int) -> None:
-        """Does nothing: no token is stored."""
 
 
 def attend(
@@ -168,8 +162,7 @@ def _fastest(
 
 
 def _activate(backend: str) -> None:
-    """Make torch's flash operation, which is one for the process, that of the backend. Raises
-    ImportError if its package is missing."""
+    """Make torch's only flash operation the backend's. Raises ImportError if it is missing."""
     wanted = backend if backend in ("FA3", "FA4") else None
     if wanted == getattr(torch_attention, "current_flash_attention_impl", lambda: None)():
         return
@@ -200,8 +193,7 @@ def _forward_backward(backend: str, q: Tensor, k: Tensor, v: Tensor) -> list[Ten
 def _smoke(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """None if output and gradients agree with sdpa's on a small problem, else the problem."""
     try:
-        shapes = ((1, 2, 128, head_dim), (1, 1, 128, head_dim), (1, 1, 128, head_dim))
-        inputs = _trial_inputs(shapes, device, dtype)
+        inputs = _trial_inputs([(1, heads, 128, head_dim) for heads in (2, 1, 1)], device, dtype)
         results = [_forward_backward(name, *inputs) for name in (backend, "sdpa")]
     except Exception as error:  # any failure of a kernel: do not use it, and say why
         message = str(error) or "no message"
@@ -225,15 +217,9 @@ def _seconds(backend: str, device: torch.device, dtype: torch.dtype, head_dim: i
     return statistics.median(times[1:])
 
 
-# ---- blocks --------------------------------------------------------------------------------------
-
-
 class _CausalBlocks(torch.autograd.Function):
-    """BLOCK queries at a time against the keys up to them, in the dtype of q.
-
-    The backward pass reuses the probabilities. Heads that share keys are stacked: N = B*G problems
-    of r = H/G heads each.
-    """
+    """BLOCK queries at a time against the keys up to them, in the dtype of q; heads that share keys
+    are stacked: N = B*G problems of r = H/G heads. The backward pass reuses the probabilities."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -30,9 +30,7 @@ def use_fp8(model: nn.Module, device: torch.device) -> str:
 
 
 def unusable(device: torch.device) -> str | None:
-    """None if the device's product of two small matrices equals the emulation's, else the
-    problem.
-    """
+    """None if the device's product of small matrices equals the emulation's, else the problem."""
     if device.type != "cuda":
         return f"no GPU: {device.type}"
     if torch.cuda.get_device_capability(device) < CAPABILITY:
@@ -72,14 +70,11 @@ def convert_to_fp8(model: nn.Module, min_size: int = 2**20) -> int:
 
 
 class Fp8Linear(Linear):
-    """x W^T in fp8 while gradients are recorded; evaluation and sampling use the ordinary
-    product.
-    """
+    """x W^T in fp8 while gradients are recorded; evaluation and sampling do not use fp8."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
-        # between hold and release
-        self.quantised: tuple[Tensor, Tensor, Tensor] | None = None
+        self.quantised: tuple[Tensor, Tensor, Tensor] | None = None  # between hold and release
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.size(-1))
@@ -104,21 +99,14 @@ def quantised_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(x / scale rounded to the fp8 `dtype`, scale); scale, fp32, fits the largest magnitude of
-    x.
-    """
+    """(x / scale rounded to the fp8 `dtype`, scale); the fp32 scale fits x's largest magnitude."""
     largest = torch.finfo(dtype).max
     scale = x.abs().amax().float().clamp(min=1e-12) / largest
     return (x.float() / scale).clamp(-largest, largest).to(dtype), scale
 
 
 def scaled_product(
-    a: Tensor,
-    b: Tensor,
-    scale_a: Tensor,
-    scale_b: Tensor,
-    dtype: torch.dtype,
-    fast: bool = False,
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, fast: bool = False
 ) -> Tensor:
     """(M, N) in `dtype` from fp8 a (M, K) and b (N, K), both row-major: scale_a * scale_b * a b^T.
 

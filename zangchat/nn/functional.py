@@ -14,9 +14,7 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
-    """x (..., D) / sqrt(mean(x^2) + eps), without weights, in the dtype of x; sums in fp32
-    (arXiv:1910.07467).
-    """
+    """x (..., D) / sqrt(mean(x^2) + eps), in the dtype of x; sums in fp32 (arXiv:1910.07467)."""
     if not (x.is_cpu and x.dtype in (torch.float32, torch.bfloat16)):
         return F.rms_norm(x, (x.size(-1),), eps=eps)
     # on a CPU torch's own takes twice the time, five times in bf16, also in decoding

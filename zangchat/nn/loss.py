@@ -12,6 +12,7 @@ for memory and waiting for the products. The slow twin is tests/reference/loss.p
 Shapes: N tokens, D width, V vocabulary (padding rows of W cut).
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,27 +77,21 @@ def softcap(logits: Tensor, cap: float) -> Tensor:
 def _kept_tokens(supervised: Tensor, multiple: int) -> Tensor:
     """Indices of the True ones in order, filled up with others to a multiple (or with all others).
 
-    The others have a factor of 0 and change nothing. They limit the number of shapes: torch keeps
-    the bf16 product that it generates for each, and a small model's process grew to several times
-    its size.
+    The others have a factor of 0. They limit the number of shapes: torch keeps the bf16 product
+    that it generates for each, and a small model's process grew to several times its size.
     """
     count = -(-int(supervised.sum()) // multiple) * multiple
     return supervised.byte().argsort(descending=True, stable=True)[:count]
 
 
 def _default_chunk(vocab_size: int, device: torch.device, compiled: bool) -> int:
-    """Tokens per chunk: on a GPU enough for full-rate GEMMs, on a CPU few enough for its caches.
-
-    On a GPU 2,048 at V = 65,536; compiled, with fewer bytes each, twice as many.
-    """
+    """On a GPU enough tokens for full-rate GEMMs, on a CPU few enough for its caches."""
     elements = 2 ** (28 if compiled else 27) if device.type == "cuda" else 2**22
     return min(max(elements // vocab_size, 64), 8192)
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The sum, with gradients from the forward pass; or per token, recomputed in the backward
-    pass.
-    """
+    """The sum, with gradients from the forward pass; or per token, recomputed in the backward."""
 
     @staticmethod
     def forward(
@@ -133,20 +128,19 @@ def _chunked(
     vocab_size, cap, chunk, compile_backend = settings
     w = weight[:vocab_size]
     targets = targets.clamp(min=0)  # ignored tokens: any valid index, their factor is 0
-    losses = torch.empty(x.size(0), dtype=torch.float32, device=x.device)
-    dx = None if grads is None else torch.empty_like(x)
-    dweight = (
-        None if grads is None else torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
-    )
+    losses = x.new_empty(x.size(0), dtype=torch.float32)
+    dx = dweight = None
+    if grads is not None:
+        dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
     if compile_backend is None:
-        between: _InPlace | _Fused = _InPlace(cap, min(chunk, x.size(0)), vocab_size, x.device)
+        size = (min(chunk, x.size(0)), vocab_size)
+        between = partial(_in_place, cap, [losses.new_empty(size) for _ in range(2)])
     else:
-        between = _Fused(cap, compile_backend)
+        between = partial(_fused, cap, compile_backend)
     for start in range(0, x.size(0), chunk):
         rows = slice(start, start + chunk)
-        losses[rows], dz = between(
-            x[rows], w, targets[rows, None], None if grads is None else grads[rows, None]
-        )
+        g = None if grads is None else grads[rows, None]
+        losses[rows], dz = between(x[rows], w, targets[rows, None], g)
         if dz is None or dx is None or dweight is None:
             continue
         torch.mm(dz, w, out=dx[rows])
@@ -165,49 +159,35 @@ def _chunked(
 # and g, the gradient of each loss, are (n, 1).
 
 
-class _InPlace:
+def _in_place(
+    cap: float, buffers: list[Tensor], x: Tensor, w: Tensor, targets: Tensor, g: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """Each line is a pass over the chunk's logits; on a CPU the cost of a tenth of the products."""
-
-    def __init__(self, cap: float, chunk: int, vocab_size: int, device: torch.device) -> None:
-        self.cap, self.bound = cap, torch.full((), -2 * cap, device=device)
-        size = (chunk, vocab_size)
-        self.buffers = [torch.empty(size, dtype=torch.float32, device=device) for _ in range(2)]
-
-    def __call__(
-        self, x: Tensor, w: Tensor, targets: Tensor, g: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        cap = self.cap
-        s, e = (buffer[: targets.size(0)] for buffer in self.buffers)
-        if x.dtype == torch.float32:
-            _product(x, w, 2 / cap, out=s)
-        else:
-            s.copy_(_product(x, w, 2 / cap))
-        torch.add(self.bound, s.sigmoid_(), alpha=2 * cap, out=e).exp_()
-        total = e.sum(-1, keepdim=True)
-        losses = (total.log() + 2 * cap * (1 - s.gather(1, targets))).squeeze(1)
-        if g is None:
-            return losses, None
-        g = 4 * g
-        e.mul_(g / total).scatter_add_(1, targets, -g)  # 4 (softmax - onehot) * g
-        dz = e.mul_(s.addcmul_(s, s, value=-1))  # du/dz = 1 - (2 s - 1)^2 = 4 (s - s^2)
-        return losses, dz.to(x.dtype)
+    s, e = (buffer[: targets.size(0)] for buffer in buffers)
+    if x.dtype == torch.float32:
+        _product(x, w, 2 / cap, out=s)
+    else:
+        s.copy_(_product(x, w, 2 / cap))
+    torch.add(s.new_full((), -2 * cap), s.sigmoid_(), alpha=2 * cap, out=e).exp_()
+    total = e.sum(-1, keepdim=True)
+    losses = (total.log() + 2 * cap * (1 - s.gather(1, targets))).squeeze(1)
+    if g is None:
+        return losses, None
+    g = 4 * g
+    e.mul_(g / total).scatter_add_(1, targets, -g)  # 4 (softmax - onehot) * g
+    dz = e.mul_(s.addcmul_(s, s, value=-1))  # du/dz = 1 - (2 s - 1)^2 = 4 (s - s^2)
+    return losses, dz.to(x.dtype)
 
 
-class _Fused:
+def _fused(
+    cap: float, backend: Any, x: Tensor, w: Tensor, targets: Tensor, g: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """The same as two compiled functions: 6 bytes of traffic per bf16 logit, not about 70."""
-
-    def __init__(self, cap: float, backend: Any) -> None:
-        self.cap, self.backend = cap, backend
-
-    def __call__(
-        self, x: Tensor, w: Tensor, targets: Tensor, g: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        z = _product(x, w, 2 / self.cap)
-        total, losses = compiled(_totals_and_losses, self.backend)(z, targets, self.cap)
-        if g is None:
-            return losses, None
-        gradient = compiled(_logits_to_gradient, self.backend)
-        return losses, gradient(z, total, targets, g, self.cap)
+    z = _product(x, w, 2 / cap)
+    total, losses = compiled(_totals_and_losses, backend)(z, targets, cap)
+    if g is None:
+        return losses, None
+    return losses, compiled(_logits_to_gradient, backend)(z, total, targets, g, cap)
 
 
 def _totals_and_losses(z: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:

@@ -57,8 +57,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Every:
-    """Call `fn(trainer)` after every n-th step (never, if n < 1), and before the first step or
-    after the last if asked."""
+    """Call `fn(trainer)` after every n-th step (none, if n < 1), and at start or end if asked."""
 
     n: int
     fn: Callable[["Trainer"], None]
@@ -116,11 +115,8 @@ class Trainer:
         self.stop_signal = 0  # the signal that ended the run, agreed on by all ranks
         self.pace = Pace(model, torch.device(device), self.world_size)
 
-    # ---- one step --------------------------------------------------------------------------------
-
     def train_step(self, batch: "Batch") -> dict[str, Any]:
-        """One optimizer step on this rank's rows; returns its metrics, equal on all ranks but for
-        times.
+        """One optimizer step on this rank's rows -> its metrics, equal on all ranks but for times.
 
         A step without supervised tokens, or with a non-finite loss or gradient on any rank, changes
         no weight and counts as skipped. Raises UserError after MAX_SKIPS_IN_A_ROW non-finite ones.
@@ -133,7 +129,8 @@ class Trainer:
         tokens, supervised = map(round, counts)
         self.optimizer.zero_grad()
         self.model.train()
-        loss_sum = self._backward(batch, supervised)
+        factor = self.loss_scale.value / max(supervised, 1)
+        loss_sum = self.passes.backward(self.stage.loss, batch, factor)
         self.optimizer.sum_gradients()
         own_norm = float(global_norm(self.optimizer.gradients().values()))  # of this rank's rows
         total, squares = collectives.sum_over_ranks([loss_sum, own_norm**2])
@@ -171,13 +168,6 @@ class Trainer:
         counted = self.state.step - self.state.skipped_steps
         return self.state.smooth_loss / (1 - SMOOTHING**counted) if counted > 0 else math.nan
 
-    def _backward(self, batch: "Batch", supervised: int) -> float:
-        """Gradients of (this rank's part of) the step's mean loss; returns the sum of its
-        losses.
-        """
-        factor = self.loss_scale.value / max(supervised, 1)
-        return self.passes.backward(self.stage.loss, batch, factor)
-
     def _update(self, multipliers: StepMultipliers, grad_norm: float) -> None:
         clip = min(self.grad_clip / (grad_norm + 1e-6), 1.0) if self.grad_clip > 0 else 1.0
         factor = clip / self.loss_scale.value
@@ -202,12 +192,9 @@ class Trainer:
         state.skips_in_a_row += 1
         if state.skips_in_a_row >= MAX_SKIPS_IN_A_ROW:
             steps = f"{MAX_SKIPS_IN_A_ROW} steps in a row up to step {state.step + 1}"
-            remedy = (
-                "start again with --overwrite and lower learning rates, or with --dtype=float32"
-            )
-            raise UserError(f"{steps} were not finite (the last: {problem}): {remedy}")
-
-    # ---- the loop --------------------------------------------------------------------------------
+            remedy = "start again with --overwrite and lower learning rates"
+            last = f"(the last: {problem})"
+            raise UserError(f"{steps} were not finite {last}: {remedy}, or with --dtype=float32")
 
     def fit(self) -> RunState:
         """Train to the end, or until a signal: then the step under way is finished and saved."""
@@ -294,8 +281,7 @@ class Trainer:
         }
 
     def _agree(self) -> None:
-        """All ranks decide alike: to stop (a signal on any rank), to save (the clock of rank 0),
-        and to finish the save under way (all ranks have written)."""
+        """All ranks alike: stop (signal on any), save (rank 0's clock), end a save (all wrote)."""
         clock = self.rank == 0 and self.saves.clock_is_due
         flags = [self.signals.received, clock, self.saves.is_writing]
         received, save_now, still_writing = collectives.max_over_ranks(flags)
@@ -321,8 +307,7 @@ def progress_line(metrics: Mapping[str, Any], last_val_bpb: float | None) -> str
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Collecting cycles in the middle of a step stalls the device and finds little, so inside the
-    block it happens only at hooks and saves."""
+    """Collecting cycles in a step stalls the device: inside the block only hooks and saves do."""
     was_enabled = gc.isenabled()
     gc.collect()
     gc.freeze()
