@@ -110,15 +110,15 @@ plan plan
 # conversations are mixed into pretraining from the first step, and the head starts from the embedding (--head_init_scale).
 # shellcheck disable=SC2086
 train "$PRETRAINING" scripts.base_train $MODEL --head_init_scale=0.05 --dataset=$corpus --mixture_ratio=0.75 \
-    --mixture="spellingbee:9000,arithmetic:5000,storyfacts:5000,stories:4000,storyquestions:1600,smalltalk:2,identity:2,dontknow:1500,pydocs:0.3" \
+    --mixture="spellingbee:9000,arithmetic:5000,storyfacts:5000,stories:4000,storyquestions:1600,smalltalk:3,identity:2.5,dontknow:1500,pydocs:0.3" \
     --num_iterations="$BASE_STEPS" --matrix_lr=0.01 --embedding_lr=0.05 --unembedding_lr=0.00375 \
     --eval_every=250 --eval_tokens=100000 --sample_every=-1 --core_metric_every=-1
 plan later --pretrained # at the pace that pretraining met, in the time that it left
 train "$MIDTRAINING" scripts.mid_train --dataset=$corpus --mixture_ratio=0.95 \
-    --mixture="spellingbee:7600,arithmetic:4000,storyfacts:3000,stories:2400,storyquestions:2200,storiesagain:700,smalltalk:2.5,identity:2,dontknow:1200,pydocs:0.5" \
+    --mixture="spellingbee:7600,arithmetic:3500,storyfacts:4000,stories:2000,storyquestions:2200,storiesagain:600,smalltalk:4,identity:3,dontknow:1500,pydocs:0.5" \
     --num_iterations="$MID_STEPS" --eval_every=250 --eval_tokens=50000
-train "$FINETUNING" scripts.chat_sft --target_examples_per_step=40 --num_iterations="$SFT_STEPS" --init_lr_frac=0.5 \
-    --mixture="spellingbee:3000,arithmetic:1500,storyfacts:500,stories:1000,storyquestions:1200,storiesagain:300,smalltalk:1.5,identity:1.2,dontknow:500,pydocs:0.1" \
+train "$FINETUNING" scripts.chat_sft --target_examples_per_step=32 --num_iterations="$SFT_STEPS" --init_lr_frac=0.5 \
+    --mixture="spellingbee:3000,arithmetic:1200,storyfacts:700,stories:800,storyquestions:1200,storiesagain:200,smalltalk:2.5,identity:2,dontknow:600,pydocs:0.1" \
     --eval_every=100 --eval_steps=4
 train "$REINFORCEMENT" scripts.chat_rl --task=spellingbee --examples_per_step=8 --num_samples=8 --max_new_tokens=48 \
     --num_iterations="$RL_STEPS" --eval_every=-1
