@@ -4,20 +4,23 @@
 #   bash dev/runcpu.sh                 about 25 minutes on two cores
 #   MINUTES=10 bash dev/runcpu.sh      shorter and worse: every stage gets fewer steps
 #   bash dev/runcpu.sh --lang=zh       headings in Chinese (en: English); the default is the language of LANG
+#   bash dev/runcpu.sh --source=tinystories      pretrain on the hub's short stories (a download) instead of documentation
 #
 # The model is small (4 layers, 2.6 million parameters, a vocabulary of 2,048) and trained on the documentation found on this
-# machine. It says who it is, counts letters and adds numbers with its tools, and repeats bits of documentation, nothing else.
+# machine. It says who it is, tells stories of a small world and answers questions about them, makes small talk, counts letters
+# and adds numbers with its tools, and does not know anything else.
 # After Ctrl-C or a power cut, run it again: every stage resumes. To start over, remove $ZANGCHAT_BASE_DIR.
 #
 # The reasons for the numbers: README.md, "Results on a laptop".
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-lang=${LC_ALL:-${LC_MESSAGES:-${LANG:-en}}}
+lang=${LC_ALL:-${LC_MESSAGES:-${LANG:-en}}} corpus=pydocs
 for argument in "$@"; do
     case $argument in
     --lang=en | --lang=zh) lang=${argument#--lang=} ;;
+    --source=pydocs | --source=tinystories) corpus=${argument#--source=} ;;
     -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0" && exit ;;
-    *) printf 'error: %s is not a flag of dev/runcpu.sh: --lang=en and --lang=zh are\n' "$argument" >&2 && exit 2 ;;
+    *) printf 'error: %s is not a flag of dev/runcpu.sh: --lang=en, --lang=zh, --source=pydocs and --source=tinystories are\n' "$argument" >&2 && exit 2 ;;
     esac
 done
 
@@ -27,22 +30,21 @@ zh*)
     SO_FAR="（已用 %d 分 %02d 秒）"
     FAILED="这个阶段没有完成（退出码 %d）。已保存的内容不会丢失，继续运行请用：\n  bash dev/runcpu.sh\n"
     ON_CPU="本次运行使用 CPU。"
-    CORPUS="语料：这台机器上的文档和代码" TOKENIZER="分词器：2,048 个 token"
+    CORPUS_pydocs="语料：这台机器上的文档和代码" CORPUS_tinystories="语料：TinyStories，来自 Hugging Face" TOKENIZER="分词器：2,048 个 token"
     PRETRAINING="预训练" MIDTRAINING="中期训练" FINETUNING="微调" REINFORCEMENT="强化学习"
     BASE_EVALUATION="评估预训练模型" AFTER_mid="评估中期训练后的模型" AFTER_sft="评估微调后的模型" AFTER_rl="评估强化学习后的模型"
-    REPORT="报告" QUESTIONS="问几个问题"
-    ASKED=("你是谁？" "单词 strawberry 里有几个 r？" "47 + 38 等于多少？" "What does json.dumps do?" "Who are you?")
+    REPORT="报告" CONVERSATIONS="十段对话"
     DONE="用时 %d 分钟，完成。报告：%s\n与模型对话：\n" IN_TERMINAL="在终端里" IN_BROWSER="在浏览器里"
     ;;
 *)
     SO_FAR="(%d min %02d s so far)"
     FAILED="This stage did not finish (exit code %d). Nothing that was saved is lost; resume with:\n  bash dev/runcpu.sh\n"
     ON_CPU="This run computes on the CPU."
-    CORPUS="Corpus: documentation and code found on this machine" TOKENIZER="Tokenizer: 2,048 tokens"
+    CORPUS_pydocs="Corpus: documentation and code found on this machine" CORPUS_tinystories="Corpus: TinyStories, from the hub"
+    TOKENIZER="Tokenizer: 2,048 tokens"
     PRETRAINING="Pretraining" MIDTRAINING="Midtraining" FINETUNING="Finetuning" REINFORCEMENT="Reinforcement learning"
     BASE_EVALUATION="Evaluation of the base model" AFTER_mid="Evaluation after mid" AFTER_sft="Evaluation after sft" AFTER_rl="Evaluation after rl"
-    REPORT="Report" QUESTIONS="A few questions"
-    ASKED=("Who are you?" "How many r are in strawberry?" "What is 47 + 38?" "What does json.dumps do?" "你是谁？")
+    REPORT="Report" CONVERSATIONS="Ten conversations"
     DONE="Done in %d minutes. The report: %s\nTalk to the model:\n" IN_TERMINAL="in the terminal" IN_BROWSER="in the browser"
     ;;
 esac
@@ -63,7 +65,7 @@ stage_number=0
 stage() { # stage TITLE COMMAND...: prints the title and runs the command; if it fails, prints how to resume
     stage_number=$((stage_number + 1))
     # shellcheck disable=SC2059  # the words hold the places of the numbers
-    printf "\n\033[1;34m=== [%d/11] %s  $SO_FAR\033[0m\n" "$stage_number" "$1" $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60))
+    printf "\n\033[1;34m=== [%d/12] %s  $SO_FAR\033[0m\n" "$stage_number" "$1" $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60))
     shift
     local code=0
     "$@" || code=$?
@@ -77,11 +79,17 @@ train() { stage "$1" python -m "${@:2}" --seed="$SEED" --resume=latest; }
 [ -e "$ZANGCHAT_BASE_DIR/report/started.json" ] || python -m zangchat.report reset # the report's clock starts with the first attempt
 
 # ---- data ------------------------------------------------------------------------------------------------------------------
-stage "$CORPUS" python -m zangchat.dataset --source=pydocs
-stage "$TOKENIZER" python -m scripts.tok_train --dataset=pydocs --vocab_size=2048 --max_chars=8000000
+title=CORPUS_$corpus
+stage "${!title}" python -m zangchat.dataset --source=$corpus
+# The tokenizer reads conversations, too, so that a name or a thing of the stories is one token, to be copied at once. Numbers
+# are cut into single digits: that is a pattern which the other programs know, see dev/docs/en/programs.md.
+stage "$TOKENIZER" python -m scripts.tok_train --dataset=$corpus --vocab_size=2048 --max_chars=8000000 --pattern=digits1 \
+    --mixture="stories:8000,smalltalk:1,dontknow:500,identity:1"
 
-# Two cores train width 192 on two to three million tokens in ten minutes. At this size many small steps beat few large ones.
-MODEL="--depth=4 --n_embd=192 --head_dim=32 --max_seq_len=256 --total_batch_size=2048 --device_batch_size=8"
+# Two cores train width 192 on two to three million tokens in ten minutes. At this size many small steps beat few large ones,
+# and few wide heads beat many narrow ones: normalised queries and keys of width D have products of at most sqrt(D) after
+# scaling, which for 32 is too little to look at one word only, and so to copy it.
+MODEL="--depth=4 --n_embd=192 --head_dim=96 --max_seq_len=320 --total_batch_size=1920 --device_batch_size=6"
 
 # The steps that fit are measured once on this machine and then kept, so that an interrupted run resumes with the same plan.
 plan() { # plan NAME FLAGS...: sets BASE_STEPS, MID_STEPS ...
@@ -101,15 +109,17 @@ plan plan
 # At this size the hardest part is to copy a word from the question into a tool call, and it is best learned early. So
 # conversations are mixed into pretraining from the first step, and the head starts from the embedding (--head_init_scale).
 # shellcheck disable=SC2086
-train "$PRETRAINING" scripts.base_train $MODEL --head_init_scale=0.05 \
-    --dataset=pydocs --mixture="spellingbee:30000,arithmetic:20000,identity:4,pydocs:1" --mixture_ratio=0.3 \
+train "$PRETRAINING" scripts.base_train $MODEL --head_init_scale=0.05 --dataset=$corpus --mixture_ratio=0.75 \
+    --mixture="spellingbee:9000,arithmetic:5000,storyfacts:5000,stories:4000,storyquestions:1600,smalltalk:3,identity:2.5,dontknow:1500,pydocs:0.3" \
     --num_iterations="$BASE_STEPS" --matrix_lr=0.01 --embedding_lr=0.05 --unembedding_lr=0.00375 \
     --eval_every=250 --eval_tokens=100000 --sample_every=-1 --core_metric_every=-1
 plan later --pretrained # at the pace that pretraining met, in the time that it left
-train "$MIDTRAINING" scripts.mid_train --mixture="spellingbee:12000,arithmetic:8000,identity:3,pydocs:2" --mixture_ratio=0.9 \
-    --dataset=pydocs --num_iterations="$MID_STEPS" --eval_every=250 --eval_tokens=50000
-train "$FINETUNING" scripts.chat_sft --mixture="spellingbee:6000,arithmetic:4000,identity:4,pydocs:1" \
-    --target_examples_per_step=48 --num_iterations="$SFT_STEPS" --init_lr_frac=0.5 --eval_every=100 --eval_steps=4
+train "$MIDTRAINING" scripts.mid_train --dataset=$corpus --mixture_ratio=0.95 \
+    --mixture="spellingbee:7600,arithmetic:3500,storyfacts:4000,stories:2000,storyquestions:2200,storiesagain:600,smalltalk:4,identity:3,dontknow:1500,pydocs:0.5" \
+    --num_iterations="$MID_STEPS" --eval_every=250 --eval_tokens=50000
+train "$FINETUNING" scripts.chat_sft --target_examples_per_step=32 --num_iterations="$SFT_STEPS" --init_lr_frac=0.5 \
+    --mixture="spellingbee:3000,arithmetic:1200,storyfacts:700,stories:800,storyquestions:1200,storiesagain:200,smalltalk:2.5,identity:2,dontknow:600,pydocs:0.1" \
+    --eval_every=100 --eval_steps=4
 train "$REINFORCEMENT" scripts.chat_rl --task=spellingbee --examples_per_step=8 --num_samples=8 --max_new_tokens=48 \
     --num_iterations="$RL_STEPS" --eval_every=-1
 
@@ -118,15 +128,11 @@ stage "$BASE_EVALUATION" python -m scripts.base_loss --split_tokens=50000
 for source in mid sft rl; do
     title=AFTER_$source
     stage "${!title}" python -m scripts.chat_eval --source="$source" \
-        --task_name="SpellingBee|Arithmetic|Identity" --max_problems=100 --max_new_tokens=64
+        --task_name="SpellingBee|Arithmetic|Identity|Stories|StoryQuestions|SmallTalk|DontKnow" --max_problems=100 --max_new_tokens=192
 done
+stage "$CONVERSATIONS" python -m dev.talk --lang="${lang%%_*}"
 stage "$REPORT" python -m zangchat.report generate
 
-printf '\n\033[1;34m=== %s\033[0m\n' "$QUESTIONS"
-for question in "${ASKED[@]}"; do
-    printf '\n> %s\n' "$question"
-    python -m scripts.chat_cli --prompt="$question" --temperature=0
-done
 # shellcheck disable=SC2059
 printf "\n$DONE" $(((SECONDS - started) / 60)) "$ZANGCHAT_BASE_DIR/report/report.html"
 cat <<END

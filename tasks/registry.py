@@ -44,6 +44,7 @@ REGISTRY: dict[str, Entry] = {
     "Identity": Entry("tasks.identity", "Identity"),
     "Stories": Entry("tasks.stories", "Stories", small=True),
     "StoryQuestions": Entry("tasks.stories", "StoryQuestions", small=True),
+    "StoryFacts": Entry("tasks.stories", "StoryFacts", small=True),
     "StoriesAgain": Entry("tasks.stories", "StoriesAgain", small=True),
     "SmallTalk": Entry("tasks.smalltalk", "SmallTalk", small=True),
     "DontKnow": Entry("tasks.smalltalk", "DontKnow", small=True),

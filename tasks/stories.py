@@ -291,3 +291,44 @@ class StoriesAgain(Stories):
         return super().evaluate(conversation, completion) and (
             conversation["old"].lower() not in words(text)
         )
+
+
+class StoryFacts(StoryQuestions):
+    """A few facts that the user states, and questions about them: who, what, where.
+
+    After the toy tasks of Weston et al., 2015 (https://arxiv.org/abs/1502.05698). Almost every word
+    of an answer is copied from the facts, so a model learns early to copy.
+    """
+
+    def make(self, rng: random.Random) -> Conversation:
+        stated = self.state(rng)
+        told = " ".join(written[0] for written in stated)
+        conversation: Conversation = {"messages": []}
+        for turn in range(rng.choice((1, 2, 3)) if self.split == "train" else 1):
+            _, who, what, answer, name, value = rng.choice(stated)
+            asks_who = rng.random() < 0.5
+            question = who if asks_who else what
+            asked = chat(question if turn else f"{told} {question}", answer)
+            conversation["messages"] += asked["messages"]
+            conversation |= {"needed": [name if asks_who else value]}
+            conversation |= {"who": name if asks_who else None}
+        return conversation | {"story": told}
+
+    def state(self, rng: random.Random) -> list[tuple[str, ...]]:
+        """For 2 to 4 characters (fact, who?, what?, answer, character, value); nothing is said of
+        two."""
+        stated: dict[str, tuple[str, ...]] = {}
+        for _ in range(rng.choice((2, 3, 4))):
+            while True:
+                character, kind = draw_character(rng), rng.choice(world()["facts"])
+                value = rng.choice(list(world()[kind["of"]]))
+                known = {word for written in stated.values() for word in written[-2:]}
+                new = not known & {character.word, value}
+                if new and split_of("story", *sorted((character.word, value))) == self.split:
+                    break
+            slots = {"x": character.known, "value": world()["places"].get(value, value)}
+            written = (
+                write(rng.choice(kind[k]), rng, slots) for k in ("tell", "who", "what", "say")
+            )
+            stated[character.word] = (*written, character.word, value)
+        return list(stated.values())

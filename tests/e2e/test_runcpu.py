@@ -17,7 +17,7 @@ import torch
 from tests.commands import find
 
 ROOT = Path(__file__).parents[2]
-STAGES = 11
+STAGES = 12
 PLAN = "# written by a test\nBASE_STEPS=60\nMID_STEPS=40\nSFT_STEPS=30\nRL_STEPS=6\n"
 # other stages: at a random time in their first seconds
 UNDER_WAY = {3: r"^base \d+/", 4: r"^mid \d+/", 5: r"^sft \d+/", 6: r"^rl \d+/"}

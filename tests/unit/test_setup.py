@@ -499,7 +499,7 @@ def plan_laptop(base: Path) -> None:
         ("speedrun.sh", {"NPROC_PER_NODE": "2"}, "zangchat.report generate"),
         ("run1000.sh", {"NPROC_PER_NODE": "1"}, "zangchat.report generate"),
         ("dev/rungpu.sh 24", {}, "zangchat.report generate"),
-        ("dev/runcpu.sh", {}, "scripts.chat_cli"),
+        ("dev/runcpu.sh", {}, "zangchat.report generate"),
         ("dev/test.sh", {}, "-m pytest -m not slow"),
         (".ci/run", {}, "-m pytest -m not slow"),
         ("dev/lock.sh", {"PATH": "uv"}, "pip compile"),
@@ -545,30 +545,38 @@ TALK = ["source .venv/bin/activate", "python -m scripts.chat_cli", "python -m sc
 
 
 @pytest.mark.parametrize(
-    "arguments, variables, first, closing, question",
+    "arguments, variables, first, closing, lang",
     [
-        ([], {}, "Corpus: documentation", "Talk to the model:", "Who are you?"),
-        ([], {"LANG": "de_DE.UTF-8"}, "Corpus: documentation", "Talk to the", "Who are you?"),
-        ([], {"LANG": "zh_CN.UTF-8"}, "语料：", "与模型对话：", "你是谁？"),
-        ([], {"LANG": "C", "LC_ALL": "zh_TW.UTF-8"}, "语料：", "与模型对话：", "你是谁？"),
-        (["--lang=zh"], {"LANG": "C"}, "语料：", "与模型对话：", "你是谁？"),
-        (["--lang=en"], {"LANG": "zh_CN.UTF-8"}, "Corpus:", "Talk to the model:", "Who are you?"),
+        ([], {}, "Corpus: documentation", "Talk to the model:", "en"),
+        ([], {"LANG": "de_DE.UTF-8"}, "Corpus: documentation", "Talk to the", "de"),
+        ([], {"LANG": "zh_CN.UTF-8"}, "语料：", "与模型对话：", "zh"),
+        ([], {"LANG": "C", "LC_ALL": "zh_TW.UTF-8"}, "语料：", "与模型对话：", "zh"),
+        (["--lang=zh"], {"LANG": "C"}, "语料：", "与模型对话：", "zh"),
+        (["--lang=en"], {"LANG": "zh_CN.UTF-8"}, "Corpus:", "Talk to the model:", "en"),
     ],
 )
-def test_runcpu_speaks_the_readers_language(mac, arguments, variables, first, closing, question):
+def test_runcpu_speaks_the_readers_language(mac, arguments, variables, first, closing, lang):
     plan_laptop(mac.base)
     done, calls = mac("dev/runcpu.sh", *arguments, **variables)
     assert done.returncode == 0, done.stderr
-    headings = re.findall(r"=== \[(\d+)/11\] (.*)\x1b", done.stdout)
-    assert [int(number) for number, _ in headings] == list(range(1, 12))
+    headings = re.findall(r"=== \[(\d+)/12\] (.*)\x1b", done.stdout)
+    assert [int(number) for number, _ in headings] == list(range(1, 13))
     assert headings[0][1].startswith(first) and "%" not in done.stdout
     is_chinese = first.startswith("语")
     for _, title in headings:  # each in the one language or in the other
         assert bool(re.search("[一-鿿]", title)) is is_chinese, title
     end = done.stdout.partition(closing)[2]
     assert end and [line in end for line in TALK] == [True] * 3
-    assert f"\n> {question}\n" in done.stdout
-    assert sum("scripts.chat_cli" in call for call in calls) == 5
+    assert any(f"dev.talk --lang={lang}" in call for call in calls)
+
+
+def test_runcpu_pretrains_on_the_stories_of_the_hub(mac):
+    plan_laptop(mac.base)
+    done, calls = mac("dev/runcpu.sh", "--source=tinystories")
+    assert done.returncode == 0 and "Corpus: TinyStories" in done.stdout, done.stderr
+    assert any("zangchat.dataset --source=tinystories" in call for call in calls)
+    for script in ("tok_train", "base_train", "mid_train"):
+        assert any(f"scripts.{script}" in c and "--dataset=tinystories" in c for c in calls), script
 
 
 def test_runcpu_names_an_unknown_flag_and_its_help_is_english(mac):

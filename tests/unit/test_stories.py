@@ -11,6 +11,7 @@ from tasks.smalltalk import SmallTalk, examples
 from tasks.stories import (
     Stories,
     StoriesAgain,
+    StoryFacts,
     StoryQuestions,
     characters,
     judge_answer,
@@ -20,7 +21,7 @@ from tasks.stories import (
     world,
 )
 
-GENERATED = ("Stories", "StoryQuestions", "StoriesAgain", "DontKnow")
+GENERATED = ("Stories", "StoryQuestions", "StoryFacts", "StoriesAgain", "DontKnow")
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -117,6 +118,25 @@ def test_again_keeps_everything_but_the_hero() -> None:
         assert thing in words(first) and thing in words(second)
         assert conversation["old"].lower() not in words(second)
         assert new.lower() in words(second) and new.lower() not in words(first)
+
+
+def test_held_out_facts_join_words_that_no_training_fact_joins() -> None:
+    def pairs(split: str) -> set[tuple[str, ...]]:
+        return {
+            tuple(sorted(set(words(fact)) & (characters() | words_of("things", "places", "foods"))))
+            for conversation in StoryFacts(size=2000, split=split)
+            for fact in conversation["story"].split(". ")
+        }
+
+    assert all(len(pair) == 2 for pair in pairs("test"))
+    assert not pairs("train") & pairs("test")
+
+
+def test_a_question_about_facts_has_one_answer() -> None:
+    for conversation in StoryFacts(size=500):
+        told = words(conversation["story"])
+        for word in characters() | words_of("things", "places", "foods"):
+            assert told.count(word) <= 1, conversation["story"]
 
 
 def test_small_talk_holds_out_phrasings_not_meanings() -> None:

@@ -1,0 +1,107 @@
+"""How good the stories of a chat model are, judged by program. JSON.
+
+    python -m dev.bench_stories                  100 held-out requests at temperature 0.8
+    python -m dev.bench_stories -i sft -x 20 --show
+
+Of the stories: how many name what was asked for, keep to their characters, thing and place, end
+within a whole sentence, are all of that; how many share more than half of their sentences with one
+training story; and the share of distinct 4-grams of words. The same two numbers of the grammar's
+own held-out stories stand beside them: they are what a perfect model would have.
+"""
+
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from tasks.stories import Stories, judge_story, words
+from zangchat import configurator
+from zangchat.config import CheckpointConfig
+from zangchat.report import checkpoint_name
+
+
+@dataclass
+class Config(CheckpointConfig):
+    temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.8
+    top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50  # 0 = all tokens
+    max_problems: Annotated[int, tyro.conf.arg(aliases=["-x"])] = 100
+    max_new_tokens: int = 256
+    seed: int = 42
+    train_stories: int = 4000  # to compare with: those that dev/runcpu.sh mixes in
+    show: bool = False  # the stories, too
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return configurator.run(Config, bench, argv)
+
+
+def bench(config: Config) -> int:
+    configurator.check_range(1, config, "max_problems", "max_new_tokens", "train_stories")
+    configurator.check_sampling(config)
+    from zangchat.engine import Engine, load_for_chat
+    from zangchat.task_eval import evaluate_task
+
+    model, tokenizer, meta = load_for_chat(config)
+    task = Stories(split="test")
+    items = evaluate_task(
+        Engine(model, tokenizer),
+        task,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k or None,
+        max_problems=config.max_problems,
+        seed=config.seed,
+    ).items
+    stories = [re.sub(r"<\|.*", "", item.completions[0], flags=re.DOTALL) for item in items]
+    verdicts = [
+        judge_story(story, task[item.index]["wanted"])
+        for item, story in zip(items, stories, strict=True)
+    ]
+    found = {
+        "model": checkpoint_name(meta),
+        "stories": len(stories),
+        **{
+            name: sum(getattr(verdict, name) for verdict in verdicts)
+            for name in ("named", "consistent", "ended")
+        },
+        "all three": sum(map(all, verdicts)),
+        **compare(stories, config.train_stories),
+        "of the grammar": compare(
+            [task[item.index]["messages"][1]["content"] for item in items], config.train_stories
+        ),
+    }
+    print(json.dumps(found | ({"texts": stories} if config.show else {}), indent=1))
+    return 0
+
+
+def compare(stories: Iterable[str], train_stories: int) -> dict[str, float]:
+    """How near the stories are to those of the training split, and to one another."""
+    stories = list(stories)
+    holders: dict[str, set[int]] = {}  # sentence: the training stories that have it
+    for number, conversation in enumerate(Stories(size=train_stories)):
+        for sentence in sentences(conversation["messages"][1]["content"]):
+            holders.setdefault(sentence, set()).add(number)
+    near = 0
+    for story in stories:
+        own = sentences(story)
+        shared = Counter(number for each in own for number in holders.get(each, ()))
+        near += max(shared.values(), default=0) > len(own) / 2
+    grams = [tuple(said[i : i + 4]) for said in map(words, stories) for i in range(len(said) - 3)]
+    return {
+        "share more than half with a training story": near,
+        "distinct 4-grams": round(len(set(grams)) / max(len(grams), 1), 3),
+    }
+
+
+def sentences(story: str) -> list[str]:
+    """The words of each sentence."""
+    return [" ".join(words(each)) for each in re.split(r'(?<=[.!?])"? ', story.strip())]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
