@@ -82,7 +82,7 @@ def pretraining() -> tuple[float, float]:
 def seconds_per_step(config: Config, steps: int = 12) -> float:
     """The median step of the real training loop on random tokens, without the first few."""
     device = compute_init("")[-1]
-    step, _ = bench_train.zangchat(config, device)
+    step, *_ = bench_train.zangchat(config, device)
     times = bench_train.step_times(step, device, steps)
     return statistics.median(times[steps // 4 :])
 

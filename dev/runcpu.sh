@@ -62,17 +62,16 @@ MINUTES=${MINUTES:-25}
 SEED=${SEED:-42}
 
 stage_number=0
-stage() { # stage TITLE COMMAND...: prints the title and runs the command; if it fails, prints how to resume
+stage() { # stage TITLE COMMAND...: prints the title and runs the command
     stage_number=$((stage_number + 1))
     # shellcheck disable=SC2059  # the words hold the places of the numbers
     printf "\n\033[1;34m=== [%d/12] %s  $SO_FAR\033[0m\n" "$stage_number" "$1" $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60))
-    shift
-    local code=0
-    "$@" || code=$?
-    [ "$code" = 0 ] && return
+    "${@:2}" || failed $?
+}
+failed() { # failed CODE: says how to resume, and leaves
     # shellcheck disable=SC2059
-    printf "\n$FAILED" "$code" >&2
-    exit "$code"
+    printf "\n$FAILED" "$1" >&2
+    exit "$1"
 }
 train() { stage "$1" python -m "${@:2}" --seed="$SEED" --resume=latest; }
 
@@ -96,7 +95,7 @@ plan() { # plan NAME FLAGS...: sets BASE_STEPS, MID_STEPS ...
     local file="$ZANGCHAT_BASE_DIR/runcpu.$1"
     if [ ! -s "$file" ]; then
         # shellcheck disable=SC2086  # split the flags at spaces
-        python -m dev.laptop_plan --minutes="$MINUTES" $MODEL "${@:2}" > "$file.new"
+        python -m dev.laptop_plan --minutes="$MINUTES" $MODEL "${@:2}" > "$file.new" || failed $?
         mv "$file.new" "$file"
     fi
     # shellcheck disable=SC1090
