@@ -23,7 +23,7 @@ from zangchat.checkpoint_manager import checkpoints_dir, find_largest_model, fin
 from zangchat.runtime.devices import compute_init
 from zangchat.tokenizer import get_tokenizer
 
-OVERHEAD_MINUTES = 7.5  # setup, corpus, tokenizer, evaluations, report, starting ten processes
+OVERHEAD_MINUTES = 5.0  # setup, corpus, tokenizer, evaluations, report, starting ten processes
 SHARES = {"MID_STEPS": 0.34, "SFT_STEPS": 0.13, "RL_STEPS": 0.05}
 # The cost of a step, in steps of pretraining; RL first samples 64 answers.
 COST = {"MID_STEPS": 1.0, "SFT_STEPS": 1.0, "RL_STEPS": 2.2}

@@ -4,6 +4,8 @@ Their times are not checked.
 """
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,3 +96,33 @@ def test_quality_bench_uses_our_own_steps(text, tmp_path):
     ]
     assert [(point["step"], point["tokens"]) for point in points] == [(3, 192), (6, 384)]
     assert points[1]["bpb"] < points[0]["bpb"]
+
+
+def test_the_laptop_run_is_planned_by_the_pace_of_this_machine(text, tmp_path):
+    script = (ROOT / "dev/runcpu.sh").read_text(encoding="utf-8")
+    model = re.search(r'^MODEL="(.*)"$', script, re.MULTILINE)[1].split()
+    env = {**os.environ, "ZANGCHAT_BASE_DIR": str(tmp_path)}
+
+    def run(module, *flags):
+        done = subprocess.run(
+            [sys.executable, "-m", module, *flags],
+            cwd=ROOT,
+            env=env,
+            capture_output=True,
+            encoding="utf-8",
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run("scripts.tok_train", f"--data_path={text}", "--vocab_size=300")
+    first = run("dev.laptop_plan", "--minutes=9", *model)
+    assert re.fullmatch(
+        r"# [\d.]+ s per step of 1920 tokens \([\d,]+ tok/s\), planned for 9 minutes\n"
+        r"BASE_STEPS=\d+\nMID_STEPS=\d+\nSFT_STEPS=\d+\nRL_STEPS=\d+\n",
+        first,
+    )
+    data = (f"--data_path={text}", "--num_iterations=2", "--eval_every=-1", "--sample_every=-1")
+    run("scripts.base_train", *model, *data, "--core_metric_every=-1")
+    later = run("dev.laptop_plan", "--minutes=9", *model, "--pretrained")
+    assert later.startswith("# pretraining took 0.") and "BASE_STEPS" not in later
+    assert re.findall(r"(\w+)=\d+", later) == ["MID_STEPS", "SFT_STEPS", "RL_STEPS"]

@@ -599,6 +599,15 @@ def test_runcpu_says_in_chinese_that_a_stage_failed(mac):
     assert done.returncode == 3 and "没有完成（退出码 3）" in done.stderr
 
 
+def test_runcpu_says_how_to_resume_if_the_plan_failed(mac):
+    mac.base.mkdir()
+    python = mac.folder / ".venv/bin/python"
+    python.write_text("#!/bin/bash\ncase $* in *laptop_plan*) exit 4 ;; esac\n")
+    done, _ = mac("dev/runcpu.sh")
+    assert done.returncode == 4 and "did not finish (exit code 4)" in done.stderr
+    assert not (mac.base / "runcpu.plan").exists()
+
+
 # -- bash 3.2 --------------------------------------------------------------------------------------
 
 LATER = {  # features missing in macOS's bash 3.2 and in its tools
