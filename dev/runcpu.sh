@@ -105,11 +105,12 @@ plan() { # plan NAME FLAGS...: sets BASE_STEPS, MID_STEPS ...
 plan plan
 
 # ---- training --------------------------------------------------------------------------------------------------------------
-# At this size the hardest part is to copy a word from the question into a tool call, and it is best learned early. So
-# conversations are mixed into pretraining from the first step, and the head starts from the embedding (--head_init_scale).
+# At this size the hardest part is to copy a word from the question, into a story or a tool call, and it is best learned early.
+# So pretraining consists mostly of conversations that copy much, stories and facts first of all, and the head starts from the
+# embedding (--head_init_scale). Midtraining then shifts the weight to the tools.
 # shellcheck disable=SC2086
-train "$PRETRAINING" scripts.base_train $MODEL --head_init_scale=0.05 --dataset=$corpus --mixture_ratio=0.75 \
-    --mixture="spellingbee:9000,arithmetic:5000,storyfacts:5000,stories:4000,storyquestions:1600,smalltalk:3,identity:2.5,dontknow:1500,pydocs:0.3" \
+train "$PRETRAINING" scripts.base_train $MODEL --head_init_scale=0.05 --dataset=$corpus --mixture_ratio=0.85 \
+    --mixture="spellingbee:5000,arithmetic:2500,storyfacts:6000,stories:8000,storyquestions:3000,smalltalk:2.5,identity:2,dontknow:1200,pydocs:0.2" \
     --num_iterations="$BASE_STEPS" --matrix_lr=0.01 --embedding_lr=0.05 --unembedding_lr=0.00375 \
     --eval_every=250 --eval_tokens=100000 --sample_every=-1 --core_metric_every=-1
 plan later --pretrained # at the pace that pretraining met, in the time that it left
