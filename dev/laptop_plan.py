@@ -11,7 +11,7 @@ keeps the plan in <base>/runcpu.plan. A machine may be slower over minutes than 
 have other work: the later stages are planned again after pretraining, in the time that it left.
 """
 
-import statistics
+import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,6 @@ from dev import bench_train
 from zangchat import configurator
 from zangchat.checkpoint_files import read_meta
 from zangchat.checkpoint_manager import checkpoints_dir, find_largest_model, find_last_step
-from zangchat.runtime.devices import compute_init
 from zangchat.tokenizer import get_tokenizer
 
 OVERHEAD_MINUTES = 5.0  # setup, corpus, tokenizer, evaluations, report, starting ten processes
@@ -79,12 +78,13 @@ def pretraining() -> tuple[float, float]:
     return state["training_seconds"] / state["step"], state["training_seconds"]
 
 
-def seconds_per_step(config: Config, steps: int = 12) -> float:
-    """The median step of the real training loop on random tokens, without the first few."""
-    device = compute_init("")[-1]
-    step, *_ = bench_train.zangchat(config, device)
-    times = bench_train.step_times(step, device, steps)
-    return statistics.median(times[steps // 4 :])
+def seconds_per_step(config: Config) -> float:
+    """The median step of the real training loop on random tokens, in a process of its own, whose
+    threads wait as those of training do.
+    """
+    names = [field.name for field in dataclasses.fields(bench_train.Config)]
+    bench = bench_train.Config(**{name: getattr(config, name) for name in names})
+    return float(bench_train.Side(bench, "zangchat").repetition()["step_seconds"])
 
 
 if __name__ == "__main__":

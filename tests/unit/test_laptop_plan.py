@@ -16,7 +16,7 @@ def test_the_stages_fill_the_minutes(minutes: float, pace: float) -> None:
 def test_a_slow_machine_keeps_the_proportions_of_the_stages_and_a_fast_one_pretrains_longer() -> (
     None
 ):
-    slow, fast = steps_that_fit(25, 0.35), steps_that_fit(25, 0.1)
+    slow, fast = steps_that_fit(25, 0.5), steps_that_fit(25, 0.1)
     assert list(slow) == ["BASE_STEPS", "MID_STEPS", "SFT_STEPS", "RL_STEPS"]
     assert slow["MID_STEPS"] / slow["BASE_STEPS"] == pytest.approx(0.34 / 0.48, rel=0.01)
     assert {name: fast[name] for name in MOST} == MOST and fast["BASE_STEPS"] > 5 * slow[
@@ -32,8 +32,8 @@ def test_no_stage_is_left_out_however_few_the_minutes() -> None:
 def test_after_a_slow_pretraining_the_later_stages_fill_the_minutes_that_are_left(
     slower: float,
 ) -> None:
-    planned = steps_that_fit(25, 0.35)
-    pace, spent = 0.35 * slower, planned["BASE_STEPS"] * 0.35 * slower
+    planned = steps_that_fit(25, 0.5)
+    pace, spent = 0.5 * slower, planned["BASE_STEPS"] * 0.5 * slower
     later = steps_that_fit(25, pace, spent)
     assert list(later) == ["MID_STEPS", "SFT_STEPS", "RL_STEPS"]
     used = spent + sum(number * pace * COST[name] for name, number in later.items())

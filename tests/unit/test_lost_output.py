@@ -89,14 +89,14 @@ def test_full_disk_loses_only_the_log(root: Path) -> None:
 @pytest.mark.parametrize("ignored", [False, True], ids=["closed", "nohup"])
 def test_closed_terminal_stops_the_run_unless_under_nohup(root: Path, ignored: bool) -> None:
     terminal, child_end = pty.openpty()
-    start = (lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN) and None) if ignored else None
+    action = signal.SIG_IGN if ignored else signal.SIG_DFL  # the tests may run under nohup
     process = subprocess.Popen(
         command(root, *LONG),
         cwd=ROOT,
         stdin=child_end,
         stdout=child_end,
         stderr=child_end,
-        preexec_fn=start,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, action) and None,
     )
     os.close(child_end)
     for output in lines_until(lambda: os.read(terminal, 4096), b"tok/s"):
