@@ -75,7 +75,7 @@ def compare(config: Config) -> int:
 
     exact = torch.cat(logits(reference))
     first, second = exact.topk(2).values.unbind(-1)
-    kinds = []
+    kinds: list[dict[str, Any]] = []
     for dtype, quantize in KINDS:
         try:
             other = engine_for_chat(

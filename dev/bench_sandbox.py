@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from dev.bench_common import machine
@@ -58,9 +59,9 @@ def bench(config: Config) -> None:
             for world in ("bubblewrap", "namespaces")
         }
         kinds |= {
-            name: (lambda jail=jail: run_in_jail("pass", jail, 5.0, 256 * 2**20))
+            name: partial(run_in_jail, "pass", jail, 5.0, 256 * 2**20)
             for name, jail in jails.items()
-        }  # type: ignore[misc]
+        }
     for name, run in kinds.items():
         figures[name] = {
             "one_at_a_time": measure(run, config.programs, 1),

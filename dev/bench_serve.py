@@ -36,7 +36,7 @@ from zangchat.config import CheckpointConfig
 try:
     from uvloop import run  # the clients share the machine with the server, so they must be cheap
 except ImportError:  # on Windows
-    from asyncio import run
+    from asyncio import run  # type: ignore[assignment]
 
 QUESTIONS = (
     "Who are you?",

@@ -83,8 +83,9 @@ def compare(stories: Iterable[str], train_stories: int) -> dict[str, float]:
     """How near the stories are to those of the training split, and to one another."""
     stories = list(stories)
     holders: dict[str, set[int]] = {}  # sentence: the training stories that have it
-    for number, conversation in enumerate(Stories(size=train_stories)):
-        for sentence in sentences(conversation["messages"][1]["content"]):
+    task = Stories(size=train_stories)
+    for number in range(train_stories):
+        for sentence in sentences(task[number]["messages"][1]["content"]):
             holders.setdefault(sentence, set()).add(number)
     near = 0
     for story in stories:

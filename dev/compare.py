@@ -85,7 +85,8 @@ def read_run(path: Path, config: Config) -> Run:
         raise UserError(f"{path} has no {config.metric}: name another field with --metric")
     newest = next(steps(path.parent, check=""), None)
     settings = {} if newest is None else read_meta(path.parent, newest)["user_config"]
-    return Run(path.parent.name, *np.array(points, dtype=float).T, settings)
+    tokens, at, value = np.array(points, dtype=float).T
+    return Run(path.parent.name, tokens, at, value, settings)
 
 
 def print_settings(groups: dict[str, list[Run]]) -> None:

@@ -169,8 +169,9 @@ def _stack(d: Drawing) -> None:
         (534, 46, ("cap of the logits", "logits 封顶"), ORANGE, "15 · tanh(z / 15)"),
     ]
     d.line((middle, 44), (middle, 63))
-    for (y, h, *_), (below, *_) in zip(steps, [*steps[1:], (614.0, 0)], strict=True):
-        d.line((middle, y + h), (middle, below - 1 - 12 * (below == 212)))
+    tops = [step[0] for step in steps] + [614.0]
+    for step, below in zip(steps, tops[1:], strict=True):
+        d.line((middle, step[0] + step[1]), (middle, below - 1 - 12 * (below == 212)))
     for offset in (12, 6):
         d.rect(x + offset, 212 - offset, w, 146, BLUE, STRONG[BLUE])
     for y, h, label, fill, note in steps:

@@ -168,13 +168,13 @@ def generate(config: Config) -> int:
                 pool.map(lambda i: writer.write(make_prompt(facts, languages, config, i)), indices)
             )
             for reply in replies:
-                conversation = read_reply(reply)
-                if conversation is None:
+                made = read_reply(reply)
+                if made is None:
                     dropped["not a conversation"] += 1
-                elif not openings.add(opening(conversation)):
+                elif not openings.add(opening(made)):
                     dropped["too similar"] += 1
                 elif have < config.num:
-                    file.write(json.dumps(conversation, ensure_ascii=False) + "\n")
+                    file.write(json.dumps(made, ensure_ascii=False) + "\n")
                     have += 1
             file.flush()
             atomic_write(position_file(output), str(indices.stop))

@@ -10,6 +10,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from scripts import base_train
 from zangchat import configurator, flops
@@ -38,7 +39,7 @@ def show(config: Config) -> int:
         plan.total_batch_size, gpt.sequence_len, config.device_batch_size, config.world_size
     )
     rows = plan.total_batch_size // (gpt.sequence_len * config.world_size)
-    settings = {
+    settings: dict[str, Any] = {
         "world_size": config.world_size,
         "grad_checkpoint": config.grad_checkpoint,
         "fsdp": config.fsdp,

@@ -209,7 +209,7 @@ def write_shards(
     import pyarrow.parquet
 
     schema = pyarrow.schema({"text": pyarrow.string()})
-    entries = []
+    entries: list[dict[str, Any]] = []
     group = list(itertools.islice(documents, GROUP_DOCUMENTS))
     while group:
         path = folder / (
