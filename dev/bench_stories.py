@@ -13,7 +13,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -62,6 +62,7 @@ def bench(config: Config) -> int:
         judge_story(story, task[item.index]["wanted"])
         for item, story in zip(items, stories, strict=True)
     ]
+    trained = holders(config.train_stories)
     found = {
         "model": checkpoint_name(meta),
         "stories": len(stories),
@@ -70,27 +71,31 @@ def bench(config: Config) -> int:
             for name in ("named", "consistent", "ended")
         },
         "all three": sum(map(all, verdicts)),
-        **compare(stories, config.train_stories),
+        **compare(stories, trained),
         "of the grammar": compare(
-            [task[item.index]["messages"][1]["content"] for item in items], config.train_stories
+            [task[item.index]["messages"][1]["content"] for item in items], trained
         ),
     }
     print(json.dumps(found | ({"texts": stories} if config.show else {}), indent=1))
     return 0
 
 
-def compare(stories: Iterable[str], train_stories: int) -> dict[str, float]:
-    """How near the stories are to those of the training split, and to one another."""
-    stories = list(stories)
-    holders: dict[str, set[int]] = {}  # sentence: the training stories that have it
+def holders(train_stories: int) -> dict[str, set[int]]:
+    """The numbers of the training stories that have each sentence."""
+    found: dict[str, set[int]] = {}
     task = Stories(size=train_stories)
     for number in range(train_stories):
         for sentence in sentences(task[number]["messages"][1]["content"]):
-            holders.setdefault(sentence, set()).add(number)
+            found.setdefault(sentence, set()).add(number)
+    return found
+
+
+def compare(stories: Sequence[str], trained: Mapping[str, set[int]]) -> dict[str, float]:
+    """How near the stories are to those of the training split, and to one another."""
     near = 0
     for story in stories:
         own = sentences(story)
-        shared = Counter(number for each in own for number in holders.get(each, ()))
+        shared = Counter(number for each in own for number in trained.get(each, ()))
         near += max(shared.values(), default=0) > len(own) / 2
     grams = [tuple(said[i : i + 4]) for said in map(words, stories) for i in range(len(said) - 3)]
     return {

@@ -14,7 +14,7 @@
 # The reasons for the numbers: README.md, "Results on a laptop".
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-lang=${LC_ALL:-${LC_MESSAGES:-${LANG:-en}}} corpus=pydocs
+lang=${LC_ALL:-${LC_MESSAGES:-${LANG:-en}}} corpus=pydocs command="bash dev/runcpu.sh${*:+ $*}"
 for argument in "$@"; do
     case $argument in
     --lang=en | --lang=zh) lang=${argument#--lang=} ;;
@@ -28,7 +28,7 @@ done
 case $lang in
 zh*)
     SO_FAR="（已用 %d 分 %02d 秒）"
-    FAILED="这个阶段没有完成（退出码 %d）。已保存的内容不会丢失，继续运行请用：\n  bash dev/runcpu.sh\n"
+    FAILED="这个阶段没有完成（退出码 %d）。已保存的内容不会丢失，继续运行请用：\n  %s\n"
     ON_CPU="本次运行使用 CPU。"
     CORPUS_pydocs="语料：这台机器上的文档和代码" CORPUS_tinystories="语料：TinyStories，来自 Hugging Face" TOKENIZER="分词器：2,048 个 token"
     PRETRAINING="预训练" MIDTRAINING="中期训练" FINETUNING="微调" REINFORCEMENT="强化学习"
@@ -38,7 +38,7 @@ zh*)
     ;;
 *)
     SO_FAR="(%d min %02d s so far)"
-    FAILED="This stage did not finish (exit code %d). Nothing that was saved is lost; resume with:\n  bash dev/runcpu.sh\n"
+    FAILED="This stage did not finish (exit code %d). Nothing that was saved is lost; resume with:\n  %s\n"
     ON_CPU="This run computes on the CPU."
     CORPUS_pydocs="Corpus: documentation and code found on this machine" CORPUS_tinystories="Corpus: TinyStories, from the hub"
     TOKENIZER="Tokenizer: 2,048 tokens"
@@ -70,7 +70,7 @@ stage() { # stage TITLE COMMAND...: prints the title and runs the command
 }
 failed() { # failed CODE: says how to resume, and leaves
     # shellcheck disable=SC2059
-    printf "\n$FAILED" "$1" >&2
+    printf "\n$FAILED" "$1" "$command" >&2
     exit "$1"
 }
 train() { stage "$1" python -m "${@:2}" --seed="$SEED" --resume=latest; }

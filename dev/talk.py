@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
-from scripts.chat_cli import Chat, printable
+from scripts.chat_cli import Chat, answer_once
 from zangchat import configurator
 from zangchat.config import CheckpointConfig
 from zangchat.report import checkpoint_name, get_report
@@ -48,9 +48,7 @@ def talk(config: Config) -> int:
         print()
         for question in questions:
             print(f"> {question}")
-            for kind, text in chat.answer(question, note=print):
-                print(printable(text) if kind == "text" else "", end="", flush=True)
-            print()
+            answer_once(chat, question)
         held.append({"messages": chat.messages})
     settings = {"model": checkpoint_name(meta), "temperature": config.temperature}
     get_report().log(f"Conversations {meta['stage']}", [settings, *held])

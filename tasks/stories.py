@@ -310,19 +310,19 @@ class StoryFacts(StoryQuestions):
             question = who if asks_who else what
             asked = chat(question if turn else f"{told} {question}", answer)
             conversation["messages"] += asked["messages"]
-            conversation |= {"needed": [name if asks_who else value]}
-            conversation |= {"who": name if asks_who else None}
-        return conversation | {"story": told}
+            judged = (
+                {"needed": [name], "who": name} if asks_who else {"needed": [value], "who": None}
+            )
+        return conversation | judged | {"story": told}
 
     def state(self, rng: random.Random) -> list[tuple[str, ...]]:
-        """For 2 to 4 characters (fact, who?, what?, answer, character, value); nothing is said of
-        two."""
-        stated: dict[str, tuple[str, ...]] = {}
+        """(fact, who?, what?, answer, character, value) for 2 to 4 different characters."""
+        stated: list[tuple[str, ...]] = []
         for _ in range(rng.choice((2, 3, 4))):
+            known = {word for written in stated for word in written[-2:]}
             while True:
                 character, kind = draw_character(rng), rng.choice(world()["facts"])
                 value = rng.choice(list(world()[kind["of"]]))
-                known = {word for written in stated.values() for word in written[-2:]}
                 new = not known & {character.word, value}
                 if new and split_of("story", *sorted((character.word, value))) == self.split:
                     break
@@ -330,5 +330,5 @@ class StoryFacts(StoryQuestions):
             written = (
                 write(rng.choice(kind[k]), rng, slots) for k in ("tell", "who", "what", "say")
             )
-            stated[character.word] = (*written, character.word, value)
-        return list(stated.values())
+            stated.append((*written, character.word, value))
+        return stated

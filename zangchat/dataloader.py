@@ -73,6 +73,8 @@ class Packer:
     def __init__(
         self, stream: DocumentStream, *, width: int, bos: int, cursor: dict[str, Any] | None = None
     ) -> None:
+        if width < 2:
+            raise ValueError(f"a row needs at least 2 tokens, not {width}")
         self.width, self.bos, self.truncated = width, bos, 0
         self._unfinished: list[_Unfinished] = []  # in the order of reading
         self._position = cursor["position"] if cursor else first_cursor(stream)  # of the next

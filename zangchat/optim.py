@@ -217,8 +217,9 @@ def build_optimizer(
     matrices = [p for p in named.values() if p is not embedding and p is not head]
     if wrong := [name for name, p in named.items() if p.dim() != 2]:
         problem = "no optimizer is planned for parameters that are not matrices"
-        advice = "leave them out (bias=False), or give them to one in zangchat/optim.py"
-        raise ValueError(f"{problem}: {', '.join(wrong)}: {advice}:build_optimizer")
+        place = "zangchat/optim.py:build_optimizer"
+        advice = f"leave them out (bias=False), or give them to one in {place}"
+        raise ValueError(f"{problem}: {', '.join(wrong)}: {advice}")
     groups: list[dict[str, Any]] = [
         {"params": [embedding], "lr": embedding_lr},
         {"params": [head], "lr": unembedding_lr},

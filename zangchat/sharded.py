@@ -46,11 +46,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def __init__(
         self, params: Params, defaults: dict[str, Any], rank: int = 0, world_size: int = 1
     ) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} does not exist among {world_size}")
         self.rank, self.world_size = rank, world_size
         super().__init__(params, defaults)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, on as many ranks as saved it, but state keeps its dtype: fp32 for bf16."""
+        """As torch's, on as many ranks as saved it; but state keeps its dtype.
+
+        torch would round the fp32 state of a bf16 parameter to bf16.
+        """
         super().load_state_dict(state_dict)
         numbers = (number for group in state_dict["param_groups"] for number in group["params"])
         params = (p for group in self.param_groups for p in group["params"])
@@ -60,7 +65,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @cached_property
     def pieces(self) -> dict[Tensor, list[Piece]]:
-        """How each is dealt. Here: a large one whose rows divide evenly is cut; else in turn."""
+        """How each parameter is dealt. Here: a large one with evenly divisible rows is cut, the
+        others go round robin."""
         dealt, ranks = {}, self.world_size
         for index, p in enumerate(p for group in self.param_groups for p in group["params"]):
             rows = p.size(0) if p.dim() else 1

@@ -83,6 +83,8 @@ class TextStream:
     def __init__(
         self, dataset: "Dataset", tokenizer: Any, seed: int, max_tokens: int | None = None
     ) -> None:
+        if max_tokens is not None and max_tokens < 2:
+            raise ValueError(f"max_tokens must be at least 2, not {max_tokens}")
         if dataset.tokenizer_fingerprint not in (None, tokenizer and tokenizer.fingerprint):
             problem = f"dataset {dataset.name} was made with another tokenizer than this model's"
             raise UserError(f"{problem}: {dataset.repair_hint()}")
@@ -203,15 +205,18 @@ class ConversationStream:
     def _log_counts(self, epoch: int) -> None:
         if any(self._counts.values()):
             counts = ", ".join(f"{count} {outcome}" for outcome, count in self._counts.items())
-            of, limit = f"of {len(self.task)} conversations", f"limit {self.max_tokens} tokens"
-            logger.warning(f"epoch {epoch}: {of} {counts} ({limit})")
+            conversations = f"of {len(self.task)} conversations {counts}"
+            logger.warning(f"epoch {epoch}: {conversations} (limit {self.max_tokens} tokens)")
         self._counts = dict.fromkeys(self._counts, 0)
 
 
 class MixedStream:
-    """Streams as one: a document comes from that which falls shortest of its share of tokens."""
+    """Several streams as one: each document comes from the stream that falls shortest of its
+    fraction of the tokens so far."""
 
     def __init__(self, parts: Sequence[tuple[DocumentStream, float]]) -> None:
+        if not parts or min(fraction for _, fraction in parts) <= 0:
+            raise ValueError("a mixture needs streams with positive fractions")
         total = sum(fraction for _, fraction in parts)
         self.fractions = [fraction / total for _, fraction in parts]
         self._streams = [stream for stream, _ in parts]

@@ -137,7 +137,8 @@ class RustBPETokenizer:
 
     @classmethod
     def from_pretrained(cls, tiktoken_name: str) -> "RustBPETokenizer":
-        """tiktoken's ranks and pattern ("gpt2", ...; may download them), our own special tokens."""
+        """tiktoken's ranks and pattern of that name ("gpt2", "cl100k_base"), with our own special
+        tokens; tiktoken may download them."""
         encoding = tiktoken.get_encoding(tiktoken_name)
         tokens = bpe.by_rank(encoding._mergeable_ranks)
         return cls(tokens, encoding._pat_str, facts={"tiktoken": tiktoken_name})
@@ -340,7 +341,10 @@ def get_tokenizer(*flags: str) -> RustBPETokenizer:
 
 
 def get_token_bytes(device: str = "cpu") -> "torch.Tensor":
-    """int32 (V,): bytes of each token of `get_tokenizer()`, 0 for special ones; its errors."""
+    """int32 (V,): the bytes of each token of `get_tokenizer()`, 0 for special tokens.
+
+    Raises UserError if there is no tokenizer.
+    """
     import torch
 
     # From the ranks, so that two files cannot disagree; token_bytes.pt is for other programs.

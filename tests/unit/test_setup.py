@@ -603,8 +603,9 @@ def test_runcpu_says_how_to_resume_if_the_plan_failed(mac):
     mac.base.mkdir()
     python = mac.folder / ".venv/bin/python"
     python.write_text("#!/bin/bash\ncase $* in *laptop_plan*) exit 4 ;; esac\n")
-    done, _ = mac("dev/runcpu.sh")
+    done, _ = mac("dev/runcpu.sh", "--source=tinystories")
     assert done.returncode == 4 and "did not finish (exit code 4)" in done.stderr
+    assert "\n  bash dev/runcpu.sh --source=tinystories\n" in done.stderr
     assert not (mac.base / "runcpu.plan").exists()
 
 

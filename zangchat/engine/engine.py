@@ -66,11 +66,9 @@ class Engine:
         until all have ended; the token that ended it is never shown. `more` are further fields of a
         Request. Raises UserError if the memory is too small for one sample.
         """
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, not {num_samples}")
-        settings = (max_tokens, temperature, top_k, top_p, seed)
-        requests = [Request(tokens, *settings, sample_index=i, **more) for i in range(num_samples)]
-        columns = self._columns(requests)
+        more |= {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+        more |= {"top_k": top_k, "top_p": top_p}
+        columns = self._columns(_samples(tokens, num_samples, more))
         next(columns)  # submits them, which may raise ValueError
         return columns
 
@@ -93,7 +91,7 @@ class Engine:
         self, tokens: abc.Sequence[int], num_samples: int = 1, **settings: Any
     ) -> tuple[list[list[int]], list[list[int]]]:
         """`num_samples` whole sequences, and masks (0 for the prompt and tool output)."""
-        requests = [Request(tokens, sample_index=i, **settings) for i in range(num_samples)]
+        requests = _samples(tokens, num_samples, settings)
         done = self.generate_many(requests, max_rows=num_samples)
         masks = [[0] * len(tokens) + sequence.mask for sequence in done]
         return [[*tokens, *sequence.tokens] for sequence in done], masks
@@ -116,6 +114,12 @@ class Engine:
     ) -> list[float]:
         """Log-probabilities of continuations, see scoring.score."""
         return score(self.model, prompts, continuations, greedy)
+
+
+def _samples(tokens: Any, num_samples: int, settings: dict[str, Any]) -> list[Request]:
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, not {num_samples}")
+    return [Request(tokens, sample_index=i, **settings) for i in range(num_samples)]
 
 
 def load_for_chat(

@@ -173,7 +173,8 @@ class InferenceGPT:
         yield model.lm_head.weight.data.to(self.compute_dtype)
 
     def _paired(self, weight: Tensor) -> Tensor:
-        """Channel i of a head next to channel i + D/2: so a rotation is one complex product."""
+        """Queries or keys with channel i of a head next to channel i + D/2, so that a rotation is
+        one complex product. Norm and scores do not depend on the order."""
         pairs = weight.unflatten(0, (-1, 2, self.config.head_dim // 2)).transpose(1, 2)
         return pairs.reshape(weight.shape)
 

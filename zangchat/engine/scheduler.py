@@ -155,7 +155,8 @@ class Scheduler:
         return Chunk(together, size)
 
     def failed(self, chunk: Chunk, error: Exception) -> list[Event]:
-        """A pass over the chunk failed: now prompt by prompt; a single prompt's sequences end."""
+        """A pass over the chunk raised an exception: read its prompts one by one from now on, and
+        end the sequences of a single one."""
         if len(chunk.prompts) == 1:
             self.reading.popleft()
             return [sequence.fail(error) for sequence in chunk.prompts[0].sequences]

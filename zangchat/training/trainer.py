@@ -192,9 +192,9 @@ class Trainer:
         state.skips_in_a_row += 1
         if state.skips_in_a_row >= MAX_SKIPS_IN_A_ROW:
             steps = f"{MAX_SKIPS_IN_A_ROW} steps in a row up to step {state.step + 1}"
-            remedy = "start again with --overwrite and lower learning rates"
-            last = f"(the last: {problem})"
-            raise UserError(f"{steps} were not finite {last}: {remedy}, or with --dtype=float32")
+            remedy = "lower learning rates, or with --dtype=float32"
+            problem = f"{steps} were not finite (the last: {problem})"
+            raise UserError(f"{problem}: start again with --overwrite and {remedy}")
 
     def fit(self) -> RunState:
         """Train to the end, or until a signal: then the step under way is finished and saved."""
@@ -281,7 +281,8 @@ class Trainer:
         }
 
     def _agree(self) -> None:
-        """All ranks alike: stop (signal on any), save (rank 0's clock), end a save (all wrote)."""
+        """All ranks decide alike: to stop (a signal on any rank), to save (the clock of rank 0),
+        and to finish the save under way (all ranks have written)."""
         clock = self.rank == 0 and self.saves.clock_is_due
         flags = [self.signals.received, clock, self.saves.is_writing]
         received, save_now, still_writing = collectives.max_over_ranks(flags)
