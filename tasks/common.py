@@ -13,7 +13,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -255,6 +255,27 @@ def split_of(*key: object) -> str:
 def plain(question: str) -> str:
     """Only letters and digits, in lower case: `What's that?` and `whats that` are one question."""
     return "".join(char for char in question.lower() if char.isalnum())
+
+
+def is_chinese(text: str) -> bool:
+    return any("\u4e00" <= char <= "\u9fff" for char in text)
+
+
+def variants(question: str, openings: Sequence[str], openings_zh: Sequence[str]) -> Iterator[str]:
+    """The question as written, as hurried people type it, and after one of the openings of its
+    language, such as "Hey, {q}" (chosen by the question).
+    """
+    yield question
+    hurried = question.rstrip("?.!。？！")
+    if is_chinese(question):
+        yield hurried
+        yield question.replace("？", "?")
+    else:
+        yield hurried.lower()
+    choices = openings_zh if is_chinese(question) else openings
+    opening = choices[derive_seed("opening", question) % len(choices)]
+    whole = opening.endswith((". {q}", "! {q}", ": {q}")) or re.match(r"I\b|zangchat", question)
+    yield opening.format(q=question if whole else question[0].lower() + question[1:])
 
 
 def check_split(split: str) -> str:

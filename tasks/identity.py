@@ -22,6 +22,7 @@ from tasks.common import (
     check_split,
     plain,
     split_of,
+    variants,
     visible_text,
 )
 from zangchat.runtime.seeds import derive_seed
@@ -43,31 +44,6 @@ GREETINGS = (
 GREETINGS_ZH = ("你好，{q}", "您好！{q}", "请问，{q}", "我想知道，{q}")
 
 
-def _is_chinese(text: str) -> bool:
-    return any("\u4e00" <= char <= "\u9fff" for char in text)
-
-
-def _variants(question: str) -> Iterator[str]:
-    """The question as written, as hurried people type it, and after one of the openings (chosen by
-    the question).
-    """
-    yield question
-    hurried = question.rstrip("?.!。？！")
-    if _is_chinese(question):
-        yield hurried
-        yield question.replace("？", "?")
-    else:
-        yield hurried.lower()
-    openings = GREETINGS_ZH if _is_chinese(question) else GREETINGS
-    opening = openings[derive_seed("opening", question) % len(openings)]
-    first = (
-        question
-        if opening.endswith((". {q}", "! {q}", ": {q}")) or question.startswith("I ")
-        else question[0].lower() + question[1:]
-    )
-    yield opening.format(q=first)
-
-
 class Example(NamedTuple):
     intent: str  # of identity.yaml, or "ordinary"
     base: str  # the question that this is a variant of
@@ -81,11 +57,11 @@ def examples() -> Iterator[Example]:
     for intent, languages in phrasings["intents"].items():
         for written in languages.values():
             for base in _with_names(written["questions"].splitlines(), written.get("names", ())):
-                for question in _variants(base):
+                for question in variants(base, GREETINGS, GREETINGS_ZH):
                     yield Example(intent, base, question, written["answer"])
     for line in phrasings["ordinary"].splitlines():
         base, answer = line.split(" | ")
-        for question in list(_variants(base))[:2]:
+        for question in list(variants(base, GREETINGS, GREETINGS_ZH))[:2]:
             yield Example("ordinary", base, question, answer)
 
 

@@ -48,6 +48,7 @@ REGISTRY: dict[str, Entry] = {
     "StoriesAgain": Entry("tasks.stories", "StoriesAgain", small=True),
     "SmallTalk": Entry("tasks.smalltalk", "SmallTalk", small=True),
     "DontKnow": Entry("tasks.smalltalk", "DontKnow", small=True),
+    "Medley": Entry("tasks.medley", "Medley", small=True),
     "SmolTalk": Entry("tasks.smoltalk", "SmolTalk", test=False),
 }
 

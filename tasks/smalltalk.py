@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Iterator
 from functools import cache, cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +25,14 @@ from tasks.common import (
     check_split,
     plain,
     split_of,
+    variants,
     visible_text,
 )
 from zangchat.runtime.seeds import derive_seed
 
 PHRASINGS = Path(__file__).with_name("smalltalk.yaml")
+OPENINGS = ("Hey, {q}", "Oh, {q}", "Well, {q}", "So, {q}", "zangchat, {q}", "OK. {q}")
+OPENINGS_ZH = ("嗯，{q}", "那么，{q}", "zangchat，{q}")
 
 
 @cache
@@ -67,7 +71,9 @@ def examples() -> Iterator[Example]:
 
 
 class SmallTalk(Task):
-    """Finite: an epoch shows each phrasing as written, and as hurried people type it."""
+    """Finite: an epoch shows each phrasing as written, as hurried people type it and, in training,
+    after an opening.
+    """
 
     def __init__(self, split: str = "train", **view: int) -> None:
         super().__init__(**view)
@@ -75,12 +81,21 @@ class SmallTalk(Task):
 
     @cached_property
     def examples(self) -> list[Example]:
+        split = {
+            (example.intent, plain(example.question)): split_of(
+                "smalltalk", example.intent, plain(example.question)
+            )
+            for example in examples()
+        }
         own = {}
+        shown = None if self.split == "train" else 2
         for example in examples():
-            if split_of("smalltalk", example.intent, plain(example.question)) == self.split:
-                hurried = example.question.rstrip("?.!。？！").lower()
-                own[example.question] = example
-                own[hurried] = example._replace(question=hurried)
+            if split[example.intent, plain(example.question)] != self.split:
+                continue
+            for question in islice(variants(example.question, OPENINGS, OPENINGS_ZH), shown):
+                # "Hey, hello" may be a phrasing of its own, and held out
+                if split.get((example.intent, plain(question)), self.split) == self.split:
+                    own[question] = example._replace(question=question)
         chosen = list(own.values())
         random.Random(derive_seed("smalltalk", self.split)).shuffle(chosen)
         return chosen

@@ -9,8 +9,9 @@ import pytest
 
 from tasks import arithmetic, identity, pydocs, spellingbee
 from tasks.arithmetic import Arithmetic
-from tasks.common import SPLITS, MissingData, plain, split_of, tool_parts
+from tasks.common import SPLITS, MissingData, is_chinese, plain, split_of, tool_parts
 from tasks.identity import Identity
+from tasks.medley import LONG, Medley
 from tasks.pydocs import PyDocs
 from tasks.registry import build_mixture, load_task
 from tasks.spellingbee import SimpleSpelling, SpellingBee, count_words, stem, word_split, words_of
@@ -335,7 +336,7 @@ def test_there_are_many_phrasings_of_many_intents_in_two_languages():
     about_itself = [example for example in identity.examples() if example.intent != "ordinary"]
     bases = {example.base for example in about_itself}
     assert len({example.intent for example in about_itself}) >= 15 and len(bases) >= 300
-    assert sum(identity._is_chinese(base) for base in bases) >= 80
+    assert sum(is_chinese(base) for base in bases) >= 80
     train = Identity("train")
     share = sum(c["intent"] == "ordinary" for c in train) / len(train)
     assert 0.1 < share < 0.3 and len(train) > 1000
@@ -348,7 +349,7 @@ def test_answers_about_itself_begin_with_its_name_and_are_short(tokenizer):
         else:
             assert re.match(r"I am zangchat\b|我是 zangchat", example.answer), example
             assert len(tokenizer.encode(example.answer)) <= 40, example
-            assert identity._is_chinese(example.answer) == identity._is_chinese(example.base)
+            assert is_chinese(example.answer) == is_chinese(example.base)
 
 
 def test_question_and_its_variants_belong_to_one_split():
@@ -457,3 +458,35 @@ def test_pydocs_accepts_most_of_the_words():
     assert not task.evaluate(
         conversation, "Nothing of the kind, sorry about that"
     ) and not task.evaluate(conversation, "")
+
+
+# ---- medley --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_medley_joins_parts_of_its_split_and_judges_the_last(words, split):
+    conversations = list(Medley(size=200, split=split))
+    assert {c["judge"] for c in conversations} == set(Medley(split=split).parts)
+    for conversation in conversations:
+        *before, asked, answer = conversation["messages"]
+        assert before and [m["role"] for m in before] == ["user", "assistant"] * (len(before) // 2)
+        task = Medley(split=split)
+        assert task.evaluate(conversation, answer["content"]), conversation
+        if conversation["judge"] != "Identity":  # which accepts any answer to another question
+            assert not task.evaluate(conversation, "Hm."), conversation
+        if conversation["judge"] == "SmallTalk":
+            held = {example.question for example in task.parts["SmallTalk"].examples}
+            assert asked["content"] in held
+
+
+def test_a_medley_has_one_story_at_most(words):
+    stories = [
+        [m for m in conversation["messages"] if len(str(m["content"])) > 300]
+        for conversation in Medley(size=200)
+    ]
+    assert max(map(len, stories)) == 1 and len(LONG) > 1
+
+
+def test_a_medley_without_words_is_an_error(base_dir):
+    with pytest.raises(MissingData):
+        build_mixture("medley:4")
