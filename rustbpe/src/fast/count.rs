@@ -1,9 +1,9 @@
 //! Texts to counts. Replaces `plain::count`.
-//! Faster: each thread counts into a table of its own, small enough to stay near its core, and moves it into a shared one when it is half
+//! Faster: each thread counts into a table of its own, small enough to stay near its core, and moves it into shared ones when it is half
 //! full; 64 slots are prefetched before the first of them is used. Gain: see table.rs. Memory grows only with the distinct pieces.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard};
 
 use rustc_hash::FxHashMap;
 
@@ -16,19 +16,25 @@ use crate::{plain::Token, Error};
 
 /// A thread's own table has 2^LOCAL_BITS slots (3 MB).
 pub const LOCAL_BITS: u32 = 17;
+/// The first SHARD_BITS bits of the hash choose the shared table. Each has its own lock.
+const SHARD_BITS: u32 = 6;
 /// Slots that are prefetched before the first of them is read; at most a window's worth more.
 const WAITING: usize = 64;
+
+const HELD: &str = "no thread panics while it holds counts";
 
 /// The distinct pieces of a corpus and how often each occurred.
 pub struct Counter {
     splitter: Splitter,
-    counts: Mutex<(Table, Long)>,
+    shards: Vec<Mutex<Table>>,
+    long: Mutex<Long>,
     stop: AtomicBool,
 }
 
 impl Counter {
     pub fn new(splitter: Splitter) -> Self {
-        Counter { splitter, counts: Mutex::new((Table::new(LOCAL_BITS), Long::default())), stop: AtomicBool::new(false) }
+        let shards = (0..1 << SHARD_BITS).map(|_| Mutex::new(Table::new(LOCAL_BITS - SHARD_BITS, SHARD_BITS))).collect();
+        Counter { splitter, shards, long: Mutex::default(), stop: AtomicBool::new(false) }
     }
 
     pub fn splitter(&self) -> &Splitter {
@@ -42,11 +48,13 @@ impl Counter {
 
     /// Calls `f` with every piece and its count.
     pub fn for_each(self, mut f: impl FnMut(&[u8], u64)) {
-        let (table, long) = self.counts.into_inner().expect("no thread panics while it holds the counts");
-        for (key, count) in table.pieces() {
-            let (bytes, length) = key.bytes();
-            f(&bytes[..length], count);
+        for shard in self.shards {
+            for (key, count) in shard.into_inner().expect(HELD).pieces() {
+                let (bytes, length) = key.bytes();
+                f(&bytes[..length], count);
+            }
         }
+        let long = self.long.into_inner().expect(HELD);
         long.iter().for_each(|(piece, &count)| f(piece, count));
     }
 
@@ -59,13 +67,21 @@ impl Counter {
 
     /// Moves a thread's counts into the shared ones.
     fn take(&self, table: &mut Table, long: &mut Long) {
-        let mut shared = self.counts.lock().expect("no thread panics while it holds the counts");
+        let mut open: Option<(usize, MutexGuard<Table>)> = None;
         for (key, count) in table.pieces() {
-            shared.0.add(key.hash(), key, count);
-            shared.0.grow();
+            let (hash, shard) = (key.hash(), (key.hash() >> (64 - SHARD_BITS)) as usize);
+            if open.as_ref().is_none_or(|(number, _)| *number != shard) {
+                drop(open.take()); // release the lock before taking the next one
+                open = Some((shard, self.shards[shard].lock().expect(HELD)));
+            }
+            let (_, shared) = open.as_mut().expect("just locked");
+            shared.add(hash, key, count);
+            shared.grow();
         }
+        drop(open);
         table.clear();
-        long.drain().for_each(|(piece, count)| *shared.1.entry(piece).or_default() += count);
+        let mut shared = self.long.lock().expect(HELD);
+        long.drain().for_each(|(piece, count)| *shared.entry(piece).or_default() += count);
     }
 }
 
@@ -82,7 +98,7 @@ pub struct LocalCounter<'c> {
 
 impl<'c> LocalCounter<'c> {
     pub fn new(counter: &'c Counter) -> Self {
-        LocalCounter { counter, splitter: counter.splitter.clone(), table: Table::new(LOCAL_BITS), long: Long::default() }
+        LocalCounter { counter, splitter: counter.splitter.clone(), table: Table::new(LOCAL_BITS, 0), long: Long::default() }
     }
 
     pub fn add(&mut self, text: &[u8]) -> Result<(), Error> {

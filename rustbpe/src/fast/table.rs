@@ -9,6 +9,7 @@ use super::machine::prefetch;
 /// another walks through both from start to end.
 pub struct Table {
     slots: Vec<Slot>,
+    skip: u32, // first bits of the hash, which chose the table
     used: usize,
 }
 
@@ -19,8 +20,8 @@ struct Slot {
 }
 
 impl Table {
-    pub fn new(bits: u32) -> Self {
-        Table { slots: vec![Slot::default(); 1 << bits], used: 0 }
+    pub fn new(bits: u32, skip: u32) -> Self {
+        Table { slots: vec![Slot::default(); 1 << bits], skip, used: 0 }
     }
 
     pub fn is_half_full(&self) -> bool {
@@ -34,7 +35,7 @@ impl Table {
     /// The first slot to probe for a key with this hash.
     #[inline]
     fn place(&self, hash: u64) -> usize {
-        (hash >> (self.slots.len().leading_zeros() + 1)) as usize
+        (hash << self.skip >> (self.slots.len().leading_zeros() + 1)) as usize
     }
 
     #[inline]
