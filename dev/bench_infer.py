@@ -3,6 +3,7 @@
     python -m dev.bench_infer --depth=6 --max_seq_len=512 --vocab_size=8192
     python -m dev.bench_infer ... --peer=PATH      the same model in the nanochat checkout at PATH,
                                                    in turns with ours
+    python -m dev.bench_infer ... --peer=llama.cpp   the same model in llama.cpp's server
     python -m dev.bench_infer ... --quantize=int8 --batches=1,8
 
 The weights are random, so greedy decoding never ends early. Each repetition is a separate process;
@@ -39,9 +40,15 @@ class Config:
     quantize: str = ""  # int8: weights of the products, only ours
     device_type: str = ""  # cuda | mps | cpu; empty = the best one present
     dtype: str = ""  # bfloat16 | float16 | float32; empty = the fastest the device supports
-    peer: str = ""  # folder of a nanochat checkout to compare with
+    peer: str = ""  # folder of a nanochat checkout to compare with, or llama.cpp
     busy: bool = False  # measure even if the machine is busy; the output records it
-    worker: str = ""  # internal: the side that a repetition measures, "zangchat" or "nanochat"
+    worker: str = ""  # internal: the side that a repetition measures: zangchat, nanochat, llama.cpp
+
+    @property
+    def sides(self) -> list[str]:
+        """Ours, and the peer."""
+        peer = "llama.cpp" if self.peer == "llama.cpp" else "nanochat"
+        return ["zangchat", peer] if self.peer else ["zangchat"]
 
     def model(self) -> GPTConfig:
         return schedule.model_config_for_depth(
@@ -87,9 +94,7 @@ def bench(config: Config) -> int:
         "model": dataclasses.asdict(config.model()),
         "repeats": config.repeats,
     }
-    runs: dict[str, list[Any]] = {
-        name: [] for name in ("zangchat", "nanochat")[: 2 if config.peer else 1]
-    }
+    runs: dict[str, list[Any]] = {name: [] for name in config.sides}
     for _ in range(config.repeats):
         for name, done in runs.items():
             done.append(repetition("dev.bench_infer", dataclasses.replace(config, worker=name)))
@@ -135,11 +140,14 @@ def work(config: Config) -> dict[str, Any]:
         "bandwidth_gb_per_sec": bandwidth / 1e9,
         "bandwidth": source,
     }
-    parts = (
-        nanochat(config, device, dtype)
-        if config.worker == "nanochat"
-        else zangchat(config, device, dtype)
-    )
+    if config.worker == "nanochat":
+        parts = nanochat(config, device, dtype)
+    elif config.worker == "llama.cpp":
+        from dev.bench_llama import measure
+
+        parts = measure(config, known_name(dtype), torch.get_num_threads())
+    else:
+        parts = zangchat(config, device, dtype)
     weights = {"": dtype.itemsize, "fp16": 2, "int8": 1}[config.quantize]
     stored = dtype if config.worker == "nanochat" else kv_cache.storage_dtype(dtype, device)
     for point in parts["decode"]:

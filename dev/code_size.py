@@ -29,7 +29,7 @@ BESIDE = (
     "zangchat/conversation.py zangchat/training zangchat/checkpoint_manager.py "
     "zangchat/checkpoint_files.py zangchat/fsdp.py"
 ).split()
-PACKAGES = "zangchat scripts tasks dev tests rustbpe/src".split()
+PACKAGES = "zangchat scripts tasks dev tests rustbpe/src ruststep/src".split()
 
 
 def main() -> int:

@@ -29,8 +29,8 @@ source dev/machine.sh
 # --- has anything changed since the last time? ----------------------------------------------------
 fingerprint() {
     cat dev/setup.sh dev/machine.sh pyproject.toml requirements.lock \
-        rustbpe/Cargo.* rustbpe/pyproject.toml 2>/dev/null | cksum
-    find rustbpe/src -name "*.rs" -exec cat {} + | cksum
+        rust*/Cargo.* rust*/pyproject.toml 2>/dev/null | cksum
+    find rust*/src -name "*.rs" -exec cat {} + | cksum
     pwd
     command -v cargo || true
     cargo --version 2>&1 || true
@@ -177,21 +177,28 @@ install -r pyproject.toml --extra hf ${dev:+--extra dev --extra examples} ||
         "(UV_DEFAULT_INDEX names a mirror), then run this again"
 install --no-deps --editable . || die "the project itself could not be installed"
 
-# --- the tokenizer: our crate if cargo can build it, else its PyPI namesake, and tiktoken to encode
-build_crate() {
+# --- our crates, if cargo can build them: else the tokenizer's PyPI namesake, and torch's own way of decoding
+build_crate() { # build_crate NAME: its log is .venv/NAME.log
     local problem
     problem=$(cargo_problem)
     if [ -n "$problem" ]; then
-        echo "$problem" > .venv/crate.log
+        echo "$problem" > ".venv/$1.log"
         return 1
     fi
-    { install -r pyproject.toml --extra rust && (cd rustbpe && ../.venv/bin/maturin develop --release --locked --uv); } > .venv/crate.log 2>&1
+    # they share what they are built from
+    { install -r pyproject.toml --extra rust && (cd "$1" && CARGO_TARGET_DIR="$PWD/../rustbpe/target" ../.venv/bin/maturin develop --release --locked --uv); } > ".venv/$1.log" 2>&1
 }
+not_built() { say "$1 could not be built ($(tail -n 1 ".venv/$2.log"); all of it in .venv/$2.log)"; }
 say "building the Rust tokenizer"
-if ! build_crate; then
-    say "the Rust tokenizer could not be built ($(tail -n 1 .venv/crate.log); all of it in .venv/crate.log)"
+if ! build_crate rustbpe; then
+    not_built "the Rust tokenizer" rustbpe
     say "the package rustbpe from PyPI and tiktoken take its place: everything works, slower"
     install -r pyproject.toml --extra norust || die "the PyPI package rustbpe could not be installed either"
+fi
+say "building the decoding step"
+if ! build_crate ruststep; then
+    not_built "the decoding step" ruststep
+    say "torch takes its place: a chat on a CPU works, slower"
 fi
 
 # --- does the environment really work? ------------------------------------------------------------

@@ -21,14 +21,15 @@ source dev/machine.sh
 problem=$(cargo_problem)
 if [ -z "$problem" ]; then
     say "Rust: tests, clippy, formatting"
-    (
-        cd rustbpe
+    for crate in rustbpe ruststep; do (
+        cd "$crate"
+        export CARGO_TARGET_DIR="$PWD/../rustbpe/target"
         cargo test --release --quiet --locked
         cargo clippy --release --quiet --locked --all-targets -- -D warnings
         cargo fmt --check
-    )
+    ) done
 else
-    say "Rust: the crate's own tests are skipped: $problem"
+    say "Rust: the crates' own tests are skipped: $problem"
 fi
 say "lint, types, layers"
 ruff check .

@@ -220,7 +220,7 @@ def all_names() -> set[str]:
 
 def sources() -> Iterator[Path]:
     """The Python, shell and Rust sources and the configuration files of other programs."""
-    for folder in (*OURS, "rustbpe", ".github", ".ci"):
+    for folder in (*OURS, "rustbpe", "ruststep", ".github", ".ci"):
         for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in SUFFIXES and "target" not in path.parts:
                 yield path

@@ -80,7 +80,9 @@ def references(text: str) -> list[str]:
     return [
         span
         for span in spans
-        if re.fullmatch(r"(?:zangchat|scripts|tasks|dev|tests|rustbpe)/[\w./]*\w(?::[\w.]+)?", span)
+        if re.fullmatch(
+            r"(?:zangchat|scripts|tasks|dev|tests|rustbpe|ruststep)/[\w./]*\w(?::[\w.]+)?", span
+        )
     ]
 
 

@@ -62,10 +62,13 @@ def checkout(tmp_path: Path) -> Path:
         "requirements.lock",
         "rustbpe/Cargo.toml",
         "rustbpe/pyproject.toml",
+        "ruststep/Cargo.toml",
+        "ruststep/pyproject.toml",
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
-    (folder / "rustbpe" / "src").mkdir()
+    for crate in ("rustbpe", "ruststep"):
+        (folder / crate / "src").mkdir()
     return folder
 
 
@@ -667,13 +670,11 @@ def test_uv_sync_installs_the_same_torch_and_the_crate():
     for extra in ("gpu", "cpu"):
         assert f"torch=={TORCH}" in project["project"]["optional-dependencies"][extra]
     uv = project["tool"]["uv"]
-    assert project["dependency-groups"][uv["default-groups"][0]] == ["rustbpe"]
-    assert (
-        tomllib.loads(text_of(f"{uv['sources']['rustbpe']['path']}/pyproject.toml"))["project"][
-            "name"
-        ]
-        == "rustbpe"
-    )
+    crates = project["dependency-groups"][uv["default-groups"][0]]
+    assert crates == ["rustbpe", "ruststep"]
+    for crate in crates:
+        its = tomllib.loads(text_of(f"{uv['sources'][crate]['path']}/pyproject.toml"))
+        assert its["project"]["name"] == crate
     assert "uv.lock" in text_of(".gitignore").split()
 
 

@@ -138,6 +138,10 @@ def load_for_chat(
 def engine_for_chat(config: Any, device: torch.device | str | None = None) -> Engine:
     """An engine for a command with --quantize. Raises UserError if that is not possible here."""
     model, tokenizer, _ = load_for_chat(config, device)
+    return quantised_engine(model, tokenizer, config)
+
+
+def quantised_engine(model: GPT, tokenizer: Any, config: Any) -> Engine:
     try:
         return Engine(model, tokenizer, config.quantize)
     except ValueError as error:

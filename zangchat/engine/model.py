@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zangchat.engine import native
 from zangchat.gpt import GPT, rotary_tables
 from zangchat.nn.attention import attend
 from zangchat.nn.loss import IGNORE
 
-PACKED_ROWS = 64  # MKL's layout for this many rows is the fastest for fewer, not slower for more
 FEW_INT8_ROWS = 8  # up to here the int8 kernel for CPUs beats a product with dequantised weights
 
 
@@ -40,6 +40,10 @@ class Product:
         """to + x W^T"""
         return torch.addmm(to, x, self.weight.t())
 
+    def arrays(self) -> Any:
+        """What the native step reads in their place; None if it cannot."""
+        return native.as_array(self.weight) if self.weight.dtype in native.DTYPES else None
+
     def refresh(self, weight: Tensor) -> None:
         """Take over another weight, in the same memory if `in_place`."""
         for name, new in vars(type(self)(weight)).items():
@@ -56,39 +60,16 @@ class OwnKernel(Product):
         return self(x).add_(to)
 
 
-class PackedProduct(OwnKernel):
-    """The same in fp32 on x86 CPUs, with W laid out once for MKL.
-
-    With 8 rows twice as fast as a plain product, close to the time of reading the weights.
-    """
-
-    in_place = False
-
-    def __init__(self, weight: Tensor) -> None:
-        self.packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, PACKED_ROWS)
-        self.shape = weight.new_empty(()).expand(weight.shape)  # the kernel only reads its shape
-        self.product = torch.ops.mkl._mkl_linear.default
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.product(x, self.packed, self.shape, None, x.size(0))
-
-
 class HalfProduct(OwnKernel):
-    """x W^T in fp32 with W stored as fp16 (11 bits of precision, bf16 has 8), by FBGEMM.
-
-    Half the bytes to read, for CPUs that do not multiply bf16.
-    """
-
-    in_place = False
+    """x W^T with W stored as fp16 (11 bits of precision, bf16 has 8): half the bytes of fp32."""
 
     def __init__(self, weight: Tensor) -> None:
-        has_kernel = "fbgemm" in torch.backends.quantized.supported_engines
-        if not (has_kernel and _in_fp32_on_cpu(weight)):
-            raise ValueError("fp16 weights are for fp32 on x86 CPUs: choose int8, or none")
-        self.weight = torch.ops.quantized.linear_prepack_fp16(weight, None)
+        if weight.dtype != torch.float32:
+            raise ValueError("fp16 weights are for fp32: choose int8, or none")
+        self.weight = weight.half()
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.ops.quantized.linear_dynamic_fp16(x, self.weight)
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 class Int8Product(OwnKernel):
@@ -98,6 +79,9 @@ class Int8Product(OwnKernel):
         self.scales = weight.float().abs().amax(dim=1).clamp(min=1e-12) / 127
         self.weight = (weight.float() / self.scales[:, None]).round().to(torch.int8)
 
+    def arrays(self) -> Any:
+        return native.as_array(self.weight), native.as_array(self.scales)
+
     def __call__(self, x: Tensor) -> Tensor:
         if x.is_cpu and x.size(0) <= FEW_INT8_ROWS:  # the kernel is only fast for bf16 activations
             scales = self.scales.bfloat16()
@@ -105,17 +89,8 @@ class Int8Product(OwnKernel):
         return F.linear(x, self.weight.to(x.dtype)) * self.scales.to(x.dtype)
 
 
-def _in_fp32_on_cpu(weight: Tensor) -> bool:
-    return weight.is_cpu and weight.dtype == torch.float32
-
-
-def product(weight: Tensor) -> Product:
-    packs = _in_fp32_on_cpu(weight) and torch.backends.mkl.is_available()
-    return PackedProduct(weight) if packs else Product(weight)
-
-
 Products = dict[str, Callable[[Tensor], Product]]
-PRODUCTS: Products = {"": product, "fp16": HalfProduct, "int8": Int8Product}
+PRODUCTS: Products = {"": Product, "fp16": HalfProduct, "int8": Int8Product}
 
 
 class Layer(NamedTuple):
@@ -146,7 +121,7 @@ class InferenceGPT:
         self.layers = [Layer(*blocks[i : i + 4]) for i in range(0, len(blocks), 4)]
         # a cache may be longer than the context, by less than its block
         cos, sin = rotary_tables(self.config, self.config.sequence_len + 64, self.device)
-        self._rotary = torch.complex(cos, -sin).unsqueeze(1)  # (positions, 1, D/2)
+        self.rotary = torch.complex(cos, -sin).unsqueeze(1)  # (positions, 1, D/2)
         self._plain_cpu = self.device.type == "cpu" and dtype == torch.float32
         # as tensors: a Python number costs one more operation each time
         self._cap = torch.full((), self.config.logit_cap, device=self.device)
@@ -155,6 +130,7 @@ class InferenceGPT:
             width: (torch.tensor((width * eps) ** 0.5), torch.tensor(width**-0.5))
             for width in (self.config.n_embd, self.config.head_dim)
         }
+        self.native = native.native_step(self)
 
     def refresh(self, model: GPT) -> None:
         """Take over the weights of the model as they are now. Captured CUDA graphs stay valid."""
@@ -196,6 +172,8 @@ class InferenceGPT:
         """
         if loss_reduction != "none":
             raise ValueError(f"losses come per token, not by loss_reduction={loss_reduction!r}")
+        if targets is None and self.native is not None and self.native.takes(idx, kv_cache):
+            return self.native(idx, kv_cache)
         (B, T), config = idx.shape, self.config
         H, G, D = config.n_head, config.n_kv_head, config.head_dim
         angles = self._angles(B, T, kv_cache)
@@ -249,10 +227,10 @@ class InferenceGPT:
     def _angles(self, B: int, T: int, kv_cache: Any) -> Tensor:
         """Numbers (N, 1, D/2) on the unit circle, by the tokens' positions."""
         if kv_cache is not None and T == 1:
-            return self._rotary.index_select(0, kv_cache.positions)
+            return self.rotary.index_select(0, kv_cache.positions)
         steps = torch.arange(T, device=self.device)
         starts = 0 if kv_cache is None else kv_cache.positions[:, None]
-        return self._rotary.index_select(0, (starts + steps).expand(B, T).reshape(-1))
+        return self.rotary.index_select(0, (starts + steps).expand(B, T).reshape(-1))
 
     def _rotate(self, x: Tensor, angles: Tensor) -> None:
         """functional.rotate on x (N, heads, D), in place and fp32, neighbours as pairs."""

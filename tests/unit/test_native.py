@@ -1,0 +1,163 @@
+"""The native step against torch's way, for every dtype, and what it refuses."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from zangchat.config import GPTConfig
+from zangchat.engine import native
+from zangchat.engine.kv_cache import KVCache
+from zangchat.engine.model import InferenceGPT, Int8Product, Product
+from zangchat.gpt import GPT
+
+pytestmark = pytest.mark.skipif(not native.is_available(), reason="a crate for x86 with AVX2")
+V = 265  # not a multiple of eight
+
+
+@pytest.fixture(params=[(4, 4, 16), (4, 2, 24), (3, 1, 8)], ids=str, scope="module")
+def model(request: pytest.FixtureRequest) -> GPT:
+    """Loud random weights: every position and layer matters."""
+    heads, kv_heads, head_dim = request.param
+    sizes = {"n_head": heads, "n_kv_head": kv_heads, "n_embd": heads * head_dim}
+    made = GPT(GPTConfig(sequence_len=96, vocab_size=V, n_layer=2, logit_cap=7.0, **sizes))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in made.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    return made.eval()
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def by_torch(model: InferenceGPT) -> InferenceGPT:
+    """The same without the native step; int8 as the numbers that it stands for."""
+    model.native = None
+    for product in (*(p for layer in model.layers for p in layer), model.head):
+        if isinstance(product, Int8Product):
+            product.weight = product.weight.float() * product.scales[:, None]
+            product.__class__ = Product
+    return model
+
+
+def filled(config: GPTConfig, lengths: list[int]) -> KVCache:
+    cache = KVCache(config, len(lengths), 96, torch.float32, "cpu")
+    cache.storage.copy_(
+        torch.randn(cache.storage.shape, generator=torch.Generator().manual_seed(2))
+    )
+    cache.lengths = list(lengths)
+    return cache
+
+
+LENGTHS = [0, 1, 40, 7, 33, 64, 2, 90, 15, 16, 17]
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 11])
+@pytest.mark.parametrize(
+    ("dtype", "quantize", "tolerance"),
+    [
+        ("float32", "", 2e-5),
+        ("float32", "int8", 2e-5),
+        ("float32", "fp16", 2e-5),
+        ("bfloat16", "", 0.2),
+    ],
+)
+@torch.inference_mode()
+def test_logits_and_cache_are_those_of_torch(
+    model: GPT, dtype: str, quantize: str, tolerance: float, rows: int, num_threads: int
+) -> None:
+    torch.set_num_threads(num_threads)
+    model.set_compute_dtype(getattr(torch, dtype))
+    fast, slow = InferenceGPT(model, quantize), by_torch(InferenceGPT(model, quantize))
+    assert fast.native is not None
+    caches = [filled(model.config, LENGTHS[-rows:]) for _ in range(2)]
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(4):
+        idx = torch.randint(0, V, (rows, 1), generator=generator)
+        ours, theirs = (
+            m(idx, kv_cache=cache.rows(range(rows)))
+            for m, cache in zip((fast, slow), caches, strict=True)
+        )
+        assert ours.shape == (rows, 1, V) and ours.dtype == torch.float32
+        assert float((ours - theirs).abs().max()) < tolerance
+    assert caches[0].lengths == caches[1].lengths
+    assert float((caches[0].storage - caches[1].storage).abs().max()) < 2 * tolerance
+
+
+@torch.inference_mode()
+def test_a_row_has_the_same_logits_in_any_company(model: GPT) -> None:
+    model.set_compute_dtype(torch.float32)
+    fast = InferenceGPT(model)
+    idx = torch.arange(len(LENGTHS))[:, None] * 7
+    together = fast(idx, kv_cache=filled(model.config, LENGTHS).rows(range(len(LENGTHS))))
+    for row in range(len(LENGTHS)):
+        cache = filled(model.config, LENGTHS)
+        alone = fast(idx[row : row + 1], kv_cache=cache.rows([row]))
+        assert torch.equal(alone[0], together[row])
+
+
+@torch.inference_mode()
+def test_it_follows_the_weights(model: GPT) -> None:
+    """RL decodes with the weights of the last step."""
+    model.set_compute_dtype(torch.float32)
+    fast = InferenceGPT(model)
+    before = fast(torch.tensor([[5]]), kv_cache=filled(model.config, [9]).rows([0]))
+    model.lm_head.weight.data.mul_(0.5)
+    fast.refresh(model)
+    after = fast(torch.tensor([[5]]), kv_cache=filled(model.config, [9]).rows([0]))
+    model.lm_head.weight.data.mul_(2)
+    assert not torch.allclose(before, after)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@torch.inference_mode()
+def test_it_works_in_a_forked_child(model: GPT) -> None:
+    """Which has none of the threads."""
+    torch.set_num_threads(2)
+    model.set_compute_dtype(torch.float32)
+    fast = InferenceGPT(model)
+    step = lambda: fast(torch.tensor([[5]]), kv_cache=filled(model.config, [9]).rows([0]))  # noqa: E731
+    expected = step()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(step(), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_what_does_not_fit_is_refused(model: GPT) -> None:
+    model.set_compute_dtype(torch.float32)
+    fast, cache = InferenceGPT(model), filled(model.config, [3, 3])
+    assert fast.native is not None
+    out = np.empty((1, V), np.float32)
+
+    def step(**change: Any) -> None:
+        given: dict[str, Any] = {"tokens": [1], "rows": [0], "lengths": [3], "threads": 1}
+        given |= {"storage": cache.storage.numpy(), "out": out}
+        fast.native.step(**(given | change))
+
+    step()
+    for change in (
+        {"tokens": [10**6]},
+        {"rows": [2]},
+        {"lengths": [128]},
+        {"threads": 0},
+        {"tokens": [1, 1], "rows": [0, 0], "lengths": [3, 3], "out": np.empty((2, V), np.float32)},
+        {"tokens": [1, 1]},
+        {"out": np.empty((1, V - 1), np.float32)},
+        {"storage": cache.storage[:1].numpy()},
+        {"storage": cache.storage[:, :, :1].numpy()},  # not in a row
+    ):
+        with pytest.raises(ValueError):
+            step(**change)
+    with pytest.raises((OverflowError, ValueError)):
+        step(tokens=[-1])
+    with pytest.raises(BufferError):
+        step(out=np.empty((1, V), np.float64))
