@@ -4,6 +4,7 @@
                                                                   commands
     python -m scripts.chat_cli -p "Why is the sky blue?"          # one answer on stdout, nothing
                                                                   else
+    python -m scripts.chat_cli --demo                             # with the model in dev/demo
     echo "Summarise: ..." | python -m scripts.chat_cli -p -       # the question from stdin
 
 Ctrl-C stops an answer and keeps the chat; Ctrl-D leaves. A pasted paragraph is one question;
@@ -26,7 +27,7 @@ from rich.segment import Segment, Segments
 from rich.style import Style
 
 from zangchat import configurator
-from zangchat.config import USER_LIMITS, CheckpointConfig
+from zangchat.config import USER_LIMITS, ChatConfig
 from zangchat.errors import UserError
 from zangchat.runtime.files import expand_home
 
@@ -46,7 +47,7 @@ PLAIN_COMMANDS = {"/clear", "/help", "/quit", "/exit"}  # take nothing
 
 
 @dataclass
-class Config(CheckpointConfig):
+class Config(ChatConfig):
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
     """answer this on stdout and leave; "-" reads it from stdin"""
     temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.6
@@ -56,10 +57,6 @@ class Config(CheckpointConfig):
     """draw among the likeliest tokens that reach this probability together; 1 = off"""
     seed: int | None = None  # default: another one for every answer
     max_tokens: int = 512  # longest answer
-    quantize: str = ""
-    """int8: weights in a quarter of fp32's bytes; fp16: half of them, for x86 CPUs; empty =
-    as they are
-    """
 
 
 @dataclass
@@ -125,12 +122,12 @@ def chat(config: Config) -> int:
     if question is not None and not question.strip():
         raise UserError('--prompt is empty: ask something, as in -p "Why is the sky blue?"')
 
-    from zangchat.engine import engine_for_chat
+    from zangchat.hf.demo import open_engine
 
     if question is not None:
         logging.getLogger("zangchat").setLevel(logging.WARNING)  # one answer, and problems
     session = Chat(
-        engine_for_chat(config),
+        open_engine(config),
         config.temperature,
         config.top_k,
         config.top_p,

@@ -1,6 +1,7 @@
 """Serve the chat page and an OpenAI-compatible API.
 
     python -m scripts.chat_web                      # then open http://127.0.0.1:8000
+    python -m scripts.chat_web --demo               # with the model in dev/demo
     python -m scripts.chat_web -i base --port=8080
     OPENAI_BASE_URL=http://127.0.0.1:8000/v1        # for OpenAI's clients
 
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from zangchat import configurator
-from zangchat.config import CheckpointConfig
+from zangchat.config import ChatConfig
 from zangchat.errors import UserError
 from zangchat.server import exposure
 
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Config(CheckpointConfig):
+class Config(ChatConfig):
     host: str = "127.0.0.1"  # 0.0.0.0 lets other machines in; then set --api_key
     port: Annotated[int, tyro.conf.arg(aliases=["-p"])] = 8000  # 0 = any free one
     # this and the next three are defaults for requests without a value of their own
@@ -49,7 +50,6 @@ class Config(CheckpointConfig):
     allowed_hosts: str = ""  # more names of this server: chat.example.com,*.lan; * is any
     allowed_origins: str = ""  # sites whose pages may use the API: https://a.example,...; * is any
     root_path: str = ""  # /path of this server, if the proxy in front does not remove it
-    quantize: str = ""  # int8: a quarter of fp32's bytes; fp16: half of them, for x86 CPUs
 
 
 def serve(config: Config) -> None:
@@ -119,17 +119,17 @@ def listen(config: Config) -> socket.socket:
 def load_engines(config: Config) -> "list[Engine]":
     import torch
 
-    from zangchat.engine import engine_for_chat
+    from zangchat.hf.demo import open_engine
     from zangchat.runtime.devices import autodetect_device_type
 
     if config.num_gpus == 1:
-        return [engine_for_chat(config)]
+        return [open_engine(config)]
     device_type = config.device_type or autodetect_device_type()
     present = torch.cuda.device_count() if device_type == "cuda" else 0
     if config.num_gpus > present:
         found = f"{present} CUDA devices are present here"
         raise UserError(f"--num_gpus={config.num_gpus}, but {found}: lower it, or leave it out")
-    return [engine_for_chat(config, torch.device("cuda", i)) for i in range(config.num_gpus)]
+    return [open_engine(config, torch.device("cuda", i)) for i in range(config.num_gpus)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

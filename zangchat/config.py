@@ -228,6 +228,17 @@ class CheckpointConfig:
     """bfloat16 | float16 | float32; empty = the one that is really fast on the device"""
 
 
+@dataclass
+class ChatConfig(CheckpointConfig):
+    """Flags of the commands that people chat by."""
+
+    demo: bool = False  # the model kept in dev/demo, without training; --source is not read
+    quantize: str = ""
+    """int8: weights in a quarter of fp32's bytes; fp16: half of them, in fp32 only; empty =
+    as they are
+    """
+
+
 def check_device_type(flag: str) -> None:
     """Raises UserError for a device that is not known; empty is the best one."""
     if flag not in ("", *DEVICE_TYPES):

@@ -28,7 +28,7 @@ from zangchat.config import GPTConfig, RunState
 from zangchat.engine import Engine
 from zangchat.errors import UserError
 from zangchat.gpt import GPT
-from zangchat.hf import directory, exporting
+from zangchat.hf import demo, directory, exporting
 from zangchat.hf.check import PROMPTS
 from zangchat.hf.directory import CHAT_TEMPLATE
 from zangchat.hf.exporting import export, model_card
@@ -432,6 +432,26 @@ def test_export_and_import_give_the_same_bits(tokenizer, tmp_path, monkeypatch, 
     run(export_hf.main, "-i", "rl", "-g", "back", "-o", str(tmp_path / "again"), f"--dtype={dtype}")
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_demo_talks_without_a_checkpoint(exported, model, tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "FOLDER", exported)
+    question = ("--demo", "-p", "Who are you?", "-t", "0", "--max_tokens=9", "--dtype=float32")
+    run(chat_cli.main, *question)
+    prompt = tokenizer.render_for_completion(
+        {
+            "messages": [
+                {"role": "user", "content": "Who are you?"},
+                {"role": "assistant", "content": ""},
+            ]
+        }
+    )
+    ids, _ = Engine(model, tokenizer).generate_batch(prompt, max_tokens=9, temperature=0)
+    assert capsys.readouterr().out.strip() == tokenizer.decode(ids[0][len(prompt) :]).strip()
+    monkeypatch.setattr(demo, "FOLDER", tmp_path / "none")
+    assert chat_cli.main([*question]) == 2
+    problem = capsys.readouterr().err
+    assert "dev/runcpu.sh" in problem and "scripts.export_hf" in problem and "none" in problem
 
 
 def test_large_models_are_written_in_shards(model, tokenizer, tmp_path, monkeypatch):
