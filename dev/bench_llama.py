@@ -1,9 +1,12 @@
-"""The peer "llama.cpp" of dev/bench_infer.py: its own server, in this process, on the same model.
+"""The peer "llama.cpp" of dev/bench_infer.py, in this process, on the same model.
 
-The model is exported as GGUF and decodes greedily, like ours; both sides draw. A request's time
-for n + 16 tokens less that for 16 is that of n steps, without the prompt.
+The model is exported as GGUF and decodes greedily, like ours; both sides draw. If llama-cpp-python
+is installed, which compiles for this machine, its functions are called for each step; else it is
+the server of xllamacpp, which dev/setup.sh --dev installs: then a request's time for n + 16 tokens
+less that for 16 is that of n steps, without the prompt.
 """
 
+import importlib.util
 import json
 import random
 import string
@@ -21,32 +24,82 @@ QUANTISED = {"": "", "int8": "q8_0"}
 
 
 def measure(config: Any, dtype: str, threads: int) -> dict[str, Any]:
-    """The `decode` part of bench_infer's output. Raises UserError if xllamacpp is missing."""
+    """The `decode` part of bench_infer's output. Raises UserError if neither is installed."""
     from dev.bench_infer import summary
 
-    try:
-        import xllamacpp
-    except ImportError:
-        raise UserError("--peer=llama.cpp needs xllamacpp: run `bash dev/setup.sh --dev`") from None
+    if not (compiled() or importlib.util.find_spec("xllamacpp")):
+        raise UserError("--peer=llama.cpp needs xllamacpp: run `bash dev/setup.sh --dev`")
     points = []
     with tempfile.TemporaryDirectory() as folder:
         path = export(config, QUANTISED[config.quantize] or dtype, Path(folder) / "gguf")
         for rows, context in config.sweep():
-            params = xllamacpp.CommonParams()
-            params.model.path, params.n_parallel = str(path), rows
-            params.n_ctx, params.n_batch = rows * config.max_seq_len, max(512, rows)
-            params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-            server = xllamacpp.Server(params)
             number = random.Random(1)
             prompts = [
                 [number.randrange(config.vocab_size - 16) for _ in range(context)]
                 for _ in range(rows)
             ]
-            few, many = (seconds(server, prompts, n) for n in (WARM, WARM + config.steps))
-            step = (many - few) / config.steps
-            points.append(summary(rows, context, {"read": [few], "write": [step] * config.steps}))
-            del server
-    return {"decode": [write for _, write in points]}
+            sizes = (config.max_seq_len, config.steps, threads)
+            times = steps(path, prompts, *sizes) if compiled() else served(path, prompts, *sizes)
+            points.append(summary(rows, context, {"read": [1.0], "write": times}))
+    how = "llama-cpp-python" if compiled() else "xllamacpp's server"
+    return {"decode": [write for _, write in points], "llama.cpp": how}
+
+
+def compiled() -> bool:
+    return importlib.util.find_spec("llama_cpp") is not None
+
+
+def steps(
+    path: Path, prompts: list[list[int]], length: int, count: int, threads: int
+) -> list[float]:
+    """Seconds of each step, by the functions of llama.h."""
+    import llama_cpp as lib
+
+    model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
+    params = lib.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_seq_max = len(prompts) * length, 512, len(prompts)
+    params.n_threads = params.n_threads_batch = threads
+    context = lib.llama_init_from_model(model, params)
+    sampler = lib.llama_sampler_init_greedy()
+    batch = lib.llama_batch_init(512, 0, 1)
+
+    def decode(entries: list[tuple[int, int, int]]) -> None:
+        """(token, position, row) of each; logits for all."""
+        batch.n_tokens = len(entries)
+        for i, (token, position, row) in enumerate(entries):
+            batch.token[i], batch.pos[i] = token, position
+            batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, row, True
+        if lib.llama_decode(context, batch):
+            raise UserError("llama.cpp could not decode")
+
+    tokens = []
+    for row, prompt in enumerate(prompts):
+        decode([(token, i, row) for i, token in enumerate(prompt)])
+        tokens.append(lib.llama_sampler_sample(sampler, context, len(prompt) - 1))
+    times = []
+    for step in range(count):
+        start = time.perf_counter()
+        decode([(token, len(prompts[0]) + step, row) for row, token in enumerate(tokens)])
+        tokens = [lib.llama_sampler_sample(sampler, context, i) for i in range(len(tokens))]
+        times.append(time.perf_counter() - start)
+    lib.llama_free(context)
+    lib.llama_model_free(model)
+    return times
+
+
+def served(
+    path: Path, prompts: list[list[int]], length: int, count: int, threads: int
+) -> list[float]:
+    """The mean seconds of a step, `count` times, of the server."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_parallel = str(path), len(prompts)
+    params.n_ctx, params.n_batch = len(prompts) * length, max(512, len(prompts))
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    server = xllamacpp.Server(params)
+    few, many = (seconds(server, prompts, n) for n in (WARM, WARM + count))
+    return [(many - few) / count] * count
 
 
 def seconds(server: Any, prompts: list[list[int]], tokens: int) -> float:

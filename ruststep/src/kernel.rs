@@ -94,6 +94,10 @@ unsafe fn tile<E: Element, const R: usize, const M: usize>(w: [*const E; R], x: 
         let x = x.map(|x| _mm256_loadu_ps(x.add(at)));
         for r in 0..R {
             let part = E::lanes(w[r].add(at));
+            if M == 1 {
+                _mm_prefetch(w[r].wrapping_add(at + R * size).cast(), _MM_HINT_T0);
+                // the next R rows
+            }
             for m in 0..M {
                 lanes[r][m] = _mm256_fmadd_ps(part, x[m], lanes[r][m]);
             }
@@ -147,10 +151,6 @@ unsafe fn some_rows<E: Element, const R: usize, const M: usize>(w: [*const E; R]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub unsafe fn products<E: Element>(w: *const E, rows: &Rows, outputs: Range<usize>, unpacked: &mut [f32]) {
     let (size, count, mut at) = (rows.size, rows.x.len() / rows.size, outputs.start);
-    while count == 1 && at + 8 <= outputs.end {
-        some_rows::<E, 8, 1>(std::array::from_fn(|r| w.add((at + r) * size)), rows, at, 0);
-        at += 8;
-    }
     while at + 4 <= outputs.end {
         let four: [*const E; 4] = std::array::from_fn(|r| w.add((at + r) * size));
         if count <= ROWS || E::IS_F32 {

@@ -41,8 +41,8 @@ class Product:
         return torch.addmm(to, x, self.weight.t())
 
     def arrays(self) -> Any:
-        """What the native step reads in their place; None if it cannot."""
-        return native.as_array(self.weight) if self.weight.dtype in native.DTYPES else None
+        """What the native step reads."""
+        return native.as_array(self.weight)
 
     def refresh(self, weight: Tensor) -> None:
         """Take over another weight, in the same memory if `in_place`."""

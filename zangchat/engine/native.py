@@ -6,6 +6,7 @@ crate.
 """
 
 import itertools
+import mmap
 from typing import Any
 
 import torch
@@ -29,16 +30,32 @@ def is_available() -> bool:
 
 
 def native_step(model: Any) -> "NativeStep | None":
-    """The step of an InferenceGPT, or None if this machine, its device or its dtype has none."""
+    """The step of an InferenceGPT, or None if this machine, its device or its dtypes have none.
+
+    The weights of its products move into one piece of memory.
+    """
     products = [*itertools.chain.from_iterable(model.layers), model.head]
-    arrays = [product.arrays() for product in products]
-    plain = model.embedding.dtype in (torch.float32, torch.bfloat16) and all(
-        found is not None for found in arrays
-    )
-    fits = model.config.head_dim % 8 == 0
-    if not (is_available() and model.device.type == "cpu" and plain and fits):
+    known = all(product.weight.dtype in (*DTYPES, torch.int8) for product in products)
+    fits = model.config.head_dim % 8 == 0 and model.embedding.dtype in DTYPES
+    if not (is_available() and model.device.type == "cpu" and known and fits):
         return None
-    return NativeStep(model, arrays)
+    for product, weight in zip(products, side_by_side([p.weight for p in products]), strict=True):
+        product.weight = weight
+    return NativeStep(model, [product.arrays() for product in products])
+
+
+def side_by_side(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies in one piece of memory, of huge pages if the kernel has them: a step reads all of it,
+    and the machine looks up the address of each page."""
+    ends = list(itertools.accumulate(-(-tensor.nbytes // 64) * 64 for tensor in tensors))
+    memory = mmap.mmap(-1, ends[-1])
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    flat, copies = torch.frombuffer(memory, dtype=torch.uint8), []
+    for tensor, start in zip(tensors, [0, *ends], strict=False):
+        copy = flat[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        copies.append(copy.copy_(tensor))
+    return copies
 
 
 class NativeStep:
