@@ -1,8 +1,8 @@
 r"""Plan the steps of each stage for the minutes of dev/runcpu.sh, from this machine's measured
 speed.
 
-    python -m dev.laptop_plan --minutes=25 --depth=4 --n_embd=192 --head_dim=32 --max_seq_len=256 \
-        --total_batch_size=2048
+    python -m dev.laptop_plan --minutes=25 --depth=4 --n_embd=192 --head_dim=96 --max_seq_len=320 \
+        --total_batch_size=1920
     python -m dev.laptop_plan --minutes=25 --pretrained      the later stages, at pretraining's pace
 
 The plan is printed as shell variables. A schedule needs its length beforehand, and a resumed run
@@ -23,11 +23,11 @@ from zangchat.checkpoint_manager import checkpoints_dir, find_largest_model, fin
 from zangchat.tokenizer import get_tokenizer
 
 OVERHEAD_MINUTES = 5.0  # setup, corpus, tokenizer, evaluations, report, starting ten processes
-SHARES = {"MID_STEPS": 0.34, "SFT_STEPS": 0.13, "RL_STEPS": 0.05}
+SHARES = {"MID_STEPS": 0.52, "SFT_STEPS": 0.13, "RL_STEPS": 0.05}
 # The cost of a step, in steps of pretraining; RL first samples 64 answers.
 COST = {"MID_STEPS": 1.0, "SFT_STEPS": 1.0, "RL_STEPS": 2.2}
 LEAST = {"BASE_STEPS": 50, "MID_STEPS": 50, "SFT_STEPS": 20, "RL_STEPS": 5}  # a useful minimum
-MOST = {"MID_STEPS": 1500, "SFT_STEPS": 400, "RL_STEPS": 80}  # more helps only in pretraining
+MOST = {"MID_STEPS": 2500, "SFT_STEPS": 400, "RL_STEPS": 80}  # more helps only in pretraining
 
 
 @dataclass

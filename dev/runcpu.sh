@@ -105,20 +105,20 @@ plan() { # plan NAME FLAGS...: sets BASE_STEPS, MID_STEPS ...
 plan plan
 
 # ---- training --------------------------------------------------------------------------------------------------------------
-# At this size the hardest part is to copy a word from the question, into a story or a tool call, and it is best learned early.
-# So pretraining consists mostly of conversations that copy much, stories and facts first of all, and the head starts from the
-# embedding (--head_init_scale). Midtraining then shifts the weight to the tools.
+# At this size the hardest part is to copy a word from the question, into a story or a tool call. Whether a model learns it is
+# decided within a few hundred steps, and by how much of its text consists of copies. So pretraining is short and reads stories
+# and facts, with a head that starts from the embedding (--head_init_scale); the longer midtraining adds everything else.
 # shellcheck disable=SC2086
-train "$PRETRAINING" scripts.base_train $MODEL --head_init_scale=0.05 --dataset=$corpus --mixture_ratio=0.85 \
-    --mixture="spellingbee:5000,arithmetic:2500,storyfacts:6000,stories:8000,storyquestions:3000,smalltalk:2.5,identity:2,dontknow:1200,pydocs:0.2" \
+train "$PRETRAINING" scripts.base_train $MODEL --head_init_scale=0.05 --dataset=$corpus --mixture_ratio=0.9 \
+    --mixture="stories:5500,storyfacts:6500,storyquestions:2000,spellingbee:2000,medley:600" \
     --num_iterations="$BASE_STEPS" --matrix_lr=0.01 --embedding_lr=0.05 --unembedding_lr=0.00375 \
     --eval_every=250 --eval_tokens=100000 --sample_every=-1 --core_metric_every=-1
 plan later --pretrained # at the pace that pretraining met, in the time that it left
 train "$MIDTRAINING" scripts.mid_train --dataset=$corpus --mixture_ratio=0.95 \
-    --mixture="spellingbee:7600,arithmetic:3500,storyfacts:4000,stories:2000,storyquestions:2200,storiesagain:600,smalltalk:4,identity:3,dontknow:1500,pydocs:0.5" \
+    --mixture="spellingbee:15000,arithmetic:4500,storyfacts:3500,stories:2500,storyquestions:2500,storiesagain:500,medley:3500,smalltalk:1,identity:3,dontknow:2500,pydocs:0.2" \
     --num_iterations="$MID_STEPS" --eval_every=250 --eval_tokens=50000
 train "$FINETUNING" scripts.chat_sft --target_examples_per_step=32 --num_iterations="$SFT_STEPS" --init_lr_frac=0.5 \
-    --mixture="spellingbee:3000,arithmetic:1200,storyfacts:700,stories:800,storyquestions:1200,storiesagain:200,smalltalk:2.5,identity:2,dontknow:600,pydocs:0.1" \
+    --mixture="spellingbee:2600,arithmetic:700,storyfacts:200,stories:300,storyquestions:500,storiesagain:100,medley:1500,smalltalk:0.7,identity:1.2,dontknow:500,pydocs:0.1" \
     --eval_every=100 --eval_steps=4
 train "$REINFORCEMENT" scripts.chat_rl --task=spellingbee --examples_per_step=8 --num_samples=8 --max_new_tokens=48 \
     --num_iterations="$RL_STEPS" --eval_every=-1

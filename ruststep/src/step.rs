@@ -145,7 +145,7 @@ pub unsafe fn step(threads: usize, model: &Model, cache: &mut [f32], places: (us
     let [x, qkv, attended, up, logits, stored] = [x, qkv, attended, up, logits, cache].map(|part| Common(part.as_mut_ptr()));
     let ((cache_rows, capacity), most) = (places, rows.iter().map(|(.., length)| length + 1).max().unwrap_or(0));
 
-    together(threads, |thread: usize, of: usize, barrier: &Barrier| {
+    together(threads, &|thread: usize, of: usize, barrier: &Barrier| {
         let own = |size| vec![0f32; size];
         let (mut normed, mut unpacked, mut scores) = (own(n * width), own(4 * width.max(hidden)), own(most));
         let (mut turned, mut query) = (own(head_dim), own(head_dim));

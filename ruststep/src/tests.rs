@@ -67,7 +67,7 @@ fn exp_is_exact_to_two_units_in_the_last_place() {
 fn threads_wait_for_all() {
     for threads in [1, 2, 5] {
         let arrived: [AtomicUsize; 50] = std::array::from_fn(|_| AtomicUsize::new(0));
-        together(threads, |_, of, barrier| {
+        together(threads, &|_, of, barrier| {
             assert_eq!(of, threads);
             for round in &arrived {
                 round.fetch_add(1, SeqCst);
