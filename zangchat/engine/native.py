@@ -48,10 +48,11 @@ def side_by_side(tensors: list[Tensor]) -> list[Tensor]:
     """Copies in one piece of memory, of huge pages if the kernel has them: a step reads all of it,
     and the machine looks up the address of each page."""
     ends = list(itertools.accumulate(-(-tensor.nbytes // 64) * 64 for tensor in tensors))
-    memory = mmap.mmap(-1, ends[-1])
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    flat, copies = torch.empty(ends[-1], dtype=torch.uint8), []
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
+        memory = mmap.mmap(-1, ends[-1], flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(mmap.MADV_HUGEPAGE)
-    flat, copies = torch.frombuffer(memory, dtype=torch.uint8), []
+        flat = torch.frombuffer(memory, dtype=torch.uint8)
     for tensor, start in zip(tensors, [0, *ends], strict=False):
         copy = flat[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         copies.append(copy.copy_(tensor))
@@ -81,7 +82,9 @@ class NativeStep:
         )
 
     def takes(self, idx: Tensor, context: Any) -> bool:
-        return idx.size(1) == 1 and idx.size(0) <= self.most_rows and isinstance(context, CacheRows)
+        """Not the rows of a graph, whose lengths only the device knows."""
+        few = idx.size(1) == 1 and idx.size(0) <= self.most_rows
+        return few and isinstance(context, CacheRows) and context.counts
 
     def __call__(self, idx: Tensor, context: CacheRows) -> Tensor:
         """idx (B, 1) -> logits (B, 1, V), fp32, capped; the rows get a token more."""
