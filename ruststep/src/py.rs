@@ -90,7 +90,8 @@ impl Step {
     ) -> PyResult<Self> {
         let (embeddings, width): (usize, usize) = embedding.getattr("shape")?.extract()?;
         let grouped = kv_heads > 0 && heads % kv_heads == 0 && head_dim > 0 && head_dim % 8 == 0;
-        if !grouped || width == 0 || vocab_size > outputs || !is_fast() {
+        let embedding = Array::of(&embedding, embeddings, width)?;
+        if !grouped || width == 0 || matches!(embedding, Array::Int8(..)) || vocab_size > outputs || !is_fast() {
             return bad("no step for this shape, or on this machine");
         }
         let layers = layers.iter().map(|[qkv, out, up, down]| {
@@ -100,7 +101,7 @@ impl Step {
         });
         Ok(Step {
             layers: layers.collect::<PyResult<_>>()?,
-            embedding: Array::of(&embedding, embeddings, width)?,
+            embedding,
             head: Array::of(&head, outputs, width)?,
             rotary: buffer(&rotary, &[rotary.len()?, head_dim / 2, 2])?,
             embeddings,

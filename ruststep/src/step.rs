@@ -135,7 +135,8 @@ pub unsafe fn step(threads: usize, model: &Model, cache: &mut [f32], places: (us
         match model.embedding {
             Weights::F32(w) => to.copy_from_slice(&w[from]),
             Weights::Bf16(w) => to.iter_mut().zip(&w[from]).for_each(|(to, w)| *to = w.value()),
-            _ => unreachable!("an embedding is not quantised"),
+            Weights::F16(w) => to.iter_mut().zip(&w[from]).for_each(|(to, w)| *to = w.value()),
+            Weights::Int8(..) => unreachable!("Step::new refuses it"),
         }
     }
     let (x, rest) = rest.split_at_mut(n * width);

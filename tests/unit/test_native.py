@@ -68,6 +68,7 @@ LENGTHS = [0, 1, 40, 7, 33, 64, 2, 90, 15, 16, 17]
         ("float32", "int8", 2e-5),
         ("float32", "fp16", 2e-5),
         ("bfloat16", "", 0.2),
+        ("float16", "", 0.05),
     ],
 )
 @torch.inference_mode()
