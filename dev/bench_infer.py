@@ -3,7 +3,7 @@
     python -m dev.bench_infer --depth=6 --max_seq_len=512 --vocab_size=8192
     python -m dev.bench_infer ... --peer=PATH      the same model in the nanochat checkout at PATH,
                                                    in turns with ours
-    python -m dev.bench_infer ... --peer=llama.cpp   the same model in llama.cpp's server
+    python -m dev.bench_infer ... --peer=llama.cpp   the same model in llama.cpp, see bench_llama
     python -m dev.bench_infer ... --quantize=int8 --batches=1,8
 
 The weights are random, so greedy decoding never ends early. Each repetition is a separate process;
@@ -149,7 +149,9 @@ def work(config: Config) -> dict[str, Any]:
     else:
         parts = zangchat(config, device, dtype)
     weights = {"": dtype.itemsize, "fp16": 2, "int8": 1}[config.quantize]
-    stored = dtype if config.worker == "nanochat" else kv_cache.storage_dtype(dtype, device)
+    stored = {"nanochat": dtype, "llama.cpp": torch.float16}.get(
+        config.worker, kv_cache.storage_dtype(dtype, device)
+    )
     for point in parts["decode"]:
         middle_context = point["context"] + config.steps // 2
         size = flops.decode_bytes(
@@ -329,10 +331,15 @@ def timed(
 def summary(
     rows: int, context: int, times: dict[str, list[float]]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    where, read, write = {"batch": rows, "context": context}, sum(times["read"]), times["write"]
-    latency = {"p50_ms": quantile(write, 0.5), "p99_ms": quantile(write, 0.99)}
+    where, read = {"batch": rows, "context": context}, sum(times["read"])
     prefill = {**where, "tok_per_sec": rows * context / read, "seconds_to_first_token": read}
-    return prefill, {**where, "tok_per_sec": rows * len(write) / sum(write), **latency}
+    return prefill, decoding(rows, context, times["write"])
+
+
+def decoding(rows: int, context: int, times: list[float]) -> dict[str, Any]:
+    """Of steps that took so many seconds each."""
+    rate = {"batch": rows, "context": context, "tok_per_sec": rows * len(times) / sum(times)}
+    return {**rate, "p50_ms": quantile(times, 0.5), "p99_ms": quantile(times, 0.99)}
 
 
 def quantile(times: Sequence[float], share: float) -> float:

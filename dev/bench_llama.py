@@ -25,7 +25,7 @@ QUANTISED = {"": "", "int8": "q8_0"}
 
 def measure(config: Any, dtype: str, threads: int) -> dict[str, Any]:
     """The `decode` part of bench_infer's output. Raises UserError if neither is installed."""
-    from dev.bench_infer import summary
+    from dev.bench_infer import decoding
 
     if not (compiled() or importlib.util.find_spec("xllamacpp")):
         raise UserError("--peer=llama.cpp needs xllamacpp: run `bash dev/setup.sh --dev`")
@@ -40,9 +40,9 @@ def measure(config: Any, dtype: str, threads: int) -> dict[str, Any]:
             ]
             sizes = (config.max_seq_len, config.steps, threads)
             times = steps(path, prompts, *sizes) if compiled() else served(path, prompts, *sizes)
-            points.append(summary(rows, context, {"read": [1.0], "write": times}))
+            points.append(decoding(rows, context, times))
     how = "llama-cpp-python" if compiled() else "xllamacpp's server"
-    return {"decode": [write for _, write in points], "llama.cpp": how}
+    return {"decode": points, "llama.cpp": how}
 
 
 def compiled() -> bool:

@@ -185,8 +185,7 @@ build_crate() { # build_crate NAME: its log is .venv/NAME.log
         echo "$problem" > ".venv/$1.log"
         return 1
     fi
-    # they share what they are built from
-    { install -r pyproject.toml --extra rust && (cd "$1" && CARGO_TARGET_DIR="$PWD/../rustbpe/target" ../.venv/bin/maturin develop --release --locked --uv); } > ".venv/$1.log" 2>&1
+    { install -r pyproject.toml --extra rust && (cd "$1" && ../.venv/bin/maturin develop --release --locked --uv); } > ".venv/$1.log" 2>&1
 }
 not_built() { say "$1 could not be built ($(tail -n 1 ".venv/$2.log"); all of it in .venv/$2.log)"; }
 say "building the Rust tokenizer"

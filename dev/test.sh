@@ -23,7 +23,6 @@ if [ -z "$problem" ]; then
     say "Rust: tests, clippy, formatting"
     for crate in rustbpe ruststep; do (
         cd "$crate"
-        export CARGO_TARGET_DIR="$PWD/../rustbpe/target"
         cargo test --release --quiet --locked
         cargo clippy --release --quiet --locked --all-targets -- -D warnings
         cargo fmt --check

@@ -81,15 +81,12 @@ class SmallTalk(Task):
 
     @cached_property
     def examples(self) -> list[Example]:
-        split = {
-            (example.intent, plain(example.question)): split_of(
-                "smalltalk", example.intent, plain(example.question)
-            )
-            for example in examples()
-        }
+        every = list(examples())
+        keys = {(example.intent, plain(example.question)) for example in every}
+        split = {key: split_of("smalltalk", *key) for key in keys}
         own = {}
         shown = None if self.split == "train" else 2
-        for example in examples():
+        for example in every:
             if split[example.intent, plain(example.question)] != self.split:
                 continue
             for question in islice(variants(example.question, OPENINGS, OPENINGS_ZH), shown):

@@ -95,8 +95,8 @@ unsafe fn tile<E: Element, const R: usize, const M: usize>(w: [*const E; R], x: 
         for r in 0..R {
             let part = E::lanes(w[r].add(at));
             if M == 1 {
-                _mm_prefetch(w[r].wrapping_add(at + R * size).cast(), _MM_HINT_T0);
-                // the next R rows
+                let next_rows = w[r].wrapping_add(at + R * size);
+                _mm_prefetch(next_rows.cast(), _MM_HINT_T0);
             }
             for m in 0..M {
                 lanes[r][m] = _mm256_fmadd_ps(part, x[m], lanes[r][m]);

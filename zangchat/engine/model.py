@@ -28,8 +28,6 @@ FEW_INT8_ROWS = 8  # up to here the int8 kernel for CPUs beats a product with de
 class Product:
     """x W^T for x (N, in) and a weight W (out, in), in the dtype of W."""
 
-    in_place = True  # the weights are plain tensors, which a CUDA graph may read
-
     def __init__(self, weight: Tensor) -> None:
         self.weight: Any = weight
 
@@ -45,12 +43,9 @@ class Product:
         return native.as_array(self.weight)
 
     def refresh(self, weight: Tensor) -> None:
-        """Take over another weight, in the same memory if `in_place`."""
+        """Take over another weight, in the same memory: CUDA graphs and the native step read it."""
         for name, new in vars(type(self)(weight)).items():
-            if self.in_place:
-                getattr(self, name).copy_(new)
-            else:
-                setattr(self, name, new)
+            getattr(self, name).copy_(new)
 
 
 class OwnKernel(Product):
@@ -103,7 +98,9 @@ class Layer(NamedTuple):
 
 
 class InferenceGPT:
-    """A snapshot of a GPT for decoding, until `refresh`. It shares unchanged weights.
+    """A snapshot of a GPT for decoding, until `refresh`.
+
+    It shares unchanged weights, except on a CPU with the native step.
 
     `quantize` ("", "fp16", "int8") is the storage of the weights of the products; activations stay
     as they are. Raises ValueError for an unknown one, and for one without a kernel here.
