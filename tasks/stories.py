@@ -6,7 +6,8 @@ have answers; `tell` writes it. The judge of a model's story knows none of the s
 the world's words only, and asks whether characters, thing and place stay the same.
 
 A pair of characters, or of a character and a thing, belongs to one split: a held-out request joins
-two that no training story has together.
+two that no training story has together. Rare words, too, are trained or held out: whoever types
+"a tiger and a tuba" is to get a story about both.
 """
 
 import random
@@ -24,19 +25,35 @@ WORLD = Path(__file__).with_name("stories.yaml")
 PRONOUNS = {"she": ("she", "her", "her"), "he": ("he", "him", "his")}
 SHE, HE = {"she", "her", "hers", "herself"}, {"he", "him", "his", "himself"}
 OPTIONAL = "?"  # among the variants of a beat: it may be left out
+RARE = 1 / 7  # how often a word is a rare one
 
 
 @cache
 def world() -> dict[str, Any]:
     found = yaml.safe_load(WORLD.read_text(encoding="utf-8"))
     lists = ("animals", "girls", "boys", "things", "foods", "colors", "traits")
-    return found | {name: found[name].split() for name in lists}
+    rare = {kind: listed.split() for kind, listed in found["rare"].items()}
+    return found | {name: found[name].split() for name in lists} | {"rare": rare}
 
 
 @cache
 def words_of(*kinds: str) -> frozenset[str]:
     """The world's words of these kinds, in lower case."""
-    return frozenset(word.lower() for kind in kinds for word in world()[kind])
+    rare = world()["rare"]
+    return frozenset(w.lower() for kind in kinds for w in (*world()[kind], *rare.get(kind, ())))
+
+
+@cache
+def rare_words(kind: str, split: str) -> tuple[str, ...]:
+    """Those of training, or those that training never sees, of which val and test have the same."""
+    seen = split == "train"
+    rare = world()["rare"].get(kind, ())
+    return tuple(word for word in rare if (split_of("rare word", word) == "train") == seen)
+
+
+def draw_word(rng: random.Random, kind: str, split: str) -> str:
+    rare = rare_words(kind, split)
+    return rng.choice(rare if rare and rng.random() < RARE else list(world()[kind]))
 
 
 def characters() -> frozenset[str]:
@@ -49,7 +66,7 @@ class Character(NamedTuple):
 
     @property
     def is_animal(self) -> bool:
-        return self.word in world()["animals"]
+        return self.word.islower()
 
     @property
     def known(self) -> str:
@@ -95,22 +112,22 @@ class Facts(NamedTuple):
         return slots | {"end": write(end, rng, slots)}
 
 
-def draw_character(rng: random.Random) -> Character:
+def draw_character(rng: random.Random, split: str) -> Character:
     kind = rng.choice(("animals", "animals", "girls", "boys"))
     pronoun = {"girls": "she", "boys": "he"}.get(kind) or rng.choice(("he", "she"))
-    return Character(rng.choice(world()[kind]), pronoun)
+    return Character(draw_word(rng, kind, split), pronoun)
 
 
-def draw_facts(rng: random.Random) -> Facts:
-    hero = friend = draw_character(rng)
+def draw_facts(rng: random.Random, split: str) -> Facts:
+    hero = friend = draw_character(rng, split)
     while friend.word == hero.word:
-        friend = draw_character(rng)
+        friend = draw_character(rng, split)
     found = world()
     return Facts(
         plot=rng.choice(list(found["plots"])),
         hero=hero,
         friend=friend,
-        thing=rng.choice(found["things"]),
+        thing=draw_word(rng, "things", split),
         color=rng.choice(found["colors"]),
         place=rng.choice(list(found["places"])),
         food=rng.choice(found["foods"]),
@@ -206,7 +223,7 @@ class Stories(GeneratedTask):
     def facts(self, rng: random.Random) -> tuple[Facts, str]:
         """A story of this split, and the word that the request joins with its hero."""
         while True:
-            facts = draw_facts(rng)
+            facts = draw_facts(rng, self.split)
             other = rng.choice((facts.thing, facts.thing, facts.friend.word))
             if self.has(facts, other):
                 return facts, other
@@ -276,7 +293,7 @@ class StoriesAgain(Stories):
     def make(self, rng: random.Random) -> Conversation:
         facts, other = self.facts(rng)
         while True:
-            hero = draw_character(rng)
+            hero = draw_character(rng, self.split)
             if hero.word in (facts.hero.word, facts.friend.word):
                 continue
             if self.has(facts._replace(hero=hero), facts.thing):
@@ -321,8 +338,9 @@ class StoryFacts(StoryQuestions):
         for _ in range(rng.choice((2, 3, 4))):
             known = {word for written in stated for word in written[-2:]}
             while True:
-                character, kind = draw_character(rng), rng.choice(world()["facts"])
-                value = rng.choice(list(world()[kind["of"]]))
+                character = draw_character(rng, self.split)
+                kind = rng.choice(world()["facts"])
+                value = draw_word(rng, kind["of"], self.split)
                 new = not known & {character.word, value}
                 if new and split_of("story", *sorted((character.word, value))) == self.split:
                     break
