@@ -4,6 +4,7 @@
     python -m dev.bench_infer ... --peer=PATH      the same model in the nanochat checkout at PATH,
                                                    in turns with ours
     python -m dev.bench_infer ... --peer=llama.cpp   the same model in llama.cpp, see bench_llama
+    python -m dev.bench_infer ... --peer=ctranslate2   or in CTranslate2, see bench_ctranslate2
     python -m dev.bench_infer ... --quantize=int8 --batches=1,8
 
 The weights are random, so greedy decoding never ends early. Each repetition is a separate process;
@@ -11,6 +12,7 @@ every figure is the median over repetitions.
 """
 
 import dataclasses
+import importlib
 import json
 import random
 import sys
@@ -20,15 +22,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from dev.bench_common import machine, middle, repetition
-from zangchat import configurator, flops, schedule
+from zangchat import configurator, flops
 from zangchat.config import GPTConfig
 from zangchat.runtime.devices import compute_init, device_synchronize, resolve_dtype
 from zangchat.runtime.memory import peak_memory_bytes
+from zangchat.training import planning
+
+# other programs, on the model that we export, and the modules that measure them
+PROGRAMS = {"llama.cpp": "dev.bench_llama", "ctranslate2": "dev.bench_ctranslate2"}
 
 
 @dataclass
 class Config:
     depth: int = 20
+    n_embd: int = 0  # width, a multiple of --head_dim; 0 = from --depth
     head_dim: int = 128
     n_kv_head: int = 0
     max_seq_len: int = 2048
@@ -40,24 +47,18 @@ class Config:
     quantize: str = ""  # int8: weights of the products, only ours
     device_type: str = ""  # cuda | mps | cpu; empty = the best one present
     dtype: str = ""  # bfloat16 | float16 | float32; empty = the fastest the device supports
-    peer: str = ""  # folder of a nanochat checkout to compare with, or llama.cpp
+    peer: str = ""  # folder of a nanochat checkout to compare with, or llama.cpp, or ctranslate2
     busy: bool = False  # measure even if the machine is busy; the output records it
-    worker: str = ""  # internal: the side that a repetition measures: zangchat, nanochat, llama.cpp
+    worker: str = ""  # internal: the side that a repetition measures
 
     @property
     def sides(self) -> list[str]:
         """Ours, and the peer."""
-        peer = "llama.cpp" if self.peer == "llama.cpp" else "nanochat"
+        peer = self.peer if self.peer in PROGRAMS else "nanochat"
         return ["zangchat", peer] if self.peer else ["zangchat"]
 
     def model(self) -> GPTConfig:
-        return schedule.model_config_for_depth(
-            self.depth,
-            self.head_dim,
-            self.n_kv_head,
-            vocab_size=self.vocab_size,
-            sequence_len=self.max_seq_len,
-        )
+        return planning.model_config(self, self.vocab_size)
 
     def sweep(self) -> list[tuple[int, int]]:
         """(rows, tokens of a prompt). Raises UserError for a malformed list or too long a
@@ -142,10 +143,9 @@ def work(config: Config) -> dict[str, Any]:
     }
     if config.worker == "nanochat":
         parts = nanochat(config, device, dtype)
-    elif config.worker == "llama.cpp":
-        from dev.bench_llama import measure
-
-        parts = measure(config, known_name(dtype), torch.get_num_threads())
+    elif config.worker in PROGRAMS:
+        program = importlib.import_module(PROGRAMS[config.worker])
+        parts = program.measure(config, known_name(dtype), torch.get_num_threads())
     else:
         parts = zangchat(config, device, dtype)
     weights = {"": dtype.itemsize, "fp16": 2, "int8": 1}[config.quantize]

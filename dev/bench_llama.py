@@ -26,18 +26,16 @@ QUANTISED = {"": "", "int8": "q8_0"}
 def measure(config: Any, dtype: str, threads: int) -> dict[str, Any]:
     """The `decode` part of bench_infer's output. Raises UserError if neither is installed."""
     from dev.bench_infer import decoding
+    from zangchat.hf.gguf import MODEL_FILE
 
     if not (compiled() or importlib.util.find_spec("xllamacpp")):
         raise UserError("--peer=llama.cpp needs xllamacpp: run `bash dev/setup.sh --dev`")
     points = []
     with tempfile.TemporaryDirectory() as folder:
-        path = export(config, QUANTISED[config.quantize] or dtype, Path(folder) / "gguf")
+        dtype = QUANTISED[config.quantize] or dtype
+        path = export(config, dtype, Path(folder) / "gguf", "gguf") / MODEL_FILE
         for rows, context in config.sweep():
-            number = random.Random(1)
-            prompts = [
-                [number.randrange(config.vocab_size - 16) for _ in range(context)]
-                for _ in range(rows)
-            ]
+            prompts = prompts_of(config, rows, context)
             sizes = (config.max_seq_len, config.steps, threads)
             times = steps(path, prompts, *sizes) if compiled() else served(path, prompts, *sizes)
             points.append(decoding(rows, context, times))
@@ -127,12 +125,18 @@ def seconds(server: Any, prompts: list[list[int]], tokens: int) -> float:
     return min(times)
 
 
-def export(config: Any, dtype: str, folder: Path) -> Path:
-    """The GGUF of the benchmark's model, with a tokenizer of as many tokens, of invented words."""
+def prompts_of(config: Any, rows: int, context: int) -> list[list[int]]:
+    number = random.Random(1)
+    return [[number.randrange(config.vocab_size - 16) for _ in range(context)] for _ in range(rows)]
+
+
+def export(config: Any, dtype: str, folder: Path, form: str) -> Path:
+    """The folder of the benchmark's model in that format, with a tokenizer of as many tokens, of
+    invented words.
+    """
     from dev.bench_infer import randomise
     from zangchat.gpt import GPT
     from zangchat.hf.exporting import export as export_model
-    from zangchat.hf.gguf import MODEL_FILE
     from zangchat.tokenizer import SPLIT_PATTERN, RustBPETokenizer
 
     number = random.Random(1)
@@ -145,5 +149,5 @@ def export(config: Any, dtype: str, folder: Path) -> Path:
     model = GPT(config.model())
     randomise(model)
     meta = {"stage": "sft", "user_config": {"model_tag": "bench"}, "step": 0, "val_bpb": None}
-    export_model(model.eval(), tokenizer, meta, folder, dtype, "gguf")
-    return folder / MODEL_FILE
+    export_model(model.eval(), tokenizer, meta, folder, dtype, form)
+    return folder

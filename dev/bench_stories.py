@@ -4,7 +4,8 @@
     python -m dev.bench_stories -i sft -x 20 --show
 
 Of the stories: how many name what was asked for, keep to their characters, thing and place, end
-within a whole sentence, are all of that; how many share more than half of their sentences with one
+within a whole sentence, are all of that; the same of the requests with a word that no training
+story has; how many share more than half of their sentences with one
 training story; and the share of distinct 4-grams of words. The same two numbers of the grammar's
 own held-out stories stand beside them: they are what a perfect model would have.
 """
@@ -19,7 +20,7 @@ from typing import Annotated
 
 import tyro
 
-from tasks.stories import Stories, judge_story, words
+from tasks.stories import Stories, judge_story, rare_words, words, world
 from zangchat import configurator
 from zangchat.config import CheckpointConfig
 from zangchat.report import checkpoint_name
@@ -63,6 +64,8 @@ def bench(config: Config) -> int:
         for item, story in zip(items, stories, strict=True)
     ]
     trained = holders(config.train_stories)
+    rare = {word for kind in world()["rare"] for word in rare_words(kind, "test")}
+    unseen = [i for i, item in enumerate(items) if rare & set(task[item.index]["wanted"])]
     found = {
         "model": checkpoint_name(meta),
         "stories": len(stories),
@@ -71,6 +74,8 @@ def bench(config: Config) -> int:
             for name in ("named", "consistent", "ended")
         },
         "all three": sum(map(all, verdicts)),
+        "all three, with a word never seen": sum(all(verdicts[i]) for i in unseen),
+        "requests with a word never seen": len(unseen),
         **compare(stories, trained),
         "of the grammar": compare(
             [task[item.index]["messages"][1]["content"] for item in items], trained

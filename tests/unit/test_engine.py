@@ -1070,10 +1070,15 @@ def test_the_benchmark_counts_what_a_step_reads(capsys: pytest.CaptureFixture[st
     assert "do not fit" in capsys.readouterr().err
 
 
-def test_the_benchmark_measures_llama_cpp(capfd: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("xllamacpp")
+@pytest.mark.parametrize(
+    ("peer", "package"), [("llama.cpp", "xllamacpp"), ("ctranslate2", "ctranslate2")]
+)
+def test_the_benchmark_measures_other_programs(
+    peer: str, package: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip(package)
     sizes = ["--depth=1", "--head_dim=64", "--max_seq_len=64", "--vocab_size=400", "--steps=8"]
     flags = ["--contexts=8", "--batches=1,3", "--device_type=cpu", "--dtype=float32"]
-    assert bench_infer.main([*sizes, *flags, "--worker=llama.cpp"]) == 0
+    assert bench_infer.main([*sizes, *flags, f"--worker={peer}"]) == 0
     decode = json.loads(capfd.readouterr().out.splitlines()[-1])["decode"]
     assert [point["batch"] for point in decode] == [1, 3]  # their times are too short to compare

@@ -69,6 +69,8 @@ def test_stories_are_counted(
     told = {c["messages"][0]["content"]: c["messages"][1]["content"] for c in task}
     good = stories_of(model, capsys, told.__getitem__)
     assert (good["named"], good["consistent"], good["ended"], good["all three"]) == (10,) * 4
+    unseen = good["requests with a word never seen"]
+    assert 0 < unseen < 10 and good["all three, with a word never seen"] == unseen
     own = good.pop("of the grammar")
     assert own == {name: good[name] for name in own}
     trained = next(iter(Stories(size=1)))["messages"][1]["content"]
