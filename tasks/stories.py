@@ -25,7 +25,7 @@ WORLD = Path(__file__).with_name("stories.yaml")
 PRONOUNS = {"she": ("she", "her", "her"), "he": ("he", "him", "his")}
 SHE, HE = {"she", "her", "hers", "herself"}, {"he", "him", "his", "himself"}
 OPTIONAL = "?"  # among the variants of a beat: it may be left out
-RARE = 1 / 7  # how often a word is a rare one
+RARE, RARE_HELD_OUT = 1 / 3, 1 / 7  # how often a word of the user's is a rare one
 
 
 @cache
@@ -51,9 +51,11 @@ def rare_words(kind: str, split: str) -> tuple[str, ...]:
     return tuple(word for word in rare if (split_of("rare word", word) == "train") == seen)
 
 
-def draw_word(rng: random.Random, kind: str, split: str) -> str:
-    rare = rare_words(kind, split)
-    return rng.choice(rare if rare and rng.random() < RARE else list(world()[kind]))
+def draw_word(rng: random.Random, kind: str, split: str = "") -> str:
+    """A word of the world; with a split, one that its users may say."""
+    rare = rare_words(kind, split) if split else ()
+    share = RARE if split == "train" else RARE_HELD_OUT
+    return rng.choice(rare if rare and rng.random() < share else list(world()[kind]))
 
 
 def characters() -> frozenset[str]:
@@ -112,38 +114,42 @@ class Facts(NamedTuple):
         return slots | {"end": write(end, rng, slots)}
 
 
-def draw_character(rng: random.Random, split: str) -> Character:
+def draw_character(rng: random.Random, split: str = "") -> Character:
     kind = rng.choice(("animals", "animals", "girls", "boys"))
     pronoun = {"girls": "she", "boys": "he"}.get(kind) or rng.choice(("he", "she"))
     return Character(draw_word(rng, kind, split), pronoun)
 
 
-def draw_facts(rng: random.Random, split: str) -> Facts:
+def draw_facts(rng: random.Random, split: str) -> tuple[Facts, str]:
+    """A story, and the word that a user joins with its hero: its thing or its other character."""
     hero = friend = draw_character(rng, split)
+    asks_thing = rng.random() < 2 / 3
     while friend.word == hero.word:
-        friend = draw_character(rng, split)
+        friend = draw_character(rng, "" if asks_thing else split)
     found = world()
-    return Facts(
+    facts = Facts(
         plot=rng.choice(list(found["plots"])),
         hero=hero,
         friend=friend,
-        thing=draw_word(rng, "things", split),
+        thing=draw_word(rng, "things", split if asks_thing else ""),
         color=rng.choice(found["colors"]),
         place=rng.choice(list(found["places"])),
         food=rng.choice(found["foods"]),
         skill=rng.choice(found["skills"]),
         wording=rng.randrange(2**32),
     )
+    return facts, facts.thing if asks_thing else friend.word
 
 
 CHOICE = re.compile(r"\[([^\[\]]*)\]")
 
 
 def fill(template: str, rng: random.Random, slots: Mapping[str, str]) -> str:
-    """The template with its choices made, its slots filled, and "an" before a vowel."""
+    """The template with its choices made, its slots filled, and "an" before a vowel's
+    sound."""
     while "[" in template:
         template = CHOICE.sub(lambda match: rng.choice(match[1].split("|")), template)
-    return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", template.format_map(slots))
+    return re.sub(r"\b([Aa]) (?=[aeiou])(?!uni|uku)", r"\1n ", template.format_map(slots))
 
 
 def write(template: str, rng: random.Random, slots: Mapping[str, str]) -> str:
@@ -221,10 +227,9 @@ class Stories(GeneratedTask):
     """Requests for a story about two things: a right answer names both, keeps to them, and ends."""
 
     def facts(self, rng: random.Random) -> tuple[Facts, str]:
-        """A story of this split, and the word that the request joins with its hero."""
+        """draw_facts, of this split."""
         while True:
-            facts = draw_facts(rng, self.split)
-            other = rng.choice((facts.thing, facts.thing, facts.friend.word))
+            facts, other = draw_facts(rng, self.split)
             if self.has(facts, other):
                 return facts, other
 
