@@ -8,6 +8,8 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 const LANES: usize = 8; // partial sums of a product of two vectors
+const LINE: usize = 64; // bytes
+const AHEAD: usize = 2; // tiles of weights that are on their way from memory
 const ROWS: usize = 3; // of a tile: 4 x 3 sums, 3 parts of x and one of w are the 16 registers
 
 /// Whether this machine has what the functions of this module need.
@@ -82,21 +84,34 @@ impl Element for i8 {
     }
 }
 
-/// Products of R rows of weights with M rows of x.
+/// Asks for the line at `place`, at the first of its elements, to be on its way to the second level of caches: of the first one the
+/// rows in between would drive it out again.
+#[inline(always)]
+unsafe fn prefetch<E>(place: *const E, at: usize) {
+    if at * size_of::<E>() % LINE == 0 {
+        _mm_prefetch(place.wrapping_add(at).cast(), _MM_HINT_T1);
+    }
+}
+
+/// Products of R rows of weights with M rows of x. `ahead`: whether rows of weights follow that are to be prefetched.
 ///
 /// # Safety
 /// Each of them has `size` elements, and `is_fast`.
 #[inline(always)]
-unsafe fn tile<E: Element, const R: usize, const M: usize>(w: [*const E; R], x: [*const f32; M], size: usize) -> [[f32; M]; R] {
+unsafe fn tile<E: Element, const R: usize, const M: usize>(
+    w: [*const E; R],
+    x: [*const f32; M],
+    size: usize,
+    ahead: bool,
+) -> [[f32; M]; R] {
     let whole = size - size % LANES;
     let mut lanes = [[_mm256_setzero_ps(); M]; R];
     for at in (0..whole).step_by(LANES) {
         let x = x.map(|x| _mm256_loadu_ps(x.add(at)));
         for r in 0..R {
             let part = E::lanes(w[r].add(at));
-            if M == 1 {
-                let next_rows = w[r].wrapping_add(at + R * size);
-                _mm_prefetch(next_rows.cast(), _MM_HINT_T0);
+            if ahead {
+                prefetch(w[r].wrapping_add(AHEAD * R * size), at);
             }
             for m in 0..M {
                 lanes[r][m] = _mm256_fmadd_ps(part, x[m], lanes[r][m]);
@@ -126,20 +141,27 @@ pub struct Rows<'a> {
 
 /// The outputs from `at` on: R rows of weights with all rows of x, in tiles.
 #[inline(always)]
-unsafe fn all_rows<E: Element, const R: usize>(w: [*const E; R], rows: &Rows, at: usize) {
+unsafe fn all_rows<E: Element, const R: usize>(w: [*const E; R], rows: &Rows, at: usize, ahead: bool) {
     let (mut first, count) = (0, rows.x.len() / rows.size);
     while first < count {
         first += match count - first {
-            1 => some_rows::<E, R, 1>(w, rows, at, first),
-            2 | 4 => some_rows::<E, R, 2>(w, rows, at, first),
-            _ => some_rows::<E, R, ROWS>(w, rows, at, first),
+            1 => some_rows::<E, R, 1>(w, rows, at, first, ahead),
+            2 | 4 => some_rows::<E, R, 2>(w, rows, at, first, ahead),
+            _ => some_rows::<E, R, ROWS>(w, rows, at, first, ahead),
         };
     }
 }
 
 #[inline(always)]
-unsafe fn some_rows<E: Element, const R: usize, const M: usize>(w: [*const E; R], rows: &Rows, at: usize, first: usize) -> usize {
-    let found = tile::<E, R, M>(w, std::array::from_fn(|m| rows.x.as_ptr().add((first + m) * rows.size)), rows.size);
+unsafe fn some_rows<E: Element, const R: usize, const M: usize>(
+    w: [*const E; R],
+    rows: &Rows,
+    at: usize,
+    first: usize,
+    ahead: bool,
+) -> usize {
+    let x = std::array::from_fn(|m| rows.x.as_ptr().add((first + m) * rows.size));
+    let found = tile::<E, R, M>(w, x, rows.size, ahead && first == 0);
     (0..R).for_each(|r| (0..M).for_each(|m| *rows.out.add((first + m) * rows.stride + at + r) = found[r][m]));
     M
 }
@@ -154,17 +176,21 @@ pub unsafe fn products<E: Element>(w: *const E, rows: &Rows, outputs: Range<usiz
     while at + 4 <= outputs.end {
         let four: [*const E; 4] = std::array::from_fn(|r| w.add((at + r) * size));
         if count <= ROWS || E::IS_F32 {
-            all_rows::<E, 4>(four, rows, at);
+            all_rows::<E, 4>(four, rows, at, true);
         } else {
             for (r, part) in unpacked.chunks_exact_mut(size).take(4).enumerate() {
-                part.iter_mut().enumerate().for_each(|(i, to)| *to = (*four[r].add(i)).value());
+                for (i, to) in part.chunks_mut(LINE / size_of::<E>()).enumerate() {
+                    let from = four[r].add(i * LINE / size_of::<E>());
+                    prefetch(from.wrapping_add(4 * AHEAD * size), 0);
+                    to.iter_mut().enumerate().for_each(|(i, to)| *to = (*from.add(i)).value());
+                }
             }
-            all_rows::<f32, 4>(std::array::from_fn(|r| unpacked.as_ptr().add(r * size)), rows, at);
+            all_rows::<f32, 4>(std::array::from_fn(|r| unpacked.as_ptr().add(r * size)), rows, at, false);
         }
         at += 4;
     }
     for at in at..outputs.end {
-        all_rows::<E, 1>([w.add(at * size)], rows, at);
+        all_rows::<E, 1>([w.add(at * size)], rows, at, false);
     }
 }
 
@@ -179,20 +205,37 @@ pub unsafe fn attention(q: &[f32], keys: *const f32, values: *const f32, count: 
     for (i, part) in scores.chunks_mut(8).enumerate() {
         // of fewer than eight the last one is taken several times
         let eight = std::array::from_fn(|r| keys.add((8 * i + r.min(part.len() - 1)) * d));
-        let found = tile::<f32, 8, 1>(eight, [q.as_ptr()], d);
+        // the values are needed next
+        (0..part.len() * d).for_each(|at| prefetch(values.add(8 * i * d), at));
+        let found = tile::<f32, 8, 1>(eight, [q.as_ptr()], d, true);
         part.iter_mut().zip(found).for_each(|(score, [sum])| *score = sum * scale);
     }
     let most = scores.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
     scores.iter_mut().for_each(|score| *score = exp(*score - most));
     let total: f32 = scores.iter().sum();
-    for at in (0..d).step_by(LANES) {
-        let mut sums = [_mm256_setzero_ps(); 2]; // a sum waits for its last term
-        for (i, &score) in scores.iter().enumerate() {
-            sums[i % 2] = _mm256_fmadd_ps(_mm256_set1_ps(score), _mm256_loadu_ps(values.add(i * d + at)), sums[i % 2]);
-        }
-        let mean = _mm256_div_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_set1_ps(total));
-        _mm256_storeu_ps(out[at..at + LANES].as_mut_ptr(), mean);
+    let mut at = 0;
+    while at < d {
+        // a row of values is read in long pieces: short ones, all positions for each, take three times as long
+        at += match (d - at) / LANES {
+            8.. => mean::<8>(scores, values, d, at, total, out),
+            4..8 => mean::<4>(scores, values, d, at, total, out),
+            _ => mean::<1>(scores, values, d, at, total, out),
+        };
     }
+}
+
+/// The mean of C x LANES channels of the values (count, d), from channel `at` on, weighted by the scores.
+#[inline(always)]
+unsafe fn mean<const C: usize>(scores: &[f32], values: *const f32, d: usize, at: usize, total: f32, out: &mut [f32]) -> usize {
+    let mut sums = [_mm256_setzero_ps(); C];
+    for (i, &score) in scores.iter().enumerate() {
+        let (score, from) = (_mm256_set1_ps(score), values.add(i * d + at));
+        (0..C).for_each(|c| sums[c] = _mm256_fmadd_ps(score, _mm256_loadu_ps(from.add(c * LANES)), sums[c]));
+    }
+    for (sum, to) in sums.iter().zip(out[at..].chunks_exact_mut(LANES)) {
+        _mm256_storeu_ps(to.as_mut_ptr(), _mm256_div_ps(*sum, _mm256_set1_ps(total)));
+    }
+    C * LANES
 }
 
 /// e^x to about the precision of an f32, for x from -87 to 88; smaller x count as -87.
