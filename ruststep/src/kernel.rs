@@ -10,6 +10,8 @@ use std::ops::Range;
 const LANES: usize = 8; // partial sums of a product of two vectors
 const LINE: usize = 64; // bytes
 const AHEAD: usize = 2; // tiles of weights that are on their way from memory
+const BLOCK: usize = 12; // rows that stay in the first level of caches
+pub const GROUP: usize = 16; // outputs that these are multiplied with
 const ROWS: usize = 3; // of a tile: 4 x 3 sums, 3 parts of x and one of w are the 16 registers
 
 /// Whether this machine has what the functions of this module need.
@@ -141,10 +143,10 @@ pub struct Rows<'a> {
 
 /// The outputs from `at` on: R rows of weights with all rows of x, in tiles.
 #[inline(always)]
-unsafe fn all_rows<E: Element, const R: usize>(w: [*const E; R], rows: &Rows, at: usize, ahead: bool) {
-    let (mut first, count) = (0, rows.x.len() / rows.size);
-    while first < count {
-        first += match count - first {
+unsafe fn all_rows<E: Element, const R: usize>(w: [*const E; R], rows: &Rows, at: usize, block: Range<usize>, ahead: bool) {
+    let mut first = block.start;
+    while first < block.end {
+        first += match block.end - first {
             1 => some_rows::<E, R, 1>(w, rows, at, first, ahead),
             2 | 4 => some_rows::<E, R, 2>(w, rows, at, first, ahead),
             _ => some_rows::<E, R, ROWS>(w, rows, at, first, ahead),
@@ -166,31 +168,37 @@ unsafe fn some_rows<E: Element, const R: usize, const M: usize>(
     M
 }
 
-/// The `outputs` of w (outputs, size) for all rows. `unpacked` has room for 4 x size: for weights that several tiles of rows read.
+/// The `outputs` of w (outputs, size) for all rows. `unpacked` has room for GROUP x size: for weights that several tiles of rows read.
 ///
 /// # Safety
 /// w and the rows have these outputs, which nobody else uses; `is_fast`.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub unsafe fn products<E: Element>(w: *const E, rows: &Rows, outputs: Range<usize>, unpacked: &mut [f32]) {
     let (size, count, mut at) = (rows.size, rows.x.len() / rows.size, outputs.start);
-    while at + 4 <= outputs.end {
-        let four: [*const E; 4] = std::array::from_fn(|r| w.add((at + r) * size));
-        if count <= ROWS || E::IS_F32 {
-            all_rows::<E, 4>(four, rows, at, true);
-        } else {
-            for (r, part) in unpacked.chunks_exact_mut(size).take(4).enumerate() {
-                for (i, to) in part.chunks_mut(LINE / size_of::<E>()).enumerate() {
-                    let from = four[r].add(i * LINE / size_of::<E>());
-                    prefetch(from.wrapping_add(4 * AHEAD * size), 0);
-                    to.iter_mut().enumerate().for_each(|(i, to)| *to = (*from.add(i)).value());
-                }
-            }
-            all_rows::<f32, 4>(std::array::from_fn(|r| unpacked.as_ptr().add(r * size)), rows, at, false);
-        }
+    while count <= ROWS && at + 4 <= outputs.end {
+        all_rows::<E, 4>(std::array::from_fn(|r| w.add((at + r) * size)), rows, at, 0..count, true);
         at += 4;
     }
+    while at + 4 <= outputs.end {
+        let (group, mut weights) = (GROUP.min((outputs.end - at) / 4 * 4), w.add(at * size).cast::<f32>());
+        if !E::IS_F32 {
+            for (i, to) in unpacked[..group * size].chunks_mut(LINE / size_of::<E>()).enumerate() {
+                let from = w.add(at * size + i * LINE / size_of::<E>());
+                prefetch(from.wrapping_add(4 * AHEAD * size), 0);
+                to.iter_mut().enumerate().for_each(|(i, to)| *to = (*from.add(i)).value());
+            }
+            weights = unpacked.as_ptr();
+        }
+        for first in (0..count).step_by(BLOCK) {
+            for four in (0..group).step_by(4) {
+                let (part, block) = (std::array::from_fn(|r| weights.add((four + r) * size)), first..count.min(first + BLOCK));
+                all_rows::<f32, 4>(part, rows, at + four, block, E::IS_F32);
+            }
+        }
+        at += group;
+    }
     for at in at..outputs.end {
-        all_rows::<E, 1>([w.add(at * size)], rows, at, false);
+        all_rows::<E, 1>([w.add(at * size)], rows, at, 0..count, false);
     }
 }
 

@@ -9,7 +9,7 @@
 
 use std::ops::Range;
 
-use crate::kernel::{attention, exp, products, Bf16, Element, Rows, F16};
+use crate::kernel::{attention, exp, products, Bf16, Element, Rows, F16, GROUP};
 use crate::team::{together, Barrier};
 
 /// The weights of a product (outputs, inputs), row by row.
@@ -148,7 +148,7 @@ pub unsafe fn step(threads: usize, model: &Model, cache: &mut [f32], places: (us
 
     together(threads, &|thread: usize, of: usize, barrier: &Barrier| {
         let own = |size| vec![0f32; size];
-        let (mut normed, mut unpacked, mut scores) = (own(n * width), own(4 * width.max(hidden)), own(most));
+        let (mut normed, mut unpacked, mut scores) = (own(n * width), own(GROUP * width.max(hidden)), own(most));
         let (mut turned, mut query) = (own(head_dim), own(head_dim));
         let share = |size| share(size, thread, of);
         for (i, [qkv_weights, out_weights, up_weights, down_weights]) in model.layers.iter().enumerate() {

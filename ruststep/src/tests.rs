@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
-use crate::kernel::{attention, exp, is_fast, products, Bf16, Element, Rows, F16};
+use crate::kernel::{attention, exp, is_fast, products, Bf16, Element, Rows, F16, GROUP};
 use crate::team::together;
 
 fn numbers(count: usize) -> Vec<f32> {
@@ -14,7 +14,7 @@ fn check<E: Element>(weights: impl Fn(f32) -> E) {
     for (rows, size, outputs) in [(1, 1, 1), (1, 24, 17), (2, 7, 9), (3, 64, 12), (4, 33, 5), (7, 96, 30)] {
         let x = numbers(rows * size);
         let w: Vec<E> = numbers(outputs * size).into_iter().map(&weights).collect();
-        let (mut out, mut unpacked) = (vec![f32::NAN; rows * outputs], vec![0.0; 4 * size]);
+        let (mut out, mut unpacked) = (vec![f32::NAN; rows * outputs], vec![0.0; GROUP * size]);
         // SAFETY: the sizes are those of the arrays, and the machine was asked for its vectors.
         unsafe { products(w.as_ptr(), &Rows { x: &x, size, out: out.as_mut_ptr(), stride: outputs }, 0..outputs, &mut unpacked) };
         for row in 0..rows {
