@@ -7,18 +7,17 @@ time for n + 16 tokens less that for 16 is that of n steps, without the prompt.
 import importlib.util
 import json
 import tempfile
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dev.bench_llama import WARM, export, prompts_of
+from dev.bench_llama import export, prompts_of
 from zangchat.errors import UserError
 
 
 def measure(config: Any, dtype: str, threads: int) -> dict[str, Any]:
     """The `decode` part of bench_infer's output. Raises UserError if it is not installed."""
-    from dev.bench_infer import decoding
+    from dev.bench_infer import decoding, steps_alone
 
     if not importlib.util.find_spec("ctranslate2"):
         raise UserError("--peer=ctranslate2 needs ctranslate2: run `bash dev/setup.sh --dev`")
@@ -31,12 +30,8 @@ def measure(config: Any, dtype: str, threads: int) -> dict[str, Any]:
         generator = ctranslate2.Generator(str(folder), intra_threads=threads)
         for rows, context in config.sweep():
             prompts = [[names[i] for i in row] for row in prompts_of(config, rows, context)]
-
-            def tokens(count: int, prompts: list[list[str]] = prompts) -> float:
-                return seconds(lambda: generate(generator, prompts, count))
-
-            step = (tokens(WARM + config.steps) - tokens(WARM)) / config.steps
-            points.append(decoding(rows, context, [step] * config.steps))
+            times = steps_alone(partial(generate, generator, prompts), config.steps)
+            points.append(decoding(rows, context, times))
         computed = generator.compute_type
     return {"decode": points, "compute_type": computed}
 
@@ -47,13 +42,3 @@ def generate(generator: Any, prompts: list[list[str]], count: int) -> None:
     found = generator.generate_batch(prompts, include_prompt_in_result=False, **lengths)
     if any(len(each.sequences_ids[0]) != count for each in found):
         raise UserError("CTranslate2 ended a reply early")
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    """Of the fastest of three times."""
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)

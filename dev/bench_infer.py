@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from dev.bench_common import machine, middle, repetition
@@ -30,6 +31,7 @@ from zangchat.training import planning
 
 # other programs, on the model that we export, and the modules that measure them
 PROGRAMS = {"llama.cpp": "dev.bench_llama", "ctranslate2": "dev.bench_ctranslate2"}
+WARM = 16  # tokens that they generate before the timed ones
 
 
 @dataclass
@@ -326,6 +328,19 @@ def timed(
         device_synchronize(device)
         times.append(time.perf_counter() - start)
     return times
+
+
+def steps_alone(generate: Callable[[int], Any], count: int) -> list[float]:
+    """The mean seconds of a step, `count` times, without the prompt: the time to generate WARM +
+    count tokens less that for WARM, each the fastest of three.
+    """
+    import torch
+
+    few, many = (
+        min(timed(partial(generate, tokens), torch.device("cpu"), 3))
+        for tokens in (WARM, WARM + count)
+    )
+    return [(many - few) / count] * count
 
 
 def summary(

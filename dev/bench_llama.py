@@ -19,7 +19,6 @@ from typing import Any
 
 from zangchat.errors import UserError
 
-WARM = 16  # tokens before the timed ones
 QUANTISED = {"": "", "int8": "q8_0"}
 
 
@@ -91,17 +90,18 @@ def served(
     """The mean seconds of a step, `count` times, of the server."""
     import xllamacpp
 
+    from dev.bench_infer import steps_alone
+
     params = xllamacpp.CommonParams()
     params.model.path, params.n_parallel = str(path), len(prompts)
     params.n_ctx, params.n_batch = len(prompts) * length, max(512, len(prompts))
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     server = xllamacpp.Server(params)
-    few, many = (seconds(server, prompts, n) for n in (WARM, WARM + count))
-    return [(many - few) / count] * count
+    return steps_alone(lambda tokens: ask_all(server, prompts, tokens), count)
 
 
-def seconds(server: Any, prompts: list[list[int]], tokens: int) -> float:
-    """Of the fastest of three times that all prompts at once get that many tokens."""
+def ask_all(server: Any, prompts: list[list[int]], tokens: int) -> None:
+    """That many tokens for all prompts at once."""
 
     def ask(prompt: list[int]) -> None:
         body = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "ignore_eos": True}
@@ -113,16 +113,11 @@ def seconds(server: Any, prompts: list[list[int]], tokens: int) -> float:
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
             answer.read()
 
-    times = []
-    for _ in range(3):
-        clients = [threading.Thread(target=ask, args=(prompt,)) for prompt in prompts]
-        start = time.perf_counter()
-        for client in clients:
-            client.start()
-        for client in clients:
-            client.join()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    clients = [threading.Thread(target=ask, args=(prompt,)) for prompt in prompts]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join()
 
 
 def prompts_of(config: Any, rows: int, context: int) -> list[list[int]]:

@@ -5,9 +5,9 @@
 
 Of the stories: how many name what was asked for, keep to their characters, thing and place, end
 within a whole sentence, are all of that; the same of the requests with a word that no training
-story has; how many share more than half of their sentences with one
-training story; and the share of distinct 4-grams of words. The same two numbers of the grammar's
-own held-out stories stand beside them: they are what a perfect model would have.
+story has; how many share more than half of their sentences with one training story; and the share
+of distinct 4-grams of words. Next to the last two are those of the grammar's own held-out stories,
+which a perfect model would have.
 """
 
 import json

@@ -145,8 +145,7 @@ CHOICE = re.compile(r"\[([^\[\]]*)\]")
 
 
 def fill(template: str, rng: random.Random, slots: Mapping[str, str]) -> str:
-    """The template with its choices made, its slots filled, and "an" before a vowel's
-    sound."""
+    """The template with its choices made, its slots filled, and "an" before a sounded vowel."""
     while "[" in template:
         template = CHOICE.sub(lambda match: rng.choice(match[1].split("|")), template)
     return re.sub(r"\b([Aa]) (?=[aeiou])(?!uni|uku)", r"\1n ", template.format_map(slots))

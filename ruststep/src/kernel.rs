@@ -214,7 +214,7 @@ pub unsafe fn attention(q: &[f32], keys: *const f32, values: *const f32, count: 
         // of fewer than eight the last one is taken several times
         let eight = std::array::from_fn(|r| keys.add((8 * i + r.min(part.len() - 1)) * d));
         // the values are needed next
-        (0..part.len() * d).for_each(|at| prefetch(values.add(8 * i * d), at));
+        (0..part.len() * d).step_by(LINE / size_of::<f32>()).for_each(|at| prefetch(values.add(8 * i * d), at));
         let found = tile::<f32, 8, 1>(eight, [q.as_ptr()], d, true);
         part.iter_mut().zip(found).for_each(|(score, [sum])| *score = sum * scale);
     }
