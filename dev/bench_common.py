@@ -18,6 +18,7 @@ import psutil
 from zangchat.configurator import as_flags
 from zangchat.errors import UserError
 from zangchat.report import cpu_name
+from zangchat.runtime.processes import restore_threads
 
 BUSY = 0.2  # cores used by others, above which a timing is worthless
 # of psutil.cpu_times, as far as the system has them
@@ -67,13 +68,25 @@ def machine(allowed: bool) -> dict[str, Any]:
     }
 
 
+def environment(side: str) -> dict[str, str]:
+    """Of a process that measures "zangchat", or a peer, whose threads wait as its authors like."""
+    env = dict(os.environ)
+    if side != "zangchat":
+        restore_threads(env)
+    return env
+
+
 def repetition(module: str, config: Any) -> Any:
     """Run `python -m MODULE` with the flags of `config`; return the JSON of its last output
     line.
     """
     command = [sys.executable, "-m", module, *as_flags(config)]
     done = subprocess.run(
-        command, capture_output=True, encoding="utf-8", cwd=Path(__file__).parents[1]
+        command,
+        env=environment(config.worker),
+        capture_output=True,
+        encoding="utf-8",
+        cwd=Path(__file__).parents[1],
     )
     if done.returncode:
         raise UserError(f"{config.worker} could not be measured:\n{done.stderr[-3000:]}")

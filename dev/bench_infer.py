@@ -27,6 +27,7 @@ from zangchat import configurator, flops
 from zangchat.config import GPTConfig
 from zangchat.runtime.devices import compute_init, device_synchronize, resolve_dtype
 from zangchat.runtime.memory import peak_memory_bytes
+from zangchat.runtime.processes import restore_threads
 from zangchat.training import planning
 
 # other programs, on the model that we export, and the modules that measure them
@@ -129,6 +130,8 @@ def work(config: Config) -> dict[str, Any]:
 
     from zangchat.engine import kv_cache
 
+    if config.worker != "zangchat":
+        restore_threads()  # of libraries that are loaded only now
     device = compute_init(config.device_type)[-1]
     dtype = resolve_dtype(config.dtype, device)
     bandwidth, source = memory_bandwidth(device)

@@ -18,7 +18,6 @@ Finished runs are not trained again: after an interruption the command resumes.
 import contextlib
 import json
 import math
-import os
 import re
 import statistics
 import subprocess
@@ -29,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dev.bench_common import machine
+from dev.bench_common import environment, machine
 from zangchat import checkpoint_manager, configurator
 from zangchat.dataset import find_dataset
 from zangchat.hf.nanochat import read_tokenizer
@@ -286,8 +285,8 @@ def launch(command: Sequence[str], base: Path, code: str, log: Path) -> str:
     base.mkdir(parents=True, exist_ok=True)
     root = code or str(Path(__file__).parents[1])
     bases = {"NANOCHAT_BASE_DIR": str(base)} if code else {"ZANGCHAT_BASE_DIR": str(base)}
-    environment = {
-        **os.environ,
+    own = {
+        **environment("peer" if code else OURS),
         **bases,
         "PYTHONPATH": root,
         "WANDB_MODE": "disabled",
@@ -297,7 +296,7 @@ def launch(command: Sequence[str], base: Path, code: str, log: Path) -> str:
         done = subprocess.run(
             command,
             cwd=root,
-            env=environment,
+            env=own,
             stdout=subprocess.PIPE,
             stderr=file,
             encoding="utf-8",

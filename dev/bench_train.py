@@ -16,7 +16,6 @@ machine that is busy with other work gives no result.
 
 import dataclasses
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -27,12 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dev.bench_common import machine, middle
+from dev.bench_common import environment, machine, middle
 from scripts import base_train
 from zangchat import configurator, flops
 from zangchat.runtime.devices import compute_init, device_synchronize, resolve_dtype
 from zangchat.runtime.memory import keep_freed_memory, peak_memory_bytes
-from zangchat.runtime.processes import prepare_threads
 from zangchat.training import planning
 
 
@@ -94,12 +92,9 @@ class Side:
         flags = configurator.as_flags(
             dataclasses.replace(config, worker=name, launched=time.time())
         )
-        env = dict(os.environ)
-        if name == "zangchat":
-            prepare_threads(env)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "dev.bench_train", *flags],
-            env=env,
+            env=environment(name),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,

@@ -18,7 +18,6 @@ from zangchat import configurator, schedule
 from zangchat.config import GPTConfig, Optimizer, TrainPlan
 from zangchat.errors import UserError
 from zangchat.runtime.logs import print_banner
-from zangchat.runtime.processes import prepare_threads
 from zangchat.training import planning
 from zangchat.training.flags import BatchSize, RunConfig
 
@@ -78,7 +77,6 @@ class Config(RunConfig):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    prepare_threads()
     return configurator.run(Config, train, argv)
 
 

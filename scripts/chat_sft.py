@@ -19,7 +19,6 @@ from tasks.registry import SFT_MIXTURE, held_out_conversations, training_convers
 from zangchat import configurator, schedule
 from zangchat.errors import UserError
 from zangchat.runtime.logs import print0
-from zangchat.runtime.processes import prepare_threads
 from zangchat.training.flags import BatchSize, FinetuneConfig
 
 if TYPE_CHECKING:
@@ -59,7 +58,6 @@ class Config(FinetuneConfig):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    prepare_threads()
     return configurator.run(Config, train, argv)
 
 

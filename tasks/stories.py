@@ -123,7 +123,7 @@ def draw_character(rng: random.Random, split: str = "") -> Character:
 def draw_facts(rng: random.Random, split: str) -> tuple[Facts, str]:
     """A story, and the word that a user joins with its hero: its thing or its other character."""
     hero = friend = draw_character(rng, split)
-    asks_thing = rng.random() < 2 / 3
+    asks_thing = rng.random() < 1 / 2
     while friend.word == hero.word:
         friend = draw_character(rng, "" if asks_thing else split)
     found = world()

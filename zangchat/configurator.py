@@ -39,6 +39,7 @@ from zangchat.runtime.processes import (
     is_stdout_closed,
     note_failure,
     prepare_streams,
+    prepare_threads,
     report_failure,
 )
 
@@ -85,6 +86,7 @@ def run(
     the first rank that fails. A command that succeeded leaves the process group.
     """
     prepare_streams()
+    prepare_threads()
     try:
         try:
             config = parse(config_cls, argv)

@@ -9,7 +9,7 @@
 
 use std::ops::Range;
 
-use crate::kernel::{attention, exp, products, Bf16, Element, Rows, F16, GROUP};
+use crate::kernel::{aligned, attention, exp, products, Bf16, Element, Rows, F16, GROUP};
 use crate::team::{together, Barrier};
 
 /// The weights of a product (outputs, inputs), row by row.
@@ -128,8 +128,8 @@ pub type Row = (usize, usize, usize);
 pub unsafe fn step(threads: usize, model: &Model, cache: &mut [f32], places: (usize, usize), rows: &[Row], logits: &mut [f32]) {
     let (&Shape { width, heads, kv_heads, head_dim, hidden, vocab_size, eps, cap }, n) = (model.shape, rows.len());
     let (q_size, qkv_size, group) = (heads * head_dim, (heads + 2 * kv_heads) * head_dim, heads / kv_heads);
-    let mut memory = vec![0f32; n * (2 * width + qkv_size + q_size + hidden)];
-    let (embedded, rest) = memory.split_at_mut(n * width);
+    let mut memory = Vec::new();
+    let (embedded, rest) = aligned(&mut memory, n * (2 * width + qkv_size + q_size + hidden)).split_at_mut(n * width);
     for (&(token, ..), to) in rows.iter().zip(embedded.chunks_exact_mut(width)) {
         let from = token * width..(token + 1) * width;
         match model.embedding {
@@ -147,13 +147,14 @@ pub unsafe fn step(threads: usize, model: &Model, cache: &mut [f32], places: (us
     let ((cache_rows, capacity), most) = (places, rows.iter().map(|(.., length)| length + 1).max().unwrap_or(0));
 
     together(threads, &|thread: usize, of: usize, barrier: &Barrier| {
-        let own = |size| vec![0f32; size];
-        let (mut normed, mut unpacked, mut scores) = (own(n * width), own(GROUP * width.max(hidden)), own(most));
-        let (mut turned, mut query) = (own(head_dim), own(head_dim));
+        let mut memory: [Vec<f32>; 5] = Default::default();
+        let [a, b, c, d, e] = memory.each_mut();
+        let (normed, unpacked, scores) = (aligned(a, n * width), aligned(b, GROUP * width.max(hidden)), aligned(c, most));
+        let (turned, query) = (aligned(d, head_dim), aligned(e, head_dim));
         let share = |size| share(size, thread, of);
         for (i, [qkv_weights, out_weights, up_weights, down_weights]) in model.layers.iter().enumerate() {
-            normalise(x.read(0, n * width), width, eps, &mut normed);
-            qkv_weights.times(&normed, width, share(qkv_size), &mut unpacked, qkv, qkv_size);
+            normalise(x.read(0, n * width), width, eps, normed);
+            qkv_weights.times(normed, width, share(qkv_size), unpacked, qkv, qkv_size);
             barrier.wait();
             // a head of keys of a row at a time, with its queries
             for task in (thread..n * kv_heads).step_by(of) {
@@ -163,34 +164,34 @@ pub unsafe fn step(threads: usize, model: &Model, cache: &mut [f32], places: (us
                 let (keys, values) = (start(g), start(kv_heads + g));
                 let angles = &model.rotary[length * head_dim..(length + 1) * head_dim];
                 let new = |head: usize| qkv.read(row * qkv_size + head * head_dim, head_dim);
-                turn(new(heads + g), angles, eps, &mut turned, stored.part(keys + length * head_dim, head_dim));
+                turn(new(heads + g), angles, eps, turned, stored.part(keys + length * head_dim, head_dim));
                 stored.part(values + length * head_dim, head_dim).copy_from_slice(new(heads + kv_heads + g));
                 for head in g * group..(g + 1) * group {
-                    turn(new(head), angles, eps, &mut turned, &mut query);
+                    turn(new(head), angles, eps, turned, query);
                     let out = attended.part(row * q_size + head * head_dim, head_dim);
-                    attention(&query, stored.0.add(keys), stored.0.add(values), length + 1, &mut scores, out);
+                    attention(query, stored.0.add(keys), stored.0.add(values), length + 1, scores, out);
                 }
             }
             barrier.wait();
             let outputs = share(width);
-            out_weights.times(attended.read(0, n * q_size), q_size, outputs.clone(), &mut unpacked, Common(normed.as_mut_ptr()), width);
-            add(x, width, &outputs, &normed);
+            out_weights.times(attended.read(0, n * q_size), q_size, outputs.clone(), unpacked, Common(normed.as_mut_ptr()), width);
+            add(x, width, &outputs, normed);
             barrier.wait();
-            normalise(x.read(0, n * width), width, eps, &mut normed);
+            normalise(x.read(0, n * width), width, eps, normed);
             let outputs = share(hidden);
-            up_weights.times(&normed, width, outputs.clone(), &mut unpacked, up, hidden);
+            up_weights.times(normed, width, outputs.clone(), unpacked, up, hidden);
             for row in 0..n {
                 up.columns(row, hidden, &outputs).iter_mut().for_each(|x| *x = x.max(0.0) * x.max(0.0));
             }
             barrier.wait();
             let outputs = share(width);
-            down_weights.times(up.read(0, n * hidden), hidden, outputs.clone(), &mut unpacked, Common(normed.as_mut_ptr()), width);
-            add(x, width, &outputs, &normed);
+            down_weights.times(up.read(0, n * hidden), hidden, outputs.clone(), unpacked, Common(normed.as_mut_ptr()), width);
+            add(x, width, &outputs, normed);
             barrier.wait();
         }
-        normalise(x.read(0, n * width), width, eps, &mut normed);
+        normalise(x.read(0, n * width), width, eps, normed);
         let outputs = share(vocab_size);
-        model.head.times(&normed, width, outputs.clone(), &mut unpacked, logits, vocab_size);
+        model.head.times(normed, width, outputs.clone(), unpacked, logits, vocab_size);
         for row in 0..n {
             let part = logits.columns(row, vocab_size, &outputs);
             part.iter_mut().for_each(|z| *z = cap * (1.0 - 2.0 / (exp(2.0 * *z / cap) + 1.0)));

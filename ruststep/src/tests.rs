@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
-use crate::kernel::{attention, exp, is_fast, products, Bf16, Element, Rows, F16, GROUP};
+use crate::kernel::{attention, attention_by, exp, is_fast, products, products_by, Bf16, Element, Rows, F16, GROUP};
 use crate::team::together;
 
 fn numbers(count: usize) -> Vec<f32> {
@@ -14,15 +14,17 @@ fn check<E: Element>(weights: impl Fn(f32) -> E) {
     for (rows, size, outputs) in [(1, 1, 1), (1, 24, 17), (2, 7, 9), (3, 64, 12), (4, 33, 5), (7, 96, 30)] {
         let x = numbers(rows * size);
         let w: Vec<E> = numbers(outputs * size).into_iter().map(&weights).collect();
-        let (mut out, mut unpacked) = (vec![f32::NAN; rows * outputs], vec![0.0; GROUP * size]);
-        // SAFETY: the sizes are those of the arrays, and the machine was asked for its vectors.
-        unsafe { products(w.as_ptr(), &Rows { x: &x, size, out: out.as_mut_ptr(), stride: outputs }, 0..outputs, &mut unpacked) };
-        for row in 0..rows {
-            for output in 0..outputs {
-                let terms = (0..size).map(|i| w[output * size + i].value() as f64 * x[row * size + i] as f64);
-                let (sum, most) = terms.fold((0.0, 1.0), |(sum, most), term| (sum + term, most + term.abs()));
-                let found = out[row * outputs + output] as f64;
-                assert!((found - sum).abs() <= 1e-6 * most, "{found} is not {sum} ({rows} rows of {size})");
+        for products in [products, products_by::<E, 8>, products_by::<E, 16>] {
+            let (mut out, mut unpacked) = (vec![f32::NAN; rows * outputs], vec![0.0; GROUP * size]);
+            // SAFETY: the sizes are those of the arrays, and the machine was asked for its vectors.
+            unsafe { products(w.as_ptr(), &Rows { x: &x, size, out: out.as_mut_ptr(), stride: outputs }, 0..outputs, &mut unpacked) };
+            for row in 0..rows {
+                for output in 0..outputs {
+                    let terms = (0..size).map(|i| w[output * size + i].value() as f64 * x[row * size + i] as f64);
+                    let (sum, most) = terms.fold((0.0, 1.0), |(sum, most), term| (sum + term, most + term.abs()));
+                    let found = out[row * outputs + output] as f64;
+                    assert!((found - sum).abs() <= 1e-6 * most, "{found} is not {sum} ({rows} rows of {size})");
+                }
             }
         }
     }
@@ -30,7 +32,7 @@ fn check<E: Element>(weights: impl Fn(f32) -> E) {
 
 #[test]
 fn products_are_sums_of_products() {
-    assert!(is_fast(), "these tests need AVX2");
+    assert!(is_fast(), "these tests need AVX2 or NEON");
     check(|x| x);
     check(|x| Bf16((x.to_bits() >> 16) as u16));
     check(|x| F16(if x < 0.0 { 0xb800 } else { 0x3c00 + (x * 512.0) as u16 })); // -0.5, or from 1 up
@@ -41,15 +43,17 @@ fn products_are_sums_of_products() {
 fn attention_is_a_mean_of_values_by_the_softmax_of_scores() {
     for (count, d) in [(1, 8), (8, 16), (21, 40)] {
         let (q, keys, values) = (numbers(d), numbers(count * d), numbers(count * d + 5));
-        let (mut scores, mut out) = (vec![0.0; count], vec![f32::NAN; d]);
-        // SAFETY: as above
-        unsafe { attention(&q, keys.as_ptr(), values.as_ptr(), count, &mut scores, &mut out) };
         let dot = |s: usize| (0..d).map(|i| q[i] as f64 * keys[s * d + i] as f64).sum::<f64>();
         let weights: Vec<f64> = (0..count).map(|s| (dot(s) / (d as f64).sqrt()).exp()).collect();
-        for (i, found) in out.iter().enumerate() {
-            let sum: f64 = (0..count).map(|s| weights[s] * values[s * d + i] as f64).sum();
-            let expected = sum / weights.iter().sum::<f64>();
-            assert!((*found as f64 - expected).abs() < 1e-5, "{found} is not {expected}");
+        for attention in [attention, attention_by::<8>, attention_by::<16>] {
+            let (mut scores, mut out) = (vec![0.0; count], vec![f32::NAN; d]);
+            // SAFETY: as above
+            unsafe { attention(&q, keys.as_ptr(), values.as_ptr(), count, &mut scores, &mut out) };
+            for (i, found) in out.iter().enumerate() {
+                let sum: f64 = (0..count).map(|s| weights[s] * values[s * d + i] as f64).sum();
+                let expected = sum / weights.iter().sum::<f64>();
+                assert!((*found as f64 - expected).abs() < 1e-5, "{found} is not {expected}");
+            }
         }
     }
 }

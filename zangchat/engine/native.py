@@ -1,8 +1,8 @@
 """One token more in each of a few rows, on a CPU: one call of the crate ruststep.
 
 torch takes a hundred calls for such a step, and each does little. The slow twin is InferenceGPT's
-own way, which larger batches, prompts and GPUs take; so do machines without AVX2, or without the
-crate.
+own way, which larger batches, prompts and GPUs take; so do x86 machines without AVX2, and all
+without the crate.
 """
 
 import itertools
@@ -19,8 +19,7 @@ try:
 except ImportError:  # dev/setup.sh says so if it cannot be compiled
     ruststep = None  # type: ignore[assignment]
 
-# With more rows torch is faster; sooner if it has AVX-512, which the crate does not use.
-MOST_ROWS, MOST_ROWS_AVX512 = 64, 16
+MOST_ROWS = 64  # with more of them torch is faster
 # Of weights. NumPy has no bf16, and the crate's buffers no fp16: their bits as integers.
 DTYPES = {torch.float32: torch.float32, torch.bfloat16: torch.int16, torch.float16: torch.uint16}
 
@@ -64,8 +63,6 @@ class NativeStep:
         *layers, head = arrays
         config = model.config
         self.vocab_size = config.vocab_size
-        widest = torch.backends.cpu.get_cpu_capability()
-        self.most_rows = MOST_ROWS_AVX512 if "AVX512" in widest else MOST_ROWS
         self.step = ruststep.Step(
             heads=config.n_head,
             kv_heads=config.n_kv_head,
@@ -83,7 +80,7 @@ class NativeStep:
 
     def takes(self, idx: Tensor, context: Any) -> bool:
         """Not the rows of a graph, whose lengths only the device knows."""
-        few = idx.size(1) == 1 and idx.size(0) <= self.most_rows
+        few = idx.size(1) == 1 and idx.size(0) <= MOST_ROWS
         return few and isinstance(context, CacheRows) and context.counts
 
     def __call__(self, idx: Tensor, context: CacheRows) -> Tensor:

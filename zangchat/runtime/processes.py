@@ -54,12 +54,18 @@ def prepare_streams() -> None:
 def prepare_threads(env: MutableMapping[str, str] = os.environ) -> None:
     """Let threads that wait for each other on a CPU soon sleep; called before torch is loaded.
 
-    By default they spin for milliseconds, and if another program has one of the cores, the others
-    spin through its turns. For training only: a step of decoding has hundreds of short waits, in
-    which waking up would cost a tenth of the pace. Values of the user's own stay.
+    By default they spin for milliseconds. If another program has one of the cores, the others spin
+    through its turns; and in a step of decoding, which has its own threads, torch's would go on
+    spinning after a prompt. Values of the user's own stay.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & env.keys():
         env["GOMP_SPINCOUNT"] = SPIN_COUNT
+
+
+def restore_threads(env: MutableMapping[str, str] = os.environ) -> None:
+    """As they were, for a program of others that is measured beside ours."""
+    if env.get("GOMP_SPINCOUNT") == SPIN_COUNT:
+        del env["GOMP_SPINCOUNT"]
 
 
 def is_ddp() -> bool:
