@@ -14,7 +14,9 @@ from zangchat.engine.kv_cache import KVCache
 from zangchat.engine.model import InferenceGPT, Int8Product, Product
 from zangchat.gpt import GPT
 
-pytestmark = pytest.mark.skipif(not native.is_available(), reason="a crate for x86 with AVX2, and ARM")
+pytestmark = pytest.mark.skipif(
+    not native.is_available(), reason="a crate for x86 with AVX2, and ARM"
+)
 V = 265  # not a multiple of eight
 
 
