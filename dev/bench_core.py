@@ -49,7 +49,10 @@ def bench(config: Config) -> None:
 
     tokenizer = get_tokenizer()
     device = compute_init(config.device_type)[-1]
-    size = {"vocab_size": tokenizer.get_vocab_size(), "sequence_len": config.max_seq_len}
+    size: dict[str, Any] = {
+        "vocab_size": tokenizer.get_vocab_size(),
+        "sequence_len": config.max_seq_len,
+    }
     model = checkpoint_manager.empty_model(
         schedule.model_config_for_depth(config.depth, config.head_dim, **size), device, config.dtype
     )

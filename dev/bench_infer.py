@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from dev.bench_common import machine, middle, repetition
 from zangchat import configurator, flops
@@ -40,6 +40,7 @@ class Config:
     depth: int = 20
     n_embd: int = 0  # width, a multiple of --head_dim; 0 = from --depth
     head_dim: int = 128
+    arch: Literal["nanochat", "modern"] = "nanochat"
     n_kv_head: int = 0
     max_seq_len: int = 2048
     vocab_size: int = 65536

@@ -15,6 +15,7 @@ class Step:
         outputs: int,
         eps: float,
         cap: float,
+        key_offset: bool,
         embedding: Any,
         layers: Sequence[Sequence[Any]],
         head: Any,

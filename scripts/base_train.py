@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tasks.registry import training_conversations
 from zangchat import configurator, schedule
@@ -35,6 +35,8 @@ class Config(RunConfig):
     head_dim: int = 128  # width of one attention head
     n_kv_head: int = 0  # key/value heads (grouped-query attention); 0 = as many as query heads
     max_seq_len: int = 2048  # context, tokens
+    arch: Literal["nanochat", "modern"] = "nanochat"
+    """modern: half of each key is the token before's; learns faster, no export carries it"""
     head_init_scale: float = 0.0
     """start lm_head as this times the embedding (helps very small models to copy); 0 = small
     random numbers

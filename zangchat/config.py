@@ -85,6 +85,7 @@ class GPTConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     logit_cap: float = 15.0  # logits = cap * tanh(logits / cap)
+    key_offset: bool = False  # half of each key is the token before's: attention.offset_keys
 
     def __post_init__(self) -> None:
         for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
@@ -101,6 +102,11 @@ class GPTConfig:
                 f"the head dimension n_embd/n_head ({self.head_dim}) must be even: RoPE rotates "
                 "pairs",
             )
+        if self.key_offset and self.head_dim % 4:
+            raise ValueError(
+                f"the head dimension n_embd/n_head ({self.head_dim}) must be a multiple of 4: the "
+                "modern architecture halves it once more",
+            )
 
     @property
     def head_dim(self) -> int:
@@ -114,7 +120,9 @@ class GPTConfig:
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without `key_offset` for models without it, which other versions and programs read."""
+        known = asdict(self).items()
+        return {name: value for name, value in known if name != "key_offset" or value}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "GPTConfig":

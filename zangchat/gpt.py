@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from zangchat.config import GPTConfig
-from zangchat.nn.attention import AttentionContext, WithinDocuments, attend
+from zangchat.nn.attention import AttentionContext, WithinDocuments, attend, offset_keys
 from zangchat.nn.functional import relu_squared, rms_norm, rotate
 from zangchat.nn.linear import Linear
 from zangchat.nn.loss import softcap, softcapped_cross_entropy
@@ -56,7 +56,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         self.head_dim, self.n_kv_head = config.head_dim, config.n_kv_head
-        self.eps = config.rms_norm_eps
+        self.eps, self.key_offset = config.rms_norm_eps, config.key_offset
         self.c_q = Linear(config.n_embd, config.n_head * config.head_dim)
         self.c_k = Linear(config.n_embd, config.n_kv_head * config.head_dim)
         self.c_v = Linear(config.n_embd, config.n_kv_head * config.head_dim)
@@ -67,13 +67,23 @@ class Attention(nn.Module):
     ) -> Tensor:
         B, T, C = x.shape
         q, k, v = (c(x).view(B, T, -1, self.head_dim) for c in (self.c_q, self.c_k, self.c_v))
-        q, k = (rms_norm(rotate(part, *rotary), self.eps) for part in (q, k))
+        q, k = (rms_norm(self._turned(part, rotary), self.eps) for part in (q, k))
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # views, as kernels expect them
         mask = None
         if context is not None:
             k, v, mask = context.update(self.layer_idx, k, v)
+        elif self.key_offset:
+            k = offset_keys(k)
         y = attend(q, k, v, mask, backend)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+    def _turned(self, x: Tensor, rotary: Rotary) -> Tensor:
+        """x (B, T, heads, D) by its positions. With `key_offset` in two halves, each of pairs i and
+        i + D/4, so that the second has the slow frequencies."""
+        if not self.key_offset:
+            return rotate(x, *rotary)
+        halves = (part.unflatten(-1, (2, -1)) for part in (x, *rotary))
+        return rotate(*halves).flatten(-2)
 
 
 class MLP(nn.Module):
@@ -253,7 +263,7 @@ class GPT(nn.Module):
         """
         (B, T), config, options, context = idx.shape, self.config, self.options, kv_cache
         if context is None and options.document_start is not None:
-            context = WithinDocuments(idx, options.document_start)
+            context = WithinDocuments(idx, options.document_start, config.key_offset)
         rotary = self._rotary(T, context)
         x = rms_norm(self.wte(idx).to(self.compute_dtype), config.rms_norm_eps)
         records = torch.is_grad_enabled()

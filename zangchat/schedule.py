@@ -35,6 +35,7 @@ def model_config_for_depth(
     *,
     vocab_size: int,
     sequence_len: int,
+    key_offset: bool = False,
 ) -> GPTConfig:
     """The model of one dial: width = 64 x depth, rounded up to whole heads. n_kv_head None or 0 =
     as many as query heads. Raises ValueError."""
@@ -42,6 +43,9 @@ def model_config_for_depth(
         raise ValueError(f"depth={depth} is not possible: a model has at least one layer")
     if head_dim < 2 or head_dim % 2:
         advice = "rotary positions need an even head dimension, such as 64"
+        raise ValueError(f"head_dim={head_dim} is not possible: {advice}")
+    if key_offset and head_dim % 4:
+        advice = "the modern architecture needs a multiple of 4"
         raise ValueError(f"head_dim={head_dim} is not possible: {advice}")
     n_head = -(-depth * WIDTH_PER_LAYER // head_dim)
     if n_kv_head and (n_kv_head < 0 or n_head % n_kv_head):
@@ -55,6 +59,7 @@ def model_config_for_depth(
         n_head=n_head,
         n_kv_head=n_kv_head or n_head,
         n_embd=n_head * head_dim,
+        key_offset=key_offset,
     )
 
 
@@ -87,8 +92,10 @@ def plan_run(
     tokens = ratio * scaling_params(config)
     if target_flops > 0:
         tokens = target_flops / flops_per_token(config)
-    sizes = {"vocab_size": config.vocab_size, "sequence_len": config.sequence_len}
-    reference_tokens = ratio * scaling_params(model_config_for_depth(REFERENCE_DEPTH, **sizes))
+    reference = model_config_for_depth(
+        REFERENCE_DEPTH, vocab_size=config.vocab_size, sequence_len=config.sequence_len
+    )
+    reference_tokens = ratio * scaling_params(reference)
     if total_batch_size == -1:
         total_batch_size = _best_batch(tokens / reference_tokens, config.sequence_len)
     if num_iterations == -1:

@@ -49,7 +49,10 @@ class Sizes:
     repeats: int = 10
 
     def model(self, depth: int | None = None) -> GPTConfig:
-        sizes = {"vocab_size": self.vocab_size, "sequence_len": self.sequence_len}
+        sizes: dict[str, Any] = {
+            "vocab_size": self.vocab_size,
+            "sequence_len": self.sequence_len,
+        }
         return schedule.model_config_for_depth(depth or self.depth, self.head_dim, 0, **sizes)
 
 

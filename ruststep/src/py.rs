@@ -72,7 +72,7 @@ impl Step {
     /// count; rotary (positions, head_dim / 2, 2): cos and -sin. ValueError if they do not fit together, or for a machine without
     /// the vectors.
     #[new]
-    #[pyo3(signature = (*, heads, kv_heads, head_dim, hidden, vocab_size, outputs, eps, cap, embedding, layers, head, rotary))]
+    #[pyo3(signature = (*, heads, kv_heads, head_dim, hidden, vocab_size, outputs, eps, cap, key_offset, embedding, layers, head, rotary))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         heads: usize,
@@ -83,6 +83,7 @@ impl Step {
         outputs: usize,
         eps: f32,
         cap: f32,
+        key_offset: bool,
         embedding: Bound<'_, PyAny>,
         layers: Vec<[Bound<'_, PyAny>; 4]>,
         head: Bound<'_, PyAny>,
@@ -105,7 +106,7 @@ impl Step {
             head: Array::of(&head, outputs, width)?,
             rotary: buffer(&rotary, &[rotary.len()?, head_dim / 2, 2])?,
             embeddings,
-            shape: Shape { width, heads, kv_heads, head_dim, hidden, vocab_size, eps, cap },
+            shape: Shape { width, heads, kv_heads, head_dim, hidden, vocab_size, eps, cap, key_offset },
         })
     }
 
@@ -122,12 +123,12 @@ impl Step {
         out: Bound<'_, PyAny>,
         threads: usize,
     ) -> PyResult<()> {
-        let Shape { kv_heads, head_dim, vocab_size, .. } = self.shape;
+        let Shape { kv_heads, head_dim, vocab_size, key_offset, .. } = self.shape;
         let (.., cache_rows, capacity, _): (usize, usize, usize, usize, usize) = storage.getattr("shape")?.extract()?;
         let stored: PyBuffer<f32> = buffer(&storage, &[self.layers.len(), 2 * kv_heads, cache_rows, capacity, head_dim])?;
         let out: PyBuffer<f32> = buffer(&out, &[rows.len(), vocab_size])?;
         let mut seen = vec![false; cache_rows];
-        let longest = capacity.min(self.rotary.shape()[0]);
+        let longest = capacity.saturating_sub(key_offset.into()).min(self.rotary.shape()[0]);
         let mut fits = |(&row, &length): (&usize, &usize)| row < cache_rows && length < longest && !std::mem::replace(&mut seen[row], true);
         let whole = tokens.len() == rows.len() && lengths.len() == rows.len() && threads > 0 && !stored.readonly() && !out.readonly();
         if !whole || !rows.iter().zip(&lengths).all(&mut fits) || tokens.iter().any(|&token| token >= self.embeddings) {

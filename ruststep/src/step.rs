@@ -52,6 +52,7 @@ pub struct Shape {
     pub vocab_size: usize,
     pub eps: f32,
     pub cap: f32,
+    pub key_offset: bool, // the second half of a key goes one position further: zangchat.nn.attention.offset_keys
 }
 
 pub struct Model<'a> {
@@ -126,7 +127,7 @@ pub type Row = (usize, usize, usize);
 /// kernel::is_fast. Tokens are below the number of embeddings; each row is one of the cache's with room for one more token, and none
 /// is there twice; all these positions have angles; the weights are those of the shape.
 pub unsafe fn step(threads: usize, model: &Model, cache: &mut [f32], places: (usize, usize), rows: &[Row], logits: &mut [f32]) {
-    let (&Shape { width, heads, kv_heads, head_dim, hidden, vocab_size, eps, cap }, n) = (model.shape, rows.len());
+    let (&Shape { width, heads, kv_heads, head_dim, hidden, vocab_size, eps, cap, key_offset }, n) = (model.shape, rows.len());
     let (q_size, qkv_size, group) = (heads * head_dim, (heads + 2 * kv_heads) * head_dim, heads / kv_heads);
     let mut memory = Vec::new();
     let (embedded, rest) = aligned(&mut memory, n * (2 * width + qkv_size + q_size + hidden)).split_at_mut(n * width);
@@ -164,7 +165,13 @@ pub unsafe fn step(threads: usize, model: &Model, cache: &mut [f32], places: (us
                 let (keys, values) = (start(g), start(kv_heads + g));
                 let angles = &model.rotary[length * head_dim..(length + 1) * head_dim];
                 let new = |head: usize| qkv.read(row * qkv_size + head * head_dim, head_dim);
-                turn(new(heads + g), angles, eps, turned, stored.part(keys + length * head_dim, head_dim));
+                turn(new(heads + g), angles, eps, turned, query);
+                let own = if key_offset && length > 0 { head_dim / 2 } else { head_dim };
+                stored.part(keys + length * head_dim, own).copy_from_slice(&query[..own]);
+                if key_offset {
+                    let next = stored.part(keys + (length + 1) * head_dim + head_dim / 2, head_dim / 2);
+                    next.copy_from_slice(&query[head_dim / 2..]);
+                }
                 stored.part(values + length * head_dim, head_dim).copy_from_slice(new(heads + kv_heads + g));
                 for head in g * group..(g + 1) * group {
                     turn(new(head), angles, eps, turned, query);

@@ -20,11 +20,16 @@ pytestmark = pytest.mark.skipif(
 V = 265  # not a multiple of eight
 
 
-@pytest.fixture(params=[(4, 4, 16), (4, 2, 24), (3, 1, 8)], ids=str, scope="module")
+@pytest.fixture(
+    params=[(4, 4, 16, False), (4, 2, 24, False), (3, 1, 8, False), (4, 2, 24, True)],
+    ids=str,
+    scope="module",
+)
 def model(request: pytest.FixtureRequest) -> GPT:
     """Loud random weights: every position and layer matters."""
-    heads, kv_heads, head_dim = request.param
+    heads, kv_heads, head_dim, key_offset = request.param
     sizes = {"n_head": heads, "n_kv_head": kv_heads, "n_embd": heads * head_dim}
+    sizes["key_offset"] = key_offset
     made = GPT(GPTConfig(sequence_len=96, vocab_size=V, n_layer=2, logit_cap=7.0, **sizes))
     generator = torch.Generator().manual_seed(1)
     for parameter in made.parameters():
@@ -54,7 +59,8 @@ def filled(config: GPTConfig, lengths: list[int]) -> KVCache:
     cache.storage.copy_(
         torch.randn(cache.storage.shape, generator=torch.Generator().manual_seed(2))
     )
-    cache.lengths = list(lengths)
+    # a first token's half of a key would be one that is there already
+    cache.lengths = [max(length, config.key_offset) for length in lengths]
     return cache
 
 

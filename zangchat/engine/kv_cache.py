@@ -16,6 +16,7 @@ from torch import Tensor
 from zangchat.config import GPTConfig
 from zangchat.engine.cuda import POSITIONS, row_class, to_device
 from zangchat.errors import UserError
+from zangchat.nn.attention import offset_keys
 
 CACHE_BLOCK = 64  # the length of a cache is a multiple of this
 # Split rows into another attention call only if that saves reading at least this many bytes of a
@@ -47,7 +48,9 @@ class KVCache:
         self.budget = math.inf
         self.longest = _rounded(config.sequence_len)
         self.lengths = [0] * num_rows  # tokens stored, per row; 0 for a row that is not in use
-        size = (num_rows, _rounded(capacity), config.head_dim)
+        # positions more than tokens: the newest token's half of the next key, see offset_keys
+        self.ahead = int(config.key_offset)
+        size = (num_rows, _rounded(capacity + self.ahead), config.head_dim)
         # zeros, not empty: a masked position adds 0 x value, NaN if the memory held one
         heads = 2 * config.n_kv_head
         self._keep(torch.zeros(config.n_layer, heads, *size, dtype=dtype, device=device))
@@ -71,13 +74,15 @@ class KVCache:
         Keeps the tokens stored in these rows; without any, the old memory is freed first. Raises
         UserError if the budget is too small.
         """
-        size, old = self.size_for(num_rows, capacity), self.storage
+        size, old = self.size_for(num_rows, capacity + self.ahead), self.storage
         if size == (self.num_rows, self.capacity):
             return False
         if size is None:
             raise self.too_small(capacity)
         rows, length = min(size[0], self.num_rows), max(self.lengths, default=0)
-        if not length:
+        if length:
+            length += self.ahead
+        else:
             self._keep(old[:, :, :0].clone())
             old = self.storage
         new = old.new_zeros(*old.shape[:2], *size, old.size(4))
@@ -103,11 +108,11 @@ class KVCache:
         """Copy into each row (key) the contents of another one (value), all at once."""
         stored = {}
         for row, source in sorted(sources.items()):
-            stored[row] = self.storage[:, :, source, : self.lengths[source]]
+            stored[row] = self.storage[:, :, source, : self.lengths[source] + self.ahead]
             if source < row and source in sources:  # will be written before it is read
                 stored[row] = stored[row].clone()
         for row, part in stored.items():
-            self.lengths[row] = part.size(2)
+            self.lengths[row] = part.size(2) - self.ahead
             self.storage[:, :, row, : part.size(2)] = part
 
     def rows(self, rows: Sequence[int], groups: Sequence[int] = ()) -> "CacheRows":
@@ -173,18 +178,31 @@ class CacheRows:
         if self._where is None:
             self._prepare(new)
         new_first = new.transpose(0, 1).to(self.cache.storage.dtype)
-        self.cache.layers[layer_idx].index_copy_(1, self._where, new_first)
+        self._write(self.cache.layers[layer_idx], new_first)
         if self.longest == 0:
             k, v = new.view(len(self.rows), -1, *new.shape[1:]).transpose(1, 2).chunk(2, dim=1)
-            return [(k, v, None)]
+            return [(offset_keys(k) if self.cache.ahead else k, v, None)]
         return self._stored[layer_idx]
+
+    def _write(self, layer: Tensor, new: Tensor) -> None:
+        """`new` (2 x G, N, D) into a layer (2 x G, rows x S, D)."""
+        if not self.cache.ahead:
+            layer.index_copy_(1, self._where, new)
+            return
+        G, half = new.size(0) // 2, new.size(-1) // 2
+        (own, moved), (to_own, to_moved) = (x[:G].split(half, dim=-1) for x in (new, layer))
+        layer[G:].index_copy_(1, self._where, new[G:])
+        to_own.index_copy_(1, self._where, own)
+        if self.longest == 0:  # the first token keeps its own
+            to_moved.index_copy_(1, self._where, moved)
+        to_moved.index_copy_(1, self._where + 1, moved)
 
     def _prepare(self, new: Tensor) -> None:
         """Positions, views and masks, which all layers share."""
         B, cache, device = len(self.rows), self.cache, new.device
         T, first = new.size(0) // B, self.rows[0]
         fits = new.size(0) == T * B and new.size(1) == cache.storage.size(1)
-        if not fits or self.longest + T > cache.capacity:
+        if not fits or self.longest + T + cache.ahead > cache.capacity:
             problem = f"no room for {tuple(new.shape)} after {self.longest} tokens"
             raise ValueError(f"{problem} in {B} rows")
         where = self.positions[:, None] + torch.arange(T, device=device)  # (B, T)

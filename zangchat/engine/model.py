@@ -19,7 +19,7 @@ from torch import Tensor
 
 from zangchat.engine import native
 from zangchat.gpt import GPT, rotary_tables
-from zangchat.nn.attention import attend
+from zangchat.nn.attention import attend, offset_keys
 from zangchat.nn.loss import IGNORE
 
 FEW_INT8_ROWS = 8  # up to here the int8 kernel for CPUs beats a product with dequantised weights
@@ -148,7 +148,10 @@ class InferenceGPT:
     def _paired(self, weight: Tensor) -> Tensor:
         """Queries or keys with channel i of a head next to channel i + D/2, so that a rotation is
         one complex product. Norm and scores do not depend on the order."""
-        pairs = weight.unflatten(0, (-1, 2, self.config.head_dim // 2)).transpose(1, 2)
+        span = self.config.head_dim // (
+            2 if self.config.key_offset else 1
+        )  # channels turned as one
+        pairs = weight.unflatten(0, (-1, 2, span // 2)).transpose(1, 2)
         return pairs.reshape(weight.shape)
 
     def get_device(self) -> torch.device:
@@ -183,6 +186,7 @@ class InferenceGPT:
             self._norm(turned, out=turned)
             if kv_cache is None:
                 k, v = (part.transpose(1, 2) for part in heads[:, H:].view(B, T, 2, G, D).unbind(2))
+                k = offset_keys(k) if config.key_offset else k
                 groups: Sequence[tuple[Tensor, Tensor, Tensor | None]] = [(k, v, None)]
             else:
                 groups = kv_cache.store(i, heads[:, H:])

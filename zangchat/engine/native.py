@@ -72,6 +72,7 @@ class NativeStep:
             outputs=config.padded_vocab_size,
             eps=config.rms_norm_eps,
             cap=config.logit_cap,
+            key_offset=config.key_offset,
             embedding=as_array(model.embedding),
             layers=[layers[i : i + 4] for i in range(0, len(layers), 4)],
             head=head,

@@ -133,7 +133,9 @@ class Runner:
         parts = [prompt.tokens[prompt.read : prompt.read + chunk.size] for prompt in prompts]
         rows, start = [prompt.row for prompt in prompts], prompts[0].read
         size = -(-chunk.size // self.prompt_multiple) * self.prompt_multiple
-        size = min(size, self.model.config.sequence_len - start, cache.capacity - start)
+        size = min(
+            size, self.model.config.sequence_len - start, cache.capacity - cache.ahead - start
+        )
         for prompt in prompts:
             cache.lengths[prompt.row] = prompt.read
         idx = padded(parts, self.device, size)

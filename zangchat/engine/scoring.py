@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from zangchat.engine.cuda import padded
-from zangchat.nn.attention import AttentionContext
+from zangchat.nn.attention import AttentionContext, offset_keys
 from zangchat.nn.loss import IGNORE
 
 TOKENS_PER_BATCH = {"cuda": 16_384, "cpu": 1_024}  # positions of a forward pass, with padding
@@ -45,7 +45,8 @@ def score(
         owned = [(owner, row) for owner, i in enumerate(batch) for row in shared[i][1]]
         lengths = [len(shared[i][0]) for i in batch]
         longer = [(owner, row) for owner, row in owned if len(continuations[row]) > 1]
-        context = SharedPrompts(lengths, device) if longer else None
+        offset = model.config.key_offset
+        context = SharedPrompts(lengths, device, offset) if longer else None
         idx = padded([shared[i][0] for i in batch], device)
         last = torch.tensor(lengths, device=device) - 1
         logits = model(idx, kv_cache=context, logits_at=last)[:, 0]
@@ -97,7 +98,10 @@ class SharedPrompts(AttentionContext):
     The first pass, over the prompts, stores. After `serve`, each pass reads.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self, lengths: Sequence[int], device: torch.device, key_offset: bool = False
+    ) -> None:
+        self.key_offset = key_offset
         self.lengths = torch.tensor(lengths, device=device)
         self.positions, self.longest = torch.zeros_like(self.lengths), 0
         self._layers: list[tuple[Tensor, Tensor]] = []  # (P, G, S, D) each
@@ -113,7 +117,7 @@ class SharedPrompts(AttentionContext):
     def update(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         if self._owners is None:
             self._layers.append((k, v))
-            return k, v, None
+            return offset_keys(k) if self.key_offset else k, v, None
         if self._mask is None:
             T, device = k.size(2), k.device
             # (B, S), without the padding of the prompt
@@ -121,6 +125,10 @@ class SharedPrompts(AttentionContext):
             new = torch.ones(T, T, dtype=torch.bool, device=device).tril().expand(len(k), -1, -1)
             self._mask = torch.cat([before[:, None].expand(-1, T, -1), new], dim=2)[:, None]
         keys, values = (part[self._owners] for part in self._layers[layer_idx])
+        if self.key_offset:
+            rows = torch.arange(len(keys), device=k.device)
+            last = keys[rows, :, self.positions - 1, keys.size(-1) // 2 :].unsqueeze(2)
+            keys, k = offset_keys(keys), offset_keys(k, last)
         return torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2), self._mask
 
     def store(self, layer_idx: int, new: Tensor) -> list[tuple[Tensor, Tensor, Tensor | None]]:

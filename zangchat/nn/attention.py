@@ -45,7 +45,8 @@ class AttentionContext(Protocol):
 
     def update(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The new tokens' k, v (B, G, T, D) -> keys and values (B, G, S, D) to attend to, and a
-        mask (B, 1, T, S), None for plain causal attention."""
+        mask (B, 1, T, S), None for plain causal attention. For a model with `key_offset` the keys
+        come as they are and leave by `offset_keys`."""
 
     def advance(self, num_tokens: int) -> None:  # noqa: ARG002
         """T more tokens were read in every row; called once, after the last layer."""
@@ -58,13 +59,28 @@ class WithinDocuments(AttentionContext):
     Positions continue through the row: rotary attention only depends on their differences.
     """
 
-    def __init__(self, idx: Tensor, start: int) -> None:
+    def __init__(self, idx: Tensor, start: int, key_offset: bool = False) -> None:
+        self.first = (idx == start)[:, None, :, None] if key_offset else None  # (B, 1, T, 1)
         document = (idx == start).cumsum(dim=1)  # (B, T)
         self.mask = (document[:, :, None] == document[:, None, :]).tril()[:, None]  # (B, 1, T, T)
         self.positions, self.longest = torch.zeros_like(idx[:, 0]), 0
 
     def update(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:  # noqa: ARG002
+        if self.first is not None:
+            k = torch.where(self.first, k, offset_keys(k))
         return k, v, self.mask
+
+
+def offset_keys(k: Tensor, before: Tensor | None = None) -> Tensor:
+    """k (B, G, T, D) with the second half of its channels moved on by one token.
+
+    `before` (B, G, 1, D/2) is the half of the token before these; without one the first token keeps
+    its own. So one layer finds what followed a token that occurs again, for which two are needed
+    otherwise (modded-nanogpt's partial key offset).
+    """
+    own, moved = k.chunk(2, dim=-1)
+    first = moved[:, :, :1] if before is None else before
+    return torch.cat([own, torch.cat([first, moved[:, :, :-1]], dim=2)], dim=-1)
 
 
 def attend(

@@ -26,10 +26,11 @@ def check(config: Any) -> None:
 
 
 def model_config(config: Any, vocab_size: int) -> GPTConfig:
-    """--depth, --n_embd, --head_dim and --n_kv_head as a GPTConfig; raises UserError naming the
-    flag that does not fit."""
+    """--depth, --n_embd, --head_dim, --n_kv_head and --arch as a GPTConfig; raises UserError naming
+    the flag that does not fit."""
     configurator.check_range(1, config, "depth", "max_seq_len")
     sizes = {"vocab_size": vocab_size, "sequence_len": config.max_seq_len}
+    sizes["key_offset"] = config.arch == "modern"
     head_dim = config.head_dim
     if not config.n_embd:
         try:
