@@ -18,6 +18,7 @@ class Step:
         key_offset: bool,
         embedding: Any,
         layers: Sequence[Sequence[Any]],
+        values: Sequence[Any],
         head: Any,
         rotary: Any,
     ) -> None: ...

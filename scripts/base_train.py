@@ -36,7 +36,9 @@ class Config(RunConfig):
     n_kv_head: int = 0  # key/value heads (grouped-query attention); 0 = as many as query heads
     max_seq_len: int = 2048  # context, tokens
     arch: Literal["nanochat", "modern"] = "nanochat"
-    """modern: half of each key is the token before's; learns faster, no export carries it"""
+    """modern: keys that hold half of the token before, value embeddings: learns more from the same
+    tokens, and no export carries it
+    """
     head_init_scale: float = 0.0
     """start lm_head as this times the embedding (helps very small models to copy); 0 = small
     random numbers

@@ -85,7 +85,9 @@ class GPTConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     logit_cap: float = 15.0  # logits = cap * tanh(logits / cap)
+    # base_train --arch=modern sets both:
     key_offset: bool = False  # half of each key is the token before's: attention.offset_keys
+    value_embeds: bool = False  # every second layer adds a table's row of the token to its values
 
     def __post_init__(self) -> None:
         for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
@@ -112,6 +114,10 @@ class GPTConfig:
     def head_dim(self) -> int:
         return self.n_embd // self.n_head
 
+    def has_value_embed(self, layer: int) -> bool:
+        """Every second layer, the last one among them."""
+        return self.value_embeds and (self.n_layer - layer) % 2 == 1
+
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding and of lm_head: vocab_size rounded up to a multiple of
@@ -120,9 +126,8 @@ class GPTConfig:
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     def to_dict(self) -> dict[str, Any]:
-        """Without `key_offset` for models without it, which other versions and programs read."""
-        known = asdict(self).items()
-        return {name: value for name, value in known if name != "key_offset" or value}
+        """Without what models of the default architecture lack: they stay readable elsewhere."""
+        return {name: value for name, value in asdict(self).items() if value is not False}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "GPTConfig":

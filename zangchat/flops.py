@@ -15,8 +15,8 @@ from zangchat.config import GPTConfig
 
 
 def count_params(config: GPTConfig) -> dict[str, int]:
-    """Parameters as stored (padding rows of the vocabulary included): wte, lm_head, matrices (of
-    all blocks), total.
+    """Parameters as stored (padding rows of the vocabulary included): wte (with the value
+    embeddings), lm_head, matrices (of all blocks), total.
     """
     kv_width = config.n_kv_head * config.head_dim
     # q and output; k and v
@@ -24,7 +24,9 @@ def count_params(config: GPTConfig) -> dict[str, int]:
     mlp = 2 * config.n_embd * 4 * config.n_embd
     table = config.padded_vocab_size * config.n_embd
     matrices = config.n_layer * (attention + mlp)
-    return {"wte": table, "lm_head": table, "matrices": matrices, "total": 2 * table + matrices}
+    values = sum(map(config.has_value_embed, range(config.n_layer)))
+    wte = table + values * config.padded_vocab_size * kv_width
+    return {"wte": wte, "lm_head": table, "matrices": matrices, "total": wte + table + matrices}
 
 
 def scaling_params(config: GPTConfig) -> int:

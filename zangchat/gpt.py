@@ -61,12 +61,25 @@ class Attention(nn.Module):
         self.c_k = Linear(config.n_embd, config.n_kv_head * config.head_dim)
         self.c_v = Linear(config.n_embd, config.n_kv_head * config.head_dim)
         self.c_proj = Linear(config.n_embd, config.n_embd)
+        rows, width = config.padded_vocab_size, config.n_kv_head * config.head_dim
+        self.value_embed = (
+            nn.Embedding(rows, width, _weight=torch.empty(rows, width))
+            if config.has_value_embed(layer_idx)
+            else None
+        )
 
     def forward(
-        self, x: Tensor, rotary: Rotary, context: AttentionContext | None, backend: str
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        context: AttentionContext | None,
+        backend: str,
+        idx: Tensor | None = None,  # for value embeddings
     ) -> Tensor:
         B, T, C = x.shape
         q, k, v = (c(x).view(B, T, -1, self.head_dim) for c in (self.c_q, self.c_k, self.c_v))
+        if self.value_embed is not None:
+            v = v + self.value_embed(idx).to(x.dtype).view(v.shape)
         q, k = (rms_norm(self._turned(part, rotary), self.eps) for part in (q, k))
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # views, as kernels expect them
         mask = None
@@ -104,9 +117,14 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, rotary: Rotary, context: AttentionContext | None, backend: str
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        context: AttentionContext | None,
+        backend: str,
+        idx: Tensor | None = None,  # for value embeddings
     ) -> Tensor:
-        x = x + self.attn(rms_norm(x, self.eps), rotary, context, backend)
+        x = x + self.attn(rms_norm(x, self.eps), rotary, context, backend, idx)
         return x + self.mlp(rms_norm(x, self.eps))
 
 
@@ -125,6 +143,11 @@ def rotary_tables(config: GPTConfig, length: int, device: torch.device) -> tuple
     frequencies = 1.0 / config.rope_theta ** (channels / config.head_dim)
     angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequencies
     return angles.cos(), angles.sin()
+
+
+def is_embedding(name: str) -> bool:
+    """Whether the parameter of this name is a table of which passes look up rows."""
+    return name.endswith(("wte.weight", "value_embed.weight"))
 
 
 class GPT(nn.Module):
@@ -162,7 +185,7 @@ class GPT(nn.Module):
         """
         self.compute_dtype = dtype
         for name, parameter in self.named_parameters():
-            is_bf16_embedding = name == "transformer.wte.weight" and dtype == torch.bfloat16
+            is_bf16_embedding = is_embedding(name) and dtype == torch.bfloat16
             stored = dtype if is_bf16_embedding or not keep_masters else torch.float32
             parameter.data = parameter.data.to(stored)
 
@@ -187,7 +210,8 @@ class GPT(nn.Module):
     ) -> None:
         """Fill every parameter and the rotary tables, on any device. Drawn in fp32, then rounded.
 
-        Matrices that read the residual stream: uniform with standard deviation 1/sqrt(n_embd).
+        Matrices that read the residual stream, value embeddings: uniform with standard deviation
+        1/sqrt(n_embd).
         Matrices that write to it: zero, so that each block starts as the identity. Embedding:
         normal(0, 1). Head: normal(0, 0.001), or `head_init_scale` (> 0) times the embedding, which
         relates the output row of a token to its input row: small models learn to copy far earlier.
@@ -266,6 +290,7 @@ class GPT(nn.Module):
             context = WithinDocuments(idx, options.document_start, config.key_offset)
         rotary = self._rotary(T, context)
         x = rms_norm(self.wte(idx).to(self.compute_dtype), config.rms_norm_eps)
+        tokens = (idx,) if config.value_embeds else ()
         records = torch.is_grad_enabled()
         run: Callable[..., Any] = train_block if records else read_block
         if options.compile_backend is not None and kv_cache is None:
@@ -273,7 +298,7 @@ class GPT(nn.Module):
         if records and options.grad_checkpoint:
             run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
         for block in cast(nn.ModuleList, self.transformer["h"]):
-            x = run(block, x, rotary, context, options.attention)
+            x = run(block, x, rotary, context, options.attention, *tokens)
         x = rms_norm(x, config.rms_norm_eps)
         if context is not None:
             context.advance(T)

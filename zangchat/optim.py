@@ -25,6 +25,7 @@ from zangchat.muon import Muon
 from zangchat.sharded import GradientSums, Params, ShardedOptimizer
 
 Shards = dict[str, dict[str, Any]]
+VALUE_LR = 0.5  # of the embedding's rate, for value embeddings
 
 
 class SGD(ShardedOptimizer):
@@ -214,7 +215,9 @@ def build_optimizer(
         raise ValueError(f"unknown optimizer kind {kind!r}; there are {', '.join(OPTIMIZERS)}")
     named = {name.removeprefix("_orig_mod."): p for name, p in model.named_parameters()}
     embedding, head = named["transformer.wte.weight"], named["lm_head.weight"]
-    matrices = [p for p in named.values() if p is not embedding and p is not head]
+    values = [p for name, p in named.items() if name.endswith("value_embed.weight")]
+    tables = {embedding, head, *values}
+    matrices = [p for p in named.values() if p not in tables]
     if wrong := [name for name, p in named.items() if p.dim() != 2]:
         problem = "no optimizer is planned for parameters that are not matrices"
         place = "zangchat/optim.py:build_optimizer"
@@ -223,6 +226,7 @@ def build_optimizer(
     groups: list[dict[str, Any]] = [
         {"params": [embedding], "lr": embedding_lr},
         {"params": [head], "lr": unembedding_lr},
+        *([{"params": values, "lr": VALUE_LR * embedding_lr}] if values else []),
         {"params": matrices, "lr": matrix_lr, "weight_decay": weight_decay},
     ]
     ranks, optimizers = {"rank": rank, "world_size": world_size}, list[ShardedOptimizer]()

@@ -62,17 +62,19 @@ struct Step {
     embeddings: usize,
     embedding: Array,
     layers: Vec<[Array; 4]>,
+    values: Vec<Option<Array>>,
     head: Array,
     rotary: PyBuffer<f32>,
 }
 
 #[pymethods]
 impl Step {
-    /// embedding (embeddings, width); `layers`: qkv, out, up and down of each; head (outputs, width), of which the first vocab_size
+    /// embedding (embeddings, width); `layers`: qkv, out, up and down of each; `values` of each: None, or (embeddings, kv_heads x
+    /// head_dim); head (outputs, width), of which the first vocab_size
     /// count; rotary (positions, head_dim / 2, 2): cos and -sin. ValueError if they do not fit together, or for a machine without
     /// the vectors.
     #[new]
-    #[pyo3(signature = (*, heads, kv_heads, head_dim, hidden, vocab_size, outputs, eps, cap, key_offset, embedding, layers, head, rotary))]
+    #[pyo3(signature = (*, heads, kv_heads, head_dim, hidden, vocab_size, outputs, eps, cap, key_offset, embedding, layers, values, head, rotary))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         heads: usize,
@@ -86,13 +88,20 @@ impl Step {
         key_offset: bool,
         embedding: Bound<'_, PyAny>,
         layers: Vec<[Bound<'_, PyAny>; 4]>,
+        values: Vec<Option<Bound<'_, PyAny>>>,
         head: Bound<'_, PyAny>,
         rotary: Bound<'_, PyAny>,
     ) -> PyResult<Self> {
         let (embeddings, width): (usize, usize) = embedding.getattr("shape")?.extract()?;
         let grouped = kv_heads > 0 && heads % kv_heads == 0 && head_dim > 0 && head_dim % 8 == 0;
         let embedding = Array::of(&embedding, embeddings, width)?;
-        if !grouped || width == 0 || matches!(embedding, Array::Int8(..)) || vocab_size > outputs || !is_fast() {
+        if !grouped
+            || width == 0
+            || values.len() != layers.len()
+            || matches!(embedding, Array::Int8(..))
+            || vocab_size > outputs
+            || !is_fast()
+        {
             return bad("no step for this shape, or on this machine");
         }
         let layers = layers.iter().map(|[qkv, out, up, down]| {
@@ -100,7 +109,13 @@ impl Step {
             let (qkv, out) = (Array::of(qkv, qkv_size, width)?, Array::of(out, width, q_size)?);
             Ok([qkv, out, Array::of(up, hidden, width)?, Array::of(down, width, hidden)?])
         });
+        let values = values.iter().map(|table| table.as_ref().map(|table| Array::of(table, embeddings, kv_heads * head_dim)).transpose());
+        let values = values.collect::<PyResult<Vec<_>>>()?;
+        if values.iter().flatten().any(|table| matches!(table, Array::Int8(..))) {
+            return bad("value embeddings are f32, bf16 or fp16");
+        }
         Ok(Step {
+            values,
             layers: layers.collect::<PyResult<_>>()?,
             embedding,
             head: Array::of(&head, outputs, width)?,
@@ -142,6 +157,7 @@ impl Step {
                 shape: &self.shape,
                 embedding: self.embedding.weights(),
                 layers: self.layers.iter().map(|four| [0, 1, 2, 3].map(|i| four[i].weights())).collect(),
+                values: self.values.iter().map(|table| table.as_ref().map(|table| table.weights())).collect(),
                 head: self.head.weights(),
                 rotary: items(&self.rotary),
             };

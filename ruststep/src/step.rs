@@ -22,6 +22,20 @@ pub enum Weights<'a> {
 }
 
 impl Weights<'_> {
+    /// Adds row `index` to as many numbers.
+    fn add_row(&self, index: usize, to: &mut [f32]) {
+        fn add<E: Element>(table: &[E], index: usize, to: &mut [f32]) {
+            let size = to.len();
+            to.iter_mut().zip(&table[index * size..][..size]).for_each(|(to, w)| *to += w.value());
+        }
+        match *self {
+            Weights::F32(w) => add(w, index, to),
+            Weights::Bf16(w) => add(w, index, to),
+            Weights::F16(w) => add(w, index, to),
+            Weights::Int8(..) => unreachable!("Step::new refuses it"),
+        }
+    }
+
     /// These `outputs` of all rows. `unpacked`: see kernel::products.
     ///
     /// # Safety
@@ -58,7 +72,8 @@ pub struct Shape {
 pub struct Model<'a> {
     pub shape: &'a Shape,
     pub embedding: Weights<'a>,
-    pub layers: Vec<[Weights<'a>; 4]>, // qkv, out, up, down
+    pub layers: Vec<[Weights<'a>; 4]>,    // qkv, out, up, down
+    pub values: Vec<Option<Weights<'a>>>, // of each layer: what a token's values get in addition (embeddings, kv_heads x head_dim)
     pub head: Weights<'a>,
     pub rotary: &'a [f32], // cos and -sin (positions, head_dim / 2, 2), for pairs of neighbouring channels
 }
@@ -132,13 +147,7 @@ pub unsafe fn step(threads: usize, model: &Model, cache: &mut [f32], places: (us
     let mut memory = Vec::new();
     let (embedded, rest) = aligned(&mut memory, n * (2 * width + qkv_size + q_size + hidden)).split_at_mut(n * width);
     for (&(token, ..), to) in rows.iter().zip(embedded.chunks_exact_mut(width)) {
-        let from = token * width..(token + 1) * width;
-        match model.embedding {
-            Weights::F32(w) => to.copy_from_slice(&w[from]),
-            Weights::Bf16(w) => to.iter_mut().zip(&w[from]).for_each(|(to, w)| *to = w.value()),
-            Weights::F16(w) => to.iter_mut().zip(&w[from]).for_each(|(to, w)| *to = w.value()),
-            Weights::Int8(..) => unreachable!("Step::new refuses it"),
-        }
+        model.embedding.add_row(token, to);
     }
     let (x, rest) = rest.split_at_mut(n * width);
     normalise(embedded, width, eps, x);
@@ -160,7 +169,7 @@ pub unsafe fn step(threads: usize, model: &Model, cache: &mut [f32], places: (us
             // a head of keys of a row at a time, with its queries
             for task in (thread..n * kv_heads).step_by(of) {
                 let (row, g) = (task / kv_heads, task % kv_heads);
-                let (_, index, length) = rows[row];
+                let (token, index, length) = rows[row];
                 let start = |head: usize| ((i * 2 * kv_heads + head) * cache_rows + index) * capacity * head_dim;
                 let (keys, values) = (start(g), start(kv_heads + g));
                 let angles = &model.rotary[length * head_dim..(length + 1) * head_dim];
@@ -172,7 +181,11 @@ pub unsafe fn step(threads: usize, model: &Model, cache: &mut [f32], places: (us
                     let next = stored.part(keys + (length + 1) * head_dim + head_dim / 2, head_dim / 2);
                     next.copy_from_slice(&query[head_dim / 2..]);
                 }
-                stored.part(values + length * head_dim, head_dim).copy_from_slice(new(heads + kv_heads + g));
+                let value = stored.part(values + length * head_dim, head_dim);
+                value.copy_from_slice(new(heads + kv_heads + g));
+                if let Some(table) = model.values[i] {
+                    table.add_row(token * kv_heads + g, value);
+                }
                 for head in g * group..(g + 1) * group {
                     turn(new(head), angles, eps, turned, query);
                     let out = attended.part(row * q_size + head * head_dim, head_dim);

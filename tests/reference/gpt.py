@@ -42,7 +42,9 @@ def logits(weights: dict[str, Tensor], config: GPTConfig, tokens: list[int]) -> 
         ) -> list[Tensor]:
             projected = (w[f"{name}attn.{part}.weight"] @ normed[t]).split(head_dim)
             if part == "c_v":
-                return list(projected)
+                table = w.get(f"{name}attn.value_embed.weight")
+                own = torch.zeros(()) if table is None else table[tokens[t]]
+                return list((torch.cat(projected) + own).split(head_dim))
             return [_norm(_rotate(head, t, config.rope_theta, spans), eps) for head in projected]
 
         q, k, v = ([heads(part, t) for t in range(len(xs))] for part in ("c_q", "c_k", "c_v"))

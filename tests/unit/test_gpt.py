@@ -65,11 +65,12 @@ class RowCache:
         self.positions = self.positions + num_tokens
 
 
-@pytest.mark.parametrize("key_offset", [False, True])
+@pytest.mark.parametrize("modern", [False, True])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
-def test_logits_equal_the_formulas(heads: tuple[int, int], key_offset: bool) -> None:
+def test_logits_equal_the_formulas(heads: tuple[int, int], modern: bool) -> None:
     sizes = {"n_head": heads[0], "n_kv_head": heads[1], "n_embd": 32}
-    config = GPTConfig(sequence_len=8, vocab_size=70, n_layer=2, key_offset=key_offset, **sizes)
+    sizes |= {"key_offset": modern, "value_embeds": modern}
+    config = GPTConfig(sequence_len=8, vocab_size=70, n_layer=3, **sizes)
     model, idx = lively_model(config), tokens(2, 7)
     got = model(idx)
     assert got.shape == (2, 7, 70) and got.dtype == torch.float32

@@ -27,9 +27,9 @@ V = 265  # not a multiple of eight
 )
 def model(request: pytest.FixtureRequest) -> GPT:
     """Loud random weights: every position and layer matters."""
-    heads, kv_heads, head_dim, key_offset = request.param
+    heads, kv_heads, head_dim, modern = request.param
     sizes = {"n_head": heads, "n_kv_head": kv_heads, "n_embd": heads * head_dim}
-    sizes["key_offset"] = key_offset
+    sizes |= {"key_offset": modern, "value_embeds": modern}
     made = GPT(GPTConfig(sequence_len=96, vocab_size=V, n_layer=2, logit_cap=7.0, **sizes))
     generator = torch.Generator().manual_seed(1)
     for parameter in made.parameters():

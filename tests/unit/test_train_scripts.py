@@ -235,6 +235,15 @@ def test_conversations_of_a_row_can_be_kept_apart(before):
     assert len(first) == 2 and first[0] != first[1] and abs(first[0] - first[1]) < 1
 
 
+def test_the_modern_architecture_trains_through_the_stages(base, before):
+    assert base_train.main(base_flags(base, "--arch=modern", "--model_tag=modern")) == 0
+    values = [line["loss"] for line in metrics(before, "base", "modern") if "loss" in line]
+    assert values[-1] < values[0] - 0.3
+    assert chat_sft.main(sft_flags(base, "--source=base", "--model_tag=modern")) == 0
+    model, _, _ = checkpoint_manager.load_model("sft", "cpu", "eval", "modern")
+    assert model.config.key_offset and model.config.value_embeds
+
+
 def test_later_stages_inherit_the_settings_of_the_model(base):
     before = checkpoint_manager.read_meta(folder(base, "base"), 10)["user_config"]
     for stage in ("mid", "sft"):

@@ -97,6 +97,12 @@ class Layer(NamedTuple):
     down: Product
 
 
+def value_tables(model: GPT) -> list[Tensor | None]:
+    """The value embeddings of each layer, or None."""
+    tables = [block.attn.value_embed for block in cast(Any, model.transformer["h"])]
+    return [None if table is None else table.weight.data for table in tables]
+
+
 class InferenceGPT:
     """A snapshot of a GPT for decoding, until `refresh`.
 
@@ -114,6 +120,7 @@ class InferenceGPT:
         self.attention_backend = model.options.attention
         self.device, dtype = model.get_device(), model.compute_dtype
         self.embedding = model.wte.weight.data.to(dtype)
+        self.values = [None if table is None else table.to(dtype) for table in value_tables(model)]
         *blocks, self.head = map(PRODUCTS[quantize], self._weights(model))
         self.layers = [Layer(*blocks[i : i + 4]) for i in range(0, len(blocks), 4)]
         # a cache may be longer than the context, by less than its block
@@ -132,6 +139,9 @@ class InferenceGPT:
     def refresh(self, model: GPT) -> None:
         """Take over the weights of the model as they are now. Captured CUDA graphs stay valid."""
         self.embedding.copy_(model.wte.weight.data)
+        for table, new in zip(self.values, value_tables(model), strict=True):
+            if table is not None and new is not None:
+                table.copy_(new)
         products = [*itertools.chain.from_iterable(self.layers), self.head]
         for mine, weight in zip(products, self._weights(model), strict=True):
             mine.refresh(weight)
@@ -181,6 +191,8 @@ class InferenceGPT:
         for i, layer in enumerate(self.layers):
             qkv = layer.qkv(self._norm(x))
             heads = qkv.view(B * T, -1, D)
+            if (table := self.values[i]) is not None:
+                heads[:, H + G :] += F.embedding(idx.reshape(-1), table).view(B * T, G, D)
             turned = heads[:, : H + G]
             self._rotate(turned, angles)
             self._norm(turned, out=turned)

@@ -75,6 +75,7 @@ class NativeStep:
             key_offset=config.key_offset,
             embedding=as_array(model.embedding),
             layers=[layers[i : i + 4] for i in range(0, len(layers), 4)],
+            values=[None if table is None else as_array(table) for table in model.values],
             head=head,
             rotary=as_array(torch.view_as_real(model.rotary).squeeze(1)),
         )

@@ -30,12 +30,12 @@ def model_config(config: Any, vocab_size: int) -> GPTConfig:
     the flag that does not fit."""
     configurator.check_range(1, config, "depth", "max_seq_len")
     sizes = {"vocab_size": vocab_size, "sequence_len": config.max_seq_len}
-    sizes["key_offset"] = config.arch == "modern"
+    modern = config.arch == "modern"
     head_dim = config.head_dim
     if not config.n_embd:
         try:
             return schedule.model_config_for_depth(
-                config.depth, head_dim, config.n_kv_head, **sizes
+                config.depth, head_dim, config.n_kv_head, modern=modern, **sizes
             )
         except ValueError as error:  # it begins with the parameter's name, which is the flag's
             raise UserError(f"--{error}") from None
@@ -49,6 +49,8 @@ def model_config(config: Any, vocab_size: int) -> GPTConfig:
             n_head=heads,
             n_kv_head=config.n_kv_head or heads,
             n_embd=config.n_embd,
+            key_offset=modern,
+            value_embeds=modern,
             **sizes,
         )
     except ValueError as error:

@@ -1,5 +1,4 @@
-"""`--arch=modern`, whose keys hold half of the token before's: every way to read it, and who refuses
-it."""
+"""`--arch=modern`: every way to read it, and who refuses it."""
 
 from pathlib import Path
 
@@ -11,9 +10,11 @@ from zangchat.config import GPTConfig
 from zangchat.engine import Engine, Request
 from zangchat.engine.scoring import score
 from zangchat.errors import UserError
+from zangchat.flops import count_params
 from zangchat.gpt import GPT, ForwardOptions
 from zangchat.hf.exporting import check_exportable
 from zangchat.nn.attention import offset_keys
+from zangchat.optim import build_optimizer
 
 START = 3
 
@@ -21,7 +22,8 @@ START = 3
 @pytest.fixture(scope="module")
 def model() -> GPT:
     sizes = {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 64}
-    made = GPT(GPTConfig(sequence_len=160, vocab_size=265, key_offset=True, **sizes))
+    modern = {"key_offset": True, "value_embeds": True}
+    made = GPT(GPTConfig(sequence_len=160, vocab_size=265, **sizes, **modern))
     generator = torch.Generator().manual_seed(1)
     for parameter in made.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
@@ -98,12 +100,31 @@ def test_a_document_reads_nothing_of_the_one_before(model: GPT) -> None:
 
 def test_the_setting_is_saved_only_for_models_that_have_it(model: GPT) -> None:
     assert GPTConfig.from_dict(model.config.to_dict()) == model.config
-    assert "key_offset" not in GPTConfig().to_dict()  # which other versions read
+    assert not {"key_offset", "value_embeds"} & set(GPTConfig().to_dict())
     with pytest.raises(ValueError, match="multiple of 4"):
         GPTConfig(n_embd=36, n_head=6, n_kv_head=6, key_offset=True)
 
 
 @pytest.mark.parametrize("format", ["nanochat", "apertus", "mlx", "gguf", "ctranslate2"])
 def test_no_export_carries_it(model: GPT, format: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"--format={format} has no place for key_offset"):
+    with pytest.raises(
+        UserError, match=f"--format={format} has no place for key_offset, value_embeds"
+    ):
         check_exportable(model, ByteTokenizer(), format)
+
+
+def test_value_embeddings_are_counted_and_learn_at_half_the_rate_of_the_embedding(
+    model: GPT,
+) -> None:
+    assert count_params(model.config)["total"] == sum(p.numel() for p in model.parameters())
+    rates = {"embedding_lr": 0.3, "unembedding_lr": 0.1, "matrix_lr": 0.02}
+    groups = build_optimizer(model, **rates).param_groups
+    names = {p: name for name, p in model.named_parameters()}
+    rate = {names[p]: group["lr"] for group in groups for p in group["params"]}
+    assert rate.keys() == set(names.values())
+    assert rate["transformer.h.1.attn.value_embed.weight"] == 0.15  # of two layers the last
+    assert "transformer.h.0.attn.value_embed.weight" not in rate
+    model.set_compute_dtype(torch.bfloat16)
+    stored = {name: p.dtype for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
+    model.set_compute_dtype(torch.float32)
+    assert set(stored) == {"transformer.wte.weight", "transformer.h.1.attn.value_embed.weight"}
