@@ -23,7 +23,13 @@ class ByteTokenizer(RustBPETokenizer):
 
 
 def lively_model(
-    vocab_size: int, sequence_len: int, n_layer: int, n_embd: int, seed: int, std: float = 0.3
+    vocab_size: int,
+    sequence_len: int,
+    n_layer: int,
+    n_embd: int,
+    seed: int,
+    std: float = 0.3,
+    **architecture: bool,
 ) -> GPT:
     """A random model with two heads and weights large enough to affect the logits."""
     torch.manual_seed(seed)
@@ -35,6 +41,7 @@ def lively_model(
             n_head=2,
             n_kv_head=2,
             n_embd=n_embd,
+            **architecture,
         )
     )
     model.init_weights()

@@ -29,9 +29,11 @@ TOKENIZER = ByteTokenizer()
 VOCAB = TOKENIZER.get_vocab_size()
 
 
-@pytest.fixture(scope="module")
-def model() -> GPT:
-    return lively_model(VOCAB, sequence_len=200, n_layer=2, n_embd=32, seed=1).eval()
+@pytest.fixture(scope="module", params=["nanochat", "modern"])
+def model(request: pytest.FixtureRequest) -> GPT:
+    modern = request.param == "modern"
+    made = {"key_offset": modern, "value_embeds": modern}
+    return lively_model(VOCAB, sequence_len=200, n_layer=2, n_embd=32, seed=1, **made).eval()
 
 
 @pytest.fixture

@@ -90,7 +90,7 @@ class DecodeGraphs:
         B, lengths = idx.size(0), self.cache.lengths
         rows = min(row_class(B), self.cache.num_rows)
         end = -(-(max(lengths[:rows]) + 1) // POSITIONS) * POSITIONS
-        end = min(end, self.cache.capacity)
+        end = min(end, self.cache.capacity - self.cache.ahead)
         places = to_device(lengths[:rows], torch.int64, self.device)
         with on_device(self.device):
             if (rows, end) not in self.graphs:

@@ -74,7 +74,7 @@ class KVCache:
         Keeps the tokens stored in these rows; without any, the old memory is freed first. Raises
         UserError if the budget is too small.
         """
-        size, old = self.size_for(num_rows, capacity + self.ahead), self.storage
+        size, old = self.size_for(num_rows, capacity), self.storage
         if size == (self.num_rows, self.capacity):
             return False
         if size is None:
@@ -94,7 +94,7 @@ class KVCache:
 
     def size_for(self, num_rows: int, capacity: int) -> tuple[int, int] | None:
         """(rows, capacity) to have: as now, grown by a class or tightly; None beyond the budget."""
-        now = self.num_rows, self.capacity
+        now, capacity = (self.num_rows, self.capacity), capacity + self.ahead
         if num_rows <= now[0] and capacity <= now[1]:
             return now
         rows, tight = row_class(num_rows), _rounded(capacity)
