@@ -224,7 +224,9 @@ def test_the_steps_of_rl_share_graphs_and_follow_the_weights(
 
 
 def test_int8_weights_are_refreshed_in_their_memory(model: GPT) -> None:
-    other = lively_model(VOCAB, sequence_len=200, n_layer=2, n_embd=32, seed=2).eval()
+    other = GPT(model.config).eval()
+    for parameter in other.parameters():
+        parameter.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(2))
     mine, idx = InferenceGPT(model, "int8"), torch.tensor([prompt(1, 20)])
     memory = mine.layers[0].up.weight.data_ptr()
     mine.refresh(other)

@@ -156,12 +156,10 @@ class InferenceGPT:
         yield model.lm_head.weight.data.to(self.compute_dtype)
 
     def _paired(self, weight: Tensor) -> Tensor:
-        """Queries or keys with channel i of a head next to channel i + D/2, so that a rotation is
-        one complex product. Norm and scores do not depend on the order."""
-        span = self.config.head_dim // (
-            2 if self.config.key_offset else 1
-        )  # channels turned as one
-        pairs = weight.unflatten(0, (-1, 2, span // 2)).transpose(1, 2)
+        """Queries or keys with the channels of a pair side by side, so that a rotation is one
+        complex product. Norm and scores do not depend on the order."""
+        halves = 2 if self.config.key_offset else 1  # that turn apart, see gpt.Attention._turned
+        pairs = weight.unflatten(0, (-1, 2, self.config.head_dim // 2 // halves)).transpose(1, 2)
         return pairs.reshape(weight.shape)
 
     def get_device(self) -> torch.device:
