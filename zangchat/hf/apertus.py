@@ -22,7 +22,7 @@ from torch import Tensor
 
 from zangchat.config import GPTConfig
 from zangchat.hf.check import check_export
-from zangchat.hf.directory import write_json, write_tokenizer, write_weights
+from zangchat.hf.directory import UNCAPPED, write_json, write_tokenizer, write_weights
 from zangchat.hf.format import DTYPES, LAYER_NAMES, hf_config
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def write(
     base = meta["stage"] == "base"
     write_weights(apertus_weights(model), folder, DTYPES[dtype])
     write_json(folder / "config.json", apertus_config(model.config, tokenizer, base, dtype))
-    write_tokenizer(model.config, tokenizer, base, folder)
+    write_tokenizer(model.config, tokenizer, base, folder, UNCAPPED)
     return check_export(folder, model, tokenizer, ARCHITECTURE, TOLERANCES[dtype])
 
 

@@ -17,7 +17,7 @@ from zangchat.config import GPTConfig
 from zangchat.errors import UserError
 from zangchat.flops import count_params
 from zangchat.hf.apertus import ALPHA_N, ALPHA_P, BETA, EPS, apertus_weights
-from zangchat.hf.directory import CHAT_TEMPLATE, SETTINGS
+from zangchat.hf.directory import CHAT_TEMPLATE, UNCAPPED
 from zangchat.hf.tokenizer import merge_strings, token_strings
 from zangchat.runtime.files import atomic_write
 from zangchat.tokenizer import SPLIT_PATTERN
@@ -203,9 +203,9 @@ def modelfile(config: GPTConfig, base: bool) -> str:
     lines += [
         'PARAMETER stop "<|bos|>"',
         f"PARAMETER num_ctx {config.sequence_len}",
-        f"PARAMETER num_predict {min(SETTINGS['max_new_tokens'], config.sequence_len)}",
-        f"PARAMETER temperature {SETTINGS['temperature']}",
-        f"PARAMETER top_k {SETTINGS['top_k']}",
+        f"PARAMETER num_predict {min(UNCAPPED['max_new_tokens'], config.sequence_len)}",
+        f"PARAMETER temperature {UNCAPPED['temperature']}",
+        f"PARAMETER top_k {UNCAPPED['top_k']}",
         "PARAMETER top_p 1.0",
         "PARAMETER min_p 0.0",
         "PARAMETER repeat_penalty 1.0",
