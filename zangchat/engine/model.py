@@ -22,6 +22,7 @@ from zangchat.gpt import GPT, rotary_tables
 from zangchat.nn.attention import attend, offset_keys
 from zangchat.nn.loss import IGNORE
 
+Group = tuple[Tensor, Tensor, Tensor | None]  # of rows: keys, values (B, G, S, D), mask
 FEW_INT8_ROWS = 8  # up to here the int8 kernel for CPUs beats a product with dequantised weights
 
 
@@ -97,10 +98,10 @@ class Layer(NamedTuple):
     down: Product
 
 
-def value_tables(model: GPT) -> list[Tensor | None]:
-    """The value embeddings of each layer, or None."""
+def value_tables(model: GPT) -> dict[int, Tensor]:
+    """The value embeddings, by layer."""
     tables = [block.attn.value_embed for block in cast(Any, model.transformer["h"])]
-    return [None if table is None else table.weight.data for table in tables]
+    return {i: table.weight.data for i, table in enumerate(tables) if table is not None}
 
 
 class InferenceGPT:
@@ -120,7 +121,7 @@ class InferenceGPT:
         self.attention_backend = model.options.attention
         self.device, dtype = model.get_device(), model.compute_dtype
         self.embedding = model.wte.weight.data.to(dtype)
-        self.values = [None if table is None else table.to(dtype) for table in value_tables(model)]
+        self.values = {i: table.to(dtype) for i, table in value_tables(model).items()}
         *blocks, self.head = map(PRODUCTS[quantize], self._weights(model))
         self.layers = [Layer(*blocks[i : i + 4]) for i in range(0, len(blocks), 4)]
         # a cache may be longer than the context, by less than its block
@@ -139,9 +140,8 @@ class InferenceGPT:
     def refresh(self, model: GPT) -> None:
         """Take over the weights of the model as they are now. Captured CUDA graphs stay valid."""
         self.embedding.copy_(model.wte.weight.data)
-        for table, new in zip(self.values, value_tables(model), strict=True):
-            if table is not None and new is not None:
-                table.copy_(new)
+        for i, table in value_tables(model).items():
+            self.values[i].copy_(table)
         products = [*itertools.chain.from_iterable(self.layers), self.head]
         for mine, weight in zip(products, self._weights(model), strict=True):
             mine.refresh(weight)
@@ -189,17 +189,12 @@ class InferenceGPT:
         for i, layer in enumerate(self.layers):
             qkv = layer.qkv(self._norm(x))
             heads = qkv.view(B * T, -1, D)
-            if (table := self.values[i]) is not None:
-                heads[:, H + G :] += F.embedding(idx.reshape(-1), table).view(B * T, G, D)
+            if i in self.values:
+                heads[:, H + G :] += F.embedding(idx.reshape(-1), self.values[i]).view(-1, G, D)
             turned = heads[:, : H + G]
             self._rotate(turned, angles)
             self._norm(turned, out=turned)
-            if kv_cache is None:
-                k, v = (part.transpose(1, 2) for part in heads[:, H:].view(B, T, 2, G, D).unbind(2))
-                k = offset_keys(k) if config.key_offset else k
-                groups: Sequence[tuple[Tensor, Tensor, Tensor | None]] = [(k, v, None)]
-            else:
-                groups = kv_cache.store(i, heads[:, H:])
+            groups = self._groups(i, heads[:, H:], B, kv_cache)
             q = heads[:, :H].view(B, T, H, D).transpose(1, 2)
             y = self._attend(q, groups).transpose(1, 2).reshape(B * T, -1)
             if logits_at is not None and i == len(self.layers) - 1:  # the only rows to be read
@@ -218,7 +213,14 @@ class InferenceGPT:
             return losses.view(B, T)
         return logits.view(B, -1, config.vocab_size)
 
-    def _attend(self, q: Tensor, groups: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor:
+    def _groups(self, layer: int, new: Tensor, B: int, kv_cache: Any) -> Sequence[Group]:
+        """What the rows attend to, for new keys and values (N, 2 x G, D)."""
+        if kv_cache is not None:
+            return cast(Sequence[Group], kv_cache.store(layer, new))
+        k, v = new.view(B, -1, *new.shape[1:]).transpose(1, 2).chunk(2, dim=1)
+        return [(offset_keys(k) if self.config.key_offset else k, v, None)]
+
+    def _attend(self, q: Tensor, groups: Sequence[Group]) -> Tensor:
         """Attention of q (B, H, T, D), whose rows are those of the groups in turn."""
         if len(groups) == 1:
             return attend(q, *groups[0], self.attention_backend)

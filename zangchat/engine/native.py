@@ -61,7 +61,7 @@ def side_by_side(tensors: list[Tensor]) -> list[Tensor]:
 class NativeStep:
     def __init__(self, model: Any, arrays: list[Any]) -> None:
         *layers, head = arrays
-        config = model.config
+        config, tables = model.config, model.values
         self.vocab_size = config.vocab_size
         self.step = ruststep.Step(
             heads=config.n_head,
@@ -75,7 +75,7 @@ class NativeStep:
             key_offset=config.key_offset,
             embedding=as_array(model.embedding),
             layers=[layers[i : i + 4] for i in range(0, len(layers), 4)],
-            values=[None if table is None else as_array(table) for table in model.values],
+            values=[as_array(tables[i]) if i in tables else None for i in range(config.n_layer)],
             head=head,
             rotary=as_array(torch.view_as_real(model.rotary).squeeze(1)),
         )
