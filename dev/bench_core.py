@@ -49,13 +49,13 @@ def bench(config: Config) -> None:
 
     tokenizer = get_tokenizer()
     device = compute_init(config.device_type)[-1]
-    size: dict[str, Any] = {
-        "vocab_size": tokenizer.get_vocab_size(),
-        "sequence_len": config.max_seq_len,
-    }
-    model = checkpoint_manager.empty_model(
-        schedule.model_config_for_depth(config.depth, config.head_dim, **size), device, config.dtype
+    gpt = schedule.model_config_for_depth(
+        config.depth,
+        config.head_dim,
+        vocab_size=tokenizer.get_vocab_size(),
+        sequence_len=config.max_seq_len,
     )
+    model = checkpoint_manager.empty_model(gpt, device, config.dtype)
     model.init_weights()
     generator = torch.Generator(device).manual_seed(1)
     for parameter in model.parameters():  # every layer matters, as in a trained model

@@ -20,11 +20,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from dev.bench_common import machine, middle, repetition
 from zangchat import configurator, flops
-from zangchat.config import GPTConfig
+from zangchat.config import Architecture, GPTConfig
 from zangchat.runtime.devices import compute_init, device_synchronize, resolve_dtype
 from zangchat.runtime.memory import peak_memory_bytes
 from zangchat.runtime.processes import restore_threads
@@ -40,7 +40,7 @@ class Config:
     depth: int = 20
     n_embd: int = 0  # width, a multiple of --head_dim; 0 = from --depth
     head_dim: int = 128
-    arch: Literal["nanochat", "modern"] = "nanochat"
+    arch: Architecture = "nanochat"
     n_kv_head: int = 0
     max_seq_len: int = 2048
     vocab_size: int = 65536

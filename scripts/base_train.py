@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from tasks.registry import training_conversations
 from zangchat import configurator, schedule
-from zangchat.config import GPTConfig, Optimizer, TrainPlan
+from zangchat.config import Architecture, GPTConfig, Optimizer, TrainPlan
 from zangchat.errors import UserError
 from zangchat.runtime.logs import print_banner
 from zangchat.training import planning
@@ -35,7 +35,7 @@ class Config(RunConfig):
     head_dim: int = 128  # width of one attention head
     n_kv_head: int = 0  # key/value heads (grouped-query attention); 0 = as many as query heads
     max_seq_len: int = 2048  # context, tokens
-    arch: Literal["nanochat", "modern"] = "nanochat"
+    arch: Architecture = "nanochat"
     """modern: keys that hold half of the token before, value embeddings: learns more from the same
     tokens, and no export carries it
     """

@@ -14,6 +14,11 @@ from zangchat.errors import UserError
 
 Optimizer = Literal["muon", "adamw", "sgd"]  # for the matrices, see optim.build_optimizer
 OPTIMIZERS = get_args(Optimizer)
+Architecture = Literal["nanochat", "modern"]
+ARCHITECTURES: dict[Architecture, dict[str, bool]] = {  # settings of GPTConfig
+    "nanochat": {},
+    "modern": {"key_offset": True, "value_embeds": True},
+}
 SourceFlag = Annotated[str, tyro.conf.arg(aliases=["-i"])]
 # stage -> folder of its checkpoints, and the command that makes them
 SOURCES = {
@@ -85,7 +90,7 @@ class GPTConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     logit_cap: float = 15.0  # logits = cap * tanh(logits / cap)
-    # base_train --arch=modern sets both:
+    # of the modern architecture:
     key_offset: bool = False  # half of each key is the token before's: attention.offset_keys
     value_embeds: bool = False  # every second layer adds a table's row of the token to its values
 
@@ -126,8 +131,9 @@ class GPTConfig:
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     def to_dict(self) -> dict[str, Any]:
-        """Without what models of the default architecture lack: they stay readable elsewhere."""
-        return {name: value for name, value in asdict(self).items() if value is not False}
+        """Without the settings of an architecture that this is not: others know none of them."""
+        modern = ARCHITECTURES["modern"]
+        return {name: value for name, value in asdict(self).items() if value or name not in modern}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "GPTConfig":

@@ -51,6 +51,12 @@ class ForwardOptions:
     compile_backend: Any = None  # of torch.compile; None: run eagerly
 
 
+def empty_embedding(config: GPTConfig, width: int) -> nn.Embedding:
+    """A row for each token, to be filled."""
+    rows = config.padded_vocab_size
+    return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer_idx: int) -> None:
         super().__init__()
@@ -61,12 +67,8 @@ class Attention(nn.Module):
         self.c_k = Linear(config.n_embd, config.n_kv_head * config.head_dim)
         self.c_v = Linear(config.n_embd, config.n_kv_head * config.head_dim)
         self.c_proj = Linear(config.n_embd, config.n_embd)
-        rows, width = config.padded_vocab_size, config.n_kv_head * config.head_dim
-        self.value_embed = (
-            nn.Embedding(rows, width, _weight=torch.empty(rows, width))
-            if config.has_value_embed(layer_idx)
-            else None
-        )
+        has_table, width = config.has_value_embed(layer_idx), config.n_kv_head * config.head_dim
+        self.value_embed = empty_embedding(config, width) if has_table else None
 
     def forward(
         self,
@@ -116,15 +118,9 @@ class Block(nn.Module):
         self.attn = Attention(config, layer_idx)
         self.mlp = MLP(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        rotary: Rotary,
-        context: AttentionContext | None,
-        backend: str,
-        idx: Tensor | None = None,  # for value embeddings
-    ) -> Tensor:
-        x = x + self.attn(rms_norm(x, self.eps), rotary, context, backend, idx)
+    def forward(self, x: Tensor, *others: Any) -> Tensor:
+        """`others`: what Attention.forward takes besides x."""
+        x = x + self.attn(rms_norm(x, self.eps), *others)
         return x + self.mlp(rms_norm(x, self.eps))
 
 
@@ -164,11 +160,11 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.options = config, options or ForwardOptions()
-        rows, width = config.padded_vocab_size, config.n_embd
-        embedding = nn.Embedding(rows, width, _weight=torch.empty(rows, width))
         blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        self.transformer = nn.ModuleDict({"wte": embedding, "h": blocks})
-        self.lm_head = Linear(config.n_embd, rows)
+        self.transformer = nn.ModuleDict(
+            {"wte": empty_embedding(config, config.n_embd), "h": blocks}
+        )
+        self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
         self.init_rotary()
         self.set_compute_dtype(compute_dtype)
 

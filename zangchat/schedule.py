@@ -35,16 +35,16 @@ def model_config_for_depth(
     *,
     vocab_size: int,
     sequence_len: int,
-    modern: bool = False,
+    **architecture: bool,
 ) -> GPTConfig:
     """The model of one dial: width = 64 x depth, rounded up to whole heads. n_kv_head None or 0 =
-    as many as query heads. Raises ValueError."""
+    as many as query heads; `architecture`: see config.ARCHITECTURES. Raises ValueError."""
     if depth < 1:
         raise ValueError(f"depth={depth} is not possible: a model has at least one layer")
     if head_dim < 2 or head_dim % 2:
         advice = "rotary positions need an even head dimension, such as 64"
         raise ValueError(f"head_dim={head_dim} is not possible: {advice}")
-    if modern and head_dim % 4:
+    if architecture.get("key_offset") and head_dim % 4:
         advice = "the modern architecture needs a multiple of 4"
         raise ValueError(f"head_dim={head_dim} is not possible: {advice}")
     n_head = -(-depth * WIDTH_PER_LAYER // head_dim)
@@ -59,8 +59,7 @@ def model_config_for_depth(
         n_head=n_head,
         n_kv_head=n_kv_head or n_head,
         n_embd=n_head * head_dim,
-        key_offset=modern,
-        value_embeds=modern,
+        **architecture,
     )
 
 

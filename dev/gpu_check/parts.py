@@ -49,11 +49,12 @@ class Sizes:
     repeats: int = 10
 
     def model(self, depth: int | None = None) -> GPTConfig:
-        sizes: dict[str, Any] = {
-            "vocab_size": self.vocab_size,
-            "sequence_len": self.sequence_len,
-        }
-        return schedule.model_config_for_depth(depth or self.depth, self.head_dim, 0, **sizes)
+        return schedule.model_config_for_depth(
+            depth or self.depth,
+            self.head_dim,
+            vocab_size=self.vocab_size,
+            sequence_len=self.sequence_len,
+        )
 
 
 TINY = Sizes(2, 32, 512, 64, 4, (1, 4), 8, 4, 2**20, 2)

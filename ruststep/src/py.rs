@@ -70,9 +70,8 @@ struct Step {
 #[pymethods]
 impl Step {
     /// embedding (embeddings, width); `layers`: qkv, out, up and down of each; `values` of each: None, or (embeddings, kv_heads x
-    /// head_dim); head (outputs, width), of which the first vocab_size
-    /// count; rotary (positions, head_dim / 2, 2): cos and -sin. ValueError if they do not fit together, or for a machine without
-    /// the vectors.
+    /// head_dim); head (outputs, width), of which the first vocab_size count; rotary (positions, head_dim / 2, 2): cos and -sin.
+    /// ValueError if they do not fit together, or for a machine without the vectors.
     #[new]
     #[pyo3(signature = (*, heads, kv_heads, head_dim, hidden, vocab_size, outputs, eps, cap, key_offset, embedding, layers, values, head, rotary))]
     #[allow(clippy::too_many_arguments)]
@@ -95,10 +94,13 @@ impl Step {
         let (embeddings, width): (usize, usize) = embedding.getattr("shape")?.extract()?;
         let grouped = kv_heads > 0 && heads % kv_heads == 0 && head_dim > 0 && head_dim % 8 == 0;
         let embedding = Array::of(&embedding, embeddings, width)?;
+        let table =
+            |given: &Option<Bound<'_, PyAny>>| given.as_ref().map(|given| Array::of(given, embeddings, kv_heads * head_dim)).transpose();
+        let values = values.iter().map(table).collect::<PyResult<Vec<_>>>()?;
         if !grouped
             || width == 0
             || values.len() != layers.len()
-            || matches!(embedding, Array::Int8(..))
+            || values.iter().flatten().chain([&embedding]).any(|table| matches!(table, Array::Int8(..)))
             || vocab_size > outputs
             || !is_fast()
         {
@@ -109,11 +111,6 @@ impl Step {
             let (qkv, out) = (Array::of(qkv, qkv_size, width)?, Array::of(out, width, q_size)?);
             Ok([qkv, out, Array::of(up, hidden, width)?, Array::of(down, width, hidden)?])
         });
-        let values = values.iter().map(|table| table.as_ref().map(|table| Array::of(table, embeddings, kv_heads * head_dim)).transpose());
-        let values = values.collect::<PyResult<Vec<_>>>()?;
-        if values.iter().flatten().any(|table| matches!(table, Array::Int8(..))) {
-            return bad("value embeddings are f32, bf16 or fp16");
-        }
         Ok(Step {
             values,
             layers: layers.collect::<PyResult<_>>()?,

@@ -17,7 +17,7 @@ from tasks.common import Task, chat
 from tests.emulated_graphs import Captures, emulated_graphs
 from tests.simulated_gpu import simulated_gpu
 from tests.util import ByteTokenizer, lively_model
-from zangchat.config import GPTConfig
+from zangchat.config import ARCHITECTURES, GPTConfig
 from zangchat.engine import Engine, Request, RunningBatch, cuda, runner
 from zangchat.engine.model import InferenceGPT
 from zangchat.engine.sequence import Sequence
@@ -31,9 +31,8 @@ VOCAB = TOKENIZER.get_vocab_size()
 
 @pytest.fixture(scope="module", params=["nanochat", "modern"])
 def model(request: pytest.FixtureRequest) -> GPT:
-    modern = request.param == "modern"
-    made = {"key_offset": modern, "value_embeds": modern}
-    return lively_model(VOCAB, sequence_len=200, n_layer=2, n_embd=32, seed=1, **made).eval()
+    more = ARCHITECTURES[request.param]
+    return lively_model(VOCAB, sequence_len=200, n_layer=2, n_embd=32, seed=1, **more).eval()
 
 
 @pytest.fixture

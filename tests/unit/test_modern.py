@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.util import ByteTokenizer
-from zangchat.config import GPTConfig
+from zangchat.config import ARCHITECTURES, GPTConfig
 from zangchat.engine import Engine, Request
 from zangchat.engine.scoring import score
 from zangchat.errors import UserError
@@ -22,7 +22,7 @@ START = 3
 @pytest.fixture(scope="module")
 def model() -> GPT:
     sizes = {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 64}
-    modern = {"key_offset": True, "value_embeds": True}
+    modern = ARCHITECTURES["modern"]
     made = GPT(GPTConfig(sequence_len=160, vocab_size=265, **sizes, **modern))
     generator = torch.Generator().manual_seed(1)
     for parameter in made.parameters():

@@ -159,7 +159,9 @@ class CacheRows:
 
     def __post_init__(self) -> None:
         self.longest = max(span.longest for span in self.spans)
-        self._where: Any = None  # (N,) positions of the new tokens, in (rows, S) as one dimension
+        # (N,) positions of the new tokens in (rows, S) as one dimension, and those after them
+        self._where: Any = None
+        self._after: Any = None
         self._stored: list[Any] = []  # the results of store(), by layer
 
     def update(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -195,7 +197,7 @@ class CacheRows:
         to_own.index_copy_(1, self._where, own)
         if self.longest == 0:  # the first token keeps its own
             to_moved.index_copy_(1, self._where, moved)
-        to_moved.index_copy_(1, self._where + 1, moved)
+        to_moved.index_copy_(1, self._after, moved)
 
     def _prepare(self, new: Tensor) -> None:
         """Positions, views and masks, which all layers share."""
@@ -211,6 +213,7 @@ class CacheRows:
         else:
             numbers = to_device(self.rows, torch.int64, device)
         self._where = (numbers[:, None] * cache.capacity + where).flatten()
+        self._after = self._where + 1 if cache.ahead else None
         if self.longest == 0:
             return
         groups, done = [], 0

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from zangchat import configurator, flops, schedule
-from zangchat.config import GPTConfig, TrainPlan
+from zangchat.config import ARCHITECTURES, GPTConfig, TrainPlan
 from zangchat.errors import UserError
 from zangchat.runtime.logs import print0
 from zangchat.runtime.processes import get_dist_info
@@ -29,13 +29,13 @@ def model_config(config: Any, vocab_size: int) -> GPTConfig:
     """--depth, --n_embd, --head_dim, --n_kv_head and --arch as a GPTConfig; raises UserError naming
     the flag that does not fit."""
     configurator.check_range(1, config, "depth", "max_seq_len")
-    sizes = {"vocab_size": vocab_size, "sequence_len": config.max_seq_len}
-    modern = config.arch == "modern"
+    sizes: dict[str, Any] = {"vocab_size": vocab_size, "sequence_len": config.max_seq_len}
+    sizes |= ARCHITECTURES[config.arch]
     head_dim = config.head_dim
     if not config.n_embd:
         try:
             return schedule.model_config_for_depth(
-                config.depth, head_dim, config.n_kv_head, modern=modern, **sizes
+                config.depth, head_dim, config.n_kv_head, **sizes
             )
         except ValueError as error:  # it begins with the parameter's name, which is the flag's
             raise UserError(f"--{error}") from None
@@ -49,8 +49,6 @@ def model_config(config: Any, vocab_size: int) -> GPTConfig:
             n_head=heads,
             n_kv_head=config.n_kv_head or heads,
             n_embd=config.n_embd,
-            key_offset=modern,
-            value_embeds=modern,
             **sizes,
         )
     except ValueError as error:
