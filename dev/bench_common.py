@@ -68,6 +68,12 @@ def machine(allowed: bool) -> dict[str, Any]:
     }
 
 
+def check_peer(config: Any) -> None:
+    """Raises UserError if the peer does not know the architecture that is to be measured."""
+    if config.peer and config.arch != "nanochat":
+        raise UserError(f"--arch={config.arch} is not {config.peer}'s: leave out --arch or --peer")
+
+
 def environment(side: str) -> dict[str, str]:
     """Of a process that measures "zangchat", or a peer, whose threads wait as its authors like."""
     env = dict(os.environ)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from dev.bench_common import machine, middle, repetition
+from dev.bench_common import check_peer, machine, middle, repetition
 from zangchat import configurator, flops
 from zangchat.config import Architecture, GPTConfig
 from zangchat.runtime.devices import compute_init, device_synchronize, resolve_dtype
@@ -91,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def bench(config: Config) -> int:
     config.sweep()
+    check_peer(config)
     if config.worker:
         print(json.dumps(work(config)))
         return 0

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dev.bench_common import environment, machine, middle
+from dev.bench_common import check_peer, environment, machine, middle
 from scripts import base_train
 from zangchat import configurator, flops
 from zangchat.runtime.devices import compute_init, device_synchronize, resolve_dtype
@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def bench(config: Config) -> int:
+    check_peer(config)
     if config.worker or config.profile:
         return work(config)
     where = machine(config.busy)

@@ -5,6 +5,7 @@
 #   MINUTES=10 bash dev/runcpu.sh      shorter and worse: every stage gets fewer steps
 #   bash dev/runcpu.sh --lang=zh       headings in Chinese (en: English); the default is the language of LANG
 #   bash dev/runcpu.sh --source=tinystories      pretrain on the hub's short stories (a download) instead of documentation
+#   bash dev/runcpu.sh --arch=modern   a model that copies unknown words better, but that no other program can run
 #
 # The model is small (4 layers, 2.6 million parameters, a vocabulary of 2,048) and trained on the documentation found on this
 # machine. It says who it is, tells stories of a small world and answers questions about them, makes small talk, counts letters
@@ -14,13 +15,17 @@
 # The reasons for the numbers: README.md, "Results on a laptop".
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-lang=${LC_ALL:-${LC_MESSAGES:-${LANG:-en}}} corpus=pydocs command="bash dev/runcpu.sh${*:+ $*}"
+lang=${LC_ALL:-${LC_MESSAGES:-${LANG:-en}}} corpus=pydocs arch=nanochat command="bash dev/runcpu.sh${*:+ $*}"
 for argument in "$@"; do
     case $argument in
     --lang=en | --lang=zh) lang=${argument#--lang=} ;;
     --source=pydocs | --source=tinystories) corpus=${argument#--source=} ;;
+    --arch=nanochat | --arch=modern) arch=${argument#--arch=} ;;
     -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0" && exit ;;
-    *) printf 'error: %s is not a flag of dev/runcpu.sh: --lang=en, --lang=zh, --source=pydocs and --source=tinystories are\n' "$argument" >&2 && exit 2 ;;
+    *)
+        printf 'error: %s is not a flag of dev/runcpu.sh: --lang=en|zh, --source=pydocs|tinystories and --arch=nanochat|modern are\n' "$argument" >&2
+        exit 2
+        ;;
     esac
 done
 
@@ -88,7 +93,7 @@ stage "$TOKENIZER" python -m scripts.tok_train --dataset=$corpus --vocab_size=20
 # Two cores train width 192 on two to three million tokens in ten minutes. At this size many small steps beat few large ones,
 # and few wide heads beat many narrow ones: normalised queries and keys of width D have products of at most sqrt(D) after
 # scaling, which for 32 is too little to look at one word only, and so to copy it.
-MODEL="--depth=4 --n_embd=192 --head_dim=96 --max_seq_len=320 --total_batch_size=1920 --device_batch_size=6"
+MODEL="--arch=$arch --depth=4 --n_embd=192 --head_dim=96 --max_seq_len=320 --total_batch_size=1920 --device_batch_size=6"
 
 # The steps that fit are measured once on this machine and then kept, so that an interrupted run resumes with the same plan.
 plan() { # plan NAME FLAGS...: sets BASE_STEPS, MID_STEPS ...

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dev import bench_infer, bench_train
 from tests.util import make_dataset
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +48,13 @@ def test_tokenizer_bench_includes_peers(text):
     )
     found = bench("tokenizer", f"--data_path={text}", *flags)
     assert found["decode"]["zangchat"]["digest"] == found["decode"]["tiktoken list"]["digest"]
+
+
+@pytest.mark.parametrize("module", [bench_infer, bench_train])
+def test_architectures_are_not_compared_with_each_other(module, capsys):
+    flags = ("--device_type=cpu", "--arch=modern", "--peer=somewhere")
+    assert module.main(flags) == 2
+    assert "--arch=modern is not somewhere's" in capsys.readouterr().err
 
 
 def test_infer_bench_varies_rows_and_contexts():
@@ -100,7 +108,7 @@ def test_quality_bench_uses_our_own_steps(text, tmp_path):
 
 def test_the_laptop_run_is_planned_by_the_pace_of_this_machine(text, tmp_path):
     script = (ROOT / "dev/runcpu.sh").read_text(encoding="utf-8")
-    model = re.search(r'^MODEL="(.*)"$', script, re.MULTILINE)[1].split()
+    model = re.search(r'^MODEL="--arch=\$arch (.*)"$', script, re.MULTILINE)[1].split()
     env = {**os.environ, "ZANGCHAT_BASE_DIR": str(tmp_path)}
 
     def run(module, *flags):

@@ -582,6 +582,14 @@ def test_runcpu_pretrains_on_the_stories_of_the_hub(mac):
         assert any(f"scripts.{script}" in c and "--dataset=tinystories" in c for c in calls), script
 
 
+@pytest.mark.parametrize("flags, arch", [((), "nanochat"), (("--arch=modern",), "modern")])
+def test_runcpu_trains_the_architecture_of_its_flag(mac, flags, arch):
+    plan_laptop(mac.base)
+    done, calls = mac("dev/runcpu.sh", *flags)
+    assert done.returncode == 0, done.stderr
+    assert [f"--arch={arch}" in call for call in calls if "scripts.base_train" in call] == [True]
+
+
 def test_runcpu_names_an_unknown_flag_and_its_help_is_english(mac):
     done, calls = mac("dev/runcpu.sh", "--lang=fr", LANG="zh_CN.UTF-8")
     assert (done.returncode, calls) == (2, [])
