@@ -207,10 +207,10 @@ class GPT(nn.Module):
         """Fill every parameter and the rotary tables, on any device. Drawn in fp32, then rounded.
 
         Matrices that read the residual stream, value embeddings: uniform with standard deviation
-        1/sqrt(n_embd).
-        Matrices that write to it: zero, so that each block starts as the identity. Embedding:
-        normal(0, 1). Head: normal(0, 0.001), or `head_init_scale` (> 0) times the embedding, which
-        relates the output row of a token to its input row: small models learn to copy far earlier.
+        1/sqrt(n_embd), c_fc with 0.4 of it (dev/LOG.md). Matrices that write to it: zero, so that
+        each block starts as the identity. Embedding: normal(0, 1). Head: normal(0, 0.001), or
+        `head_init_scale` (> 0) times the embedding, which relates the output row of a token to its
+        input row: small models learn to copy far earlier.
         """
         bound = math.sqrt(3.0 / self.config.n_embd)
         embedding = torch.empty(self.wte.weight.shape, device=self.get_device())
@@ -219,8 +219,8 @@ class GPT(nn.Module):
             if name.endswith("c_proj.weight"):
                 parameter.zero_()
             else:
-                draw = torch.empty(parameter.shape, device=parameter.device)
-                parameter.copy_(draw.uniform_(-bound, bound, generator=generator))
+                limit = 0.4 * bound if name.endswith("c_fc.weight") else bound
+                parameter.copy_(parameter.float().uniform_(-limit, limit, generator=generator))
         if head_init_scale > 0:
             self.lm_head.weight.copy_(embedding.mul_(head_init_scale))
         else:
