@@ -3,7 +3,11 @@
 import json
 import math
 import random
+import subprocess
+import sys
+import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dev import bench_infer
+from tests.documents import ROOT
 from tests.util import ByteTokenizer
 from zangchat.config import GPTConfig
 from zangchat.engine import Engine, KVCache, Request, RunningBatch, kv_cache
@@ -1068,6 +1073,28 @@ def test_the_benchmark_counts_what_a_step_reads(capsys: pytest.CaptureFixture[st
     ] > 0
     assert bench_infer.main([*sizes, "--steps=60"]) == 2  # more than the context holds
     assert "do not fit" in capsys.readouterr().err
+
+
+WITHOUT_CRATE = """
+import sys
+sys.path.append(sys.argv[1])
+from zangchat.config import GPTConfig
+from zangchat.engine.model import InferenceGPT
+from zangchat.gpt import GPT
+model = GPT(GPTConfig(sequence_len=8, vocab_size=8, n_layer=1, n_head=1, n_kv_head=1, n_embd=8))
+model.init_weights()
+print(InferenceGPT(model).native)
+"""
+
+
+def test_without_the_crate_torch_decodes(tmp_path: Path) -> None:
+    """From the repository's root, `import ruststep` then finds the folder of its source."""
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if not entry.name.startswith("ruststep"):
+            (tmp_path / entry.name).symlink_to(entry)
+    command = [sys.executable, "-S", "-c", WITHOUT_CRATE, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("None\n", 0), done.stderr
 
 
 @pytest.mark.parametrize(

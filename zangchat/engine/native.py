@@ -16,7 +16,7 @@ from zangchat.engine.kv_cache import CacheRows
 
 try:
     import ruststep
-except ImportError:  # dev/setup.sh says so if it cannot be compiled
+except ImportError:  # in the repository's root, the folder of its source is found instead
     ruststep = None  # type: ignore[assignment]
 
 MOST_ROWS = 64  # with more of them torch is faster
@@ -25,7 +25,7 @@ DTYPES = {torch.float32: torch.float32, torch.bfloat16: torch.int16, torch.float
 
 
 def is_available() -> bool:
-    return ruststep is not None and ruststep.IS_FAST
+    return hasattr(ruststep, "Step") and ruststep.IS_FAST
 
 
 def native_step(model: Any) -> "NativeStep | None":
