@@ -455,6 +455,12 @@ def test_demo_talks_without_a_checkpoint(exported, model, tokenizer, tmp_path, m
     assert "dev/runcpu.sh" in problem and "scripts.export_hf" in problem and "none" in problem
 
 
+def test_whoever_may_read_new_files_may_read_an_export(exported):
+    (exported.parent / "new").touch()
+    expected = (exported.parent / "new").stat().st_mode
+    assert {path.name for path in exported.iterdir() if path.stat().st_mode != expected} == set()
+
+
 def test_large_models_are_written_in_shards(model, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(directory, "SHARD_BYTES", 200_000)
     export(model, tokenizer, META, tmp_path / "out", "float32")

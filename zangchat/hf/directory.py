@@ -71,11 +71,11 @@ def write_weights(tensors: Mapping[str, Tensor], folder: Path, dtype: torch.dtyp
     }
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_BYTES)
     for name, members in split.filename_to_tensors.items():
-        save_file(
-            {member: tensors[member] for member in members},
-            folder / name,
-            metadata={"format": "pt"},
-        )
+        path = folder / name
+        path.touch()
+        rights = path.stat().st_mode  # of any new file; safetensors lets only its owner read it
+        save_file({member: tensors[member] for member in members}, path, metadata={"format": "pt"})
+        path.chmod(rights)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
