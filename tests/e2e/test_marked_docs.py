@@ -31,6 +31,7 @@ DOCUMENTS = [
 ELSEWHERE = {  # test file -> the commands that it runs, whose programs it names
     "tests/e2e/test_speedrun.py": """bash speedrun.sh | WANDB_RUN=first bash speedrun.sh
         | bash run1000.sh | bash dev/rungpu.sh 24""",
+    "tests/unit/test_setup.py": "bash dev/setup.sh",
     "tests/e2e/test_runcpu.py": "bash dev/runcpu.sh | SEED=42 bash dev/runcpu.sh",
     # with stand-ins for nvidia-smi, srun and the programs that they start
     "tests/unit/test_readme.py": """bash dev/rungpu.sh | sbatch dev/slurm.sbatch
