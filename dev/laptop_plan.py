@@ -22,7 +22,7 @@ from zangchat.checkpoint_files import read_meta
 from zangchat.checkpoint_manager import checkpoints_dir, find_largest_model, find_last_step
 from zangchat.tokenizer import get_tokenizer
 
-SLOWER = 1.15  # by so much was pretraining slower than the steps that are measured (dev/LOG.md)
+SLOWER = 1.25  # by so much was pretraining slower than the steps that are measured (dev/LOG.md)
 OVERHEAD_MINUTES = 5.0  # setup, corpus, tokenizer, evaluations, report, starting ten processes
 SHARES = {"MID_STEPS": 0.52, "SFT_STEPS": 0.13, "RL_STEPS": 0.05}
 # The cost of a step, in steps of pretraining; RL first samples 64 answers.
