@@ -22,7 +22,7 @@ from zangchat.checkpoint_files import read_meta
 from zangchat.checkpoint_manager import checkpoints_dir, find_largest_model, find_last_step
 from zangchat.tokenizer import get_tokenizer
 
-SLOWER = 1.25  # by so much was pretraining slower than the steps that are measured (dev/LOG.md)
+SLOWER = 1.25  # a step of pretraining took 1.13 and 1.35 times the measured time (dev/LOG.md)
 OVERHEAD_MINUTES = 5.0  # setup, corpus, tokenizer, evaluations, report, starting ten processes
 SHARES = {"MID_STEPS": 0.52, "SFT_STEPS": 0.13, "RL_STEPS": 0.05}
 # The cost of a step, in steps of pretraining; RL first samples 64 answers.
@@ -57,8 +57,8 @@ def plan(config: Config) -> int:
 
 
 def steps_that_fit(minutes: float, pace: float, spent: float = 0.0) -> dict[str, int]:
-    """Steps per stage for a pace in seconds per training step. Pretraining gets what the later
-    stages leave; after it, in which `spent` seconds went, they share what is left.
+    """Steps per stage for a pace in seconds per training step. Pretraining gets the
+    steps that the later stages leave; after it, when `spent` seconds are gone, they share the rest.
     """
     left = max(60 * (minutes - OVERHEAD_MINUTES) - spent, 0) / pace  # in steps of pretraining
     whole = sum(SHARES.values()) if spent else 1.0

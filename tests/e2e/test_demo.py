@@ -19,7 +19,7 @@ META = {"stage": "sft", "user_config": {"model_tag": "demo"}, "step": 400}
 
 
 def chat(question: str, base: Path, *flags: str) -> str:
-    """What a user reads who has trained nothing."""
+    """The reply that a user without a checkpoint reads."""
     command = [sys.executable, "-m", "scripts.chat_cli", "--demo", "-p", question, "-t", "0"]
     done = subprocess.run(
         [*command, *flags],

@@ -455,7 +455,7 @@ def test_demo_talks_without_a_checkpoint(exported, model, tokenizer, tmp_path, m
     assert "dev/runcpu.sh" in problem and "scripts.export_hf" in problem and "none" in problem
 
 
-def test_whoever_may_read_new_files_may_read_an_export(exported):
+def test_an_export_has_the_rights_of_any_new_file(exported):
     (exported.parent / "new").touch()
     expected = (exported.parent / "new").stat().st_mode
     assert {path.name for path in exported.iterdir() if path.stat().st_mode != expected} == set()

@@ -16,7 +16,7 @@ from zangchat.engine.kv_cache import CacheRows
 
 try:
     import ruststep
-except ImportError:  # in the repository's root, the folder of its source is found instead
+except ImportError:  # or else the import finds the folder of its source, which has no Step
     ruststep = None  # type: ignore[assignment]
 
 MOST_ROWS = 64  # with more of them torch is faster
