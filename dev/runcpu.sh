@@ -120,10 +120,10 @@ train "$PRETRAINING" scripts.base_train $MODEL --head_init_scale=0.05 --dataset=
     --eval_every=250 --eval_tokens=100000 --sample_every=-1 --core_metric_every=-1
 plan later --pretrained # at the pace that pretraining met, in the time that it left
 train "$MIDTRAINING" scripts.mid_train --dataset=$corpus --mixture_ratio=0.95 \
-    --mixture="spellingbee:17000,arithmetic:4500,storyfacts:3500,stories:2500,storyquestions:2500,storiesagain:500,medley:3500,smalltalk:1.5,identity:4,dontknow:3000,pydocs:0.2" \
+    --mixture="spellingbee:15500,arithmetic:4000,storyfacts:3500,stories:2500,storyquestions:2500,storiesagain:500,medley:3500,smalltalk:2.2,identity:5,dontknow:3000,pydocs:0.2" \
     --num_iterations="$MID_STEPS" --eval_every=250 --eval_tokens=50000
-train "$FINETUNING" scripts.chat_sft --target_examples_per_step=32 --num_iterations="$SFT_STEPS" --init_lr_frac=0.5 \
-    --mixture="spellingbee:3200,arithmetic:700,storyfacts:200,stories:300,storyquestions:500,storiesagain:100,medley:1500,smalltalk:0.9,identity:1.5,dontknow:700,pydocs:0.1" \
+train "$FINETUNING" scripts.chat_sft --target_examples_per_step=32 --num_iterations="$SFT_STEPS" --init_lr_frac=0.2 \
+    --mixture="spellingbee:1600,arithmetic:400,storyfacts:200,stories:300,storyquestions:500,storiesagain:100,medley:1500,smalltalk:1.5,identity:2.5,dontknow:700,pydocs:0.1" \
     --eval_every=100 --eval_steps=4
 train "$REINFORCEMENT" scripts.chat_rl --task=spellingbee --examples_per_step=8 --num_samples=8 --max_new_tokens=48 \
     --num_iterations="$RL_STEPS" --eval_every=-1

@@ -19,13 +19,13 @@ from zangchat.runtime.devices import compute_init
 from zangchat.training.step import sum_loss
 from zangchat.training.trainer import Trainer
 
-FAILING = 5  # the rank
 destroy_process_group = dist.destroy_process_group
 
 
 @dataclass
 class Config:
     where: str = ""  # forward | backward | optimizer | save; empty: no rank fails
+    failing: int = 0  # the rank
     directory: Path = Path()
 
 
@@ -37,7 +37,7 @@ def train(config: Config) -> int:
     compute_init("cpu")
     dist.destroy_process_group = leave_together  # type: ignore[assignment]
     trainer = make_trainer(config.directory / "run", device_batch_size=1)
-    if collectives.world()[0] == FAILING and config.where:
+    if collectives.world()[0] == config.failing and config.where:
         SABOTAGES[config.where](trainer)
     trainer.fit()
     return trainer.exit_code

@@ -251,7 +251,7 @@ class CheckpointConfig:
 class ChatConfig(CheckpointConfig):
     """Flags of the commands that people chat by."""
 
-    demo: bool = False  # the model kept in dev/demo, without training; --source is not read
+    demo: bool = False  # the model kept in dev/demo, instead of a checkpoint
     quantize: str = ""
     """int8: weights in a quarter of fp32's bytes; fp16: half of them, in fp32 only; empty =
     as they are

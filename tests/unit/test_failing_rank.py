@@ -19,12 +19,12 @@ from zangchat.training import run
 SECONDS = 120  # far less than a collective waits (devices.COLLECTIVE_TIMEOUT)
 
 
-def torchrun(where: str, folder: Path, processes: int = 8) -> tuple[int | None, str]:
+def torchrun(folder: Path, ranks: int, *flags: str) -> tuple[int | None, str]:
     """(exit code, None if it did not end in time; output)"""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={processes}", "-m", "tests.failing_rank", "--"]
+    command += [f"--nproc_per_node={ranks}", "-m", "tests.failing_rank", "--"]
     running = subprocess.Popen(
-        [*command, f"--where={where}", f"--directory={folder}"],
+        [*command, *flags, f"--directory={folder}"],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -38,18 +38,21 @@ def torchrun(where: str, folder: Path, processes: int = 8) -> tuple[int | None, 
         return None, running.communicate()[0]
 
 
-@pytest.mark.parametrize("where", ["forward", "backward", "optimizer", "save"])
-def test_one_failing_rank_of_eight_ends_the_job_with_its_traceback(where, tmp_path):
-    code, output = torchrun(where, tmp_path)
+@pytest.mark.parametrize(
+    ("where", "failing", "ranks"),
+    [("forward", 1, 3), ("backward", 1, 3), ("optimizer", 5, 8), ("save", 1, 3)],
+)
+def test_one_failing_rank_ends_the_job_with_its_traceback(where, failing, ranks, tmp_path):
+    code, output = torchrun(tmp_path, ranks, f"--where={where}", f"--failing={failing}")
     assert code == 1
     last = output[output.rindex("Traceback (most recent call last)") :]
-    assert "ZeroDivisionError: the root of it all" in last and "(local_rank: 5)" in output
+    assert "ZeroDivisionError: the root of it all" in last and f"(local_rank: {failing})" in output
     assert set(last.splitlines()[-1]) == {"="}  # the frame of torchrun's summary
     assert "Connection closed" not in last
 
 
 def test_ranks_that_succeed_leave_together(tmp_path):
-    assert torchrun("", tmp_path, processes=2)[0] == 0
+    assert torchrun(tmp_path, 2)[0] == 0
 
 
 @pytest.fixture

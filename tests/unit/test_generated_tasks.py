@@ -14,6 +14,7 @@ from tasks.identity import Identity
 from tasks.medley import LONG, Medley
 from tasks.pydocs import PyDocs
 from tasks.registry import build_mixture, load_task
+from tasks.smalltalk import SmallTalk, has_word
 from tasks.spellingbee import SimpleSpelling, SpellingBee, count_words, stem, word_split, words_of
 from zangchat.dataset.manifest import write_dataset
 from zangchat.engine.tools import use_calculator
@@ -367,6 +368,16 @@ def test_no_question_has_two_different_answers():
     for example in identity.examples():
         answers.setdefault(plain(example.question), set()).add(example.answer)
     assert {question: found for question, found in answers.items() if len(found) > 1} == {}
+
+
+def test_small_talk_has_no_question_of_identity_held_out_or_answered_otherwise():
+    """The laptop's model learns both."""
+    talk = {plain(e.question): (split, e) for split in SPLITS for e in SmallTalk(split).examples}
+    for example in Identity("train").examples:
+        if plain(example.question) in talk:
+            split, other = talk[plain(example.question)]
+            assert split != "test", example
+            assert any(has_word(example.answer, word) for word in other.needed), example
 
 
 def test_identity_requires_the_name_only_in_answers_about_itself():

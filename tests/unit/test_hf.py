@@ -453,6 +453,10 @@ def test_demo_talks_without_a_checkpoint(exported, model, tokenizer, tmp_path, m
     assert chat_cli.main([*question]) == 2
     problem = capsys.readouterr().err
     assert "dev/runcpu.sh" in problem and "scripts.export_hf" in problem and "none" in problem
+    assert chat_cli.main([*question, "-i", "rl"]) == 2
+    assert "--source=rl names a checkpoint of your own: leave" in capsys.readouterr().err
+    assert chat_cli.main([*question, "-s", "0"]) == 2  # which is a step, too
+    assert "--step=0" in capsys.readouterr().err
 
 
 def test_an_export_has_the_rights_of_any_new_file(exported):
