@@ -10,8 +10,9 @@ import random
 import re
 from collections.abc import Iterator
 from functools import cache, cached_property
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
+from string import Formatter
 from typing import Any, NamedTuple
 
 import yaml
@@ -70,6 +71,18 @@ def examples() -> Iterator[Example]:
                 yield Example(intent, question[0].upper() + question[1:], answers, (b,))
 
 
+@cache
+def held_out(split: str, *forms: str) -> list[str]:
+    """The questions of these forms, with all names filled in, that belong to the split."""
+    fill = phrasings()["unknown"]["fill"]
+    questions = []
+    for form in forms:
+        names = [name for _, name, _, _ in Formatter().parse(form) if name]
+        for values in product(*(fill[name].split(", ") for name in names)):
+            questions.append(form.format(**dict(zip(names, values, strict=True))))
+    return [question for question in questions if split_of("unknown", question) == split]
+
+
 class SmallTalk(Task):
     """Finite: an epoch shows each phrasing as written, as hurried people type it and, in training,
     after an opening.
@@ -116,18 +129,22 @@ class SmallTalk(Task):
 class DontKnow(GeneratedTask):
     """Questions about today, places, people, theories: "I don't know that." is right.
 
-    A question with its names filled in belongs to one split.
+    A question with its names filled in belongs to one split. Training draws the form first;
+    held-out questions are equally likely, so that one without names counts no more than others.
     """
 
     def make(self, rng: random.Random) -> Conversation:
         written = phrasings()["unknown"]
         chinese = "_zh" if rng.random() < 0.2 else ""
         forms = written[f"ask{chinese}"].splitlines()
-        while True:
-            values = {name: rng.choice(line.split(", ")) for name, line in written["fill"].items()}
+        fill = {name: line.split(", ") for name, line in written["fill"].items()}
+        while self.split == "train":
+            values = {name: rng.choice(choices) for name, choices in fill.items()}
             question = rng.choice(forms).format(**values)
-            if split_of("unknown", question) == self.split:
+            if split_of("unknown", question) == "train":
                 break
+        else:
+            question = rng.choice(held_out(self.split, *forms))
         return chat(question, rng.choice(written[f"say{chinese}"].splitlines()))
 
     def evaluate(self, conversation: Conversation, completion: Content) -> bool:  # noqa: ARG002

@@ -2,12 +2,13 @@
 
 import itertools
 import re
+from collections import Counter
 
 import pytest
 
 from tasks.common import SPLITS, plain, split_of
 from tasks.registry import load_task
-from tasks.smalltalk import SmallTalk, examples
+from tasks.smalltalk import DontKnow, SmallTalk, examples
 from tasks.stories import (
     Stories,
     StoriesAgain,
@@ -147,6 +148,14 @@ def test_small_talk_holds_out_phrasings_not_meanings() -> None:
         e.intent for e in SmallTalk("train").examples
     }
     assert {e.intent for e in examples()} == {e.intent for e in SmallTalk("train").examples}
+
+
+def test_questions_it_cannot_answer_are_held_out_and_count_alike() -> None:
+    asked = {s: Counter(c["messages"][0]["content"] for c in DontKnow(3000, s)) for s in SPLITS}
+    for one, other in itertools.combinations(SPLITS, 2):
+        assert not asked[one].keys() & asked[other].keys()
+    most = max(asked["test"].values())  # of about 140 questions, Chinese ones more often
+    assert len(asked["test"]) > 120 and most < 0.06 * 3000
 
 
 def test_no_question_of_small_talk_has_two_meanings() -> None:
