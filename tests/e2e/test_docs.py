@@ -54,7 +54,7 @@ def small(line: str, number: int) -> list[str]:
     """
     module, *flags = shlex.split(line, comments=True)[2:]
     more = [] if "--dry_run" in flags else SMALL.get(module, "").split()
-    if any(flag.startswith("--model_tag=") for flag in flags):  # it names its own model
+    if any(flag.startswith(("--model_tag=", "--demo")) for flag in flags):  # it names its model
         more = [word for word in more if word not in ("--model_tag=d4", "-g", "d4")]
     elif module == "scripts.base_train" and "--dry_run" not in flags:
         more.append(f"--model_tag=doc{number}")
