@@ -72,15 +72,29 @@ def examples() -> Iterator[Example]:
 
 
 @cache
+def fillings() -> dict[str, list[str]]:
+    """The names of each kind that a question about the unknown may hold."""
+    return {kind: line.split(", ") for kind, line in phrasings()["unknown"]["fill"].items()}
+
+
+@cache
 def held_out(split: str, *forms: str) -> list[str]:
     """The questions of these forms, with all names filled in, that belong to the split."""
-    fill = phrasings()["unknown"]["fill"]
     questions = []
     for form in forms:
-        names = [name for _, name, _, _ in Formatter().parse(form) if name]
-        for values in product(*(fill[name].split(", ") for name in names)):
-            questions.append(form.format(**dict(zip(names, values, strict=True))))
+        kinds = [kind for _, kind, _, _ in Formatter().parse(form) if kind]
+        for names in product(*(fillings()[kind] for kind in kinds)):
+            questions.append(form.format(**dict(zip(kinds, names, strict=True))))
     return [question for question in questions if split_of("unknown", question) == split]
+
+
+def drawn(rng: random.Random, forms: list[str]) -> str:
+    """A question of the training split."""
+    while True:
+        names = {kind: rng.choice(choices) for kind, choices in fillings().items()}
+        question = rng.choice(forms).format(**names)
+        if split_of("unknown", question) == "train":
+            return question
 
 
 class SmallTalk(Task):
@@ -137,14 +151,8 @@ class DontKnow(GeneratedTask):
         written = phrasings()["unknown"]
         chinese = "_zh" if rng.random() < 0.2 else ""
         forms = written[f"ask{chinese}"].splitlines()
-        fill = {name: line.split(", ") for name, line in written["fill"].items()}
-        while self.split == "train":
-            values = {name: rng.choice(choices) for name, choices in fill.items()}
-            question = rng.choice(forms).format(**values)
-            if split_of("unknown", question) == "train":
-                break
-        else:
-            question = rng.choice(held_out(self.split, *forms))
+        trains = self.split == "train"
+        question = drawn(rng, forms) if trains else rng.choice(held_out(self.split, *forms))
         return chat(question, rng.choice(written[f"say{chinese}"].splitlines()))
 
     def evaluate(self, conversation: Conversation, completion: Content) -> bool:  # noqa: ARG002
