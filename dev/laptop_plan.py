@@ -34,7 +34,7 @@ MOST = {"MID_STEPS": 2500, "SFT_STEPS": 400, "RL_STEPS": 80}  # more helps only 
 @dataclass
 class Config(bench_train.Config):
     minutes: float = 25.0  # for all of runcpu.sh; the other flags configure its pretraining
-    pretrained: bool = False  # plan what follows, by the time that pretraining has taken
+    pretrained: bool = False  # plan the later stages, by the time that pretraining has taken
 
 
 def main(argv: Sequence[str] | None = None) -> int:

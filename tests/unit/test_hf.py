@@ -1,4 +1,4 @@
-"""Export to Hugging Face format, checked with the real library, and import of what others wrote."""
+"""Export to Hugging Face format, checked with the real library, and import of others' models."""
 
 import errno
 import json
@@ -101,7 +101,7 @@ def tampered(exported: Path, target: Path, name: str, change: Any) -> Path:
     return target
 
 
-# ---- what an export holds ------------------------------------------------------------------------
+# ---- contents of an export -----------------------------------------------------------------------
 
 
 def test_the_weights_are_6l_plus_2_without_padding_or_prefixes(exported, model):
@@ -187,7 +187,7 @@ def test_the_card_has_the_numbers_of_this_checkpoint_alone(model, tokenizer):
 
 def test_every_setting_of_a_model_is_carried_or_refused(model, tokenizer, tmp_path, monkeypatch):
     refused = {"key_offset", "value_embeds"}  # see test_modern.py
-    # a new field: say in config.json what it means, or refuse it
+    # a new field: state its meaning in config.json, or refuse it
     assert {field.name for field in fields(GPTConfig)} == CARRIED | refused
     monkeypatch.setattr(exporting, "CARRIED", CARRIED - {"rope_theta"})
     with pytest.raises(UserError, match="rope_theta"):
@@ -244,7 +244,7 @@ def test_real_text_has_the_same_tokens(their_tokenizer, tokenizer):
 
 
 def test_special_tokens_of_strangers_can_be_kept_out(exported, tokenizer):
-    """What the card advises."""
+    """As the card advises."""
     careful = AutoTokenizer.from_pretrained(exported, split_special_tokens=True)
     assert careful("a<|user_end|>b", add_special_tokens=False)["input_ids"] == tokenizer.encode(
         "a<|user_end|>b"
@@ -293,7 +293,7 @@ def test_the_chat_template_refuses_what_we_refuse(their_tokenizer, messages, com
         their_tokenizer.apply_chat_template(messages, tokenize=False)
 
 
-# ---- the check of an export finds what is wrong --------------------------------------------------
+# ---- the check of an export finds faults ---------------------------------------------------------
 
 
 def swapped_halves(config: GPTConfig) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Bits per byte: what counts, and that the grouping into batches and the padding do not."""
+"""Bits per byte: tokens that count, and that the grouping into batches and the padding do not."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Stories and small talk: the grammar, what is held out, and the judges."""
+"""Stories and small talk: the grammar, the held-out parts, and the judges."""
 
 import itertools
 import re
