@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -263,13 +264,35 @@ def test_idle_connections_make_room_for_others(
         ExitStack() as stack,
         connect(url) as busy,  # while its reply runs it is not idle
     ):
-        busy.sendall(request({"messages": HI}))
+        busy.sendall(request({"messages": HI, "stream": True}))
+        assert busy.recv(4096).startswith(b"HTTP/1.1 200")
         for _ in range(40):
             stack.enter_context(connect(url))
         assert httpx.get(url + "/health").status_code == 200
-        assert busy.recv(4096).startswith(b"HTTP/1.1 200")
+        assert b"[DONE]" in b"".join(iter(lambda: busy.recv(4096), b""))
     warnings = [record for record in caplog.records if "ulimit -n" in record.getMessage()]
     assert len(warnings) == 1  # not one per connection
+
+
+def test_of_connections_that_come_at_once_the_first_make_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    all_wait = threading.Event()
+    made = connections.PatientProtocol.connection_made
+
+    def connection_made(self: connections.PatientProtocol, transport: Any) -> None:
+        all_wait.wait()  # the loop's clock stands still until all have come
+        made(self, transport)
+
+    monkeypatch.setattr(connections, "most_connections", lambda: 8)
+    monkeypatch.setattr(connections.PatientProtocol, "connection_made", connection_made)
+    with serving(engine(reply)) as (url, _), ExitStack() as stack:
+        made_in_order = [stack.enter_context(connect(url)) for _ in range(40)]
+        last = made_in_order[-8:]
+        for one in last:
+            one.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        all_wait.set()
+        assert [one.recv(4096)[:12] for one in last] == [b"HTTP/1.1 200"] * 8
 
 
 SERVER = """

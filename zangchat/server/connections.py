@@ -1,6 +1,7 @@
 """The HTTP server: uvicorn, with bounds on its connections and on the headers of requests."""
 
 import functools
+import itertools
 import logging
 import math
 import time
@@ -29,6 +30,7 @@ class PatientProtocol(HttpToolsProtocol):
     """
 
     last_warning = -math.inf  # of the class
+    turns = itertools.count()  # of the class; the loop's clock is equal for what comes at once
 
     def __init__(self, *args: Any, most_connections: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -112,7 +114,7 @@ class PatientProtocol(HttpToolsProtocol):
 
     def _await_head(self) -> None:
         self._awaits_head, self._head_size = True, 0
-        self._idle_since = self.loop.time()
+        self._idle_since = next(self.turns)
         self._timeout = self.loop.call_later(HEAD_SECONDS, self.transport.close)
 
     def _make_room(self, open_ones: list[Any]) -> None:
