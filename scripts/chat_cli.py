@@ -27,7 +27,7 @@ from rich.segment import Segment, Segments
 from rich.style import Style
 
 from zangchat import configurator
-from zangchat.config import USER_LIMITS, ChatConfig
+from zangchat.config import USER_LIMITS, ChatConfig, check_demo
 from zangchat.errors import UserError
 from zangchat.runtime.files import expand_home
 
@@ -139,6 +139,7 @@ def chat(config: Config) -> int:
 
 def check(config: Config) -> None:
     configurator.check_sampling(config)
+    check_demo(config)
 
 
 def answer_once(session: Chat, question: str) -> int:

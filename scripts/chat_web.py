@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from zangchat import configurator
-from zangchat.config import ChatConfig
+from zangchat.config import ChatConfig, check_demo
 from zangchat.errors import UserError
 from zangchat.server import exposure
 
@@ -70,6 +70,7 @@ def serve(config: Config) -> None:
 
 def make_settings(config: Config) -> "Settings":
     configurator.check_sampling(config)
+    check_demo(config)
     configurator.check_range(0, config, "queue")
     configurator.check_range(1, config, "num_gpus", "max_batch")
     configurator.check_range(0, config, "port", most=65535)

@@ -258,6 +258,15 @@ class ChatConfig(CheckpointConfig):
     """
 
 
+def check_demo(config: ChatConfig) -> None:
+    """Raises UserError for --demo beside a flag that names a checkpoint."""
+    checkpoint, default = vars(config), vars(ChatConfig())
+    for flag in ("source", "model_tag", "step"):
+        if config.demo and checkpoint[flag] != default[flag]:
+            chosen = f"--{flag}={checkpoint[flag]} names a checkpoint of your own"
+            raise UserError(f"--demo is the model in dev/demo, and {chosen}: leave one of them out")
+
+
 def check_device_type(flag: str) -> None:
     """Raises UserError for a device that is not known; empty is the best one."""
     if flag not in ("", *DEVICE_TYPES):

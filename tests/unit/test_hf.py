@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from scripts import chat_cli, chat_eval, chat_sft, export_hf, import_model
+from scripts import chat_cli, chat_eval, chat_sft, chat_web, export_hf, import_model
 from zangchat import checkpoint_manager
 from zangchat.config import GPTConfig, RunState
 from zangchat.engine import Engine
@@ -453,9 +453,10 @@ def test_demo_talks_without_a_checkpoint(exported, model, tokenizer, tmp_path, m
     assert chat_cli.main([*question]) == 2
     problem = capsys.readouterr().err
     assert "dev/runcpu.sh" in problem and "scripts.export_hf" in problem and "none" in problem
+    monkeypatch.setitem(sys.modules, "zangchat.hf.demo", None)  # refused before torch is imported
     assert chat_cli.main([*question, "-i", "rl"]) == 2
     assert "--source=rl names a checkpoint of your own: leave" in capsys.readouterr().err
-    assert chat_cli.main([*question, "-s", "0"]) == 2  # which is a step, too
+    assert chat_web.main(["--demo", "-s", "0"]) == 2  # which is a step, too
     assert "--step=0" in capsys.readouterr().err
 
 

@@ -22,11 +22,6 @@ def open_engine(config: ChatConfig, device: torch.device | str | None = None) ->
     """The engine for a chat: of the demo, or of a checkpoint. Raises UserError."""
     if not config.demo:
         return engine_for_chat(config, device)
-    checkpoint, default = vars(config), vars(ChatConfig())
-    for flag in ("source", "model_tag", "step"):
-        if checkpoint[flag] != default[flag]:
-            chosen = f"--{flag}={checkpoint[flag]} names a checkpoint of your own"
-            raise UserError(f"--demo is the model in dev/demo, and {chosen}: leave one of them out")
     if not FOLDER.is_dir():
         export = f"python -m scripts.export_hf -i sft --dtype=bfloat16 -o {FOLDER}"
         raise UserError(f"--demo: there is no {FOLDER}: bash dev/runcpu.sh, then {export}, make it")
