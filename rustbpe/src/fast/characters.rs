@@ -18,7 +18,7 @@ impl Characters {
     pub fn new(token_of: impl Fn(u8) -> u32) -> Self {
         let mut bytes = [0; 256];
         (0..=255).for_each(|byte| bytes[byte as usize] = token_of(byte));
-        Characters { bytes, tokens: vec![NONE; 1 << 16].into(), borders: vec![NONE; 1 << 16].into() }
+        Characters { bytes, tokens: [NONE].repeat(1 << 16).into(), borders: [NONE].repeat(1 << 16).into() }
     }
 
     /// Adds the next token.

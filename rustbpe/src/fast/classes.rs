@@ -21,7 +21,7 @@ pub struct Classes(Vec<Class>);
 impl Classes {
     /// `sets` are disjoint sets of characters.
     pub fn new(sets: &[(&str, Class)]) -> Self {
-        let mut classes = vec![Class::Other; char::MAX as usize + 1];
+        let mut classes = [Class::Other].repeat(char::MAX as usize + 1);
         for &(pattern, class) in sets {
             let hir = regex_syntax::parse(pattern).expect("a constant pattern");
             let regex_syntax::hir::HirKind::Class(regex_syntax::hir::Class::Unicode(set)) = hir.kind() else {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use fancy_regex::Regex;
 
-use super::{cases, draws};
+use super::{cases, draws, plain_split};
 use crate::fast::count::{Counter, LOCAL_BITS};
 use crate::fast::split::{Splitter, DEFAULT_PATTERN};
 use crate::fast::train::train;
@@ -57,11 +57,13 @@ fn counting_does_not_depend_on_threads_or_batches() {
 
 #[test]
 fn texts_to_merges_as_plain_does() {
+    let split = plain_split();
     let (mut draw, parts) = (draws(8), ["the", " cat", "é", "12", "\n", " a very-long_word", "abcdefghijklmno", "abcdefghijklmnop"]);
     for _ in 0..cases(200) / 10 + 1 {
         let texts: Vec<String> = (0..draw(20)).map(|_| (0..draw(60)).map(|_| parts[draw(parts.len())]).collect()).collect();
-        let all: Vec<&str> = texts.iter().map(|text| &**text).collect();
-        let expected = plain::train(&plain::count(&Regex::new(DEFAULT_PATTERN).unwrap(), &all).unwrap(), 300);
+        let mut counts: HashMap<Token, u64> = HashMap::new();
+        texts.iter().flat_map(|text| split(text)).for_each(|piece| *counts.entry(piece.as_bytes().into()).or_default() += 1);
+        let expected = plain::train(&counts, 300);
         assert_eq!(train(count(&texts, 2, 3).unwrap(), 300, |_| true).unwrap(), expected);
     }
 }

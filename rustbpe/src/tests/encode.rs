@@ -2,7 +2,7 @@
 
 use fancy_regex::Regex;
 
-use super::{bytes_and, cases, draws, ranks_of};
+use super::{bytes_and, cases, draws, plain_ids, plain_split, ranks_of};
 use crate::fast::documents::Documents;
 use crate::fast::encode::{Encoder, Scratch};
 use crate::fast::split::DEFAULT_PATTERN;
@@ -45,7 +45,7 @@ fn random_tokens(draw: &mut impl FnMut(usize) -> usize, case: usize) -> Vec<Toke
 
 #[test]
 fn random_pieces_with_random_vocabularies_as_plain_does() {
-    let (mut draw, engine) = (draws(7), Regex::new(DEFAULT_PATTERN).unwrap());
+    let (mut draw, split) = (draws(7), plain_split());
     for case in 0..cases(20_000) / 20 {
         let tokens = random_tokens(&mut draw, case);
         let (ranks, encoder) = (ranks_of(&tokens), Encoder::new(&tokens, DEFAULT_PATTERN).unwrap());
@@ -55,7 +55,7 @@ fn random_pieces_with_random_vocabularies_as_plain_does() {
             let text: String = (0..draw(longest))
                 .map(|_| if draw([12, 1_000][case % 2]) == 0 { ' ' } else { LETTERS[(case + draw(5)) % LETTERS.len()] })
                 .collect();
-            let expected = plain::encode(&ranks, &engine, &text).unwrap();
+            let expected = plain_ids(&ranks, split(&text));
             let mut out = Vec::new();
             encoder.encode_into(&text, &mut out, &mut scratch).unwrap();
             assert_eq!(out, expected, "{text:?} with {:?}", &tokens[256..]);
@@ -70,7 +70,7 @@ fn random_pieces_with_random_vocabularies_as_plain_does() {
 /// Ranks without order between halves and wholes, with whole-piece tokens, and with bytes that come last.
 #[test]
 fn odd_vocabularies_as_plain_does() {
-    let engine = Regex::new(DEFAULT_PATTERN).unwrap();
+    let split = plain_split();
     let mut bytes_last: Vec<Token> = vec![Token::from(*b"ab"), Token::from(*b"abab")];
     bytes_last.extend(bytes_and([]));
     let of = |merged: &[&str]| bytes_and(merged.iter().map(|token| token.as_bytes().to_vec()));
@@ -84,7 +84,7 @@ fn odd_vocabularies_as_plain_does() {
         let (ranks, encoder) = (ranks_of(&tokens), Encoder::new(&tokens, DEFAULT_PATTERN).unwrap());
         for number in 0..3usize.pow(if cfg!(miri) { 4 } else { 8 }) {
             let text: String = std::iter::successors(Some(number), |n| (*n > 0).then_some(n / 3)).map(|n| ['a', 'b', 'c'][n % 3]).collect();
-            assert_eq!(encoder.encode(&text).unwrap(), plain::encode(&ranks, &engine, &text).unwrap(), "{text:?}");
+            assert_eq!(encoder.encode(&text).unwrap(), plain_ids(&ranks, split(&text)), "{text:?}");
         }
     }
 }

@@ -5,7 +5,10 @@ mod encode;
 mod split;
 mod train;
 
-use crate::plain::{Ranks, Token};
+use fancy_regex::Regex;
+
+use crate::fast::split::{Splitter, DEFAULT_PATTERN};
+use crate::plain::{self, Ranks, Token};
 
 /// Random numbers below the argument.
 pub fn draws(seed: u64) -> impl FnMut(usize) -> usize {
@@ -20,6 +23,29 @@ pub fn draws(seed: u64) -> impl FnMut(usize) -> usize {
 pub fn cases(usual: usize) -> usize {
     let usual = if cfg!(miri) { usual / 200 + 1 } else { usual };
     std::env::var("FUZZ_CASES").map_or(usual, |cases| cases.parse().expect("a number"))
+}
+
+pub fn pieces<'t>(splitter: &Splitter, text: &'t str) -> Vec<&'t str> {
+    let mut found = Vec::new();
+    splitter.for_each(text, |piece| found.push(piece)).unwrap();
+    found
+}
+
+pub type Split = Box<dyn Fn(&str) -> Vec<&str>>;
+
+/// `plain::split` by the default pattern; under Miri, for which the regex engine is too slow, by hand, which gives the same pieces
+/// (split.rs).
+pub fn plain_split() -> Split {
+    if cfg!(miri) {
+        let hand = Splitter::new(DEFAULT_PATTERN).unwrap();
+        return Box::new(move |text| pieces(&hand, text));
+    }
+    let engine = Regex::new(DEFAULT_PATTERN).unwrap();
+    Box::new(move |text| plain::split(&engine, text).unwrap())
+}
+
+pub fn plain_ids(ranks: &Ranks, pieces: Vec<&str>) -> Vec<u32> {
+    pieces.into_iter().flat_map(|piece| plain::encode_piece(ranks, piece.as_bytes())).collect()
 }
 
 pub fn bytes_and(merged: impl IntoIterator<Item = Vec<u8>>) -> Vec<Token> {

@@ -2,7 +2,7 @@
 
 use fancy_regex::Regex;
 
-use super::{cases, draws};
+use super::{cases, draws, pieces};
 use crate::fast::classes::Classes;
 use crate::fast::patterns::o200k::O200k;
 use crate::fast::patterns::{spellings, Pattern};
@@ -11,12 +11,6 @@ use crate::fast::split::{Kind, Splitter, DEFAULT_PATTERN};
 use crate::fast::threads::in_parallel;
 use crate::fast::window::Window;
 use crate::{plain, Error};
-
-fn pieces<'t>(splitter: &Splitter, text: &'t str) -> Vec<&'t str> {
-    let mut found = Vec::new();
-    splitter.for_each(text, |piece| found.push(piece)).unwrap();
-    found
-}
 
 /// The pieces, without windows.
 fn slowly<'t>(splitter: &Splitter, text: &'t str) -> Vec<&'t str> {
@@ -55,6 +49,7 @@ fn distinct() -> Vec<String> {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "too many")]
 fn known_patterns_are_split_by_hand() {
     assert_eq!(patterns().len(), 67);
     assert!(patterns().iter().all(|pattern| Splitter::new(pattern).unwrap().is_by_hand()));
@@ -151,6 +146,7 @@ fn random_text(draw: &mut impl FnMut(usize) -> usize, case: usize) -> String {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "too slow")]
 fn random_texts_as_the_regex_engine_does() {
     let mut draw = draws(1);
     let patterns = patterns();
