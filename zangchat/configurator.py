@@ -21,7 +21,6 @@ import dataclasses
 import difflib
 import errno
 import math
-import os
 import re
 import sys
 import types
@@ -35,11 +34,14 @@ from zangchat.config import USER_LIMITS
 from zangchat.errors import UserError
 from zangchat.runtime.logs import setup_default_logging
 from zangchat.runtime.processes import (
+    INTERRUPTED,
     compute_cleanup,
+    interruptible_imports,
     is_stdout_closed,
     note_failure,
     prepare_streams,
     prepare_threads,
+    print_error,
     report_failure,
 )
 
@@ -48,7 +50,6 @@ C = TypeVar("C")
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
 FAILED = 1  # exit codes
 USER_ERROR = 2
-INTERRUPTED = 130
 BROKEN_PIPE = 141  # as a shell reports a writer whose reader has closed the pipe
 BOOLEANS = {
     **dict.fromkeys(("1", "true", "yes", "on"), True),
@@ -93,12 +94,13 @@ def run(
         except SystemExit as stop:  # --help was answered
             return int(stop.code or 0)
         setup_default_logging()
-        code = command(config) or 0
+        with interruptible_imports():
+            code = command(config) or 0
         compute_cleanup()
         return code
     except UserError as error:
         note_failure()
-        _print_error(f"error: {error}")
+        print_error(f"error: {error}")
         return USER_ERROR
     except OSError as error:
         if isinstance(error, BrokenPipeError) and is_stdout_closed():
@@ -109,21 +111,15 @@ def run(
             return FAILED
         note_failure()
         remedy = "make room, or set ZANGCHAT_BASE_DIR to a folder on a disk that takes it"
-        _print_error(f"error: {error}: {remedy}")
+        print_error(f"error: {error}: {remedy}")
         return USER_ERROR
     except KeyboardInterrupt:
-        _print_error("interrupted")
+        print_error("interrupted")
         return INTERRUPTED
     except Exception as error:
         if report_failure(error):
             raise
         return FAILED
-
-
-def _print_error(message: str) -> None:
-    rank = os.environ.get("RANK") or "0"
-    sys.stdout.flush()
-    print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr, flush=True)
 
 
 def parse(config_cls: type[C], argv: Sequence[str] | None = None) -> C:

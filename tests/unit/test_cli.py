@@ -148,6 +148,36 @@ if __name__ == "__main__":
     print(f"{GOLDEN}: {len(COMMANDS)} commands")
 
 
+SWALLOWING = """
+import os, signal, sys
+from dataclasses import dataclass
+from zangchat import configurator
+
+@dataclass
+class Config: ...
+
+def command(config):
+    try:
+        import interrupted  # stands for an extension, from which no exception comes out
+    except BaseException:
+        print("lost")
+
+sys.exit(configurator.run(Config, command))
+"""
+
+
+def test_ctrl_c_is_not_lost_in_an_extension_that_is_imported(tmp_path, monkeypatch):
+    (tmp_path / "interrupted.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n", encoding="utf-8"
+    )
+    (tmp_path / "command.py").write_text(SWALLOWING, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "command.py")], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 def test_ctrl_c_during_imports_prints_one_line_and_exits_with_130(tmp_path, monkeypatch):
     # as if Ctrl-C came during this import
     (tmp_path / "tyro.py").write_text("raise KeyboardInterrupt", encoding="utf-8")

@@ -3,9 +3,12 @@
 import contextlib
 import io
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from types import FrameType
 
 from zangchat.errors import UserError
 
@@ -13,6 +16,8 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 # The time that a rank, which fails because another did, leaves torchrun to see the other one first
 GRACE_SECONDS = 5.0
 
+
+INTERRUPTED = 130  # exit code, as a shell reports Ctrl-C
 
 SPIN_COUNT = "2000"  # of threads at a barrier, some 40 microseconds; measured in dev/LOG.md
 
@@ -27,6 +32,40 @@ def is_stdout_closed() -> bool:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
     return False
+
+
+def print_error(message: str) -> None:
+    rank = os.environ.get("RANK") or "0"
+    sys.stdout.flush()
+    print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def interruptible_imports() -> Iterator[None]:
+    """Within the block, Ctrl-C during an import ends the process with one line and code 130.
+
+    The exception would not do: an extension that imports others as it initialises may drop it.
+    torch does so while it loads numpy, and then runs without numpy.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    previous = signal.getsignal(signal.SIGINT)
+    if not main or previous is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _on_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _on_interrupt(_number: int, frame: FrameType | None) -> None:
+    while frame:
+        if frame.f_code.co_filename.startswith("<frozen importlib."):
+            print_error("interrupted")
+            os._exit(INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def prepare_streams() -> None:
