@@ -5,7 +5,6 @@ import http.server
 import json
 import logging
 import os
-import platform
 import socket
 import subprocess
 import sys
@@ -538,27 +537,6 @@ def test_metal_uses_fp32():
 def test_memory_and_synchronisation_of_a_cpu():
     device_synchronize("cpu")
     assert 2**24 < peak_memory_bytes(torch.device("cpu")) < 2**40
-
-
-HUGE = """
-from zangchat.runtime.memory import keep_freed_memory
-keep_freed_memory()
-import torch
-tensors = [torch.ones(2**18) for _ in range(100)]
-print(*(line.split()[1] for line in open("/proc/self/smaps_rollup") if "AnonHuge" in line))
-"""
-SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-
-
-@pytest.mark.skipif(
-    platform.libc_ver()[0] != "glibc"
-    or not SETTING.exists()
-    or "[never]" in SETTING.read_text(encoding="utf-8"),
-    reason="this system has no glibc or no huge pages",
-)
-def test_tensors_lie_in_huge_pages():
-    done = subprocess.run([sys.executable, "-c", HUGE], capture_output=True, text=True, check=True)
-    assert int(done.stdout) > 80 * 1024  # KiB of 100 MiB
 
 
 def test_free_memory_of_a_gpu_is_what_tensors_do_not_hold(monkeypatch):

@@ -18,29 +18,16 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 
-HUGE_PAGE = 2**21  # bytes
-
-
 def keep_freed_memory() -> None:
-    """On a CPU with glibc: memory that is freed stays with the process, for the next tensor, in
-    pages of 2 MB if Linux has them.
+    """On a CPU with glibc: memory that is freed stays with the process, for the next tensor.
 
     By default each tensor of some megabytes is fetched from the system and given back, page by
     page: some hundredths of a training step.
     """
     if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing apart from the heap
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back its end
-        # the heap becomes large enough now, so that its addresses are known; memory comes later,
-        # as it is written to
-        libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
-        size = available_memory() // ranks_here() // 2
-        if start := libc.malloc(size):
-            first, end = -(-start // HUGE_PAGE) * HUGE_PAGE, (start + size) // HUGE_PAGE * HUGE_PAGE
-            advice = 14  # MADV_HUGEPAGE
-            libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), advice)
-            libc.free(ctypes.c_void_p(start))
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: nothing apart from the heap
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back its end
 
 
 def is_out_of_memory(error: BaseException) -> bool:
