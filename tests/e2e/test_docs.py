@@ -152,7 +152,12 @@ def test_command(number: int, line: str, home: Path) -> None:
 def serve(words: list[str]) -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [sys.executable, "-m", *words], env=env, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", *words],
+        env=env,
+        stdout=subprocess.PIPE,
+        text=True,
+        # the tests may run with Ctrl-C ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         assert process.stdout is not None

@@ -153,6 +153,8 @@ import os, signal, sys
 from dataclasses import dataclass
 from zangchat import configurator
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run with it ignored
+
 @dataclass
 class Config: ...
 
