@@ -16,7 +16,6 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 # The time that a rank, which fails because another did, leaves torchrun to see the other one first
 GRACE_SECONDS = 5.0
 
-
 INTERRUPTED = 130  # exit code, as a shell reports Ctrl-C
 
 SPIN_COUNT = "2000"  # of threads at a barrier, some 40 microseconds; measured in dev/LOG.md
@@ -35,6 +34,7 @@ def is_stdout_closed() -> bool:
 
 
 def print_error(message: str) -> None:
+    """Print on stderr, after pending output; a rank other than the first says its number."""
     rank = os.environ.get("RANK") or "0"
     sys.stdout.flush()
     print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr, flush=True)
