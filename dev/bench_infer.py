@@ -130,7 +130,7 @@ def rounded(value: Any) -> Any:
 def work(config: Config) -> dict[str, Any]:
     import torch
 
-    from zangchat.engine import kv_cache
+    from zangchat.engine import native
 
     if config.worker != "zangchat":
         restore_threads()  # of libraries that are loaded only now
@@ -157,7 +157,7 @@ def work(config: Config) -> dict[str, Any]:
         parts = zangchat(config, device, dtype)
     weights = {"": dtype.itemsize, "fp16": 2, "int8": 1}[config.quantize]
     stored = {"nanochat": dtype, "llama.cpp": torch.float16}.get(
-        config.worker, kv_cache.storage_dtype(dtype, device)
+        config.worker, native.storage_dtype(dtype, device)
     )
     for point in parts["decode"]:
         middle_context = point["context"] + config.steps // 2

@@ -10,7 +10,7 @@ from torch import Tensor
 from zangchat import checkpoint_manager
 from zangchat.config import GPTConfig, RunState, StepMultipliers
 from zangchat.dataloader import Batch
-from zangchat.engine import Engine, Request, RunningBatch, kv_cache
+from zangchat.engine import Engine, Request, RunningBatch, native
 from zangchat.gpt import ForwardOptions
 from zangchat.nn import attention, fp8
 from zangchat.nn.loss import softcapped_cross_entropy
@@ -137,7 +137,7 @@ class NoText:
 
 def kv_size(dtype: torch.dtype, device: torch.device) -> int:
     """Bytes of a stored number."""
-    return kv_cache.storage_dtype(dtype, device).itemsize
+    return native.storage_dtype(dtype, device).itemsize
 
 
 class Decoding:

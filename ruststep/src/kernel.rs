@@ -50,7 +50,7 @@ macro_rules! versions {
 }
 
 /// A weight as it is stored.
-pub trait Element: Copy + Sync {
+pub trait Element: Copy + Send + Sync {
     const IS_F32: bool = false;
 
     fn value(self) -> f32;
@@ -74,6 +74,27 @@ impl Element for Bf16 {
     #[inline(always)]
     fn value(self) -> f32 {
         f32::from_bits((self.0 as u32) << 16)
+    }
+}
+
+/// What a key or value is stored as.
+pub trait Stored: Element {
+    fn of(value: f32) -> Self;
+}
+
+impl Stored for f32 {
+    #[inline(always)]
+    fn of(value: f32) -> Self {
+        value
+    }
+}
+
+impl Stored for Bf16 {
+    /// The nearest one, of two the even one.
+    #[inline(always)]
+    fn of(value: f32) -> Self {
+        let bits = value.to_bits();
+        Bf16((bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16)
     }
 }
 
@@ -274,7 +295,7 @@ versions! {
     ///
     /// # Safety
     /// There are `count` keys and values, at least one; `is_fast`.
-    pub unsafe fn attention[](q: &[f32], keys: *const f32, values: *const f32, count: usize, scores: &mut [f32], out: &mut [f32])
+    pub unsafe fn attention[E: Element](q: &[f32], keys: *const E, values: *const E, count: usize, scores: &mut [f32], out: &mut [f32])
         by attention_by
 }
 
@@ -283,10 +304,10 @@ versions! {
 /// # Safety
 /// As `attention`.
 #[inline(always)]
-pub unsafe fn attention_by<const L: usize>(
+pub unsafe fn attention_by<E: Element, const L: usize>(
     q: &[f32],
-    keys: *const f32,
-    values: *const f32,
+    keys: *const E,
+    values: *const E,
     count: usize,
     scores: &mut [f32],
     out: &mut [f32],
@@ -297,8 +318,8 @@ pub unsafe fn attention_by<const L: usize>(
         // of fewer than eight the last one is taken several times
         let eight = std::array::from_fn(|r| keys.add((8 * i + r.min(part.len() - 1)) * d));
         // the values are needed next
-        (0..part.len() * d).step_by(LINE / size_of::<f32>()).for_each(|at| prefetch(values.add(8 * i * d), at));
-        let found = tile::<f32, 8, 1, L>(eight, [q.as_ptr()], d, true);
+        (0..part.len() * d).step_by(LINE / size_of::<E>()).for_each(|at| prefetch(values.add(8 * i * d), at));
+        let found = tile::<E, 8, 1, L>(eight, [q.as_ptr()], d, true);
         part.iter_mut().zip(found).for_each(|(score, [sum])| *score = sum * scale);
     }
     let most = scores.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
@@ -308,16 +329,16 @@ pub unsafe fn attention_by<const L: usize>(
     while at < d {
         // a row of values is read in long pieces: short ones, all positions for each, take three times as long
         at += match (d - at) / 8 {
-            8.. => mean::<8>(scores, values, d, at, total, out),
-            4..8 => mean::<4>(scores, values, d, at, total, out),
-            _ => mean::<1>(scores, values, d, at, total, out),
+            8.. => mean::<E, 8>(scores, values, d, at, total, out),
+            4..8 => mean::<E, 4>(scores, values, d, at, total, out),
+            _ => mean::<E, 1>(scores, values, d, at, total, out),
         };
     }
 }
 
 /// The mean of C x 8 channels of the values (count, d), from channel `at` on, weighted by the scores.
 #[inline(always)]
-unsafe fn mean<const C: usize>(scores: &[f32], values: *const f32, d: usize, at: usize, total: f32, out: &mut [f32]) -> usize {
+unsafe fn mean<E: Element, const C: usize>(scores: &[f32], values: *const E, d: usize, at: usize, total: f32, out: &mut [f32]) -> usize {
     let mut sums = [Lanes([0.0; 8]); C];
     for (i, &score) in scores.iter().enumerate() {
         let from = values.add(i * d + at);

@@ -4,7 +4,7 @@ use pyo3::buffer::{Element, PyBuffer};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use crate::kernel::is_fast;
+use crate::kernel::{is_fast, Bf16, Stored};
 use crate::step::{step, Model, Row, Shape, Weights};
 
 /// An array of weights (outputs, inputs): f32, bf16 as int16, fp16 as uint16, or int8 with scales.
@@ -31,6 +31,15 @@ fn buffer<T: Element>(array: &Bound<'_, PyAny>, shape: &[usize]) -> PyResult<PyB
 /// U is a T, and nobody writes to the array meanwhile.
 unsafe fn items<T: Element, U>(found: &PyBuffer<T>) -> &[U] {
     std::slice::from_raw_parts(found.buf_ptr() as *const U, found.item_count())
+}
+
+/// # Safety
+/// As `items`, and nobody reads it, either.
+unsafe fn writable<T: Element, U>(found: &mut PyBuffer<T>) -> PyResult<&mut [U]> {
+    match found.readonly() {
+        true => bad("an array to write into is read-only"),
+        false => Ok(std::slice::from_raw_parts_mut(found.buf_ptr() as *mut U, found.item_count())),
+    }
 }
 
 impl Array {
@@ -122,8 +131,8 @@ impl Step {
         })
     }
 
-    /// Appends a token to each of some rows of a cache (layers, 2 x kv_heads, rows, capacity, head_dim), which hold `lengths`
-    /// tokens, and writes the logits into `out` (rows, vocab_size).
+    /// Appends a token to each of some rows of a cache (layers, 2 x kv_heads, rows, capacity, head_dim), f32 or bf16 as int16, which
+    /// hold `lengths` tokens, and writes the logits into `out` (rows, vocab_size).
     #[allow(clippy::too_many_arguments)]
     fn __call__(
         &self,
@@ -137,31 +146,51 @@ impl Step {
     ) -> PyResult<()> {
         let Shape { kv_heads, head_dim, vocab_size, key_offset, .. } = self.shape;
         let (.., cache_rows, capacity, _): (usize, usize, usize, usize, usize) = storage.getattr("shape")?.extract()?;
-        let stored: PyBuffer<f32> = buffer(&storage, &[self.layers.len(), 2 * kv_heads, cache_rows, capacity, head_dim])?;
-        let out: PyBuffer<f32> = buffer(&out, &[rows.len(), vocab_size])?;
+        let shape = [self.layers.len(), 2 * kv_heads, cache_rows, capacity, head_dim];
+        let mut out: PyBuffer<f32> = buffer(&out, &[rows.len(), vocab_size])?;
         let mut seen = vec![false; cache_rows];
         let longest = capacity.saturating_sub(key_offset.into()).min(self.rotary.shape()[0]);
         let mut fits = |(&row, &length): (&usize, &usize)| row < cache_rows && length < longest && !std::mem::replace(&mut seen[row], true);
-        let whole = tokens.len() == rows.len() && lengths.len() == rows.len() && threads > 0 && !stored.readonly() && !out.readonly();
+        let whole = tokens.len() == rows.len() && lengths.len() == rows.len() && threads > 0;
         if !whole || !rows.iter().zip(&lengths).all(&mut fits) || tokens.iter().any(|&token| token >= self.embeddings) {
             return bad("a token or row that is not there, one without room, or one that is there twice");
         }
         let rows: Vec<Row> = tokens.into_iter().zip(rows).zip(lengths).map(|((token, row), length)| (token, row, length)).collect();
         // SAFETY: checked above. The arrays are the engine's, which waits for this call; nobody else has them.
         unsafe {
-            let mutable = |found: &PyBuffer<f32>| std::slice::from_raw_parts_mut(found.buf_ptr() as *mut f32, found.item_count());
-            let model = Model {
-                shape: &self.shape,
-                embedding: self.embedding.weights(),
-                layers: self.layers.iter().map(|four| [0, 1, 2, 3].map(|i| four[i].weights())).collect(),
-                values: self.values.iter().map(|table| table.as_ref().map(|table| table.weights())).collect(),
-                head: self.head.weights(),
-                rotary: items(&self.rotary),
-            };
-            let (cache, logits) = (mutable(&stored), mutable(&out));
-            py.detach(|| step(threads, &model, cache, (cache_rows, capacity), &rows, logits));
+            let logits = writable(&mut out)?;
+            match buffer::<i16>(&storage, &shape) {
+                Ok(mut half) => self.run::<Bf16>(py, threads, writable(&mut half)?, (cache_rows, capacity), &rows, logits),
+                Err(_) => {
+                    self.run::<f32>(py, threads, writable(&mut buffer::<f32>(&storage, &shape)?)?, (cache_rows, capacity), &rows, logits)
+                }
+            }
         }
         Ok(())
+    }
+}
+
+impl Step {
+    /// # Safety
+    /// As step.
+    unsafe fn run<K: Stored>(
+        &self,
+        py: Python<'_>,
+        threads: usize,
+        cache: &mut [K],
+        places: (usize, usize),
+        rows: &[Row],
+        logits: &mut [f32],
+    ) {
+        let model = Model {
+            shape: &self.shape,
+            embedding: self.embedding.weights(),
+            layers: self.layers.iter().map(|four| [0, 1, 2, 3].map(|i| four[i].weights())).collect(),
+            values: self.values.iter().map(|table| table.as_ref().map(|table| table.weights())).collect(),
+            head: self.head.weights(),
+            rotary: items(&self.rotary),
+        };
+        py.detach(|| step(threads, &model, cache, places, rows, logits));
     }
 }
 

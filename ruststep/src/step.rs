@@ -9,7 +9,7 @@
 
 use std::ops::Range;
 
-use crate::kernel::{aligned, attention, exp, products, Bf16, Element, Rows, F16, GROUP};
+use crate::kernel::{aligned, attention, exp, products, Bf16, Element, Rows, Stored, F16, GROUP};
 use crate::team::{together, Barrier};
 
 /// The weights of a product (outputs, inputs), row by row.
@@ -80,28 +80,28 @@ pub struct Model<'a> {
 
 /// Memory that the threads share: between two barriers each writes to its own part, or all only read.
 #[derive(Clone, Copy)]
-struct Common(*mut f32);
+struct Common<T = f32>(*mut T);
 
 // SAFETY: see above; `step` has the barriers.
-unsafe impl Send for Common {}
-unsafe impl Sync for Common {}
+unsafe impl<T> Send for Common<T> {}
+unsafe impl<T> Sync for Common<T> {}
 
-impl Common {
+impl<T> Common<T> {
     /// # Safety
     /// They are there, and nobody writes to them meanwhile.
-    unsafe fn read<'a>(&self, start: usize, size: usize) -> &'a [f32] {
+    unsafe fn read<'a>(&self, start: usize, size: usize) -> &'a [T] {
         std::slice::from_raw_parts(self.0.add(start), size)
     }
 
     /// # Safety
     /// They are there, and nobody else uses them meanwhile.
-    unsafe fn part<'a>(&self, start: usize, size: usize) -> &'a mut [f32] {
+    unsafe fn part<'a>(&self, start: usize, size: usize) -> &'a mut [T] {
         std::slice::from_raw_parts_mut(self.0.add(start), size)
     }
 
     /// # Safety
     /// As `part`.
-    unsafe fn columns<'a>(&self, row: usize, stride: usize, columns: &Range<usize>) -> &'a mut [f32] {
+    unsafe fn columns<'a>(&self, row: usize, stride: usize, columns: &Range<usize>) -> &'a mut [T] {
         self.part(row * stride + columns.start, columns.len())
     }
 }
@@ -131,6 +131,10 @@ fn turn(from: &[f32], angles: &[f32], eps: f32, turned: &mut [f32], out: &mut [f
     normalise(turned, from.len(), eps, out);
 }
 
+fn store<K: Stored>(from: &[f32], to: &mut [K]) {
+    from.iter().zip(to).for_each(|(&from, to)| *to = K::of(from));
+}
+
 /// A token, the row of the cache that it is appended to, and how many tokens that holds.
 pub type Row = (usize, usize, usize);
 
@@ -141,7 +145,7 @@ pub type Row = (usize, usize, usize);
 /// # Safety
 /// kernel::is_fast. Tokens are below the number of embeddings; each row is one of the cache's with room for one more token, and none
 /// is there twice; all these positions have angles; the weights are those of the shape.
-pub unsafe fn step(threads: usize, model: &Model, cache: &mut [f32], places: (usize, usize), rows: &[Row], logits: &mut [f32]) {
+pub unsafe fn step<K: Stored>(threads: usize, model: &Model, cache: &mut [K], places: (usize, usize), rows: &[Row], logits: &mut [f32]) {
     let (&Shape { width, heads, kv_heads, head_dim, hidden, vocab_size, eps, cap, key_offset }, n) = (model.shape, rows.len());
     let (q_size, qkv_size, group) = (heads * head_dim, (heads + 2 * kv_heads) * head_dim, heads / kv_heads);
     let mut memory = Vec::new();
@@ -153,7 +157,8 @@ pub unsafe fn step(threads: usize, model: &Model, cache: &mut [f32], places: (us
     normalise(embedded, width, eps, x);
     let (qkv, rest) = rest.split_at_mut(n * qkv_size);
     let (attended, up) = rest.split_at_mut(n * q_size);
-    let [x, qkv, attended, up, logits, stored] = [x, qkv, attended, up, logits, cache].map(|part| Common(part.as_mut_ptr()));
+    let [x, qkv, attended, up, logits] = [x, qkv, attended, up, logits].map(|part| Common(part.as_mut_ptr()));
+    let stored = Common(cache.as_mut_ptr());
     let ((cache_rows, capacity), most) = (places, rows.iter().map(|(.., length)| length + 1).max().unwrap_or(0));
 
     together(threads, &|thread: usize, of: usize, barrier: &Barrier| {
@@ -176,16 +181,16 @@ pub unsafe fn step(threads: usize, model: &Model, cache: &mut [f32], places: (us
                 let new = |head: usize| qkv.read(row * qkv_size + head * head_dim, head_dim);
                 turn(new(heads + g), angles, eps, turned, query);
                 let own = if key_offset && length > 0 { head_dim / 2 } else { head_dim };
-                stored.part(keys + length * head_dim, own).copy_from_slice(&query[..own]);
+                store(&query[..own], stored.part(keys + length * head_dim, own));
                 if key_offset {
                     let next = stored.part(keys + (length + 1) * head_dim + head_dim / 2, head_dim / 2);
-                    next.copy_from_slice(&query[head_dim / 2..]);
+                    store(&query[head_dim / 2..], next);
                 }
-                let value = stored.part(values + length * head_dim, head_dim);
-                value.copy_from_slice(new(heads + kv_heads + g));
+                let value = qkv.part(row * qkv_size + (heads + kv_heads + g) * head_dim, head_dim);
                 if let Some(table) = model.values[i] {
                     table.add_row(token * kv_heads + g, value);
                 }
+                store(value, stored.part(values + length * head_dim, head_dim));
                 for head in g * group..(g + 1) * group {
                     turn(new(head), angles, eps, turned, query);
                     let out = attended.part(row * q_size + head * head_dim, head_dim);

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
-use crate::kernel::{attention, attention_by, exp, is_fast, products, products_by, Bf16, Element, Rows, F16, GROUP};
+use crate::kernel::{attention, attention_by, exp, is_fast, products, products_by, Bf16, Element, Rows, Stored, F16, GROUP};
 use crate::team::together;
 
 fn numbers(count: usize) -> Vec<f32> {
@@ -39,23 +39,38 @@ fn products_are_sums_of_products() {
     check(|x| (x * 127.0) as i8);
 }
 
-#[test]
-fn attention_is_a_mean_of_values_by_the_softmax_of_scores() {
+fn check_attention<E: Stored>() {
     for (count, d) in [(1, 8), (8, 16), (21, 40)] {
-        let (q, keys, values) = (numbers(d), numbers(count * d), numbers(count * d + 5));
-        let dot = |s: usize| (0..d).map(|i| q[i] as f64 * keys[s * d + i] as f64).sum::<f64>();
+        let stored = |count: usize| numbers(count).into_iter().map(E::of).collect::<Vec<_>>();
+        let (q, keys, values) = (numbers(d), stored(count * d), stored(count * d + 5));
+        let dot = |s: usize| (0..d).map(|i| q[i] as f64 * keys[s * d + i].value() as f64).sum::<f64>();
         let weights: Vec<f64> = (0..count).map(|s| (dot(s) / (d as f64).sqrt()).exp()).collect();
-        for attention in [attention, attention_by::<8>, attention_by::<16>] {
+        for attention in [attention, attention_by::<E, 8>, attention_by::<E, 16>] {
             let (mut scores, mut out) = (vec![0.0; count], vec![f32::NAN; d]);
             // SAFETY: as above
             unsafe { attention(&q, keys.as_ptr(), values.as_ptr(), count, &mut scores, &mut out) };
             for (i, found) in out.iter().enumerate() {
-                let sum: f64 = (0..count).map(|s| weights[s] * values[s * d + i] as f64).sum();
+                let sum: f64 = (0..count).map(|s| weights[s] * values[s * d + i].value() as f64).sum();
                 let expected = sum / weights.iter().sum::<f64>();
                 assert!((*found as f64 - expected).abs() < 1e-5, "{found} is not {expected}");
             }
         }
     }
+}
+
+#[test]
+fn attention_is_a_mean_of_values_by_the_softmax_of_scores() {
+    check_attention::<f32>();
+    check_attention::<Bf16>();
+}
+
+#[test]
+fn bf16_is_the_nearest_one() {
+    let one = f32::from_bits(0x3f80_0000);
+    for (above, expected) in [(0, 0x3f80), (0x7fff, 0x3f80), (0x8000, 0x3f80), (0x8001, 0x3f81), (0x1_7fff, 0x3f81), (0x1_8000, 0x3f82)] {
+        assert_eq!(Bf16::of(f32::from_bits(one.to_bits() + above)).0, expected);
+    }
+    assert_eq!(Bf16::of(-1.0).value(), -1.0);
 }
 
 #[test]

@@ -6,7 +6,6 @@ import random
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from dev import bench_infer
 from tests.documents import ROOT
 from tests.util import ByteTokenizer
 from zangchat.config import GPTConfig
-from zangchat.engine import Engine, KVCache, Request, RunningBatch, kv_cache
+from zangchat.engine import Engine, KVCache, Request, RunningBatch, native
 from zangchat.engine.model import InferenceGPT
 from zangchat.engine.replies import ReplyDecoder, StopFinder, StreamDecoder, fit_conversation
 from zangchat.engine.runner import PROMPT_MULTIPLE
@@ -96,15 +95,6 @@ def traffic(draw: Any) -> list[tuple[int, int, int, int | None]]:
     return draw(st.lists(request, min_size=1, max_size=9))
 
 
-@pytest.fixture(params=[0, kv_cache.MIN_SAVED_BYTES], ids=["groups", "together"], scope="module")
-def worth_a_call(request: pytest.FixtureRequest) -> Iterator[None]:
-    """With models this small a group of its own never pays: once as if it always did."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kv_cache, "MIN_SAVED_BYTES", request.param)
-        yield
-
-
-@pytest.mark.usefixtures("worth_a_call")
 @given(
     traffic(),
     st.integers(1, 5),
@@ -167,12 +157,17 @@ def test_cached_logits_equal_the_plain_forward_pass_at_every_position(model: GPT
     torch.testing.assert_close(torch.cat(got, dim=1), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("has_step", [True, False])
 @pytest.mark.parametrize("kind", [lambda model: model, InferenceGPT], ids=["plain", "inference"])
-def test_a_16_bit_model_on_a_cpu_keeps_its_keys_and_values_in_fp32(model: GPT, kind: Any) -> None:
+def test_a_16_bit_model_on_a_cpu_stores_16_bits_for_the_native_step_only(
+    model: GPT, kind: Any, has_step: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "is_available", lambda: has_step)
     in_bf16 = GPT(model.config, torch.bfloat16)
     in_bf16.load_state_dict(model.state_dict())
     batch = RunningBatch(kind(in_bf16.eval()), TOKENIZER)
-    assert batch.runner.cache.storage.dtype == torch.float32
+    expected_dtype = torch.bfloat16 if has_step else torch.float32
+    assert batch.runner.cache.storage.dtype == expected_dtype
     generations = [
         batch.submit(Request(prompt(i, 20 + 7 * i), 12, temperature=0, logprobs=0))
         for i in range(3)
@@ -221,29 +216,6 @@ def test_rows_of_different_lengths_are_extended_by_several_tokens_at_once(model:
             for head, tail in zip((first, second), chunk, strict=True)
         ]
     torch.testing.assert_close(got, torch.cat(expected), atol=1e-4, rtol=1e-4)
-
-
-@given(st.lists(st.integers(1, 400), min_size=1, max_size=30), st.integers(1, 2**18))
-def test_groups_are_cut_where_that_saves_more_than_a_call_costs(
-    lengths: list[int], bytes_per_token: int
-) -> None:
-    lengths.sort(reverse=True)
-    sizes = kv_cache.groups_by_length(lengths, bytes_per_token)
-    assert sum(sizes) == len(lengths) and all(sizes)
-    places = [sum(sizes[:i]) for i in range(len(sizes))]
-    read = (
-        sum(size * lengths[place] for size, place in zip(sizes, places, strict=True))
-        * bytes_per_token
-    )
-    assert (
-        read + (len(sizes) - 1) * kv_cache.MIN_SAVED_BYTES
-        <= len(lengths) * lengths[0] * bytes_per_token
-    )
-    for size, place in zip(
-        sizes, places, strict=True
-    ):  # no group that is left would gain by one more cut
-        most = max((size - i) * (lengths[place] - lengths[place + i]) for i in range(size))
-        assert most * bytes_per_token <= kv_cache.MIN_SAVED_BYTES
 
 
 def test_rows_change_places_all_at_once(model: GPT) -> None:

@@ -54,8 +54,8 @@ def by_torch(model: InferenceGPT) -> InferenceGPT:
     return model
 
 
-def filled(config: GPTConfig, lengths: list[int]) -> KVCache:
-    cache = KVCache(config, len(lengths), 96, torch.float32, "cpu")
+def filled(config: GPTConfig, lengths: list[int], dtype: torch.dtype = torch.float32) -> KVCache:
+    cache = KVCache(config, len(lengths), 96, dtype, "cpu")
     cache.storage.copy_(
         torch.randn(cache.storage.shape, generator=torch.Generator().manual_seed(2))
     )
@@ -70,24 +70,32 @@ LENGTHS = [0, 1, 40, 7, 33, 64, 2, 90, 15, 16, 17]
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 11])
 @pytest.mark.parametrize(
-    ("dtype", "quantize", "tolerance"),
+    ("dtype", "quantize", "stored", "tolerance"),
     [
-        ("float32", "", 2e-5),
-        ("float32", "int8", 2e-5),
-        ("float32", "fp16", 2e-5),
-        ("bfloat16", "", 0.2),
-        ("float16", "", 0.05),
+        ("float32", "", "float32", 2e-5),
+        ("float32", "int8", "float32", 2e-5),
+        ("float32", "fp16", "float32", 2e-5),
+        ("float32", "", "bfloat16", 0.2),
+        ("bfloat16", "", "bfloat16", 0.2),
+        ("bfloat16", "", "float32", 0.2),
+        ("float16", "", "float32", 0.05),
     ],
 )
 @torch.inference_mode()
 def test_logits_and_cache_are_those_of_torch(
-    model: GPT, dtype: str, quantize: str, tolerance: float, rows: int, num_threads: int
+    model: GPT,
+    dtype: str,
+    quantize: str,
+    stored: str,
+    tolerance: float,
+    rows: int,
+    num_threads: int,
 ) -> None:
     torch.set_num_threads(num_threads)
     model.set_compute_dtype(getattr(torch, dtype))
     fast, slow = InferenceGPT(model, quantize), by_torch(InferenceGPT(model, quantize))
     assert fast.native is not None
-    caches = [filled(model.config, LENGTHS[-rows:]) for _ in range(2)]
+    caches = [filled(model.config, LENGTHS[-rows:], getattr(torch, stored)) for _ in range(2)]
     generator = torch.Generator().manual_seed(3)
     for _ in range(4):
         idx = torch.randint(0, V, (rows, 1), generator=generator)
@@ -101,16 +109,35 @@ def test_logits_and_cache_are_those_of_torch(
     assert float((caches[0].storage - caches[1].storage).abs().max()) < 2 * tolerance
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
-def test_a_row_has_the_same_logits_in_any_company(model: GPT) -> None:
-    model.set_compute_dtype(torch.float32)
+def test_a_row_has_the_same_logits_in_any_company(model: GPT, dtype: torch.dtype) -> None:
+    model.set_compute_dtype(dtype)
     fast = InferenceGPT(model)
     idx = torch.arange(len(LENGTHS))[:, None] * 7
-    together = fast(idx, kv_cache=filled(model.config, LENGTHS).rows(range(len(LENGTHS))))
+    together = fast(idx, kv_cache=filled(model.config, LENGTHS, dtype).rows(range(len(LENGTHS))))
     for row in range(len(LENGTHS)):
-        cache = filled(model.config, LENGTHS)
+        cache = filled(model.config, LENGTHS, dtype)
         alone = fast(idx[row : row + 1], kv_cache=cache.rows([row]))
         assert torch.equal(alone[0], together[row])
+
+
+@torch.inference_mode()
+def test_many_rows_go_to_torch_only_where_it_is_faster(
+    model: GPT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    idx = torch.zeros(100, 1, dtype=torch.int64)
+    rows = filled(model.config, [3] * 100).rows(range(100))
+    for hardware, dtype, expected in [
+        (True, torch.float32, True),
+        (False, torch.bfloat16, True),
+        (True, torch.bfloat16, False),
+    ]:
+        monkeypatch.setattr(native, "cpu_has_bf16", lambda hardware=hardware: hardware)
+        model.set_compute_dtype(dtype)
+        step = InferenceGPT(model).native
+        assert step is not None and step.takes(idx, rows) is expected
+        assert step.takes(idx[:64], filled(model.config, [3] * 64).rows(range(64)))
 
 
 @torch.inference_mode()
@@ -146,6 +173,8 @@ def test_what_does_not_fit_is_refused(model: GPT) -> None:
     fast, cache = InferenceGPT(model), filled(model.config, [3, 3])
     assert fast.native is not None
     out = np.empty((1, V), np.float32)
+    read_only = np.zeros(cache.storage.shape, np.int16)
+    read_only.flags.writeable = False
 
     def step(**change: Any) -> None:
         given: dict[str, Any] = {"tokens": [1], "rows": [0], "lengths": [3], "threads": 1}
@@ -163,6 +192,7 @@ def test_what_does_not_fit_is_refused(model: GPT) -> None:
         {"out": np.empty((1, V - 1), np.float32)},
         {"storage": cache.storage[:1].numpy()},
         {"storage": cache.storage[:, :, :1].numpy()},  # not in a row
+        {"storage": read_only},
     ):
         with pytest.raises(ValueError):
             step(**change)

@@ -134,27 +134,20 @@ def test_prompts_with_log_probabilities_are_read_in_smaller_passes():
     )  # two would be six positions
 
 
-@given(st.lists(st.tuples(st.integers(1, 400), st.booleans()), max_size=20), st.integers(0, 2**16))
-def test_rows_are_freed_and_sorted_into_groups(rows, bytes_per_token):
+@given(st.lists(st.booleans(), max_size=20))
+def test_rows_that_end_are_filled_from_the_end(ended):
     made = Scheduler(64, 10, 10)
-    made.running = [sequence() for _ in rows]
-    for running, (_, ended) in zip(made.running, rows, strict=True):
-        running.stop_reason = "stop" if ended else None
-    before, lengths = list(made.running), [length for length, _ in rows]
-    sources = made.arrange(lengths, bytes_per_token)
+    made.running = [sequence() for _ in ended]
+    for running, stopped in zip(made.running, ended, strict=True):
+        running.stop_reason = "stop" if stopped else None
+    before = list(made.running)
+    sources = made.arrange()
     alive = [s for s in before if s.stop_reason is None]
     if sources is None:
-        assert not rows
+        assert not any(ended)
         return
     assert made.running == [before[source] for source in sources]
     assert sorted(map(id, made.running)) == sorted(map(id, alive))
-    start = 0
-    ordered = sorted((lengths[source] for source in sources), reverse=True)
-    for size in made.groups:  # each group holds the next longest rows, in any order
-        assert (
-            sorted((lengths[s] for s in sources[start : start + size]), reverse=True)
-            == ordered[start : start + size]
-        )
-        start += size
-    assert start == len(sources)
-    assert made.arrange([lengths[source] for source in sources], bytes_per_token) is None
+    for row, source in enumerate(sources):  # only the last ones move
+        assert source == row or source >= len(alive)
+    assert made.arrange() is None

@@ -124,17 +124,17 @@ class RunningBatch:
 
     def _decode(self, events: list[Event]) -> list[torch.Tensor]:
         """The logits (B, V) of the running sequences; if they fail together, each by itself."""
-        running, groups = self.scheduler.running, self.scheduler.groups
+        running = self.scheduler.running
         if not running:
             return []
         try:
-            return [self.runner.decode(running, groups)]
+            return [self.runner.decode(running)]
         except Exception as error:
             logger.warning("a step of %d rows failed (%s): now row by row", len(running), error)
         logits = [torch.zeros(1, self.config.vocab_size, device=self.runner.device)] * len(running)
         for row, sequence in enumerate(running):
             try:
-                logits[row] = self.runner.decode(running, groups, only=row)
+                logits[row] = self.runner.decode(running, only=row)
             except Exception as error:
                 events.append(sequence.fail(error))
         return logits
@@ -171,9 +171,7 @@ class RunningBatch:
 
     def _arrange(self) -> None:
         scheduler, runner = self.scheduler, self.runner
-        # in a CUDA graph all rows attend equally far anyway
-        price = runner.cache.bytes_per_token if runner.graphs is None else 0
-        sources = scheduler.arrange(runner.cache.lengths, price)
+        sources = scheduler.arrange()
         if sources is not None:
             runner.move_rows(sources)
         reading = {prompt.row for prompt in scheduler.reading}

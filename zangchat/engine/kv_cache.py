@@ -7,8 +7,7 @@ dimension.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +18,6 @@ from zangchat.errors import UserError
 from zangchat.nn.attention import offset_keys
 
 CACHE_BLOCK = 64  # the length of a cache is a multiple of this
-# Split rows into another attention call only if that saves reading at least this many bytes of a
-# layer. Sorting the rows is part of the price.
-MIN_SAVED_BYTES = 2**21
-
-
-def storage_dtype(compute_dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The fastest dtype for keys and values. On a CPU fp32: attention of one token over bf16 takes
-    up to seven times as long (8 rows of 288 tokens, 6 heads of 64: 0.8 ms, in fp32 0.11)."""
-    return torch.float32 if device.type == "cpu" else compute_dtype
 
 
 class KVCache:
@@ -115,19 +105,13 @@ class KVCache:
             self.lengths[row] = part.size(2) - self.ahead
             self.storage[:, :, row, : part.size(2)] = part
 
-    def rows(self, rows: Sequence[int], groups: Sequence[int] = ()) -> "CacheRows":
-        """Rows as the context of one forward pass; consecutive ones unless all are empty.
-
-        `groups`: sizes of groups of rows (default: one) that attend as far as their longest row.
-        """
+    def rows(self, rows: Sequence[int]) -> "CacheRows":
+        """Rows as the context of one forward pass; consecutive ones unless all are empty."""
         if not (rows and all(0 <= row < self.num_rows for row in rows)):
             raise ValueError(f"rows {list(rows)} of a cache that has {self.num_rows}")
         lengths = [self.lengths[row] for row in rows]
-        spans, done = [], 0
-        for size in groups or [len(rows)]:
-            part, done = lengths[done : done + size], done + size
-            spans.append(_Span(size, max(part), min(part) == max(part)))
-        return CacheRows(self, rows, to_device(lengths, torch.int64, self.storage.device), spans)
+        positions = to_device(lengths, torch.int64, self.storage.device)
+        return CacheRows(self, rows, positions, max(lengths), min(lengths) == max(lengths))
 
     def fixed_rows(self, positions: Tensor, end: int) -> "CacheRows":
         """The rows 0..B-1 for a step of one token each, as a CUDA graph needs them.
@@ -135,16 +119,7 @@ class KVCache:
         They attend to the first `end` positions. The values of `positions` (B,) may change on the
         device from call to call. The caller updates `lengths`.
         """
-        span = _Span(positions.numel(), end - 1, aligned=False)
-        return CacheRows(self, range(span.size), positions, [span], counts=False)
-
-
-class _Span(NamedTuple):
-    """Consecutive rows that attend together."""
-
-    size: int
-    longest: int  # tokens stored in the longest row
-    aligned: bool  # all rows have that length
+        return CacheRows(self, range(positions.numel()), positions, end - 1, False, counts=False)
 
 
 @dataclass(eq=False)
@@ -154,15 +129,15 @@ class CacheRows:
     cache: KVCache
     rows: Sequence[int]
     positions: Tensor
-    spans: Sequence[_Span]
+    longest: int  # tokens stored in the longest row
+    aligned: bool  # all rows have that length
     counts: bool = True  # in the cache's `lengths`
 
     def __post_init__(self) -> None:
-        self.longest = max(span.longest for span in self.spans)
         # (N,) positions of the new tokens in (rows, S) as one dimension, and those after them
         self._where: Any = None
         self._after: Any = None
-        self._stored: list[Any] = []  # the results of store(), by layer
+        self._mask: Tensor | None = None
 
     def update(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Append k, v (B, G, T, D) to the rows.
@@ -170,21 +145,22 @@ class CacheRows:
         Returns keys and values (B, G, S, D) and a mask (B, 1, T, S) to add. The mask is None for
         plain causal attention: among the T new tokens, or of one token to rows of one length.
         """
-        if len(self.spans) > 1:
-            self.spans = [_Span(len(self.rows), self.longest, aligned=False)]
         new = torch.stack((k, v)).permute(1, 3, 0, 2, 4)  # (B, T, 2, G, D)
-        return self.store(layer_idx, new.flatten(0, 1).flatten(1, 2))[0]
+        return self.store(layer_idx, new.flatten(0, 1).flatten(1, 2))
 
-    def store(self, layer_idx: int, new: Tensor) -> Sequence[tuple[Tensor, Tensor, Tensor | None]]:
-        """The same for keys and values side by side, (N, 2 x G, D), per group of rows."""
+    def store(self, layer_idx: int, new: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The same for keys and values side by side, (N, 2 x G, D)."""
         if self._where is None:
             self._prepare(new)
-        new_first = new.transpose(0, 1).to(self.cache.storage.dtype)
-        self._write(self.cache.layers[layer_idx], new_first)
+        cache, B, first = self.cache, len(self.rows), self.rows[0]
+        self._write(cache.layers[layer_idx], new.transpose(0, 1).to(cache.storage.dtype))
         if self.longest == 0:
-            k, v = new.view(len(self.rows), -1, *new.shape[1:]).transpose(1, 2).chunk(2, dim=1)
-            return [(offset_keys(k) if self.cache.ahead else k, v, None)]
-        return self._stored[layer_idx]
+            k, v = new.view(B, -1, *new.shape[1:]).transpose(1, 2).chunk(2, dim=1)
+            return offset_keys(k) if cache.ahead else k, v, None
+        end = self.longest + new.size(0) // B
+        stored = cache.storage[layer_idx, :, first : first + B, :end].transpose(0, 1)
+        k, v = stored.chunk(2, dim=1)  # (B, G, S, D)
+        return k, v, self._mask
 
     def _write(self, layer: Tensor, new: Tensor) -> None:
         """`new` (2 x G, N, D) into a layer (2 x G, rows x S, D)."""
@@ -200,7 +176,7 @@ class CacheRows:
         to_moved.index_copy_(1, self._after, moved)
 
     def _prepare(self, new: Tensor) -> None:
-        """Positions, views and masks, which all layers share."""
+        """Positions and mask, which all layers share."""
         B, cache, device = len(self.rows), self.cache, new.device
         T, first = new.size(0) // B, self.rows[0]
         fits = new.size(0) == T * B and new.size(1) == cache.storage.size(1)
@@ -214,36 +190,15 @@ class CacheRows:
             numbers = to_device(self.rows, torch.int64, device)
         self._where = (numbers[:, None] * cache.capacity + where).flatten()
         self._after = self._where + 1 if cache.ahead else None
-        if self.longest == 0:
-            return
-        groups, done = [], 0
-        for size, longest, aligned in self.spans:
-            end, start, done = longest + T, done, done + size
-            span = slice(first + start, first + done)
-            stored = cache.storage[:, :, span, :end].transpose(1, 2)  # (L, size, 2 x G, S, D)
-            mask = None
-            if T > 1 or not aligned:
-                hidden = torch.arange(end, device=device) > where[start:done, :, None]
-                mask = torch.zeros(hidden.shape, dtype=stored.dtype, device=device)
-                mask = mask.masked_fill_(hidden, float("-inf"))[:, None]
-            k, v = (part.unbind(0) for part in stored.chunk(2, dim=2))
-            groups.append(zip(k, v, repeat(mask), strict=False))
-        self._stored = list(zip(*groups, strict=True))
+        if self.longest and (T > 1 or not self.aligned):
+            hidden = torch.arange(self.longest + T, device=device) > where[:, :, None]
+            mask = torch.zeros(hidden.shape, dtype=cache.storage.dtype, device=device)
+            self._mask = mask.masked_fill_(hidden, float("-inf"))[:, None]
 
     def advance(self, num_tokens: int) -> None:
         if self.counts:
             for row in self.rows:
                 self.cache.lengths[row] += num_tokens
-
-
-def groups_by_length(lengths: Sequence[int], bytes_per_token: int) -> list[int]:
-    """Sizes of groups of rows, longest first; cut in two while that saves MIN_SAVED_BYTES."""
-    saved = [(len(lengths) - i) * (lengths[0] - length) for i, length in enumerate(lengths)]
-    if max(saved, default=0) * bytes_per_token <= MIN_SAVED_BYTES:
-        return [len(lengths)] if lengths else []
-    cut = saved.index(max(saved))
-    parts = (lengths[:cut], lengths[cut:])
-    return [size for part in parts for size in groups_by_length(part, bytes_per_token)]
 
 
 def _rounded(length: int, multiple: int = CACHE_BLOCK) -> int:

@@ -10,7 +10,7 @@ vocabulary.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -22,7 +22,7 @@ from zangchat.gpt import GPT, rotary_tables
 from zangchat.nn.attention import attend, offset_keys
 from zangchat.nn.loss import IGNORE
 
-Group = tuple[Tensor, Tensor, Tensor | None]  # of rows: keys, values (B, G, S, D), mask
+Stored = tuple[Tensor, Tensor, Tensor | None]  # keys, values (B, G, S, D), mask
 FEW_INT8_ROWS = 8  # up to here the int8 kernel for CPUs beats a product with dequantised weights
 
 
@@ -194,9 +194,9 @@ class InferenceGPT:
             turned = heads[:, : H + G]
             self._rotate(turned, angles)
             self._norm(turned, out=turned)
-            groups = self._groups(i, heads[:, H:], B, kv_cache)
+            k, v, mask = self._store(i, heads[:, H:], B, kv_cache)
             q = heads[:, :H].view(B, T, H, D).transpose(1, 2)
-            y = self._attend(q, groups).transpose(1, 2).reshape(B * T, -1)
+            y = attend(q, k, v, mask, self.attention_backend).transpose(1, 2).reshape(B * T, -1)
             if logits_at is not None and i == len(self.layers) - 1:  # the only rows to be read
                 at = torch.arange(0, B * T, T, device=x.device) + logits_at
                 x, y = x[at], y[at]
@@ -213,19 +213,12 @@ class InferenceGPT:
             return losses.view(B, T)
         return logits.view(B, -1, config.vocab_size)
 
-    def _groups(self, layer: int, new: Tensor, B: int, kv_cache: Any) -> Sequence[Group]:
+    def _store(self, layer: int, new: Tensor, B: int, kv_cache: Any) -> Stored:
         """What the rows attend to, for new keys and values (N, 2 x G, D)."""
         if kv_cache is not None:
-            return cast(Sequence[Group], kv_cache.store(layer, new))
+            return cast(Stored, kv_cache.store(layer, new))
         k, v = new.view(B, -1, *new.shape[1:]).transpose(1, 2).chunk(2, dim=1)
-        return [(offset_keys(k) if self.config.key_offset else k, v, None)]
-
-    def _attend(self, q: Tensor, groups: Sequence[Group]) -> Tensor:
-        """Attention of q (B, H, T, D), whose rows are those of the groups in turn."""
-        if len(groups) == 1:
-            return attend(q, *groups[0], self.attention_backend)
-        pairs = zip(q.split([k.size(0) for k, _, _ in groups]), groups, strict=True)
-        return torch.cat([attend(part, *group, self.attention_backend) for part, group in pairs])
+        return offset_keys(k) if self.config.key_offset else k, v, None
 
     def _norm(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """functional.rms_norm, in half its operations."""

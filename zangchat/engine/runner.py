@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from zangchat.engine.cuda import DecodeGraphs, padded, to_device, to_host
-from zangchat.engine.kv_cache import CACHE_BLOCK, KVCache, storage_dtype
+from zangchat.engine.kv_cache import CACHE_BLOCK, KVCache
+from zangchat.engine.native import storage_dtype
 from zangchat.engine.sampling import LogprobTensors, Sampler
 from zangchat.engine.scheduler import Chunk, Prompt
 from zangchat.engine.sequence import Event, Sequence
@@ -92,7 +93,7 @@ class Runner:
         if rows:
             self.sampler = None
 
-    def decode(self, running: list[Sequence], groups: list[int], only: int | None = None) -> Tensor:
+    def decode(self, running: list[Sequence], only: int | None = None) -> Tensor:
         """Feed each running row its newest token -> logits (B, V); or `only` one row -> (1, V)."""
         idx = self._newest_tokens(running)[:, None]
         if self.sampler is not None:
@@ -103,8 +104,7 @@ class Runner:
                 return self.model(idx[only : only + 1], kv_cache=self.cache.rows([only]))[:, 0]
             if self.graphs is not None:
                 return self.graphs(idx)
-            rows = self.cache.rows(range(len(running)), groups)
-            return self.model(idx, kv_cache=rows)[:, 0]
+            return self.model(idx, kv_cache=self.cache.rows(range(len(running))))[:, 0]
         except Exception:
             self.cache.lengths[:] = lengths
             raise

@@ -9,7 +9,6 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Any
 
-from zangchat.engine.kv_cache import groups_by_length
 from zangchat.engine.sequence import Event, Sequence
 
 
@@ -58,7 +57,6 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.reading: deque[Prompt] = deque()  # in the order of their rows
         self.running: list[Sequence] = []
-        self.groups: list[int] = []  # sizes of the groups of running rows that attend together
 
     @property
     def busy(self) -> bool:
@@ -174,23 +172,15 @@ class Scheduler:
         self.running += joined
         return joined, [sequence.end("length") for sequence in sequences if sequence.limit == 0]
 
-    def arrange(self, lengths: list[int], bytes_per_token: int) -> list[int] | None:
-        """Free the rows of ended sequences, and group the others by length, longest first.
+    def arrange(self) -> list[int] | None:
+        """Move the last rows into those of ended sequences.
 
-        A group attends as far as its longest row. All rows grow alike, so rows only move after one
-        joined or left: into the place of one that ended, or to another group. Returns the former
-        row of each row, or None if nothing changes.
+        Returns the former row of each row, or None if nothing changes.
         """
         live = [row for row, s in enumerate(self.running) if s.stop_reason is None]
-        if len(live) == len(self.running) == sum(self.groups):
+        if len(live) == len(self.running):
             return None
-        live.sort(key=lambda row: -lengths[row])
-        self.groups = groups_by_length([lengths[row] for row in live], bytes_per_token)
-        sources: list[int] = []
-        for size in self.groups:
-            places = range(len(sources), len(sources) + size)
-            members = live[len(sources) : len(sources) + size]
-            moving = [row for row in members if row not in places]
-            sources += [place if place in members else moving.pop() for place in places]
+        moving = [row for row in live if row >= len(live)]
+        sources = [row if row in live else moving.pop() for row in range(len(live))]
         self.running = [self.running[source] for source in sources]
         return sources

@@ -183,12 +183,12 @@ def resolve_dtype(flag: str, device: torch.device | str) -> torch.dtype:
         return (
             torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
         )
-    if device.type == "cpu" and _cpu_has_bf16():
+    if device.type == "cpu" and cpu_has_bf16():
         return torch.bfloat16
     return torch.float32
 
 
-def _cpu_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
     """Whether the CPU multiplies bf16 in hardware; without that bf16 is emulated, and slower than
     fp32.
     """
