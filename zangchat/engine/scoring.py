@@ -131,11 +131,11 @@ class SharedPrompts(AttentionContext):
             keys, k = offset_keys(keys), offset_keys(k, last)
         return torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2), self._mask
 
-    def store(self, layer_idx: int, new: Tensor) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    def store(self, layer_idx: int, new: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The same for keys and values side by side, (N, 2 x G, D)."""
         rows = new.view(self.positions.numel(), -1, *new.shape[1:]).transpose(1, 2)
         k, v = rows.chunk(2, dim=1)
-        return [self.update(layer_idx, k, v)]
+        return self.update(layer_idx, k, v)
 
 
 def batches_of(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
