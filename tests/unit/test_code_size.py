@@ -12,7 +12,7 @@ from dev import code_size
 
 # on the way to 4,500; 170 came with decode graphs, bounded memory and failures that stay alone, and
 # 90 with the native step, 95 with --arch=modern
-CORE_LINES = 5460
+CORE_LINES = 5435
 FILE_LINES, CLASS_LINES, FUNCTION_LINES = 450, 250, 50
 LATE_IMPORTS = 81
 

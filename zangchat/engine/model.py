@@ -20,10 +20,10 @@ from torch import Tensor
 from zangchat.engine import native
 from zangchat.gpt import GPT, rotary_tables
 from zangchat.nn.attention import attend, offset_keys
+from zangchat.nn.functional import rms_norm
 from zangchat.nn.loss import IGNORE
 
 Stored = tuple[Tensor, Tensor, Tensor | None]  # keys, values (B, G, S, D), mask
-FEW_INT8_ROWS = 8  # up to here the int8 kernel for CPUs beats a product with dequantised weights
 
 
 class Product:
@@ -79,9 +79,6 @@ class Int8Product(OwnKernel):
         return native.as_array(self.weight), native.as_array(self.scales)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.is_cpu and x.size(0) <= FEW_INT8_ROWS:  # the kernel is only fast for bf16 activations
-            scales = self.scales.bfloat16()
-            return torch._weight_int8pack_mm(x.bfloat16(), self.weight, scales).to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype)) * self.scales.to(x.dtype)
 
 
@@ -127,14 +124,6 @@ class InferenceGPT:
         # a cache may be longer than the context, by less than its block
         cos, sin = rotary_tables(self.config, self.config.sequence_len + 64, self.device)
         self.rotary = torch.complex(cos, -sin).unsqueeze(1)  # (positions, 1, D/2)
-        self._plain_cpu = self.device.type == "cpu" and dtype == torch.float32
-        # as tensors: a Python number costs one more operation each time
-        self._cap = torch.full((), self.config.logit_cap, device=self.device)
-        eps = self.config.rms_norm_eps
-        self._floors = {
-            width: (torch.tensor((width * eps) ** 0.5), torch.tensor(width**-0.5))
-            for width in (self.config.n_embd, self.config.head_dim)
-        }
         self.native = native.native_step(self)
 
     def refresh(self, model: GPT) -> None:
@@ -182,18 +171,18 @@ class InferenceGPT:
             raise ValueError(f"losses come per token, not by loss_reduction={loss_reduction!r}")
         if targets is None and self.native is not None and self.native.takes(idx, kv_cache):
             return self.native(idx, kv_cache)
-        (B, T), config = idx.shape, self.config
+        (B, T), config, eps = idx.shape, self.config, self.config.rms_norm_eps
         H, G, D = config.n_head, config.n_kv_head, config.head_dim
         angles = self._angles(B, T, kv_cache)
-        x = self._norm(F.embedding(idx.reshape(-1), self.embedding))
+        x = rms_norm(F.embedding(idx.reshape(-1), self.embedding), eps)
         for i, layer in enumerate(self.layers):
-            qkv = layer.qkv(self._norm(x))
+            qkv = layer.qkv(rms_norm(x, eps))
             heads = qkv.view(B * T, -1, D)
             if i in self.values:
                 heads[:, H + G :] += F.embedding(idx.reshape(-1), self.values[i]).view(-1, G, D)
             turned = heads[:, : H + G]
             self._rotate(turned, angles)
-            self._norm(turned, out=turned)
+            turned.copy_(rms_norm(turned, eps))
             k, v, mask = self._store(i, heads[:, H:], B, kv_cache)
             q = heads[:, :H].view(B, T, H, D).transpose(1, 2)
             y = attend(q, k, v, mask, self.attention_backend).transpose(1, 2).reshape(B * T, -1)
@@ -201,12 +190,12 @@ class InferenceGPT:
                 at = torch.arange(0, B * T, T, device=x.device) + logits_at
                 x, y = x[at], y[at]
             x = layer.out.added(x, y)
-            hidden = layer.up(self._norm(x)).relu_()
+            hidden = layer.up(rms_norm(x, eps)).relu_()
             x = layer.down.added(x, hidden.mul_(hidden))
         if kv_cache is not None:
             kv_cache.advance(T)
-        logits = self.head(self._norm(x))[:, : config.vocab_size].float()
-        logits = logits.div_(self._cap).tanh_().mul_(self._cap)
+        logits = self.head(rms_norm(x, eps))[:, : config.vocab_size].float()
+        logits = logits.div_(config.logit_cap).tanh_().mul_(config.logit_cap)
         if targets is not None:
             targets = targets.reshape(-1)
             losses = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
@@ -219,16 +208,6 @@ class InferenceGPT:
             return cast(Stored, kv_cache.store(layer, new))
         k, v = new.view(B, -1, *new.shape[1:]).transpose(1, 2).chunk(2, dim=1)
         return offset_keys(k) if self.config.key_offset else k, v, None
-
-    def _norm(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """functional.rms_norm, in half its operations."""
-        width = x.size(-1)
-        if self._plain_cpu:
-            floor, scale = self._floors[width]
-            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-            return torch.div(x, norm.hypot_(floor).mul_(scale), out=out)
-        normed = F.rms_norm(x, (width,), eps=self.config.rms_norm_eps)
-        return normed if out is None else out.copy_(normed)
 
     def _angles(self, B: int, T: int, kv_cache: Any) -> Tensor:
         """Numbers (N, 1, D/2) on the unit circle, by the tokens' positions."""
