@@ -1,7 +1,8 @@
 """One token more in each of some rows, on a CPU: one call of the crate ruststep.
 
 torch takes a hundred calls for such a step, and each does little. The slow twin is InferenceGPT's
-own way, which prompts and GPUs take; so do x86 machines without AVX2, and all without the crate.
+own way, which prompts and GPUs take, and many rows in bf16; so do x86 machines without AVX2, and
+all without the crate.
 """
 
 import itertools
@@ -101,12 +102,8 @@ class NativeStep:
         cache = context.cache
         logits = torch.empty(len(context.rows), self.vocab_size)
         lengths = [cache.lengths[row] for row in context.rows]
-        rows, storage, threads = (
-            list(context.rows),
-            as_array(cache.storage),
-            torch.get_num_threads(),
-        )
-        self.step(idx[:, 0].tolist(), rows, lengths, storage, logits.numpy(), threads)
+        where = list(context.rows), lengths, as_array(cache.storage)
+        self.step(idx[:, 0].tolist(), *where, logits.numpy(), torch.get_num_threads())
         context.advance(1)
         return logits.unsqueeze(1)
 
