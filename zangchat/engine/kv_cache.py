@@ -15,7 +15,7 @@ from torch import Tensor
 from zangchat.config import GPTConfig
 from zangchat.engine.cuda import POSITIONS, row_class, to_device
 from zangchat.errors import UserError
-from zangchat.nn.attention import offset_keys
+from zangchat.nn.attention import Attended, keys_and_values, offset_keys
 
 CACHE_BLOCK = 64  # the length of a cache is a multiple of this
 
@@ -139,7 +139,7 @@ class CacheRows:
         self._after: Any = None
         self._mask: Tensor | None = None
 
-    def update(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def update(self, layer_idx: int, k: Tensor, v: Tensor) -> Attended:
         """Append k, v (B, G, T, D) to the rows.
 
         Returns keys and values (B, G, S, D) and a mask (B, 1, T, S) to add. The mask is None for
@@ -148,14 +148,14 @@ class CacheRows:
         new = torch.stack((k, v)).permute(1, 3, 0, 2, 4)  # (B, T, 2, G, D)
         return self.store(layer_idx, new.flatten(0, 1).flatten(1, 2))
 
-    def store(self, layer_idx: int, new: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def store(self, layer_idx: int, new: Tensor) -> Attended:
         """The same for keys and values side by side, (N, 2 x G, D)."""
         if self._where is None:
             self._prepare(new)
         cache, B, first = self.cache, len(self.rows), self.rows[0]
         self._write(cache.layers[layer_idx], new.transpose(0, 1).to(cache.storage.dtype))
         if self.longest == 0:
-            k, v = new.view(B, -1, *new.shape[1:]).transpose(1, 2).chunk(2, dim=1)
+            k, v = keys_and_values(new, B)
             return offset_keys(k) if cache.ahead else k, v, None
         end = self.longest + new.size(0) // B
         stored = cache.storage[layer_idx, :, first : first + B, :end].transpose(0, 1)

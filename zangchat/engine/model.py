@@ -19,11 +19,9 @@ from torch import Tensor
 
 from zangchat.engine import native
 from zangchat.gpt import GPT, rotary_tables
-from zangchat.nn.attention import attend, offset_keys
+from zangchat.nn.attention import Attended, attend, keys_and_values, offset_keys
 from zangchat.nn.functional import rms_norm
 from zangchat.nn.loss import IGNORE
-
-Stored = tuple[Tensor, Tensor, Tensor | None]  # keys, values (B, G, S, D), mask
 
 
 class Product:
@@ -202,11 +200,11 @@ class InferenceGPT:
             return losses.view(B, T)
         return logits.view(B, -1, config.vocab_size)
 
-    def _store(self, layer: int, new: Tensor, B: int, kv_cache: Any) -> Stored:
+    def _store(self, layer: int, new: Tensor, B: int, kv_cache: Any) -> Attended:
         """What the rows attend to, for new keys and values (N, 2 x G, D)."""
         if kv_cache is not None:
-            return cast(Stored, kv_cache.store(layer, new))
-        k, v = new.view(B, -1, *new.shape[1:]).transpose(1, 2).chunk(2, dim=1)
+            return cast(Attended, kv_cache.store(layer, new))
+        k, v = keys_and_values(new, B)
         return offset_keys(k) if self.config.key_offset else k, v, None
 
     def _angles(self, B: int, T: int, kv_cache: Any) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from zangchat.engine.cuda import padded
-from zangchat.nn.attention import AttentionContext, offset_keys
+from zangchat.nn.attention import Attended, AttentionContext, keys_and_values, offset_keys
 from zangchat.nn.loss import IGNORE
 
 TOKENS_PER_BATCH = {"cuda": 16_384, "cpu": 1_024}  # positions of a forward pass, with padding
@@ -114,7 +114,7 @@ class SharedPrompts(AttentionContext):
         self.positions, self._mask = self.lengths[self._owners], None
         self.longest = self._layers[0][0].size(2)
 
-    def update(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def update(self, layer_idx: int, k: Tensor, v: Tensor) -> Attended:
         if self._owners is None:
             self._layers.append((k, v))
             return offset_keys(k) if self.key_offset else k, v, None
@@ -131,11 +131,9 @@ class SharedPrompts(AttentionContext):
             keys, k = offset_keys(keys), offset_keys(k, last)
         return torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2), self._mask
 
-    def store(self, layer_idx: int, new: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def store(self, layer_idx: int, new: Tensor) -> Attended:
         """The same for keys and values side by side, (N, 2 x G, D)."""
-        rows = new.view(self.positions.numel(), -1, *new.shape[1:]).transpose(1, 2)
-        k, v = rows.chunk(2, dim=1)
-        return self.update(layer_idx, k, v)
+        return self.update(layer_idx, *keys_and_values(new, self.positions.numel()))
 
 
 def batches_of(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:

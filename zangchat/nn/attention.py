@@ -29,6 +29,7 @@ from zangchat.runtime import collectives
 from zangchat.runtime.devices import device_synchronize
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v -> output
+Attended = tuple[Tensor, Tensor, Tensor | None]  # keys, values (B, G, S, D), mask
 BLOCK = 128  # queries at a time in `blocks`: they fit the caches, and products run at full rate
 TRIAL_TOKENS = 2048  # context of the timed trial
 TRIAL_HEADS = 64  # times rows: enough to fill a GPU
@@ -43,7 +44,7 @@ class AttentionContext(Protocol):
     positions: Tensor  # (B,) int64: the position of each row's first new token
     longest: int  # at least the largest of `positions`, known without asking the device
 
-    def update(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def update(self, layer_idx: int, k: Tensor, v: Tensor) -> Attended:
         """The new tokens' k, v (B, G, T, D) -> keys and values (B, G, S, D) to attend to, and a
         mask (B, 1, T, S), None for plain causal attention. For a model with `key_offset` the keys
         come as they are and leave by `offset_keys`."""
@@ -65,10 +66,16 @@ class WithinDocuments(AttentionContext):
         self.mask = (document[:, :, None] == document[:, None, :]).tril()[:, None]  # (B, 1, T, T)
         self.positions, self.longest = torch.zeros_like(idx[:, 0]), 0
 
-    def update(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:  # noqa: ARG002
+    def update(self, layer_idx: int, k: Tensor, v: Tensor) -> Attended:  # noqa: ARG002
         if self.first is not None:
             k = torch.where(self.first, k, offset_keys(k))
         return k, v, self.mask
+
+
+def keys_and_values(new: Tensor, B: int) -> tuple[Tensor, Tensor]:
+    """Side by side, (B x T, 2 x G, D) -> views (B, G, T, D) of each."""
+    k, v = new.view(B, -1, *new.shape[1:]).transpose(1, 2).chunk(2, dim=1)
+    return k, v
 
 
 def offset_keys(k: Tensor, before: Tensor | None = None) -> Tensor:
