@@ -65,7 +65,7 @@ def look_at(name: str, split: str, before: set[str]) -> None:
     tasks need nothing.
     """
     task = load_task(name, split)
-    label = f"{task.name}, {getattr(task, 'file_split', split)}"
+    label = f"{name if is_file_name(name) else task.name}, {getattr(task, 'file_split', split)}"
     if task.generated or label in before:
         return
     before.add(label)

@@ -66,7 +66,11 @@ def train(config: Config) -> None:
 
     dataset = find_dataset(config.dataset, config.data_path, config.skip_bad_rows)
     dataset.count_left_out()
-    conversations = build_mixture(config.mixture) if config.mixture else None
+    conversations = (
+        build_mixture(config.mixture, skip_bad_rows=config.skip_bad_rows)
+        if config.mixture
+        else None
+    )
     facts = settings(config, dataset, conversations)
     if not config.overwrite and already_trained(facts):
         return
@@ -199,7 +203,7 @@ class Text:
 
         if isinstance(group, list):
             group = pyarrow.chunked_array(
-                [[repair_surrogates(text) for text in group]], pyarrow.string()
+                [[repair_surrogates(text) for text in group]], pyarrow.large_string()
             )
         texts = pc.utf8_slice_codeunits(
             group.filter(pc.greater(pc.binary_length(group), 0)), 0, self.config.doc_cap

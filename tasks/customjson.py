@@ -189,7 +189,7 @@ def _normalized(message: Any) -> Any:
     if not isinstance(message, dict):
         return message
     if "role" not in message and "from" in message:
-        if message["from"] not in ROLES:
+        if str(message["from"]) not in ROLES:
             known = ", ".join(ROLES)
             raise ValueError(
                 f"the sender {message['from']!r} is not known: `from` is one of {known}"
@@ -221,7 +221,7 @@ def _alpaca(row: dict[str, Any]) -> list[dict[str, Any]]:
         isinstance(row.get(key) or "", str) for key in ("instruction", "input", "output", "system")
     ):
         raise ValueError("instruction, input, output and system must be texts")
-    question = row["instruction"] + ("\n\n" + row["input"] if row.get("input") else "")
+    question = "\n\n".join(text for text in (row["instruction"], row.get("input")) if text)
     messages = []
     for asked, answered in [*history, [question, row["output"]]]:
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]

@@ -9,8 +9,9 @@ from tasks.common import Content, Conversation, RowsTask, chat, visible_text
 from zangchat.errors import UserError
 from zangchat.execution import SandboxLevel, execute_tests
 
-OPENING = re.compile(
-    r"^(?P<indent>[ \t>]*)[^`]*?(?P<fence>`{3,}|~{3,})[ \t]*(?P<language>[^\s`{]*)[^`]*$"
+OPENING = re.compile(  # each part ends where the next begins, so a failing match takes no time
+    r"^(?P<indent>[ \t>]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)*)(?![ \t>])(?:(?!~{3})[^`])*"
+    r"(?P<fence>`{3,}(?!`)|~{3,}(?!~))[ \t]*(?P<language>[^\s`{]*)(?:[\s{][^`]*)?$"
 )
 TIMEOUT = 5.0  # seconds a program, tests included
 

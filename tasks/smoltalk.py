@@ -8,9 +8,7 @@ from tasks.common import Conversation, RowsTask, check_conversation, training_me
 
 
 class SmolTalk(RowsTask):
-    """Rows: messages [{role, content}]. Locally <base>/tasks/smoltalk/{train,test}.parquet|jsonl;
-    any conversations may be put there.
-    """
+    """Rows: messages [{role, content}]; <base>/tasks/smoltalk/{train,test}.parquet|jsonl."""
 
     folder, hub, fields = "smoltalk", "HuggingFaceTB/smol-smoltalk", ("messages",)
 
@@ -18,6 +16,6 @@ class SmolTalk(RowsTask):
         super().__init__("", split, **view)
 
     def conversation(self, row: dict[str, Any]) -> Conversation:
-        messages = training_messages(row["messages"])
+        messages = row.get("messages", ())
         check_conversation(messages, f"tasks/{self.folder} ({self.file_split})")
-        return {"messages": messages}
+        return {"messages": training_messages(messages)}

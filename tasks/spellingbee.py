@@ -122,7 +122,7 @@ def word_list() -> list[str]:
     occurrences or more (the first corpus that was counted, else the first by name).
     """
     home = get_base_dir() / "tasks"
-    files = sorted((home / "words").glob("*.txt"))
+    files = sorted((home / "words").glob("[!.]*.txt"))
     words = _words_of_files(files) if files else _words_of_corpus(home / "corpus_words")
     if len(words) < 100:
         source = ", ".join(map(str, files)) if files else "the corpus"

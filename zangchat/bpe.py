@@ -50,7 +50,7 @@ def train(
         for item in text_iterator:
             found = found or len(item) > 0
             if isinstance(item, str):
-                yield item if item.isascii() else repair_surrogates(item)
+                yield repair_surrogates(item)
             elif is_crate():
                 yield item
             else:

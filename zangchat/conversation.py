@@ -32,7 +32,7 @@ def turns(conversation: Conversation) -> Iterator[Turn]:
     alternate, beginning with the user.
     """
     messages = messages_of(conversation)
-    system, first = None, 0
+    system, first = "", 0
     if messages and isinstance(messages[0], dict) and messages[0].get("role") == "system":
         system, first = _text_of(messages[0], 0), 1
     if len(messages) == first:
@@ -52,7 +52,7 @@ def turns(conversation: Conversation) -> Iterator[Turn]:
             yield Turn(role, _parts_of(message, index), 1 if weight is None else int(weight))
         else:
             text = _text_of(message, index)
-            if system is not None and index == first:
+            if system and index == first:  # an empty one says nothing
                 text = f"{system}\n\n{text}"
             yield Turn(role, [("text", text)], 0)
 

@@ -278,6 +278,15 @@ def test_a_developers_message_is_a_system_message_in_the_template(their_tokenize
     assert one == other
 
 
+def test_an_empty_system_message_says_nothing_in_the_template(their_tokenizer):
+    user = {"role": "user", "content": "hi"}
+    one, other = (
+        their_tokenizer.apply_chat_template(messages, tokenize=False)
+        for messages in ([{"role": "system", "content": ""}, user], [user])
+    )
+    assert one == other
+
+
 @pytest.mark.parametrize(
     ("messages", "complaint"),
     [

@@ -113,6 +113,28 @@ def test_unnamed_files_train_if_none_is_named_train(tmp_path):
     assert splits(tmp_path) == ({"A": 3}, {"B": 3})
 
 
+def test_a_rarer_format_is_not_what_validates(tmp_path):
+    put(tmp_path / "part-0.jsonl", ["ZERO"] * 3)
+    put(tmp_path / "part-1.jsonl", ["ONE"] * 3)
+    put(tmp_path / "urls.txt", ["URL"])
+    assert splits(tmp_path) == ({"URL": 1, "ZERO": 3}, {"ONE": 3})
+
+
+def test_linked_folders_are_read_once(tmp_path):
+    put(tmp_path / "elsewhere" / "wiki.jsonl", ["WIKI"] * 3)
+    put(tmp_path / "texts" / "own.jsonl", ["OWN"] * 3)
+    (tmp_path / "texts" / "wiki").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "circle").symlink_to(tmp_path / "texts")
+    assert splits(tmp_path / "texts") == ({"OWN": 3}, {"WIKI": 3})
+
+
+def test_a_manifest_of_another_program_is_no_dataset(tmp_path):
+    put(tmp_path / "a.jsonl", ["A"] * 10)
+    for manifest in ("[]", '{"name": "app", "icons": []}'):
+        (tmp_path / "manifest.json").write_text(manifest)
+        assert splits(tmp_path) == ({"A": 9}, {"A": 1})
+
+
 def test_a_file_that_is_named_itself_is_read_whatever_its_name(tmp_path):
     assert splits(put(tmp_path / "test.parquet", ["TEST"] * 2)) == ({"TEST": 1}, {"TEST": 1})
 
@@ -201,6 +223,13 @@ def test_a_byte_order_mark_is_not_text(tmp_path, name):
 @pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.TXT", "a.Parquet"])
 def test_endings_are_known_in_any_case(tmp_path, name):
     assert splits(put(tmp_path / name, ["a", "b"])) == ({"a": 1}, {"b": 1})
+
+
+def test_surrogates_of_a_careless_exporter_are_repaired(tmp_path):
+    lines = (r'{"text": "cut \ud83d"}', r'{"prompt": "\ud83d\ude00", "completion": "!"}')
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    assert documents(tmp_path / "a.jsonl", "train") == ["cut \ufffd"]
+    assert documents(tmp_path / "a.jsonl", "validation") == ["\U0001f600\n!"]
 
 
 def test_null_in_jsonl_is_skipped_as_in_parquet(tmp_path):
@@ -311,6 +340,16 @@ def test_split_names_are_seen_through_the_compression(tmp_path):
         put(tmp_path / f"{split}.jsonl", [f"{split} {index}" for index in range(40)])
         pack(tmp_path / f"{split}.jsonl", ".zst")
     assert all(text.startswith("train") for text in documents(tmp_path, "train"))
+
+
+@pytest.mark.parametrize("name", ["corpus.jsonl", "train.parquet"])
+def test_a_packed_copy_is_not_read_beside_its_original(tmp_path, base_dir, caplog, name):
+    pack(put(tmp_path / name, [f"T{index}" for index in range(10)]), ".zst")
+    put(tmp_path / name, [f"T{index}" for index in range(10)])
+    with caplog.at_level(logging.INFO, "zangchat"):
+        train, validation = splits(tmp_path)
+    assert len(train) == 9 and len(validation) == 1 and not train & validation
+    assert f"{name}.zst (also there unpacked)" in caplog.text
 
 
 def test_large_compressed_file_is_read_in_groups(tmp_path, monkeypatch):

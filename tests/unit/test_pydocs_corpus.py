@@ -161,6 +161,11 @@ def test_invalid_python_and_data_files_are_skipped():
     assert from_source("x = '" + "a" * 2000 + "'\n", "x.py") == ([], [])
 
 
+def test_links_to_nothing_are_skipped(roots, corpus):
+    (roots[0] / "sitecustomize.py").symlink_to("/nowhere/sitecustomize.py")
+    assert [job.path.name for job in pydocs.find_files(roots[:1])] == ["counting.py"]
+
+
 def test_repeated_paragraphs_are_used_once():
     seen = set()
     assert pydocs.is_new(f"first\n\n{SENTENCE}", seen)

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow
 import pytest
 
-from scripts import mid_train
+from scripts import fetch, mid_train
 from tasks import common, registry
 from tasks.arc import ARC
 from tasks.common import (
@@ -578,6 +578,7 @@ ANSWERS = {  # as models write them; CODE is the code, INDENTED the same three c
     "longer": "````python\nCODE````\n```\nnot this\n```\n",
     "behind text": "Sure: ```python\nCODE```\n",
     "list item": "1. Write this:\n   ```python\nINDENTED   ```\n2. Run it.\n",
+    "list mark": "1. ```python\nINDENTED   ```\n2. Run it.\n",
     "quote": "> ```python\nQUOTED> ```\n\nThat is all.\n",
     "pip first": "```bash\npip install numpy\n```\n```python\nCODE```\n",
     "plan first": "```\nfirst this,\nthen that\n```\nIn Python:\n```python\nCODE```\n",
@@ -611,6 +612,11 @@ def test_the_code_that_defines_the_function_is_found_in_any_fence(name, ends):
             assert [line.rstrip() for line in found.rstrip().split("\n")] == [
                 line.rstrip() for line in code.rstrip().split("\n")
             ]
+
+
+@pytest.mark.parametrize("line", ["~" * 20_000 + "`x`", "> " * 20_000 + "`", "1. " * 9_000 + "`"])
+def test_a_degenerate_answer_is_read_in_time_that_grows_with_its_length(line):
+    assert extract_code(line) == line
 
 
 needs_sandbox = pytest.mark.skipif(
@@ -781,7 +787,9 @@ def test_customjson_reads_the_common_shapes(base_dir):
             "the sender 'martian' is not known",
         ),
         ('{"conversations": [{"who": "human"}]}', "list of {from, value} or {role, content}"),
+        ('{"conversations": [{"from": ["human"], "value": "x"}]}', "the sender ['human']"),
         ('{"instruction": 3, "output": "x"}', "must be texts"),
+        ('{"instruction": "x", "output": null}', "needs a string"),
         ('{"instruction": "x", "output": "y", "history": ["z"]}', "history must be"),
     ],
 )
@@ -791,6 +799,26 @@ def test_customjson_names_file_and_line_of_what_it_cannot_read(base_dir, line, c
     with pytest.raises(UserError) as told:
         len(CustomJSON(path))
     assert str(told.value).startswith(f"{path}:3") and complaint in str(told.value)
+
+
+def test_an_instruction_may_be_its_input_only(base_dir):
+    row = {"instruction": None, "input": "x", "output": "y"}
+    assert list(CustomJSON(put(base_dir, "own.jsonl", [row]))) == [chat("x", "y")]
+
+
+@pytest.mark.parametrize("row", [{"messages": None}, {"messages": ["x"]}, {}], ids=str)
+def test_a_bad_row_in_the_place_of_a_hubs_table_is_named(base_dir, row):
+    put(base_dir, "smoltalk/train.jsonl", [chat("q", "a"), row])
+    with pytest.raises(UserError, match=r"tasks/smoltalk \(train\): "):
+        list(SmolTalk())
+
+
+def test_files_of_one_name_are_each_looked_at(base_dir, capsys):
+    first = put(base_dir, "m/chats.jsonl", [chat("q", "a")])
+    second = put(base_dir, "n/chats.jsonl", [chat("q", "a"), {"nothing": 1}])
+    flags = [f"--mid_mixture={first}", f"--sft_mixture={second}", "--rl_task=", "--core=0"]
+    assert fetch.main([*flags, "--eval_tasks=identity"]) == 2
+    assert f"{second}:2: it has nothing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -447,6 +447,12 @@ def test_the_system_message_is_put_before_the_first_user_message(tok: RustBPETok
     )
 
 
+def test_an_empty_system_message_says_nothing(tok: RustBPETokenizer) -> None:
+    assert tok.render_conversation(conversation("Hi", "Hello", system="")) == (
+        tok.render_conversation(conversation("Hi", "Hello"))
+    )
+
+
 def test_rendering_leaves_the_conversation_as_it_was(tok: RustBPETokenizer) -> None:
     chat = conversation("Hi", CALL, system="Be kind.")
     before = json.dumps(chat)
@@ -636,6 +642,8 @@ def test_tok_train_reads_conversations_before_the_text(
     assert "made otherwise (of other conversations)" in capsys.readouterr().err
     assert tok_train(*flags, "--mixture=nonsense:3") == 2
     assert "unknown task 'nonsense'" in capsys.readouterr().err
+    path.write_text(path.read_text() + "{half\n")
+    assert tok_train(*flags, f"--mixture={path}:40", "--skip_bad_rows") == 0
 
 
 def test_tok_train_knows_tokenizers_from_before_patterns_had_names(corpus: Path) -> None:

@@ -4,10 +4,12 @@ A folder is read as the hub reads one: with its subfolders, and with the splits 
 """
 
 import functools
+import json
 import logging
 import os
 import re
 import shlex
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -26,7 +28,7 @@ from zangchat.dataset.manifest import (
     present_datasets,
 )
 from zangchat.dataset.shards import FORMATS, REPLACE, open_shard, text_format
-from zangchat.errors import UserError, reason_of
+from zangchat.errors import UserError, explain, reason_of
 from zangchat.runtime.files import LeftOut, expand_home, unpacked_name
 
 logger = logging.getLogger(__name__)
@@ -107,7 +109,7 @@ class Choice(NamedTuple):
 def _local_dataset(path: Path, left_out: LeftOut | None) -> Dataset:
     if not path.exists():
         raise UserError(f"--data_path={path} does not exist: {EXPECTED}")
-    if path.is_dir() and (path / MANIFEST).exists():
+    if path.is_dir() and _is_dataset(path):
         return load_dataset(path)
     if path.is_dir():
         folder, choice = path, _choose(path, left_out)
@@ -128,13 +130,25 @@ def _local_dataset(path: Path, left_out: LeftOut | None) -> Dataset:
     return Dataset(folder, manifest, left_out)
 
 
+def _is_dataset(folder: Path) -> bool:
+    """Whether it has a manifest of ours, damaged or not, and not one of another program."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        return True
+    return isinstance(manifest, dict) and bool({"format", "shards"} & manifest.keys())
+
+
 def _entry(file: Path, folder: Path, split: str) -> dict[str, Any]:
-    return {
-        "name": file.relative_to(folder).as_posix(),
-        "split": split,
-        "bytes": file.stat().st_size,
-        "edges_sha256": hash_edges(file),
-    }
+    with explain(f"{file} cannot be read", "correct its permissions", OSError):
+        return {
+            "name": file.relative_to(folder).as_posix(),
+            "split": split,
+            "bytes": file.stat().st_size,
+            "edges_sha256": hash_edges(file),
+        }
 
 
 def _check_lone_file(path: Path) -> None:
@@ -166,7 +180,9 @@ def _choose(folder: Path, left_out_rows: LeftOut | None) -> Choice:
         left_out |= dict.fromkeys(validation, "empty")
         validation = []
     if not validation:
-        files = train
+        # A list of sources beside the texts is not what to validate on: rarer formats first.
+        formats = Counter(map(text_format, train))
+        files = sorted(train, key=lambda file: formats[text_format(file)])
         train, validation = _hold_out(files, has_text)
         left_out |= {file: "empty" for file in files if file not in (*train, *validation)}
     _log_choice(folder, choice := Choice(train, validation, left_out))
@@ -190,11 +206,16 @@ def split_of_name(name: str) -> str:
 def _text_files(folder: Path) -> tuple[list[Path], dict[Path, str]]:
     """(the files of FORMATS below a folder that are not empty, {other files with text: reason}).
 
-    Hidden files are skipped, also macOS's `._name`.
+    Hidden files are skipped, also macOS's `._name`. Links are followed, to each folder once.
     """
     found, left_out = [], {}
-    for place, folders, names in os.walk(folder, onerror=_refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if os.path.realpath(place) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
         for path in (Path(place, name) for name in names if not name.startswith(".")):
             suffix = text_format(path)
             if suffix in FORMATS and path.is_file():
@@ -204,6 +225,10 @@ def _text_files(folder: Path) -> tuple[list[Path], dict[Path, str]]:
                 left_out[path] = "compressed: unpack it first"
             elif suffix in FOREIGN:
                 left_out[path] = f"{suffix} is not read"
+    for path in set(found):
+        if unpacked_name(path) != path and unpacked_name(path) in found:
+            found.remove(path)  # zstd and `gunzip -k` keep both
+            left_out[path] = "also there unpacked"
     return sorted(found), dict(sorted(left_out.items()))
 
 

@@ -161,8 +161,9 @@ def _walk(root: Path) -> Iterator[Path]:
         for name in names:
             stem, suffix = os.path.splitext(name)
             wanted = suffix in (".py", ".md", ".rst") and not SKIPPED_FILES.fullmatch(stem)
-            if wanted or (name == "METADATA" and folder.endswith(".dist-info")):
-                yield Path(folder, name)
+            wanted = wanted or (name == "METADATA" and folder.endswith(".dist-info"))
+            if wanted and (path := Path(folder, name)).is_file():  # no link to nothing
+                yield path
 
 
 def _in_parallel(jobs: list[Job], workers: int) -> Iterator[Extract]:

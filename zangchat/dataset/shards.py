@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 from pyarrow import types
 
+from zangchat.bpe import repair_surrogates
 from zangchat.conversation import all_text
 from zangchat.errors import UserError, explain
 from zangchat.runtime.files import (
@@ -208,8 +209,13 @@ def record_text(record: Any, where: str) -> str:
     """A record as plain text: `text`, else prompt + completion, else the messages, one paragraph
     each.
 
-    Empty for a record whose text is null. Raises UserError, beginning with `where`, if it has none.
+    Empty for a record whose text is null; surrogates of a careless exporter are repaired. Raises
+    UserError, beginning with `where`, if it has none.
     """
+    return repair_surrogates(_text_of(record, where))
+
+
+def _text_of(record: Any, where: str) -> str:
     if not isinstance(record, dict):
         record = {}
     text, messages = record.get("text"), record.get("messages")

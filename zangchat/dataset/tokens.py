@@ -77,7 +77,7 @@ def tokenize(dataset: Dataset, tokenizer: Any, folder: Path, num_threads: int) -
 
 
 def _validation_name(shard: str) -> str:
-    return f"validation_{Path(shard).with_suffix('').as_posix().replace('/', '_')}.parquet"
+    return f"validation_{shard.removesuffix('.parquet').replace('/', '_')}.parquet"
 
 
 def _read_groups(dataset: Dataset, shard: str, split: str) -> Iterator[list[str]]:

@@ -63,7 +63,7 @@ FILE_TYPES = {  # of ggml, of the whole file
 OLLAMA_TEMPLATE = """\
 {{- $first := "" }}
 {{- range .Messages }}
-{{- if eq .Role "system" }}{{ $first = printf "%s\\n\\n" .Content }}
+{{- if eq .Role "system" }}{{ if .Content }}{{ $first = printf "%s\\n\\n" .Content }}{{ end }}
 {{- else if eq .Role "user" }}<|user_start|>{{ $first }}{{ $first = "" }}{{ .Content }}<|user_end|>
 {{- else if eq .Role "assistant" }}<|assistant_start|>{{ .Content }}<|assistant_end|>
 {{- end }}
