@@ -80,7 +80,7 @@ def read_run(path: Path, config: Config) -> Run:
     for row in curve_of(path, config.source).rows:
         seconds += row.get("seconds", 0.0)
         if is_number(row.get(config.metric)):
-            points.append((row["tokens"], seconds, row[config.metric]))
+            points.append((row.get("tokens", 0), seconds, row[config.metric]))
     if not points:
         raise UserError(f"{path} has no {config.metric}: name another field with --metric")
     newest = next(steps(path.parent, check=""), None)

@@ -10,12 +10,11 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from scripts import base_train
 from zangchat import configurator, flops
 from zangchat.training import planning
-from zangchat.training.settings import check_batch
+from zangchat.training.settings import check_batch, memory_settings
 
 CARDS = ("RTX 3090", "RTX 4090", "L40S", "A100", "H100")
 UTILISATION = 0.4
@@ -39,11 +38,9 @@ def show(config: Config) -> int:
         plan.total_batch_size, gpt.sequence_len, config.device_batch_size, config.world_size
     )
     rows = plan.total_batch_size // (gpt.sequence_len * config.world_size)
-    settings: dict[str, Any] = {
-        "world_size": config.world_size,
-        "grad_checkpoint": config.grad_checkpoint,
-        "fsdp": config.fsdp,
-    }
+    where = config.device_type or "cuda", config.dtype or "bfloat16"
+    settings = memory_settings(config, config.world_size, *where)
+    settings["grad_checkpoint"] = config.grad_checkpoint
     if config.device_batch_size == "auto":
         fitting = flops.fitting_batch(gpt, rows, config.memory_gb * flops.GIB, **settings)
         if not fitting:

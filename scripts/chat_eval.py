@@ -90,10 +90,11 @@ def check(config: Config) -> None:
         1, config, "max_new_tokens", "num_samples", "batch_size", "max_problems"
     )
     configurator.check_sampling(config)
-    if config.num_samples > 1 and config.temperature == 0:
+    flag = configurator.all_alike(config)
+    if config.num_samples > 1 and flag:
         raise configurator.UserError(
-            f"--num_samples={config.num_samples} at --temperature=0 gives the same answer each "
-            "time: add --temperature=1"
+            f"--num_samples={config.num_samples} with {flag} gives the same answer each time: "
+            "add --temperature=1"
         )
 
 

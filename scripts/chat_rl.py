@@ -85,10 +85,8 @@ def check(config: Config) -> None:
         reason = "a sample is compared with others of its prompt, give 2 or more"
         raise UserError(f"--num_samples={config.num_samples} teaches nothing: {reason}")
     configurator.check_sampling(config)
-    if config.temperature == 0:
-        raise UserError(
-            "--temperature=0 must be above 0, for samples have to differ: give 1, for example"
-        )
+    if flag := configurator.all_alike(config):
+        raise UserError(f"{flag} teaches nothing, for samples have to differ: give more")
 
 
 def load(config: Config, split: str, tokenizer: Any) -> "Task":

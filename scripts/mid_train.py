@@ -43,7 +43,7 @@ class Config(FinetuneConfig):
     mixture_ratio: float = 1.0
     """share of the tokens that come from the mixture, above 0; the rest is pretraining text"""
     dataset: str | None = None
-    """the pretraining text (also for validation if mixture_ratio < 1); default: as the base
+    """the pretraining text, of which --mixture_ratio < 1 takes a share; default: as the base
     model
     """
     data_path: str | None = None

@@ -65,6 +65,7 @@ SAMPLING_LIMITS = {  # of the fields of engine.Request
     "repetition_penalty": Limits(0, above=True),
     "logprobs": Limits(0, 20),  # most likely tokens to report at each position
 }
+MIN_TEMPERATURE = 1e-5  # lower ones count as 0, before logits / temperature overflows
 USER_LIMITS = {  # of flags and HTTP requests
     **SAMPLING_LIMITS,
     "max_tokens": Limits(1, 1_000_000),

@@ -30,7 +30,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import tyro
 
-from zangchat.config import USER_LIMITS
+from zangchat.config import MIN_TEMPERATURE, USER_LIMITS
 from zangchat.errors import UserError
 from zangchat.runtime.logs import setup_default_logging
 from zangchat.runtime.processes import (
@@ -183,6 +183,13 @@ def check_sampling(config: Any) -> None:
         value, limits = getattr(config, name, None), USER_LIMITS[name]
         if value is not None and not limits.allow(value):
             raise UserError(f"--{name}={value:g} is not possible: give a number {limits}")
+
+
+def all_alike(config: Any) -> str:
+    """The sampling flag for which all samples of a prompt are equal; "" if they differ."""
+    if config.temperature < MIN_TEMPERATURE:
+        return f"--temperature={config.temperature:g}"
+    return "--top_k=1" if config.top_k == 1 else ""
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -341,10 +341,12 @@ DEVICES = {
 
 def find_device(name: str) -> Device | None:
     """The peaks of a device by the name its driver gives ("NVIDIA H100 80GB HBM3"); None for one
-    that is not in the table.
+    that is not in the table, as a laptop's slower GPU of a card's name.
     """
     upper = name.upper()
     words = upper.replace("-", " ").split()
+    if "LAPTOP" in words:
+        return None
     for key, device in DEVICES.items():
         if (key in upper) if (" " in key or "-" in key) else any(word == key for word in words):
             return device

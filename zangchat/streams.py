@@ -76,8 +76,8 @@ class TextStream:
     """Documents of a pretraining dataset, endlessly.
 
     Each epoch has its own order: shards (except in the first epoch of a dataset that may still be
-    downloading), groups within a shard, documents within a group. With `max_tokens`, a longer
-    document comes in several pieces, each with its own <|bos|>: finer grains for a MixedStream.
+    downloading), groups within a shard, documents within a group. With `max_tokens`, longer ones
+    come in pieces, for a MixedStream; the <|bos|> of a continuation is not learned.
     """
 
     def __init__(
@@ -118,7 +118,8 @@ class TextStream:
             step = self.max_tokens - 1 if self.max_tokens else max(1, len(ids))
             for start in range(0, len(ids), step):
                 piece = np.concatenate([[bos], ids[start : start + step]], dtype=np.int32)
-                documents.append(Document(piece, None, True))
+                mask = np.arange(len(piece)) > 0 if start else None
+                documents.append(Document(piece, mask, True))
         return documents
 
     def _encoded(self, run: list[Any]) -> list[np.ndarray]:

@@ -65,6 +65,14 @@ def test_another_field_and_a_run_without_a_checkpoint(base, capsys):
     assert "loss after 200 tokens" in capsys.readouterr().out
 
 
+def test_scores_without_a_number_of_tokens_stand_at_the_beginning(base, capsys):
+    write_run(base, "d4", 4.0, 3.0)
+    with (base / "base_checkpoints" / "d4" / "metrics.jsonl").open("a") as file:
+        file.write('\n{"step": 0, "pass@1": 0.5}\n{"step": 1, "tokens": 100, "pass@1": 0.75}\n')
+    assert main(["--tags=d4", "--metric=pass@1"]) == 0
+    assert "pass@1 after 100 tokens" in capsys.readouterr().out
+
+
 def test_a_damaged_checkpoint_is_named(base, capsys):
     write_run(base, "d4", 4.0, 3.0, 2.0)
     (base / "base_checkpoints" / "d4" / "meta_000002.json").write_text("{")

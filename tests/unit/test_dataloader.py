@@ -410,6 +410,16 @@ def test_documents_in_pieces_add_up_to_the_documents(small):
     assert "".join(parts) == "".join(texts)
 
 
+def test_the_border_of_a_cut_document_is_not_learned(small):
+    pieces = TextStream(small, TOKENIZER, seed=7, max_tokens=10)
+    documents = next(runs_of(pieces))
+    begun = [d for d in documents if d.mask is None]
+    assert 1 < len(begun) < len(documents)
+    for document in documents:
+        if document.mask is not None:
+            assert document.mask.tolist() == [False] + [True] * (len(document.ids) - 1)
+
+
 def test_a_dataset_without_training_text_is_a_clear_error(tmp_path):
     dataset = make_dataset(tmp_path / "empty", [""])
     with pytest.raises(UserError, match="no text to train on"):

@@ -345,4 +345,5 @@ def test_variants_of_a_device_are_distinguished():
     assert memory_bandwidth("NVIDIA A100-SXM4-40GB") == 1555e9
     assert memory_bandwidth("NVIDIA H200") == 4800e9
     assert memory_bandwidth("something new") is None
+    assert find_device("NVIDIA GeForce RTX 4090 Laptop GPU") is None, "another chip of that name"
     assert find_device("NVIDIA A100 80GB PCIe").bandwidth == 1935

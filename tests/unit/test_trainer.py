@@ -168,6 +168,20 @@ def test_the_loss_is_the_mean_over_all_supervised_tokens_not_a_mean_of_means():
     assert trainer.state.tokens == batch.inputs.numel()
 
 
+def test_a_step_with_a_zero_gradient_changes_nothing(caplog):
+    """Muon and Adam would go on by momentum: in RL, where all rewards of a step may be equal."""
+    trainer = make_trainer()
+    batch = make_batch(0)
+    trainer.train_step(batch)
+    before = weights(trainer)
+    zero = replace(batch, loss_weights=torch.zeros(batch.targets.shape))
+    trainer.train_step(zero)
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(trainer).items())
+    assert (trainer.state.step, trainer.state.skipped_steps) == (2, 1) and not caplog.text
+    trainer.train_step(batch)
+    assert any(not torch.equal(before[name], t) for name, t in weights(trainer).items())
+
+
 def test_rows_without_supervision_change_nothing():
     batch = make_batch(0)
     padding = torch.zeros(4, CONFIG.sequence_len, dtype=torch.int64)

@@ -12,10 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zangchat.config import SAMPLING_LIMITS
+from zangchat.config import MIN_TEMPERATURE, SAMPLING_LIMITS
 from zangchat.engine.cuda import to_device
-
-MIN_TEMPERATURE = 1e-5  # lower ones count as 0, before logits / temperature overflows
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def pass_at_k(n: int, task: Any, num_samples: int, **options: Any) -> Every:
         first = {f"first {name}": value for name, value in scores.items()}
         seen = state.results.setdefault("held_out", {**first})
         seen.update({f"last {name}": value for name, value in scores.items()})
-        trainer.log(scores)
+        trainer.log({**scores, "tokens": state.tokens})
         listed = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
         examples = f"{len(result.items)} examples"
         print0(

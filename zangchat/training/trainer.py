@@ -118,8 +118,9 @@ class Trainer:
     def train_step(self, batch: "Batch") -> dict[str, Any]:
         """One optimizer step on this rank's rows -> its metrics, equal on all ranks but for times.
 
-        A step without supervised tokens, or with a non-finite loss or gradient on any rank, changes
-        no weight and counts as skipped. Raises UserError after MAX_SKIPS_IN_A_ROW non-finite ones.
+        A step with no supervised token or a zero gradient (equal rewards), or with a non-finite
+        loss or gradient on any rank, changes no weight and counts as skipped. Raises UserError
+        after MAX_SKIPS_IN_A_ROW non-finite ones.
         """
         state = self.state
         self.pace.begin()
@@ -136,8 +137,8 @@ class Trainer:
         total, squares = collectives.sum_over_ranks([loss_sum, own_norm**2])
         grad_norm = squares**0.5 / self.loss_scale.value
         loss = total / supervised if supervised else math.nan
-        if supervised == 0:
-            self._skip("not one supervised token")
+        if not (supervised and squares):  # momentum would move the weights all the same
+            self._skip("nothing to learn from", logging.DEBUG if supervised else logging.WARNING)
         elif not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._skip_non_finite(loss_sum, loss, grad_norm)
         else:
@@ -177,10 +178,10 @@ class Trainer:
         self.state.skips_in_a_row = 0
         self.loss_scale.after_update()
 
-    def _skip(self, reason: str) -> None:
+    def _skip(self, reason: str, level: int = logging.WARNING) -> None:
         self.state.skipped_steps += 1
         if self.rank == 0:
-            logger.warning(f"step {self.state.step + 1}: {reason}; skipped")
+            logger.log(level, f"step {self.state.step + 1}: {reason}; skipped")
 
     def _skip_non_finite(self, loss_sum: float, loss: float, grad_norm: float) -> None:
         state = self.state
