@@ -634,6 +634,29 @@ def test_a_folder_with_everything_side_by_side_is_read_too(nanochat, tmp_path):
     assert imported.step == 20 and imported.config == model.config
 
 
+def test_a_models_folder_finds_the_tokenizer_of_its_base_directory(
+    nanochat, tokenizer, monkeypatch
+):
+    base, model = nanochat
+    folder = base / "base_checkpoints" / "d2"
+    monkeypatch.chdir(folder)
+    for path in (folder, Path(".")):
+        imported = read_checkpoint(path, "base")
+        assert imported.step == 20 and imported.config == model.config
+        assert imported.tokenizer.fingerprint == tokenizer.fingerprint
+
+
+def test_a_missing_tokenizer_shows_before_the_tensors_are_read(nanochat, monkeypatch):
+    base, _ = nanochat
+    folder = base / "base_checkpoints" / "d2"
+    (base / "tokenizer" / "tokenizer.pkl").unlink()
+    monkeypatch.setattr(checkpoint_manager, "read_tensors", None)
+    for path, place in ((base, base / "tokenizer"), (folder, folder)):
+        complaint = re.escape(f"no tokenizer at {place / 'tokenizer.pkl'}: copy")
+        with pytest.raises(UserError, match=complaint):
+            read_checkpoint(path, "base", "d2")
+
+
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "null"])
 def test_a_validation_that_is_no_number_is_left_out(nanochat, value):
     base, _ = nanochat
