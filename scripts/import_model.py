@@ -21,8 +21,8 @@ from zangchat.runtime.logs import print0
 @dataclass
 class Config:
     path: Path
-    """the directory; of nanochat its base directory, or one with model_*.pt, meta_*.json and
-    tokenizer.pkl
+    """the directory; of nanochat its base directory, a model's folder in it, or one with
+    model_*.pt, meta_*.json and tokenizer.pkl
     """
     source: str
     """base | mid | sft | rl: the stage that the model has gone through; of nanochat the one

@@ -135,7 +135,7 @@ def word_list() -> list[str]:
 
 def _words_of_files(files: Sequence[Path]) -> list[str]:
     lines = (
-        line.strip() for path in files for line in path.read_text(encoding="utf-8").splitlines()
+        line.strip() for path in files for line in path.read_text(encoding="utf-8-sig").splitlines()
     )
     return sorted({line for line in lines if WORD.fullmatch(line)})
 

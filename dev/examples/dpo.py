@@ -11,13 +11,13 @@ A line of the data is {"prompt": [{"role": "user", "content": ...}], "chosen": [
 so no second copy is kept.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from zangchat import configurator
+from zangchat.runtime.files import read_jsonl
 
 
 @dataclass
@@ -44,7 +44,7 @@ def prefer(config: Config) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    pairs = [json.loads(line) for line in config.data.read_text(encoding="utf-8").splitlines()]
+    pairs = [row for _, row in read_jsonl(config.data)]
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     settings = DPOConfig(
         output_dir=str(config.output),

@@ -10,7 +10,6 @@ A line of the data is {"messages": [{"role": "user", "content": ...}, {"role": "
 the output is a complete model again.
 """
 
-import json
 import random
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from zangchat import configurator
 from zangchat.runtime.devices import autodetect_device_type
+from zangchat.runtime.files import read_jsonl
 
 IGNORED = -100  # a label that the loss leaves out
 
@@ -56,10 +56,7 @@ def finetune(config: Config) -> None:
     model = get_peft_model(base, adapters).to(device)
     model.print_trainable_parameters()
     model.train()
-    examples = [
-        encode(tokenizer, json.loads(line)["messages"])
-        for line in config.data.read_text(encoding="utf-8").splitlines()
-    ]
+    examples = [encode(tokenizer, row["messages"]) for _, row in read_jsonl(config.data)]
     optimizer = torch.optim.AdamW(
         (p for p in model.parameters() if p.requires_grad), lr=config.lr, weight_decay=0.0
     )

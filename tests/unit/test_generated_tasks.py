@@ -15,7 +15,15 @@ from tasks.medley import LONG, Medley
 from tasks.pydocs import PyDocs
 from tasks.registry import build_mixture, load_task
 from tasks.smalltalk import SmallTalk, has_word
-from tasks.spellingbee import SimpleSpelling, SpellingBee, count_words, stem, word_split, words_of
+from tasks.spellingbee import (
+    SimpleSpelling,
+    SpellingBee,
+    count_words,
+    stem,
+    word_list,
+    word_split,
+    words_of,
+)
 from zangchat.dataset.manifest import write_dataset
 from zangchat.engine.tools import use_calculator
 from zangchat.tokenizer import RustBPETokenizer
@@ -229,6 +237,12 @@ def test_words_and_their_inflected_forms_belong_to_one_split(words):
     seen = {c["word"] for c in SpellingBee(3000, "train")}
     assert not {stem(word) for word in seen} & {stem(word) for word in words_of("test")}
     assert not {stem(word) for word in seen} & {stem(word) for word in words_of("val")}
+
+
+def test_a_word_list_may_begin_with_a_bom(words, base_dir):
+    path = base_dir / "tasks" / "words" / "words.txt"
+    path.write_text("\n".join(words), encoding="utf-8-sig")
+    assert word_list() == words
 
 
 def test_a_third_of_the_training_words_is_invented(words, tokenizer):

@@ -500,6 +500,13 @@ def test_a_changed_file_is_named(exported, tmp_path):
         read_hf(tmp_path / "copy")
 
 
+@pytest.mark.parametrize("text", ['{"files": ["a.bin"], "source": "web"}', "[]", "a: b"])
+def test_another_programs_manifest_is_left_alone(exported, tmp_path, text):
+    copy = tampered(exported, tmp_path / "copy", "config.json", lambda data: None)
+    (copy / MANIFEST).write_text(text)
+    assert read_hf(copy).step == 0
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
@@ -508,6 +515,9 @@ def test_a_changed_file_is_named(exported, tmp_path):
         ({"intermediate_size": 300}, "intermediate_size"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
+        ({"rope_parameters": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
         ({"final_logit_softcapping": None}, "float"),
         ({"num_key_value_heads": 3}, "n_kv_head"),
         ({"num_key_value_heads": 4}, r"c_k\.weight is \(32, 64\)"),
@@ -523,6 +533,43 @@ def test_another_architecture_is_refused(exported, tmp_path, change, complaint):
         read_hf(
             tampered(exported, tmp_path / "copy", "config.json", lambda data: data.update(change))
         )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_scaling": {"type": "default", "rope_theta": 70.0}},  # beside rope_parameters
+        {"rope_scaling": {"rope_type": "default"}, "rope_theta": 70.0},
+        {"rope_scaling": None},
+    ],
+)
+def test_rope_is_read_as_by_transformers(exported, tmp_path, change):
+    copy = tampered(exported, tmp_path / "copy", "config.json", lambda data: data.update(change))
+    theirs = AutoModelForCausalLM.from_pretrained(copy).config.rope_parameters
+    assert read_hf(copy).config.rope_theta == theirs["rope_theta"]
+
+
+def test_a_vocabulary_padded_by_transformers_is_read(exported, model, tmp_path):
+    copy = tampered(exported, tmp_path / "copy", "config.json", lambda data: None)
+    theirs = AutoModelForCausalLM.from_pretrained(exported)
+    theirs.resize_token_embeddings(700, pad_to_multiple_of=64)
+    theirs.save_pretrained(copy)
+    assert json.loads((copy / "config.json").read_text())["vocab_size"] == 704
+    run(import_model.main, f"--path={copy}", "--source=sft", "--model_tag=x")
+    ours, _, _ = checkpoint_manager.load_model("sft", "cpu", "eval", "x", dtype="float32")
+    assert ours.config == model.config
+    for name in VOCAB_ROWS:
+        assert torch.equal(ours.state_dict()[name][:700], model.state_dict()[name][:700])
+
+
+def test_a_larger_vocabulary_that_is_no_padding_is_refused(exported, tmp_path, capsys):
+    """Its tokens are missing from the tokenizer."""
+    copy = tampered(exported, tmp_path / "copy", "config.json", lambda data: None)
+    theirs = AutoModelForCausalLM.from_pretrained(exported)
+    theirs.resize_token_embeddings(702)
+    theirs.save_pretrained(copy)
+    assert import_model.main([f"--path={copy}", "--source=sft", "--model_tag=x"]) == 2
+    assert "702 tokens and its tokenizer 700" in capsys.readouterr().err
 
 
 def test_extra_tensors_are_named(exported, tmp_path):
@@ -556,6 +603,36 @@ def test_another_tokenizer_is_refused_or_taken_whole(exported, tmp_path, change,
     else:
         with pytest.raises(UserError, match=complaint):
             read_hf(copy)
+
+
+@pytest.mark.parametrize(
+    "call", [{"padding": True}, {"padding": True, "truncation": True, "max_length": 8}]
+)
+def test_a_tokenizer_saved_after_a_training_is_read(exported, tokenizer, tmp_path, call):
+    """A call's padding and truncation stay in the tokenizer, and save_pretrained writes them."""
+    copy = tampered(exported, tmp_path / "copy", "config.json", lambda data: None)
+    theirs = AutoTokenizer.from_pretrained(exported)
+    theirs(["the cat", "the cat sat on the mat"], **call)
+    theirs.save_pretrained(copy)
+    assert json.loads((copy / "tokenizer.json").read_text(encoding="utf-8"))["padding"]
+    assert read_hf(copy).tokenizer.fingerprint == tokenizer.fingerprint
+
+
+def test_an_added_special_token_is_taken_and_an_added_word_is_refused(exported, tmp_path):
+    """Ours would split the word."""
+    for added, special in (("<pad>", True), ("catsat", False)):
+        copy = tampered(exported, tmp_path / added, "config.json", lambda data: None)
+        theirs = AutoTokenizer.from_pretrained(exported)
+        theirs.add_tokens([added], special_tokens=special)
+        theirs.save_pretrained(copy)
+        model = AutoModelForCausalLM.from_pretrained(exported)
+        model.resize_token_embeddings(len(theirs))
+        model.save_pretrained(copy)
+        if special:
+            assert read_hf(copy).tokenizer.encode_special(added) == 700
+        else:
+            with pytest.raises(UserError, match="'catsat'.*cannot be imported"):
+                read_hf(copy)
 
 
 # ---- import of nanochat's checkpoints ------------------------------------------------------------
@@ -632,6 +709,29 @@ def test_a_folder_with_everything_side_by_side_is_read_too(nanochat, tmp_path):
     shutil.copy(base / "tokenizer" / "tokenizer.pkl", tmp_path / "shared")
     imported = read_checkpoint(tmp_path / "shared", "sft")
     assert imported.step == 20 and imported.config == model.config
+
+
+def test_a_models_folder_finds_the_tokenizer_of_its_base_directory(
+    nanochat, tokenizer, monkeypatch
+):
+    base, model = nanochat
+    folder = base / "base_checkpoints" / "d2"
+    monkeypatch.chdir(folder)
+    for path in (folder, Path(".")):
+        imported = read_checkpoint(path, "base")
+        assert imported.step == 20 and imported.config == model.config
+        assert imported.tokenizer.fingerprint == tokenizer.fingerprint
+
+
+def test_a_missing_tokenizer_shows_before_the_tensors_are_read(nanochat, monkeypatch):
+    base, _ = nanochat
+    folder = base / "base_checkpoints" / "d2"
+    (base / "tokenizer" / "tokenizer.pkl").unlink()
+    monkeypatch.setattr(checkpoint_manager, "read_tensors", None)
+    for path, place in ((base, base / "tokenizer"), (folder, folder)):
+        complaint = re.escape(f"no tokenizer at {place / 'tokenizer.pkl'}: copy")
+        with pytest.raises(UserError, match=complaint):
+            read_checkpoint(path, "base", "d2")
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "null"])

@@ -123,6 +123,24 @@ def test_dpo_widens_the_margin_of_the_chosen_answer(exported, tmp_path):
     assert read_hf(tmp_path / "out").config == read_hf(exported).config
 
 
+@pytest.mark.parametrize("example", [lora, dpo])
+def test_data_may_come_from_any_editor(exported, tmp_path, example):
+    """With a BOM, blank lines, and a line separator within a text."""
+    user, good, bad = (
+        {"role": role, "content": f"{text}\u2028!"}
+        for role, text in (("user", "Who?"), ("assistant", "A cat."), ("assistant", "A dog."))
+    )
+    row = {"messages": [user, good], "prompt": [user], "chosen": [good], "rejected": [bad]}
+    if example is dpo:
+        del row["messages"]
+    line = json.dumps(row, ensure_ascii=False)
+    data = tmp_path / "data.jsonl"
+    data.write_text(f"\ufeff{line}\n\n{line}\r\n \n", encoding="utf-8")
+    flags = [f"--model={exported}", f"--data={data}", f"--output={tmp_path / 'out'}", "--epochs=1"]
+    assert example.main(flags) == 0
+    assert read_hf(tmp_path / "out").config == read_hf(exported).config
+
+
 @pytest.fixture
 def arc_rows(base_dir: Path) -> list[dict[str, Any]]:
     """16 questions, real ones where there are any, in the base folder."""

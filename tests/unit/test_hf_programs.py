@@ -4,8 +4,12 @@ CTranslate2, transformers' Apertus, MLX-LM.
 
 import json
 import os
+import re
+import shlex
+import sys
 import urllib.request
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ from zangchat.config import GPTConfig
 from zangchat.engine import Engine
 from zangchat.errors import UserError
 from zangchat.gpt import GPT
+from zangchat.hf import libraries
 from zangchat.hf.apertus import ARCHITECTURE, apertus_weights
 from zangchat.hf.exporting import export
 from zangchat.hf.gguf import EXAMPLES, PRE_TOKENIZERS, modelfile, split_difference
@@ -439,11 +444,52 @@ def test_gguf_refuses_what_llama_cpp_does(tmp_path):
 
 
 def test_a_missing_library_is_one_sentence(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "ctranslate2", None)
+    monkeypatch.setitem(sys.modules, "ctranslate2", None)
     assert export_hf.main(["-o", str(tmp_path / "x"), "--format=ctranslate2"]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "pip install" in error and "ctranslate2 must be" in error
+    assert error.count("\n") == 1 and "ctranslate2>=4.7.2 must be" in error
+    assert (
+        f"run `{shlex.join([sys.executable, '-m', 'pip', 'install', 'ctranslate2>=4.7.2'])}`"
+        in error
+    )
     require_libraries("safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("gguf", "0.17.1", "0.18.0"),
+        ("ctranslate2", "4.7.1", "4.10.0"),
+        ("transformers", "4.57.0", "5.0.0rc1"),
+    ],
+)
+def test_a_library_that_is_too_old_is_as_good_as_missing(monkeypatch, name, old, new):
+    monkeypatch.setattr(libraries, "find_spec", lambda name: name)
+    monkeypatch.setattr(libraries, "version", lambda name: old)
+    with pytest.raises(UserError, match=rf"^{name}>=[\d.]+ must be installed"):
+        require_libraries(name)
+    monkeypatch.setattr(libraries, "version", lambda name: new)
+    require_libraries(name)
+
+
+def test_a_folder_of_its_name_is_no_library(monkeypatch, tmp_path):
+    """As python -m finds one in the working directory."""
+    (tmp_path / "gguf").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(libraries, "version", version_of_none)
+    with pytest.raises(UserError, match="gguf"):
+        require_libraries("gguf")
+
+
+def version_of_none(name: str) -> str:
+    raise PackageNotFoundError(name)
+
+
+def test_the_project_asks_for_the_same_versions():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for name, least in libraries.LEAST.items():
+        found = set(re.findall(rf'"{name}>=([\d.]+)"', project))
+        assert found == {least}, name
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -98,13 +98,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def config_from_hf(data: Mapping[str, Any], path: Path) -> GPTConfig:
     """Raises UserError for another architecture."""
-    rope = data.get("rope_parameters") or {}
+    # the older name wins, as in transformers
+    rope = data.get("rope_scaling") or data.get("rope_parameters") or {}
     demanded = {
         "model_type": (data.get("model_type"), MODEL_TYPE),
         "hidden_act": (data.get("hidden_act", "relu2"), "relu2"),
         "attention_bias": (data.get("attention_bias", data.get("qkv_bias", False)), False),
         "tie_word_embeddings": (data.get("tie_word_embeddings", False), False),
-        "rope_type": (rope.get("rope_type", "default"), "default"),
+        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
     }
     for name, (found, wanted) in demanded.items():
         if found != wanted:

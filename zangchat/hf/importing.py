@@ -6,6 +6,7 @@ Everything is read as data: tensors and JSON.
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +19,7 @@ from zangchat.errors import UserError, explain
 from zangchat.gpt import GPT
 from zangchat.hf.format import (
     ARCHITECTURE,
+    FORMAT,
     MANIFEST,
     VOCAB_ROWS,
     config_from_hf,
@@ -29,6 +31,9 @@ from zangchat.runtime.files import file_sha256
 
 if TYPE_CHECKING:
     from zangchat.tokenizer import RustBPETokenizer
+
+# transformers counts the rows that resize_token_embeddings(pad_to_multiple_of=...) adds as tokens
+PADDINGS = (8, 16, 32, 64, 128, 256)
 
 
 class Imported(NamedTuple):
@@ -52,12 +57,16 @@ def read_hf(folder: Path) -> Imported:
 
     from zangchat.hf.tokenizer import read_tokenizer_json
 
-    source: dict[str, Any] = {}
-    if (folder / MANIFEST).is_file():
-        manifest = read_json(folder / MANIFEST)
-        source = manifest.get("source", {})
+    manifest: dict[str, Any] = {}
+    path = folder / MANIFEST
+    if path.is_file() and FORMAT.encode() in path.read_bytes():  # else it is another program's
+        manifest = read_json(path)
         verify_files(folder, manifest)
     config = config_from_hf(read_json(folder / "config.json"), folder / "config.json")
+    tokenizer = read_tokenizer_json(folder / "tokenizer.json")
+    tokens = tokenizer.get_vocab_size()
+    if config.vocab_size in (-(-tokens // multiple) * multiple for multiple in PADDINGS):
+        config = replace(config, vocab_size=tokens)
     index = folder / "model.safetensors.index.json"
     names = (
         sorted(set(read_json(index).get("weight_map", {}).values()))
@@ -75,12 +84,11 @@ def read_hf(folder: Path) -> Imported:
     weights = fit(
         {ours.get(name, name): tensor for name, tensor in tensors.items()}, config, folder
     )
-    tokenizer = read_tokenizer_json(folder / "tokenizer.json")
     return Imported(
         weights,
         config,
         tokenizer,
-        int(source.get("step", 0)),
+        int(manifest.get("source", {}).get("step", 0)),
         None,
         f"{ARCHITECTURE} directory {folder.name}",
     )

@@ -2,12 +2,22 @@
 without importing them.
 """
 
-from importlib.metadata import version
+import re
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import NamedTuple
 
 from zangchat.errors import UserError
 
+LEAST = {  # versions, as in pyproject.toml
+    "transformers": "5.0",
+    "safetensors": "0.4",
+    "tokenizers": "0.20",
+    "gguf": "0.18",  # has Apertus's activation
+    "ctranslate2": "4.7.2",  # caps the logits
+}
 TRANSFORMERS = ("transformers", "safetensors", "tokenizers")
 
 
@@ -33,14 +43,21 @@ FORMATS = {
 
 
 def require_libraries(*names: str) -> None:
-    """Raises UserError, with the command that installs them, if one is missing.
-
-    transformers, which is slow to import, must also be version 5 or later.
-    """
-    missing = [name for name in names if find_spec(name) is None]
-    if not missing and "transformers" in names and int(version("transformers").split(".")[0]) < 5:
-        missing = ["transformers"]
-    if missing:
-        wanted = " ".join('"transformers>=5"' if n == "transformers" else n for n in names)
+    """Raises UserError, with the command that installs them, if one is missing or too old."""
+    if missing := [f"{name}>={LEAST[name]}" for name in names if not _is_installed(name)]:
         needed = f"{' and '.join(missing)} must be installed to exchange models in this format"
-        raise UserError(f"{needed}: run `pip install {wanted}`")
+        # by the Python that runs: a plain `pip` may be another's
+        command = shlex.join([sys.executable, "-m", "pip", "install", *missing])
+        raise UserError(f"{needed}: run `{command}`")
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        found = version(name)
+    except PackageNotFoundError:  # any folder of that name is a package to find_spec
+        return False
+    return _numbers(found) >= _numbers(LEAST[name]) and find_spec(name) is not None
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)]

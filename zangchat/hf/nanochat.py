@@ -38,8 +38,8 @@ def read_checkpoint(
 ) -> Imported:
     """A checkpoint of nanochat, of the architecture that it had in 2025.
 
-    `base` is its base directory, or one folder with model_*.pt, meta_*.json and tokenizer.pkl.
-    Raises UserError.
+    `base` is its base directory, a model's folder there, or one folder with model_*.pt,
+    meta_*.json and tokenizer.pkl. Raises UserError.
     """
     folder, tokenizer_folder = _find_folders(base, source, from_tag)
     step = _find_step(folder, step)
@@ -54,6 +54,7 @@ def read_checkpoint(
         settings = dict(meta["model_config"])
         sizes = {name: settings.pop(name) for name in SIZES}
         config = GPTConfig(**sizes, rms_norm_eps=NANOCHAT_EPS)
+    tokenizer = read_tokenizer(tokenizer_folder / "tokenizer.pkl")
     tensors = checkpoint_manager.strip_prefix(checkpoint_manager.read_tensors(model_path, "cpu"))
     unplaced = later_parts(tensors) + [f"{name}={value}" for name, value in settings.items()]
     if unplaced:
@@ -61,7 +62,6 @@ def read_checkpoint(
         unknown = f"this program has no place for its {'; '.join(unplaced)}"
         raise UserError(f"{problem}, {unknown}: import a model of 2025, whose architecture is ours")
     weights = fit(tensors, config, model_path)
-    tokenizer = read_tokenizer(tokenizer_folder / "tokenizer.pkl")
     bpb = meta.get("val_bpb")
     bpb = bpb if isinstance(bpb, (int, float)) and math.isfinite(bpb) else None
     return Imported(weights, config, tokenizer, step, bpb, f"nanochat checkpoint {folder.name}")
@@ -87,7 +87,8 @@ def later_parts(tensors: Iterable[str]) -> list[str]:
 def _find_folders(base: Path, source: str, from_tag: str | None) -> tuple[Path, Path]:
     """The folders of (the checkpoints, the tokenizer)."""
     if any(base.glob("model_*.pt")):
-        return base, base
+        places = (base, base.resolve().parent.parent / "tokenizer")  # shared alone, or in its place
+        return base, next((p for p in places if (p / "tokenizer.pkl").is_file()), base)
     stage = base / SOURCES[source]
     tags = sorted({path.parent.name for path in stage.glob("*/model_*.pt")})
     if not tags:
@@ -122,7 +123,7 @@ def read_tokenizer(path: Path) -> RustBPETokenizer:
     Raises UserError naming the file if it is missing or holds anything else.
     """
     if not path.is_file():
-        raise UserError(f"no tokenizer at {path}: name nanochat's tokenizer.pkl")
+        raise UserError(f"no tokenizer at {path}: copy nanochat's tokenizer.pkl there")
     problem, remedy = f"{path} is not a tokenizer.pkl of nanochat", "take an intact copy"
     with explain(problem, remedy, Exception):  # a damaged pickle raises anything at all
         state = _EncodingReader(io.BytesIO(path.read_bytes())).read()

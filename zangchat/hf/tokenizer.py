@@ -12,7 +12,7 @@ from zangchat.config import GPTConfig
 from zangchat.errors import UserError, explain
 from zangchat.hf.format import read_json
 from zangchat.hf.samples import sample_texts
-from zangchat.tokenizer import RustBPETokenizer
+from zangchat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer
 
 if TYPE_CHECKING:
     from zangchat.tokenizer import RustBPETokenizer
@@ -127,6 +127,9 @@ def read_tokenizer_json(path: Path) -> "RustBPETokenizer":
     remedy = "it cannot be imported"
     with explain(problem, remedy, KeyError, TypeError, ValueError, AttributeError):
         special = {token["content"]: token["id"] for token in data["added_tokens"]}
+        for token in data["added_tokens"]:
+            if not token["special"] and token["content"] not in SPECIAL_TOKENS:
+                raise ValueError(f"its added token {token['content']!r} is an ordinary word")
         vocab = {id: text for text, id in data["model"]["vocab"].items() if text not in special}
         bytes_of = {character: byte for byte, character in enumerate(byte_characters())}
         tokens = [bytes(bytes_of[character] for character in vocab[i]) for i in range(len(vocab))]
@@ -141,6 +144,8 @@ def read_tokenizer_json(path: Path) -> "RustBPETokenizer":
             {"imported": path.parent.name},
         )
     theirs = Tokenizer.from_file(str(path))
+    theirs.no_padding()  # a call's padding and truncation stay in the file
+    theirs.no_truncation()
     texts = sample_texts(tokenizer)
     for text, encoding in zip(
         texts, theirs.encode_batch(texts, add_special_tokens=False), strict=True
