@@ -668,6 +668,19 @@ def test_shellcheck_finds_nothing():
     assert done.returncode == 0, done.stdout
 
 
+def test_checkout_on_windows_has_the_same_bytes(tmp_path):
+    """Scripts run in WSL, and the files of the demo are checked by their hashes."""
+    if not (shutil.which("git") and (ROOT / ".git").exists()):
+        pytest.skip("no git checkout here")
+    windows = ["git", "-c", "core.autocrlf=true", "-c", "core.eol=crlf"]
+    names = ["dev/slurm.sbatch", "dev/setup.sh", ".ci/run", "zangchat/hf/chat_template.jinja"]
+    names += [f"dev/demo/{path.name}" for path in (ROOT / "dev/demo").iterdir()]
+    command = [*windows, "checkout-index", f"--prefix={tmp_path}/", "--", *names]
+    subprocess.run(command, cwd=ROOT, check=True)
+    for name in names:
+        assert b"\r" not in (tmp_path / name).read_bytes() or name.endswith("safetensors"), name
+
+
 # -- uv sync ---------------------------------------------------------------------------------------
 
 
