@@ -690,6 +690,8 @@ def test_uv_sync_installs_the_same_torch_and_the_crate():
     assert f"\nTORCH_VERSION={TORCH}\n" in text_of("dev/setup.sh")
     for extra in ("gpu", "cpu"):
         assert f"torch=={TORCH}" in project["project"]["optional-dependencies"][extra]
+    assert any(name.startswith("pip>") for name in project["project"]["dependencies"])
+    assert "\npip==" in text_of("requirements.lock"), "uv's environments have none of their own"
     uv = project["tool"]["uv"]
     crates = project["dependency-groups"][uv["default-groups"][0]]
     assert crates == ["rustbpe", "ruststep"]
