@@ -594,9 +594,34 @@ def test_runcpu_names_an_unknown_flag_and_its_help_is_english(mac):
     done, calls = mac("dev/runcpu.sh", "--lang=fr", LANG="zh_CN.UTF-8")
     assert (done.returncode, calls) == (2, [])
     assert done.stderr.startswith("error: --lang=fr is not") and done.stderr.count("\n") == 1
-    done, calls = mac("dev/runcpu.sh", "--help", LANG="zh_CN.UTF-8")
-    assert (done.returncode, calls) == (0, []) and "MINUTES=10 bash dev/runcpu.sh" in done.stdout
-    assert done.stdout.isascii() and "set -" not in done.stdout
+    for script in ("dev/runcpu.sh", "../checkout/dev/runcpu.sh"):
+        done, calls = mac(script, "--help", LANG="zh_CN.UTF-8")
+        assert (done.returncode, calls) == (0, []), done.stderr
+        assert "MINUTES=10 bash dev/runcpu.sh" in done.stdout
+        assert done.stdout.isascii() and "set -" not in done.stdout
+
+
+def test_runcpu_names_its_model_in_every_stage(mac):
+    """By default a stage takes the largest model in the base directory."""
+    plan_laptop(mac.base)
+    (mac.base / "runcpu.later").unlink()
+    done, calls = mac("dev/runcpu.sh")
+    assert done.returncode == 0, done.stderr
+    needed = "laptop_plan|base_train|base_loss|mid_train|chat_|dev.talk"
+    stages = [call for call in calls if re.search(needed, call)]
+    assert len(stages) == 10 and all("--model_tag=d4 " in call for call in stages), stages
+    assert done.stdout.count(" --model_tag=d4  ") == 2, "the two ways to talk to it"
+
+
+def test_runcpu_prints_commands_that_work_in_a_new_shell(mac):
+    plan_laptop(mac.base)
+    done, _ = mac("dev/runcpu.sh", ZANGCHAT_BASE_DIR=f"{mac.base}/a b", MINUTES="10", SEED="7")
+    assert done.returncode == 1, "there is no folder for the plan"
+    assert done.stderr.endswith(
+        f"  export ZANGCHAT_BASE_DIR={mac.base}/a\\ b\n  MINUTES=10 SEED=7 bash dev/runcpu.sh\n"
+    )
+    done, _ = mac("dev/runcpu.sh")
+    assert f"activate\n  export ZANGCHAT_BASE_DIR={mac.base}\n  python -m scripts" in done.stdout
 
 
 def test_runcpu_says_in_chinese_that_a_stage_failed(mac):
