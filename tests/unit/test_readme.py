@@ -761,11 +761,13 @@ esac
 
 
 def test_slurm_starts_each_stage_on_all_nodes_and_requeues_after_progress(chain, tmp_path):
-    srun = '#!/usr/bin/env bash\nshift 3\nexec "$@"\n'  # one call is enough to see the command
+    # one call is enough to see the command; without its own variable, srun gives one core
+    srun = '#!/usr/bin/env bash\n[ "$SRUN_CPUS_PER_TASK" = 12 ] || exit 1\nshift 3\nexec "$@"\n'
     slurm = {
         "SLURM_SUBMIT_DIR": str(tmp_path),
         "SLURM_JOB_ID": "4711",
         "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_CPUS_PER_TASK": "12",
         "SLURM_JOB_NODELIST": "node[1-2]",
     }
     programs = {"srun": srun, "scontrol": SCONTROL}
