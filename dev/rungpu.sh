@@ -29,7 +29,7 @@ if [ -z "$card" ]; then
         mebibytes=$((gpu_mig * 1000))
     else
         mebibytes=$(nvidia-smi -i "$gpu_first" --query-gpu=memory.total \
-            --format=csv,noheader,nounits 2>&1 | sed -n 1p)
+            --format=csv,noheader,nounits 2>&1 | sed -n 1p) || true # its complaint is quoted below
     fi
     case $mebibytes in
         "" | *[!0-9]*)

@@ -746,6 +746,9 @@ def test_rungpu_picks_sizes_for_the_gpu_memory(chain):
     ):
         code, output, calls = chain("dev/rungpu.sh", smi=memory)
         assert code == 2 and complaint in output and not calls
+    lost = nvidia_smi(gpus(0)).replace("echo 81559", "echo Unable to determine the handle; exit 15")
+    code, output, _ = chain("dev/rungpu.sh", {"nvidia-smi": f"#!/bin/bash\n{lost}\n"})
+    assert code == 2 and "memory (Unable to determine the handle): say how much" in output
     code, output, _ = chain("dev/rungpu.sh", smi(7), NPROC_PER_NODE="1", DRY_RUN="1")
     assert code == 0 and "the preset for 24 GB" in output, (
         "the memory of an instance, not of the card"

@@ -435,6 +435,15 @@ def test_mig_instances_are_not_counted_as_gpus(tmp_path, migs, visible, expected
     )
 
 
+@pytest.mark.parametrize(
+    "profile, memory", [("1g.24gb+me.all", "24"), ("1c.2g.10gb", "10"), ("7g.80gb", "80")]
+)
+def test_memory_of_a_mig_instance(tmp_path, profile, memory):
+    machine = Machine(tmp_path)
+    machine.install("nvidia-smi", nvidia_smi(gpus(1).replace("3g.40gb", profile)))
+    assert count(machine)[:3] == ["1", "0", memory]
+
+
 def test_missing_gpu_has_a_reason(tmp_path):
     machine = Machine(tmp_path)
     assert count(machine)[::3] == ["0", "nvidia-smi is not installed"]
