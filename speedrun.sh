@@ -33,6 +33,10 @@
 # shellcheck disable=SC2086  # in the whole file: split *_FLAGS at spaces
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+if [ $# != 0 ]; then
+    echo "error: ${CHAIN:-speedrun.sh} takes no flags: its settings are environment variables, listed at the top of speedrun.sh." >&2
+    exit 2
+fi
 
 # Settings, each an environment variable of the same name.
 DEPTH=${DEPTH:-20}

@@ -310,7 +310,11 @@ esac
         (tmp_path / path).chmod(0o755)
 
     def run(
-        script: str, programs: dict[str, str] | None = None, smi: str = "", **variables: str
+        script: str,
+        programs: dict[str, str] | None = None,
+        smi: str = "",
+        flags: tuple[str, ...] = (),
+        **variables: str,
     ) -> tuple[int, str, list[list[str]]]:
         memory = {"nvidia-smi": f"#!/bin/bash\n{nvidia_smi(gpus(0), memory=smi)}\n"} if smi else {}
         folder = Path(tempfile.mkdtemp(dir=tmp_path))
@@ -330,7 +334,7 @@ esac
             **variables,
         }
         done = subprocess.run(
-            ["bash", script],
+            ["bash", script, *flags],
             cwd=tmp_path,
             env=environment,
             capture_output=True,
@@ -375,6 +379,13 @@ def test_chain_calls_every_command_with_existing_flags(chain, script):
     for call in calls:
         check_command(shlex.join(call), script)
     assert "$ at" not in output and "an hour" in output
+
+
+@pytest.mark.parametrize("script", ["speedrun.sh", "run1000.sh"])
+def test_chain_takes_no_flags(chain, script):
+    for flag in ("--help", "--depth=12"):
+        code, output, calls = chain(script, flags=(flag,))
+        assert (code, calls) == (2, []) and f"error: {script} takes no flags" in output
 
 
 def test_rehearsal_uses_existing_flags(chain):
