@@ -40,6 +40,7 @@ fingerprint() {
 stamp=.venv/setup-stamp
 up_to_date() { # --dev includes the plain kind, and a build for GPUs runs on a CPU
     local wanted done_kind done_gpu
+    [ -z "${TORCH_BACKEND:-}" ] || return 1 # it may be another than that of the last time
     [ -x .venv/bin/python ] && [ -s "$stamp" ] || return 1
     wanted=$(fingerprint)
     for done_kind in "$kind" dev; do
@@ -137,11 +138,17 @@ if [ -z "$backend" ]; then
         [ "$gpus" = 0 ] || backend=auto
     fi
 fi
-torch_is_right() { # the version; and not a CPU build if there is a GPU
-    .venv/bin/python - "$TORCH_VERSION" "$backend" << 'PYTHON' 2>/dev/null
+torch_is_right() { # the version; not a CPU build if there is a GPU; and the build that the user names
+    .venv/bin/python - "$TORCH_VERSION" "$backend" "${TORCH_BACKEND:-}" << 'PYTHON' 2>/dev/null
 import sys, torch
-version, backend = sys.argv[1:]
-sys.exit(torch.__version__.split("+")[0] != version or backend == "auto" and not torch.version.cuda)
+from importlib.metadata import version
+wanted, backend, named = sys.argv[1:]
+release, _, build = version("torch").partition("+") # torch.__version__ has a build on PyPI, too
+if backend == "auto":
+    right = torch.version.cuda
+else: # builds for macOS have no name
+    right = not named or sys.platform == "darwin" or (build or "pypi") == backend
+sys.exit(release != wanted or not right)
 PYTHON
 }
 on_index() { # whether PyTorch's index answers and has this build; the download then has no limit
@@ -168,6 +175,10 @@ install_torch() {
             "(TORCH_BACKEND=pypi takes the ordinary build, UV_DEFAULT_INDEX names a mirror)"
 }
 torch_is_right || install_torch
+if [ "$gpus" != 0 ] && [ "$backend" = auto ] && ! torch_is_right; then # uv's choice for an old driver
+    die "PyTorch's index has torch $TORCH_VERSION for this machine's $(nvidia_driver) only as a CPU build:" \
+        "update the driver, or TORCH_BACKEND=cpu bash dev/setup.sh"
+fi
 
 # --- everything else at the versions and hashes of the lock ---------------------------------------
 install() { uv pip install --quiet --no-sources --constraint requirements.lock "$@"; }

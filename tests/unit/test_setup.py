@@ -1,8 +1,10 @@
 """The shell scripts on machines that lack something, with only stand-ins on the PATH."""
 
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,19 @@ PYTHON = """case "$*" in
     "-m pip install "*) echo "pip $*" >> "$RECORD"; mkdir -p .uv/bin; cp "$UV" .uv/bin/uv ;;
     *version_info*) echo {version} ;;
 esac"""
+# Of torch there is a real module, which setup.sh asks about its build; other modules are only claimed.
+VENV_PYTHON = f"""#!/bin/bash
+[ -z "${{PYTHONHOME:-}}" ] || exit 1
+case "$#$*" in
+    *version_info*) [ -z "${{OLD:-}}" ] ;;
+    *--version) echo Python 3.9.19 ;;
+    "4- "*) PYTHONPATH=.venv/modules exec {sys.executable} -S "$@" ;;
+    *) [ -e .venv/modules/torch.py -a -z "${{PYTHONPATH:-}}" ] || [ "$1" != - ] ;;
+esac"""
 UV = """echo "uv $* timeout=${UV_HTTP_TIMEOUT:-default}" >> "$RECORD"
+case "$1:${UV_SYSTEM_PYTHON:-}${UV_PYTHON:-}${UV_WORKING_DIR:-}" in
+    pip:?*) echo "this is another Python" >&2; exit 2 ;;
+esac
 case "$*" in
     --version) echo "uv 0.13.9" ;;
     "cache dir") echo "$HOME/.cache/uv" ;;
@@ -27,18 +41,28 @@ case "$*" in
         [[ "$*" != *"--python 3."* || -z "${NO_PYTHON:-}" ]] || { echo "error: dns" >&2; exit 2; }
         rm -rf .venv
         mkdir -p .venv/bin
-        printf '#!/bin/bash\\n[ -e .venv/torch ] || [ "$1" != - ]\\n' > .venv/bin/python
-        printf '#!/bin/bash\\necho maturin >> "$RECORD"\\n' > .venv/bin/maturin
+        printf '%s\\n' VENV_PYTHON > .venv/bin/python
+        printf '#!/bin/bash\\n[ -z "${CONDA_PREFIX:-}" ] || exit 1\\necho maturin >> "$RECORD"\\n' > .venv/bin/maturin
         chmod +x .venv/bin/* ;;
     *--dry-run*) case "${INDEX:-there}" in
         there) ;;
         old) echo "  x No solution found when resolving dependencies" >&2; exit 1 ;;
         *) echo "error: Failed to fetch: dns" >&2; exit 2 ;;
     esac ;;
+    *uninstall*) rm -rf .venv/modules ;;
     *torch==*)
         [ -z "${SLOW:-}" ] || { echo "error: the download broke off" >&2; exit 2; }
-        touch .venv/torch ;;
-esac"""
+        build="" cuda=13.0 last=${!#}
+        case "$*" in
+            *=auto) build=+${AUTO:-cu130} ;;
+            *--torch-backend=*) build=+${last#*=} ;;
+        esac
+        [ "$build" != +cpu ] || cuda=""
+        info=.venv/modules/torch-2.13.0.dist-info
+        mkdir -p $info
+        printf 'Name: torch\\nVersion: 2.13.0%s\\n' "$build" > $info/METADATA
+        printf 'class version:\\n    cuda = "%s"\\n' "$cuda" > .venv/modules/torch.py ;;
+esac""".replace("VENV_PYTHON", shlex.quote(VENV_PYTHON))
 
 SCRIPTS = sorted(
     {
@@ -260,7 +284,6 @@ def test_torch_build_depends_on_the_machine(linux, tmp_path):
     assert "--torch-backend=cpu" in torch_installs(calls)[0]
     # with a new GPU a CPU build no longer suffices
     linux.machine.install("nvidia-smi", nvidia_smi(gpus(0)))
-    (linux.checkout / ".venv/torch").unlink()
     _, _, calls = linux.run()
     assert "--torch-backend=auto" in torch_installs(calls)[0]
     assert any("pip uninstall" in call for call in calls), (
@@ -322,6 +345,28 @@ def test_torch_build_can_be_chosen(linux, backend):
     linux.machine.install("nvidia-smi", nvidia_smi(gpus(0)))
     _, _, calls = linux.run(TORCH_BACKEND=backend)
     assert ("--torch-backend=cu128" in torch_installs(calls)[0]) == (backend == "cu128")
+
+
+def test_torch_build_can_be_changed(linux):
+    for backend in ("cpu", "cu128", "pypi", "cpu"):
+        code, errors, calls = linux.run(TORCH_BACKEND=backend)
+        assert code == 0 and len(torch_installs(calls)) == 1, errors
+        assert not torch_installs(linux.run(TORCH_BACKEND=backend)[2]), "it is that build"
+        assert linux.run()[2] == [], "a build that was chosen stays"
+
+
+def test_driver_too_old_for_a_gpu_build_is_reported(linux):
+    """For such a driver uv's auto takes the CPU build, without a word."""
+    linux.machine.install("nvidia-smi", nvidia_smi(gpus(0), driver="470.82.01"))
+    for _ in range(2):
+        code, errors, _ = linux.run(AUTO="cpu")
+        assert code == 1 and "ready" not in errors
+        assert (
+            f"torch {TORCH} for this machine's driver 470.82.01 only as a CPU build: update the "
+            "driver, or TORCH_BACKEND=cpu bash dev/setup.sh" in errors
+        )
+    assert linux.run(TORCH_BACKEND="cpu")[0] == 0
+    assert linux.run(AUTO="cpu")[::2] == (0, [])
 
 
 # -- the crate -------------------------------------------------------------------------------------
