@@ -15,6 +15,8 @@ set -euo pipefail
 TORCH_VERSION=2.13.0
 PYTHON_VERSION=${PYTHON_VERSION:-3.11}
 
+# Each of these leads cd, Python, uv or maturin to another place than this checkout and its .venv.
+unset CDPATH PYTHONHOME CONDA_PREFIX UV_PYTHON UV_SYSTEM_PYTHON UV_WORKING_DIR
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case "${1:-}" in
     "") dev="" kind=run ;;
@@ -55,6 +57,11 @@ up_to_date() { # --dev includes the plain kind, and a build for GPUs runs on a C
 if up_to_date; then exit 0; fi
 
 # --- a Python that runs and is recent enough, of those on the PATH --------------------------------
+suits() { at_least 3.10 "$1" && ! at_least 3.15 "$1"; }
+if ! suits "$PYTHON_VERSION"; then # the official images of Python set it to their own version
+    say "PYTHON_VERSION=$PYTHON_VERSION is ignored: zangchat needs 3.10 to 3.14"
+    PYTHON_VERSION=3.11
+fi
 candidates=$(type -ap "python$PYTHON_VERSION" python3 python || true)
 python="" # the one for the environment
 found=""
@@ -64,7 +71,7 @@ while read -r path; do
         name=$(basename "$path")
         say "$path does not run" \
             "(if it is pyenv's: \`pyenv global ${name#python}\`, or \`pyenv install\` first)"
-    elif at_least 3.10 "$version" && ! at_least 3.15 "$version"; then
+    elif suits "$version"; then
         python=$path found="Python $version"
         break
     else
@@ -90,7 +97,7 @@ install_uv() {
             "or install uv, then run this again"
     fi
     say "installing uv beside the project"
-    PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0 \
         "$pip" -m pip install --quiet --upgrade --target .uv uv ||
         die "pip could not install uv: check the network (PIP_INDEX_URL names a mirror)," \
             "then run this again"
@@ -125,6 +132,8 @@ if ! .venv/bin/python -c "" 2>/dev/null; then
                 "(UV_PYTHON_INSTALL_MIRROR names a mirror), or install Python 3.10 to 3.14, then run this again"
     fi
 fi
+.venv/bin/python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 15))' ||
+    die ".venv has $(.venv/bin/python --version 2>&1), and zangchat needs 3.10 to 3.14: remove .venv and run this again"
 export VIRTUAL_ENV="$PWD/.venv"
 
 # --- torch first, in the build that suits the machine ---------------------------------------------
@@ -212,7 +221,7 @@ if ! build_crate ruststep; then
 fi
 
 # --- does the environment really work? ------------------------------------------------------------
-.venv/bin/python - "$TORCH_VERSION" <<'PYTHON' || die "the environment is broken: remove .venv and run this again"
+.venv/bin/python - "$TORCH_VERSION" <<'PYTHON' || die "the environment is broken: remove .venv${PYTHONPATH:+, unset PYTHONPATH ($PYTHONPATH)} and run this again"
 import importlib, sys
 for name in "torch numpy tyro rich filelock pyarrow huggingface_hub datasets tiktoken fastapi uvicorn pydantic nh3 rustbpe zangchat".split():
     importlib.import_module(name)

@@ -18,7 +18,9 @@ TORCH = "2.13.0"
 PIP_MISSING = "this Python has no pip: `sudo apt install python3-pip` (Debian, Ubuntu), or install uv, then run this again"
 PYTHON = """case "$*" in
     *"import sys, pip"*) {pip} ;;
-    "-m pip install "*) echo "pip $*" >> "$RECORD"; mkdir -p .uv/bin; cp "$UV" .uv/bin/uv ;;
+    "-m pip install "*)
+        [ "${{PIP_USER:-0}}${{PIP_REQUIRE_VIRTUALENV:-0}}" = 00 ] || exit 1
+        echo "pip $*" >> "$RECORD"; mkdir -p .uv/bin; cp "$UV" .uv/bin/uv ;;
     *version_info*) echo {version} ;;
 esac"""
 # Of torch there is a real module, which setup.sh asks about its build; other modules are only claimed.
@@ -204,6 +206,41 @@ def test_missing_python(setup):
     setup.with_uv()
     code, errors, calls = setup.run()
     assert code == 0 and "no Python here, and zangchat needs" in errors
+
+
+def test_environment_of_an_unsupported_python_is_an_error(linux):
+    assert linux.run()[0] == 0
+    (linux.checkout / ".venv/setup-stamp").unlink()
+    code, errors, calls = linux.run(OLD="1")
+    assert code == 1 and not torch_installs(calls)
+    assert ".venv has Python 3.9.19, and zangchat needs 3.10 to 3.14: remove .venv" in errors
+
+
+def test_unsupported_python_version_is_ignored(setup):
+    """The official images of Python set the variable to their own version."""
+    setup.python("python3", "3.9")
+    code, errors, calls = setup.run(PYTHON_VERSION="3.9.19")
+    assert code == 0 and "PYTHON_VERSION=3.9.19 is ignored: zangchat needs 3.10" in errors
+    assert any("venv" in call and "--python 3.11 .venv" in call for call in calls)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["UV_SYSTEM_PYTHON", "UV_PYTHON", "UV_WORKING_DIR", "PYTHONHOME", "CONDA_PREFIX"]
+    + ["PIP_USER", "PIP_REQUIRE_VIRTUALENV", "CDPATH"],
+)
+def test_variables_of_the_user_lead_nowhere_else(linux, tmp_path, name):
+    linux.machine.install("cargo", "echo 'cargo 1.99.0'")
+    (tmp_path / "elsewhere/dev").mkdir(parents=True)
+    code, errors, calls = linux.run(**{name: "1" if "PIP" in name else str(tmp_path / "elsewhere")})
+    assert code == 0 and "could not be built" not in errors, errors
+    assert "maturin" in calls
+
+
+def test_broken_environment_names_pythonpath(linux):
+    code, errors, _ = linux.run(PYTHONPATH="/opt/other")
+    assert code == 1
+    assert "broken: remove .venv, unset PYTHONPATH (/opt/other) and run this again" in errors
 
 
 def test_broken_pyenv_shim_is_skipped(setup):
