@@ -13,6 +13,7 @@
 # 24 GB the vocabulary is 32,768, because a larger one would be most of the model. A test recomputes all this.
 # Untried on GPUs so far: hours, dollars and bits per byte are predictions, in dev/docs/en/scaling.md.
 set -euo pipefail
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 card=${1:-}

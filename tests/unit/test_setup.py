@@ -599,10 +599,13 @@ def plan_laptop(base: Path) -> None:
         ("dev/lock.sh", {"PATH": "uv"}, "pip compile"),
     ],
 )
-def test_every_script_runs_with_macos_tools(mac, script, variables, last):
+def test_every_script_runs_with_macos_tools(mac, tmp_path, script, variables, last):
     plan_laptop(mac.base)
+    for name in ("dev", ".ci"):  # no script may end up there
+        (tmp_path / "elsewhere" / name).mkdir(parents=True)
+    variables = {**variables, "CDPATH": str(tmp_path / "elsewhere")}
     if "PATH" in variables:
-        variables = {"PATH": f"{mac.folder}/.venv/bin:{mac.machine.bin}"}
+        variables["PATH"] = f"{mac.folder}/.venv/bin:{mac.machine.bin}"
     done, calls = mac(*script.split(), **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (
