@@ -22,4 +22,4 @@ export DEVICE_BATCH_SIZE=${DEVICE_BATCH_SIZE:-8}
 export NUM_SHARDS=${NUM_SHARDS:-705}
 export MAX_CHARS=${MAX_CHARS:-4000000000}
 export CHAIN=run1000.sh
-exec bash "$(dirname "${BASH_SOURCE[0]}")/speedrun.sh"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/speedrun.sh" "$@"

@@ -32,7 +32,12 @@
 # ------------------------------------------------------------------------------------------------------------------------------
 # shellcheck disable=SC2086  # in the whole file: split *_FLAGS at spaces
 set -euo pipefail
+unset CDPATH PYTHONHOME # as activating .venv does; CDPATH would lead cd elsewhere
 cd "$(dirname "${BASH_SOURCE[0]}")"
+if [ $# != 0 ]; then
+    echo "error: ${CHAIN:-speedrun.sh} takes no flags: its settings are environment variables, listed at the top of speedrun.sh." >&2
+    exit 2
+fi
 
 # Settings, each an environment variable of the same name.
 DEPTH=${DEPTH:-20}

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from dev import bench_train
 from zangchat import configurator
 from zangchat.checkpoint_files import read_meta
-from zangchat.checkpoint_manager import checkpoints_dir, find_largest_model, find_last_step
+from zangchat.checkpoint_manager import checkpoints_dir, find_last_step, resolve_tag
 from zangchat.tokenizer import get_tokenizer
 
 SLOWER = 1.25  # a step of pretraining took 1.13 and 1.35 times the measured time (dev/LOG.md)
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def plan(config: Config) -> int:
     if config.pretrained:
-        pace, spent = pretraining()
+        pace, spent = pretraining(config.model_tag)
         said = f"pretraining took {spent / 60:.1f} min, {pace:.3f} s per step"
     else:
         config.vocab_size = get_tokenizer().get_vocab_size()
@@ -71,10 +71,9 @@ def steps_that_fit(minutes: float, pace: float, spent: float = 0.0) -> dict[str,
     return {name: max(LEAST[name], number) for name, number in steps.items()}
 
 
-def pretraining() -> tuple[float, float]:
+def pretraining(tag: str | None) -> tuple[float, float]:
     """(seconds per step, seconds) of the base model's training, over all attempts."""
-    folder = checkpoints_dir("base")
-    folder = folder / find_largest_model(folder)
+    folder = resolve_tag(checkpoints_dir("base"), tag)
     state = read_meta(folder, find_last_step(folder))["run_state"]
     return state["training_seconds"] / state["step"], state["training_seconds"]
 

@@ -2,6 +2,7 @@
 # Renews requirements.lock from pyproject.toml: exact versions and hashes for every Python >= 3.10 and platform.
 # It leaves out torch and its own dependencies: dev/setup.sh installs torch first, in the build for the machine.
 set -euo pipefail
+unset CDPATH
 cd "$(dirname "$0")/.."
 torch_version=$(sed -n 's/^TORCH_VERSION=//p' dev/setup.sh)
 constraint=$(mktemp)

@@ -72,9 +72,7 @@ function uuid(line) { sub(/.*UUID: /, "", line); sub(/\).*/, "", line); return l
 /^GPU [0-9]+:/ { ids[n++] = uuid($0) }
 /^ +MIG / {
     mig[m] = uuid($0)
-    size[m] = $2
-    sub(/.*\./, "", size[m])
-    sub(/gb.*/, "", size[m])
+    size[m] = match($2, /[0-9]+gb/) ? substr($2, RSTART, RLENGTH - 2) : "" # of 1c.2g.24gb+me.all
     parent[m++] = n - 1
 }
 function find(entry, i, found) {  # the index of a GPU or, for MIG-..., of an instance; -1: none

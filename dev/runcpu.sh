@@ -14,14 +14,16 @@
 #
 # The reasons for the numbers: README.md, "Results on a laptop".
 set -euo pipefail
+unset CDPATH PYTHONHOME # as activating .venv does; CDPATH would lead cd elsewhere
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-lang=${LC_ALL:-${LC_MESSAGES:-${LANG:-en}}} corpus=pydocs arch=nanochat command="bash dev/runcpu.sh${*:+ $*}"
+lang=${LC_ALL:-${LC_MESSAGES:-${LANG:-en}}} corpus=pydocs arch=nanochat
+command="${MINUTES:+MINUTES=$MINUTES }${SEED:+SEED=$SEED }bash dev/runcpu.sh${*:+ $*}"
 for argument in "$@"; do
     case $argument in
     --lang=en | --lang=zh) lang=${argument#--lang=} ;;
     --source=pydocs | --source=tinystories) corpus=${argument#--source=} ;;
     --arch=nanochat | --arch=modern) arch=${argument#--arch=} ;;
-    -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0" && exit ;;
+    -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' dev/runcpu.sh; exit ;;
     *)
         printf 'error: %s is not a flag of dev/runcpu.sh: --lang=en|zh, --source=pydocs|tinystories and --arch=nanochat|modern are\n' "$argument" >&2
         exit 2
@@ -33,7 +35,7 @@ done
 case $lang in
 zh*)
     SO_FAR="（已用 %d 分 %02d 秒）"
-    FAILED="这个阶段没有完成（退出码 %d）。已保存的内容不会丢失，继续运行请用：\n  %s\n"
+    FAILED="这个阶段没有完成（退出码 %d）。已保存的内容不会丢失，继续运行请用：\n%s  %s\n"
     ON_CPU="本次运行使用 CPU。"
     CORPUS_pydocs="语料：这台机器上的文档和代码" CORPUS_tinystories="语料：TinyStories，来自 Hugging Face" TOKENIZER="分词器：2,048 个 token"
     PRETRAINING="预训练" MIDTRAINING="中期训练" FINETUNING="微调" REINFORCEMENT="强化学习"
@@ -43,7 +45,7 @@ zh*)
     ;;
 *)
     SO_FAR="(%d min %02d s so far)"
-    FAILED="This stage did not finish (exit code %d). Nothing that was saved is lost; resume with:\n  %s\n"
+    FAILED="This stage did not finish (exit code %d). Nothing that was saved is lost; resume with:\n%s  %s\n"
     ON_CPU="This run computes on the CPU."
     CORPUS_pydocs="Corpus: documentation and code found on this machine" CORPUS_tinystories="Corpus: TinyStories, from the hub"
     TOKENIZER="Tokenizer: 2,048 tokens"
@@ -57,6 +59,8 @@ esac
 started=$SECONDS
 bash dev/setup.sh
 export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv" PYTHONUNBUFFERED=1
+elsewhere="" # the line that a new shell needs before commands of this run
+[ -z "${ZANGCHAT_BASE_DIR:-}" ] || elsewhere="  export ZANGCHAT_BASE_DIR=$(printf '%q' "$ZANGCHAT_BASE_DIR")"$'\n'
 export ZANGCHAT_BASE_DIR="${ZANGCHAT_BASE_DIR:-$HOME/.cache/zangchat}"
 export WANDB_RUN="${WANDB_RUN:-dummy}"
 if command -v nvidia-smi > /dev/null && ! problem=$(python -m dev.gpus 2>&1 > /dev/null); then
@@ -75,10 +79,10 @@ stage() { # stage TITLE COMMAND...: prints the title and runs the command
 }
 failed() { # failed CODE: says how to resume, and leaves
     # shellcheck disable=SC2059
-    printf "\n$FAILED" "$1" "$command" >&2
+    printf "\n$FAILED" "$1" "$elsewhere" "$command" >&2
     exit "$1"
 }
-train() { stage "$1" python -m "${@:2}" --seed="$SEED" --resume=latest; }
+train() { stage "$1" python -m "${@:2}" --model_tag=$TAG --seed="$SEED" --resume=latest; }
 
 [ -e "$ZANGCHAT_BASE_DIR/report/started.json" ] || python -m zangchat.report reset # the report's clock starts with the first attempt
 
@@ -94,13 +98,15 @@ stage "$TOKENIZER" python -m scripts.tok_train --dataset=$corpus --vocab_size=20
 # and few wide heads beat many narrow ones: normalised queries and keys of width D have products of at most sqrt(D) after
 # scaling, which for 32 is too little to look at one word only, and so to copy it.
 MODEL="--arch=$arch --depth=4 --n_embd=192 --head_dim=96 --max_seq_len=320 --total_batch_size=1920 --device_batch_size=6"
+TAG=${MODEL#*--depth=} # every stage names the model: by default it would be the largest in the base directory
+TAG=d${TAG%% *}
 
 # The steps that fit are measured once on this machine and then kept, so that an interrupted run resumes with the same plan.
 plan() { # plan NAME FLAGS...: sets BASE_STEPS, MID_STEPS ...
     local file="$ZANGCHAT_BASE_DIR/runcpu.$1"
     if [ ! -s "$file" ]; then
         # shellcheck disable=SC2086  # split the flags at spaces
-        python -m dev.laptop_plan --minutes="$MINUTES" $MODEL "${@:2}" > "$file.new" || failed $?
+        python -m dev.laptop_plan --minutes="$MINUTES" --model_tag=$TAG $MODEL "${@:2}" > "$file.new" || failed $?
         mv "$file.new" "$file"
     fi
     # shellcheck disable=SC1090
@@ -129,19 +135,19 @@ train "$REINFORCEMENT" scripts.chat_rl --task=spellingbee --examples_per_step=8 
     --num_iterations="$RL_STEPS" --eval_every=-1
 
 # ---- results ---------------------------------------------------------------------------------------------------------------
-stage "$BASE_EVALUATION" python -m scripts.base_loss --split_tokens=50000
+stage "$BASE_EVALUATION" python -m scripts.base_loss --model_tag=$TAG --split_tokens=50000
 for source in mid sft rl; do
     title=AFTER_$source
-    stage "${!title}" python -m scripts.chat_eval --source="$source" \
+    stage "${!title}" python -m scripts.chat_eval --source="$source" --model_tag=$TAG \
         --task_name="SpellingBee|Arithmetic|Identity|Stories|StoryQuestions|SmallTalk|DontKnow" --max_problems=100 --max_new_tokens=192
 done
-stage "$CONVERSATIONS" python -m dev.talk --lang="${lang%%_*}"
+stage "$CONVERSATIONS" python -m dev.talk --lang="${lang%%_*}" --model_tag=$TAG
 stage "$REPORT" python -m zangchat.report generate
 
 # shellcheck disable=SC2059
 printf "\n$DONE" $(((SECONDS - started) / 60)) "$ZANGCHAT_BASE_DIR/report/report.html"
 cat <<END
   source .venv/bin/activate
-  python -m scripts.chat_cli          $IN_TERMINAL
-  python -m scripts.chat_web          $IN_BROWSER
+${elsewhere}  python -m scripts.chat_cli --model_tag=$TAG          $IN_TERMINAL
+  python -m scripts.chat_web --model_tag=$TAG          $IN_BROWSER
 END

@@ -13,6 +13,7 @@
 # 24 GB the vocabulary is 32,768, because a larger one would be most of the model. A test recomputes all this.
 # Untried on GPUs so far: hours, dollars and bits per byte are predictions, in dev/docs/en/scaling.md.
 set -euo pipefail
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 card=${1:-}
@@ -29,7 +30,7 @@ if [ -z "$card" ]; then
         mebibytes=$((gpu_mig * 1000))
     else
         mebibytes=$(nvidia-smi -i "$gpu_first" --query-gpu=memory.total \
-            --format=csv,noheader,nounits 2>&1 | sed -n 1p)
+            --format=csv,noheader,nounits 2>&1 | sed -n 1p) || true # its complaint is quoted below
     fi
     case $mebibytes in
         "" | *[!0-9]*)

@@ -15,6 +15,8 @@ set -euo pipefail
 TORCH_VERSION=2.13.0
 PYTHON_VERSION=${PYTHON_VERSION:-3.11}
 
+# Each of these leads cd, Python, uv or maturin to another place than this checkout and its .venv.
+unset CDPATH PYTHONHOME CONDA_PREFIX UV_PYTHON UV_SYSTEM_PYTHON UV_WORKING_DIR
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case "${1:-}" in
     "") dev="" kind=run ;;
@@ -40,6 +42,7 @@ fingerprint() {
 stamp=.venv/setup-stamp
 up_to_date() { # --dev includes the plain kind, and a build for GPUs runs on a CPU
     local wanted done_kind done_gpu
+    [ -z "${TORCH_BACKEND:-}" ] || return 1 # it may be another than that of the last time
     [ -x .venv/bin/python ] && [ -s "$stamp" ] || return 1
     wanted=$(fingerprint)
     for done_kind in "$kind" dev; do
@@ -54,6 +57,11 @@ up_to_date() { # --dev includes the plain kind, and a build for GPUs runs on a C
 if up_to_date; then exit 0; fi
 
 # --- a Python that runs and is recent enough, of those on the PATH --------------------------------
+suits() { at_least 3.10 "$1" && ! at_least 3.15 "$1"; }
+if ! suits "$PYTHON_VERSION"; then # the official images of Python set it to their own version
+    say "PYTHON_VERSION=$PYTHON_VERSION is ignored: zangchat needs 3.10 to 3.14"
+    PYTHON_VERSION=3.11
+fi
 candidates=$(type -ap "python$PYTHON_VERSION" python3 python || true)
 python="" # the one for the environment
 found=""
@@ -63,7 +71,7 @@ while read -r path; do
         name=$(basename "$path")
         say "$path does not run" \
             "(if it is pyenv's: \`pyenv global ${name#python}\`, or \`pyenv install\` first)"
-    elif at_least 3.10 "$version" && ! at_least 3.15 "$version"; then
+    elif suits "$version"; then
         python=$path found="Python $version"
         break
     else
@@ -89,7 +97,7 @@ install_uv() {
             "or install uv, then run this again"
     fi
     say "installing uv beside the project"
-    PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0 \
         "$pip" -m pip install --quiet --upgrade --target .uv uv ||
         die "pip could not install uv: check the network (PIP_INDEX_URL names a mirror)," \
             "then run this again"
@@ -124,6 +132,8 @@ if ! .venv/bin/python -c "" 2>/dev/null; then
                 "(UV_PYTHON_INSTALL_MIRROR names a mirror), or install Python 3.10 to 3.14, then run this again"
     fi
 fi
+.venv/bin/python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 15))' ||
+    die ".venv has $(.venv/bin/python --version 2>&1), and zangchat needs 3.10 to 3.14: remove .venv and run this again"
 export VIRTUAL_ENV="$PWD/.venv"
 
 # --- torch first, in the build that suits the machine ---------------------------------------------
@@ -137,11 +147,17 @@ if [ -z "$backend" ]; then
         [ "$gpus" = 0 ] || backend=auto
     fi
 fi
-torch_is_right() { # the version; and not a CPU build if there is a GPU
-    .venv/bin/python - "$TORCH_VERSION" "$backend" << 'PYTHON' 2>/dev/null
+torch_is_right() { # the version; not a CPU build if there is a GPU; and the build that the user names
+    .venv/bin/python - "$TORCH_VERSION" "$backend" "${TORCH_BACKEND:-}" << 'PYTHON' 2>/dev/null
 import sys, torch
-version, backend = sys.argv[1:]
-sys.exit(torch.__version__.split("+")[0] != version or backend == "auto" and not torch.version.cuda)
+from importlib.metadata import version
+wanted, backend, named = sys.argv[1:]
+release, _, build = version("torch").partition("+") # torch.__version__ has a build on PyPI, too
+if backend == "auto":
+    right = torch.version.cuda
+else: # builds for macOS have no name
+    right = not named or sys.platform == "darwin" or (build or "pypi") == backend
+sys.exit(release != wanted or not right)
 PYTHON
 }
 on_index() { # whether PyTorch's index answers and has this build; the download then has no limit
@@ -168,6 +184,10 @@ install_torch() {
             "(TORCH_BACKEND=pypi takes the ordinary build, UV_DEFAULT_INDEX names a mirror)"
 }
 torch_is_right || install_torch
+if [ "$gpus" != 0 ] && [ "$backend" = auto ] && ! torch_is_right; then # uv's choice for an old driver
+    die "PyTorch's index has torch $TORCH_VERSION for this machine's $(nvidia_driver) only as a CPU build:" \
+        "update the driver, or TORCH_BACKEND=cpu bash dev/setup.sh"
+fi
 
 # --- everything else at the versions and hashes of the lock ---------------------------------------
 install() { uv pip install --quiet --no-sources --constraint requirements.lock "$@"; }
@@ -201,7 +221,7 @@ if ! build_crate ruststep; then
 fi
 
 # --- does the environment really work? ------------------------------------------------------------
-.venv/bin/python - "$TORCH_VERSION" <<'PYTHON' || die "the environment is broken: remove .venv and run this again"
+.venv/bin/python - "$TORCH_VERSION" <<'PYTHON' || die "the environment is broken: remove .venv${PYTHONPATH:+, unset PYTHONPATH ($PYTHONPATH)} and run this again"
 import importlib, sys
 for name in "torch numpy tyro rich filelock pyarrow huggingface_hub datasets tiktoken fastapi uvicorn pydantic nh3 rustbpe zangchat".split():
     importlib.import_module(name)

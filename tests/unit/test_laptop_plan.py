@@ -1,8 +1,12 @@
 """What dev/runcpu.sh's minutes are spent on."""
 
+import json
+from pathlib import Path
+
 import pytest
 
-from dev.laptop_plan import COST, LEAST, MOST, OVERHEAD_MINUTES, steps_that_fit
+from dev.laptop_plan import COST, LEAST, MOST, OVERHEAD_MINUTES, main, steps_that_fit
+from zangchat.checkpoint_files import FORMAT_VERSION
 
 
 @pytest.mark.parametrize("pace", [0.05, 0.1, 0.35, 1.0])
@@ -43,3 +47,17 @@ def test_after_a_slow_pretraining_the_later_stages_fill_the_minutes_that_are_lef
 def test_after_a_pretraining_that_took_all_the_minutes_each_stage_is_short() -> None:
     later = steps_that_fit(25, 2.0, 60 * 25)
     assert later == {name: LEAST[name] for name in later}
+
+
+def test_the_pace_is_that_of_the_model_that_is_named(
+    base_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A larger one may stand beside it."""
+    for tag, seconds in (("d4", 60.0), ("d6", 600.0)):
+        folder = base_dir / "base_checkpoints" / tag
+        folder.mkdir(parents=True)
+        meta = {"format_version": FORMAT_VERSION, "step": 100, "files": {}}
+        meta["run_state"] = {"step": 100, "training_seconds": seconds}
+        (folder / "meta_000100.json").write_text(json.dumps(meta))
+    assert main(["--minutes=9", "--pretrained", "--model_tag=d4"]) == 0
+    assert "pretraining took 1.0 min, 0.600 s per step" in capsys.readouterr().out

@@ -310,7 +310,11 @@ esac
         (tmp_path / path).chmod(0o755)
 
     def run(
-        script: str, programs: dict[str, str] | None = None, smi: str = "", **variables: str
+        script: str,
+        programs: dict[str, str] | None = None,
+        smi: str = "",
+        flags: tuple[str, ...] = (),
+        **variables: str,
     ) -> tuple[int, str, list[list[str]]]:
         memory = {"nvidia-smi": f"#!/bin/bash\n{nvidia_smi(gpus(0), memory=smi)}\n"} if smi else {}
         folder = Path(tempfile.mkdtemp(dir=tmp_path))
@@ -330,7 +334,7 @@ esac
             **variables,
         }
         done = subprocess.run(
-            ["bash", script],
+            ["bash", script, *flags],
             cwd=tmp_path,
             env=environment,
             capture_output=True,
@@ -375,6 +379,13 @@ def test_chain_calls_every_command_with_existing_flags(chain, script):
     for call in calls:
         check_command(shlex.join(call), script)
     assert "$ at" not in output and "an hour" in output
+
+
+@pytest.mark.parametrize("script", ["speedrun.sh", "run1000.sh"])
+def test_chain_takes_no_flags(chain, script):
+    for flag in ("--help", "--depth=12"):
+        code, output, calls = chain(script, flags=(flag,))
+        assert (code, calls) == (2, []) and f"error: {script} takes no flags" in output
 
 
 def test_rehearsal_uses_existing_flags(chain):
@@ -746,6 +757,9 @@ def test_rungpu_picks_sizes_for_the_gpu_memory(chain):
     ):
         code, output, calls = chain("dev/rungpu.sh", smi=memory)
         assert code == 2 and complaint in output and not calls
+    lost = nvidia_smi(gpus(0)).replace("echo 81559", "echo Unable to determine the handle; exit 15")
+    code, output, _ = chain("dev/rungpu.sh", {"nvidia-smi": f"#!/bin/bash\n{lost}\n"})
+    assert code == 2 and "memory (Unable to determine the handle): say how much" in output
     code, output, _ = chain("dev/rungpu.sh", smi(7), NPROC_PER_NODE="1", DRY_RUN="1")
     assert code == 0 and "the preset for 24 GB" in output, (
         "the memory of an instance, not of the card"
@@ -761,11 +775,13 @@ esac
 
 
 def test_slurm_starts_each_stage_on_all_nodes_and_requeues_after_progress(chain, tmp_path):
-    srun = '#!/usr/bin/env bash\nshift 3\nexec "$@"\n'  # one call is enough to see the command
+    # one call is enough to see the command; without its own variable, srun gives one core
+    srun = '#!/usr/bin/env bash\n[ "$SRUN_CPUS_PER_TASK" = 12 ] || exit 1\nshift 3\nexec "$@"\n'
     slurm = {
         "SLURM_SUBMIT_DIR": str(tmp_path),
         "SLURM_JOB_ID": "4711",
         "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_CPUS_PER_TASK": "12",
         "SLURM_JOB_NODELIST": "node[1-2]",
     }
     programs = {"srun": srun, "scontrol": SCONTROL}

@@ -1,8 +1,10 @@
 """The shell scripts on machines that lack something, with only stand-ins on the PATH."""
 
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,10 +18,24 @@ TORCH = "2.13.0"
 PIP_MISSING = "this Python has no pip: `sudo apt install python3-pip` (Debian, Ubuntu), or install uv, then run this again"
 PYTHON = """case "$*" in
     *"import sys, pip"*) {pip} ;;
-    "-m pip install "*) echo "pip $*" >> "$RECORD"; mkdir -p .uv/bin; cp "$UV" .uv/bin/uv ;;
+    "-m pip install "*)
+        [ "${{PIP_USER:-0}}${{PIP_REQUIRE_VIRTUALENV:-0}}" = 00 ] || exit 1
+        echo "pip $*" >> "$RECORD"; mkdir -p .uv/bin; cp "$UV" .uv/bin/uv ;;
     *version_info*) echo {version} ;;
 esac"""
+# Of torch there is a real module, which setup.sh asks about its build; other modules are only claimed.
+VENV_PYTHON = f"""#!/bin/bash
+[ -z "${{PYTHONHOME:-}}" ] || exit 1
+case "$#$*" in
+    *version_info*) [ -z "${{OLD:-}}" ] ;;
+    *--version) echo Python 3.9.19 ;;
+    "4- "*) PYTHONPATH=.venv/modules exec {sys.executable} -S "$@" ;;
+    *) [ -e .venv/modules/torch.py -a -z "${{PYTHONPATH:-}}" ] || [ "$1" != - ] ;;
+esac"""
 UV = """echo "uv $* timeout=${UV_HTTP_TIMEOUT:-default}" >> "$RECORD"
+case "$1:${UV_SYSTEM_PYTHON:-}${UV_PYTHON:-}${UV_WORKING_DIR:-}" in
+    pip:?*) echo "this is another Python" >&2; exit 2 ;;
+esac
 case "$*" in
     --version) echo "uv 0.13.9" ;;
     "cache dir") echo "$HOME/.cache/uv" ;;
@@ -27,18 +43,28 @@ case "$*" in
         [[ "$*" != *"--python 3."* || -z "${NO_PYTHON:-}" ]] || { echo "error: dns" >&2; exit 2; }
         rm -rf .venv
         mkdir -p .venv/bin
-        printf '#!/bin/bash\\n[ -e .venv/torch ] || [ "$1" != - ]\\n' > .venv/bin/python
-        printf '#!/bin/bash\\necho maturin >> "$RECORD"\\n' > .venv/bin/maturin
+        printf '%s\\n' VENV_PYTHON > .venv/bin/python
+        printf '#!/bin/bash\\n[ -z "${CONDA_PREFIX:-}" ] || exit 1\\necho maturin >> "$RECORD"\\n' > .venv/bin/maturin
         chmod +x .venv/bin/* ;;
     *--dry-run*) case "${INDEX:-there}" in
         there) ;;
         old) echo "  x No solution found when resolving dependencies" >&2; exit 1 ;;
         *) echo "error: Failed to fetch: dns" >&2; exit 2 ;;
     esac ;;
+    *uninstall*) rm -rf .venv/modules ;;
     *torch==*)
         [ -z "${SLOW:-}" ] || { echo "error: the download broke off" >&2; exit 2; }
-        touch .venv/torch ;;
-esac"""
+        build="" cuda=13.0 last=${!#}
+        case "$*" in
+            *=auto) build=+${AUTO:-cu130} ;;
+            *--torch-backend=*) build=+${last#*=} ;;
+        esac
+        [ "$build" != +cpu ] || cuda=""
+        info=.venv/modules/torch-2.13.0.dist-info
+        mkdir -p $info
+        printf 'Name: torch\\nVersion: 2.13.0%s\\n' "$build" > $info/METADATA
+        printf 'class version:\\n    cuda = "%s"\\n' "$cuda" > .venv/modules/torch.py ;;
+esac""".replace("VENV_PYTHON", shlex.quote(VENV_PYTHON))
 
 SCRIPTS = sorted(
     {
@@ -182,6 +208,41 @@ def test_missing_python(setup):
     assert code == 0 and "no Python here, and zangchat needs" in errors
 
 
+def test_environment_of_an_unsupported_python_is_an_error(linux):
+    assert linux.run()[0] == 0
+    (linux.checkout / ".venv/setup-stamp").unlink()
+    code, errors, calls = linux.run(OLD="1")
+    assert code == 1 and not torch_installs(calls)
+    assert ".venv has Python 3.9.19, and zangchat needs 3.10 to 3.14: remove .venv" in errors
+
+
+def test_unsupported_python_version_is_ignored(setup):
+    """The official images of Python set the variable to their own version."""
+    setup.python("python3", "3.9")
+    code, errors, calls = setup.run(PYTHON_VERSION="3.9.19")
+    assert code == 0 and "PYTHON_VERSION=3.9.19 is ignored: zangchat needs 3.10" in errors
+    assert any("venv" in call and "--python 3.11 .venv" in call for call in calls)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["UV_SYSTEM_PYTHON", "UV_PYTHON", "UV_WORKING_DIR", "PYTHONHOME", "CONDA_PREFIX"]
+    + ["PIP_USER", "PIP_REQUIRE_VIRTUALENV", "CDPATH"],
+)
+def test_variables_of_the_user_lead_nowhere_else(linux, tmp_path, name):
+    linux.machine.install("cargo", "echo 'cargo 1.99.0'")
+    (tmp_path / "elsewhere/dev").mkdir(parents=True)
+    code, errors, calls = linux.run(**{name: "1" if "PIP" in name else str(tmp_path / "elsewhere")})
+    assert code == 0 and "could not be built" not in errors, errors
+    assert "maturin" in calls
+
+
+def test_broken_environment_names_pythonpath(linux):
+    code, errors, _ = linux.run(PYTHONPATH="/opt/other")
+    assert code == 1
+    assert "broken: remove .venv, unset PYTHONPATH (/opt/other) and run this again" in errors
+
+
 def test_broken_pyenv_shim_is_skipped(setup):
     setup.machine.install("python3.12", no_path("python3.12"))
     code, errors, calls = setup.run(PYTHON_VERSION="3.12")
@@ -260,7 +321,6 @@ def test_torch_build_depends_on_the_machine(linux, tmp_path):
     assert "--torch-backend=cpu" in torch_installs(calls)[0]
     # with a new GPU a CPU build no longer suffices
     linux.machine.install("nvidia-smi", nvidia_smi(gpus(0)))
-    (linux.checkout / ".venv/torch").unlink()
     _, _, calls = linux.run()
     assert "--torch-backend=auto" in torch_installs(calls)[0]
     assert any("pip uninstall" in call for call in calls), (
@@ -322,6 +382,28 @@ def test_torch_build_can_be_chosen(linux, backend):
     linux.machine.install("nvidia-smi", nvidia_smi(gpus(0)))
     _, _, calls = linux.run(TORCH_BACKEND=backend)
     assert ("--torch-backend=cu128" in torch_installs(calls)[0]) == (backend == "cu128")
+
+
+def test_torch_build_can_be_changed(linux):
+    for backend in ("cpu", "cu128", "pypi", "cpu"):
+        code, errors, calls = linux.run(TORCH_BACKEND=backend)
+        assert code == 0 and len(torch_installs(calls)) == 1, errors
+        assert not torch_installs(linux.run(TORCH_BACKEND=backend)[2]), "it is that build"
+        assert linux.run()[2] == [], "a build that was chosen stays"
+
+
+def test_driver_too_old_for_a_gpu_build_is_reported(linux):
+    """For such a driver uv's auto takes the CPU build, without a word."""
+    linux.machine.install("nvidia-smi", nvidia_smi(gpus(0), driver="470.82.01"))
+    for _ in range(2):
+        code, errors, _ = linux.run(AUTO="cpu")
+        assert code == 1 and "ready" not in errors
+        assert (
+            f"torch {TORCH} for this machine's driver 470.82.01 only as a CPU build: update the "
+            "driver, or TORCH_BACKEND=cpu bash dev/setup.sh" in errors
+        )
+    assert linux.run(TORCH_BACKEND="cpu")[0] == 0
+    assert linux.run(AUTO="cpu")[::2] == (0, [])
 
 
 # -- the crate -------------------------------------------------------------------------------------
@@ -435,6 +517,15 @@ def test_mig_instances_are_not_counted_as_gpus(tmp_path, migs, visible, expected
     )
 
 
+@pytest.mark.parametrize(
+    "profile, memory", [("1g.24gb+me.all", "24"), ("1c.2g.10gb", "10"), ("7g.80gb", "80")]
+)
+def test_memory_of_a_mig_instance(tmp_path, profile, memory):
+    machine = Machine(tmp_path)
+    machine.install("nvidia-smi", nvidia_smi(gpus(1).replace("3g.40gb", profile)))
+    assert count(machine)[:3] == ["1", "0", memory]
+
+
 def test_missing_gpu_has_a_reason(tmp_path):
     machine = Machine(tmp_path)
     assert count(machine)[::3] == ["0", "nvidia-smi is not installed"]
@@ -508,10 +599,13 @@ def plan_laptop(base: Path) -> None:
         ("dev/lock.sh", {"PATH": "uv"}, "pip compile"),
     ],
 )
-def test_every_script_runs_with_macos_tools(mac, script, variables, last):
+def test_every_script_runs_with_macos_tools(mac, tmp_path, script, variables, last):
     plan_laptop(mac.base)
+    for name in ("dev", ".ci"):  # no script may end up there
+        (tmp_path / "elsewhere" / name).mkdir(parents=True)
+    variables = {**variables, "CDPATH": str(tmp_path / "elsewhere")}
     if "PATH" in variables:
-        variables = {"PATH": f"{mac.folder}/.venv/bin:{mac.machine.bin}"}
+        variables["PATH"] = f"{mac.folder}/.venv/bin:{mac.machine.bin}"
     done, calls = mac(*script.split(), **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (
@@ -594,9 +688,34 @@ def test_runcpu_names_an_unknown_flag_and_its_help_is_english(mac):
     done, calls = mac("dev/runcpu.sh", "--lang=fr", LANG="zh_CN.UTF-8")
     assert (done.returncode, calls) == (2, [])
     assert done.stderr.startswith("error: --lang=fr is not") and done.stderr.count("\n") == 1
-    done, calls = mac("dev/runcpu.sh", "--help", LANG="zh_CN.UTF-8")
-    assert (done.returncode, calls) == (0, []) and "MINUTES=10 bash dev/runcpu.sh" in done.stdout
-    assert done.stdout.isascii() and "set -" not in done.stdout
+    for script in ("dev/runcpu.sh", "../checkout/dev/runcpu.sh"):
+        done, calls = mac(script, "--help", LANG="zh_CN.UTF-8")
+        assert (done.returncode, calls) == (0, []), done.stderr
+        assert "MINUTES=10 bash dev/runcpu.sh" in done.stdout
+        assert done.stdout.isascii() and "set -" not in done.stdout
+
+
+def test_runcpu_names_its_model_in_every_stage(mac):
+    """By default a stage takes the largest model in the base directory."""
+    plan_laptop(mac.base)
+    (mac.base / "runcpu.later").unlink()
+    done, calls = mac("dev/runcpu.sh")
+    assert done.returncode == 0, done.stderr
+    needed = "laptop_plan|base_train|base_loss|mid_train|chat_|dev.talk"
+    stages = [call for call in calls if re.search(needed, call)]
+    assert len(stages) == 10 and all("--model_tag=d4 " in call for call in stages), stages
+    assert done.stdout.count(" --model_tag=d4  ") == 2, "the two ways to talk to it"
+
+
+def test_runcpu_prints_commands_that_work_in_a_new_shell(mac):
+    plan_laptop(mac.base)
+    done, _ = mac("dev/runcpu.sh", ZANGCHAT_BASE_DIR=f"{mac.base}/a b", MINUTES="10", SEED="7")
+    assert done.returncode == 1, "there is no folder for the plan"
+    assert done.stderr.endswith(
+        f"  export ZANGCHAT_BASE_DIR={mac.base}/a\\ b\n  MINUTES=10 SEED=7 bash dev/runcpu.sh\n"
+    )
+    done, _ = mac("dev/runcpu.sh")
+    assert f"activate\n  export ZANGCHAT_BASE_DIR={mac.base}\n  python -m scripts" in done.stdout
 
 
 def test_runcpu_says_in_chinese_that_a_stage_failed(mac):
@@ -668,6 +787,19 @@ def test_shellcheck_finds_nothing():
     assert done.returncode == 0, done.stdout
 
 
+def test_checkout_on_windows_has_the_same_bytes(tmp_path):
+    """Scripts run in WSL, and the files of the demo are checked by their hashes."""
+    if not (shutil.which("git") and (ROOT / ".git").exists()):
+        pytest.skip("no git checkout here")
+    windows = ["git", "-c", "core.autocrlf=true", "-c", "core.eol=crlf"]
+    names = ["dev/slurm.sbatch", "dev/setup.sh", ".ci/run", "zangchat/hf/chat_template.jinja"]
+    names += [f"dev/demo/{path.name}" for path in (ROOT / "dev/demo").iterdir()]
+    command = [*windows, "checkout-index", f"--prefix={tmp_path}/", "--", *names]
+    subprocess.run(command, cwd=ROOT, check=True)
+    for name in names:
+        assert b"\r" not in (tmp_path / name).read_bytes() or name.endswith("safetensors"), name
+
+
 # -- uv sync ---------------------------------------------------------------------------------------
 
 
@@ -677,6 +809,8 @@ def test_uv_sync_installs_the_same_torch_and_the_crate():
     assert f"\nTORCH_VERSION={TORCH}\n" in text_of("dev/setup.sh")
     for extra in ("gpu", "cpu"):
         assert f"torch=={TORCH}" in project["project"]["optional-dependencies"][extra]
+    assert any(name.startswith("pip>") for name in project["project"]["dependencies"])
+    assert "\npip==" in text_of("requirements.lock"), "uv's environments have none of their own"
     uv = project["tool"]["uv"]
     crates = project["dependency-groups"][uv["default-groups"][0]]
     assert crates == ["rustbpe", "ruststep"]
