@@ -308,6 +308,15 @@ def test_chats_are_exported_and_imported(
     page.locator("#file").set_input_files(path)
     expect(page.locator("#hint")).to_have_text("0 chats imported, 2 here already.")
 
+    # a file that others were put together to: one chat twice, and as it went on
+    later = {**exported[1], "id": "one"}
+    earlier = {**later, "messages": later["messages"][:3]}
+    path.write_text(json.dumps([earlier, earlier, later]), encoding="utf-8")
+    page.locator("#file").set_input_files(path)
+    expect(page.locator("#hint")).to_have_text("2 chats imported, 1 here already.")
+    page.reload()
+    expect(rows(page)).to_have_count(4)
+
     # what chat_cli saves, a hostile file, and no chats at all
     lines = tmp_path / "cli.jsonl"
     hostile = {"role": "assistant", "content": "<img src=x onerror=\"document.title='owned'\">"}
