@@ -146,9 +146,33 @@ def test_the_key_comes_from_the_environment_or_a_file(
     file = tmp_path / "key"
     file.write_text("from a file\n")
     assert make_settings(Config(api_key_file=str(file))).api_key == "from a file"
+    file.write_text("from Windows\r\n", encoding="utf-8-sig")
+    assert make_settings(Config(api_key_file=str(file))).api_key == "from Windows"
     file.write_text(" \n")
     with pytest.raises(UserError, match="is empty"):
         make_settings(Config(api_key_file=str(file)))
+
+
+def test_a_key_that_no_client_could_send_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ZANGCHAT_API_KEY", "s3cret\n")  # a secret that `echo` wrote
+    with served() as url:
+        assert ask(url, Authorization="Bearer s3cret").status_code == 200
+        assert ask(url, Authorization="Bearer s3cre").status_code == 401
+    file = tmp_path / "key"
+    for key in ("s3crét", "钥匙", "ｓ3cret", "s3c\tret", "s3c\nret"):
+        file.write_text(key, encoding="utf-8")
+        monkeypatch.setenv("ZANGCHAT_API_KEY", key)
+        for flags in ({}, {"api_key": key}, {"api_key_file": str(file)}):
+            with pytest.raises(UserError, match="printable ASCII") as refusal:
+                make_settings(Config(**flags))
+            assert key not in str(refusal.value)
+    monkeypatch.setenv("ZANGCHAT_API_KEY", " \n")  # no reason to let everyone in
+    with pytest.raises(UserError, match="ZANGCHAT_API_KEY is empty"):
+        make_settings(Config())
+    monkeypatch.setenv("ZANGCHAT_API_KEY", "")
+    assert make_settings(Config()).api_key is None
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ const paths = (path) => location.pathname.replace(/\/?$/, "/") + path;   // belo
 
 function post(path, body, signal) {
   const headers = { "Content-Type": "application/json" };
-  if (settings.key) headers.Authorization = "Bearer " + settings.key;
+  if (/^[\x20-\x7e]+$/.test(settings.key)) headers.Authorization = "Bearer " + settings.key;   // fetch sends no others
   return fetch(paths(path), { method: "POST", headers, body: JSON.stringify(body), signal });
 }
 async function* serverEvents(response, alive) {   // the data of each server-sent event, parsed; comments and other fields are skipped
