@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from scripts.chat_web import Config, make_settings
+from scripts.chat_web import Config, address_of, listen, make_settings
 from tests.proxy import proxied
 from tests.talker import engine, eventually, serving
 from zangchat.errors import UserError
@@ -89,6 +89,28 @@ def test_all_names_are_accepted_only_where_that_was_asked_for_and_it_is_said() -
 def test_flags_that_cannot_be_meant_are_refused(flags: dict[str, Any], complaint: str) -> None:
     with pytest.raises(UserError, match=re.escape(complaint)):
         make_settings(Config(**flags))
+
+
+def test_every_address_means_those_of_both_kinds() -> None:
+    with listen(Config(host="::", port=0)) as listener:
+        port = listener.getsockname()[1]
+        assert address_of(listener).startswith(f"http://[::1]:{port} and ")
+        hosts = ["::1", "127.0.0.1"] if socket.has_dualstack_ipv6() else ["::1"]
+        for host in hosts:
+            socket.create_connection((host, port), timeout=20).close()
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "[::1]"])
+def test_a_host_that_is_no_address_here_is_not_taken_for_a_busy_port(host: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"--host={host}")) as refusal:
+        listen(Config(host=host, port=0))
+    assert "choose another --port" not in str(refusal.value)
+    assert "127.0.0.1" in str(refusal.value)
+    with (
+        listen(Config(port=0)) as listener,
+        pytest.raises(UserError, match="choose another --port"),
+    ):
+        listen(Config(port=listener.getsockname()[1]))
 
 
 # ---- origins -------------------------------------------------------------------------------------
