@@ -1,5 +1,6 @@
 """Who reaches the server, and how: host names, origins, keys, a reverse proxy, hostile connections."""
 
+import inspect
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi.middleware.cors import CORSMiddleware
 
 from scripts.chat_web import Config, address_of, listen, make_settings
 from tests.proxy import proxied
@@ -125,10 +127,13 @@ def test_pages_of_allowed_origins_may_use_the_api() -> None:
                     "Origin": origin,
                     "Access-Control-Request-Method": "POST",
                     "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os",
+                    "Access-Control-Request-Private-Network": "true",
                 },
             )
             assert preflight.status_code == 200
             assert preflight.headers["access-control-allow-origin"] == origin
+            if "allow_private_network" in inspect.signature(CORSMiddleware).parameters:
+                assert preflight.headers["access-control-allow-private-network"] == "true"
             assert "x-stainless-os" in preflight.headers["access-control-allow-headers"]
             answer = ask(url, Origin=origin, Authorization="Bearer k")
             assert answer.status_code == 200
