@@ -497,6 +497,7 @@ def test_bad_requests_are_told_what_is_wrong(
             "does not support logit_bias, frequency_penalty",
         ),
         ({"prompt": "x", "temprature": 0}, 400, "does not support temprature"),
+        ({"prompt": "x", "add_special_tokens": False}, 400, "does not support add_special_tokens"),
         ({"prompt": "x", "stop": ["a"] * 17}, 400, "stop"),
         ({"prompt": "x", "logprobs": 21}, 400, "logprobs"),
         ({"prompt": "x", "min_p": 2}, 400, "min_p"),
