@@ -55,6 +55,8 @@ NOT_NEGATIVE = (
     *("weight_decay", "grad_clip"),
 )
 SHARES = ("warmup_ratio", "warmdown_ratio")
+# SIGUSR1, which asks a run to save and stop, would otherwise kill torchrun
+FORWARDED = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 
 def fill(config: C, *sources: Mapping[str, Any]) -> C:
@@ -184,12 +186,12 @@ def command(stage: str, config: RunConfig, **changes: Any) -> str:
     if not ddp:
         return shlex.join(["python", "-m", COMMANDS[stage], *flags])
     on_this_node = ranks_here()
-    launcher = ["torchrun", "--standalone", f"--nproc_per_node={world_size}"]
+    launcher = ["torchrun", "--standalone", f"--nproc_per_node={world_size}", FORWARDED]
     note = ""
     if on_this_node < world_size:
         head = f"{os.environ.get('MASTER_ADDR', 'HEAD')}:29500"
         nodes = [f"--nnodes={world_size // on_this_node}", f"--nproc_per_node={on_this_node}"]
-        launcher = ["torchrun", *nodes, "--rdzv_backend=c10d", f"--rdzv_endpoint={head}"]
+        launcher = ["torchrun", *nodes, "--rdzv_backend=c10d", f"--rdzv_endpoint={head}", FORWARDED]
         note = "  # on each node"
     # torchrun takes --run for an abbreviation of a flag of its own, unless `--` comes first
     separator = ["--"] if flags else []
