@@ -975,6 +975,9 @@ def test_a_checkpoint_with_another_vocabulary_is_named(before, base, capsys):
         MemoryError(),
         torch.OutOfMemoryError("CUDA out of memory."),
         RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9.0 GiB)."),
     ],
 )
 def test_too_little_memory_names_the_flags(base, capsys, monkeypatch, error):
