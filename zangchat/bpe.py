@@ -32,8 +32,8 @@ def is_crate() -> bool:
         raise UserError("the package rustbpe is not installed: run `bash dev/setup.sh`")
     if getattr(rustbpe, "VERSION", None) == VERSION:
         return True
-    substitutes = "tiktoken encodes (slower, the same tokens) until you run `bash dev/setup.sh`"
-    logger.info("the crate rustbpe is not built here from this source: %s", substitutes)
+    remedy = "with cargo, `bash dev/setup.sh` builds it"
+    logger.info("no up-to-date crate rustbpe: tiktoken encodes (slower, the same ids); %s", remedy)
     return False
 
 

@@ -193,8 +193,8 @@ def test_pypi_rustbpe_and_tiktoken_take_the_crates_place(
         other.save(tmp_path)
         again = RustBPETokenizer.from_directory(tmp_path)
     assert [record.message for record in caplog.records if "rustbpe" in record.message] == [
-        "the crate rustbpe is not built here from this source: tiktoken encodes (slower, the same "
-        "tokens) until you run `bash dev/setup.sh`"
+        "no up-to-date crate rustbpe: tiktoken encodes (slower, the same ids); with cargo, "
+        "`bash dev/setup.sh` builds it"
     ]
     assert isinstance(again._encoder, trainer.TiktokenEncoder)
     assert again.fingerprint == tok.fingerprint
