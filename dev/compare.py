@@ -7,6 +7,7 @@ The table gives the metric at the same tokens and at the same seconds of trainin
 run of all. The first group is the one that the others are compared with.
 """
 
+import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -135,6 +136,7 @@ def verdict(values: Sequence[float], reference: Sequence[float]) -> str:
 
 def draw(groups: dict[str, list[Run]], config: Config) -> None:
     """A thin line for each run, one color for each group, over tokens and over seconds."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's backend may not be installed here
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
