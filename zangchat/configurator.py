@@ -162,8 +162,9 @@ def check_range(least: int, config: Any, *names: str, most: float = math.inf) ->
 
 def check_folder_name(flag: str, name: str) -> None:
     """Raises UserError for a value of `flag` that cannot name a folder."""
-    if not re.fullmatch(r"[\w.+-]+", name) or name in (".", ".."):
-        raise UserError(f"{flag}={name!r} cannot name a folder: use letters, digits and . _ + -")
+    if not re.fullmatch(r"[\w+-][\w.+-]*", name):
+        expected = "use letters, digits and . _ + -, and begin with no dot"
+        raise UserError(f"{flag}={name!r} cannot name a folder: {expected}")
 
 
 def check_fraction(config: Any, *names: str) -> None:
