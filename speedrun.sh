@@ -162,15 +162,16 @@ once() {
     [ -n "$dry" ] || printf '%s' "$*" > "$mark"
 }
 
-# Under nohup a closed terminal must not end the run; torchrun would set its own handler and do so.
-signals=""
-case $(trap -p HUP) in *"''"*) signals=--signals-to-handle=SIGTERM,SIGINT,SIGQUIT ;; esac
+# torchrun must forward SIGUSR1, which would otherwise kill it. Under nohup a closed terminal must not end the run; torchrun would
+# set its own handler and do so.
+signals=--signals-to-handle=SIGTERM,SIGINT,SIGQUIT,SIGUSR1
+case $(trap -p HUP) in *"''"*) ;; *) signals=$signals,SIGHUP ;; esac
 
 # on_all SCRIPT FLAGS...: the command line that runs a script on every GPU, in the array `command`. The `--` keeps torchrun
 # from taking --run for one of its own flags.
 on_all() {
     # --local-addr: without it, torchrun waits for ever if the host name does not resolve, as on some Macs
-    local launcher=(torchrun --standalone --local-addr=127.0.0.1 --nproc_per_node="$NPROC_PER_NODE" ${signals:+"$signals"})
+    local launcher=(torchrun --standalone --local-addr=127.0.0.1 --nproc_per_node="$NPROC_PER_NODE" "$signals")
     if [ -n "${LAUNCH:-}" ]; then # several machines: see dev/slurm.sbatch
         read -ra launcher <<< "$LAUNCH"
     elif [ "$NPROC_PER_NODE" = 1 ]; then

@@ -28,7 +28,7 @@ from tasks.common import Conversation
 from tasks.customjson import conversation_of
 from zangchat import configurator
 from zangchat.errors import UserError, explain
-from zangchat.runtime.files import atomic_write, expand_home, read_jsonl
+from zangchat.runtime.files import atomic_write, expand_home, open_for_lines, read_jsonl
 from zangchat.runtime.logs import print0
 from zangchat.runtime.seeds import derive_seed
 
@@ -158,11 +158,9 @@ def generate(config: Config) -> int:
     writer = Writer(config)
     last = 3 * config.num  # give up on a model that repeats itself
     with (
-        open(output, "a", encoding="utf-8", newline="\n") as file,
+        open_for_lines(output) as file,
         ThreadPoolExecutor(config.at_once) as pool,
     ):
-        if written and not output.read_bytes().endswith(b"\n"):
-            file.write("\n")  # as some editors save it
         for first in range(progress_of(output), last, config.at_once):
             if have >= config.num:
                 break
@@ -177,7 +175,7 @@ def generate(config: Config) -> int:
                 elif not openings.add(opening(made)):
                     dropped["too similar"] += 1
                 elif have < config.num:
-                    file.write(json.dumps(made, ensure_ascii=False) + "\n")
+                    file.write(json.dumps(made, ensure_ascii=False).encode() + b"\n")
                     have += 1
             file.flush()
             atomic_write(position_file(output), str(indices.stop))
@@ -301,11 +299,11 @@ class Writer:
         except self.openai.BadRequestError:
             raise
         except self.openai.OpenAIError as error:
-            reason, cause = str(error), error
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            reason, cause = "what it sends is not of OpenAI's API", error  # a page, null, no choice
+            reason = str(error)
+        except (AttributeError, LookupError, TypeError, ValueError):  # a page, null, no choice
+            reason = "what it sends is not of OpenAI's API"
         problem = f"--base_url={self.config.base_url} gives no answer ({reason})"
-        raise UserError(f"{problem}: start scripts.chat_web, or give another") from cause
+        raise UserError(f"{problem}: start scripts.chat_web, or give another")
 
 
 # ---- what came back ------------------------------------------------------------------------------

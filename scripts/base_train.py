@@ -17,7 +17,7 @@ from tasks.registry import training_conversations
 from zangchat import configurator, schedule
 from zangchat.config import Architecture, GPTConfig, Optimizer, TrainPlan
 from zangchat.errors import UserError
-from zangchat.runtime.logs import print_banner
+from zangchat.runtime.logs import print0, print_banner
 from zangchat.training import planning
 from zangchat.training.flags import BatchSize, RunConfig
 
@@ -147,6 +147,12 @@ def make_hooks(run: "Run", dataset: "Dataset") -> list["Every"]:
     config, found = run.config, []
     if config.eval_every > 0:
         found.append(hooks.validation_bpb(config.eval_every, data.validation(run, dataset)))
+    if config.fsdp:
+        if max(config.core_metric_every, config.sample_every) > 0:
+            problem = "with --fsdp no rank has the whole model for CORE and samples"
+            score = f"python -m scripts.base_eval --model_tag={config.model_tag}"
+            print0(f"base: {problem}: score it afterwards with `{score}`")
+        return found
     if config.core_metric_every > 0:
         found += hooks.core_metric(config.core_metric_every, config.core_metric_max_per_task)
     if config.sample_every > 0:

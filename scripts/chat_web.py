@@ -9,6 +9,7 @@ Only this machine can reach it by default; --host=0.0.0.0 admits others. Other p
 dev/docs/en/clients.md
 """
 
+import errno
 import gc
 import logging
 import socket
@@ -109,12 +110,17 @@ def address_of(listener: socket.socket) -> str:
 def listen(config: Config) -> socket.socket:
     """Bind the port before a model is loaded, so that a mistake shows at once."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    both = config.host == "::" and socket.has_dualstack_ipv6()  # :: is all addresses, IPv4 too
     try:
-        return socket.create_server((config.host, config.port), family=family, backlog=512)
+        return socket.create_server(
+            (config.host, config.port), family=family, backlog=512, dualstack_ipv6=both
+        )
     except OSError as error:
         address, reason = f"--host={config.host} --port={config.port}", error.strerror or error
-        message = f"{address} cannot be listened on ({reason}): choose another --port"
-        raise UserError(message) from None
+        remedy = "choose another --port"
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+            remedy = "--host takes an address of this machine, such as 127.0.0.1 or ::1"
+        raise UserError(f"{address} cannot be listened on ({reason}): {remedy}") from None
 
 
 def load_engines(config: Config) -> "list[Engine]":

@@ -8,10 +8,9 @@ gathered, each rank updates the one it keeps state for, and every rank takes its
 maths of a step, the files of a checkpoint and its loading are the same as without: a run may
 continue with or without --fsdp.
 
-Tested: 2 processes on CPUs by gloo (tests/unit/test_fsdp.py). Untested: more of them, CUDA and
-NCCL, bf16,
-models that need it. The model is filled on the CPU before it is cut up, so each process needs the
-whole model, and its own part of the optimizer's state, in main memory once.
+Tested: 2 and 4 processes on CPUs by gloo (tests/unit/test_fsdp.py). Untested: CUDA and NCCL, models
+that need it. The model is filled on the CPU before it is cut up, so each process needs the whole
+model, and its own part of the optimizer's state, in main memory once.
 """
 
 from collections.abc import Iterator
@@ -87,12 +86,9 @@ class FSDPGroup(OptimizerGroup):
 
 def _shard(model: Any, device: torch.device, comm_dtype: torch.dtype) -> None:
     mesh = init_device_mesh(device.type, (collectives.world()[1],))
-    # the embedding by itself: it may have a dtype of its own
-    modules = [
-        model.wte,
-        *model.transformer["h"],
-        model,
-    ]
+    # each embedding by itself: it may have a dtype of its own
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    modules = [*tables, *model.transformer["h"], model]
     for module in modules:
         fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=comm_dtype))
     for module in modules:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from tests.browser.support import MARKS, ask, last, reply, send
+from tests.browser.support import MARKS, ask, last, reply, send, storage
 from tests.talker import engine, eventually, serving
 
 pytestmark = MARKS
@@ -185,8 +185,12 @@ def test_settings_are_sent_and_kept(page: Page) -> None:
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
     page.get_by_role("button", name="Settings").click()
     expect(page.get_by_label("Longest reply, tokens")).to_have_value("9")
+    page.evaluate("saveSettings({key: 'k'})")
     page.get_by_role("button", name="Defaults").click()
     expect(page.get_by_label("Longest reply, tokens")).to_have_value("800")
+    # what the operator chooses later counts again
+    assert storage(page, "zangchat.settings") == {"key": "k"}
+    assert page.evaluate("settings.key") == "k"
 
 
 def test_commands_change_settings_without_asking_the_model(page: Page) -> None:
@@ -194,6 +198,7 @@ def test_commands_change_settings_without_asking_the_model(page: Page) -> None:
         ("/temperature 0.3", "Temperature 0.3."),
         ("/temperature 7", "between 0 and 2"),
         ("/topk 5", "Top-k 5."),
+        ("/topk 3.5", "a whole number between 0 and 1000000"),
         ("/system be brief", "The system prompt of this chat is set."),
         ("/nonsense", "There is no command /nonsense"),
         ("/help", "/regenerate"),

@@ -5,10 +5,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.browser.support import MARKS, ask, awaited, last, reply, send, storage
 from tests.talker import engine, eventually, serving
+from zangchat.server import guard
 
 pytestmark = MARKS
 
@@ -147,6 +149,33 @@ def test_a_question_without_an_answer_leaves_no_empty_turn(page: Page) -> None:
     with page.expect_request("**/chat/completions") as sent:
         ask(page, "shorter")
     assert "xxx" not in (sent.value.post_data or "")
+
+
+@pytest.mark.parametrize(("turns", "characters", "most"), [(300, 1, 500), (40, 3000, 30)])
+def test_a_chat_may_outgrow_what_a_request_may_hold(
+    page: Page, turns: int, characters: int, most: int
+) -> None:
+    page.evaluate(
+        """([turns, text]) => {
+            for (let i = 0; i < turns; i++) current.messages.push(
+                { role: "user", content: i + text },
+                { role: "assistant", replies: [{ parts: [{ type: "text", text }] }], shown: 0 });
+            current.system = "be brief";
+        }""",
+        [turns, "长" * characters],
+    )
+    with page.expect_request("**/chat/completions") as sent:
+        ask(page, "and this?")
+    body = (sent.value.post_data_buffer or b"").decode()
+    system, *messages = json.loads(body)["messages"]
+    assert system == {"role": "system", "content": "be brief"}
+    assert most - 20 < len(messages) < most and len(body.encode()) <= guard.MAX_BODY
+    pairs = len(messages) // 2
+    assert [one["role"] for one in messages] == ["user", *["assistant", "user"] * pairs]
+    note = last(page).locator(".note").inner_text()
+    left_out = int(note.partition("oldest ")[2].partition(" messages")[0])
+    assert left_out >= 2 * turns + 1 - len(messages) > 0
+    expect(last(page)).to_contain_text("and this?")
 
 
 def test_other_chats_can_ask_while_a_reply_runs(page: Page) -> None:
@@ -307,6 +336,15 @@ def test_chats_are_exported_and_imported(
     context.close()
     page.locator("#file").set_input_files(path)
     expect(page.locator("#hint")).to_have_text("0 chats imported, 2 here already.")
+
+    # a file that others were put together to: one chat twice, and as it went on
+    later = {**exported[1], "id": "one"}
+    earlier = {**later, "messages": later["messages"][:3]}
+    path.write_text(json.dumps([earlier, earlier, later]), encoding="utf-8")
+    page.locator("#file").set_input_files(path)
+    expect(page.locator("#hint")).to_have_text("2 chats imported, 1 here already.")
+    page.reload()
+    expect(rows(page)).to_have_count(4)
 
     # what chat_cli saves, a hostile file, and no chats at all
     lines = tmp_path / "cli.jsonl"

@@ -183,6 +183,19 @@ def test_the_winner_is_the_one_that_torch_calls_afterwards(monkeypatch: pytest.M
     assert choose_backend("cpu", torch.float32, 16)[0] == "sdpa" and active[-1] is None
 
 
+def test_a_kernel_that_would_stay_for_good_is_not_activated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch 2.10 can activate flash-attn 4, and cannot take it back."""
+    active: list[str | None] = [None]
+    names = attention.torch_attention
+    monkeypatch.setattr(names, "current_flash_attention_impl", lambda: active[-1], raising=False)
+    monkeypatch.setattr(names, "activate_flash_attention_impl", active.append, raising=False)
+    monkeypatch.delattr(names, "restore_flash_attention_impl", raising=False)
+    name, reason = choose_backend("cpu", torch.float32, 16, ["FA4", "sdpa"])
+    assert name == "sdpa" and "FA4 is not usable here" in reason and active == [None]
+
+
 def test_a_package_that_is_not_installed_is_named() -> None:
     name, reason = choose_backend("cpu", torch.float32, 16, ["FA4", "FA3", "sdpa"])
     assert name == "sdpa" and "FA4 is not usable here" in reason and "FA3 is not usable" in reason

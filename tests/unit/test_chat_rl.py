@@ -213,6 +213,17 @@ def test_rl_says_what_is_wrong_in_one_sentence(base, capsys, flags, complaint):
     assert not list(base.glob("chatrl_checkpoints/*/meta_*"))
 
 
+def test_ranks_that_cannot_share_the_prompts_are_told_a_way_out(base, capsys, monkeypatch):
+    assert rl("--num_iterations=1", "--eval_every=-1") == 0
+    monkeypatch.setattr(collectives, "world", lambda: (0, 3))
+    for flags, way_out in (
+        (["--resume=latest"], "let the number of ranks be 1 or 2"),
+        (["--overwrite"], "give a multiple"),
+    ):
+        assert rl("--num_iterations=2", "--eval_every=-1", *flags) == 2
+        assert capsys.readouterr().err.strip().endswith(way_out)
+
+
 # ---- chat_eval -----------------------------------------------------------------------------------
 
 

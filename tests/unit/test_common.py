@@ -21,7 +21,7 @@ from tests.machines import gpus, nvidia_smi
 from zangchat import checkpoint_manager, common, configurator
 from zangchat.configurator import to_dict
 from zangchat.errors import UserError
-from zangchat.runtime import memory
+from zangchat.runtime import devices, memory
 from zangchat.runtime.devices import device_synchronize, resolve_dtype
 from zangchat.runtime.downloads import DOWNLOAD_TRIES
 from zangchat.runtime.files import atomic_file, atomic_write, expand_home
@@ -375,6 +375,9 @@ LEFTOVERS = {
     "RANK=0 LOCAL_RANK=0 WORLD_SIZE=2": "RANK, LOCAL_RANK, WORLD_SIZE are set and MASTER_ADDR is "
     "not: start with torchrun, or unset these",
     "RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1": "are set and MASTER_PORT is not",
+    "RANK=1 WORLD_SIZE=2 MASTER_ADDR=10.0.0.1 MASTER_PORT=29500": "RANK and WORLD_SIZE=2 are set "
+    "and LOCAL_RANK is not: start with torchrun, or unset RANK",
+    "RANK=0 WORLD_SIZE=1 MASTER_ADDR=10.0.0.1 MASTER_PORT=29500": None,
     "RANK=x LOCAL_RANK=0 WORLD_SIZE=2": "the environment has RANK=x, which is not a number of "
     "processes",
     "RANK=-1 LOCAL_RANK=0 WORLD_SIZE=2": "the environment has RANK=-1",
@@ -435,7 +438,7 @@ def test_cuda_memory_is_mapped_piece_by_piece_unless_the_user_has_a_setting(user
 ALLOCATOR = """
 import torch
 from zangchat.runtime import devices
-devices._check_device = lambda *_: None
+devices._check_device = devices._check_kernels = lambda *_: None
 torch.cuda.set_device = torch.cuda.manual_seed = lambda *_: None
 devices.compute_init("cuda")
 print(torch._C._accelerator_getAllocatorSettings())
@@ -448,6 +451,28 @@ def test_unknown_device_names_the_choices(device_type):
         UserError, match=f"--device_type={device_type} is not known: choose cuda, mps, cpu"
     ):
         common.compute_init(device_type)
+
+
+def test_gpu_that_this_torch_has_no_kernels_for_is_named(monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise torch.AcceleratorError("CUDA error: no kernel image is available for execution")
+
+    monkeypatch.setattr(devices, "_check_device", lambda *_: None)
+    stand_ins = {
+        "set_device": lambda _: None,
+        "get_device_name": lambda _: "Tesla V100",
+        "get_device_capability": lambda _: (7, 0),
+        "get_arch_list": lambda: ["sm_75", "sm_120"],
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch, "ones", fail)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    problem = (
+        r"no kernels for Tesla V100 \(compute capability 7.0\), only for sm_75, sm_120: install"
+    )
+    with pytest.raises(UserError, match=problem):
+        common.compute_init("cuda")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -1,12 +1,18 @@
 """--fsdp on CPUs keeps the losses of one process; checkpoints load with and without it."""
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 
+from tests.documents import ROOT
+from tests.unit.test_train_scripts import text
 from tests.unit.test_trainer import (
     ROWS,
     free_port,
@@ -18,12 +24,16 @@ from tests.unit.test_trainer import (
 )
 from tests.unit.test_trainer import batches as plain_batches
 from zangchat import checkpoint_manager
+from zangchat.config import ARCHITECTURES
 from zangchat.flops import memory_estimate
 from zangchat.gpt import ForwardOptions
 from zangchat.runtime import collectives
 from zangchat.runtime.processes import compute_cleanup
+from zangchat.tokenizer import RustBPETokenizer
 from zangchat.training.hooks import record_validation
 from zangchat.training.trainer import Every, Stage, Trainer
+
+MODERN = {"architecture": ARCHITECTURES["modern"], "dtype": torch.bfloat16, "num_iterations": 10}
 
 
 def sharded_trainer(*args, **settings) -> Trainer:
@@ -82,6 +92,7 @@ def rank_main(rank: int, world_size: int, port: int, directory: str) -> None:
             save_every=10,
             options=ForwardOptions(grad_checkpoint=True),
         ).fit()
+        sharded_trainer(root / "modern", stage=eval_stage(), **MODERN).fit()
         sharded_trainer(root / "one", stage=eval_stage(), num_iterations=20, resume=10).fit()
     finally:
         compute_cleanup()
@@ -98,6 +109,7 @@ def runs(request, tmp_path_factory) -> Path:
         make_trainer(
             root / f"single-{kind}", kind=kind, stage=eval_stage(), num_iterations=20, save_every=10
         ).fit()
+    make_trainer(root / "single-modern", stage=eval_stage(), **MODERN).fit()
     make_trainer(root / "one", stage=eval_stage(), num_iterations=10).fit()
     world_size = request.param
     mp.start_processes(
@@ -112,6 +124,12 @@ def runs(request, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
 def test_losses_equal_one_process(runs, kind):
     assert loss_curve(runs / kind) == pytest.approx(loss_curve(runs / f"single-{kind}"), abs=1e-5)
+
+
+def test_value_embeddings_in_bf16_are_spread(runs):
+    assert loss_curve(runs / "modern") == pytest.approx(
+        loss_curve(runs / "single-modern"), abs=0.02
+    )
 
 
 def test_recomputed_activations_do_not_change_the_losses(runs):
@@ -137,6 +155,27 @@ def test_checkpoint_equals_that_of_an_unsharded_run(runs):
         assert type(sharded[0][name]) is torch.Tensor
         torch.testing.assert_close(sharded[0][name], plain[0][name], atol=1e-3, rtol=0)
         assert sharded[1][name]["tensors"].keys() == plain[1][name]["tensors"].keys()
+
+
+def test_pretraining_runs_to_its_end_with_only_sizes(base_dir):
+    texts = [text(index) for index in range(300)]
+    RustBPETokenizer.train_from_iterator(iter(texts), 300).save(base_dir / "tokenizer")
+    lines = (json.dumps({"text": line}) + "\n" for line in texts)
+    (base_dir / "text.jsonl").write_text("".join(lines), encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    sizes = ["--depth=2", "--max_seq_len=32", "--device_batch_size=4", "--total_batch_size=256"]
+    sizes += ["--num_iterations=3", "--eval_tokens=400", f"--data_path={base_dir / 'text.jsonl'}"]
+    done = subprocess.run(
+        [*command, "-m", "scripts.base_train", "--", "--fsdp", "--device_type=cpu", *sizes],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("python -m scripts.base_eval --model_tag=d2") == 1
+    assert list(checkpoint_manager.steps(base_dir / "base_checkpoints" / "d2")) == [3]
 
 
 def test_planner_counts_the_shares():

@@ -78,6 +78,8 @@ def test_our_own_server_writes_a_file_that_trains(endpoint, capsys):
     )  # our server supports no schemas
     asked = len(prompts)
     assert gen.main([*flags, "--num=8"]) == 0 and len(prompts) == asked  # nothing is left to do
+    output = Path(flags[1].partition("=")[2])
+    output.write_bytes(output.read_bytes().rstrip())  # as an editor may leave it
     assert gen.main([*flags, "--num=10", "--max_similarity=0.95"]) == 0
     assert lines(flags)[:8] == made and len(lines(flags)) == 10 and len(prompts) > asked
 
@@ -92,16 +94,14 @@ def test_what_repeats_is_left_out_and_does_not_go_on_for_ever(endpoint, capsys, 
     assert "12 requests" in capsys.readouterr().out
 
 
-def test_a_file_that_ends_within_a_line_is_continued_on_the_next(endpoint, monkeypatch, tmp_path):
-    flags, _ = endpoint
+def test_the_home_folder_a_new_folder_and_an_empty_key(endpoint, monkeypatch, tmp_path):
+    flags, prompts = endpoint
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("OPENAI_API_KEY", "")
-    output = tmp_path / "new" / "me.jsonl"
-    flags = [*flags, "--output=~/new/me.jsonl", "--facts=~/facts.txt", "--max_similarity=0.95"]
-    assert gen.main([*flags, "--num=1"]) == 0
-    output.write_bytes(output.read_bytes().rstrip(b"\n"))
-    assert gen.main([*flags, "--num=2"]) == 0
-    assert len(CustomJSON(str(output))) == 2
+    files = ["--output=~/new/me.jsonl", "--facts=~/facts.txt"]
+    assert gen.main([*flags, *files, "--num=1"]) == 0
+    assert len(CustomJSON(str(tmp_path / "new" / "me.jsonl"))) == 1
+    assert all("Ada" in prompt for prompt in prompts)
 
 
 @pytest.mark.parametrize(

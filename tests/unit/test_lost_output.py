@@ -14,6 +14,7 @@ import pytest
 from tests.unit.test_train_scripts import base_flags, text
 from zangchat import checkpoint_manager
 from zangchat.tokenizer import RustBPETokenizer
+from zangchat.training.settings import FORWARDED
 
 ROOT = Path(__file__).parents[2]
 LONG = ["--num_iterations=100000", "--eval_every=-1", "--model_tag=d1"]
@@ -110,6 +111,26 @@ def test_closed_terminal_stops_the_run_unless_under_nohup(root: Path, ignored: b
     assert process.wait(120) == 128 + (signal.SIGTERM if ignored else signal.SIGHUP)
     (step,) = saved_steps(root)
     assert step > 0
+
+
+def test_sigusr1_to_torchrun_saves(root: Path) -> None:
+    _, *arguments = command(root, *LONG)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", FORWARDED]
+    module = arguments[arguments.index("-m") :]
+    with subprocess.Popen(
+        [*launcher, "--nproc_per_node=2", *module],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
+        assert process.stdout is not None
+        for output in lines_until(process.stdout.readline, b"tok/s"):
+            assert process.poll() is None, output
+        process.send_signal(signal.SIGUSR1)
+        rest = process.communicate(timeout=120)[0]
+    (step,) = saved_steps(root)
+    assert step > 0 and f"stopped by SIGUSR1 after step {step}, saved".encode() in rest
 
 
 def test_missing_sync_is_a_warning_and_missing_locks_an_error(root: Path) -> None:

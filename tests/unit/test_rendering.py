@@ -1,13 +1,16 @@
 """Markdown of replies as HTML: formulas, code, and what a hostile model may try."""
 
 import html
+import itertools
 import json
 import re
 import time
 from typing import Any
 
 import httpx
+import nh3
 import pytest
+from markdown_it import MarkdownIt
 
 from tests.talker import engine, serving
 from zangchat.server import page_api
@@ -18,8 +21,12 @@ def formulas(text: str) -> list[str]:
     return re.findall(r'<math display="(\w+)">', render_markdown(text))
 
 
+def text_of(rendered: str) -> str:
+    return html.unescape(re.sub(r"<[^>]+>", "", rendered)).strip()
+
+
 def plain(text: str) -> str:
-    return html.unescape(re.sub(r"<[^>]+>", "", render_markdown(text))).strip()
+    return text_of(render_markdown(text))
 
 
 @pytest.mark.parametrize(
@@ -55,6 +62,32 @@ def test_half_a_formula_stays_as_it_was_written(formula: str) -> None:
     assert plain(f"so ${formula}$ is") == f"so {formula} is"
 
 
+ALIGNED = (r"a &= b \\ c &= d", ["a=b", "c=d"])
+CENTRED = (r"a = b \\ c = d", ["a=b", "c=d"])
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "rows"),
+    [
+        *((name, *ALIGNED) for name in ("aligned", "align*", "split", "cases", "dcases")),
+        *((name, *CENTRED) for name in ("gathered", "gather", "gather*", "multline")),
+        ("equation", "a = b", []),
+    ],
+)
+def test_environments_keep_their_lines(name: str, lines: str, rows: list[str]) -> None:
+    formula = rf"\begin{{{name}}} {lines} \end{{{name}}}"
+    for whole in (formula, rf"\left\{{{formula}\right."):
+        rendered = render_markdown(f"$${whole}$$")
+        assert list(map(text_of, re.findall(r"<mtr>(.*?)</mtr>", rendered))) == rows
+        assert "a=b" in text_of(rendered) and "&amp;" not in rendered
+
+
+@pytest.mark.parametrize("name", ["alignedat", "tikzpicture", "Aligned", "my-own", "对齐", ""])
+def test_an_unknown_environment_stays_as_it_was_written(name: str) -> None:
+    formula = rf"\begin{{{name}}} a &= b \\ c &= d \end{{{name}}}"
+    assert formulas(f"$${formula}$$") == [] and plain(f"$${formula}$$") == formula
+
+
 def test_formulas_cannot_explode() -> None:
     define = r"\newcommand{\%s}{%s}"
     bomb = define % ("a", "x")
@@ -76,6 +109,37 @@ def test_formulas_cannot_explode() -> None:
 def test_formulas_are_harmless(formula: str) -> None:
     rendered = render_markdown(f"${formula}$")
     assert not re.search(r"href|style=|class=|<b>|script", rendered.replace("javascript:alert", ""))
+
+
+@pytest.mark.parametrize(
+    ("text", "rendered"),
+    [
+        ("**中文。**后面", "<strong>中文。</strong>后面"),
+        ("他说**“重要”**的事", "他说<strong>“重要”</strong>的事"),
+        ("前面**（注）**后面", "前面<strong>（注）</strong>后面"),
+        ("用*「引」*和**《书》**。", "用<em>「引」</em>和<strong>《书》</strong>。"),
+        ("**标题：**text", "<strong>标题：</strong>text"),
+        ("他说***“重要”***的", "他说<em><strong>“重要”</strong></em>的"),
+        ("这是~~删除。~~后面", "这是<s>删除。</s>后面"),
+        ("**甲（*乙。*丙）**丁", "<strong>甲（<em>乙。</em>丙）</strong>丁"),
+        ("中** 文。 **后", "中** 文。 **后"),
+        ("前**\u3000中**", "前**\u3000中**"),
+        ("a**（b", "a**（b"),
+        (r"前\*（中）\*后", "前*（中）*后"),
+        ("`前**中。**后`", "<code>前**中。**后</code>"),
+        ("_中文。_后面", "_中文。_后面"),
+    ],
+)
+def test_emphasis_may_begin_and_end_at_chinese_punctuation(text: str, rendered: str) -> None:
+    assert render_markdown(text) == f"<p>{rendered}</p>\n"
+
+
+def test_emphasis_of_other_languages_is_commonmarks() -> None:
+    markdown = MarkdownIt("commonmark").enable("strikethrough")
+    for letters in ("a *._", 'a*"~', "é*«😀", "я_—*"):
+        for chosen in itertools.product(letters, repeat=6):
+            text = f"x {''.join(chosen)}"
+            assert render_markdown(text) == nh3.clean(markdown.render(text)), text
 
 
 def test_code_keeps_its_text_and_gets_colours() -> None:

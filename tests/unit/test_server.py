@@ -29,6 +29,8 @@ from zangchat.server.page_api import PageChat, load_page
 from zangchat.server.protocol import Settings
 from zangchat.server.rendering import render_markdown, render_parts
 
+SEPARATORS = "\x85\u2028\u2029"
+
 
 def reply(question: str) -> str:
     if "calculate" in question:
@@ -38,6 +40,8 @@ def reply(question: str) -> str:
         return f"You said {len(question)} characters."
     if "accents" in question:
         return "é 你好 🙂"
+    if "lines" in question:
+        return f"one{SEPARATORS}two"
     if "bold" in question:
         return "**bold** <script>alert(1)</script>"
     return f"Re: {question}"
@@ -101,6 +105,14 @@ def test_the_stream_never_splits_a_character(url: str) -> None:
         "".join(event["token"] for event in tokens) == "é \ufffd"
         and last["finish_reason"] == "length"
     )
+
+
+@pytest.mark.parametrize("fields", [{}, {"render": True}, {"stream": True}])
+def test_a_line_of_the_stream_ends_only_at_a_newline(url: str, fields: dict[str, bool]) -> None:
+    """Clients split where Python's str.splitlines does, as httpx."""
+    response = httpx.post(url + "/chat/completions", json={"messages": ask("lines"), **fields})
+    assert list(response.iter_lines()) == response.text.split("\n")[:-1]
+    assert all(json.dumps(separator)[1:-1] in response.text for separator in SEPARATORS)
 
 
 def test_tool_calls_are_told_apart_from_text(url: str) -> None:
@@ -485,6 +497,7 @@ def test_bad_requests_are_told_what_is_wrong(
             "does not support logit_bias, frequency_penalty",
         ),
         ({"prompt": "x", "temprature": 0}, 400, "does not support temprature"),
+        ({"prompt": "x", "add_special_tokens": False}, 400, "does not support add_special_tokens"),
         ({"prompt": "x", "stop": ["a"] * 17}, 400, "stop"),
         ({"prompt": "x", "logprobs": 21}, 400, "logprobs"),
         ({"prompt": "x", "min_p": 2}, 400, "min_p"),

@@ -1,5 +1,6 @@
 """Who reaches the server, and how: host names, origins, keys, a reverse proxy, hostile connections."""
 
+import inspect
 import json
 import os
 import re
@@ -14,8 +15,9 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi.middleware.cors import CORSMiddleware
 
-from scripts.chat_web import Config, make_settings
+from scripts.chat_web import Config, address_of, listen, make_settings
 from tests.proxy import proxied
 from tests.talker import engine, eventually, serving
 from zangchat.errors import UserError
@@ -91,6 +93,28 @@ def test_flags_that_cannot_be_meant_are_refused(flags: dict[str, Any], complaint
         make_settings(Config(**flags))
 
 
+def test_every_address_means_those_of_both_kinds() -> None:
+    with listen(Config(host="::", port=0)) as listener:
+        port = listener.getsockname()[1]
+        assert address_of(listener).startswith(f"http://[::1]:{port} and ")
+        hosts = ["::1", "127.0.0.1"] if socket.has_dualstack_ipv6() else ["::1"]
+        for host in hosts:
+            socket.create_connection((host, port), timeout=20).close()
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "[::1]"])
+def test_a_host_that_is_no_address_here_is_not_taken_for_a_busy_port(host: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"--host={host}")) as refusal:
+        listen(Config(host=host, port=0))
+    assert "choose another --port" not in str(refusal.value)
+    assert "127.0.0.1" in str(refusal.value)
+    with (
+        listen(Config(port=0)) as listener,
+        pytest.raises(UserError, match="choose another --port"),
+    ):
+        listen(Config(port=listener.getsockname()[1]))
+
+
 # ---- origins -------------------------------------------------------------------------------------
 
 
@@ -103,10 +127,13 @@ def test_pages_of_allowed_origins_may_use_the_api() -> None:
                     "Origin": origin,
                     "Access-Control-Request-Method": "POST",
                     "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os",
+                    "Access-Control-Request-Private-Network": "true",
                 },
             )
             assert preflight.status_code == 200
             assert preflight.headers["access-control-allow-origin"] == origin
+            if "allow_private_network" in inspect.signature(CORSMiddleware).parameters:
+                assert preflight.headers["access-control-allow-private-network"] == "true"
             assert "x-stainless-os" in preflight.headers["access-control-allow-headers"]
             answer = ask(url, Origin=origin, Authorization="Bearer k")
             assert answer.status_code == 200
@@ -146,9 +173,33 @@ def test_the_key_comes_from_the_environment_or_a_file(
     file = tmp_path / "key"
     file.write_text("from a file\n")
     assert make_settings(Config(api_key_file=str(file))).api_key == "from a file"
+    file.write_text("from Windows\r\n", encoding="utf-8-sig")
+    assert make_settings(Config(api_key_file=str(file))).api_key == "from Windows"
     file.write_text(" \n")
     with pytest.raises(UserError, match="is empty"):
         make_settings(Config(api_key_file=str(file)))
+
+
+def test_a_key_that_no_client_could_send_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ZANGCHAT_API_KEY", "s3cret\n")  # a secret that `echo` wrote
+    with served() as url:
+        assert ask(url, Authorization="Bearer s3cret").status_code == 200
+        assert ask(url, Authorization="Bearer s3cre").status_code == 401
+    file = tmp_path / "key"
+    for key in ("s3crét", "钥匙", "ｓ3cret", "s3c\tret", "s3c\nret"):
+        file.write_text(key, encoding="utf-8")
+        monkeypatch.setenv("ZANGCHAT_API_KEY", key)
+        for flags in ({}, {"api_key": key}, {"api_key_file": str(file)}):
+            with pytest.raises(UserError, match="printable ASCII") as refusal:
+                make_settings(Config(**flags))
+            assert key not in str(refusal.value)
+    monkeypatch.setenv("ZANGCHAT_API_KEY", " \n")  # no reason to let everyone in
+    with pytest.raises(UserError, match="ZANGCHAT_API_KEY is empty"):
+        make_settings(Config())
+    monkeypatch.setenv("ZANGCHAT_API_KEY", "")
+    assert make_settings(Config()).api_key is None
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,7 @@ COMPLETION_OFF: list[dict[str, Any]] = [
     *({name: None} for name in (*NULLABLE, "prompt", "echo", "suffix", "best_of")),
     {"suffix": "", "best_of": 1, "echo": False, "add_special_tokens": True},
     {"best_of": 2, "n": 2},
+    {"prompt": [256], "add_special_tokens": False},  # tokens are taken as they are
     {"max_tokens": -1, "stop": [""], "top_k": -1},
     # LangChain's OpenAI class
     {"frequency_penalty": 0, "logprobs": None, "presence_penalty": 0, "seed": None, "top_p": 1},

@@ -975,6 +975,9 @@ def test_a_checkpoint_with_another_vocabulary_is_named(before, base, capsys):
         MemoryError(),
         torch.OutOfMemoryError("CUDA out of memory."),
         RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9.0 GiB)."),
     ],
 )
 def test_too_little_memory_names_the_flags(base, capsys, monkeypatch, error):
@@ -1144,3 +1147,7 @@ def test_a_batch_is_cut_into_whole_rows_equal_shares_and_equal_passes():
     ):
         with pytest.raises(UserError, match=flag):
             check_batch(*arguments)
+    with pytest.raises(
+        UserError, match="12 rows .* 5 ranks .* number of ranks be 1 or 2 or 3 or 4$"
+    ):
+        check_batch(384, 32, 4, 5, resume="latest")

@@ -75,7 +75,8 @@ def make_trainer(
     dtype: torch.dtype = torch.float32,
     **kw: Any,
 ) -> Trainer:
-    model = GPT(CONFIG, dtype, kw.pop("options", ForwardOptions()))
+    config = replace(CONFIG, **kw.pop("architecture", {}))
+    model = GPT(config, dtype, kw.pop("options", ForwardOptions()))
     model.init_weights(generator=torch.Generator().manual_seed(7))
     rank, world_size = collectives.world()
     optimizer = build_optimizer(

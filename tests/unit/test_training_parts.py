@@ -2,9 +2,11 @@
 scale, settings.
 """
 
+import io
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -166,12 +168,19 @@ def test_opening_cuts_the_file_back_to_the_lines_of_the_state(tmp_path, caplog):
     assert "lacks 2 lines" in caplog.text
 
 
-@pytest.mark.parametrize(("end", "step"), [("", 7), ('{"step": 8', 7)], ids=["whole", "half"])
-def test_the_last_step_in_the_file(tmp_path, end, step):
+@pytest.mark.parametrize(
+    "end",
+    [b"", b'{"step": 8', b"\n", b"\0\0\0\n", b'\xff{"step": 8}\n', b"[]\n{}\n"],
+    ids=["whole", "half", "blank", "zeros", "not text", "other JSON"],
+)
+def test_the_last_step_in_the_file(tmp_path, end):
     path = tmp_path / "metrics.jsonl"
     assert last_step(path) == -1
-    path.write_text('{"step": 6}\n{"step": 7}\n' + end, encoding="utf-8")
-    assert last_step(path) == step
+    path.write_bytes(b'{"step": 6}\n{"step": 7}\n' + end)
+    assert last_step(path) == 7
+    with MetricsFile(path).open(known_lines=2):
+        pass
+    assert path.read_bytes() == b'{"step": 6}\n{"step": 7}\n'
 
 
 def test_without_a_path_nothing_is_written(tmp_path):
@@ -222,6 +231,22 @@ def test_the_first_signal_is_noted_and_handlers_are_restored():
             os.kill(os.getpid(), signal.SIGINT)
         assert stop.received == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_during_a_print_that_waits_for_its_reader_is_noted(monkeypatch):
+    class Waiting(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: Any) -> int:
+            if not stop.received:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return len(data)
+
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(Waiting())))
+    with StopSignals() as stop:
+        print("base 1/10 | loss 5", flush=True)
+    assert stop.received == signal.SIGTERM
 
 
 def test_a_relayed_ctrl_c_is_not_a_second_one(monkeypatch):

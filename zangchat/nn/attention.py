@@ -185,14 +185,12 @@ def _fastest(
 
 
 def _activate(backend: str) -> None:
-    """Make torch's only flash operation the backend's. Raises ImportError if it is missing."""
+    """Make torch's only flash operation the backend's. Raises an error if it is missing."""
     wanted = backend if backend in ("FA3", "FA4") else None
     if wanted == getattr(torch_attention, "current_flash_attention_impl", lambda: None)():
         return
-    if wanted:
-        torch_attention.activate_flash_attention_impl(wanted)
-    else:
-        torch_attention.restore_flash_attention_impl()
+    restore = torch_attention.restore_flash_attention_impl  # not in torch 2.10: then FA4 would stay
+    torch_attention.activate_flash_attention_impl(wanted) if wanted else restore()
 
 
 def _trial_inputs(

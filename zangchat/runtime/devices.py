@@ -99,6 +99,8 @@ def compute_init(
     device_type = device_type or autodetect_device_type()
     ddp, rank, local_rank, world_size = get_dist_info()
     _check_device(device_type, local_rank, ddp)
+    if not (ddp and torch.distributed.is_initialized()):
+        check_meeting_place()
     # weights only: every later draw has a generator of its own, seeded by derive_seed
     torch.manual_seed(seed)
     device = (
@@ -113,6 +115,7 @@ def compute_init(
             # stderr names operations without such a form
             torch.use_deterministic_algorithms(True, warn_only=True)
         torch.cuda.set_device(device)
+        _check_kernels(device)
         torch.cuda.manual_seed(seed)
         # fp32 products on tensor cores. By the older of torch's two settings: after the newer one
         # (`fp32_precision`), torch.compile stops with "mix of the legacy and new APIs", since parts
@@ -123,7 +126,6 @@ def compute_init(
     if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ and ranks_here() > 1:
         torch.set_num_threads(max(1, _usable_cores() // ranks_here()))
     if ddp and not torch.distributed.is_initialized():
-        check_meeting_place()
         torch.distributed.init_process_group(
             backend="nccl" if device_type == "cuda" else "gloo",
             timeout=COLLECTIVE_TIMEOUT,
@@ -162,6 +164,22 @@ def _check_device(device_type: str, local_rank: int, ddp: bool) -> None:
             f"process {local_rank + 1} of this machine finds {torch.cuda.device_count()} CUDA "
             "devices: lower --nproc_per_node"
         )
+
+
+def _check_kernels(device: torch.device) -> None:
+    """Raise UserError for a GPU that is older or newer than those this torch is built for."""
+    try:
+        torch.ones(1, device=device).add_(1)
+    except RuntimeError as error:
+        if "no kernel image" not in str(error):
+            raise
+        major, minor = torch.cuda.get_device_capability(device)
+        raise UserError(
+            f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(device)} "
+            f"(compute capability {major}.{minor}), only for "
+            f"{', '.join(torch.cuda.get_arch_list())}: install a torch that is built for this GPU, "
+            "perhaps with another CUDA, or compute on the CPU with --device_type=cpu"
+        ) from error
 
 
 def _usable_cores() -> int:

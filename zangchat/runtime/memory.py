@@ -31,15 +31,18 @@ def keep_freed_memory() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out: torch's CUDA error, Python's, or the
-    RuntimeError of torch's CPU allocator.
+    """Whether an exception says that memory ran out: torch's CUDA error, Python's, or a
+    RuntimeError of torch's allocators and the libraries below it.
     """
     message = str(error)
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError)
         and any(
             words in message
-            for words in ("can't allocate memory", "not enough memory", "bad_alloc")
+            for words in (
+                *("can't allocate memory", "not enough memory", "bad_alloc"),
+                *("out of memory", "STATUS_ALLOC_FAILED"),  # CUDA and MPS; cuBLAS and cuDNN
+            )
         )
     )
 

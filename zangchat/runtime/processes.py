@@ -129,7 +129,16 @@ def get_dist_info() -> tuple[bool, int, int, int]:
 
 
 def check_meeting_place() -> None:
-    """Raises UserError if the processes of the run do not know where to meet."""
+    """Raises UserError if the processes of the run do not know where to meet, or if this one, as in
+    a pod of Kubeflow without torchrun, is one of several that would each run alone."""
+    if not is_ddp():
+        set_there = all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+        if set_there and os.environ["WORLD_SIZE"] != "1":
+            raise UserError(
+                f"RANK and WORLD_SIZE={os.environ['WORLD_SIZE']} are set and LOCAL_RANK is not: "
+                "start with torchrun, or unset RANK and WORLD_SIZE for a single process"
+            )
+        return
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
             raise UserError(

@@ -26,19 +26,31 @@ class Flags(Protocol):
 
 def api_key(flags: Flags) -> str | None:
     """The key that is required of clients, from its flag, its file or the environment."""
-    if not flags.api_key_file:
-        return flags.api_key or os.environ.get(KEY_VARIABLE) or None
-    if flags.api_key:
+    if flags.api_key and flags.api_key_file:
         raise UserError("--api_key and --api_key_file are both given: leave one of them out")
+    if flags.api_key_file:
+        source, text = f"--api_key_file={flags.api_key_file}", _text_of(flags.api_key_file)
+    elif flags.api_key:
+        source, text = "--api_key", flags.api_key
+    else:
+        source, text = KEY_VARIABLE, os.environ.get(KEY_VARIABLE, "")
+        if not text:
+            return None
+    key = text.strip()  # headers arrive without the newline that `echo` writes
+    if not key:
+        raise UserError(f"{source} is empty: write the key into it")
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(f"{source} has a character that is not printable ASCII: choose another key")
+    return key
+
+
+def _text_of(file: str) -> str:
     try:
-        key = Path(flags.api_key_file).expanduser().read_text(encoding="utf-8").strip()
+        return Path(file).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        message = f"--api_key_file={flags.api_key_file} cannot be read ({reason})"
+        message = f"--api_key_file={file} cannot be read ({reason})"
         raise UserError(f"{message}: name a text file that holds the key") from None
-    if not key:
-        raise UserError(f"--api_key_file={flags.api_key_file} is empty: write the key into it")
-    return key
 
 
 def hosts(flags: Flags) -> frozenset[str] | None:

@@ -1,10 +1,12 @@
 """Checks before the application: host, origin, API key, size and time of a body."""
 
 import asyncio
+import inspect
 import ipaddress
 import re
 import secrets
 from contextlib import ExitStack
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
@@ -22,12 +24,17 @@ OPEN_PATHS = {"/", "/logo.svg", "/health"}  # reachable without the API key
 def add_guard(app: FastAPI, settings: Settings, page_policy: str) -> None:
     app.add_middleware(Guard, settings=settings, page_policy=page_policy)
     if settings.origins:
+        # browsers ask for it if the server is on the reader's own machine or network
+        local: dict[str, Any] = {"allow_private_network": True}
+        if not local.keys() <= inspect.signature(CORSMiddleware).parameters.keys():
+            local = {}  # an older Starlette
         app.add_middleware(
             CORSMiddleware,
             allow_origins=sorted(settings.origins),
             allow_methods=["*"],
             allow_headers=["*"],
             expose_headers=["Retry-After"],
+            **local,
         )
 
 

@@ -145,8 +145,9 @@ class OpenAICompletion(OpenAIRequest):
         return list(self.prompt)  # type: ignore[arg-type]
 
     def is_off(self, name: str, value: Any) -> bool:
-        same = {"best_of": self.n, "add_special_tokens": True}
-        return (name in same and value == same[name]) or super().is_off(name, value)
+        if name == "add_special_tokens":  # tokens get no <|bos|>, a text always does
+            return value in (None, True) or not isinstance(self.prompts()[0], str)
+        return (name == "best_of" and value == self.n) or super().is_off(name, value)
 
     def check(self) -> None:
         super().check()

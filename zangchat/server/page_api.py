@@ -16,8 +16,9 @@ from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, Discriminator, Field, StrictBool, Tag
 
 from zangchat.engine.replies import Reply
+from zangchat.server.guard import MAX_BODY
 from zangchat.server.http import EventStream, Incoming
-from zangchat.server.messages import Messages, Text
+from zangchat.server.messages import MAX_MESSAGES, Messages, Text
 from zangchat.server.openai_api import JSON_OR_EVENTS, open_stream, openai_chat
 from zangchat.server.openai_requests import OpenAIChat
 from zangchat.server.pool import PoolError, Stream, Token
@@ -135,6 +136,8 @@ def load_page(settings: Settings, context: int) -> tuple[str, str]:
         "max_tokens": settings.max_tokens,
         "context": context,
         "needs_key": settings.api_key is not None,
+        "max_messages": MAX_MESSAGES,
+        "max_body": MAX_BODY,
     }
     page = ui.joinpath("index.html").read_text(encoding="utf-8")
     page = page.replace("{{facts}}", html.escape(json.dumps(facts), quote=True))

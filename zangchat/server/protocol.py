@@ -175,9 +175,13 @@ class Sampling(BaseModel):
 _as_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
+# JSON may hold these, but many clients end a line at them, as Python's str.splitlines does
+_LINE_ENDS = str.maketrans({end: f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"})
+
+
 def event(value: Any) -> bytes:
     """A server-sent event."""
-    return f"data: {_as_json(value)}\n\n".encode()
+    return f"data: {_as_json(value).translate(_LINE_ENDS)}\n\n".encode()
 
 
 def join_pieces(pieces: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:

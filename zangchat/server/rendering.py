@@ -5,14 +5,16 @@ http(s) and mailto, and bounds on each piece that a grammar works through.
 """
 
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import nh3
 import pygments
-from latex2mathml import converter
+from latex2mathml import commands, converter
 from markdown_it import MarkdownIt
 from markdown_it.common.utils import escapeHtml
+from markdown_it.rules_inline import StateInline, emphasis, strikethrough
 from markdown_it.token import Token
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 from mdit_py_plugins.texmath.index import make_block_func, make_inline_func
@@ -29,6 +31,12 @@ LEXERS = frozenset(
 MAX_CODE = 4_000  # characters of a block that is highlighted
 MAX_FORMULA = 1_000  # characters of a formula that is typeset
 MACROS = re.compile(r"\\(def|(re)?new|Declare)")  # expansions could explode
+ENVIRONMENTS = {"equation", "equation*", *(name.lstrip("\\") for name in commands.MATRICES)}
+SIMILAR = {  # environments that the converter does not know -> one that it knows
+    **dict.fromkeys(("aligned", "flalign", "flalign*", "eqnarray", "eqnarray*"), "align*"),
+    **dict.fromkeys(("gather", "gather*", "gathered", "multline", "multline*"), "displaylines"),
+    "dcases": "cases",
+}
 TAGS = {
     *("p", "br", "hr", "em", "strong", "s", "del", "a", "code", "pre", "blockquote", "span", "div"),
     *("ul", "ol", "li", "h1", "h2", "h3", "h4", "h5", "h6"),
@@ -72,15 +80,51 @@ def typeset(formula: str, display: bool) -> str:
     """MathML of a formula; as it was written, if that is not possible."""
     if len(formula) <= MAX_FORMULA and not MACROS.search(formula):
         try:
-            return converter.convert(formula, display="block" if display else "inline")
+            known = re.sub(r"\\(begin|end)\s*\{([^}]*)\}", _known_environment, formula)
+            return converter.convert(known, display="block" if display else "inline")
         except Exception:  # half a formula, while it streams in, fails in many ways
             pass
     return f"<code>{escapeHtml(formula)}</code>"
 
 
+def _known_environment(match: re.Match[str]) -> str:
+    name = SIMILAR.get(match[2], match[2])
+    if name not in ENVIRONMENTS:  # the converter would spell out each & and lose the lines
+        raise ValueError(name)
+    return rf"\{match[1]}{{{name}}}"
+
+
+def _beside_cjk(rule: Callable[[StateInline, bool], bool]) -> Callable[[StateInline, bool], bool]:
+    """The rule of * or ~~, as the specification of markdown-cjk-friendly amends it.
+
+    CommonMark does not end **中文。**后面 as bold, since no space follows the full stop. Beside a
+    Chinese character a delimiter opens and closes, unless there is a space.
+    """
+
+    def delimiters(state: StateInline, silent: bool) -> bool:
+        start, first = state.pos, len(state.delimiters)
+        if not rule(state, silent):
+            return False
+        before = state.src[start - 1] if start else " "
+        after = state.src[state.pos] if state.pos < state.posMax else " "
+        if state.src[start] != "_" and (is_cjk(before) or is_cjk(after)):
+            for delimiter in state.delimiters[first:]:
+                delimiter.open, delimiter.close = not after.isspace(), not before.isspace()
+        return True
+
+    return delimiters
+
+
+def is_cjk(character: str) -> bool:
+    wide = unicodedata.east_asian_width(character) in "FHW"
+    return wide and unicodedata.category(character) != "So"  # emoji are wide, too
+
+
 def _parser() -> MarkdownIt:
     markdown = MarkdownIt("commonmark", {"html": False, "highlight": highlight})
     markdown.enable(["table", "strikethrough"]).disable("image")
+    markdown.inline.ruler.at("emphasis", _beside_cjk(emphasis.tokenize))
+    markdown.inline.ruler.at("strikethrough", _beside_cjk(strikethrough.tokenize))
     markdown.use(
         dollarmath_plugin,
         allow_labels=False,

@@ -24,10 +24,14 @@ def finite(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def last_step(path: Path) -> int:
-    """The step of the last whole line of a metrics.jsonl; -1 if there is none."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    return json.loads(lines[-1])["step"] if lines else -1
+    """The step of the last whole line of a metrics.jsonl; -1 if there is none. A power cut may
+    have damaged lines at its end."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if line.endswith(b"\n"):
+                return int(json.loads(line)["step"])
+    return -1
 
 
 class MetricsFile:
@@ -52,13 +56,11 @@ class MetricsFile:
             yield
             return
         known_lines -= self._unwritten.count(b"\n")
-        lines = []
-        if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         if len(lines) < known_lines:
             missing = known_lines - len(lines)
             logger.warning(f"{self.path} lacks {missing} lines of the steps before this one")
-        atomic_write(self.path, "".join(lines[:known_lines]))
+        atomic_write(self.path, b"".join(lines[:known_lines]))
         with open(self.path, "ab", buffering=0) as self._file:
             yield
             self.flush()

@@ -22,7 +22,7 @@ def check(config: Any) -> None:
     model_config(config, vocab_size=2**16)
     if config.total_batch_size != -1:
         size, world_size = config.total_batch_size, get_dist_info()[3]
-        check_batch(size, config.max_seq_len, config.device_batch_size, world_size)
+        check_batch(size, config.max_seq_len, config.device_batch_size, world_size, config.resume)
 
 
 def model_config(config: Any, vocab_size: int) -> GPTConfig:

@@ -192,6 +192,7 @@ def resolve_batch(
     if kind.rows is not None:
         return choose_batch(kind.stage, config, model_config, device, kind.rows, even=False)
     world_size = collectives.world()[1]
-    check_batch(plan.total_batch_size, length, config.device_batch_size, world_size)
-    rows = plan.total_batch_size // length
+    total, size = plan.total_batch_size, config.device_batch_size
+    check_batch(total, length, size, world_size, config.resume)
+    rows = total // length
     return choose_batch(kind.stage, config, model_config, device, rows, even=True)

@@ -55,6 +55,8 @@ NOT_NEGATIVE = (
     *("weight_decay", "grad_clip"),
 )
 SHARES = ("warmup_ratio", "warmdown_ratio")
+# SIGUSR1, which asks a run to save and stop, would otherwise kill torchrun
+FORWARDED = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 
 def fill(config: C, *sources: Mapping[str, Any]) -> C:
@@ -134,6 +136,7 @@ def check_batch(
     sequence_len: int,
     device_batch_size: BatchSize,
     world_size: int,
+    resume: str = "",
 ) -> None:
     """Raises UserError, naming the flags, if a step's tokens cannot be cut into whole rows, equally
     many on each rank and in each pass."""
@@ -154,7 +157,8 @@ def check_batch(
         better = -(-rows // world_size) * world_size * sequence_len
         problem += f" makes {rows} rows of --max_seq_len={sequence_len}"
         problem += f", which {world_size} ranks cannot share equally"
-        raise UserError(f"{problem}: try --total_batch_size={better}")
+        way_out = fitting_ranks(rows, world_size) if resume else f"try --total_batch_size={better}"
+        raise UserError(f"{problem}: {way_out}")
     per_rank = rows // world_size
     if per_rank > device_batch_size and per_rank % device_batch_size:
         sizes = range(1, device_batch_size + 1)
@@ -162,6 +166,12 @@ def check_batch(
         problem += f" makes {per_rank} rows a rank, not a multiple of"
         problem += f" --device_batch_size={device_batch_size}"
         raise UserError(f"{problem}: try --device_batch_size={better}")
+
+
+def fitting_ranks(count: int, world_size: int) -> str:
+    """The way out for a resumed run, which cannot change what its ranks share."""
+    numbers = [str(ranks) for ranks in range(1, world_size) if count % ranks == 0]
+    return f"a resumed run keeps its batch, so let the number of ranks be {' or '.join(numbers)}"
 
 
 def memory_settings(config: Any, world_size: int, device_type: str, dtype: str) -> dict[str, Any]:
@@ -184,12 +194,12 @@ def command(stage: str, config: RunConfig, **changes: Any) -> str:
     if not ddp:
         return shlex.join(["python", "-m", COMMANDS[stage], *flags])
     on_this_node = ranks_here()
-    launcher = ["torchrun", "--standalone", f"--nproc_per_node={world_size}"]
+    launcher = ["torchrun", "--standalone", f"--nproc_per_node={world_size}", FORWARDED]
     note = ""
     if on_this_node < world_size:
         head = f"{os.environ.get('MASTER_ADDR', 'HEAD')}:29500"
         nodes = [f"--nnodes={world_size // on_this_node}", f"--nproc_per_node={on_this_node}"]
-        launcher = ["torchrun", *nodes, "--rdzv_backend=c10d", f"--rdzv_endpoint={head}"]
+        launcher = ["torchrun", *nodes, "--rdzv_backend=c10d", f"--rdzv_endpoint={head}", FORWARDED]
         note = "  # on each node"
     # torchrun takes --run for an abbreviation of a flag of its own, unless `--` comes first
     separator = ["--"] if flags else []

@@ -1,5 +1,6 @@
 """Signals that stop a run after the step under way."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -45,7 +46,9 @@ class StopSignals:
         now = time.monotonic()
         if not self.received:
             self.received, self._received_at = number, now
-            print0("\nstopping after this step (Ctrl-C again: at once, losing unsaved steps)")
+            # inside a print that waits for its reader there can be no other one
+            with contextlib.suppress(RuntimeError):
+                print0("\nstopping after this step (Ctrl-C again: at once, losing unsaved steps)")
             return
         relayed = self._world_size > 1 and now - self._received_at <= RELAY_SECONDS
         if number == signal.SIGINT and not relayed:

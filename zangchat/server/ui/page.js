@@ -85,8 +85,11 @@ function setSystem(chat, text) {
   if (chats.includes(chat)) save(chat);
 }
 function setNumber(name, text, done) {     // within the bounds of its field in the settings
-  const { min, max } = $(name), value = Number(text);
-  if (text === "" || !(value >= +min && value <= +max)) { hint(t("range", { min, max })); return; }
+  const { min, max, step } = $(name), value = Number(text), whole = step === "1";
+  if (text === "" || !(value >= +min && value <= +max) || (whole && !Number.isInteger(value))) {
+    hint(t(whole ? "wholeRange" : "range", { min, max }));
+    return;
+  }
   saveSettings({ [name]: value });
   hint(t(done, { value }));
 }
@@ -201,7 +204,8 @@ new ResizeObserver(() => { if (atEnd) toEnd(); }).observe($("scroll"));
 $("configure").addEventListener("click", openSettings);
 $("options").addEventListener("click", () => openChat(current));
 $("defaults").addEventListener("click", () => {
-  saveSettings({ ...DEFAULTS, key: settings.key });
+  settings = { ...DEFAULTS, key: settings.key };
+  put(SETTINGS, JSON.stringify({ key: settings.key }));   // the operator may change the others
   showSettings();
   applySettings();
 });

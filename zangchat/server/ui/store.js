@@ -204,9 +204,10 @@ function importChats(text) {               // -> {n, known, bad}
     const same = chats.find((other) => other.id === chat.id);
     if (same && JSON.stringify(tidyChat(exported(same)).messages) === JSON.stringify(chat.messages)) return false;
     if (same) chat.id = newId();
+    chats.push(chat);                      // at once: the file may hold it again
+    save(chat);
     return true;
   });
-  for (const chat of fresh) { chats.push(chat); save(chat); }
   byTime();
   const bad = chatsFound.filter((chat) => !chat).length;
   return { n: fresh.length, known: found.length - fresh.length - bad, bad };

@@ -38,7 +38,7 @@ const STRINGS = {
     notChats: "{name} holds no chats: export them from this page as JSON, or save them with chat_cli's /save.",
     context: "context {n}",
     noCommand: "There is no command {name}; /help lists them. Enter again sends it as a message.",
-    range: "That takes a number between {min} and {max}.",
+    range: "That takes a number between {min} and {max}.", wholeRange: "That takes a whole number between {min} and {max}.",
     temperatureSet: "Temperature {value}.", topKSet: "Top-k {value}.",
     systemSet: "The system prompt of this chat is set.", systemUnset: "This chat has no system prompt.",
     commands: {
@@ -86,7 +86,7 @@ const STRINGS = {
     notChats: "{name} 里没有对话：请用本页面导出的 JSON，或 chat_cli 的 /save 保存的文件。",
     context: "上下文 {n}",
     noCommand: "没有 {name} 这个命令，/help 列出全部命令。再按一次回车会作为消息发送。",
-    range: "请输入 {min} 到 {max} 之间的数。",
+    range: "请输入 {min} 到 {max} 之间的数。", wholeRange: "请输入 {min} 到 {max} 之间的整数。",
     temperatureSet: "温度 {value}。", topKSet: "Top-k {value}。",
     systemSet: "已设置本对话的系统提示词。", systemUnset: "本对话没有系统提示词。",
     commands: {

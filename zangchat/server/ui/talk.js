@@ -4,7 +4,7 @@ const paths = (path) => location.pathname.replace(/\/?$/, "/") + path;   // belo
 
 function post(path, body, signal) {
   const headers = { "Content-Type": "application/json" };
-  if (settings.key) headers.Authorization = "Bearer " + settings.key;
+  if (/^[\x20-\x7e]+$/.test(settings.key)) headers.Authorization = "Bearer " + settings.key;   // fetch sends no others
   return fetch(paths(path), { method: "POST", headers, body: JSON.stringify(body), signal });
 }
 async function* serverEvents(response, alive) {   // the data of each server-sent event, parsed; comments and other fields are skipped
@@ -38,7 +38,8 @@ const sentence = (text) => text[0].toUpperCase() + text.slice(1) + ".";
 
 // ---- one reply
 
-function request(chat) {                   // only what was answered, and the question
+const size = (value) => new TextEncoder().encode(JSON.stringify(value)).length;
+function request(chat) {                   // -> {body, leftOut}: only what was answered, and the question; of a long chat the end
   const messages = [];
   const add = (role, content) => {
     const before = messages.at(-1);
@@ -51,9 +52,15 @@ function request(chat) {                   // only what was answered, and the qu
     if (parts.some((part) => part.text)) add("assistant", parts.map(({ type, text }) => ({ type, text })));
     else if (error) messages.pop();        // a question that was refused
   }
-  if (chat.system.trim()) messages.unshift({ role: "system", content: chat.system.trim() });
+  const system = chat.system.trim() ? [{ role: "system", content: chat.system.trim() }] : [];
   const { temperature, top_k, top_p, max_tokens } = settings;
-  return { messages, temperature, top_k, top_p, max_tokens, render: true, truncate: true };
+  const body = { messages: [...system, ...messages.slice(-1)], temperature, top_k, top_p, max_tokens, render: true, truncate: true };
+  const most = Math.min(messages.length, facts.max_messages - system.length);
+  let from = Math.max(messages.length - 1, 0), room = facts.max_body - size(body);
+  while (messages.length - from < most && (room -= size(messages[from - 1]) + 1) >= 0) from -= 1;
+  if (from) from = Math.max(from, messages.findIndex(({ role }, i) => i >= from && role === "user"));
+  body.messages = [...system, ...messages.slice(from)];
+  return { body, leftOut: from };
 }
 async function ask(chat) {                 // the last message is the assistant's; its shown reply is empty and fills
   const reply = replyOf(last(chat));
@@ -72,7 +79,9 @@ async function ask(chat) {                 // the last message is the assistant'
   draw();
   if (current === chat) { toEnd(); say(t("waiting")); }
   try {
-    const response = await post("chat/completions", request(chat), controller.signal);
+    const { body, leftOut } = request(chat);
+    if (leftOut) reply.note = { key: "leftOut", n: leftOut };
+    const response = await post("chat/completions", body, controller.signal);
     if (!response.ok) throw await refusal(response);
     let ended = false;
     for await (const event of serverEvents(response, alive)) {
@@ -98,7 +107,7 @@ async function ask(chat) {                 // the last message is the assistant'
   }
 }
 function take(reply, event) {
-  if (event.left_out) reply.note = { key: "leftOut", n: event.left_out };
+  if (event.left_out) reply.note = { key: "leftOut", n: event.left_out + (reply.note?.n ?? 0) };
   if (event.queued) reply.queued = event.queued;
   if (event.parts) reply.parts = event.parts;
   if (event.tokens) reply.tokens = event.tokens;
