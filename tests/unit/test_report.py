@@ -254,6 +254,18 @@ def test_the_newest_model_of_a_stage_is_drawn(report):
     assert curve is not None and curve.tag == "new"
 
 
+def test_stages_before_a_reset_are_of_another_run(report):
+    report.reset()
+    for stage, age in (("base", -10), ("mid", 10)):
+        write_metrics(report.base_dir, f"{stage}_checkpoints", "d2", base_rows(2))
+        path = report.base_dir / f"{stage}_checkpoints" / "d2" / "metrics.jsonl"
+        os.utime(path, (path.stat().st_mtime - age,) * 2)
+    text = report.generate().read_text(encoding="utf-8")
+    assert "**BASE**" in text and "**MID**" not in text
+    assert "| validation bpb | 1.25 | - | - | - |" in text.replace("1.2500", "1.25")
+    assert "Not run (yet): MID" in text
+
+
 def test_curves_without_finite_numbers_are_left_out(report):
     rows = [{"step": 1, "loss": float("nan")}, {"step": 2, "loss": None}, {"step": 3, "note": "x"}]
     write_metrics(report.base_dir, "base_checkpoints", "d2", rows)
