@@ -39,6 +39,7 @@ from zangchat.runtime.processes import (
     interruptible_imports,
     is_stdout_closed,
     note_failure,
+    prepare_hub,
     prepare_streams,
     prepare_threads,
     print_error,
@@ -88,6 +89,7 @@ def run(
     """
     prepare_streams()
     prepare_threads()
+    prepare_hub()
     try:
         try:
             config = parse(config_cls, argv)

@@ -511,3 +511,20 @@ configurator.parse = parse
     env = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
     out = subprocess.check_output([sys.executable, "-c", program], env={**env, **own})
     assert ast.literal_eval(out.decode()) == expected
+
+
+def test_an_empty_address_of_the_hub_is_none():
+    program = """
+from zangchat import configurator
+from zangchat.training.flags import RunConfig
+
+def command(_):
+    from huggingface_hub import constants
+    from zangchat.dataset import hub
+    print(constants.ENDPOINT, hub.endpoint())
+
+configurator.run(RunConfig, command, [])
+"""
+    env = {**os.environ, "HF_ENDPOINT": ""}
+    out = subprocess.check_output([sys.executable, "-c", program], env=env, text=True)
+    assert out.split() == ["https://huggingface.co"] * 2
