@@ -301,7 +301,8 @@ def test_the_backend_of_a_notebook_does_not_matter(module, tmp_path):
     """Notebooks export theirs to the programs that they start, which may not have it."""
     write_metrics(tmp_path, "base_checkpoints", "d2", base_rows(2))
     flags = {"dev.compare": ["--tags=d2", f"--output={tmp_path / 'd2.png'}"]}.get(module, [])
-    variables = {"MPLBACKEND": "module://of.a.notebook", "ZANGCHAT_BASE_DIR": str(tmp_path)}
+    backend = "module://matplotlib_inline.backend_inline"
+    variables = {"MPLBACKEND": backend, "ZANGCHAT_BASE_DIR": str(tmp_path)}
     command = [sys.executable, "-m", module, *flags]
     done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
