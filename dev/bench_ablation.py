@@ -68,7 +68,7 @@ def ideas_in_sources() -> list[str]:
 def build() -> Path:
     command = ["cargo", "build", "--release", "--quiet", "--locked", "--example", "speed"]
     subprocess.run([*command, "--features", "ablation"], cwd=CRATE, check=True)
-    target = Path(os.environ.get("CARGO_TARGET_DIR", CRATE / "target"))
+    target = Path(os.environ.get("CARGO_TARGET_DIR") or CRATE / "target")
     return target / "release/examples/speed"
 
 

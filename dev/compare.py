@@ -7,6 +7,8 @@ The table gives the metric at the same tokens and at the same seconds of trainin
 run of all. The first group is the one that the others are compared with.
 """
 
+import fnmatch
+import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -18,10 +20,10 @@ import numpy as np
 
 from zangchat import configurator
 from zangchat.checkpoint_files import read_meta, steps
-from zangchat.config import SOURCES, SourceFlag
+from zangchat.checkpoint_manager import checkpoints_dir
+from zangchat.config import SourceFlag
 from zangchat.errors import UserError
 from zangchat.report.curves import curve_of, is_number
-from zangchat.runtime.files import get_base_dir
 
 AXES = {"tokens": "tokens", "seconds": "seconds of training"}
 COLORS = ("#3056d3", "#d9791a", "#2f9e5b", "#7a4fd0", "#c2334d", "#4b5563")
@@ -68,8 +70,9 @@ def compare(config: Config) -> int:
 
 def find_runs(config: Config, tags: str) -> list[Run]:
     """The runs whose tag fits a pattern."""
-    folder = get_base_dir() / SOURCES[config.source]
-    files = sorted(folder.glob(f"{tags}/metrics.jsonl")) if tags.strip() else []
+    folder = checkpoints_dir(config.source)
+    found = sorted(folder.glob("*/metrics.jsonl"))
+    files = [path for path in found if fnmatch.fnmatchcase(path.parent.name, tags)]
     if not files:
         raise UserError(f"no run in {folder} is called {tags!r}: see the folders there")
     return [read_run(path, config) for path in files]
@@ -135,6 +138,7 @@ def verdict(values: Sequence[float], reference: Sequence[float]) -> str:
 
 def draw(groups: dict[str, list[Run]], config: Config) -> None:
     """A thin line for each run, one color for each group, over tokens and over seconds."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's backend may not be installed here
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 

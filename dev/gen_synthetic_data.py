@@ -28,7 +28,7 @@ from tasks.common import Conversation
 from tasks.customjson import conversation_of
 from zangchat import configurator
 from zangchat.errors import UserError, explain
-from zangchat.runtime.files import atomic_write, open_for_lines, read_jsonl
+from zangchat.runtime.files import atomic_write, expand_home, open_for_lines, read_jsonl
 from zangchat.runtime.logs import print0
 from zangchat.runtime.seeds import derive_seed
 
@@ -143,8 +143,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def generate(config: Config) -> int:
     check(config)
     languages = parse_languages(config.languages)
-    facts = Path(config.facts).read_text(encoding="utf-8") if config.facts else FACTS
-    output = Path(config.output)
+    facts = expand_home(config.facts).read_text(encoding="utf-8") if config.facts else FACTS
+    output = expand_home(config.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
     written = (
         [conversation_of(row, where) for where, row in read_jsonl(output)]
         if output.exists()
@@ -200,7 +201,7 @@ def check(config: Config) -> None:
             f"--max_similarity={config.max_similarity:g} must lie in (0, 1], "
             f"--temperature={config.temperature:g} not below 0"
         )
-    if config.facts and not Path(config.facts).is_file():
+    if config.facts and not expand_home(config.facts).is_file():
         raise UserError(
             f"--facts={config.facts}: there is no such file; write down what is true of the "
             "assistant, as plain text"
@@ -253,10 +254,11 @@ class Writer:
     """The endpoint. Raises UserError if it cannot be reached or refuses."""
 
     def __init__(self, config: Config) -> None:
-        with explain("the openai client is not installed", "run `pip install openai`", ImportError):
+        command = shlex.join([sys.executable, "-m", "pip", "install", "openai"])
+        with explain("the openai client is not installed", f"run `{command}`", ImportError):
             import openai
         self.openai, self.config = openai, config
-        key = os.environ.get("OPENAI_API_KEY", "none")  # your own server needs none
+        key = os.environ.get("OPENAI_API_KEY") or "none"  # your own server needs none
         self.client = openai.OpenAI(
             base_url=config.base_url, api_key=key, max_retries=4, timeout=600.0
         )
@@ -288,21 +290,20 @@ class Writer:
         return self._text(asked)
 
     def _text(self, asked: dict[str, Any]) -> str:
-        return (
-            self._called(lambda: self.client.chat.completions.create(**asked))
-            .choices[0]
-            .message.content
-            or ""
-        )
+        ask = self.client.chat.completions.create
+        return self._called(lambda: ask(**asked).choices[0].message.content) or ""
 
     def _called(self, call: Any) -> Any:
         try:
             return call()
         except self.openai.BadRequestError:
             raise
-        except (self.openai.OpenAIError, IndexError) as error:
-            problem = f"--base_url={self.config.base_url} gives no answer ({error})"
-            raise UserError(f"{problem}: start scripts.chat_web, or give another") from error
+        except self.openai.OpenAIError as error:
+            reason = str(error)
+        except (AttributeError, LookupError, TypeError, ValueError):  # a page, null, no choice
+            reason = "what it sends is not of OpenAI's API"
+        problem = f"--base_url={self.config.base_url} gives no answer ({reason})"
+        raise UserError(f"{problem}: start scripts.chat_web, or give another")
 
 
 # ---- what came back ------------------------------------------------------------------------------
@@ -315,7 +316,8 @@ def read_reply(reply: str) -> Conversation | None:
     found = re.search(r"\{.*\}", reply, re.DOTALL)
     try:
         conversation = conversation_of(json.loads(found[0] if found else ""), "the reply")
-    except (ValueError, UserError):
+        json.dumps(conversation, ensure_ascii=False).encode()  # half of a surrogate pair has none
+    except (ValueError, RecursionError, UserError):
         return None
     plain = all(
         isinstance(message["content"], str) and message["content"].strip()

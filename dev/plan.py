@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def show(config: Config) -> int:
+    configurator.check_range(1, config, "vocab_size", "world_size", "memory_gb")
     base_train.check(config)
     gpt, plan = base_train.make_plan(config, config.vocab_size)
     check_batch(

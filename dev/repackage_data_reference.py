@@ -32,10 +32,11 @@ from typing import Any
 
 from zangchat import configurator
 from zangchat.dataset import datasets_dir, find_dataset, folder_lock
+from zangchat.dataset.find import name_of
 from zangchat.dataset.manifest import FORMAT, replace_folder, write_manifest
 from zangchat.dataset.shards import GROUP_DOCUMENTS, record_text
 from zangchat.errors import UserError, explain
-from zangchat.runtime.files import file_sha256
+from zangchat.runtime.files import expand_home, file_sha256
 from zangchat.runtime.logs import print0
 from zangchat.runtime.seeds import derive_seed
 
@@ -66,9 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def repackage(config: Config) -> int:
     if bool(config.hub) == bool(config.data_path):
         raise UserError("give either --hub=OWNER/NAME or --data_path=FOLDER: the text to repackage")
-    name = config.name or (
-        config.hub.rpartition("/")[2] if config.hub else Path(str(config.data_path)).stem
-    )
+    configurator.check_range(1, config, "shard_chars", "validation_documents")
+    own = name_of(expand_home(config.data_path)) if config.data_path else ""
+    name = config.name or own or config.hub.rpartition("/")[2]
+    configurator.check_folder_name("--name", name)
     folder = datasets_dir() / name
     with folder_lock(folder):
         if folder.exists() and not config.overwrite:

@@ -114,6 +114,7 @@ def repackage(config: Config) -> int:
             f"--format={config.format} must be one of {', '.join(READERS)}, and "
             f"--num_shards={config.num_shards} at least 2"
         )
+    configurator.check_folder_name("--name", config.name)
     folder = datasets_dir() / config.name
     if folder.exists():
         raise UserError(f"{folder} is there already: choose another --name, or delete it")

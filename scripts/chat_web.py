@@ -47,7 +47,7 @@ class Config(ChatConfig):
     request_timeout: float = 300.0  # seconds for one reply, waiting for a free row included
     truncate: bool = False  # drop the oldest turns of a chat that does not fit, else refuse it
     api_key: str | None = None  # required of every client; ZANGCHAT_API_KEY is hidden from `ps`
-    api_key_file: str = ""  # a file with the key
+    api_key_file: str | None = None  # a file with the key
     allowed_hosts: str = ""  # more names of this server: chat.example.com,*.lan; * is any
     allowed_origins: str = ""  # sites whose pages may use the API: https://a.example,...; * is any
     root_path: str = ""  # /path of this server, if the proxy in front does not remove it

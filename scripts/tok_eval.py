@@ -213,7 +213,7 @@ def show(rows: list[dict[str, Any]], vocabularies: dict[str, int]) -> None:
         table.add_row(
             *(f"{value:,}" if isinstance(value, int) else str(value) for value in row.values())
         )
-    Console().print(table)
+    Console(width=max(80, Console().width)).print(table)  # a terminal wraps lines, not numbers
 
 
 if __name__ == "__main__":

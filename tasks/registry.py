@@ -157,6 +157,12 @@ def build_mixture(
             parts.append(load_task(name, split, size=size, seed=seed, tokenizer=tokenizer))
             continue
         epochs = amount if split == "train" else min(amount, 1.0)
+        if epochs * len(task) > MAX_AMOUNT:
+            raise UserError(
+                f"{name}:{amount:g} is {amount:,g} times its {len(task):,} conversations, and a "
+                f"mixture holds up to {MAX_AMOUNT:,} of a task: for a part of them write a "
+                f"fraction, as {name}:0.5"
+            )
         whole = int(epochs)
         parts += [task] * whole
         rest = round((epochs - whole) * len(task))

@@ -32,6 +32,7 @@ import tyro
 
 from zangchat.config import MIN_TEMPERATURE, USER_LIMITS
 from zangchat.errors import UserError
+from zangchat.runtime.files import expand_home
 from zangchat.runtime.logs import setup_default_logging
 from zangchat.runtime.processes import (
     INTERRUPTED,
@@ -39,6 +40,7 @@ from zangchat.runtime.processes import (
     interruptible_imports,
     is_stdout_closed,
     note_failure,
+    prepare_hub,
     prepare_streams,
     prepare_threads,
     print_error,
@@ -62,8 +64,11 @@ OTHER_NAMES = {
     "learning_rate": RATES,
     "lr": RATES,
     "batch_size": ("device_batch_size", "total_batch_size"),
+    "steps": ("num_iterations",),
     "max_steps": ("num_iterations",),
     "max_iters": ("num_iterations",),
+    "epochs": ("num_epochs", "num_iterations"),
+    "data": ("data_path", "dataset"),
     "n_layer": ("depth",),
     "block_size": ("max_seq_len",),
     "resume_step": ("resume",),
@@ -71,6 +76,8 @@ OTHER_NAMES = {
 # Flags of other trainers that have no counterpart in a training command, and why.
 ABSENT = {
     "num_workers": "one thread reads and packs text ahead of training, and there is nothing to set",
+    "aspect_ratio": "the width follows from --depth, and --n_embd sets another",
+    "output_dir": "--model_tag names the folder of a run, which is below ZANGCHAT_BASE_DIR",
     "dropout": "there is no dropout, since text is read about once",
     "eval_metrics_max_problems": "tasks are scored after training, by `python -m scripts.chat_eval "
     "-x PROBLEMS`",
@@ -88,6 +95,7 @@ def run(
     """
     prepare_streams()
     prepare_threads()
+    prepare_hub()
     try:
         try:
             config = parse(config_cls, argv)
@@ -162,8 +170,9 @@ def check_range(least: int, config: Any, *names: str, most: float = math.inf) ->
 
 def check_folder_name(flag: str, name: str) -> None:
     """Raises UserError for a value of `flag` that cannot name a folder."""
-    if not re.fullmatch(r"[\w.+-]+", name) or name in (".", ".."):
-        raise UserError(f"{flag}={name!r} cannot name a folder: use letters, digits and . _ + -")
+    if not re.fullmatch(r"[\w+-][\w.+-]*", name):
+        expected = "use letters, digits and . _ + -, and begin with no dot"
+        raise UserError(f"{flag}={name!r} cannot name a folder: {expected}")
 
 
 def check_fraction(config: Any, *names: str) -> None:
@@ -230,7 +239,7 @@ class _Flag:
 
     @property
     def is_bool(self) -> bool:
-        return self.hint is bool
+        return bool in _options(self.hint)
 
     @property
     def spelling(self) -> str:
@@ -268,7 +277,9 @@ def _convert(option: Any, text: str) -> Any:
         choices = {"None": None}
     elif option is bool:
         choices, text = BOOLEANS, text.lower()
-    elif option in (int, float, str, Path):
+    elif option is Path:
+        return expand_home(text)  # in --flag=~/file the shell leaves it
+    elif option in (int, float, str):
         return option(text)
     else:
         raise TypeError(f"a flag cannot be of type {option}")
@@ -346,9 +357,10 @@ def _read(arguments: list[str], flags: dict[str, _Flag]) -> tuple[dict[str, str]
 def _boolean(argument: str, queue: list[str]) -> str:
     """The value of a boolean flag; one that is its own argument is taken from the queue."""
     spelling, (_, equals, text) = _spelling(argument), argument.partition("=")
+    words = (*BOOLEANS, "none")  # the last for `bool | None`
     if not equals:
-        text = queue.pop(0) if queue and queue[0].lower() in BOOLEANS else "true"
-    if text.lower() not in BOOLEANS:
+        text = queue.pop(0) if queue and queue[0].lower() in words else "true"
+    if text.lower() not in words:
         usage = f"write {spelling}, {spelling}=1 or {spelling}=0"
         raise UserError(f"{spelling}={text} is not understood: {usage}")
     return text
@@ -383,7 +395,7 @@ def _unknown(flag: str, known: list[str]) -> str:
     spelling = _spelling(flag)
     name = spelling.removeprefix("--")
     meant = [f"--{ours}" for ours in OTHER_NAMES.get(name, ()) if f"--{ours}" in known]
-    meant = meant or difflib.get_close_matches(spelling, known, n=1, cutoff=0.6)
+    meant = meant or difflib.get_close_matches(spelling, known, n=1, cutoff=0.7)
     if name in ABSENT and "--num_iterations" in known:
         advice = f": {ABSENT[name]}"
     elif len(meant) > 1:

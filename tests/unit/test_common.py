@@ -590,6 +590,12 @@ def test_wandb_is_a_dummy_by_default():
     assert isinstance(run, common.DummyWandb)
 
 
+def test_an_empty_name_of_a_wandb_run_is_none(monkeypatch):
+    monkeypatch.setenv("WANDB_RUN", "")
+    assert isinstance(get_wandb("dummy", {}, "zangchat"), common.DummyWandb)
+    assert isinstance(get_wandb("", {}, "zangchat"), common.DummyWandb)
+
+
 def test_wandb_gets_name_and_settings(monkeypatch):
     calls = []
     monkeypatch.setitem(sys.modules, "wandb", type(sys)("wandb"))

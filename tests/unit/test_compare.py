@@ -100,6 +100,9 @@ def test_the_verdict_counts_seeds(values, words):
         (["--tags="], "called ''"),
         (["--tags=d4", "--metric=reward"], "has no reward"),
         (["--tags=d4", "--source=sft"], "chatsft_checkpoints"),
+        (["--tags=d4", "--source=chat"], "--source=chat"),
+        (["--tags=/d4"], "called '/d4'"),
+        (["--tags=**d4", "--metric=reward"], "has no reward"),
     ],
 )
 def test_mistakes_get_one_sentence(base, capsys, flags, words):

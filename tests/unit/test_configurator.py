@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import pytest
 import tyro
 
-from scripts import base_train, chat_eval, chat_web
+from scripts import base_train, chat_eval, chat_sft, chat_web
 from zangchat import configurator
 from zangchat.configurator import as_flags, list_flags, parse, to_dict
 from zangchat.errors import UserError
@@ -104,7 +104,10 @@ def test_spellings_of_a_boolean(argv, expected):
 )
 def test_a_boolean_that_may_be_left_open(value, expected):
     assert parse(Config, [f"--compile={value}"]).compile is expected
-    assert "true or false" in error_of("--compile=perhaps")
+    assert "--compile=0" in error_of("--compile=perhaps")
+    assert parse(Config, ["--compile", value]).compile is expected
+    assert parse(Config, ["--compile", "--depth=4"]).compile is True
+    assert parse(Config, ["--no_compile"]).compile is False
 
 
 def test_a_boolean_that_is_on_by_default_can_be_switched_off():
@@ -192,6 +195,11 @@ def test_flags_of_a_base_class_are_there():
     )
 
 
+def test_a_path_in_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of/mine")
+    assert parse(Config, ["--folder=~/texts"]).folder == Path("/home/of/mine/texts")
+
+
 # -- mistakes --------------------------------------------------------------------------------------
 
 
@@ -221,6 +229,11 @@ def test_the_learning_rate_of_other_trainers_names_the_three_there_are(command, 
     [
         ("--batch_size=8", ", there are two: --device_batch_size, --total_batch_size ("),
         ("--max_steps=8", ", did you mean --num_iterations? ("),
+        ("--steps=8", ", did you mean --num_iterations? ("),
+        ("--epochs=8", ", did you mean --num_iterations? ("),
+        ("--data=x", ", there are two: --data_path, --dataset ("),
+        ("--aspect-ratio=64", ": the width follows from --depth, and --n_embd sets another ("),
+        ("--output-dir=x", ": --model_tag names the folder of a run, which is below ZANGCHAT_BASE"),
         ("--n_layer=8", ", did you mean --depth? ("),
         ("--block_size=8", ", did you mean --max_seq_len? ("),
         ("--resume_step=10000", ", did you mean --resume? ("),
@@ -248,7 +261,7 @@ def test_names_of_other_trainers_are_suggested_only_where_their_flags_exist():
 def test_every_other_name_stands_for_flags_of_some_command():
     there = {
         flag.name
-        for command in (base_train, chat_eval)
+        for command in (base_train, chat_eval, chat_sft)
         for flag in configurator._flags(command.Config)
     }
     assert {name for names in configurator.OTHER_NAMES.values() for name in names} <= there
@@ -511,3 +524,20 @@ configurator.parse = parse
     env = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
     out = subprocess.check_output([sys.executable, "-c", program], env={**env, **own})
     assert ast.literal_eval(out.decode()) == expected
+
+
+def test_an_empty_address_of_the_hub_is_none():
+    program = """
+from zangchat import configurator
+from zangchat.training.flags import RunConfig
+
+def command(_):
+    from huggingface_hub import constants
+    from zangchat.dataset import hub
+    print(constants.ENDPOINT, hub.endpoint())
+
+configurator.run(RunConfig, command, [])
+"""
+    env = {**os.environ, "HF_ENDPOINT": ""}
+    out = subprocess.check_output([sys.executable, "-c", program], env=env, text=True)
+    assert out.split() == ["https://huggingface.co"] * 2

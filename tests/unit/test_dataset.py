@@ -351,6 +351,28 @@ def test_verify_names_what_is_wrong(base_data, capsys):
     assert shard.exists(), "nothing is deleted that cannot be had again"
 
 
+def test_ids_of_other_text_or_another_tokenizer_are_not_taken_for_these(
+    base_data, tmp_path, capsys
+):
+    texts = tmp_path / "mine"
+    texts.mkdir()
+    (texts / "a.txt").write_text("some text " * 100)
+    RustBPETokenizer.train_from_iterator(iter(["some text"]), 270).save(tokenizer_dir())
+    command = ["tokenize", f"--data_path={texts}"]
+    assert main(command) == 0
+    assert main(command) == 2 and "train with --dataset=mine-tokens" in capsys.readouterr().err
+    RustBPETokenizer.train_from_iterator(iter(["other text"]), 271).save(tokenizer_dir())
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "another tokenizer" in error and "train with" not in error and "--overwrite" in error
+    (texts / "a.txt").write_text("another text " * 100)
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "other text" in error and "train with" not in error and "--overwrite" in error
+    assert main([*command, "--overwrite"]) == 0
+    assert main(command) == 2 and "train with --dataset=mine-tokens" in capsys.readouterr().err
+
+
 def test_a_dataset_is_tokenised_and_verified(base_data, capsys):
     make_dataset(base_data / "mine", ["some text"] * 10)
     RustBPETokenizer.train_from_iterator(iter(["some text"]), 270).save(tokenizer_dir())

@@ -3,6 +3,8 @@ to.
 """
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,43 @@ def test_what_repeats_is_left_out_and_does_not_go_on_for_ever(endpoint, capsys, 
     assert "12 requests" in capsys.readouterr().out
 
 
+def test_the_home_folder_a_new_folder_and_an_empty_key(endpoint, monkeypatch, tmp_path):
+    flags, prompts = endpoint
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("OPENAI_API_KEY", "")
+    files = ["--output=~/new/me.jsonl", "--facts=~/facts.txt"]
+    assert gen.main([*flags, *files, "--num=1"]) == 0
+    assert len(CustomJSON(str(tmp_path / "new" / "me.jsonl"))) == 1
+    assert all("Ada" in prompt for prompt in prompts)
+
+
+@pytest.mark.parametrize(
+    "body", [b"{}", b'{"choices": null}', b'{"choices": []}', b'{"choices": [{}]}', b"<p>hi", b"{"]
+)
+def test_an_answer_without_a_choice_is_one_sentence(body, tmp_path, capsys):
+    class Endpoint(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        do_GET = do_POST
+
+    with HTTPServer(("127.0.0.1", 0), Endpoint) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        flags = [f"--base_url=http://127.0.0.1:{server.server_port}", f"--output={tmp_path / 'a'}"]
+        for more in ([], ["--model=any"]):
+            assert gen.main([*flags, *more]) == 2
+            error = capsys.readouterr().err
+            assert "gives no answer (what it sends is not of OpenAI's API)" in error
+        server.shutdown()
+
+
 def test_prompts_differ_and_are_the_same_when_asked_again():
     config = gen.Config(languages="English:1,Chinese:1")
     languages = gen.parse_languages(config.languages)
@@ -138,6 +177,8 @@ def test_openings_that_differ_little_are_one():
         '{"messages": []}',
         conversation(" "),
         conversation("x").replace("user", "system"),
+        conversation("x \ud800"),
+        '{"messages": ' + "[" * 100_000 + "}",
     ],
 )
 def test_replies_that_are_no_conversation(reply):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from dev import plan
 from dev.laptop_plan import COST, LEAST, MOST, OVERHEAD_MINUTES, main, steps_that_fit
 from zangchat.checkpoint_files import FORMAT_VERSION
 
@@ -61,3 +62,9 @@ def test_the_pace_is_that_of_the_model_that_is_named(
         (folder / "meta_000100.json").write_text(json.dumps(meta))
     assert main(["--minutes=9", "--pretrained", "--model_tag=d4"]) == 0
     assert "pretraining took 1.0 min, 0.600 s per step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--world_size=0", "--memory_gb=0", "--vocab_size=0"])
+def test_a_machine_of_nothing_is_refused(flag, capsys):
+    assert plan.main([flag]) == 2
+    assert f"{flag} is not possible" in capsys.readouterr().err

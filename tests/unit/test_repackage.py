@@ -2,6 +2,7 @@
 same on datatrove.
 """
 
+import gzip
 import json
 import sys
 from pathlib import Path
@@ -134,6 +135,30 @@ def test_mistakes_get_one_sentence(corpus, tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    "flag",
+    ["--name=.", "--name=..", "--name=owner/set", "--name=.hidden", "--shard_chars=0"]
+    + ["--shard_chars=-1", "--validation_documents=0"],
+)
+def test_a_flag_that_cannot_be_meant_touches_no_dataset(corpus, flag, capsys):
+    assert repackage.main([f"--data_path={corpus}", "--name=mine", "--max_documents=40"]) == 0
+    kept = sorted(datasets_dir().rglob("*"))
+    flags = [f"--data_path={corpus}", "--name=other", "--overwrite", "--max_documents=40", flag]
+    assert repackage.main(flags) == 2
+    assert flag.partition("=")[0] in capsys.readouterr().err
+    assert sorted(datasets_dir().rglob("*")) == kept
+
+
+@pytest.mark.parametrize("place", [".", "../corpus", "../.corpus", "../corpus.jsonl.gz"])
+def test_a_dataset_is_called_as_the_folder_or_file(corpus, place, monkeypatch):
+    monkeypatch.chdir(corpus)
+    (corpus.parent / ".corpus").symlink_to(corpus)
+    lines = b"".join(path.read_bytes() for path in sorted(corpus.iterdir()))
+    (corpus.parent / "corpus.jsonl.gz").write_bytes(gzip.compress(lines))
+    assert repackage.main([f"--data_path={place}", "--max_documents=40"]) == 0
+    assert find_dataset(data_path=place).name == find_dataset("corpus").name == "corpus"
+
+
 def test_the_same_on_datatrove(corpus, capsys):
     """Three tasks deal the documents, three tasks write the shards; a shard is the same whatever
     runs its task.
@@ -148,6 +173,8 @@ def test_the_same_on_datatrove(corpus, capsys):
         "--tasks=3",
         "--workers=1",
     ]
+    assert repackage_datatrove.main([*flags, "--name=../mine"]) == 2
+    assert "--name='../mine' cannot name a folder" in capsys.readouterr().err
     assert repackage_datatrove.main([*flags, "--name=mine"]) == 0
     train, held_out = texts_of("mine")
     assert (

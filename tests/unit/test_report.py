@@ -3,6 +3,7 @@ can break.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -245,14 +246,24 @@ def test_a_resumed_run_counts_each_step_once(report):
 
 
 def test_the_newest_model_of_a_stage_is_drawn(report):
-    import os
-
     for tag, age in (("old", 100), ("new", 10), ("older", 1000)):
         write_metrics(report.base_dir, "mid_checkpoints", tag, base_rows(2))
         path = report.base_dir / "mid_checkpoints" / tag / "metrics.jsonl"
         os.utime(path, (path.stat().st_mtime - age,) * 2)
     curve = read_curve(report.base_dir, "MID")
     assert curve is not None and curve.tag == "new"
+
+
+def test_stages_before_a_reset_are_of_another_run(report):
+    report.reset()
+    for stage, age in (("base", -10), ("mid", 10)):
+        write_metrics(report.base_dir, f"{stage}_checkpoints", "d2", base_rows(2))
+        path = report.base_dir / f"{stage}_checkpoints" / "d2" / "metrics.jsonl"
+        os.utime(path, (path.stat().st_mtime - age,) * 2)
+    text = report.generate().read_text(encoding="utf-8")
+    assert "**BASE**" in text and "**MID**" not in text
+    assert "| validation bpb | 1.25 | - | - | - |" in text.replace("1.2500", "1.25")
+    assert "Not run (yet): MID" in text
 
 
 def test_curves_without_finite_numbers_are_left_out(report):
@@ -283,6 +294,19 @@ def test_the_module_loads_neither_torch_nor_matplotlib():
     code = "import sys, zangchat.report; print([m for m in ('torch', 'matplotlib') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", ["zangchat.report", "dev.compare"])
+def test_the_backend_of_a_notebook_does_not_matter(module, tmp_path):
+    """Notebooks export theirs to the programs that they start, which may not have it."""
+    write_metrics(tmp_path, "base_checkpoints", "d2", base_rows(2))
+    flags = {"dev.compare": ["--tags=d2", f"--output={tmp_path / 'd2.png'}"]}.get(module, [])
+    backend = "module://matplotlib_inline.backend_inline"
+    variables = {"MPLBACKEND": backend, "ZANGCHAT_BASE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", module, *flags]
+    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("d2.png")) or (tmp_path / "report" / "base.svg").exists()
 
 
 def test_sections_come_in_the_order_of_the_pipeline(report):

@@ -20,6 +20,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from scripts.chat_web import Config, address_of, listen, make_settings
 from tests.proxy import proxied
 from tests.talker import engine, eventually, serving
+from zangchat import configurator
 from zangchat.errors import UserError
 from zangchat.server import connections, exposure
 
@@ -178,6 +179,16 @@ def test_the_key_comes_from_the_environment_or_a_file(
     file.write_text(" \n")
     with pytest.raises(UserError, match="is empty"):
         make_settings(Config(api_key_file=str(file)))
+
+
+@pytest.mark.parametrize("flag", ["api_key", "api_key_file"])
+def test_a_key_from_a_variable_that_is_not_set_opens_no_server(
+    flag: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for other in ("", "from the environment"):
+        monkeypatch.setenv("ZANGCHAT_API_KEY", other)
+        with pytest.raises(UserError, match=f"^--{flag}\\b.*: (write|name)"):
+            make_settings(configurator.parse(Config, [f"--{flag}="]))
 
 
 def test_a_key_that_no_client_could_send_is_refused(

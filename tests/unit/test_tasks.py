@@ -289,6 +289,15 @@ def test_numbers_are_epochs_of_finite_tasks_and_examples_of_generated_ones(base_
     assert questions(build_mixture("arithmetic:50")) == questions(build_mixture("arithmetic:50"))
 
 
+def test_epochs_taken_for_examples_are_refused(base_dir, monkeypatch):
+    monkeypatch.setattr(registry, "MAX_AMOUNT", 1000)
+    own = put(base_dir, "own.jsonl", [chat(f"q{i}", "a") for i in range(10)])
+    assert len(build_mixture(f"{own}:100")) == 1000
+    with pytest.raises(UserError, match=r"own.jsonl:500 is 500 times its 10 conversations.*:0\.5"):
+        build_mixture(f"{own}:500")
+    assert len(build_mixture(f"{own}:500", "val")) == 10
+
+
 def test_a_file_of_ones_own_joins_the_mixture_and_is_never_held_out(base_dir):
     rows = [chat(f"q{i}", "a") for i in range(10)]
     own = str(put(base_dir, "me, myself.jsonl", rows))

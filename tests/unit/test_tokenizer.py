@@ -759,6 +759,18 @@ def test_tok_train_without_text(base_dir: Path, capsys: pytest.CaptureFixture[st
     assert not (base_dir / "tokenizer").exists()
 
 
+def test_tok_eval_cuts_no_number_for_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from scripts import tok_eval
+
+    monkeypatch.setenv("COLUMNS", "40")
+    row = {"text": "code", "bytes": 123456, "zangchat": 4.123, "GPT-2": 3.456, "GPT-4": 4.005}
+    tok_eval.show([row | {"tokens vs GPT-2, %": -10.5, "tokens vs GPT-4, %": 23.4}], {})
+    told = capsys.readouterr().out
+    assert all(number in told for number in ("123,456", "4.123", "-10.5", "23.4"))
+
+
 def test_tok_eval_compares_with_what_tiktoken_can_load(
     corpus: Path,
     monkeypatch: pytest.MonkeyPatch,

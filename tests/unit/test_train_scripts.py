@@ -859,6 +859,8 @@ def test_a_run_does_not_continue_with_other_conversations(base, before, stage, c
     [
         (["--total_batch_size=100"], ["--total_batch_size=100", "--max_seq_len=32"]),
         (["--eval_tokens=0"], ["--eval_tokens=0"]),
+        (["--keep_last=-1"], ["--keep_last=-1", "at least 1"]),
+        (["--keep_last=0", "--dry_run"], ["--keep_last=0"]),
         (["--matrix_lr=-0.1"], ["--matrix_lr=-0.1"]),
         (["--matrix_lr=-0.1", "--dry_run"], ["--matrix_lr=-0.1"]),
         (["--device_batch_size=3"], ["--total_batch_size=256", "--device_batch_size=3"]),

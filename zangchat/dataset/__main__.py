@@ -30,6 +30,7 @@ from zangchat.dataset.manifest import (
     check_shard,
     datasets_dir,
     folder_lock,
+    load_dataset,
 )
 from zangchat.errors import UserError
 from zangchat.runtime.logs import print0
@@ -46,13 +47,20 @@ def tokenize(config: "TokenizeConfig") -> int:
     folder = datasets_dir() / f"{dataset.name}{TOKENS_SUFFIX}"
     train = shlex.quote(f"--dataset={folder.name}")
     with folder_lock(folder):
+        tokenizer = get_tokenizer()
         if (folder / MANIFEST).exists() and not config.overwrite:
+            made = load_dataset(folder)
+            if made.manifest.get("text", {}).get("fingerprint") != dataset.fingerprint:
+                raise UserError(f"{folder} has the ids of other text: --overwrite replaces them")
+            if made.tokenizer_fingerprint != tokenizer.fingerprint:
+                other = "has the ids of another tokenizer"
+                raise UserError(f"{folder} {other}: --overwrite makes it again")
             raise UserError(
                 f"{folder} is there already: train with {train}, or give --overwrite to make it "
                 "again"
             )
         num_threads = config.num_threads or os.cpu_count() or 1
-        made = tokens.tokenize(dataset, get_tokenizer(), folder, num_threads)
+        made = tokens.tokenize(dataset, tokenizer, folder, num_threads)
     count = sum(entry.get("tokens", 0) for entry in made.manifest["shards"])
     print0(f"{folder}: {count:,} tokens; train on them with {train}")
     return 0

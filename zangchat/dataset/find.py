@@ -122,12 +122,17 @@ def _local_dataset(path: Path, left_out: LeftOut | None) -> Dataset:
     shards = [_entry(file, folder, split) for file, split in files.items()]
     manifest = {
         "format": FORMAT,
-        "name": unpacked_name(path).stem,
+        "name": name_of(path),
         "source": "local",
         "path": str(path.absolute()),
         "shards": shards,
     }
     return Dataset(folder, manifest, left_out)
+
+
+def name_of(path: Path) -> str:
+    """The name of a dataset of files of your own; none begins with a dot, which would hide it."""
+    return unpacked_name(Path(os.path.abspath(path))).stem.lstrip(".")
 
 
 def _is_dataset(folder: Path) -> bool:

@@ -105,7 +105,9 @@ class Report:
         from zangchat.report.plots import plot_bars, plot_curve
 
         cards = self.cards()
-        found = (read_curve(self.base_dir, stage) for stage in STAGES)
+        reset = self._reset_time()
+        # a stage before the reset is of another run, whose numbers are not compared with these
+        found = (read_curve(self.base_dir, stage, since=reset or 0.0) for stage in STAGES)
         curves = [curve for curve in found if curve is not None]
         plots = {}  # file name -> SVG
         for curve in curves:
@@ -116,17 +118,17 @@ class Report:
             plots["core.svg"] = plot_bars(core, "CORE, centred score per task")
         for name, svg in plots.items():
             atomic_write(self.folder / name, svg)
-        started = self._started(cards)
+        started = reset or min((card.time for card in cards), default=None)
         markdown = render_markdown(cards, curves, plots, started, dollars_per_hour)
         atomic_write(self.folder / "report.md", markdown)
         atomic_write(self.folder / "report.html", render_html(markdown, plots))
         return self.folder / "report.md"
 
-    def _started(self, cards: Sequence[Card]) -> float | None:
+    def _reset_time(self) -> float | None:
         path = self.folder / "started.json"
-        if path.exists():
-            return float(json.loads(path.read_text(encoding="utf-8"))["time"])
-        return min((card.time for card in cards), default=None)
+        if not path.exists():
+            return None
+        return float(json.loads(path.read_text(encoding="utf-8"))["time"])
 
 
 def get_report() -> Report:

@@ -16,11 +16,13 @@ class Curve(NamedTuple):
     unreadable: int  # lines that are not a JSON object: interrupted writes
 
 
-def read_curve(base_dir: Path, stage: str) -> Curve | None:
-    """The metrics.jsonl of the stage's most recent model tag; None if the stage has not run."""
+def read_curve(base_dir: Path, stage: str, since: float = 0.0) -> Curve | None:
+    """The metrics.jsonl of the stage's most recent model tag; None if the stage has not run since
+    then, in seconds since the epoch."""
     folder = base_dir / SOURCES[stage.lower()]
-    files = sorted(folder.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
-    return curve_of(files[-1], stage) if files else None
+    ages = {path: path.stat().st_mtime for path in folder.glob("*/metrics.jsonl")}
+    newest = max(ages, key=lambda path: ages[path], default=None)
+    return curve_of(newest, stage) if newest and ages[newest] >= since else None
 
 
 def curve_of(path: Path, stage: str) -> Curve:

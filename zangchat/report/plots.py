@@ -2,7 +2,10 @@
 
 import io
 import math
+import os
 from collections.abc import Mapping
+
+os.environ["MPLBACKEND"] = "agg"  # a notebook's backend may not be installed here
 
 import matplotlib
 from matplotlib.figure import Figure  # without pyplot: no display, no global state

@@ -111,7 +111,8 @@ def compute_init(
     if device_type == "cuda":
         expand_segments()
         if deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+            workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG") or ":4096:8"
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace  # read when cuBLAS starts
             # stderr names operations without such a form
             torch.use_deterministic_algorithms(True, warn_only=True)
         torch.cuda.set_device(device)
@@ -123,7 +124,7 @@ def compute_init(
         torch.set_float32_matmul_precision("high")
     # Ranks that each take every core slow each other down. torchrun sets the variable to 1 if the
     # user did not set it.
-    if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ and ranks_here() > 1:
+    if device_type == "cpu" and not os.environ.get("OMP_NUM_THREADS") and ranks_here() > 1:
         torch.set_num_threads(max(1, _usable_cores() // ranks_here()))
     if ddp and not torch.distributed.is_initialized():
         torch.distributed.init_process_group(

@@ -71,7 +71,7 @@ def setup_default_logging() -> None:
         return
     handler = _StderrHandler()
     handler.setFormatter(
-        ColoredFormatter(color=sys.stderr.isatty() and "NO_COLOR" not in os.environ)
+        ColoredFormatter(color=sys.stderr.isatty() and not os.environ.get("NO_COLOR"))
     )
     root.addHandler(handler)
     for name in ("zangchat", "scripts", "tasks", "__main__"):
@@ -179,8 +179,8 @@ def get_wandb(
     A DummyWandb if both names are "dummy", and on other ranks than 0. Raises UserError if wandb is
     not installed or cannot start, as without a key.
     """
-    if run == "dummy":
-        run = os.environ.get("WANDB_RUN", "dummy")
+    if run in ("", "dummy"):
+        run = os.environ.get("WANDB_RUN") or "dummy"
     if run == "dummy" or get_dist_info()[1] != 0:
         return DummyWandb()
     with explain(f"--run={run} needs wandb", "install it, or give --run=dummy", ImportError):

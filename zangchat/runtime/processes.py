@@ -80,7 +80,7 @@ def prepare_streams() -> None:
         stream or open(os.devnull, "w")  # noqa: SIM115
         for stream in (sys.stdout, sys.stderr)
     )
-    chosen = "PYTHONIOENCODING" in os.environ
+    chosen = os.environ.get("PYTHONIOENCODING")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             encoding = None if chosen or stream.isatty() else "utf-8"
@@ -99,6 +99,12 @@ def prepare_threads(env: MutableMapping[str, str] = os.environ) -> None:
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & env.keys():
         env["GOMP_SPINCOUNT"] = SPIN_COUNT
+
+
+def prepare_hub(env: MutableMapping[str, str] = os.environ) -> None:
+    """Unset an empty HF_ENDPOINT, which the hub's client takes for an address when it is loaded."""
+    if not env.get("HF_ENDPOINT"):
+        env.pop("HF_ENDPOINT", None)
 
 
 def restore_threads(env: MutableMapping[str, str] = os.environ) -> None:

@@ -3,10 +3,10 @@
 import os
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Protocol
 
 from zangchat.errors import UserError
+from zangchat.runtime.files import expand_home
 
 LOCAL_HOSTS = {"localhost", "127.0.0.1", "[::1]"}
 EVERY_ADDRESS = ("0.0.0.0", "::", "")
@@ -18,7 +18,7 @@ class Flags(Protocol):
 
     host: str
     api_key: str | None
-    api_key_file: str
+    api_key_file: str | None
     allowed_hosts: str
     allowed_origins: str
     root_path: str
@@ -26,11 +26,12 @@ class Flags(Protocol):
 
 def api_key(flags: Flags) -> str | None:
     """The key that is required of clients, from its flag, its file or the environment."""
-    if flags.api_key and flags.api_key_file:
+    # an empty one is a variable that was not set, and no wish for an open server
+    if flags.api_key is not None and flags.api_key_file is not None:
         raise UserError("--api_key and --api_key_file are both given: leave one of them out")
-    if flags.api_key_file:
+    if flags.api_key_file is not None:
         source, text = f"--api_key_file={flags.api_key_file}", _text_of(flags.api_key_file)
-    elif flags.api_key:
+    elif flags.api_key is not None:
         source, text = "--api_key", flags.api_key
     else:
         source, text = KEY_VARIABLE, os.environ.get(KEY_VARIABLE, "")
@@ -46,7 +47,7 @@ def api_key(flags: Flags) -> str | None:
 
 def _text_of(file: str) -> str:
     try:
-        return Path(file).expanduser().read_text(encoding="utf-8-sig")
+        return expand_home(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         message = f"--api_key_file={file} cannot be read ({reason})"

@@ -113,6 +113,7 @@ def check_flags(config: Any) -> None:
     present = {field.name for field in dataclasses.fields(config)}
     configurator.check_range(0, config, *(name for name in NOT_NEGATIVE if name in present))
     configurator.check_range(0, config, *(name for name in SHARES if name in present), most=1)
+    configurator.check_range(1, config, "keep_last")
     if getattr(config, "total_batch_size", -1) != -1:
         configurator.check_range(1, config, "total_batch_size")
     check_dtype(config.dtype)
