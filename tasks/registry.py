@@ -14,8 +14,10 @@ from tasks.customjson import CustomJSON, is_file_name
 from zangchat.errors import UserError
 from zangchat.runtime.files import unpacked_name
 
-# of a task in a mixture: just their order takes a hundred bytes a conversation
+# of a task in a mixture, as typed and with its epochs: just the order takes a hundred bytes a
+# conversation
 MAX_AMOUNT = 10_000_000
+MAX_CONVERSATIONS = 100_000_000
 MAX_HELDOUT = 1000  # generated examples per task in a held-out mixture
 
 
@@ -157,10 +159,10 @@ def build_mixture(
             parts.append(load_task(name, split, size=size, seed=seed, tokenizer=tokenizer))
             continue
         epochs = amount if split == "train" else min(amount, 1.0)
-        if epochs * len(task) > MAX_AMOUNT:
+        if epochs * len(task) > MAX_CONVERSATIONS:
             raise UserError(
                 f"{name}:{amount:g} is {amount:,g} times its {len(task):,} conversations, and a "
-                f"mixture holds up to {MAX_AMOUNT:,} of a task: for a part of them write a "
+                f"mixture holds up to {MAX_CONVERSATIONS:,} of a task: for a part of them write a "
                 f"fraction, as {name}:0.5"
             )
         whole = int(epochs)

@@ -290,7 +290,7 @@ def test_numbers_are_epochs_of_finite_tasks_and_examples_of_generated_ones(base_
 
 
 def test_epochs_taken_for_examples_are_refused(base_dir, monkeypatch):
-    monkeypatch.setattr(registry, "MAX_AMOUNT", 1000)
+    monkeypatch.setattr(registry, "MAX_CONVERSATIONS", 1000)
     own = put(base_dir, "own.jsonl", [chat(f"q{i}", "a") for i in range(10)])
     assert len(build_mixture(f"{own}:100")) == 1000
     with pytest.raises(UserError, match=r"own.jsonl:500 is 500 times its 10 conversations.*:0\.5"):
