@@ -28,7 +28,7 @@ from tasks.common import Conversation
 from tasks.customjson import conversation_of
 from zangchat import configurator
 from zangchat.errors import UserError, explain
-from zangchat.runtime.files import atomic_write, read_jsonl
+from zangchat.runtime.files import atomic_write, open_for_lines, read_jsonl
 from zangchat.runtime.logs import print0
 from zangchat.runtime.seeds import derive_seed
 
@@ -157,7 +157,7 @@ def generate(config: Config) -> int:
     writer = Writer(config)
     last = 3 * config.num  # give up on a model that repeats itself
     with (
-        open(output, "a", encoding="utf-8", newline="\n") as file,
+        open_for_lines(output) as file,
         ThreadPoolExecutor(config.at_once) as pool,
     ):
         for first in range(progress_of(output), last, config.at_once):
@@ -174,7 +174,7 @@ def generate(config: Config) -> int:
                 elif not openings.add(opening(made)):
                     dropped["too similar"] += 1
                 elif have < config.num:
-                    file.write(json.dumps(made, ensure_ascii=False) + "\n")
+                    file.write(json.dumps(made, ensure_ascii=False).encode() + b"\n")
                     have += 1
             file.flush()
             atomic_write(position_file(output), str(indices.stop))

@@ -5,6 +5,8 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import Buffer
 
+VERSION: int
+
 class ArrowArray(Protocol):
     """Strings (string or large_string) as Arrow memory: pyarrow.Array..."""
 

@@ -1,6 +1,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+VERSION: int
 IS_FAST: bool
 
 class Step:

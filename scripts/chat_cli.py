@@ -29,7 +29,7 @@ from rich.style import Style
 from zangchat import configurator
 from zangchat.config import USER_LIMITS, ChatConfig, check_demo
 from zangchat.errors import UserError
-from zangchat.runtime.files import expand_home
+from zangchat.runtime.files import expand_home, open_for_lines
 
 if TYPE_CHECKING:
     from zangchat.engine import Engine
@@ -81,8 +81,9 @@ class Chat:
         """Ask, and stream the answer as (type of part, text); "made_up" is a tool output of the
         model's own.
 
-        The exchange joins the history, even if the answer is interrupted. `note` is called with
-        messages for the user. Raises UserError for a question that exceeds the context.
+        The exchange joins the history, even if the answer is interrupted, but not without any
+        answer. `note` is called with messages for the user. Raises UserError for a question that
+        exceeds the context or the memory.
         """
         from zangchat.engine.replies import REPLY_SHARE, ReplyDecoder, fit_conversation
 
@@ -113,7 +114,8 @@ class Chat:
             yield from decoder.flush()
         finally:
             decoder.flush()
-            self.messages += [question_message, {"role": "assistant", "content": decoder.content()}]
+            if answer := decoder.content():
+                self.messages += [question_message, {"role": "assistant", "content": answer}]
 
 
 def chat(config: Config) -> int:
@@ -251,8 +253,7 @@ def reply(session: Chat, question: str, screen: Screen) -> None:
 
 def obey(session: Chat, line: str, note: Callable[[str], None]) -> bool:
     """Carry out a /command; False to leave."""
-    command, _, argument = line.partition(" ")
-    argument = argument.strip()
+    command, argument = (*line.strip().split(maxsplit=1), "")[:2]
     try:
         if command in ("/quit", "/exit"):
             return False
@@ -306,8 +307,9 @@ def save(session: Chat, name: str, note: Callable[[str], None]) -> None:
         raise UserError("there is nothing to save yet")
     path = expand_home(name)
     try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"messages": session.conversation()}, ensure_ascii=False) + "\n")
+        with open_for_lines(path) as file:
+            record = json.dumps({"messages": session.conversation()}, ensure_ascii=False)
+            file.write(record.encode() + b"\n")
     except (OSError, ValueError) as error:  # a name that cannot be one
         raise UserError(
             f"{name} cannot be written: {getattr(error, 'strerror', None) or error}"

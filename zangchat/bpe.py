@@ -22,17 +22,18 @@ if TYPE_CHECKING:
     Text: TypeAlias = str | pyarrow.Array | pyarrow.ChunkedArray
 
 logger = logging.getLogger(__name__)
+VERSION = 1  # of the crate, as in its py.rs: an older build may take other arguments
 
 
 @functools.cache
 def is_crate() -> bool:
-    """Whether `rustbpe` is this project's crate and not PyPI's package, which takes no ranks."""
+    """Whether `rustbpe` is this project's crate as it is now, not PyPI's package."""
     if not hasattr(rustbpe, "Tokenizer"):  # the source folder, found from the repository's root
         raise UserError("the package rustbpe is not installed: run `bash dev/setup.sh`")
-    if hasattr(rustbpe.Tokenizer, "from_ranks"):
+    if getattr(rustbpe, "VERSION", None) == VERSION:
         return True
-    substitutes = "training with PyPI's rustbpe, encoding with tiktoken (slower, the same tokens)"
-    logger.info("the crate rustbpe is not built here: %s", substitutes)
+    remedy = "with cargo, `bash dev/setup.sh` builds it"
+    logger.info("no up-to-date crate rustbpe: tiktoken encodes (slower, the same ids); %s", remedy)
     return False
 
 
@@ -103,10 +104,8 @@ class TiktokenEncoder:
         self, texts: Sequence[str], num_threads: int
     ) -> tuple[np.ndarray, np.ndarray]:
         encoded = self.batch_encode(texts, num_threads)
-        offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
-        np.cumsum([len(ids) for ids in encoded], out=offsets[1:])
-        ids = itertools.chain.from_iterable(encoded)
-        return np.fromiter(ids, dtype=np.uint32, count=int(offsets[-1])), offsets
+        offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        return np.fromiter(itertools.chain.from_iterable(encoded), dtype=np.uint32), offsets
 
 
 def encode_repaired(encode: Callable[..., Any], text: Any, *options: Any) -> Any:

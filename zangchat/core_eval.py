@@ -25,6 +25,7 @@ import shutil
 import stat
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 
 from zangchat.engine import score
-from zangchat.errors import UserError
+from zangchat.errors import UserError, explain
 from zangchat.runtime import collectives
 from zangchat.runtime.downloads import download_file_with_lock
 from zangchat.runtime.files import file_lock, get_base_dir, read_jsonl
@@ -69,6 +70,8 @@ CORE_TASKS = (
 # ZANGCHAT_EVAL_BUNDLE_URL names a mirror
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 MAX_BUNDLE_BYTES = 2 * 2**30  # unpacked; a zip that claims more is not the bundle
+# what zipfile raises for a damaged file: the last two for offsets and names, and for flags
+DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError)
 EXAMPLE_DELIMITER = "\n"
 FEWSHOT_SEED = 1234
 SUBSET_SEED = 1337
@@ -125,30 +128,26 @@ def unpack(archive: Path, folder: Path) -> None:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".eval_bundle.") as temporary:
-        try:
-            with zipfile.ZipFile(archive) as bundle:
-                members = bundle.infolist()
-                for member in members:
-                    parts = Path(member.filename.replace("\\", "/")).parts
-                    if (
-                        Path(member.filename).is_absolute()
-                        or ".." in parts
-                        or stat.S_ISLNK(member.external_attr >> 16)
-                    ):
-                        raise UserError(
-                            f"{archive}: {member.filename!r} leads out of its folder; delete the "
-                            "file, it is not the bundle"
-                        )
-                if sum(member.file_size for member in members) > MAX_BUNDLE_BYTES:
+        damaged, remedy = f"{archive} is damaged", "delete it and run this again"
+        with explain(damaged, remedy, *DAMAGE), zipfile.ZipFile(archive) as bundle:
+            members = bundle.infolist()
+            for member in members:
+                parts = Path(member.filename.replace("\\", "/")).parts
+                if (
+                    Path(member.filename).is_absolute()
+                    or ".." in parts
+                    or stat.S_ISLNK(member.external_attr >> 16)
+                ):
                     raise UserError(
-                        f"{archive} unpacks to more than {MAX_BUNDLE_BYTES >> 30} GiB: delete the "
+                        f"{archive}: {member.filename!r} leads out of its folder; delete the "
                         "file, it is not the bundle"
                     )
-                bundle.extractall(temporary)
-        except zipfile.BadZipFile as error:
-            raise UserError(
-                f"{archive} is damaged ({error}): delete it and run this again"
-            ) from error
+            if sum(member.file_size for member in members) > MAX_BUNDLE_BYTES:
+                raise UserError(
+                    f"{archive} unpacks to more than {MAX_BUNDLE_BYTES >> 30} GiB: delete the "
+                    "file, it is not the bundle"
+                )
+            bundle.extractall(temporary)
         found = [path.parent for path in sorted(Path(temporary).rglob("core.yaml"))]
         if not found:
             raise UserError(f"{archive} has no core.yaml: delete the file, it is not the bundle")

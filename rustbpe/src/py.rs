@@ -23,6 +23,9 @@ use crate::plain::Token;
 use crate::reader::{count_all, Utf8, CALL_EVERY};
 use crate::Error;
 
+/// To be raised, here and in zangchat/bpe.py, with every change of what Python passes or gets: so an older build is noticed.
+const VERSION: u32 = 1;
+
 impl From<Error> for PyErr {
     fn from(error: Error) -> PyErr {
         PyValueError::new_err(error.to_string())
@@ -407,5 +410,6 @@ impl Watch<'_> {
 
 #[pymodule(gil_used = true)]
 fn rustbpe(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("VERSION", VERSION)?;
     module.add_class::<Tokenizer>()
 }

@@ -7,6 +7,9 @@ use pyo3::prelude::*;
 use crate::kernel::{is_fast, Bf16, Stored};
 use crate::step::{step, Model, Row, Shape, Weights};
 
+/// To be raised, here and in zangchat/engine/native.py, with every change of what Python passes or gets: so an older build is noticed.
+const VERSION: u32 = 1;
+
 /// An array of weights (outputs, inputs): f32, bf16 as int16, fp16 as uint16, or int8 with scales.
 enum Array {
     F32(PyBuffer<f32>),
@@ -196,6 +199,7 @@ impl Step {
 
 #[pymodule]
 fn ruststep(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("VERSION", VERSION)?;
     module.add("IS_FAST", is_fast())?; // whether there is a step for the vectors of this machine
     module.add_class::<Step>()
 }

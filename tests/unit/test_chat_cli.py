@@ -24,8 +24,8 @@ from scripts.chat_cli import Chat
 from tests.talker import TOKENIZER, Talker, engine
 from zangchat import checkpoint_manager
 from zangchat.config import GPTConfig
+from zangchat.engine import KVCache, load_for_chat
 from zangchat.engine import engine as engine_module
-from zangchat.engine import load_for_chat
 from zangchat.errors import UserError
 from zangchat.gpt import GPT
 from zangchat.server.protocol import Settings
@@ -152,6 +152,19 @@ def test_control_characters_of_the_model_do_not_reach_the_terminal(
 def test_a_result_that_the_model_made_up_is_marked(talk: Callable[..., str]) -> None:
     assert "[open(1)][made up: 41]So 41." in talk(typed=("pretend",))
     assert talk("-p", "pretend") == "So 41.\n"
+
+
+def test_a_question_without_an_answer_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that does not fit into the memory would make all after it fail, too."""
+    chat = session()
+    list(chat.answer("one", print))
+    said = list(chat.messages)
+    with monkeypatch.context() as patch:
+        patch.setattr(KVCache, "size_for", lambda *_: None)
+        with pytest.raises(UserError, match="MiB are free"):
+            list(chat.answer("two", print))
+    assert chat.messages == said
+    assert "".join(text for _, text in chat.answer("three", print)) == "Re: three"
 
 
 @pytest.mark.parametrize("question", ["/usr is what?", "/clear the table", "/etc/hosts", "/ 2"])
@@ -289,8 +302,10 @@ def test_settings_change_by_command(tmp_path: Path) -> None:
     def obey(line: str) -> bool:
         return chat_cli.obey(chat, line, notes.append)
 
-    for line in ("/temperature 0.3", "/topk 7", "/seed 5", "/system  be brief "):
-        assert obey(line)
+    for line in ("/temperature 0.3", "/topk\t7", "/seed\u30005", "/system\n be\nbrief "):
+        assert chat_cli.is_command(line) and obey(line)
+    assert chat.system == "be\nbrief"
+    obey("/system  be brief ")
     assert (chat.temperature, chat.top_k, chat.seed, chat.system) == (0.3, 7, 5, "be brief")
     for line in (
         "/temperature hot",
@@ -333,6 +348,9 @@ def test_a_chat_is_saved_as_a_line_of_training_data(tmp_path: Path) -> None:
         "hi 你好",
         "Re: be kind\n\nhi 你好",
     ]
+    path.write_text("{}\n{}", encoding="utf-8")  # as an editor may leave it
+    chat_cli.obey(chat, f"/save {path}", notes.append)
+    assert path.read_text(encoding="utf-8") == f"{{}}\n{{}}\n{first}\n"
     for impossible in (tmp_path, "a\0b", "/dev/full"):
         chat_cli.obey(chat, f"/save {impossible}", notes.append)
         assert "cannot be written" in notes[-1]

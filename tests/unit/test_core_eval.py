@@ -328,6 +328,28 @@ def test_a_bundle_is_unpacked_whole_or_not_at_all(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
 
 
+def test_a_damaged_bundle_is_told_wherever_the_damage_is(tmp_path):
+    text = "".join(random.Random(0).choices("abc\n", k=3000))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("core.yaml", text)
+    intact = (tmp_path / "a.zip").read_bytes()
+    directory = intact.index(b"PK\1\2")  # what the archive says of its only member
+    for damage in (
+        {60: 0xFF, 61: 0xFF},  # the contents
+        {directory + 8: 1},  # encrypted
+        {directory + 9: 8, directory + 46: 0xFF},  # no UTF-8 in a name that is said to be
+        {directory + 10: 99},  # no method of packing
+        {directory + 10: 0, directory + 21: 0xFF, directory + 25: 0xFF},  # longer than the file
+        {directory + 42: 0xFF},  # where the member begins
+    ):
+        damaged = bytearray(intact)
+        for place, byte in damage.items():
+            damaged[place] = byte
+        (tmp_path / "b.zip").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"b\.zip is damaged \(.+\): delete it and run"):
+            core_eval.unpack(tmp_path / "b.zip", tmp_path / "target")
+
+
 def test_a_zip_that_somebody_put_there_is_unpacked_by_one_of_the_ranks(base_dir, monkeypatch):
     zipped(base_dir / "eval_bundle.zip", {"eval_bundle/core.yaml": "x"})
     unpack, unpacked = core_eval.unpack, []

@@ -250,6 +250,14 @@ def test_files_are_limited(isolated):
     assert "PermissionError" in (isolated(unseen).error or "")
 
 
+def test_files_without_contents_are_limited(guard, attacked):
+    """The kernel's own memory for each does not count as the file system's."""
+    jail = Jail("namespaces", drop=True)
+    attacked(jail)
+    result = guard.run("for i in range(10**4): open(str(i), 'w').close()", jail=jail)
+    assert "No space left" in (result.error or ""), result
+
+
 # -- verdicts of a program on itself ---------------------------------------------------------------
 
 CHECK = "\nassert add(1, 2) == 3\nassert add(2, 2) == 4\n"
@@ -872,6 +880,24 @@ print(len(open(os.__file__).read()) > 1000)
     ).success
 
 
+def test_the_filter_keeps_the_clock_and_what_others_made_out_of_reach(guard, attacked):
+    """By itself, even from root."""
+    jail = Jail(seccomp=True)
+    attacked(jail)
+    names = """shmat shmctl semop semctl semtimedop msgsnd msgrcv msgctl mq_unlink inotify_init1
+        sched_setaffinity settimeofday clock_settime adjtimex clock_adjtime""".split()
+    numbers = seccomp.DENIED[os.uname().machine]
+    code = f"""
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+for name, number in {[(name, numbers.get(name)) for name in names]}:
+    if number is None or libc.syscall(number, {guard.canary}, 0, 0, 0, 0) != -1 or ctypes.get_errno() != 1:
+        print(name, ctypes.get_errno())
+"""
+    result = guard.run(code, jail=jail)
+    assert result.success and result.stdout == "", result
+
+
 @pytest.mark.parametrize("world", WORLDS)
 def test_a_pid_namespace_takes_runaway_children_with_it(guard, attacked, world):
     """Without the filter: children of children, in sessions of their own, sleep on; the guard sees
@@ -974,6 +1000,7 @@ def test_a_layer_that_breaks_or_leaks_is_left_out_and_the_level_falls(monkeypatc
             "process",
             "signal",
             "trace",
+            "share",
             "root",
             "write",
             "change",

@@ -1,7 +1,10 @@
 """The native step against torch's way, for every dtype, and what it refuses."""
 
+import mmap
 import os
+import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +17,42 @@ from zangchat.engine.kv_cache import KVCache
 from zangchat.engine.model import InferenceGPT, Int8Product, Product
 from zangchat.gpt import GPT
 
-pytestmark = pytest.mark.skipif(
-    not native.is_available(), reason="a crate for x86 with AVX2, and ARM"
-)
 V = 265  # not a multiple of eight
+
+
+def test_an_older_build_is_left_to_torch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after `git pull`: its step takes other arguments."""
+    older = types.SimpleNamespace(Step=object, IS_FAST=True)
+    current = types.SimpleNamespace(**vars(older), VERSION=native.VERSION)
+    for crate in (older, None, current):
+        monkeypatch.setattr(native, "ruststep", crate)
+        assert native.is_available.__wrapped__() is (crate is current)
+    assert caplog.text.count("run `bash dev/setup.sh`") == 1
+
+
+def test_crate_and_caller_agree_on_the_version() -> None:
+    source = Path(native.__file__).parents[2] / "ruststep" / "src" / "py.rs"
+    assert f"const VERSION: u32 = {native.VERSION};" in source.read_text(encoding="utf-8")
+
+
+def no_such_pages(*_: Any) -> None:
+    raise OSError(22, "Invalid argument")
+
+
+@pytest.mark.parametrize("missing", ["in the kernel", "on this system"])
+def test_weights_lie_side_by_side_without_huge_pages(
+    missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if missing == "in the kernel":
+        without = type("Memory", (mmap.mmap,), {"madvise": no_such_pages})
+        monkeypatch.setattr(native.mmap, "mmap", without)
+    else:
+        monkeypatch.delattr(native.mmap, "MADV_HUGEPAGE", raising=False)
+    tensors = [torch.randn(3, 5), torch.arange(7, dtype=torch.int8)]
+    for copy, tensor in zip(native.side_by_side(tensors), tensors, strict=True):
+        assert torch.equal(copy, tensor)
 
 
 @pytest.fixture(
@@ -27,6 +62,8 @@ V = 265  # not a multiple of eight
 )
 def model(request: pytest.FixtureRequest) -> GPT:
     """Loud random weights: every position and layer matters."""
+    if not native.is_available():
+        pytest.skip("the crate, as it is now, for x86 with AVX2, and ARM")
     heads, kv_heads, head_dim, modern = request.param
     sizes = {"n_head": heads, "n_kv_head": kv_heads, "n_embd": heads * head_dim}
     sizes |= {"key_offset": modern, "value_embeds": modern}

@@ -68,9 +68,12 @@ def tok() -> RustBPETokenizer:
     return RustBPETokenizer.train_from_iterator(iter(TEXTS), 300)
 
 
-@pytest.fixture
-def without_crate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(rustbpe, "Tokenizer", PyPIRustBPE)
+@pytest.fixture(params=[PyPIRustBPE, CRATE], ids=["PyPI's", "an older build"])
+def without_crate(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    monkeypatch.setattr(rustbpe, "Tokenizer", request.param)
+    monkeypatch.delattr(rustbpe, "VERSION", raising=False)
     trainer.is_crate.cache_clear()
     yield
     trainer.is_crate.cache_clear()
@@ -190,9 +193,10 @@ def test_pypi_rustbpe_and_tiktoken_take_the_crates_place(
         other.save(tmp_path)
         again = RustBPETokenizer.from_directory(tmp_path)
     assert [record.message for record in caplog.records if "rustbpe" in record.message] == [
-        "the crate rustbpe is not built here: training with PyPI's rustbpe, encoding with tiktoken "
-        "(slower, the same tokens)"
+        "no up-to-date crate rustbpe: tiktoken encodes (slower, the same ids); with cargo, "
+        "`bash dev/setup.sh` builds it"
     ]
+    assert isinstance(again._encoder, trainer.TiktokenEncoder)
     assert again.fingerprint == tok.fingerprint
     texts = [*TEXTS, "", "unseen \ud800 text"]
     assert again.encode(texts, prepend="<|bos|>") == tok.encode(texts, prepend="<|bos|>")
@@ -201,6 +205,11 @@ def test_pypi_rustbpe_and_tiktoken_take_the_crates_place(
     ):
         assert ours.dtype == theirs.dtype
         assert ours.tolist() == theirs.tolist()
+
+
+def test_crate_and_caller_agree_on_the_version() -> None:
+    source = Path(trainer.__file__).parents[1] / "rustbpe" / "src" / "py.rs"
+    assert f"const VERSION: u32 = {trainer.VERSION};" in source.read_text(encoding="utf-8")
 
 
 # ---- files

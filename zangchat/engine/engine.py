@@ -126,8 +126,7 @@ def load_for_chat(
     config: CheckpointConfig, device: torch.device | str | None = None
 ) -> tuple[GPT, Any, dict[str, Any]]:
     """(model, tokenizer, meta) for a command's flags; weights in the compute dtype."""
-    if device is None:
-        device = compute_init(config.device_type)[-1]
+    device = device or compute_init(config.device_type)[-1]
     model, tokenizer, meta = checkpoint_manager.load_model(
         config.source, device, "eval", config.model_tag, config.step, config.dtype
     )

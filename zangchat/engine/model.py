@@ -9,8 +9,7 @@ Shapes: B rows, T tokens, N = B x T, C width, H query heads, G key/value heads, 
 vocabulary.
 """
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -80,8 +79,7 @@ class Int8Product(OwnKernel):
         return F.linear(x, self.weight.to(x.dtype)) * self.scales.to(x.dtype)
 
 
-Products = dict[str, Callable[[Tensor], Product]]
-PRODUCTS: Products = {"": Product, "fp16": HalfProduct, "int8": Int8Product}
+PRODUCTS = {"": Product, "fp16": HalfProduct, "int8": Int8Product}
 
 
 class Layer(NamedTuple):
@@ -117,7 +115,8 @@ class InferenceGPT:
         self.device, dtype = model.get_device(), model.compute_dtype
         self.embedding = model.wte.weight.data.to(dtype)
         self.values = {i: table.to(dtype) for i, table in value_tables(model).items()}
-        *blocks, self.head = map(PRODUCTS[quantize], self._weights(model))
+        self.products = [PRODUCTS[quantize](weight) for weight in self._weights(model)]
+        *blocks, self.head = self.products
         self.layers = [Layer(*blocks[i : i + 4]) for i in range(0, len(blocks), 4)]
         # a cache may be longer than the context, by less than its block
         cos, sin = rotary_tables(self.config, self.config.sequence_len + 64, self.device)
@@ -129,8 +128,7 @@ class InferenceGPT:
         self.embedding.copy_(model.wte.weight.data)
         for i, table in value_tables(model).items():
             self.values[i].copy_(table)
-        products = [*itertools.chain.from_iterable(self.layers), self.head]
-        for mine, weight in zip(products, self._weights(model), strict=True):
+        for mine, weight in zip(self.products, self._weights(model), strict=True):
             mine.refresh(weight)
 
     def _weights(self, model: GPT) -> Iterator[Tensor]:
@@ -195,9 +193,8 @@ class InferenceGPT:
         logits = self.head(rms_norm(x, eps))[:, : config.vocab_size].float()
         logits = logits.div_(config.logit_cap).tanh_().mul_(config.logit_cap)
         if targets is not None:
-            targets = targets.reshape(-1)
-            losses = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
-            return losses.view(B, T)
+            loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="none")
+            return loss.view(B, T)
         return logits.view(B, -1, config.vocab_size)
 
     def _store(self, layer: int, new: Tensor, B: int, kv_cache: Any) -> Attended:

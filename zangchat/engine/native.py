@@ -5,7 +5,10 @@ own way, which prompts and GPUs take, and many rows in bf16; so do x86 machines 
 all without the crate.
 """
 
+import contextlib
+import functools
 import itertools
+import logging
 import mmap
 import sys
 from typing import Any
@@ -21,13 +24,20 @@ try:
 except ImportError:  # or else the import finds the folder of its source, which has no Step
     ruststep = None  # type: ignore[assignment]
 
+logger = logging.getLogger(__name__)
+VERSION = 1  # of the crate, as in its py.rs: an older build may take other arguments
 MOST_ROWS = 64  # in bf16, if the CPU multiplies it: with more torch is faster
 # Of weights, keys, values. NumPy has no bf16, and the crate no fp16 buffers: bits as integers.
 DTYPES = {torch.float32: torch.float32, torch.bfloat16: torch.int16, torch.float16: torch.uint16}
 
 
+@functools.cache
 def is_available() -> bool:
-    return hasattr(ruststep, "Step") and ruststep.IS_FAST
+    if getattr(ruststep, "VERSION", None) == VERSION:
+        return ruststep.IS_FAST
+    if hasattr(ruststep, "Step"):
+        logger.warning("ruststep is out of date, torch decodes (slower): run `bash dev/setup.sh`")
+    return False
 
 
 def storage_dtype(compute_dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -43,14 +53,13 @@ def native_step(model: Any) -> "NativeStep | None":
 
     The weights of its products move into one piece of memory.
     """
-    products = [*itertools.chain.from_iterable(model.layers), model.head]
-    known = all(product.weight.dtype in (*DTYPES, torch.int8) for product in products)
     fits = model.config.head_dim % 8 == 0 and model.embedding.dtype in DTYPES
-    if not (is_available() and model.device.type == "cpu" and known and fits):
+    if not (is_available() and model.device.type == "cpu" and fits):
         return None
-    for product, weight in zip(products, side_by_side([p.weight for p in products]), strict=True):
+    weights = [product.weight for product in model.products]
+    for product, weight in zip(model.products, side_by_side(weights), strict=True):
         product.weight = weight
-    return NativeStep(model, [product.arrays() for product in products])
+    return NativeStep(model)
 
 
 def side_by_side(tensors: list[Tensor]) -> list[Tensor]:
@@ -58,7 +67,7 @@ def side_by_side(tensors: list[Tensor]) -> list[Tensor]:
     and the machine looks up the address of each page."""
     ends = list(itertools.accumulate(-(-tensor.nbytes // 64) * 64 for tensor in tensors))
     flat, copies = torch.empty(ends[-1], dtype=torch.uint8), []
-    if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
+    with contextlib.suppress(AttributeError, OSError):  # not Linux, or one built without them
         memory = mmap.mmap(-1, ends[-1], flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(mmap.MADV_HUGEPAGE)
         flat = torch.frombuffer(memory, dtype=torch.uint8)
@@ -69,8 +78,8 @@ def side_by_side(tensors: list[Tensor]) -> list[Tensor]:
 
 
 class NativeStep:
-    def __init__(self, model: Any, arrays: list[Any]) -> None:
-        *layers, head = arrays
+    def __init__(self, model: Any) -> None:
+        *layers, head = [product.arrays() for product in model.products]
         config, tables = model.config, model.values
         torch_is_faster = model.compute_dtype == torch.bfloat16 and cpu_has_bf16()
         self.most_rows = MOST_ROWS if torch_is_faster else sys.maxsize

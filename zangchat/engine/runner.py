@@ -72,8 +72,7 @@ class Runner:
         # of the running rows; None after they changed: a new one needs to know all their tokens
         self.sampler: Sampler | None = None
         self._newest: Tensor | None = None  # (B,) the last draw, in the order of the running rows
-        held = self.cache.storage.nbytes
-        self.cache.budget = held + CACHE_SHARE * free_memory(self.device)
+        self.cache.budget = self.cache.storage.nbytes + CACHE_SHARE * free_memory(self.device)
 
     def move_rows(self, sources: list[int]) -> None:
         """Put into each row what was in its source, and drop the rows after them."""
@@ -132,10 +131,8 @@ class Runner:
             self.graphs.clear()
         parts = [prompt.tokens[prompt.read : prompt.read + chunk.size] for prompt in prompts]
         rows, start = [prompt.row for prompt in prompts], prompts[0].read
-        size = -(-chunk.size // self.prompt_multiple) * self.prompt_multiple
-        size = min(
-            size, self.model.config.sequence_len - start, cache.capacity - cache.ahead - start
-        )
+        room = min(self.model.config.sequence_len, cache.capacity - cache.ahead) - start
+        size = min(-(-chunk.size // self.prompt_multiple) * self.prompt_multiple, room)
         for prompt in prompts:
             cache.lengths[prompt.row] = prompt.read
         idx = padded(parts, self.device, size)

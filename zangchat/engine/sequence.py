@@ -72,8 +72,7 @@ class Sequence:
         if self.reply and self.reply.stopped:
             self.stop_reason = "stop"
         elif len(self.tokens) >= self.limit:
-            end = self.end("length")
-            pieces = pieces + end.pieces
+            pieces = pieces + self.end("length").pieces
         says = self.reply is not None and self.reply.says(token)
         return Event(self, token, self.mask[-1], logprob, pieces, says)
 

@@ -10,7 +10,7 @@ first gives up, in jail/:
                    wall-clock time and the output
   files            Landlock: the same files, by another part of the kernel; no program is started
   system calls     a seccomp filter: no socket, no new process or program, no tracing, no signal to
-                   others; without a /tmp no writing
+                   others and no memory shared with them; without a /tmp no writing
 
 Machines allow different layers (containers often forbid namespaces, macOS has neither), so
 `find_sandbox` attacks each layer and then all together, once, and reports what held. Below

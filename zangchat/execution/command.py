@@ -38,6 +38,7 @@ def bubblewrap() -> list[str]:
             flags += ["--symlink", os.readlink(path), path]
         else:
             flags += ["--dev-bind" if path.startswith("/dev/") else "--ro-bind", path, path]
+    # the number of files stays without a limit: there is no option for it, see namespaces.FILES
     flags += ["--size", str(TMP_BYTES), "--perms", "1777", "--tmpfs", "/tmp"]
     return [*flags, "--remount-ro", "/", "--chdir", "/tmp", "--"]
 

@@ -1,6 +1,7 @@
 """Finds the sandbox of this machine, by attacks on each layer and on all together."""
 
 import contextlib
+import ctypes
 import functools
 import json
 import os
@@ -18,7 +19,7 @@ from zangchat.execution.supervisor import run_in_jail
 
 ATTACK = """
 import ctypes, fcntl, json, os, socket
-port, secret, target, victim = {port!r}, {secret!r}, {target!r}, {victim!r}
+port, secret, target, victim, segment = {port!r}, {secret!r}, {target!r}, {victim!r}, {segment!r}
 def succeeds(attack):
     try:
         return attack() is not False
@@ -33,6 +34,8 @@ print(json.dumps({{
     "signal": succeeds(lambda: os.kill(victim, 0))
         or succeeds(lambda: fcntl.fcntl(1, fcntl.F_SETOWN, victim)),
     "trace": succeeds(lambda: ctypes.CDLL(None).ptrace(0x4206, victim, 0, 0) == 0),  # PTRACE_SEIZE
+    "share": succeeds(lambda: ctypes.CDLL(None).shmat(segment, None, 0o10000) != -1)
+        or succeeds(lambda: os.sched_setaffinity(victim, os.sched_getaffinity(victim))),
     "root": succeeds(lambda: os.setuid(0)),
     "write": succeeds(lambda: os.close(os.open(target, os.O_WRONLY))),
     "change": succeeds(lambda: os.chmod(target, 0o644)),
@@ -41,13 +44,13 @@ print(json.dumps({{
     "memory": succeeds(lambda: bytearray(2**30)),
 }}))
 """
-WORLD = ("network", "signal", "trace", "write", "change", "read", "environment")
+WORLD = ("network", "signal", "trace", "share", "write", "change", "read", "environment")
 # {layer: attacks that it blocks by itself}; the reported level is what all layers block together.
 BLOCKED_BY = {
     "bubblewrap": WORLD,
     "namespaces": WORLD,
     "landlock": ("write", "read", "environment"),
-    "seccomp": ("network", "process", "signal", "trace", "write", "change"),
+    "seccomp": ("network", "process", "signal", "trace", "share", "write", "change"),
 }
 
 
@@ -94,11 +97,10 @@ def attack(jail: Jail) -> dict[str, bool]:
         for path, mode in ((secret, 0o644), (target, 0o600), (Path(folder), 0o755)):
             path.touch()
             path.chmod(mode)  # all users may read the secret: only a world or Landlock hides it
-        with _victim() as victim:
+        paths = {"secret": str(secret), "target": str(target)}
+        with _victim() as victim, _shared_memory() as segment:
             port = server.getsockname()[1]
-            program = ATTACK.format(
-                port=port, secret=str(secret), target=str(target), victim=victim
-            )
+            program = ATTACK.format(port=port, victim=victim, segment=segment, **paths)
             result = run_in_jail(program, jail, timeout=20.0, memory_bytes=MEMORY_BYTES)
     if not result.success:
         raise SandboxError(f"the probe failed: {result.error}; {result.stderr[-300:]}")
@@ -119,10 +121,20 @@ def _victim() -> Iterator[int]:
             sleeper.wait()
 
 
+@contextlib.contextmanager
+def _shared_memory() -> Iterator[int]:
+    """The id of a System V segment that all users may read; -1 where there are none."""
+    segment = ctypes.CDLL(None).shmget(0, 1, 0o644)  # IPC_PRIVATE
+    try:
+        yield segment
+    finally:
+        ctypes.CDLL(None).shmctl(segment, 0, None)  # IPC_RMID
+
+
 def _level(through: dict[str, bool]) -> SandboxLevel:
     if through["memory"]:
         return SandboxLevel.NONE
-    harm = ("root", "network", "process", "signal", "trace", "write", "change")
+    harm = ("root", "network", "process", "signal", "trace", "share", "write", "change")
     if any(through[name] for name in harm):
         return SandboxLevel.LIMITS
     reads = through["read"] or through["environment"]

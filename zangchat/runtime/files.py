@@ -76,6 +76,16 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
         file.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
 
 
+def open_for_lines(path: str | Path) -> IO[bytes]:
+    """Open a file to append lines. If its last one has no end, as some editors leave it, it gets
+    one."""
+    file = open(path, "ab+")  # noqa: SIM115, the caller closes it
+    file.seek(max(0, file.tell() - 1))
+    if file.read(1) not in (b"", b"\n"):
+        file.write(b"\n")
+    return file
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename durable.
 

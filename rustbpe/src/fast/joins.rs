@@ -29,6 +29,7 @@ const EMPTY: u64 = u64::MAX;
 const NONE: u32 = u32::MAX;
 /// Ids and 256 places fit in 32 bits.
 const PLACE_BITS: u32 = 8;
+const EIGHT: usize = 8;
 
 impl Joins {
     pub fn new(tokens: &[Token]) -> Result<Self, Error> {
@@ -132,17 +133,17 @@ impl Joins {
     /// Joins a piece of at most 256 parts; false if it has more.
     fn join_few(&self, piece: &[u8], out: &mut Vec<u32>) -> bool {
         match piece.len() {
-            ..=32 => self.join::<32>(piece, out),
-            _ => self.join::<256>(piece, out),
+            ..=32 => self.join::<{ 32 + EIGHT }>(lowest, piece, out),
+            _ => self.join::<{ 256 + EIGHT }>(lowest_of_many, piece, out),
         }
     }
 
-    /// Joins a piece of at most MOST parts; false if it has more.
-    #[inline]
-    fn join<const MOST: usize>(&self, piece: &[u8], out: &mut Vec<u32>) -> bool {
-        let (mut ids, mut ranks, mut length, mut at) = ([0; MOST], [NONE; MOST], 0, 0);
+    /// Joins a piece of at most SIZE - EIGHT parts; false if it has more.
+    #[inline(always)]
+    fn join<const SIZE: usize>(&self, lowest: impl Fn(&[u32; SIZE], usize) -> (u32, usize), piece: &[u8], out: &mut Vec<u32>) -> bool {
+        let (mut ids, mut ranks, mut length, mut at) = ([0; SIZE], [NONE; SIZE], 0, 0);
         while at < piece.len() {
-            if length == MOST {
+            if length == SIZE - EIGHT {
                 return false;
             }
             let (id, width) = self.characters.first(piece, at);
@@ -153,17 +154,15 @@ impl Joins {
             (length, at) = (length + 1, at + width);
         }
         while length > 1 {
-            // The leftmost of equal ranks: rank and place are compared as one number. The last rank of all is NONE.
-            let lowest =
-                |eight: &[u32], at: u32| eight.iter().zip(at..).map(|(&rank, at)| rank << PLACE_BITS | at).fold(u32::MAX, u32::min);
-            let eights = ranks.chunks_exact(8).zip((0..).step_by(8)).take(length.div_ceil(8));
-            let best = eights.map(|(eight, at)| lowest(eight, at)).fold(u32::MAX, u32::min);
-            let (rank, at) = (best >> PLACE_BITS, best as usize & ((1 << PLACE_BITS) - 1));
-            if rank == NONE >> PLACE_BITS {
+            let (rank, at) = lowest(&ranks, length);
+            if rank == NONE {
                 break;
             }
-            ids.copy_within(at + 2..length, at + 1);
-            ranks.copy_within(at + 2..length, at + 1);
+            for from in (at + 2..length).step_by(EIGHT) {
+                // of a constant length, which needs no call; beyond the parts there are NONEs
+                ids.copy_within(from..from + EIGHT, from - 1);
+                ranks.copy_within(from..from + EIGHT, from - 1);
+            }
             ids[at] = rank;
             length -= 1;
             ranks[at] = if at + 1 < length { self.get(rank, ids[at + 1]) } else { NONE };
@@ -173,5 +172,28 @@ impl Joins {
         }
         out.extend_from_slice(&ids[..length]);
         true
+    }
+}
+
+/// The lowest of the first ranks, NONE if no two parts join, and the leftmost place that has it.
+#[inline(always)]
+fn lowest<const SIZE: usize>(ranks: &[u32; SIZE], length: usize) -> (u32, usize) {
+    let (mut best, mut place) = (NONE, 0);
+    for (at, &rank) in ranks[..length].iter().enumerate() {
+        if rank < best {
+            (best, place) = (rank, at);
+        }
+    }
+    (best, place)
+}
+
+/// The same, EIGHT at a time: rank and place are compared as one number.
+#[inline(always)]
+fn lowest_of_many<const SIZE: usize>(ranks: &[u32; SIZE], length: usize) -> (u32, usize) {
+    let lowest = |eight: &[u32], at: u32| eight.iter().zip(at..).map(|(&rank, at)| rank << PLACE_BITS | at).fold(u32::MAX, u32::min);
+    let eights = ranks.chunks_exact(EIGHT).zip((0..).step_by(EIGHT)).take(length.div_ceil(EIGHT));
+    match eights.map(|(eight, at)| lowest(eight, at)).fold(u32::MAX, u32::min) {
+        best if best >> PLACE_BITS == NONE >> PLACE_BITS => (NONE, 0),
+        best => (best >> PLACE_BITS, best as usize & ((1 << PLACE_BITS) - 1)),
     }
 }

@@ -11,6 +11,7 @@ CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x4000000, 0x8000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
 MNT_DETACH = 2
+FILES = "nr_inodes=4096"  # of a tmpfs: an empty one takes a kilobyte that `size` does not count
 SYS_MOUNT_SETATTR = 442  # on all machines
 SYS_PIVOT_ROOT = {"x86_64": 155}  # 41 on all others
 
@@ -42,7 +43,7 @@ def build_root(folder: str, visible: tuple[str, ...], tmp_bytes: int) -> None:
         call("mount", *strings, long(flags), options.encode())
 
     mount("none", "/", "", MS_REC | MS_PRIVATE)  # mounts made here do not reach the outside
-    mount("tmpfs", folder, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
+    mount("tmpfs", folder, "tmpfs", MS_NOSUID | MS_NODEV, f"size=1m,{FILES},mode=755")
     for path in visible:
         target = folder + path
         os.makedirs(os.path.dirname(target), mode=0o755, exist_ok=True)
@@ -57,7 +58,7 @@ def build_root(folder: str, visible: tuple[str, ...], tmp_bytes: int) -> None:
         if not path.startswith("/dev/"):
             read_only(target)
     os.mkdir(folder + "/tmp")
-    tmp_options = f"size={tmp_bytes},mode=1777"
+    tmp_options = f"size={tmp_bytes},{FILES},mode=1777"
     mount("tmpfs", folder + "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, tmp_options)
     os.chdir(folder)
     pivot_root = SYS_PIVOT_ROOT.get(os.uname().machine, 41)
