@@ -169,15 +169,14 @@ def _judge(error: Exception) -> Failure:
     """The client's errors differ between versions, but those for absent things are known to be
     final.
     """
-    import datasets
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets import config, exceptions
 
     response = _response(error)
     absent = (
         RepositoryNotFoundError,
         RevisionNotFoundError,
         EntryNotFoundError,
-        DatasetNotFoundError,
+        exceptions.DatasetNotFoundError,
         ImportError,  # of a SOCKS proxy's package
         ValueError,
         UserError,
@@ -185,7 +184,7 @@ def _judge(error: Exception) -> Failure:
     final = isinstance(error, absent) or (response is not None and is_refusal(response.status_code))
     if isinstance(error, LocalEntryNotFoundError):
         final = False  # the client raises it when it could not connect
-    offline = constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE
+    offline = constants.HF_HUB_OFFLINE or config.HF_HUB_OFFLINE
     final = final or offline or disk_error(error) is not None
     return Failure(
         _short(error), final, retry_after(response.headers) if response is not None else 0.0
