@@ -33,7 +33,7 @@ from typing import Any
 from zangchat import configurator
 from zangchat.dataset import datasets_dir, find_dataset, folder_lock
 from zangchat.dataset.find import name_of
-from zangchat.dataset.manifest import FORMAT, replace_folder, write_manifest
+from zangchat.dataset.manifest import FORMAT, building_folder, replace_folder, write_manifest
 from zangchat.dataset.shards import GROUP_DOCUMENTS, record_text
 from zangchat.errors import UserError, explain
 from zangchat.runtime.files import expand_home, file_sha256
@@ -78,7 +78,7 @@ def repackage(config: Config) -> int:
                 f"{folder} is there already: choose another --name, or give --overwrite to make it "
                 "again"
             )
-        building = folder.with_name(f".{name}.building")
+        building = building_folder(folder)
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
         documents = itertools.islice(

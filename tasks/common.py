@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from zangchat.conversation import Content, Conversation, OrderError, tool_used, turns, visible_text
-from zangchat.errors import UserError, explain
+from zangchat.errors import UserError, disk_error, explain
 from zangchat.runtime.files import PACKED, get_base_dir, read_jsonl, unpacked, unpacked_name
 from zangchat.runtime.seeds import derive_seed
 
@@ -341,12 +341,14 @@ def _from_hub(repo: str, config: str, split: str, home: Path) -> Any:
 
     wanted = f"{repo} ({f'{config}, ' if config else ''}split {split})"
     try:
-        if not datasets.config.HF_HUB_OFFLINE and not hub.is_reachable(hub.endpoint()):
-            raise ConnectionError(
-                "it cannot be reached (HF_HUB_OFFLINE=1 uses what is in its cache)"
-            )
+        if not datasets.config.HF_HUB_OFFLINE and (problem := hub.unreachable(hub.endpoint())):
+            raise ConnectionError(f"{problem} (HF_HUB_OFFLINE=1 uses what is in its cache)")
         return hub.fetch_table(repo, config, split)
-    except (OSError, ValueError, RuntimeError) as error:  # offline, refused, no such split
+    except UserError:
+        raise
+    except Exception as error:  # offline, refused, no such split: clients differ
+        if disk_error(error):
+            raise
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MissingData(
             f"no {home}/{split}.parquet or .jsonl, and the hub did not give {wanted}: {cause}; "

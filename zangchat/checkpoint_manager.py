@@ -168,21 +168,17 @@ def find_verified_step(checkpoint_dir: str | Path, step: int | None = None) -> i
     With `step`, only that one: raises CheckpointError if it does not verify. Raises FormatError for
     a later step of another format, which a run that continues from here would make again.
     """
-    found = step
-    refusal: CheckpointError | None = None
-    if collectives.world()[0] == 0:
-        try:
-            if step is None:
-                found = next(steps(checkpoint_dir, check="hashes"), None)
-            else:
-                verify_checkpoint(checkpoint_dir, step, hashes=True)
-            refuse_other_formats(checkpoint_dir, after=-1 if found is None else found)
-        except CheckpointError as error:
-            refusal = error
-    found, refusal = collectives.from_rank_0((found, refusal))
-    if refusal is not None:
-        raise refusal
-    return found
+
+    def find() -> int | None:
+        found = step
+        if step is None:
+            found = next(steps(checkpoint_dir, check="hashes"), None)
+        else:
+            verify_checkpoint(checkpoint_dir, step, hashes=True)
+        refuse_other_formats(checkpoint_dir, after=-1 if found is None else found)
+        return found
+
+    return collectives.decided(find)
 
 
 def find_largest_model(checkpoints_dir: str | Path) -> str:
@@ -344,10 +340,14 @@ def load_model_from_dir(
     dtype: str = "",
 ) -> tuple["GPT", "RustBPETokenizer", dict[str, Any]]:
     """build_model on `model_tag` (default: find_largest_model) and `step` (default:
-    find_last_step).
+    find_last_step); rank 0 chooses for all.
     """
-    directory = resolve_tag(checkpoints_dir, model_tag)
-    step = find_last_step(directory) if step is None else step
+
+    def choose() -> tuple[Path, int]:
+        directory = resolve_tag(checkpoints_dir, model_tag)
+        return directory, find_last_step(directory) if step is None else step
+
+    directory, step = collectives.decided(choose)
     log0(f"loading {directory.parent.name}/{directory.name}, step {step}")
     return build_model(directory, step, device, phase, dtype)
 

@@ -19,7 +19,6 @@ values are read here, so that every mistake gets one sentence instead of a panel
 import contextlib
 import dataclasses
 import difflib
-import errno
 import math
 import re
 import sys
@@ -31,7 +30,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import tyro
 
 from zangchat.config import MIN_TEMPERATURE, USER_LIMITS
-from zangchat.errors import UserError
+from zangchat.errors import DISK_ERRORS, UserError
 from zangchat.runtime.files import expand_home
 from zangchat.runtime.logs import setup_default_logging
 from zangchat.runtime.processes import (
@@ -49,7 +48,6 @@ from zangchat.runtime.processes import (
 
 C = TypeVar("C")
 
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
 FAILED = 1  # exit codes
 USER_ERROR = 2
 BROKEN_PIPE = 141  # as a shell reports a writer whose reader has closed the pipe

@@ -111,9 +111,17 @@ def find_bundle(download: bool = True) -> Path:
                 "put the bundle there"
             )
         url = os.environ.get("ZANGCHAT_EVAL_BUNDLE_URL") or BUNDLE_URL
-        archive = download_file_with_lock(
-            url, "eval_bundle.zip", postprocess_fn=lambda path: unpack(path, folder)
-        )
+
+        def unpack_new(path: Path) -> None:
+            try:
+                unpack(path, folder)
+            except UserError as error:  # it names the file, which will be gone
+                raise UserError(
+                    f"what {url} gave is not the zip file of CORE: check the network, or set "
+                    "ZANGCHAT_EVAL_BUNDLE_URL to a mirror"
+                ) from error
+
+        archive = download_file_with_lock(url, "eval_bundle.zip", postprocess_fn=unpack_new)
         with file_lock(f"{archive}.lock"):  # several ranks may find a zip that somebody put there
             if not (folder / "core.yaml").is_file():
                 unpack(archive, folder)
@@ -126,6 +134,7 @@ def unpack(archive: Path, folder: Path) -> None:
     Raises UserError for a zip whose members would leave the folder, are links, or exceed
     MAX_BUNDLE_BYTES.
     """
+    folder = folder.resolve()  # it may be a link to another disk
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".eval_bundle.") as temporary:
         damaged, remedy = f"{archive} is damaged", "delete it and run this again"

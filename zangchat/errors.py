@@ -3,11 +3,21 @@ one.
 """
 
 import contextlib
+import errno
 from collections.abc import Iterator
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
 
 
 class UserError(Exception):
     """A user's mistake: one sentence that names the flag or file, the problem and the way out."""
+
+
+def disk_error(error: BaseException | None) -> OSError | None:
+    """The error of a full or forbidden disk: this one, or the one that led to it, or None."""
+    while error is not None and getattr(error, "errno", None) not in DISK_ERRORS:
+        error = error.__cause__ or error.__context__
+    return error if isinstance(error, OSError) else None
 
 
 @contextlib.contextmanager

@@ -120,7 +120,7 @@ def vowels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     module.Vowels = Vowels  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "tasks.vowels", module)
     monkeypatch.setitem(REGISTRY, "Vowels", Entry("tasks.vowels", "Vowels"))
-    monkeypatch.setattr(hub, "is_reachable", lambda url: False)
+    monkeypatch.setattr(hub, "unreachable", lambda url: "it cannot be reached")
     yield
 
 

@@ -17,6 +17,7 @@ import torch
 from zangchat import checkpoint_files
 from zangchat import checkpoint_manager as cm
 from zangchat.errors import UserError
+from zangchat.runtime import collectives
 from zangchat.runtime.files import file_sha256
 
 MODEL = {
@@ -456,6 +457,19 @@ def test_a_model_is_loaded_with_the_tokenizer_beside_it(trained):
         model(torch.arange(8)[None]), torch.load(trained / "logits.pt", weights_only=True)
     )
     assert cm.load_model("sft", "cpu", "train")[0].training
+
+
+def test_all_ranks_load_the_step_that_rank_0_has_chosen(trained, monkeypatch):
+    directory = trained / "chatsft_checkpoints" / "d1"
+    model, _, meta = cm.load_model("sft", "cpu", "eval")
+    # another process saves it when rank 0 has looked
+    cm.save_checkpoint(directory, 4, model.state_dict(), None, meta)
+    monkeypatch.setattr(collectives, "world", lambda: (1, 2))
+    monkeypatch.setattr(collectives, "from_rank_0", lambda own: ((directory, 3), None))
+    assert cm.load_model("sft", "cpu", "eval")[2]["step"] == 3
+    monkeypatch.setattr(collectives, "from_rank_0", lambda own: (None, UserError("none there")))
+    with pytest.raises(UserError, match="none there"):
+        cm.load_model("sft", "cpu", "eval")
 
 
 def test_a_stage_given_as_tag_is_taken_as_the_source(trained, caplog):

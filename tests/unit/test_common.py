@@ -1,5 +1,6 @@
 """Shared basics: the base folder, files, downloads, logs, seeds, devices, processes."""
 
+import errno
 import hashlib
 import http.server
 import json
@@ -196,6 +197,22 @@ def test_permanent_download_errors_are_reported_and_leave_nothing(
     assert server.requests == requests
     assert not (base_dir / "file.bin").exists()
     assert rubbish(base_dir) == []
+
+
+def test_a_download_needs_an_address(base_dir):
+    for url in ("mirror.example/file.bin", "/data/file.bin"):
+        with pytest.raises(UserError, match=f"{url} .*: an address begins with https://"):
+            common.download_file_with_lock(url, "file.bin")
+
+
+def test_a_full_disk_ends_a_download(server, base_dir, monkeypatch):
+    def sync(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with pytest.raises(OSError, match="No space left"):
+        common.download_file_with_lock(server.url, "file.bin")
+    assert server.requests == 1 and rubbish(base_dir) == []
 
 
 def test_download_without_a_server(monkeypatch):

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from tests.hub.server import Hub
 from tests.reference import core_eval as slow
 from tests.util import ByteTokenizer, lively_model
 from zangchat import core_eval
@@ -326,6 +327,25 @@ def test_a_bundle_is_unpacked_whole_or_not_at_all(tmp_path):
     with pytest.raises(UserError, match="damaged"):
         core_eval.unpack(tmp_path / "cut.zip", tmp_path / "target")
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+def test_a_bundle_may_be_a_link_to_another_disk(tmp_path):
+    archive = zipped(tmp_path / "a.zip", {"eval_bundle/core.yaml": "x"})
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "not there yet"):
+        (link := tmp_path / f"link to {name}").symlink_to(tmp_path / name)
+        core_eval.unpack(archive, link)
+        assert link.is_symlink() and (tmp_path / name / "core.yaml").read_text() == "x"
+
+
+def test_a_page_in_place_of_the_bundle_is_named_by_its_address(base_dir, monkeypatch):
+    with Hub([], {"ZANGCHAT_EVAL_BUNDLE_URL": ("/a.zip", b"<html>log in first</html>")}) as hub:
+        url = hub.variables["ZANGCHAT_EVAL_BUNDLE_URL"]
+        monkeypatch.setenv("ZANGCHAT_EVAL_BUNDLE_URL", url)
+        with pytest.raises(UserError) as told:
+            core_eval.find_bundle()
+    assert f"what {url} gave is not the zip file" in str(told.value)
+    assert ".part" not in str(told.value) and not list(base_dir.glob("*.zip"))
 
 
 def test_a_damaged_bundle_is_told_wherever_the_damage_is(tmp_path):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.util import make_dataset
-from zangchat.dataset import find_dataset, folder_lock
+from zangchat.dataset import find_dataset, folder_lock, manifest
 from zangchat.dataset import shards as data
 from zangchat.dataset.__main__ import main
 from zangchat.dataset.shards import cut_text, record_text, write_shard
@@ -395,6 +395,20 @@ def test_a_dataset_is_tokenised_and_verified(base_data, capsys):
     )
 
 
+def test_a_folder_that_is_a_link_to_another_disk_stays_one(base_data, tmp_path):
+    base_data.mkdir()
+    (tmp_path / "disk").mkdir()
+    RustBPETokenizer.train_from_iterator(iter(["some text"]), 270).save(tokenizer_dir())
+    for name in ("mine", "mine-tokens"):
+        (base_data / name).symlink_to(tmp_path / "disk" / name)
+    for _ in range(3):
+        make_dataset(base_data / "mine", ["some text"] * 10)
+        assert main(["tokenize", "--dataset=mine", "--overwrite"]) == 0
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["mine", "mine-tokens"]
+    assert all((base_data / name).is_symlink() for name in ("mine", "mine-tokens"))
+    assert main(["verify", "--dataset=mine-tokens"]) == 0
+
+
 def test_a_missing_shard_is_waited_for_only_while_it_is_on_its_way(base_data):
     dataset = make_dataset(base_data / "mine", ["some text"])
     shard = dataset.folder / "shard_00000.parquet"
@@ -416,6 +430,27 @@ def test_a_missing_shard_is_waited_for_only_while_it_is_on_its_way(base_data):
     started.wait()
     assert list(dataset.iter_documents("train")) == ["some text"]
     thread.join()
+
+
+def test_a_shard_that_this_node_sees_late_is_waited_for(base_data, monkeypatch):
+    dataset = make_dataset(base_data / "mine", ["some text"])
+    shard = dataset.folder / "shard_00000.parquet"
+    aside = shard.rename(shard.with_suffix(".aside"))
+    looks = []
+
+    def is_running(folder):
+        looks.append(folder)
+        if len(looks) == 3:
+            aside.rename(shard)
+        return len(looks) == 1
+
+    monkeypatch.setattr(manifest, "download_is_running", is_running)
+    assert list(dataset.iter_documents("train")) == ["some text"]
+    shard.rename(aside)
+    looks.clear()
+    monkeypatch.setattr(manifest, "LATE", 0.0)
+    with pytest.raises(UserError, match="nothing is fetching it"):
+        dataset.num_groups(shard.name, "train")
 
 
 # ---- the command ---------------------------------------------------------------------------------

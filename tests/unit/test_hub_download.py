@@ -1,6 +1,7 @@
 """Download shards with the real huggingface_hub client from a server that misbehaves on purpose."""
 
 import base64
+import errno
 import hashlib
 import json
 import os
@@ -10,11 +11,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
+from huggingface_hub import constants
+from huggingface_hub.utils import close_session
 
 from tests.hub.server import Hub, Repo
 from zangchat.dataset import find_dataset, folder_lock, hub
 from zangchat.dataset.__main__ import main
+from zangchat.dataset.manifest import check_shard
 from zangchat.dataset.shards import write_shard
 from zangchat.errors import UserError
 
@@ -100,6 +105,18 @@ def test_repeated_download_fetches_only_missing_shards(server, capsys):
     assert server.requests == []
 
 
+def test_an_interrupted_download_can_be_made_smaller(server):
+    server.faults[SHARD1] = [404] * 100
+    with pytest.raises(UserError, match="shard_00001"):
+        hub.download("climbmix", -1, num_workers=1)
+    server.requests.clear()
+    dataset = download(1)
+    assert dataset.shards("train") == ["shard_00000.parquet"] and server.requests == []
+    assert find_dataset("climbmix").fingerprint == dataset.fingerprint
+    server.faults.clear()
+    assert same_files(download(3), server)
+
+
 def test_broken_download_resumes_midway(server, tmp_path):
     big = tmp_path / "big.parquet"  # the client keeps a partial download in steps of 10 MiB
     write_shard(
@@ -158,6 +175,23 @@ def test_verify_reports_a_damaged_shard_and_repair_fetches_it(server, capsys):
     assert same_files(dataset, server) and main(["verify"]) == 0
 
 
+def test_repair_keeps_what_a_running_download_has_brought_meanwhile(server, monkeypatch):
+    dataset = download(2)
+    shard = dataset.folder / "shard_00001.parquet"
+    aside = shard.rename(shard.with_suffix(".aside"))
+
+    def check(path, entry):
+        problem = check_shard(path, entry)
+        if problem:
+            aside.rename(path)
+        return problem
+
+    monkeypatch.setattr("zangchat.dataset.__main__.check_shard", check)
+    server.requests.clear()
+    assert main(["verify", "--repair"]) == 0
+    assert same_files(dataset, server) and server.requests == []
+
+
 def test_leftovers_of_a_killed_process_are_removed(server):
     download(1)
     folder = find_dataset("climbmix").folder
@@ -196,6 +230,62 @@ def test_repository_missing_on_the_mirror_is_named(server):
         UserError, match=r"does not list karpathy/fineweb-edu-100b-shuffle .*--source=pydocs"
     ):
         download(1, source="fineweb-edu")
+
+
+@pytest.fixture
+def no_proxies(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    hub.unreachable.cache_clear()
+    close_session()  # it has read the variables
+    yield
+    close_session()
+
+
+def test_the_hub_is_asked_through_the_proxy_of_its_client(no_proxies, monkeypatch):
+    with Hub([]) as proxy:
+        monkeypatch.setenv("ALL_PROXY", proxy.url)
+        assert hub.unreachable("http://hub.example") == ""
+        assert proxy.unknown == ["HEAD http://hub.example/"]
+
+
+def test_it_is_said_why_the_hub_cannot_be_reached(no_proxies, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "no.address")
+    with pytest.raises(
+        UserError, match=r"cannot be reached \(.*(protocol|scheme).*--source=pydocs"
+    ):
+        download(1)
+
+
+@pytest.mark.parametrize("settings", [constants, datasets.config])
+def test_a_hub_that_is_switched_off_is_not_tried_again(base_dir, monkeypatch, settings):
+    tries = []
+
+    def load(*args):
+        tries.append(args)
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", load)
+    monkeypatch.setattr(hub, "RETRY_WAIT", 0.01)
+    monkeypatch.setattr(settings, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError):
+        hub.fetch_table("owner/name", "", "train")
+    assert len(tries) == 1
+
+
+def test_a_full_disk_is_told_at_once(server, monkeypatch, capsys):
+    tries = []
+
+    def fetch(*args, **kwargs):
+        tries.append(args)
+        raise RuntimeError("not written") from OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(hub, "hf_hub_download", fetch)
+    assert main(["-n", "1", "-w", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "No space left on device: make room" in error and "HF_ENDPOINT" not in error
+    assert len(tries) == 1
 
 
 def test_file_missing_on_the_mirror_is_named(server):

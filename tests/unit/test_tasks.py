@@ -1,5 +1,6 @@
 """Tasks over downloaded data and files, mixtures, the registry."""
 
+import errno
 import json
 import sys
 import types
@@ -82,7 +83,7 @@ def no_hub(monkeypatch):
         raise ConnectionError("offline")
 
     monkeypatch.setattr(hub, "fetch_table", fetch_table)
-    monkeypatch.setattr(hub, "is_reachable", lambda url: True)
+    monkeypatch.setattr(hub, "unreachable", lambda url: "")
     return asked
 
 
@@ -392,10 +393,31 @@ def test_without_a_file_the_hub_is_asked_and_without_the_hub_it_is_said_what_to_
 
 
 def test_a_hub_that_cannot_be_reached_is_not_asked_for_each_dataset(base_dir, no_hub, monkeypatch):
-    monkeypatch.setattr(hub, "is_reachable", lambda url: False)
+    monkeypatch.setattr(hub, "unreachable", lambda url: "it cannot be reached")
     with pytest.raises(MissingData, match="cannot be reached"):
         len(GSM8K(split="train"))
     assert no_hub == []
+
+
+@pytest.mark.parametrize(
+    "error", [ImportError("no socksio"), Exception("closed without an answer")]
+)
+def test_whatever_the_client_raises_the_dataset_is_missing(base_dir, monkeypatch, error):
+    def fetch_table(*args: str) -> Any:
+        raise error
+
+    monkeypatch.setattr(hub, "fetch_table", fetch_table)
+    with pytest.raises(MissingData, match=str(error)):
+        len(GSM8K(split="train"))
+
+
+def test_a_full_disk_is_not_blamed_on_the_hub(base_dir, monkeypatch):
+    def fetch_table(*args: str) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(hub, "fetch_table", fetch_table)
+    with pytest.raises(OSError, match="No space left"):
+        len(GSM8K(split="train"))
 
 
 def test_files_that_are_not_the_dataset_are_named(base_dir):

@@ -21,13 +21,16 @@ from tests.unit.test_trainer import evaluating_stage, make_trainer, outcome
 from zangchat import checkpoint_files, checkpoint_manager, configurator
 from zangchat.config import RunState, TrainPlan
 from zangchat.errors import UserError
+from zangchat.runtime import collectives
 from zangchat.runtime.files import atomic_write
 from zangchat.training import saves, signals
 from zangchat.training.flags import RunConfig
 from zangchat.training.metrics import MetricsFile, last_step
+from zangchat.training.resolve import REPORTED, is_finished
 from zangchat.training.saves import SaveSchedule
 from zangchat.training.settings import DEFAULTS, fill, inherited, resumed
 from zangchat.training.signals import StopSignals
+from zangchat.training.start import choose_tags, find_source
 from zangchat.training.step import PATIENCE, LossScale
 
 # ---- the run state, and that of checkpoints with `extra` -----------------------------------------
@@ -357,6 +360,28 @@ def test_a_resumed_run_has_its_old_settings_and_new_free_flags():
     assert "give --matrix_lr=0.1 and leave out --dataset, or start over with --overwrite" in str(
         refusal.value
     )
+
+
+def test_all_ranks_start_from_the_model_that_rank_0_has_chosen(base_dir, monkeypatch):
+    for step in (3, 4):  # and d3, of which rank 0 has seen nothing yet
+        for tag in ("d2", "d3"):
+            folder = base_dir / "base_checkpoints" / tag
+            meta = {"model_config": {}, "user_config": {}}
+            checkpoint_manager.save_checkpoint(folder, step, {"w": torch.ones(1)}, None, meta)
+    monkeypatch.setattr(collectives, "world", lambda: (1, 2))
+    monkeypatch.setattr(collectives, "from_rank_0", lambda own: ("d2", None))
+    config = choose_tags(mid_train.Config(), "base")
+    assert config.model_tag == "d2"
+    monkeypatch.setattr(collectives, "from_rank_0", lambda own: (3, None))
+    assert find_source("mid", config, "base").step == 3
+
+
+def test_all_ranks_agree_whether_a_run_is_finished(tmp_path, monkeypatch):
+    (tmp_path / REPORTED).write_text("5")
+    state = RunState(step=5, num_iterations=5, hooks_done=5)
+    for agreed in (True, False):
+        monkeypatch.setattr(collectives, "from_rank_0", lambda own, agreed=agreed: agreed)
+        assert is_finished("mid", mid_train.Config(), tmp_path, state, "") is agreed
 
 
 def test_a_checkpoint_folder_of_another_run_is_not_mixed_up(tmp_path: Path):

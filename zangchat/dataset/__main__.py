@@ -81,13 +81,11 @@ def verify(config: "VerifyConfig") -> int:
         )
         return 0
     if config.repair and (dataset.manifest["source"] == "pydocs" or "repo" in dataset.manifest):
-        for name in bad:
-            (dataset.folder / name).unlink(missing_ok=True)
         if dataset.manifest["source"] == "pydocs":
             return build(Config(source="pydocs", overwrite=True))
         from zangchat.dataset import hub
 
-        hub.fetch_missing(dataset)
+        hub.fetch_missing(dataset, bad)
         return 0
     worst = ", ".join(f"{name} ({problem})" for name, problem in bad.items())
     raise UserError(f"{dataset.folder}: {worst}: {dataset.repair_hint()}")

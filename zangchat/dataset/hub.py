@@ -14,10 +14,8 @@ import queue
 import re
 import shutil
 import threading
-import urllib.error
-import urllib.request
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,7 +27,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils import disable_progress_bars, get_session
 
 from zangchat.dataset.manifest import (
     FORMAT,
@@ -42,7 +40,7 @@ from zangchat.dataset.manifest import (
     load_dataset,
     write_manifest,
 )
-from zangchat.errors import UserError
+from zangchat.errors import UserError, disk_error
 from zangchat.runtime.downloads import Failure, is_refusal, retry_after, with_retries
 from zangchat.runtime.files import file_lock, file_sha256, get_base_dir
 from zangchat.runtime.logs import print0
@@ -76,9 +74,16 @@ def download(source: str, num_shards: int, *, num_workers: int = 4) -> Dataset:
     return dataset
 
 
-def fetch_missing(dataset: Dataset) -> None:
-    """Fetch the shards of the manifest that the folder lacks."""
+def fetch_missing(dataset: Dataset, suspects: Collection[str] = ()) -> None:
+    """Fetch the shards of the manifest that the folder lacks, and those of `suspects` that are
+    damaged.
+    """
     with _exclusive(dataset.folder):
+        for entry in dataset.manifest["shards"]:
+            path = dataset.folder / entry["name"]
+            # a download that has just ended may have brought it
+            if entry["name"] in suspects and check_shard(path, entry):
+                path.unlink(missing_ok=True)
         _fetch(dataset, num_workers=4)
 
 
@@ -86,8 +91,8 @@ def fetch_table(repo: str, config: str, split: str) -> "datasets.Dataset":
     """One split of a dataset, from the cache of the hub's client or from the hub. An empty `config`
     means the only one.
 
-    Of several processes that want the same dataset the first fetches it. Raises OSError, ValueError
-    or RuntimeError.
+    Of several processes that want the same dataset the first fetches it. Raises what the clients
+    raise, or the OSError of a full disk.
     """
     import datasets
 
@@ -135,45 +140,52 @@ def endpoint() -> str:
 
 
 @functools.lru_cache(maxsize=8)
-def is_reachable(url: str) -> bool:
-    """Whether a hub answers anything within seconds; asked once per process. Its client would try
-    for half a minute.
+def unreachable(url: str) -> str:
+    """Why a hub does not answer within seconds, "" if it does; asked once per process. Its client,
+    whose proxies and certificates count here too, would try for half a minute.
     """
     try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5.0).close()
-    except urllib.error.HTTPError:  # an answer, if a refusal
-        return True
-    except OSError:
-        return False
-    return True
+        get_session().head(url, timeout=5.0)
+    except Exception as error:
+        return f"it cannot be reached ({_short(error)})"
+    return ""
 
 
 def _retried(label: str, attempt: Callable[[], T]) -> T:
     """attempt(), repeated after a temporary failure: a busy hub costs a wait, not the run.
 
-    Raises the error of the last of TRIES.
+    Raises the error of the last of TRIES, or the OSError of a full disk, which the clients wrap.
     """
-    return with_retries(label, attempt, _judge, tries=TRIES, first_wait=RETRY_WAIT)
+    try:
+        return with_retries(label, attempt, _judge, tries=TRIES, first_wait=RETRY_WAIT)
+    except Exception as error:
+        full = disk_error(error)
+        if full is None:
+            raise
+    raise full
 
 
 def _judge(error: Exception) -> Failure:
     """The client's errors differ between versions, but those for absent things are known to be
     final.
     """
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets import config, exceptions
 
     response = _response(error)
     absent = (
         RepositoryNotFoundError,
         RevisionNotFoundError,
         EntryNotFoundError,
-        DatasetNotFoundError,
+        exceptions.DatasetNotFoundError,
+        ImportError,  # of a SOCKS proxy's package
         ValueError,
         UserError,
     )
     final = isinstance(error, absent) or (response is not None and is_refusal(response.status_code))
     if isinstance(error, LocalEntryNotFoundError):
         final = False  # the client raises it when it could not connect
+    offline = constants.HF_HUB_OFFLINE or config.HF_HUB_OFFLINE
+    final = final or offline or disk_error(error) is not None
     return Failure(
         _short(error), final, retry_after(response.headers) if response is not None else 0.0
     )
@@ -204,7 +216,7 @@ def _plan(source: str, folder: Path, num_shards: int) -> Dataset:
     if planned is not None:
         wanted = planned.manifest["available"] if num_shards == -1 else num_shards
         if len(planned.shards("train")) >= wanted:
-            return planned
+            return _shortened(planned, wanted)
     repo = HUB_REPOS[source]
     revision, files = _list_shards(repo, planned.manifest["revision"] if planned else None)
     *texts, last = files
@@ -230,6 +242,21 @@ def _plan(source: str, folder: Path, num_shards: int) -> Dataset:
     return Dataset(folder, manifest)
 
 
+def _shortened(dataset: Dataset, wanted: int) -> Dataset:
+    """Without the planned shards after the `wanted` ones and after the last that is there: those
+    of a longer download that was interrupted.
+    """
+    trains = dataset.shards("train")
+    present = [n for n, name in enumerate(trains, 1) if (dataset.folder / name).exists()]
+    dropped = trains[max([wanted, *present]) :]
+    if not dropped:
+        return dataset
+    shards = [entry for entry in dataset.manifest["shards"] if entry["name"] not in dropped]
+    manifest = {**dataset.manifest, "shards": shards}
+    write_manifest(dataset.folder, manifest)
+    return Dataset(dataset.folder, manifest)
+
+
 def _list_shards(repo: str, revision: str | None) -> tuple[str, list[dict[str, Any]]]:
     """(commit, its shards with size and sha256, in order of their names)."""
     api = HfApi(endpoint=endpoint())
@@ -239,8 +266,8 @@ def _list_shards(repo: str, revision: str | None) -> tuple[str, list[dict[str, A
         return commit, list(api.list_repo_tree(repo, repo_type="dataset", revision=commit))
 
     try:
-        if not is_reachable(endpoint()):
-            raise ConnectionError("it cannot be reached")
+        if problem := unreachable(endpoint()):
+            raise ConnectionError(problem)
         commit, tree = _retried(repo, attempt)
     except Exception as error:  # clients differ for no network, no repository, no permission
         raise UserError(
@@ -372,6 +399,8 @@ def _fetch_shard(dataset: Dataset, entry: dict[str, Any]) -> None:
             raise UserError(
                 f"{name} is not in {manifest['repo']} at {endpoint()}: is the mirror complete?"
             ) from error
+        if disk_error(error):
+            raise
         raise UserError(
             f"{name} could not be fetched intact from {endpoint()} in {TRIES} tries "
             f"({_short(error)}): run the same command again later, "

@@ -47,6 +47,8 @@ FORMAT = 1
 SHARD_DOCUMENTS = 8 * GROUP_DOCUMENTS
 LONE_FILE_HOLDOUT = 20  # one document in so many of a lone file's only group is for validation
 TOKENS_SUFFIX = "-tokens"  # ends the name of a dataset of them
+# seconds until another node sees a renamed file: NFS remembers for 60 that it was absent
+LATE = 90.0
 BUILD_PYDOCS = "python -m zangchat.dataset --source=pydocs"
 HUB_REPOS = {  # the corpora of the hub, see hub.py
     "climbmix": "karpathy/climbmix-400b-shuffle",
@@ -252,14 +254,15 @@ class Dataset:
 
     def _wait_for(self, path: Path) -> None:
         """Wait until a shard exists; it is renamed into place, so it is whole then."""
-        announced = False
+        last_seen = None  # when a download was running
         while not path.exists():
-            if not download_is_running(self.folder) and not path.exists():
+            if download_is_running(self.folder):
+                if last_seen is None:
+                    logger.info("waiting for %s, which is still to be downloaded", path.name)
+                last_seen = time.monotonic()
+            elif (last_seen is None or time.monotonic() - last_seen > LATE) and not path.exists():
                 problem = f"{path} is missing and nothing is fetching it"
                 raise UserError(f"{problem}: {self.repair_hint()}")
-            if not announced:
-                logger.info("waiting for %s, which is still to be downloaded", path.name)
-                announced = True
             time.sleep(0.5)
 
 
@@ -311,7 +314,7 @@ def write_dataset(
     An older one is replaced. `facts` join the manifest. Two processes must not write the same
     folder: hold its folder_lock.
     """
-    building = folder.with_name(f".{folder.name}.building")
+    building = building_folder(folder)
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     starts = range(0, len(train), SHARD_DOCUMENTS)
@@ -333,8 +336,15 @@ def shard_entry(path: Path, split: str, **facts: Any) -> dict[str, Any]:
     return {"name": path.name, "split": split, "bytes": size, "sha256": file_sha256(path), **facts}
 
 
+def building_folder(folder: Path) -> Path:
+    """Where to build what replaces <folder>: next to it, on its disk if it is a link to one."""
+    folder = folder.resolve()
+    return folder.with_name(f".{folder.name}.building")
+
+
 def replace_folder(folder: Path, finished: Path) -> None:
-    """Rename `finished`, which lies next to it, to `folder`, and delete the old one afterwards."""
+    """Rename `finished`, its building_folder, to `folder`, and delete the old one afterwards."""
+    folder = folder.resolve()
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

@@ -28,6 +28,7 @@ from zangchat.dataset.manifest import (
     FORMAT,
     MANIFEST,
     Dataset,
+    building_folder,
     replace_folder,
     shard_entry,
     write_manifest,
@@ -42,7 +43,7 @@ def tokenize(dataset: Dataset, tokenizer: Any, folder: Path, num_threads: int) -
 
     Shards that an interrupted attempt wrote are kept.
     """
-    building = folder.with_name(f".{folder.name}.building")
+    building = building_folder(folder)
     building.mkdir(parents=True, exist_ok=True)
     dtype = "<u2" if tokenizer.get_vocab_size() <= 2**16 else "<u4"
     text = {"name": dataset.name, "fingerprint": dataset.fingerprint, "flag": dataset.flag}

@@ -4,11 +4,13 @@ group each is the identity.
 Small values only: gradients and parameters travel in optim.py.
 """
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
+
+from zangchat.errors import UserError
 
 T = TypeVar("T")
 
@@ -44,6 +46,23 @@ def gather(value: T) -> list[T]:
 def from_rank_0(value: T) -> T:
     """Rank 0's value, on every rank."""
     return gather(value)[0]
+
+
+def decided(choose: Callable[[], T]) -> T:
+    """What rank 0 chooses, on every rank: files may change between two looks. Its UserError is
+    raised on all.
+    """
+    found: T | None = None
+    refusal: UserError | None = None
+    if world()[0] == 0:
+        try:
+            found = choose()
+        except UserError as error:
+            refusal = error
+    found, refusal = from_rank_0((found, refusal))
+    if refusal is not None:
+        raise refusal
+    return cast(T, found)
 
 
 def barrier() -> None:

@@ -14,7 +14,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from zangchat.errors import UserError
+from zangchat.errors import UserError, disk_error
 from zangchat.runtime.files import CHUNK, file_lock, file_sha256, get_base_dir, sync_folder
 
 logger = logging.getLogger(__name__)
@@ -124,10 +124,16 @@ def _download(url: str, temporary: Path, path: Path, sha256: str | None) -> None
 
     try:
         with_retries(url, attempt, _judge_download, tries=DOWNLOAD_TRIES, first_wait=1.0)
+    except ValueError as error:
+        raise UserError(
+            f"could not download {url} ({error}): an address begins with https:// or file://"
+        ) from error
     except (
         OSError,
         HTTPException,
     ) as error:  # URLError, timeouts and broken connections are OSErrors
+        if disk_error(error):
+            raise
         problem = _judge_download(error).reason
         raise UserError(
             f"could not download {url}: {problem}; check the network and run this again, or put "
@@ -142,9 +148,8 @@ def _judge_download(error: Exception) -> Failure:
             is_refusal(error.code),
             retry_after(error.headers),
         )
-    return Failure(
-        str(error) or type(error).__name__, not isinstance(error, (OSError, HTTPException)), 0.0
-    )
+    temporary = isinstance(error, (OSError, HTTPException)) and not disk_error(error)
+    return Failure(str(error) or type(error).__name__, not temporary, 0.0)
 
 
 def _download_once(url: str, temporary: Path, sha256: str | None) -> str:

@@ -111,7 +111,9 @@ def is_finished(stage: str, config: Any, directory: Path, state: RunState, chang
     planned = config.num_iterations if config.num_iterations > 0 else state.num_iterations
     # it may be missing: a process may be killed before it writes its card
     mark = directory / REPORTED
-    is_reported = mark.exists() and mark.read_text(encoding="utf-8") == str(state.step)
+    is_reported = collectives.from_rank_0(
+        mark.exists() and mark.read_text(encoding="utf-8") == str(state.step)
+    )
     if state.step < planned or state.hooks_done != state.step or not is_reported:
         return False
     if change:

@@ -80,13 +80,13 @@ class Run(Resolved):
         wandb that cannot start, and insufficient memory.
         """
         check_flags(config)
+        device = compute_init(config.device_type, deterministic=config.deterministic)[-1]
         if source:
             config = choose_tags(config, source)
             tag = config.model_tag
         directory = checkpoint_manager.tag_folder(stage, tag)
         refuse_existing(stage, config, directory)
         kind = Kind(stage, source, design, rows, defaults or {})
-        device = compute_init(config.device_type, deterministic=config.deterministic)[-1]
         if device.type == "cpu":
             keep_freed_memory()
         check_fsdp(config)

@@ -59,7 +59,7 @@ def choose_tags(config: F, source: str) -> F:
     start = config.from_tag or config.model_tag
     if not start:
         folder = checkpoint_manager.checkpoints_dir(source)
-        start = checkpoint_manager.find_largest_model(folder)
+        start = collectives.decided(lambda: checkpoint_manager.find_largest_model(folder))
     tag = config.model_tag or start
     from_tag = config.from_tag if config.from_tag != tag else None
     return dataclasses.replace(config, model_tag=tag, from_tag=from_tag)
@@ -120,7 +120,7 @@ def find_source(stage: str, config: Any, source: str) -> Origin:
     directory = checkpoint_manager.resolve_tag(folder, source_tag(config), flag, hint)
     step = config.model_step
     if step is None:
-        step = checkpoint_manager.find_last_step(directory)
+        step = collectives.decided(lambda: checkpoint_manager.find_last_step(directory))
     meta = checkpoint_manager.verify_checkpoint(directory, step)
     print0(f"{stage}: starting from step {step} of {directory}")
     return Origin(directory, step, meta)
