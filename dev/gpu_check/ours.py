@@ -109,6 +109,7 @@ def attention_problem(
 
 def attend(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal, (B, H, T, D) -> (B, H, T, D)."""
+    attention.activate(backend)
     return attention.attend(q, k, v, backend=backend)
 
 

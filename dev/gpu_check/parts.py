@@ -32,6 +32,7 @@ from zangchat.runtime.memory import device_memory, peak_memory_bytes
 
 Row = dict[str, Any]
 ROOT = Path(__file__).parents[2]
+UNUSABLE = (RuntimeError, ImportError, AttributeError, ValueError)  # backends raise these
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -167,7 +168,7 @@ def attention(sizes: Sizes, device: torch.device) -> Iterator[Row]:
             name = f"{backend}, {ours.dtype_name(dtype)}"
             try:
                 time_taken = seconds(both, device, sizes.repeats)
-            except (RuntimeError, ImportError, ValueError) as error:
+            except UNUSABLE as error:
                 yield {"name": name, "note": f"not usable: {str(error).splitlines()[0]}"}
                 continue
             row: Row = {"name": name, "value": 1e3 * time_taken, "unit": "ms"}
@@ -331,7 +332,7 @@ def numerics(sizes: Sizes, device: torch.device) -> Iterator[Row]:
             name = f"attention by {backend}, {ours.dtype_name(dtype)}"
             try:
                 yield _compared(name, ours.attend(backend, q, k, v), slow, tolerance)
-            except (RuntimeError, ImportError, ValueError) as error:
+            except UNUSABLE as error:
                 yield {"name": name, "note": f"not usable: {str(error).splitlines()[0]}"}
         yield from _loss_numerics(device, dtype, tolerance)
         yield _model_numerics(device, dtype, tolerance)

@@ -107,6 +107,35 @@ def test_cpu_skips_the_trial_and_gives_the_reason() -> None:
     assert name == "blocks" and "cpu" in reason
 
 
+class OnGPU(torch.Tensor):
+    is_cuda = True
+
+
+@pytest.mark.parametrize(
+    ("dtype", "masked", "repeated"),
+    [
+        (torch.bfloat16, False, False),  # flash reads groups
+        (torch.bfloat16, True, True),  # and no mask
+        (torch.float32, False, True),
+    ],
+)
+def test_groups_are_spelled_out_for_kernels_that_know_none(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, masked: bool, repeated: bool
+) -> None:
+    """By the kernel that is left on CUDA, all scores would lie in memory."""
+    asked: list[tuple[int, bool]] = []
+
+    def sdpa(q, k, v, enable_gqa=False, **how):
+        asked.append((k.size(1), enable_gqa))
+        return torch.Tensor.as_subclass(q, torch.Tensor)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", sdpa)
+    q, k, v = (torch.randn(1, heads, 4, 8).to(dtype).as_subclass(OnGPU) for heads in (4, 2, 2))
+    mask = torch.ones(4, 4, dtype=torch.bool).tril() if masked else None
+    attention.attend(q, k, v, mask)
+    assert asked == [(4, False) if repeated else (2, True)]
+
+
 def test_failing_or_wrong_backend_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(q, k, v):
         raise RuntimeError("no kernel image is available")

@@ -31,7 +31,7 @@ from zangchat.training.saves import SaveSchedule
 from zangchat.training.settings import DEFAULTS, fill, inherited, resumed
 from zangchat.training.signals import StopSignals
 from zangchat.training.start import choose_tags, find_source
-from zangchat.training.step import PATIENCE, LossScale
+from zangchat.training.step import PATIENCE, LossScale, strictly_deterministic
 
 # ---- the run state, and that of checkpoints with `extra` -----------------------------------------
 
@@ -390,3 +390,20 @@ def test_a_checkpoint_folder_of_another_run_is_not_mixed_up(tmp_path: Path):
         SaveSchedule(tmp_path).prepare(0)
     SaveSchedule(tmp_path, RunConfig(overwrite=True)).prepare(0)
     assert not list(checkpoint_manager.steps(tmp_path))
+
+
+def test_passes_are_strict_where_deterministic_algorithms_are_wanted():
+    """Attention's backward on CUDA takes "warn only" for leave to add in any order."""
+    strict, warn_only = (
+        torch.are_deterministic_algorithms_enabled,
+        torch.is_deterministic_algorithms_warn_only_enabled,
+    )
+    with strictly_deterministic():
+        assert not strict()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with strictly_deterministic():
+            assert strict() and not warn_only()
+        assert strict() and warn_only()
+    finally:
+        torch.use_deterministic_algorithms(False)

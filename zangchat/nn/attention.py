@@ -116,17 +116,19 @@ def attend(
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, kernels: Any = WITHOUT_PLANS, **how: Any) -> Tensor:
     """torch's function by one of `kernels`; raises RuntimeError if none supports the problem."""
-    if q.size(1) != k.size(1):  # as a value it would be symbolic while torch compiles for all sizes
+    groups, masked = q.size(1) // k.size(1), how.get("attn_mask") is not None
+    if groups > 1 and q.is_cuda and (masked or q.dtype == torch.float32):  # only flash knows groups
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    elif groups > 1:  # as a value it would be symbolic while torch compiles for all sizes
         how["enable_gqa"] = True
     with sdpa_kernel(kernels) if q.is_cuda or kernels is not WITHOUT_PLANS else nullcontext():
         return F.scaled_dot_product_attention(q, k, v, **how)
 
 
 def _check_known(backends: Sequence[str]) -> None:
-    for name in backends:
-        if name not in _KERNELS:
-            known = ", ".join(_KERNELS)
-            raise ValueError(f"unknown attention backend {name!r}; there are {known}")
+    if unknown := [name for name in backends if name not in _KERNELS]:
+        known = ", ".join(_KERNELS)
+        raise ValueError(f"unknown attention backend {unknown[0]!r}; there are {known}")
 
 
 # ---- the choice ----------------------------------------------------------------------------------
@@ -165,7 +167,7 @@ def choose_backend(
     is_first = collectives.world()[0] == 0
     own = _fastest(device, dtype, head_dim, backends) if is_first else ("", "")
     best, reason = collectives.from_rank_0(own)
-    _activate(best)
+    activate(best)
     return best, f"{best}: {reason}"
 
 
@@ -184,7 +186,7 @@ def _fastest(
     return usable[0], "; ".join(reasons) or nothing
 
 
-def _activate(backend: str) -> None:
+def activate(backend: str) -> None:
     """Make torch's only flash operation the backend's. Raises an error if it is missing."""
     wanted = backend if backend in ("FA3", "FA4") else None
     if wanted == getattr(torch_attention, "current_flash_attention_impl", lambda: None)():
@@ -206,7 +208,7 @@ def _trial_inputs(
 
 def _forward_backward(backend: str, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     """The output and the gradients of q, k, v."""
-    _activate(backend)
+    activate(backend)
     out = attend(q, k, v, backend=backend)
     return [out.detach(), *torch.autograd.grad(out.float().square().sum(), (q, k, v))]
 

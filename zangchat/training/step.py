@@ -4,7 +4,7 @@ diagnosis."""
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,22 @@ def sum_loss(model: Callable[..., Tensor], batch: "Batch") -> Tensor:
     return model(batch.inputs, batch.targets, loss_reduction="sum", **weights)
 
 
+@contextlib.contextmanager
+def strictly_deterministic() -> Iterator[None]:
+    """Turn torch's warnings of --deterministic into errors: with "warn only", the backward pass of
+    attention on CUDA adds in any order.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=warn_only)
+
+
 class Passes:
     """Runs a batch through the model, `rows_per_pass` rows at a time, and adds up their
     gradients.
@@ -57,7 +73,8 @@ class Passes:
         losses = []
         passes = self._slices(batch)
         lockstep = self.optimizer.lockstep
-        with contextlib.nullcontext() if lockstep else self.model.cast_once():
+        cast = contextlib.nullcontext() if lockstep else self.model.cast_once()
+        with cast, strictly_deterministic():
             for number, rows in enumerate(passes, 1):
                 loss_sum = loss(self.model, self._on_device(batch, rows))
                 if number == len(passes):
