@@ -127,16 +127,19 @@ def load_engines(config: Config) -> "list[Engine]":
     import torch
 
     from zangchat.hf.demo import open_engine
-    from zangchat.runtime.devices import autodetect_device_type
+    from zangchat.runtime.devices import check_kernels, compute_init
 
     if config.num_gpus == 1:
         return [open_engine(config)]
-    device_type = config.device_type or autodetect_device_type()
-    present = torch.cuda.device_count() if device_type == "cuda" else 0
+    first = compute_init(config.device_type)[-1]
+    present = torch.cuda.device_count() if first.type == "cuda" else 0
     if config.num_gpus > present:
         found = f"{present} CUDA devices are present here"
         raise UserError(f"--num_gpus={config.num_gpus}, but {found}: lower it, or leave it out")
-    return [open_engine(config, torch.device("cuda", i)) for i in range(config.num_gpus)]
+    devices = [torch.device("cuda", i) for i in range(config.num_gpus)]
+    for device in devices:
+        check_kernels(device)
+    return [open_engine(config, device) for device in devices]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

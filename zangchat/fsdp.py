@@ -36,12 +36,10 @@ class FSDPGroup(OptimizerGroup):
         super().__init__(group.optimizers, group.names, group.comm_dtype)
         self._sums = None  # FSDP sums after each block
         self.rank, self.world_size = collectives.world()
-        _shard(model, device, group.comm_dtype)
+        _shard(model, device, group)
         named = dict(model.named_parameters())
         # DTensors
         self._parts: dict[Tensor, Any] = {p: named[name] for p, name in self.names.items()}
-        for p in self.names:
-            _release(p, device)
         for optimizer in self.optimizers:
             for state in optimizer.state.values():
                 state.update({key: tensor.to(device) for key, tensor in state.items()})
@@ -84,13 +82,17 @@ class FSDPGroup(OptimizerGroup):
         return whole
 
 
-def _shard(model: Any, device: torch.device, comm_dtype: torch.dtype) -> None:
+def _shard(model: Any, device: torch.device, group: OptimizerGroup) -> None:
     mesh = init_device_mesh(device.type, (collectives.world()[1],))
     # each embedding by itself: it may have a dtype of its own
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     modules = [*tables, *model.transformer["h"], model]
+    policy = MixedPrecisionPolicy(reduce_dtype=group.comm_dtype)
     for module in modules:
-        fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=comm_dtype))
+        whole = [p for p in module.parameters() if p in group.names]
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        for p in whole:  # on the device now, and kept alive by the optimizers
+            _release(p, device)
     for module in modules:
         # the loss is divided by the tokens of all ranks already
         module.set_gradient_divide_factor(1.0)

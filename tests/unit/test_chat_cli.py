@@ -28,6 +28,8 @@ from zangchat.engine import KVCache, load_for_chat
 from zangchat.engine import engine as engine_module
 from zangchat.errors import UserError
 from zangchat.gpt import GPT
+from zangchat.hf import demo
+from zangchat.runtime import devices
 from zangchat.server.protocol import Settings
 from zangchat.tokenizer import RustBPETokenizer
 
@@ -457,6 +459,24 @@ def test_a_missing_model_is_one_sentence(
 def test_chat_web_names_a_senseless_flag(capsys: pytest.CaptureFixture[str], flag: str) -> None:
     assert chat_web.main([flag]) == 2
     assert flag.split("=")[0] in capsys.readouterr().err
+
+
+def test_several_gpus_are_made_ready_as_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = [torch.device("cuda", i) for i in range(2)]
+    ready: list[Any] = []
+
+    def compute_init(device_type: str) -> tuple[Any, ...]:
+        ready.append(device_type)
+        return False, 0, 0, 1, gpus[0]
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(devices, "compute_init", compute_init)
+    monkeypatch.setattr(devices, "check_kernels", ready.append)
+    monkeypatch.setattr(demo, "open_engine", lambda config, device: (device, list(ready)))
+    engines = chat_web.load_engines(chat_web.Config(num_gpus=2, device_type="cuda"))
+    assert engines == [(gpu, ["cuda", *gpus]) for gpu in gpus]
+    with pytest.raises(UserError, match="--num_gpus=3, but 2 CUDA devices are present"):
+        chat_web.load_engines(chat_web.Config(num_gpus=3, device_type="cuda"))
 
 
 def test_the_web_scripts_defaults_are_the_servers() -> None:

@@ -455,7 +455,7 @@ def test_cuda_memory_is_mapped_piece_by_piece_unless_the_user_has_a_setting(user
 ALLOCATOR = """
 import torch
 from zangchat.runtime import devices
-devices._check_device = devices._check_kernels = lambda *_: None
+devices._check_device = devices.check_kernels = lambda *_: None
 torch.cuda.set_device = torch.cuda.manual_seed = lambda *_: None
 devices.compute_init("cuda")
 print(torch._C._accelerator_getAllocatorSettings())
@@ -490,6 +490,43 @@ def test_gpu_that_this_torch_has_no_kernels_for_is_named(monkeypatch):
     )
     with pytest.raises(UserError, match=problem):
         common.compute_init("cuda")
+
+
+@pytest.fixture
+def pieces_fail(monkeypatch):
+    """A driver that cannot map memory piece by piece; returns the settings that the allocator
+    gets."""
+    settings = []
+
+    def ones(*_: object, device: torch.device) -> torch.Tensor:
+        if not settings:
+            raise RuntimeError("CUDA driver error: unknown error\nmore of it")
+        return torch.zeros(1)
+
+    monkeypatch.setattr(torch, "ones", ones)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append, False)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
+    return settings
+
+
+def test_memory_comes_in_blocks_where_the_driver_cannot_map_pieces(pieces_fail, caplog):
+    for number in range(2):
+        devices.expand_segments()
+        devices.check_kernels(torch.device("cuda", number))
+    assert pieces_fail == ["expandable_segments:False"]
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:False", "for child processes"
+    [message] = caplog.messages
+    assert "(CUDA driver error: unknown error)" in message
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_a_users_setting_of_the_allocator_stays(pieces_fail, monkeypatch, name):
+    monkeypatch.setenv(name, "expandable_segments:True,max_split_size_mb:512")
+    devices.expand_segments()
+    with pytest.raises(RuntimeError, match="CUDA driver error"):
+        devices.check_kernels(torch.device("cuda", 0))
+    assert pieces_fail == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

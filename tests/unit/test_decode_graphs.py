@@ -164,6 +164,45 @@ def test_a_cache_that_moves_gets_new_graphs(model: GPT, captures: Captures) -> N
             assert_plain(model, run(batch, requests))
 
 
+def test_no_two_engines_capture_on_one_stream(
+    model: GPT, captures: Captures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch hands out a few streams in turn, and the end of a graph frees what its stream has."""
+    streams = itertools.cycle([torch.cuda.Stream() for _ in range(3)])
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: next(streams))
+    monkeypatch.setattr(cuda, "_unused", {})
+    lasting = Engine(model, TOKENIZER)
+    lasting.generate_many([Request([1, 2], 3)])
+    graphs = lasting._idle[0].graphs
+    assert graphs is not None and graphs.graphs
+    for _ in range(5):  # as the evaluations of a run
+        passing = Engine(model, TOKENIZER)
+        passing.generate_many([Request([1, 2], 3)])
+        other = passing._idle[0].graphs
+        assert other is not None and other.stream is not graphs.stream
+
+
+def test_a_failed_capture_ends_the_graphs_of_its_stream(
+    model: GPT, captures: Captures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own end frees the memory that they use."""
+    engine = Engine(model, TOKENIZER)
+    engine.generate_many([Request(prompt(0, 5), 3)])
+    graphs = engine._idle[0].graphs
+    assert graphs is not None and graphs.graphs
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "graph", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate_many([Request(prompt(0, 50), 3)])
+    assert not graphs.graphs
+    requests = [Request(prompt(i, 5), 20, temperature=0, logprobs=0) for i in range(3)]
+    assert_plain(model, engine.generate_many(requests))
+
+
 def test_calls_that_overlap_have_their_own_cache(model: GPT, captures: Captures) -> None:
     engine = Engine(model, TOKENIZER)
     alone = [list(engine.generate(prompt(i, 9), max_tokens=12, temperature=0)) for i in range(2)]

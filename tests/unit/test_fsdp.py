@@ -24,9 +24,9 @@ from tests.unit.test_trainer import (
 )
 from tests.unit.test_trainer import batches as plain_batches
 from zangchat import checkpoint_manager
-from zangchat.config import ARCHITECTURES
+from zangchat.config import ARCHITECTURES, GPTConfig
 from zangchat.flops import memory_estimate
-from zangchat.gpt import ForwardOptions
+from zangchat.gpt import GPT, ForwardOptions
 from zangchat.runtime import collectives
 from zangchat.runtime.processes import compute_cleanup
 from zangchat.tokenizer import RustBPETokenizer
@@ -119,6 +119,29 @@ def runs(request, tmp_path_factory) -> Path:
         start_method="forkserver",
     )
     return root
+
+
+def test_a_module_is_cut_up_after_the_ones_before_it_were_released(monkeypatch):
+    """Whole parameters are on the device for one module at a time."""
+    from zangchat import fsdp
+
+    whole: list[int] = []
+
+    def fully_shard(module: torch.nn.Module, **_: object) -> None:
+        whole.append(sum(p.untyped_storage().nbytes() > 4 for p in model.parameters()))
+        for name in ("set_gradient_divide_factor", "set_force_sum_reduction_for_comms"):
+            setattr(module, name, lambda _: None)
+        module.unshard = module.reshard = lambda: None
+
+    monkeypatch.setattr(fsdp, "fully_shard", fully_shard)
+    monkeypatch.setattr(fsdp, "init_device_mesh", lambda *_: None)
+    model = GPT(
+        GPTConfig(sequence_len=16, vocab_size=64, n_layer=2, n_head=1, n_kv_head=1, n_embd=32)
+    )
+    number = len(list(model.parameters()))
+    group = model.setup_optimizers(embedding_lr=0.1, unembedding_lr=0.01, matrix_lr=0.01)
+    fsdp.FSDPGroup(group, model, torch.device("cpu"))
+    assert whole[0] == number and whole == sorted(set(whole), reverse=True)
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])

@@ -3,6 +3,7 @@ limits, text.
 """
 
 import asyncio
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -215,6 +216,32 @@ def test_one_failure_does_not_end_the_other_streams(caplog: pytest.LogCaptureFix
     assert said(good) == "good" * 4 and isinstance(bad, EngineFailed)
     assert "server's log" in str(bad) and "out of memory, say" in caplog.text
     assert isinstance(impossible, EngineFailed) and "600 tokens" in str(impossible)
+
+
+def test_a_new_batch_has_the_memory_of_the_one_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    caches: list[weakref.ref[kv_cache.KVCache]] = []
+    made, step, found = kv_cache.KVCache.__init__, RunningBatch.step, []
+
+    def noted(cache: kv_cache.KVCache, *args: Any) -> None:
+        made(cache, *args)
+        caches.append(weakref.ref(cache))
+
+    def free_memory(device: torch.device) -> int:
+        found.append(2**30 - sum(c.storage.nbytes for ref in caches if (c := ref())))
+        return found[-1]
+
+    def failing(batch: RunningBatch) -> Any:
+        step(batch)
+        raise RuntimeError("the device is lost, say")
+
+    monkeypatch.setattr(kv_cache.KVCache, "__init__", noted)
+    monkeypatch.setattr(runner, "free_memory", free_memory)
+    monkeypatch.setattr(RunningBatch, "step", failing)
+    # pytest keeps the traceback, and so all that its frames hold
+    monkeypatch.setattr("zangchat.server.pool.logger.exception", lambda *_: None)
+    [failed] = serve(engine(str), [question("x")])
+    assert isinstance(failed, EngineFailed)
+    assert len(caches) > 1 and set(found) == {found[0]}
 
 
 def test_a_request_that_does_not_fit_says_so(rows_of_256: Callable[[float], list[int]]) -> None:

@@ -18,6 +18,11 @@ from torch import Tensor
 ROW_CLASSES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 POSITIONS = 256  # attended and stored lengths are multiples of this
 _capturing = threading.Lock()  # workers of several GPUs: one capture at a time
+# Streams whose graphs are gone. torch has 32, handed out in turn, and the end of a graph frees the
+# cuBLAS workspace of its stream, which other graphs of that stream still use (pytorch#193402).
+_unused: dict[torch.device, list[torch.cuda.Stream]] = {}
+# A graph, its inputs (tokens and positions) and its output (logits).
+Captured = tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]
 
 
 def row_class(rows: int) -> int:
@@ -58,23 +63,24 @@ def to_host(tensor: Tensor) -> tuple[Tensor, Any]:
     return host, arrived
 
 
-# A graph, its inputs (tokens and positions) and its output (logits).
-Captured = tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]
-
-
 class DecodeGraphs:
     """CUDA graphs of a model's decoding step over a cache: one launch instead of hundreds.
 
     One graph per size class (rows, positions), kept until `clear`; changes of the weights and of
-    the cache in place leave them valid. They share a stream and a memory pool. Not yet measured on
-    a GPU.
+    the cache in place leave them valid. They share a stream, which is theirs alone, and a memory
+    pool. Not yet measured on a GPU.
     """
 
     def __init__(self, model: Any, cache: Any) -> None:
         self.model, self.cache, self.device = model, cache, model.get_device()
-        with on_device(self.device):
-            self.stream = torch.cuda.Stream(self.device)
+        self._unused = _unused.setdefault(self.device, [])
+        with _capturing, on_device(self.device):
+            self.stream = self._unused.pop() if self._unused else torch.cuda.Stream(self.device)
         self.clear()
+
+    def __del__(self) -> None:
+        self.graphs.clear()
+        self._unused.append(self.stream)
 
     def clear(self) -> None:
         """Forget the graphs, before the cache moves to other memory."""
@@ -99,8 +105,7 @@ class DecodeGraphs:
             static_idx[:B].copy_(idx)
             positions.copy_(places)
             graph.replay()
-        for row in range(B):
-            lengths[row] += 1
+        lengths[:B] = [length + 1 for length in lengths[:B]]
         return logits[:B]
 
     def _capture(self, places: Tensor, end: int) -> Captured:
@@ -108,11 +113,11 @@ class DecodeGraphs:
         idx = torch.zeros_like(positions)[:, None]
 
         def step() -> Tensor:
-            logits: Tensor = self.model(idx, kv_cache=self.cache.fixed_rows(positions, end))
-            return logits[:, 0]
+            return self.model(idx, kv_cache=self.cache.fixed_rows(positions, end))[:, 0]
 
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
-        with _capturing:
+        with _capturing, contextlib.ExitStack() as failed:
+            failed.callback(self.clear)  # the end of this graph would free what the others use
             self.stream.wait_stream(current)
             with torch.cuda.stream(self.stream):  # not yet captured: libraries allocate at first
                 step()
@@ -120,4 +125,5 @@ class DecodeGraphs:
             # in the mode "global" a call of another thread to its own GPU would end the capture
             with torch.cuda.graph(graph, self.pool, self.stream, "thread_local"):
                 logits = step()
+            failed.pop_all()
         return graph, idx, positions, logits

@@ -152,17 +152,13 @@ class Sampler:
         p = scores.softmax(dim=-1)
         if self.has_min_p:
             p = p.masked_fill(p < self.min_p * p.amax(dim=-1, keepdim=True), 0.0)
-        cdf = self._summed(p)
+        cdf = p.to(self.precise).cumsum(dim=-1)  # on a CPU four times as fast as cumsum(dtype=...)
         drawn = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True)
         return drawn.clamp_(max=cdf.size(-1) - 1)
 
-    def _summed(self, probabilities: Tensor) -> Tensor:
-        """Cumulative sums (B, K). On a CPU a quarter of the time of cumsum(dtype=...)."""
-        return probabilities.to(self.precise).cumsum(dim=-1)
-
     def _last_likely(self, best: Tensor) -> Tensor:
         """Index of the last score that top_p takes, in scores (B, K), best first: (B, 1)."""
-        reached = self._summed(best.softmax(dim=-1))
+        reached = best.softmax(dim=-1).to(self.precise).cumsum(dim=-1)
         return torch.searchsorted(reached, self.top_p).clamp_(max=best.size(-1) - 1)
 
 

@@ -45,8 +45,7 @@ def score(
         owned = [(owner, row) for owner, i in enumerate(batch) for row in shared[i][1]]
         lengths = [len(shared[i][0]) for i in batch]
         longer = [(owner, row) for owner, row in owned if len(continuations[row]) > 1]
-        offset = model.config.key_offset
-        context = SharedPrompts(lengths, device, offset) if longer else None
+        context = SharedPrompts(lengths, device, model.config.key_offset) if longer else None
         idx = padded([shared[i][0] for i in batch], device)
         last = torch.tensor(lengths, device=device) - 1
         logits = model(idx, kv_cache=context, logits_at=last)[:, 0]

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 # The first driver for each CUDA: https://docs.nvidia.com/cuda/cuda-toolkit-release-notes
 FIRST_DRIVER = {"11": 450, "12": 525, "13": 580}
+PIECES, BLOCKS = "expandable_segments:True", "expandable_segments:False"  # how CUDA allocates
 
 
 def autodetect_device_type() -> str:
@@ -116,7 +117,7 @@ def compute_init(
             # stderr names operations without such a form
             torch.use_deterministic_algorithms(True, warn_only=True)
         torch.cuda.set_device(device)
-        _check_kernels(device)
+        check_kernels(device)
         torch.cuda.manual_seed(seed)
         # fp32 products on tensor cores. By the older of torch's two settings: after the newer one
         # (`fp32_precision`), torch.compile stops with "mix of the legacy and new APIs", since parts
@@ -140,7 +141,15 @@ def expand_segments() -> None:
     """Let CUDA's allocator map memory piece by piece instead of in blocks that fragment, unless the
     user has set it up. It reads its settings when it is first used."""
     if not any(os.environ.get(f"PYTORCH_{name}ALLOC_CONF") for name in ("", "CUDA_")):
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+        os.environ["PYTORCH_ALLOC_CONF"] = PIECES
+
+
+def _allocate_blocks() -> None:
+    """Undo `expand_segments`, for this process and its children."""
+    os.environ["PYTORCH_ALLOC_CONF"] = BLOCKS
+    # older torches have the second only, newer ones deprecate it
+    configure = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    (configure or torch.cuda.memory._set_allocator_settings)(BLOCKS)
 
 
 def _check_device(device_type: str, local_rank: int, ddp: bool) -> None:
@@ -167,11 +176,21 @@ def _check_device(device_type: str, local_rank: int, ddp: bool) -> None:
         )
 
 
-def _check_kernels(device: torch.device) -> None:
-    """Raise UserError for a GPU that is older or newer than those this torch is built for."""
+def check_kernels(device: torch.device) -> None:
+    """Raise UserError for a GPU that is older or newer than those this torch is built for.
+
+    Gives up `expand_segments` where the driver cannot map memory: on some vGPUs, and on WSL2.
+    """
     try:
         torch.ones(1, device=device).add_(1)
     except RuntimeError as error:
+        if "CUDA driver error" in str(error) and os.environ.get("PYTORCH_ALLOC_CONF") == PIECES:
+            logger.warning(
+                "this GPU's driver cannot map memory piece by piece (%s): allocating it in blocks",
+                str(error).partition("\n")[0],
+            )
+            _allocate_blocks()
+            return check_kernels(device)
         if "no kernel image" not in str(error):
             raise
         major, minor = torch.cuda.get_device_capability(device)

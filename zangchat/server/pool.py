@@ -135,18 +135,25 @@ class Worker(threading.Thread):
                 self._wake.wait_for(lambda: self._inbox or self._stopping or self.batch.busy)
                 if self._stopping:
                     return
-            try:
-                while self._inbox:
-                    action, stream = self._inbox.popleft()
-                    self._join(stream) if action == "join" else self._leave(stream)
-                self._end_overdue()
-                self._collect(self.batch.step())
-            except Exception:  # must not end the thread that serves all requests
-                logger.exception("the engine failed; the requests in its batch are given up")
-                self._give_up()
+            if not self._step():
+                del self.batch  # the new one counts the memory that is free
                 self.batch = self._new_batch()
             self.rows, self.waiting = self.batch.num_rows, len(self.batch.waiting)
             self._deliver()
+
+    def _step(self) -> bool:
+        """False if the engine failed; by then nothing but `batch` holds its memory."""
+        try:
+            while self._inbox:
+                action, stream = self._inbox.popleft()
+                self._join(stream) if action == "join" else self._leave(stream)
+            self._end_overdue()
+            self._collect(self.batch.step())
+        except Exception:  # must not end the thread that serves all requests
+            logger.exception("the engine failed; the requests in its batch are given up")
+            self._give_up()
+            return False
+        return True
 
     def _new_batch(self) -> RunningBatch:
         return RunningBatch(self.engine.model, self.engine.tokenizer, self.max_rows)
