@@ -118,9 +118,8 @@ class Trainer:
     def train_step(self, batch: "Batch") -> dict[str, Any]:
         """One optimizer step on this rank's rows -> its metrics, equal on all ranks but for times.
 
-        A step with no supervised token or a zero gradient (equal rewards), or with a non-finite
-        loss or gradient on any rank, changes no weight and counts as skipped. Raises UserError
-        after MAX_SKIPS_IN_A_ROW non-finite ones.
+        A step with no supervised token, a zero gradient (equal rewards), or a non-finite value on
+        any rank is skipped. Raises UserError after MAX_SKIPS_IN_A_ROW non-finite ones.
         """
         state = self.state
         self.pace.begin()
