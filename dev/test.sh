@@ -12,7 +12,7 @@ export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv" PYTHONUNBUFFERED=1 W
 
 case "${1:-}" in
     "") markers="not slow and not gpu" ;;
-    --full) markers="not gpu"; shift ;;
+    --full) markers=""; shift ;;
     *) exec python -m pytest "$@" ;;
 esac
 say() { printf '\n\033[1m[test]\033[0m %s\n' "$*"; }

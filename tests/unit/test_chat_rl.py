@@ -202,7 +202,7 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_bit_for_bit(base, mo
         (["--top_k=1"], "--top_k=1 teaches nothing"),
         (["--source=base"], "choose sft or mid"),
         (["--examples_per_step=0"], "--examples_per_step=0"),
-        (["--model_tag=c"], "c"),
+        (["--model_tag=c"], "--model_tag=c is not in"),
         (["--task=gsm8k"], "gsm8k"),
     ],
 )

@@ -174,10 +174,8 @@ class Killed(BaseException):
     """The process ends here."""
 
 
-@pytest.mark.parametrize("point", range(6))
-def test_killed_anywhere_in_a_save_leaves_the_previous_step(tmp_path, monkeypatch, point):
+def die_at(monkeypatch: pytest.MonkeyPatch, point: int) -> None:
     """A save of one rank renames three files; it dies before or after one of the renames."""
-    save(tmp_path, 1)
     replace, calls = os.replace, iter(range(100))
 
     def dying(source: Any, target: Any) -> None:
@@ -188,10 +186,26 @@ def test_killed_anywhere_in_a_save_leaves_the_previous_step(tmp_path, monkeypatc
         if call == point // 2:
             raise Killed
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", dying)
-        with pytest.raises(Killed):
-            save(tmp_path, 2)
+    monkeypatch.setattr(os, "replace", dying)
+
+
+@pytest.mark.parametrize("point", range(6))
+def test_killed_while_a_step_is_saved_again_leaves_no_mixture(tmp_path, monkeypatch, point):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(patch, point)
+        other = {name: tensor + 1 for name, tensor in MODEL.items()}
+        cm.save_checkpoint(tmp_path, 2, other, shard(), META)
+    assert sorted(cm.steps(tmp_path)) == ([1, 2] if point == 5 else [1])
+
+
+@pytest.mark.parametrize("point", range(6))
+def test_killed_anywhere_in_a_save_leaves_the_previous_step(tmp_path, monkeypatch, point):
+    save(tmp_path, 1)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(patch, point)
+        save(tmp_path, 2)
     survivor = 2 if point == 5 else 1  # after the last rename the new step is there
     assert cm.find_last_step(tmp_path) == survivor and cm.find_verified_step(tmp_path) == survivor
     assert cm.load_checkpoint(tmp_path, survivor, "cpu", load_optimizer=True)[2]["step"] == survivor

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -92,6 +93,24 @@ def test_failed_write_keeps_the_old_file_and_leaves_no_rubbish(tmp_path):
         raise RuntimeError("disk full")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    done, sync, rename = [], os.fsync, os.replace
+
+    def syncing(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        done.append("folder" if stat.S_ISDIR(status.st_mode) else f"{status.st_size} bytes")
+        sync(descriptor)
+
+    def renaming(source: str, target: str) -> None:
+        done.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(os, "replace", renaming)
+    atomic_write(tmp_path / "a", "text")
+    assert done == ["4 bytes", "rename", "folder"]
 
 
 def test_atomic_files_have_ordinary_permissions(tmp_path):
@@ -786,10 +805,11 @@ def test_unusable_gpu_is_an_error_instead_of_a_cpu_fallback(
 
 
 @pytest.mark.parametrize("visible", ["", "-1", " "])
-def test_hidden_gpu_is_ignored(gpu_machine, monkeypatch, visible):
-    gpu_machine("exit 1; touch asked")
+def test_hidden_gpu_is_ignored(gpu_machine, monkeypatch, tmp_path, visible):
+    gpu_machine(f"touch {tmp_path}/asked; echo 580.65.06")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert common.autodetect_device_type() == "cpu"
+    assert not (tmp_path / "asked").exists()
 
 
 def test_failing_driver_is_reported(gpu_machine, caplog):

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from tests.reference import packing as reference
 from tests.util import ByteTokenizer, conversation, make_dataset
-from zangchat import dataloader
 from zangchat.dataloader import (
     LENGTH_CLASSES,
     Packer,
@@ -392,6 +391,21 @@ def test_each_epoch_reads_every_document_once_in_an_order_of_its_own(dataset):
     assert first[:100] != texts_of(other, everything.total())[:100]
 
 
+def test_each_epoch_shuffles_the_documents_of_a_group(tmp_path):
+    single = make_dataset(tmp_path / "one", [f"{index}" for index in range(50)])
+    runs = runs_of(text_stream(single))
+    first, second = (texts_of(runs, 50) for _ in range(2))
+    assert Counter(first) == Counter(second) and first != second
+
+
+def test_shards_that_arrive_in_order_are_shuffled_from_the_second_epoch_on(tmp_path):
+    texts = [f"{index}" for index in range(5 * 8192 + 10)]
+    arriving = make_dataset(tmp_path / "six", texts)
+    arriving = type(arriving)(arriving.folder, {**arriving.manifest, "repo": "a/b"})
+    first, second = (text_stream(arriving)._shards(epoch) for epoch in range(2))
+    assert first == sorted(first) == sorted(second) != second
+
+
 def test_while_shards_may_still_arrive_the_first_epoch_takes_them_in_order(dataset):
     arriving = type(dataset)(dataset.folder, {**dataset.manifest, "repo": "someone/something"})
     total = sum(1 for _ in dataset.iter_documents("train"))
@@ -692,4 +706,4 @@ def test_what_is_looked_at_ahead_is_bounded():
     packer = Packer(ListStream(documents), width=11, bos=0)
     ids, learn = np.empty(11, dtype=np.int32), np.empty(11, dtype=bool)
     assert packer.fill(ids, learn)
-    assert len(packer.cursor["unfinished"]) <= dataloader.LOOK_AHEAD
+    assert len(packer.cursor["unfinished"]) == 16

@@ -313,6 +313,9 @@ def test_the_repetition_penalty_holds_for_what_stands_in_the_row(model: GPT) -> 
     assert sampler(logits, [0, 0]).tolist() == [1, 0]
     sampler.mark_seen(torch.tensor([[1], [1]]))
     assert sampler(logits, [0, 0]).tolist() == [0, 0]  # 2 / 1.5 against 1.5 / 1.5 and -1
+    (penalised,) = requests_of({"temperature": 0, "repetition_penalty": 2.0})
+    negative = Sampler([penalised], 2, "cpu", [[0]])
+    assert negative(torch.tensor([[-1.0, -1.5]]), [0]).tolist() == [1]  # -1 x 2 against -1.5
     # a whole generation against the definition, alone and in company
     mine = Request(prompt(4, 12), 30, temperature=0, repetition_penalty=1.3)
     for ahead in (False, True):

@@ -207,3 +207,4 @@ def test_planner_counts_the_shares():
         memory_estimate(config, ROWS, world_size=8, fsdp=fsdp) for fsdp in (False, True)
     )
     assert shared["gradients"] == whole["gradients"] // 8
+    assert shared["weights"] == whole["weights"] // 8 and shared["casts"] > whole["casts"]

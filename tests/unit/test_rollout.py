@@ -11,6 +11,7 @@ from tasks.common import Task, chat, visible_text
 from tests.util import ByteTokenizer, lively_model
 from zangchat.gpt import GPT
 from zangchat.runtime import collectives
+from zangchat.runtime.seeds import derive_seed
 from zangchat.training.rollout import (
     Sample,
     Sampling,
@@ -214,4 +215,12 @@ def test_the_metrics_of_a_batch_say_how_the_step_went(model):
         "solved",
     }
     assert batch.metrics["sample_tokens"] == pytest.approx(int((batch.targets >= 0).sum()) / 16)
-    assert 0 <= batch.metrics["reward"] <= 1
+    drawn = batches(model)
+    for step in range(2):
+        seeds = [derive_seed(3, "rollout", step, place) for place in range(4)]
+        examples = prompt_order(10, 3, 4 * step, 4)
+        groups = rollout(model, TOKENIZER, Short(), examples, seeds, SAMPLING)
+        rewards = [[sample.reward for sample in group] for group in groups]
+        metrics = next(drawn).metrics
+        assert metrics["reward"] == pytest.approx(sum(map(sum, rewards)) / 16)
+        assert metrics["solved"] == sum(map(any, rewards)) / 4

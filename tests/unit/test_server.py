@@ -847,10 +847,14 @@ def test_an_api_key_guards_all_but_the_page() -> None:
         assert (
             httpx.post(url + "/chat/completions", json={"messages": ask("hi")}).status_code == 401
         )
-        assert (
-            httpx.get(url + "/v1/models", headers={"Authorization": "Bearer s3cret"}).status_code
-            == 200
-        )
+        key = {"Authorization": "Bearer s3cret"}
+        assert httpx.get(url + "/v1/models", headers=key).status_code == 200
+        described = httpx.get(url + "/openapi.json", headers=key).json()["paths"]
+        paths = {"/docs", "/openapi.json", "/stats", "/metrics", *described} - {"/", "/health"}
+        assert len(paths) >= 8
+        for path in paths - {"/logo.svg"}:
+            assert httpx.get(url + path).status_code == 401, path
+            assert httpx.post(url + path, json={}).status_code == 401, path
 
 
 def test_other_sites_and_other_names_are_not_served(url: str) -> None:

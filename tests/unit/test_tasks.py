@@ -657,7 +657,7 @@ needs_sandbox = pytest.mark.skipif(
 
 
 @needs_sandbox
-def test_humaneval_runs_the_tests(base_dir):
+def test_humaneval_runs_the_tests(base_dir, monkeypatch):
     put(base_dir, "openai_humaneval/test.jsonl", [PROBLEM])
     task = HumanEval()
     conversation = task[0]
@@ -676,7 +676,8 @@ def test_humaneval_runs_the_tests(base_dir):
         "    while True: pass\n",
     ]
     assert [task.evaluate(conversation, answer) for answer in right] == [True] * 3
-    assert [task.evaluate(conversation, answer) for answer in wrong[:5]] == [False] * 5
+    monkeypatch.setattr("tasks.humaneval.TIMEOUT", 1.0)
+    assert [task.evaluate(conversation, answer) for answer in wrong] == [False] * 6
 
 
 @needs_sandbox

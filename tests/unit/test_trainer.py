@@ -286,6 +286,19 @@ def test_a_diverged_run_stops():
     assert trainer.state.skipped_steps == MAX_SKIPS_IN_A_ROW
 
 
+def test_single_skipped_steps_do_not_add_up_to_a_row():
+    trainer = make_trainer(stage=nan_at(*range(0, 60, 2)), num_iterations=100)
+    losses(trainer, 30)
+    assert trainer.state.skipped_steps == 15 > MAX_SKIPS_IN_A_ROW
+
+
+def test_the_loss_shown_is_of_counted_steps_only():
+    trainer = make_trainer(stage=nan_at(0))
+    trainer.train_step(make_batch(0))
+    assert math.isnan(trainer.smooth_loss)
+    assert trainer.train_step(make_batch(1))["loss"] == pytest.approx(trainer.smooth_loss)
+
+
 def test_in_fp16_an_overflow_lowers_the_loss_scale():
     trainer = make_trainer()
     trainer.state.loss_scale = 2.0**140  # beyond fp32: certain to overflow

@@ -281,7 +281,9 @@ def test_in_another_thread_no_handler_is_set():
 def test_the_loss_scale_halves_on_an_overflow_and_doubles_with_patience():
     state = RunState()
     scale = LossScale(state, torch.float16)
+    scale.after_update()
     assert scale.value == 2.0**16 and scale.after_overflow() and scale.value == 2.0**15
+    assert state.steps_at_scale == 0
     for _ in range(PATIENCE):
         assert scale.value == 2.0**15
         scale.after_update()
