@@ -42,12 +42,15 @@ fingerprint() {
 stamp=.venv/setup-stamp
 up_to_date() { # --dev includes the plain kind, and a build for GPUs runs on a CPU
     local wanted done_kind done_gpu
-    [ -z "${TORCH_BACKEND:-}" ] || return 1 # it may be another than that of the last time
     [ -x .venv/bin/python ] && [ -s "$stamp" ] || return 1
+    case ${TORCH_BACKEND:-} in # a build that was chosen stays
+        "" | "$(sed -n '$s/^backend //p' "$stamp")") ;;
+        *) return 1 ;;
+    esac
     wanted=$(fingerprint)
     for done_kind in "$kind" dev; do
         for done_gpu in gpu cpu; do
-            [ "$(cat "$stamp")" = "$wanted"$'\n'"$done_kind"$'\n'"$done_gpu" ] || continue
+            [ "$(sed '$d' "$stamp")" = "$wanted"$'\n'"$done_kind"$'\n'"$done_gpu" ] || continue
             [ "$done_gpu" = gpu ] || { find_gpus && [ "$gpus" = 0 ]; }
             return
         done
@@ -148,13 +151,13 @@ if [ -z "$backend" ]; then
     fi
 fi
 torch_is_right() { # the version; not a CPU build if there is a GPU; and the build that the user names
-    .venv/bin/python - "$TORCH_VERSION" "$backend" "${TORCH_BACKEND:-}" << 'PYTHON' 2>/dev/null
+    .venv/bin/python - "$TORCH_VERSION" "$backend" "${TORCH_BACKEND:-}" "$gpus" << 'PYTHON' 2>/dev/null
 import sys, torch
 from importlib.metadata import version
-wanted, backend, named = sys.argv[1:]
+wanted, backend, named, gpus = sys.argv[1:]
 release, _, build = version("torch").partition("+") # torch.__version__ has a build on PyPI, too
 if backend == "auto":
-    right = torch.version.cuda
+    right = torch.version.cuda or gpus == "0"
 else: # builds for macOS have no name
     right = not named or sys.platform == "darwin" or (build or "pypi") == backend
 sys.exit(release != wanted or not right)
@@ -184,7 +187,8 @@ install_torch() {
             "(TORCH_BACKEND=pypi takes the ordinary build, UV_DEFAULT_INDEX names a mirror)"
 }
 torch_is_right || install_torch
-if [ "$gpus" != 0 ] && [ "$backend" = auto ] && ! torch_is_right; then # uv's choice for an old driver
+if [ "$gpus" != 0 ] && [ "$backend" = auto ] && # uv's choice for an old driver
+    .venv/bin/python -c 'import sys, importlib.metadata as m; sys.exit(not m.version("torch").endswith("+cpu"))'; then
     die "PyTorch's index has torch $TORCH_VERSION for this machine's $(nvidia_driver) only as a CPU build:" \
         "update the driver, or TORCH_BACKEND=cpu bash dev/setup.sh"
 fi
@@ -232,5 +236,5 @@ PYTHON
 
 built=cpu
 [ "$gpus" = 0 ] || built=gpu
-printf '%s\n%s\n%s\n' "$(fingerprint)" "$kind" "$built" > "$stamp"
+printf '%s\n%s\n%s\nbackend %s\n' "$(fingerprint)" "$kind" "$built" "${TORCH_BACKEND:-}" > "$stamp"
 say "ready: source .venv/bin/activate"

@@ -94,7 +94,7 @@ def check(config: Config) -> None:
     if config.num_samples > 1 and flag:
         raise configurator.UserError(
             f"--num_samples={config.num_samples} with {flag} gives the same answer each time: "
-            "add --temperature=1"
+            f"add {'--top_k=50' if 'top_k' in flag else '--temperature=1'}"
         )
 
 

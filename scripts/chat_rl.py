@@ -66,9 +66,8 @@ def train(config: Config) -> int:
         config, per_step = run.config, run.config.examples_per_step
         if per_step % run.world_size:
             problem = f"cannot be shared equally by {run.world_size} ranks"
-            ranks = fitting_ranks(per_step, run.world_size)
-            way_out = ranks if config.resume else "give a multiple"
-            raise UserError(f"--examples_per_step={per_step} {problem}: {way_out}")
+            begun = f"; {fitting_ranks(per_step, run.world_size)}" if config.resume else ""
+            raise UserError(f"--examples_per_step={per_step} {problem}: give a multiple{begun}")
         task, held_out = (load(config, split, run.tokenizer) for split in ("train", "val"))
         steps = run.steps(lambda: math.ceil(len(task) * config.num_epochs / per_step))
         answers = f"{per_step} prompts x {config.num_samples} answers"

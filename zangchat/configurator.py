@@ -361,7 +361,7 @@ def _boolean(argument: str, queue: list[str]) -> str:
     if text.lower() not in words:
         usage = f"write {spelling}, {spelling}=1 or {spelling}=0"
         raise UserError(f"{spelling}={text} is not understood: {usage}")
-    return text
+    return text.replace("none", "None")
 
 
 def _text(argument: str, flag: _Flag, queue: list[str], spellings: dict[str, str]) -> str:

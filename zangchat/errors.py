@@ -14,10 +14,14 @@ class UserError(Exception):
 
 
 def disk_error(error: BaseException | None) -> OSError | None:
-    """The error of a full or forbidden disk: this one, or the one that led to it, or None."""
-    while error is not None and getattr(error, "errno", None) not in DISK_ERRORS:
+    """The error of a full or forbidden disk: this one, or the one that led to it, or None. A
+    firewall's EACCES names no file.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            return error if error.filename or error.errno != errno.EACCES else None
         error = error.__cause__ or error.__context__
-    return error if isinstance(error, OSError) else None
+    return None
 
 
 @contextlib.contextmanager

@@ -133,11 +133,10 @@ def memory_estimate(
     # kept from the forward pass for the backward pass
     casts = 0 if size == 4 else size * scaling_params(config)
     tokens = device_batch_size * config.sequence_len
-    if fsdp:  # this rank's rows, and two gathered blocks with their gradients and the head
-        gathered = (
-            2 * 2 * 4 * count_params(config)["matrices"] // config.n_layer
-            + 4 * count_params(config)["lm_head"]
-        )
+    if fsdp:  # gathered: two blocks, with gradients, the head, and to the end value embeddings
+        params = count_params(config)
+        gathered = 2 * 2 * 4 * params["matrices"] // config.n_layer + 4 * params["lm_head"]
+        gathered += 2 * size * (params["wte"] - params["lm_head"])
         weights = weights // world_size
         casts += gathered
     parts = {

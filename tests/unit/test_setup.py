@@ -29,7 +29,7 @@ VENV_PYTHON = f"""#!/bin/bash
 case "$#$*" in
     *version_info*) [ -z "${{OLD:-}}" ] ;;
     *--version) echo Python 3.9.19 ;;
-    "4- "*) PYTHONPATH=.venv/modules exec {sys.executable} -S "$@" ;;
+    "5- "* | *importlib.metadata*) PYTHONPATH=.venv/modules exec {sys.executable} -S "$@" ;;
     *) [ -e .venv/modules/torch.py -a -z "${{PYTHONPATH:-}}" ] || [ "$1" != - ] ;;
 esac"""
 UV = """echo "uv $* timeout=${UV_HTTP_TIMEOUT:-default}" >> "$RECORD"
@@ -382,6 +382,12 @@ def test_torch_build_can_be_chosen(linux, backend):
     linux.machine.install("nvidia-smi", nvidia_smi(gpus(0)))
     _, _, calls = linux.run(TORCH_BACKEND=backend)
     assert ("--torch-backend=cu128" in torch_installs(calls)[0]) == (backend == "cu128")
+
+
+def test_a_backend_that_is_exported_for_good_costs_nothing(linux):
+    for backend, there in (("auto", {}), ("cpu", {"INDEX": "silent"})):
+        assert torch_installs(linux.run(TORCH_BACKEND=backend, **there)[2])
+        assert linux.run(TORCH_BACKEND=backend, **there)[::2] == (0, [])
 
 
 def test_torch_build_can_be_changed(linux):

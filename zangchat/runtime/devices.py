@@ -19,6 +19,7 @@ from zangchat.runtime.processes import check_meeting_place, get_dist_info, is_dd
 logger = logging.getLogger(__name__)
 # the longest wait of a rank for another: only rank 0 saves, samples and compiles
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+WORKSPACES = (":4096:8", ":16:8")  # of cuBLAS, with which its results are always the same
 # The first driver for each CUDA: https://docs.nvidia.com/cuda/cuda-toolkit-release-notes
 FIRST_DRIVER = {"11": 450, "12": 525, "13": 580}
 PIECES, BLOCKS = "expandable_segments:True", "expandable_segments:False"  # how CUDA allocates
@@ -112,8 +113,8 @@ def compute_init(
     if device_type == "cuda":
         expand_segments()
         if deterministic:
-            workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG") or ":4096:8"
-            os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace  # read when cuBLAS starts
+            if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in WORKSPACES:
+                os.environ["CUBLAS_WORKSPACE_CONFIG"] = WORKSPACES[0]  # read when cuBLAS starts
             # stderr names operations without such a form
             torch.use_deterministic_algorithms(True, warn_only=True)
         torch.cuda.set_device(device)

@@ -79,10 +79,11 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
 def open_for_lines(path: str | Path) -> IO[bytes]:
     """Open a file to append lines. If its last one has no end, as some editors leave it, it gets
     one."""
-    file = open(path, "ab+")  # noqa: SIM115, the caller closes it
-    file.seek(max(0, file.tell() - 1))
-    if file.read(1) not in (b"", b"\n"):
-        file.write(b"\n")
+    file = open(path, "ab")  # noqa: SIM115, the caller closes it
+    with contextlib.suppress(OSError), open(path, "rb") as before:  # not of a pipe
+        before.seek(-1, os.SEEK_END)
+        if before.read(1) != b"\n":
+            file.write(b"\n")
     return file
 
 

@@ -158,7 +158,8 @@ def check_batch(
         better = -(-rows // world_size) * world_size * sequence_len
         problem += f" makes {rows} rows of --max_seq_len={sequence_len}"
         problem += f", which {world_size} ranks cannot share equally"
-        way_out = fitting_ranks(rows, world_size) if resume else f"try --total_batch_size={better}"
+        way_out = f"try --total_batch_size={better}"
+        way_out += f"; {fitting_ranks(rows, world_size)}" if resume else ""
         raise UserError(f"{problem}: {way_out}")
     per_rank = rows // world_size
     if per_rank > device_batch_size and per_rank % device_batch_size:
@@ -170,9 +171,9 @@ def check_batch(
 
 
 def fitting_ranks(count: int, world_size: int) -> str:
-    """The way out for a resumed run, which cannot change what its ranks share."""
+    """The way out for a run that has begun, which cannot change what its ranks share."""
     numbers = [str(ranks) for ranks in range(1, world_size) if count % ranks == 0]
-    return f"a resumed run keeps its batch, so let the number of ranks be {' or '.join(numbers)}"
+    return f"a run that has begun keeps its batch: start {' or '.join(numbers)} ranks"
 
 
 def memory_settings(config: Any, world_size: int, device_type: str, dtype: str) -> dict[str, Any]:

@@ -138,6 +138,7 @@ class Trainer:
         loss = total / supervised if supervised else math.nan
         if not (supervised and squares):  # momentum would move the weights all the same
             self._skip("nothing to learn from", logging.DEBUG if supervised else logging.WARNING)
+            self.loss_scale.after_update()  # a scale that became too small rises again
         elif not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._skip_non_finite(loss_sum, loss, grad_norm)
         else:
@@ -241,8 +242,7 @@ class Trainer:
         line = finite({"step": self.state.step, **values})
         self.state.metrics_lines += 1
         self.metrics.write(line)
-        known = {key: value for key, value in line.items() if value is not None}
-        self.wandb.log(known, step=self.state.step)
+        self.wandb.log({k: v for k, v in line.items() if v is not None}, step=self.state.step)
 
     def _run_hooks(self) -> None:
         """Those that are due, once per step boundary, also if the run was resumed there."""
