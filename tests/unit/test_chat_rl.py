@@ -217,7 +217,7 @@ def test_ranks_that_cannot_share_the_prompts_are_told_a_way_out(base, capsys, mo
     assert rl("--num_iterations=1", "--eval_every=-1") == 0
     monkeypatch.setattr(collectives, "world", lambda: (0, 3))
     for flags, way_out in (
-        (["--resume=latest"], "let the number of ranks be 1 or 2"),
+        (["--resume=latest"], "start 1 or 2 ranks"),
         (["--overwrite"], "give a multiple"),
     ):
         assert rl("--num_iterations=2", "--eval_every=-1", *flags) == 2

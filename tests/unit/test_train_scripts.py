@@ -1150,6 +1150,6 @@ def test_a_batch_is_cut_into_whole_rows_equal_shares_and_equal_passes():
         with pytest.raises(UserError, match=flag):
             check_batch(*arguments)
     with pytest.raises(
-        UserError, match="12 rows .* 5 ranks .* number of ranks be 1 or 2 or 3 or 4$"
+        UserError, match="12 rows .* 5 ranks .* keeps its batch: start 1 or 2 or 3 or 4 ranks$"
     ):
         check_batch(384, 32, 4, 5, resume="latest")
