@@ -188,7 +188,7 @@ def test_settings_are_sent_and_kept(page: Page) -> None:
     page.evaluate("saveSettings({key: 'k'})")
     page.get_by_role("button", name="Defaults").click()
     expect(page.get_by_label("Longest reply, tokens")).to_have_value("800")
-    # what the operator chooses later counts again
+    # the operator's later choices count again
     assert storage(page, "zangchat.settings") == {"key": "k"}
     assert page.evaluate("settings.key") == "k"
 

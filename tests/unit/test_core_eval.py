@@ -353,7 +353,7 @@ def test_a_damaged_bundle_is_told_wherever_the_damage_is(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("core.yaml", text)
     intact = (tmp_path / "a.zip").read_bytes()
-    directory = intact.index(b"PK\1\2")  # what the archive says of its only member
+    directory = intact.index(b"PK\1\2")  # the archive's entry of its only member
     for damage in (
         {60: 0xFF, 61: 0xFF},  # the contents
         {directory + 8: 1},  # encrypted

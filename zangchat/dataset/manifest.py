@@ -337,7 +337,7 @@ def shard_entry(path: Path, split: str, **facts: Any) -> dict[str, Any]:
 
 
 def building_folder(folder: Path) -> Path:
-    """Where to build what replaces <folder>: next to it, on its disk if it is a link to one."""
+    """Where to build a new <folder>: next to the old one, on its disk if it is a link to one."""
     folder = folder.resolve()
     return folder.with_name(f".{folder.name}.building")
 

@@ -117,7 +117,7 @@ class DecodeGraphs:
 
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         with _capturing, contextlib.ExitStack() as failed:
-            failed.callback(self.clear)  # the end of this graph would free what the others use
+            failed.callback(self.clear)  # the end of this graph would free the others' memory
             self.stream.wait_stream(current)
             with torch.cuda.stream(self.stream):  # not yet captured: libraries allocate at first
                 step()

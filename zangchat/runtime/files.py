@@ -80,7 +80,7 @@ def open_for_lines(path: str | Path) -> IO[bytes]:
     """Open a file to append lines. If its last one has no end, as some editors leave it, it gets
     one."""
     file = open(path, "ab")  # noqa: SIM115, the caller closes it
-    with contextlib.suppress(OSError), open(path, "rb") as before:  # not of a pipe
+    with contextlib.suppress(OSError), open(path, "rb") as before:  # if seekable
         before.seek(-1, os.SEEK_END)
         if before.read(1) != b"\n":
             file.write(b"\n")
