@@ -16,7 +16,9 @@ may share a physical one with another machine, and then the same work takes up t
 "fresh" is what users see: the text is new to an encoder that has encoded --other_megabytes of other
 text of the same corpus. "cold" is the first time that a new encoder encodes the text, "warm" the
 second. If the corpus is smaller than --megabytes, it is repeated from its beginning; the output
-says how often, and how much other text there was. Trainers get an iterator over str in memory, and
+says how often, and how much other text there was. --tasks=fresh compares the encoders in one
+process that gives each of them the same 4 MB in turns, in processor time: for small differences on
+a machine whose pace drifts. Trainers get an iterator over str in memory, and
 are timed until they have trained, not until the tokens are Python objects; "peak_MB_beyond_text" is
 their memory in addition to that text. A machine that is busy with other work gives no result.
 """
@@ -25,7 +27,9 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import operator
 import os
+import random
 import resource
 import statistics
 import subprocess
@@ -55,7 +59,7 @@ class Config:
     threads: int = 0  # for all of them; 0: as many as there are cores
     peers: str = ""  # folders of packages that are not in this environment, name=FOLDER,...
     only: str = ""  # measure only these names, as in the output; default: all of them
-    tasks: str = "train,encode,decode"
+    tasks: str = "train,encode,decode"  # or fresh
     repeats: int = 3
     busy: bool = False  # measure even if the machine is busy; the output records it
     worker: str = ""  # internal: the measurement of a repetition, as task:name
@@ -70,7 +74,7 @@ def bench(config: Config) -> int:
     if config.worker:
         task, name = config.worker.split(":")
         texts = documents(Path(config.folder), config.megabytes)
-        measure = {"train": train, "encode": encode, "decode": decode}[task]
+        measure = {"train": train, "encode": encode, "decode": decode, "fresh": fresh}[task]
         before = core_speed()
         result = measure(name, texts, Path(config.folder), config.vocab_size)
         print(json.dumps({**result, "core MB/s": round((before + core_speed()) / 2, 1)}))
@@ -180,6 +184,12 @@ def documents(folder: Path, megabytes: float) -> list[str]:
     return list(until(megabytes, itertools.cycle(corpus)))
 
 
+def other_documents(folder: Path) -> list[str]:
+    import pyarrow.parquet as pq
+
+    return pq.read_table(folder / "other.parquet")["text"].to_pylist()
+
+
 def megabytes_of(texts: list[str]) -> float:
     return sum(len(text.encode("utf-8")) for text in texts) / 1e6
 
@@ -189,26 +199,26 @@ def megabytes_of(texts: list[str]) -> float:
 
 def take_turns(config: Config, task: str, folder: Path, threads: int) -> dict[str, Any]:
     folders = folders_of(config)
-    names = {"train": list(TRAINERS), "encode": list(ENCODERS), "decode": list(DECODERS)}[task]
-    names = [name for name in names if name in (config.only or name).split(",")]
+    known: dict[str, dict[str, Any]] = {"train": TRAINERS, "decode": DECODERS}
+    names = [n for n in known.get(task, ENCODERS) if n in (config.only or n).split(",")]
+    if task == "fresh":
+        names = ["+".join(names)]  # in one process
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     failed: dict[str, str] = {}
     for _ in range(config.repeats):
         for name, done in runs.items():
-            package = name.split()[0]
-            if package == "rustbpe" and package not in folders:
+            packages = {each.split()[0] for each in name.split("+")}
+            if "rustbpe" in packages - set(folders):
                 failed[name] = "give --peers=rustbpe=FOLDER"
             if name not in failed:
+                first = [folder for package, folder in folders.items() if package in packages]
                 environment = {
                     **os.environ,
                     "RAYON_NUM_THREADS": str(threads),
                     "TOKENIZERS_PARALLELISM": "true",
                     "THREADS": str(threads),
+                    "PYTHONPATH": os.pathsep.join([*first, os.environ.get("PYTHONPATH", "")]),
                 }
-                if package in folders:
-                    environment["PYTHONPATH"] = os.pathsep.join(
-                        [folders[package], os.environ.get("PYTHONPATH", "")]
-                    )
                 flags = [
                     f"--worker={task}:{name}",
                     f"--folder={folder}",
@@ -362,25 +372,47 @@ TRAINERS: dict[str, Callable[[Iterator[str], int], Trained]] = {
 
 
 def encode(name: str, texts: list[str], folder: Path, vocab_size: int) -> dict[str, Any]:
-    import pyarrow.parquet as pq
-
     size, threads = megabytes_of(texts), int(os.environ["THREADS"])
     work, flatten = ENCODERS[name](folder, threads)
     _, cold = timed(lambda: work(texts))
     _, warm = timed(lambda: work(texts))
     work, flatten = ENCODERS[name](folder, threads)  # one that has not seen the text
-    other = pq.read_table(folder / "other.parquet")["text"].to_pylist()
+    other = other_documents(folder)
     work(other)
-    result, fresh = timed(lambda: work(texts))
+    result, seconds = timed(lambda: work(texts))
     ids = flatten(result)
     return {
-        "fresh MB/s" if other else "cold again MB/s": round(size / fresh, 2),
+        "fresh MB/s" if other else "cold again MB/s": round(size / seconds, 2),
         "warm MB/s": round(size / warm, 2),
         "cold MB/s": round(size / cold, 2),
         "peak_MB": peak_megabytes(),
         "bytes_per_token": round(1e6 * size / len(ids), 4),
         "digest": digest(ids.tobytes()),
     }
+
+
+def fresh(names: str, texts: list[str], folder: Path, vocab_size: int) -> dict[str, Any]:
+    """Medians over all parts: the speed of each, and the first one's over each other one's."""
+    threads = int(os.environ["THREADS"])
+    work = {name: ENCODERS[name](folder, threads)[0] for name in names.split("+")}
+    other, left = other_documents(folder), iter(texts)
+    for encode_all in work.values():
+        encode_all(other)
+    speeds: dict[str, list[float]] = {name: [] for name in work}
+    while part := list(until(4, left)):
+        for name in random.sample(list(work), len(work)):
+            started = time.process_time()
+            result = work[name](part)
+            speeds[name].append(megabytes_of(part) / (time.process_time() - started))
+            del result
+    first = names.split("+")[0]
+    medians = {f"{name} MB/s": statistics.median(found) for name, found in speeds.items()}
+    ratios = {
+        f"{first} / {name}": statistics.median(map(operator.truediv, speeds[first], speeds[name]))
+        for name in work
+        if name != first
+    }
+    return {**medians, **ratios, "parts": len(speeds[first])}
 
 
 # (folder, threads) -> (encode documents, flatten the result to all ids)

@@ -44,10 +44,11 @@ def test_tokenizer_bench_includes_peers(text):
         "--vocab_size=300",
         "--repeats=1",
         "--only=zangchat,tiktoken list",
-        "--tasks=decode",
+        "--tasks=decode,fresh",
     )
     found = bench("tokenizer", f"--data_path={text}", *flags)
     assert found["decode"]["zangchat"]["digest"] == found["decode"]["tiktoken list"]["digest"]
+    assert found["fresh"]["zangchat+tiktoken list"]["zangchat / tiktoken list"] > 0
 
 
 @pytest.mark.parametrize("module", [bench_infer, bench_train])

@@ -17,6 +17,7 @@ pub struct Joins {
     slots: Vec<u64>, // left, right and the joined token, ID_BITS each; open addressing, at most half full
     bits: Vec<u64>,  // eight for each slot: most requested pairs do not join, and this set, which fits in the cache, rejects them
     used: usize,
+    pairs: Box<[u32]>, // what every two ASCII characters join to, without a search
     ranks: Ranks,
     /// The length of the shortest token that is not found by joining, or is longer than a key: joining many bytes takes long.
     shortest: usize,
@@ -46,7 +47,8 @@ impl Joins {
             return Err(Error::Ranks(format!("the single byte {byte} is no token")));
         }
         let (characters, slots, bits) = (Characters::new(|byte| ranks[&[byte][..]]), vec![EMPTY; 16], vec![0; 2]);
-        let mut joins = Joins { characters, slots, bits, used: 0, ranks, shortest: Key::LONGEST + 1 };
+        let pairs = [NONE].repeat(1 << 14).into();
+        let mut joins = Joins { characters, slots, bits, used: 0, pairs, ranks, shortest: Key::LONGEST + 1 };
         let (mut parts, mut ordered) = (Vec::new(), true);
         for (token, id) in tokens.iter().zip(0..).filter(|(token, _)| token.len() > 1) {
             parts.clear();
@@ -67,6 +69,9 @@ impl Joins {
                 joins.shortest = joins.shortest.min(token.len());
             }
             joins.characters.add(token, id, ordered && parts.len() == 2);
+            if let [first @ ..0x80, second @ ..0x80] = token[..] {
+                joins.pairs[Self::pair(first, second)] = id;
+            }
         }
         Ok(joins)
     }
@@ -102,6 +107,11 @@ impl Joins {
         self.bits[hash as usize / 64] |= 1 << (hash % 64);
         self.used += (self.slots[place] == EMPTY) as usize;
         self.slots[place] = slot;
+    }
+
+    #[inline]
+    fn pair(first: u8, second: u8) -> usize {
+        (first as usize) << 7 | second as usize
     }
 
     /// The token that two tokens join to, or NONE.
@@ -142,6 +152,11 @@ impl Joins {
     #[inline(always)]
     fn join<const SIZE: usize>(&self, lowest: impl Fn(&[u32; SIZE], usize) -> (u32, usize), piece: &[u8], out: &mut Vec<u32>) -> bool {
         let (mut ids, mut ranks, mut length, mut at) = ([0; SIZE], [NONE; SIZE], 0, 0);
+        if piece.len() <= SIZE - EIGHT && piece.is_ascii() {
+            (length, at) = (piece.len(), piece.len());
+            piece.iter().zip(&mut ids).for_each(|(&byte, id)| *id = self.characters.bytes[byte as usize]);
+            piece.windows(2).zip(&mut ranks).for_each(|(two, rank)| *rank = self.pairs[Self::pair(two[0], two[1])]);
+        }
         while at < piece.len() {
             if length == SIZE - EIGHT {
                 return false;
