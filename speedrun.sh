@@ -33,6 +33,7 @@
 # shellcheck disable=SC2086  # in the whole file: split *_FLAGS at spaces
 set -euo pipefail
 unset CDPATH PYTHONHOME # as activating .venv does; CDPATH would lead cd elsewhere
+unset PYTHONDONTWRITEBYTECODE # as dev/setup.sh
 cd "$(dirname "${BASH_SOURCE[0]}")"
 if [ $# != 0 ]; then
     echo "error: ${CHAIN:-speedrun.sh} takes no flags: its settings are environment variables, listed at the top of speedrun.sh." >&2

@@ -15,6 +15,7 @@
 # The reasons for the numbers: README.md, "Results on a laptop".
 set -euo pipefail
 unset CDPATH PYTHONHOME # as activating .venv does; CDPATH would lead cd elsewhere
+unset PYTHONDONTWRITEBYTECODE # as dev/setup.sh
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 lang=${LC_ALL:-${LC_MESSAGES:-${LANG:-en}}} corpus=pydocs arch=nanochat
 command="${MINUTES:+MINUTES=$MINUTES }${SEED:+SEED=$SEED }bash dev/runcpu.sh${*:+ $*}"

@@ -17,6 +17,7 @@ PYTHON_VERSION=${PYTHON_VERSION:-3.11}
 
 # Each of these leads cd, Python, uv or maturin to another place than this checkout and its .venv.
 unset CDPATH PYTHONHOME CONDA_PREFIX UV_PYTHON UV_SYSTEM_PYTHON UV_WORKING_DIR
+unset PYTHONDONTWRITEBYTECODE # Docker images set it; without bytecode each process takes seconds longer to import torch
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case "${1:-}" in
     "") dev="" kind=run ;;

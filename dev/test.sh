@@ -5,7 +5,7 @@
 #   bash dev/test.sh --full     also the long ones (marked slow)
 #   bash dev/test.sh -k muon    any other argument goes to pytest, and only pytest runs
 set -euo pipefail
-unset CDPATH PYTHONHOME CONDA_PREFIX # as dev/setup.sh
+unset CDPATH PYTHONHOME CONDA_PREFIX PYTHONDONTWRITEBYTECODE # as dev/setup.sh
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash dev/setup.sh --dev
 export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv" PYTHONUNBUFFERED=1 WANDB_MODE=offline

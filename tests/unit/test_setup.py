@@ -25,7 +25,7 @@ PYTHON = """case "$*" in
 esac"""
 # Of torch there is a real module, which setup.sh asks about its build; other modules are only claimed.
 VENV_PYTHON = f"""#!/bin/bash
-[ -z "${{PYTHONHOME:-}}" ] || exit 1
+[ -z "${{PYTHONHOME:-}}${{PYTHONDONTWRITEBYTECODE:-}}" ] || exit 1
 case "$#$*" in
     *version_info*) [ -z "${{OLD:-}}" ] ;;
     *--version) echo Python 3.9.19 ;;
@@ -227,7 +227,7 @@ def test_unsupported_python_version_is_ignored(setup):
 @pytest.mark.parametrize(
     "name",
     ["UV_SYSTEM_PYTHON", "UV_PYTHON", "UV_WORKING_DIR", "PYTHONHOME", "CONDA_PREFIX"]
-    + ["PIP_USER", "PIP_REQUIRE_VIRTUALENV", "CDPATH"],
+    + ["PYTHONDONTWRITEBYTECODE", "PIP_USER", "PIP_REQUIRE_VIRTUALENV", "CDPATH"],
 )
 def test_variables_of_the_user_lead_nowhere_else(linux, tmp_path, name):
     linux.machine.install("cargo", "echo 'cargo 1.99.0'")
