@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from dev import gpus as count_gpus
 from tests.documents import READMES, ROOT, text_of
 from tests.machines import Machine, gpus, no_path, nvidia_smi
 
@@ -539,6 +540,23 @@ def test_missing_gpu_has_a_reason(tmp_path):
     assert count(machine)[::3] == ["0", "nvidia-smi failed: No devices were found"]
     machine.install("nvidia-smi", nvidia_smi(""))
     assert count(machine)[::3] == ["0", "nvidia-smi lists none"]
+
+
+@pytest.mark.parametrize(
+    ("found", "mib", "warned"), [(8, 64, True), (8, 4096, False), (1, 64, False), (0, 64, False)]
+)
+def test_little_shared_memory_for_several_gpus_is_a_warning(
+    monkeypatch, capsys, found, mib, warned
+):
+    usage = shutil.disk_usage("/")
+    device = "cuda" if found else "cpu"
+    monkeypatch.setattr(count_gpus, "SHARED", ROOT)
+    monkeypatch.setattr(count_gpus, "autodetect_device_type", lambda: device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(total=mib * 2**20))
+    assert count_gpus.main([]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{found}\n" and ("has 64 MiB" in err and "--shm-size" in err) == warned
 
 
 # -- macOS -----------------------------------------------------------------------------------------
