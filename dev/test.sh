@@ -22,12 +22,11 @@ source dev/machine.sh
 problem=$(cargo_problem)
 if [ -z "$problem" ]; then
     say "Rust: tests, clippy, formatting"
-    for crate in rustbpe ruststep; do (
-        cd "$crate"
+    # both crates at once
+    printf '%s\n' rustbpe ruststep | xargs -P 2 -I CRATE bash -ec 'cd CRATE
         cargo test --release --quiet --locked
         cargo clippy --release --quiet --locked --all-targets -- -D warnings
-        cargo fmt --check
-    ) done
+        cargo fmt --check'
 else
     say "Rust: the crates' own tests are skipped: $problem"
 fi
