@@ -14,8 +14,8 @@ use super::table::Table;
 use super::{without, Idea};
 use crate::{plain::Token, Error};
 
-/// A thread's own table has 2^LOCAL_BITS slots (3 MB; few under Miri, which is slow).
-pub const LOCAL_BITS: u32 = if cfg!(miri) { 8 } else { 17 };
+/// A thread's own table has 2^LOCAL_BITS slots (6 MB; few under Miri, which is slow).
+pub const LOCAL_BITS: u32 = if cfg!(miri) { 8 } else { 18 };
 /// The first SHARD_BITS bits of the hash choose the shared table. Each has its own lock.
 const SHARD_BITS: u32 = 6;
 /// Slots that are prefetched before the first of them is read; at most a window's worth more.
