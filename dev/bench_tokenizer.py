@@ -16,11 +16,12 @@ may share a physical one with another machine, and then the same work takes up t
 "fresh" is what users see: the text is new to an encoder that has encoded --other_megabytes of other
 text of the same corpus. "cold" is the first time that a new encoder encodes the text, "warm" the
 second. If the corpus is smaller than --megabytes, it is repeated from its beginning; the output
-says how often, and how much other text there was. --tasks=fresh compares the encoders in one
-process that gives each of them the same 4 MB in turns, in processor time: for small differences on
-a machine whose pace drifts. Trainers get an iterator over str in memory, and
-are timed until they have trained, not until the tokens are Python objects; "peak_MB_beyond_text" is
-their memory in addition to that text. A machine that is busy with other work gives no result.
+says how often, and how much other text there was. --tasks=fresh compares the encoders (of --only;
+all must be installed) in one process that gives each of them the same 4 MB in turns, in processor
+time: for small differences on a machine whose pace drifts. Trainers get an iterator over str in
+memory, and are timed until they have trained, not until the tokens are Python objects;
+"peak_MB_beyond_text" is their memory in addition to that text. A machine that is busy with other
+work gives no result.
 """
 
 import hashlib
@@ -404,7 +405,7 @@ def fresh(names: str, texts: list[str], folder: Path, vocab_size: int) -> dict[s
             started = time.process_time()
             result = work[name](part)
             speeds[name].append(megabytes_of(part) / (time.process_time() - started))
-            del result
+            del result  # not while the next one is timed
     first = names.split("+")[0]
     medians = {f"{name} MB/s": statistics.median(found) for name, found in speeds.items()}
     ratios = {

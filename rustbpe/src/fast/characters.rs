@@ -9,7 +9,7 @@ const NONE: u32 = u32::MAX;
 /// A character is whole before a part of it joins with a neighbour if all tokens that begin or end with such a part, and go beyond the
 /// character, are younger. Those that begin or end with the whole character are younger anyway, where no token arises from younger ones.
 pub struct Characters {
-    pub bytes: [u32; 256],
+    pub(super) bytes: [u32; 256],
     tokens: Box<[u32]>,  // of each code point below 65,536, or NONE
     borders: Box<[u32]>, // the oldest token across two bytes that are in two characters, one of them only a part
 }

@@ -153,6 +153,7 @@ impl Joins {
     fn join<const SIZE: usize>(&self, lowest: impl Fn(&[u32; SIZE], usize) -> (u32, usize), piece: &[u8], out: &mut Vec<u32>) -> bool {
         let (mut ids, mut ranks, mut length, mut at) = ([0; SIZE], [NONE; SIZE], 0, 0);
         if piece.len() <= SIZE - EIGHT && piece.is_ascii() {
+            // most pieces, without a branch for each character
             (length, at) = (piece.len(), piece.len());
             piece.iter().zip(&mut ids).for_each(|(&byte, id)| *id = self.characters.bytes[byte as usize]);
             piece.windows(2).zip(&mut ranks).for_each(|(two, rank)| *rank = self.pairs[Self::pair(two[0], two[1])]);

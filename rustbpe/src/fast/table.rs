@@ -21,9 +21,13 @@ struct Slot {
 
 impl Table {
     pub fn new(bits: u32, skip: u32) -> Self {
-        let mut slots = vec![Slot::default(); 1 << bits];
+        Table { slots: Self::free(1 << bits), skip, used: 0 }
+    }
+
+    fn free(size: usize) -> Vec<Slot> {
+        let mut slots = vec![Slot::default(); size];
         ask_for_huge_pages(&mut slots);
-        Table { slots, skip, used: 0 }
+        slots
     }
 
     pub fn is_half_full(&self) -> bool {
@@ -60,8 +64,8 @@ impl Table {
     /// Doubles the table if it is nearly full.
     pub fn grow(&mut self) {
         if self.used > self.slots.len() / 4 * 3 {
-            let size = 2 * self.slots.len();
-            let old = std::mem::replace(&mut self.slots, vec![Slot::default(); size]);
+            let twice = Self::free(2 * self.slots.len());
+            let old = std::mem::replace(&mut self.slots, twice);
             self.used = 0;
             old.iter().filter(|slot| slot.count > 0).for_each(|slot| self.add(slot.key.hash(), slot.key, slot.count));
         }
