@@ -46,7 +46,7 @@ fn main() {
     let tokens: Vec<Token> = if !in_plain {
         let counter = Counter::new(Splitter::new(DEFAULT_PATTERN).expect("a pattern"));
         let mut local = LocalCounter::new(&counter);
-        ours.iter().for_each(|text| local.add(text.as_bytes()).expect("a text"));
+        ours.iter().for_each(|text| local.add(text).expect("a text"));
         local.finish();
         tell("count", before);
         let before = now(start);

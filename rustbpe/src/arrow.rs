@@ -248,9 +248,11 @@ impl Strings {
     pub fn nulls(&self) -> usize {
         self.owner.0.length as usize - self.rows.len()
     }
+}
 
+impl AsRef<[u8]> for Strings {
     /// The bytes of all strings: UTF-8, if the producer has checked them.
-    pub fn data(&self) -> &[u8] {
+    fn as_ref(&self) -> &[u8] {
         match self.data_len {
             0 => &[],
             // SAFETY: the array, kept alive here, has bytes up to its last offset; or these are `copied`, which no longer changes.

@@ -16,6 +16,7 @@ mod reader;
 #[cfg(test)]
 mod tests;
 
+use std::borrow::Cow;
 use std::fmt;
 
 /// Errors; every variant stems from the caller's data, not from a bug.
@@ -52,3 +53,21 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
+
+/// A text in memory, perhaps in another form than UTF-8. Threads convert it just before they use it.
+pub trait Text: Sync {
+    /// About the number of its bytes.
+    fn size(&self) -> usize;
+
+    fn utf8(&self) -> Result<Cow<'_, str>, Error>;
+}
+
+impl<T: AsRef<[u8]> + Sync + ?Sized> Text for T {
+    fn size(&self) -> usize {
+        self.as_ref().len()
+    }
+
+    fn utf8(&self) -> Result<Cow<'_, str>, Error> {
+        std::str::from_utf8(self.as_ref()).map(Cow::Borrowed).map_err(|e| Error::Text(e.to_string()))
+    }
+}

@@ -20,8 +20,8 @@ use crate::fast::split::{Splitter, DEFAULT_PATTERN};
 use crate::fast::threads::{in_parallel, worker_threads};
 use crate::fast::train::{check_vocab_size, train};
 use crate::plain::Token;
-use crate::reader::{count_all, Utf8, CALL_EVERY};
-use crate::Error;
+use crate::reader::{count_all, Str, CALL_EVERY};
+use crate::{Error, Text};
 
 /// To be raised, here and in zangchat/bpe.py, with every change of what Python passes or gets: so an older build is noticed.
 const VERSION: u32 = 1;
@@ -172,8 +172,7 @@ impl Tokenizer {
         let offsets = converted(offsets, "int64")?;
         // SAFETY: of these types; as everywhere in numpy, the caller must not write to them from another thread meanwhile.
         let (bytes, offsets) = unsafe { (&*memory_of::<u8>(&bytes)?, &*memory_of::<i64>(&offsets)?) };
-        let encoder = self.encoder(py)?;
-        let runs = Watch::over(py, |watch| encode_utf8(encoder, cut(bytes, offsets)?, num_threads, watch))?;
+        let runs = self.encode_texts(py, &cut(bytes, offsets)?, num_threads)?;
         arrays_of(py, runs, "uint32", num_threads)
     }
 
@@ -268,25 +267,26 @@ impl Tokenizer {
         if texts.is_instance_of::<PyString>() {
             return Err(PyTypeError::new_err("texts must be a list of str, not one str"));
         }
-        let encoder = self.encoder(py)?;
         if let Some(arrays) = Strings::import(texts)? {
             if arrays.iter().any(|strings| strings.nulls() > 0) {
                 return Err(PyValueError::new_err("the Arrow array has nulls, which are no texts: leave them out (drop_null)"));
             }
-            let texts = arrays.iter().flat_map(|strings| strings.rows.iter().map(|row| &strings.data()[row.clone()]));
-            let texts: Vec<&[u8]> = texts.collect();
-            return Watch::over(py, |watch| encode_utf8(encoder, texts, num_threads, watch));
+            let texts = arrays.iter().flat_map(|strings| strings.rows.iter().map(|row| &strings.as_ref()[row.clone()]));
+            return self.encode_texts(py, &texts.collect::<Vec<_>>(), num_threads);
         }
-        let texts = texts.try_iter()?.enumerate().map(|(index, text)| utf8_of(index, &text?)).collect::<PyResult<Vec<_>>>()?;
-        let texts: Vec<&[u8]> = texts.iter().map(Utf8::bytes).collect();
-        Watch::over(py, |watch| encode_utf8(encoder, texts, num_threads, watch))
+        let texts = texts.try_iter()?.enumerate().map(|(index, text)| str_of(index, &text?)).collect::<PyResult<Vec<_>>>()?;
+        self.encode_texts(py, &texts, num_threads).or_else(|error| {
+            if error.is_instance_of::<PyValueError>(py) {
+                texts.iter().try_for_each(|text| text.check(py))?;
+            }
+            Err(error)
+        })
     }
-}
 
-fn encode_utf8(encoder: &Encoder, texts: Vec<&[u8]>, num_threads: Option<usize>, watch: &Watch<'_>) -> Result<Documents<u32>, Error> {
-    let checked = texts.into_iter().map(std::str::from_utf8).enumerate();
-    let texts: Result<Vec<_>, _> = checked.map(|(i, text)| text.map_err(|e| Error::Text(format!("text {i}, {e}")))).collect();
-    encoder.encode_documents(&texts?, worker_threads(num_threads), || watch.keep_going())
+    fn encode_texts<T: Text>(&self, py: Python<'_>, texts: &[T], num_threads: Option<usize>) -> PyResult<Documents<u32>> {
+        let encoder = self.encoder(py)?;
+        Watch::over(py, |watch| encoder.encode_documents(texts, worker_threads(num_threads), || watch.keep_going()))
+    }
 }
 
 type State = (Vec<PyBackedBytes>, String);
@@ -355,11 +355,11 @@ fn memory_of<T>(array: &Bound<'_, PyAny>) -> PyResult<*mut [T]> {
     })
 }
 
-fn utf8_of(index: usize, text: &Bound<'_, PyAny>) -> PyResult<Utf8> {
+fn str_of(index: usize, text: &Bound<'_, PyAny>) -> PyResult<Str> {
     let Ok(text) = text.cast::<PyString>() else {
         return Err(PyTypeError::new_err(format!("text {index} is a {}, not a str", text.get_type().name()?)));
     };
-    Utf8::of(text)
+    Str::of(text)
 }
 
 /// The ids of a sequence of int; ValueError for an int that cannot be an id.

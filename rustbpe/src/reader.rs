@@ -1,72 +1,125 @@
 //! Texts from a Python iterator, for counting: str, or Arrow arrays of strings. Their memory is not copied.
 
+use std::borrow::Cow;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
 use pyo3::exceptions::PyTypeError;
-use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
+use pyo3::types::string::PyStringData;
 use pyo3::types::{PyIterator, PyString};
 
 use crate::arrow::Strings;
 use crate::fast::count::Counter;
 use crate::fast::pool::Pool;
+use crate::{Error, Text};
 
 /// A batch is counted once it has this many bytes, even with fewer than buffer_size documents. Longer texts are split into parts.
 const BATCH_BYTES: usize = 1 << 20;
 /// The interval at which a long computation checks for Ctrl-C and reports its progress.
 pub const CALL_EVERY: Duration = Duration::from_millis(200);
 
-/// The UTF-8 of a Python str, kept alive. A lone surrogate has none and raises UnicodeEncodeError, a ValueError.
-pub enum Utf8 {
-    Str(PyBackedStr),
-    Bytes(PyBackedBytes),
+/// A Python str, kept alive and read where it lies, by any thread. Asked for UTF-8, Python would keep a copy for the lifetime of the str.
+pub struct Str {
+    object: Py<PyString>,
+    units: Units,
 }
 
-impl Utf8 {
-    /// A copy unless the text is ASCII: Python would keep its own UTF-8 copy for the lifetime of the text.
+/// Code points in the smallest units that hold all of them.
+enum Units {
+    Ascii(*const [u8]),
+    One(*const [u8]),
+    Two(*const [u16]),
+    Four(*const [u32]),
+}
+
+// SAFETY: the units of a str do not change, and live as long as `object`.
+unsafe impl Send for Str {}
+unsafe impl Sync for Str {}
+
+impl Str {
     pub fn of(text: &Bound<'_, PyString>) -> PyResult<Self> {
-        Ok(match text.call_method0(intern!(text.py(), "isascii"))?.is_truthy()? {
-            true => Utf8::Str(PyBackedStr::try_from(text.clone())?),
-            false => Utf8::Bytes(text.encode_utf8()?.into()),
-        })
+        // SAFETY: this reads a bit field of CPython's, laid out like a C compiler does; tests compare the texts with Python's.
+        let units = match unsafe { text.data()? } {
+            PyStringData::Ucs1(units) if units.is_ascii() => Units::Ascii(units),
+            PyStringData::Ucs1(units) => Units::One(units),
+            PyStringData::Ucs2(units) => Units::Two(units),
+            PyStringData::Ucs4(units) => Units::Four(units),
+        };
+        Ok(Str { object: text.clone().unbind(), units })
     }
 
-    pub fn bytes(&self) -> &[u8] {
-        match self {
-            Utf8::Str(text) => text.as_bytes(),
-            Utf8::Bytes(bytes) => bytes,
+    /// Raises UnicodeEncodeError, a ValueError, for a lone surrogate, which has no UTF-8.
+    pub fn check(&self, py: Python<'_>) -> PyResult<()> {
+        self.object.bind(py).encode_utf8().map(drop)
+    }
+}
+
+impl Text for Str {
+    fn size(&self) -> usize {
+        match self.units {
+            Units::Ascii(units) | Units::One(units) => units.len(),
+            Units::Two(units) => 2 * units.len(),
+            Units::Four(units) => 4 * units.len(),
         }
     }
+
+    fn utf8(&self) -> Result<Cow<'_, str>, Error> {
+        // SAFETY: as above, and ASCII is UTF-8.
+        let utf8 = unsafe {
+            match self.units {
+                Units::Ascii(units) => return Ok(Cow::Borrowed(std::str::from_utf8_unchecked(&*units))),
+                Units::One(units) => converted(&*units),
+                Units::Two(units) => converted(&*units),
+                Units::Four(units) => converted(&*units),
+            }
+        };
+        utf8.map(Cow::Owned).ok_or_else(|| Error::Text("a lone surrogate".to_owned()))
+    }
+}
+
+/// Code points as UTF-8; None if one is a surrogate. Most are ASCII, and 16 of these are copied at once.
+fn converted<U: Copy + Into<u32>>(units: &[U]) -> Option<String> {
+    let mut utf8 = String::with_capacity(units.len() + units.len() / 8);
+    let mut chunks = units.chunks_exact(16);
+    for chunk in &mut chunks {
+        let (mut bytes, mut all) = ([0; 16], 0);
+        for (byte, &unit) in bytes.iter_mut().zip(chunk) {
+            *byte = unit.into() as u8;
+            all |= unit.into();
+        }
+        match all {
+            // SAFETY: all are ASCII.
+            0..0x80 => utf8.push_str(unsafe { std::str::from_utf8_unchecked(&bytes) }),
+            _ => chunk.iter().try_for_each(|&unit| char::from_u32(unit.into()).map(|c| utf8.push(c)))?,
+        }
+    }
+    chunks.remainder().iter().try_for_each(|&unit| char::from_u32(unit.into()).map(|c| utf8.push(c)))?;
+    Some(utf8)
 }
 
 /// A text, or a part of one.
-pub struct Text {
-    owner: Owner,
-    start: usize,
-    end: usize,
+enum Part {
+    Str(Str),
+    Slice(Shared, Range<usize>),
 }
 
-enum Owner {
-    Python(Utf8),
-    Strings(Arc<Strings>),
-    Shared(Arc<Owner>), // among the parts of a long text
-}
+type Shared = Arc<dyn AsRef<[u8]> + Send + Sync>;
 
-impl Owner {
-    fn bytes(&self) -> &[u8] {
+impl Text for Part {
+    fn size(&self) -> usize {
         match self {
-            Owner::Python(text) => text.bytes(),
-            Owner::Strings(strings) => strings.data(),
-            Owner::Shared(owner) => owner.bytes(),
+            Part::Str(text) => text.size(),
+            Part::Slice(_, range) => range.len(),
         }
     }
-}
 
-impl AsRef<[u8]> for Text {
-    fn as_ref(&self) -> &[u8] {
-        &self.owner.bytes()[self.start..self.end]
+    fn utf8(&self) -> Result<Cow<'_, str>, Error> {
+        match self {
+            Part::Str(text) => text.utf8(),
+            Part::Slice(owner, range) => (**owner).as_ref()[range.clone()].utf8(),
+        }
     }
 }
 
@@ -90,8 +143,8 @@ pub fn count_all(py: Python<'_>, counter: &Counter, iterator: Bound<'_, PyIterat
 struct Reader<'scope, 'py> {
     py: Python<'py>,
     counter: &'scope Counter,
-    pool: Pool<'scope, Text>,
-    batch: Vec<Text>,
+    pool: Pool<'scope, Part>,
+    batch: Vec<Part>,
     bytes: usize,
     texts: usize, // read so far
     buffer_size: usize,
@@ -99,44 +152,39 @@ struct Reader<'scope, 'py> {
 
 impl<'py> Reader<'_, 'py> {
     fn read(&mut self, item: Bound<'py, PyAny>) -> PyResult<()> {
-        match item.cast::<PyString>() {
-            Ok(text) => {
-                let owner = Owner::Python(Utf8::of(text)?);
-                let end = owner.bytes().len();
-                self.push(owner, 0, end)
+        if let Ok(text) = item.cast::<PyString>() {
+            self.texts += 1;
+            let text = Str::of(text)?;
+            if text.size() <= 2 * BATCH_BYTES {
+                return self.put(Part::Str(text));
             }
-            Err(_) => {
-                let Some(arrays) = Strings::import(&item)? else {
-                    let kind = item.get_type().name()?;
-                    return Err(PyTypeError::new_err(format!("text {} is a {kind}, not a str or an Arrow array of them", self.texts)));
-                };
-                for strings in arrays.into_iter().map(Arc::new) {
-                    for row in &strings.rows {
-                        self.push(Owner::Strings(strings.clone()), row.start, row.end)?;
-                    }
-                }
-                Ok(())
-            }
+            text.check(self.py)?;
+            let utf8 = text.utf8()?.into_owned();
+            let all = 0..utf8.len();
+            return self.cut(Arc::new(utf8), all);
         }
-    }
-
-    fn push(&mut self, owner: Owner, start: usize, end: usize) -> PyResult<()> {
-        self.texts += 1;
-        if end - start <= 2 * BATCH_BYTES {
-            return self.put(Text { owner, start, end });
-        }
-        let owner = Arc::new(owner);
-        let mut from = start;
-        while from < end {
-            let cut = self.counter.splitter().border(&owner.bytes()[from..end], BATCH_BYTES);
-            self.put(Text { owner: Owner::Shared(owner.clone()), start: from, end: from + cut })?;
-            from += cut;
+        let Some(arrays) = Strings::import(&item)? else {
+            let kind = item.get_type().name()?;
+            return Err(PyTypeError::new_err(format!("text {} is a {kind}, not a str or an Arrow array of them", self.texts)));
+        };
+        for strings in arrays.into_iter().map(Arc::new) {
+            self.texts += strings.rows.len();
+            strings.rows.iter().try_for_each(|row| self.cut(strings.clone(), row.clone()))?;
         }
         Ok(())
     }
 
-    fn put(&mut self, text: Text) -> PyResult<()> {
-        self.bytes += text.end - text.start;
+    fn cut(&mut self, owner: Shared, mut rest: Range<usize>) -> PyResult<()> {
+        while rest.len() > 2 * BATCH_BYTES {
+            let end = rest.start + self.counter.splitter().border(&(*owner).as_ref()[rest.clone()], BATCH_BYTES);
+            self.put(Part::Slice(owner.clone(), rest.start..end))?;
+            rest.start = end;
+        }
+        self.put(Part::Slice(owner, rest))
+    }
+
+    fn put(&mut self, text: Part) -> PyResult<()> {
+        self.bytes += text.size();
         self.batch.push(text);
         match self.bytes >= BATCH_BYTES || self.batch.len() >= self.buffer_size {
             true => self.send(),
@@ -158,7 +206,11 @@ impl<'py> Reader<'_, 'py> {
     fn wait(&mut self) -> PyResult<()> {
         let pool = &mut self.pool;
         match self.py.detach(|| pool.finished(CALL_EVERY)) {
-            Some((_, counted)) => Ok(counted?),
+            Some((_, Ok(()))) => Ok(()),
+            Some((batch, Err(error))) => {
+                batch.iter().try_for_each(|part| if let Part::Str(text) = part { text.check(self.py) } else { Ok(()) })?;
+                Err(error.into())
+            }
             None => self.py.check_signals(),
         }
     }

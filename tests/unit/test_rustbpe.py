@@ -449,6 +449,30 @@ def test_documents_are_returned_as_arrays_in_order() -> None:
     assert (ids.tolist(), offsets.tolist()) == ([], [0])
 
 
+def test_str_of_every_width_is_read_like_its_utf8() -> None:
+    """Python stores a str in units of 1, 2 or 4 bytes, as its largest character needs."""
+    tokenizer, rng = rustbpe.Tokenizer.from_ranks(PAIRS), random.Random(1)
+    letters = [*"ab c" * 12, "\x80", "\xff", "\u0100", "\uffff", "\U00010000", "\U0010ffff"]
+    texts = [
+        "".join(rng.choices(letters[: len(letters) - rng.choice([0, 2, 4, 6])], k=length))
+        for length in [*range(70)] * 8
+    ]
+    texts += ["words and 中文 " * 50_000, "é" * 600_000]  # are cut into parts
+    ids, offsets = tokenizer.encode_documents(texts)
+    parts = np.split(ids, offsets[1:-1])
+    assert [tokenizer.decode(part) for part in parts] == texts
+    assert [part.tolist() for part in parts] == tokenizer.batch_encode(texts)
+    assert [part.tolist() for part in parts] == [tokenizer.encode(text) for text in texts]
+    texts.append(texts[-2] * 6)  # is cut when it is counted, too
+    assert tokens_of(train(texts, 400)) == tokens_of(train([pa.array(texts)], 400))
+    for surrogate in "\ud800", "\udfff", "\ud83d\ude00", "\U00010000\ud800":
+        for wrong in surrogate, "a" * 20 + surrogate, surrogate + "a" * 20, surrogate * 999_999:
+            with pytest.raises(UnicodeEncodeError, match="surrogates"):
+                tokenizer.batch_encode([*texts[:100], wrong])
+            with pytest.raises(UnicodeEncodeError, match="surrogates"):
+                train([*texts[:100], wrong], 400)
+
+
 def test_buffer_with_offsets_is_encoded_like_its_texts() -> None:
     trained = train(["some words and more words"], 280)
     texts = ["some words", "", "é 的\0", "and more words" * 20]

@@ -101,8 +101,7 @@ impl<'c> LocalCounter<'c> {
         LocalCounter { counter, splitter: counter.splitter.clone(), table: Table::new(LOCAL_BITS, 0), long: Long::default() }
     }
 
-    pub fn add(&mut self, text: &[u8]) -> Result<(), Error> {
-        let text = std::str::from_utf8(text).map_err(|e| Error::Text(e.to_string()))?;
+    pub fn add(&mut self, text: &str) -> Result<(), Error> {
         let LocalCounter { counter, splitter, table, long } = self;
         let bytes = text.as_bytes();
         let mut waiting = [(0, Key::default()); WAITING + WINDOW];

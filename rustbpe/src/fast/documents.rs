@@ -1,11 +1,12 @@
 //! Many texts at once. Replaces a loop over `plain::encode`, or `plain::decode`.
 //! Faster: threads take runs of documents of 256 KiB, and parts of long ones. Gain: see NOTES.md, two threads beside one.
 
+use std::borrow::Cow;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::encode::{Encoder, Scratch};
 use super::threads::{in_parallel, worker_threads};
-use crate::Error;
+use crate::{Error, Text};
 
 /// Documents are handed to threads in runs of about this many bytes.
 pub const RUN_BYTES: usize = 1 << 18;
@@ -20,20 +21,35 @@ impl Encoder {
     /// Encodes the documents on up to `threads` threads; several share a long one if the pattern allows it.
     ///
     /// Each thread calls `keep_going` after every 256 KiB or so; if it returns false, the call ends with `Error::Interrupted`.
-    pub fn encode_documents(&self, texts: &[&str], threads: usize, keep_going: impl Fn() -> bool + Sync) -> Result<Documents<u32>, Error> {
+    pub fn encode_documents<T: Text>(
+        &self,
+        texts: &[T],
+        threads: usize,
+        keep_going: impl Fn() -> bool + Sync,
+    ) -> Result<Documents<u32>, Error> {
+        let utf8 = |index: usize| {
+            texts[index].utf8().map_err(|error| match error {
+                Error::Text(why) => Error::Text(format!("text {index}, {why}")),
+                other => other,
+            })
+        };
+        let long = texts.iter().enumerate().map(|(index, text)| (text.size() > 2 * RUN_BYTES).then(|| utf8(index)).transpose());
+        let long = long.collect::<Result<Vec<_>, _>>()?;
         let (mut parts, mut ends) = (Vec::with_capacity(texts.len()), Vec::with_capacity(texts.len()));
-        for &text in texts {
-            let mut rest = text;
-            while rest.len() > 2 * RUN_BYTES {
-                let (part, others) = rest.split_at(self.splitter.border(rest.as_bytes(), RUN_BYTES));
-                parts.push(part);
-                rest = others;
+        for (index, text) in long.iter().enumerate() {
+            let mut rest = text.as_deref();
+            while let Some(text) = rest.filter(|text| text.len() > 2 * RUN_BYTES) {
+                let (part, others) = text.split_at(self.splitter.border(text.as_bytes(), RUN_BYTES));
+                parts.push((index, Some(part)));
+                rest = Some(others);
             }
-            parts.push(rest);
+            parts.push((index, rest)); // the whole text if it is not long
             ends.push(parts.len());
         }
-        let Documents { runs, lengths } =
-            self.in_runs(&parts, |text| text.len() / 4, threads, &keep_going, |text, out, scratch| self.encode_into(text, out, scratch))?;
+        let size = |(index, part): (usize, Option<&str>)| part.map_or(texts[index].size(), str::len) / 4;
+        let Documents { runs, lengths } = self.in_runs(&parts, size, threads, &keep_going, |(index, part), out, scratch| {
+            self.encode_into(&part.map_or_else(|| utf8(index), |part| Ok(Cow::Borrowed(part)))?, out, scratch)
+        })?;
         let starts = std::iter::once(&0).chain(&ends);
         let lengths = starts.zip(&ends).map(|(&start, &end)| lengths[start..end].iter().sum()).collect();
         Ok(Documents { runs, lengths })

@@ -7,15 +7,11 @@ use std::thread::{Scope, ScopedJoinHandle};
 use std::time::Duration;
 
 use super::count::{Counter, LocalCounter};
-use crate::Error;
+use crate::{Error, Text};
 
 impl Counter {
     /// Starts the threads that count.
-    pub fn start<'scope, T: AsRef<[u8]> + Send + 'scope>(
-        &'scope self,
-        scope: &'scope Scope<'scope, '_>,
-        threads: usize,
-    ) -> Pool<'scope, T> {
+    pub fn start<'scope, T: Text + Send + 'scope>(&'scope self, scope: &'scope Scope<'scope, '_>, threads: usize) -> Pool<'scope, T> {
         let (send, batches) = channel::<Vec<T>>();
         let (finish, finished) = channel();
         let batches = Arc::new(Mutex::new(batches));
@@ -26,7 +22,7 @@ impl Counter {
                 loop {
                     let batch = batches.lock().expect("no thread panics while it waits").recv();
                     let Ok(batch) = batch else { break };
-                    let counted = batch.iter().try_for_each(|text| local.add(text.as_ref()));
+                    let counted = batch.iter().try_for_each(|text| local.add(&text.utf8()?));
                     if finish.send((batch, counted)).is_err() {
                         break;
                     }
@@ -54,12 +50,12 @@ pub struct Pool<'scope, T> {
 /// A batch and the result of counting it.
 type Counted<T> = (Vec<T>, Result<(), Error>);
 
-impl<T: AsRef<[u8]>> Pool<'_, T> {
+impl<T: Text> Pool<'_, T> {
     /// Submits texts for one thread to count together. If they are not UTF-8, `finished` returns an error.
     pub fn add(&mut self, batch: Vec<T>) {
         self.under_way += 1;
         let Some((own, finish)) = &mut self.own else { return self.send.send(batch).expect("the threads live as long as the pool") };
-        let counted = batch.iter().try_for_each(|text| own.add(text.as_ref()));
+        let counted = batch.iter().try_for_each(|text| own.add(&text.utf8()?));
         own.finish();
         finish.send((batch, counted)).expect("the receiver is ours");
     }

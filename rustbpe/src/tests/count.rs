@@ -11,9 +11,9 @@ use crate::fast::key::Key;
 use crate::fast::split::{Splitter, DEFAULT_PATTERN};
 use crate::fast::train::train;
 use crate::plain::{self, Token};
-use crate::Error;
+use crate::{Error, Text};
 
-fn count<T: AsRef<[u8]> + Send + Clone>(texts: &[T], threads: usize, batch: usize) -> Result<Counter, Error> {
+fn count<T: Text + Send + Clone>(texts: &[T], threads: usize, batch: usize) -> Result<Counter, Error> {
     let counter = Counter::new(Splitter::new(DEFAULT_PATTERN)?);
     std::thread::scope(|scope| {
         let mut pool = counter.start(scope, threads);
