@@ -88,7 +88,7 @@ impl Counter {
 /// The pieces without a key.
 type Long = FxHashMap<Token, u64>;
 
-/// One thread's counts. `finish` moves them into the counter.
+/// One thread's counts. Dropping it moves them into the counter.
 pub struct LocalCounter<'c> {
     counter: &'c Counter,
     splitter: Splitter,
@@ -139,8 +139,10 @@ impl<'c> LocalCounter<'c> {
         waiting[..number].iter().for_each(|&(hash, key)| table.add(hash, key, 1));
         Ok(())
     }
+}
 
-    pub fn finish(&mut self) {
+impl Drop for LocalCounter<'_> {
+    fn drop(&mut self) {
         self.counter.take(&mut self.table, &mut self.long);
     }
 }
