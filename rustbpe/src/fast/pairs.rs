@@ -36,6 +36,30 @@ pub struct Place {
     pub weight: u32,
 }
 
+/// The number of each pair, or NONE. Pairs of bytes, at first all, need no hash.
+struct Numbers {
+    bytes: Box<[u32]>,
+    others: FxHashMap<Key, u32>,
+}
+
+const NONE: u32 = u32::MAX;
+
+impl Default for Numbers {
+    fn default() -> Self {
+        Numbers { bytes: [NONE].repeat(1 << 16).into(), others: FxHashMap::default() }
+    }
+}
+
+impl Numbers {
+    #[inline]
+    fn of(&mut self, key: Key) -> &mut u32 {
+        match tokens_of(key) {
+            (a @ 0..256, b @ 0..256) => &mut self.bytes[(a << 8 | b) as usize],
+            _ => self.others.entry(key).or_insert(NONE),
+        }
+    }
+}
+
 /// Pairs in the order of their first occurrence.
 #[derive(Default)]
 pub struct Pairs {
@@ -47,19 +71,22 @@ pub struct Pairs {
 impl Pairs {
     /// All pairs that occur at least `floor` times. None if `keep_going` ended it.
     pub fn of<S: Slot>(slots: &Slots<S>, floor: u64, keep_going: impl Fn() -> bool) -> Option<Pairs> {
-        let mut pairs = Pairs::default();
+        let (mut pairs, mut numbers) = (Pairs::default(), Numbers::default());
         slots.for_each_pair(&keep_going, |key, place| {
-            let number = *pairs.index.entry(key).or_insert(pairs.list.len() as u32) as usize;
-            if number == pairs.list.len() {
+            let number = numbers.of(key);
+            if *number == NONE {
+                *number = pairs.list.len() as u32;
                 pairs.list.push(Pair { key, count: 0, start: 0, places: 0 });
             }
-            pairs.list[number].count += place.weight as u64;
-            pairs.list[number].places += 1;
+            let pair = &mut pairs.list[*number as usize];
+            pair.count += place.weight as u64;
+            pair.places += 1;
         })?;
         pairs.list.retain(|pair| pair.count >= floor);
-        pairs.index.clear();
+        numbers = Numbers::default();
         let mut end = 0;
         for (number, pair) in pairs.list.iter_mut().enumerate() {
+            *numbers.of(pair.key) = number as u32;
             pairs.index.insert(pair.key, number as u32);
             (pair.start, end) = (end, end + pair.places as usize);
         }
@@ -68,8 +95,7 @@ impl Pairs {
         ask_for_huge_pages(pairs.places.spare_capacity_mut());
         pairs.places.resize(end, Place::default());
         slots.for_each_pair(keep_going, |key, place| {
-            if let Some(&number) = pairs.index.get(&key) {
-                let next = &mut next[number as usize];
+            if let Some(next) = next.get_mut(*numbers.of(key) as usize) {
                 pairs.places[*next] = place;
                 *next += 1;
             }

@@ -13,8 +13,6 @@ use crate::Error;
 
 /// If the words have at most this many slots, all pairs are tracked.
 const SMALL: usize = 1 << 20;
-/// Pairs with less than 1 / FLOOR_DIVISOR of the words' bytes per token are expected to be rarer than the last merge.
-const FLOOR_DIVISOR: u64 = 64;
 
 pub fn check_vocab_size(vocab_size: usize) -> Result<(), Error> {
     match vocab_size {
@@ -41,7 +39,8 @@ fn train_on<S: Slot>(slots: Slots<S>, vocab_size: usize, keep_going: impl Fn(usi
     let floor = match slots.size() {
         0..SMALL => 1,
         _ if without(Idea::Floor) => 1,
-        _ => 1 + slots.text_bytes() / (FLOOR_DIVISOR * vocab_size as u64),
+        // In text, the n-th merge occurs 2 to 8 times as often as bytes / n^1.5: rarer pairs will hardly be needed.
+        _ => 1 + 2 * slots.text_bytes() / (vocab_size as u64 * vocab_size.isqrt() as u64),
     };
     train_above(floor, slots, vocab_size, keep_going)
 }
@@ -66,7 +65,7 @@ pub fn train_above<S: Slot>(
                 break;
             }
             // An untracked pair may be more frequent than the remaining ones.
-            floor = floor / 16 + 1;
+            floor = floor / 4 + 1;
             (pairs, candidates) = track(&slots, floor, || keep_going(merges))?;
             continue;
         };
