@@ -135,15 +135,18 @@ impl Tokenizer {
     #[pyo3(signature = (texts, num_threads=None))]
     fn batch_encode<'py>(&self, py: Python<'py>, texts: &Bound<'py, PyAny>, num_threads: Option<usize>) -> PyResult<Bound<'py, PyList>> {
         let Documents { runs, lengths } = self.encode_all(py, texts, num_threads)?;
-        let ids = runs.concat();
-        let mut rest = &ids[..];
+        let (mut runs, mut ids, mut start) = (runs.into_iter(), Vec::new(), 0);
         // The garbage collector would traverse all these lists repeatedly (a quarter of the time), but numbers form no cycles.
         // SAFETY: the GIL is held.
         let collected = unsafe { ffi::PyGC_Disable() } == 1;
         let documents = lengths.into_iter().map(|length| {
-            let document;
-            (document, rest) = rest.split_at(length);
-            self.list(py, document)
+            while ids.len() < start + length {
+                // A run at a time, so that lists take the memory of the runs before it.
+                ids.drain(..std::mem::take(&mut start));
+                ids.extend(runs.next().expect("the lengths add up to all ids"));
+            }
+            start += length;
+            self.list(py, &ids[start - length..start])
         });
         let documents = documents.collect::<PyResult<Vec<_>>>().and_then(|documents| PyList::new(py, documents));
         if collected {
