@@ -47,7 +47,7 @@ fn main() {
         let counter = Counter::new(Splitter::new(DEFAULT_PATTERN).expect("a pattern"));
         let mut local = LocalCounter::new(&counter);
         ours.iter().for_each(|text| local.add(text).expect("a text"));
-        drop(local);
+        local.finish();
         tell("count", before);
         let before = now(start);
         let tokens = train(counter, vocab_size, |_| true).expect("a size");

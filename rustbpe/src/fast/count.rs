@@ -88,7 +88,7 @@ impl Counter {
 /// The pieces without a key.
 type Long = FxHashMap<Token, u64>;
 
-/// One thread's counts. Dropping it moves them into the counter.
+/// One thread's counts. `finish` moves them into the counter.
 pub struct LocalCounter<'c> {
     counter: &'c Counter,
     splitter: Splitter,
@@ -139,10 +139,8 @@ impl<'c> LocalCounter<'c> {
         waiting[..number].iter().for_each(|&(hash, key)| table.add(hash, key, 1));
         Ok(())
     }
-}
 
-impl Drop for LocalCounter<'_> {
-    fn drop(&mut self) {
+    pub fn finish(&mut self) {
         self.counter.take(&mut self.table, &mut self.long);
     }
 }
