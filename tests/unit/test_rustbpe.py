@@ -639,57 +639,55 @@ def test_exception_of_the_progress_callback_stops_training() -> None:
 
 
 @contextlib.contextmanager
-def interrupted_after(seconds: float | None) -> Iterator[Callable[[], object]]:
-    """Simulate Ctrl-C by a timer: after `seconds`, or after a call of the yielded function."""
+def interrupted(at_once: bool = True) -> Iterator[Callable[[], object]]:
+    """Expect Ctrl-C: a signal every 50 ms, the third of which raises.
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, seconds or 0)
-    try:
-        yield lambda: signal.setitimer(signal.ITIMER_REAL, 0.05)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-
-
-def test_ctrl_c_interrupts_reading() -> None:
-    with interrupted_after(0.2), pytest.raises(KeyboardInterrupt):
-        rustbpe.Tokenizer().train_from_iterator(itertools.repeat("endless"), 300)
-
-
-def test_ctrl_c_interrupts_counting_one_long_document() -> None:
-    text = "the same words again and again " * 4_000_000  # takes seconds
-    with interrupted_after(0.2), pytest.raises(KeyboardInterrupt):
-        train([text], 300, pattern=SLOW_PATTERN)
-
-
-@pytest.mark.parametrize("num_threads", [1, 2])
-@pytest.mark.parametrize("kind", ["list", "one text", "arrow"])
-def test_ctrl_c_interrupts_encoding(kind: str, num_threads: int) -> None:
-    """The third signal raises. Signals follow each other only if handled during the call."""
-    words = "".join(random.Random(4).choices("abcdefghijklmnopqrstuvwxyz   ", k=500_000))
-    tokenizer = rustbpe.Tokenizer.from_ranks(BYTES, SLOW_PATTERN)  # takes seconds
-    texts: Any = pa.array([words] * 160) if kind == "arrow" else [words] * 160
-    text, handled = words * 400, []
+    They begin now, or with a call of the yielded function. Signals follow each other only if they are handled while Rust computes.
+    """
+    handled = []
 
     def interrupt(*_: object) -> None:
         handled.append(1)
         if len(handled) == 3:
             raise KeyboardInterrupt
 
+    def start() -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+
     previous = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
     try:
         with pytest.raises(KeyboardInterrupt):
-            if kind == "one text":
-                rustbpe.Tokenizer().encode(text)
-            else:
-                tokenizer.encode_documents(texts, num_threads=num_threads)
+            if at_once:
+                start()
+            yield start
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+
+
+def test_ctrl_c_interrupts_reading() -> None:
+    with interrupted():
+        rustbpe.Tokenizer().train_from_iterator(itertools.repeat("endless"), 300)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_ctrl_c_interrupts_counting_one_long_document(num_threads: int) -> None:
+    text = "the same words again and again " * 4_000_000  # takes seconds
+    with interrupted():
+        train([text], 300, pattern=SLOW_PATTERN, num_threads=num_threads)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("kind", ["list", "one text", "arrow"])
+def test_ctrl_c_interrupts_encoding(kind: str, num_threads: int) -> None:
+    words = "".join(random.Random(4).choices("abcdefghijklmnopqrstuvwxyz   ", k=500_000))
+    tokenizer = rustbpe.Tokenizer.from_ranks(BYTES, SLOW_PATTERN)  # takes seconds
+    texts: Any = pa.array([words] * 160) if kind == "arrow" else [words] * 160
+    with interrupted():
+        if kind == "one text":
+            rustbpe.Tokenizer().encode(words * 400)
+        else:
+            tokenizer.encode_documents(texts, num_threads=num_threads)
 
 
 @pytest.mark.parametrize("word_length", [5, 3_000_000])
@@ -700,8 +698,8 @@ def test_ctrl_c_interrupts_sorting_and_merging(word_length: int) -> None:
     """
     letters = "".join(random.Random(4).choices("abcdefghijklmnopqrstuvwxyz", k=3_000_000))
     text = " ".join(letters[i : i + word_length] for i in range(0, len(letters), word_length))
-    with interrupted_after(None) as interrupt, pytest.raises(KeyboardInterrupt):
-        train([text], 200_000, progress=lambda merges: merges or interrupt())
+    with interrupted(at_once=False) as start:
+        train([text], 200_000, progress=lambda merges: merges or start())
 
 
 def test_failed_training_leaves_the_tokenizer_unchanged() -> None:
