@@ -1,4 +1,4 @@
-//! Texts from a Python iterator, for counting: str, or Arrow arrays of strings. Their memory is not copied.
+//! Strings of Python, read where they lie, and the texts of an iterator, for counting: str, or Arrow arrays of strings.
 
 use std::borrow::Cow;
 use std::ops::Range;
