@@ -158,8 +158,7 @@ impl<'py> Reader<'_, 'py> {
             if text.size() <= 2 * BATCH_BYTES {
                 return self.put(Part::Str(text));
             }
-            text.check(self.py)?;
-            let utf8 = text.utf8()?.into_owned();
+            let utf8 = text.utf8().map(Cow::into_owned).or_else(|error| text.check(self.py).and(Err(error.into())))?;
             let all = 0..utf8.len();
             return self.cut(Arc::new(utf8), all);
         }
