@@ -33,6 +33,7 @@ impl Encoder {
                 other => other,
             })
         };
+        // Long ones are converted first, to be cut.
         let long = texts.iter().enumerate().map(|(index, text)| (text.size() > 2 * RUN_BYTES).then(|| utf8(index)).transpose());
         let long = long.collect::<Result<Vec<_>, _>>()?;
         let (mut parts, mut ends) = (Vec::with_capacity(texts.len()), Vec::with_capacity(texts.len()));
