@@ -278,12 +278,7 @@ impl Tokenizer {
             return self.encode_texts(py, &texts.collect::<Vec<_>>(), num_threads);
         }
         let texts = texts.try_iter()?.enumerate().map(|(index, text)| str_of(index, &text?)).collect::<PyResult<Vec<_>>>()?;
-        self.encode_texts(py, &texts, num_threads).or_else(|error| {
-            if error.is_instance_of::<PyValueError>(py) {
-                texts.iter().try_for_each(|text| text.check(py))?;
-            }
-            Err(error)
-        })
+        self.encode_texts(py, &texts, num_threads).map_err(|error| Str::exception(py, error, &texts))
     }
 
     fn encode_texts<T: Text>(&self, py: Python<'_>, texts: &[T], num_threads: Option<usize>) -> PyResult<Documents<u32>> {

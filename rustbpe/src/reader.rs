@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pyo3::exceptions::PyTypeError;
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::string::PyStringData;
 use pyo3::types::{PyIterator, PyString};
@@ -28,7 +28,6 @@ pub struct Str {
 
 /// Code points in the smallest units that hold all of them.
 enum Units {
-    Ascii(*const [u8]),
     One(*const [u8]),
     Two(*const [u16]),
     Four(*const [u32]),
@@ -42,7 +41,6 @@ impl Str {
     pub fn of(text: &Bound<'_, PyString>) -> PyResult<Self> {
         // SAFETY: this reads a bit field of CPython's, laid out like a C compiler does; tests compare the texts with Python's.
         let units = match unsafe { text.data()? } {
-            PyStringData::Ucs1(units) if units.is_ascii() => Units::Ascii(units),
             PyStringData::Ucs1(units) => Units::One(units),
             PyStringData::Ucs2(units) => Units::Two(units),
             PyStringData::Ucs4(units) => Units::Four(units),
@@ -50,16 +48,19 @@ impl Str {
         Ok(Str { object: text.clone().unbind(), units })
     }
 
-    /// Raises UnicodeEncodeError, a ValueError, for a lone surrogate, which has no UTF-8.
-    pub fn check(&self, py: Python<'_>) -> PyResult<()> {
-        self.object.bind(py).encode_utf8().map(drop)
+    /// The exception for an error of these texts: UnicodeEncodeError, a ValueError, if it is a lone surrogate, which has no UTF-8.
+    pub fn exception<'a>(py: Python<'_>, error: PyErr, texts: impl IntoIterator<Item = &'a Str>) -> PyErr {
+        match error.is_instance_of::<PyValueError>(py) {
+            true => texts.into_iter().find_map(|text| text.object.bind(py).encode_utf8().err()).unwrap_or(error),
+            false => error,
+        }
     }
 }
 
 impl Text for Str {
     fn size(&self) -> usize {
         match self.units {
-            Units::Ascii(units) | Units::One(units) => units.len(),
+            Units::One(units) => units.len(),
             Units::Two(units) => 2 * units.len(),
             Units::Four(units) => 4 * units.len(),
         }
@@ -69,7 +70,7 @@ impl Text for Str {
         // SAFETY: as above, and ASCII is UTF-8.
         let utf8 = unsafe {
             match self.units {
-                Units::Ascii(units) => return Ok(Cow::Borrowed(std::str::from_utf8_unchecked(&*units))),
+                Units::One(units) if (*units).is_ascii() => return Ok(Cow::Borrowed(std::str::from_utf8_unchecked(&*units))),
                 Units::One(units) => converted(&*units),
                 Units::Two(units) => converted(&*units),
                 Units::Four(units) => converted(&*units),
@@ -82,20 +83,16 @@ impl Text for Str {
 /// Code points as UTF-8; None if one is a surrogate. Most are ASCII, and 16 of these are copied at once.
 fn converted<U: Copy + Into<u32>>(units: &[U]) -> Option<String> {
     let mut utf8 = String::with_capacity(units.len() + units.len() / 8);
-    let mut chunks = units.chunks_exact(16);
-    for chunk in &mut chunks {
-        let (mut bytes, mut all) = ([0; 16], 0);
-        for (byte, &unit) in bytes.iter_mut().zip(chunk) {
-            *byte = unit.into() as u8;
-            all |= unit.into();
-        }
-        match all {
-            // SAFETY: all are ASCII.
-            0..0x80 => utf8.push_str(unsafe { std::str::from_utf8_unchecked(&bytes) }),
+    for chunk in units.chunks(16) {
+        match <&[U; 16]>::try_from(chunk) {
+            Ok(units) if units.iter().fold(0, |all, &unit| all | unit.into()) < 0x80 => {
+                let bytes = units.map(|unit| unit.into() as u8);
+                // SAFETY: all are ASCII.
+                utf8.push_str(unsafe { std::str::from_utf8_unchecked(&bytes) });
+            }
             _ => chunk.iter().try_for_each(|&unit| char::from_u32(unit.into()).map(|c| utf8.push(c)))?,
         }
     }
-    chunks.remainder().iter().try_for_each(|&unit| char::from_u32(unit.into()).map(|c| utf8.push(c)))?;
     Some(utf8)
 }
 
@@ -158,7 +155,7 @@ impl<'py> Reader<'_, 'py> {
             if text.size() <= 2 * BATCH_BYTES {
                 return self.put(Part::Str(text));
             }
-            let utf8 = text.utf8().map(Cow::into_owned).or_else(|error| text.check(self.py).and(Err(error.into())))?;
+            let utf8 = text.utf8().map_err(|error| Str::exception(self.py, error.into(), [&text]))?.into_owned();
             let all = 0..utf8.len();
             return self.cut(Arc::new(utf8), all);
         }
@@ -173,13 +170,9 @@ impl<'py> Reader<'_, 'py> {
         Ok(())
     }
 
-    fn cut(&mut self, owner: Shared, mut rest: Range<usize>) -> PyResult<()> {
-        while rest.len() > 2 * BATCH_BYTES {
-            let end = rest.start + self.counter.splitter().border(&(*owner).as_ref()[rest.clone()], BATCH_BYTES);
-            self.put(Part::Slice(owner.clone(), rest.start..end))?;
-            rest.start = end;
-        }
-        self.put(Part::Slice(owner, rest))
+    fn cut(&mut self, owner: Shared, range: Range<usize>) -> PyResult<()> {
+        let parts = self.counter.splitter().cut(&(*owner).as_ref()[range.clone()], BATCH_BYTES);
+        parts.map(|part| range.start + part.start..range.start + part.end).try_for_each(|part| self.put(Part::Slice(owner.clone(), part)))
     }
 
     fn put(&mut self, text: Part) -> PyResult<()> {
@@ -207,8 +200,8 @@ impl<'py> Reader<'_, 'py> {
         match self.py.detach(|| pool.finished(CALL_EVERY)) {
             Some((_, Ok(()))) => Ok(()),
             Some((batch, Err(error))) => {
-                batch.iter().try_for_each(|part| if let Part::Str(text) = part { text.check(self.py) } else { Ok(()) })?;
-                Err(error.into())
+                let texts = batch.iter().filter_map(|part| if let Part::Str(text) = part { Some(text) } else { None });
+                Err(Str::exception(self.py, error.into(), texts))
             }
             None => self.py.check_signals(),
         }

@@ -642,7 +642,8 @@ def test_exception_of_the_progress_callback_stops_training() -> None:
 def interrupted(at_once: bool = True) -> Iterator[Callable[[], object]]:
     """Expect Ctrl-C: a signal every 50 ms, the third of which raises.
 
-    They begin now, or with a call of the yielded function. Signals follow each other only if they are handled while Rust computes.
+    They begin now, or with a call of the yielded function. Signals follow each other only if they
+    are handled while Rust computes.
     """
     handled = []
 

@@ -38,13 +38,10 @@ impl Encoder {
         let long = long.collect::<Result<Vec<_>, _>>()?;
         let (mut parts, mut ends) = (Vec::with_capacity(texts.len()), Vec::with_capacity(texts.len()));
         for (index, text) in long.iter().enumerate() {
-            let mut rest = text.as_deref();
-            while let Some(text) = rest.filter(|text| text.len() > 2 * RUN_BYTES) {
-                let (part, others) = text.split_at(self.splitter.border(text.as_bytes(), RUN_BYTES));
-                parts.push((index, Some(part)));
-                rest = Some(others);
+            match text.as_deref() {
+                Some(text) => parts.extend(self.splitter.cut(text.as_bytes(), RUN_BYTES).map(|part| (index, Some(&text[part])))),
+                None => parts.push((index, None)), // the whole text
             }
-            parts.push((index, rest)); // the whole text if it is not long
             ends.push(parts.len());
         }
         let size = |(index, part): (usize, Option<&str>)| part.map_or(texts[index].size(), str::len) / 4;

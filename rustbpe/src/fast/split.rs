@@ -2,6 +2,7 @@
 //! Faster: the patterns of `patterns` are split by hand, ASCII by masks (window.rs), other text a character at a time (scan.rs).
 //! Gain: 15 times on fresh text, 16 times in counting. Any other pattern goes through the regex engine.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use fancy_regex::Regex;
@@ -80,6 +81,16 @@ impl Splitter {
             Kind::O200k(pattern, classes) => by_hand(pattern, classes, text, f),
             Kind::Other(regex) => by_regex(regex, text, f),
         }
+    }
+
+    /// The parts of a text, of `size` bytes or a little more, that have the same pieces; all of it if it is not longer than two of them.
+    pub fn cut<'t>(&'t self, text: &'t [u8], size: usize) -> impl Iterator<Item = Range<usize>> + 't {
+        let mut end = 0;
+        std::iter::from_fn(move || {
+            let (start, rest) = (end, &text[end..]);
+            end += if rest.len() > 2 * size { self.border(rest, size) } else { rest.len() };
+            (start < end).then_some(start..end)
+        })
     }
 
     /// The first position, at least `at` bytes from the start, at which the text can be cut without changing its pieces, or its
